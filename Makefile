@@ -1,0 +1,49 @@
+# make demo    the main job on the embedded default, in a virtual environment that is made when missing
+# make test    linters, then every test
+#
+# VENV may name an existing environment, PYTHON the interpreter that makes a new one, PYTEST_ARGS more options.
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# Written after an install that succeeded, older than setup.cfg when the dependencies may have changed.
+INSTALLED := $(VENV)/.fusion_bench_didi-installed
+INSTALLED_TEST := $(VENV)/.fusion_bench_didi-installed-test
+
+.PHONY: demo test lint format clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m fusion_bench_didi.demo
+
+# One thread: the matrices of the tests are small, and threads that compete made a small SVD 400 times slower.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED_TEST)
+	$(BIN)/python -m black --check . || { echo "run 'make format'" >&2; exit 1; }
+	$(BIN)/python -m isort --check . || { echo "run 'make format'" >&2; exit 1; }
+
+format: $(INSTALLED_TEST)
+	$(BIN)/python -m isort --quiet .
+	$(BIN)/python -m black --quiet .
+
+# An existing environment is never removed here: `rm -r .venv` starts from nothing.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache outputs
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Editable, so what runs is what the sources say; tests/test_install.py is about the wheel and the sdist.
+# The interpreter is an order-only prerequisite: its date says nothing about our dependencies.
+$(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV): a few minutes the first time, mostly for torch."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(INSTALLED_TEST): setup.cfg pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV): a few minutes the first time, mostly for torch."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $(INSTALLED) $@

@@ -1,0 +1,42 @@
+"""The mathematics: pure functions on tensors. No files, no models, no devices by name."""
+
+from .allocation import (
+    Allocation,
+    MatrixSpectra,
+    Price,
+    greedy,
+    spectra_of,
+    total_cost,
+    uniform,
+)
+from .decomposition import Decomposition, SharedMerge, decompose, shared_matrix
+from .factors import LowRankFactors, Spectrum, full_rank, rank_cap
+from .learning import LearningSettings, learn_ranks, truncation_error
+from .refinement import Modules, Refinement, RefinementSettings, refine
+from .svd import spectrum
+
+__all__ = [
+    "Allocation",
+    "Decomposition",
+    "LearningSettings",
+    "LowRankFactors",
+    "MatrixSpectra",
+    "Modules",
+    "Price",
+    "Refinement",
+    "RefinementSettings",
+    "SharedMerge",
+    "Spectrum",
+    "decompose",
+    "full_rank",
+    "greedy",
+    "learn_ranks",
+    "rank_cap",
+    "refine",
+    "shared_matrix",
+    "spectra_of",
+    "spectrum",
+    "total_cost",
+    "truncation_error",
+    "uniform",
+]

@@ -1,0 +1,238 @@
+"""Who gets how much rank under one budget: greedy (water-filling), uniform, and the last step of every method.
+
+A module is one low-rank product: per matrix one shared module (index 0) and one expert per task (1..T). A module of
+rank k costs ``k * per_rank``; at full rank it is stored dense for ``dense``, so ranks between the break-even point and
+full rank are never used. Letters: ``T`` tasks, ``q`` kept singular values, ``k`` rank.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .decomposition import Coupling, Decomposition
+from .factors import full_rank, rank_cap
+
+Allocation = Literal["learned", "greedy", "uniform"]
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a module of one matrix costs, in bits: per unit of rank, and stored dense."""
+
+    per_rank: int
+    dense: int
+
+    def of(self, rank: int, full: int) -> int:
+        return self.dense if rank >= full else rank * self.per_rank
+
+
+@dataclass(frozen=True)
+class MatrixSpectra:
+    """All that the rank stage knows of one matrix.
+
+    Args:
+        shape: (m, n).
+        sigma: (T + 1, q) singular values, row 0 the shared matrix.
+        tail_energy: (T + 1,) energy beyond the kept values.
+        weights: (T,) weight of each task's squared error in the objective.
+        price: bits per rank, and dense.
+        coupling: cross terms; None to leave them out.
+        expert_only: no shared module is offered.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sigma: Tensor
+    tail_energy: Tensor
+    weights: Tensor
+    price: Price
+    coupling: Coupling | None = None
+    expert_only: bool = False
+
+    @property
+    def full(self) -> int:
+        return full_rank(*self.shape)
+
+    @property
+    def cap(self) -> int:
+        """The largest rank worth storing as factors, and known from the spectra."""
+        return min(rank_cap(*self.shape), self.sigma.shape[1])
+
+    @property
+    def module_weights(self) -> Tensor:
+        """(T + 1,): an error in the shared module hurts every task."""
+        return torch.cat([self.weights.sum()[None], self.weights])
+
+    def cost(self, ranks: Tensor) -> int:
+        return sum(self.price.of(int(k), self.full) for k in ranks)
+
+
+def spectra_of(
+    name: str,
+    decomposition: Decomposition,
+    *,
+    weights: Tensor,
+    price: Price,
+    shape: tuple[int, int],
+    expert_only: bool = False,
+) -> MatrixSpectra:
+    """The table row of one decomposed matrix."""
+    parts = (decomposition.shared, *decomposition.experts)
+    return MatrixSpectra(
+        name=name,
+        shape=shape,
+        sigma=torch.stack([p.S for p in parts]).cpu(),
+        tail_energy=torch.tensor([p.tail_energy for p in parts]),
+        weights=weights.cpu().float(),
+        price=price,
+        coupling=decomposition.coupling,
+        expert_only=expert_only,
+    )
+
+
+def total_cost(table: Sequence[MatrixSpectra], ranks: Sequence[Tensor]) -> int:
+    """Bits of all modules."""
+    return sum(row.cost(k) for row, k in zip(table, ranks))
+
+
+def greedy(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
+    """Water-filling on the singular values: the optimum of the truncation error without cross terms.
+
+    Component i of an expert is worth ``w_t sigma_i^2`` per ``per_rank`` bits, of the shared module
+    ``sum_t w_t sigma_i^2``; the dense form enters as the last edge of each module's lower convex hull.
+
+    Returns:
+        one (T + 1,) integer tensor per matrix.
+    """
+    steps = [_hull_steps(index, row) for index, row in enumerate(table)]
+    slope, module, matrix, target, cost = (
+        torch.cat([s[i] for s in steps]) for i in range(5)
+    )
+    useful = slope > 0
+    slope, module, matrix, target, cost = (
+        x[useful] for x in (slope, module, matrix, target, cost)
+    )
+    order = torch.sort(slope, descending=True, stable=True).indices
+    taken = order[torch.cumsum(cost[order], 0) <= budget]
+    ranks = [torch.zeros(row.sigma.shape[0], dtype=torch.long) for row in table]
+    for i, j, k in zip(
+        matrix[taken].tolist(), module[taken].tolist(), target[taken].tolist()
+    ):
+        ranks[i][j] = max(int(ranks[i][j]), k)
+    return fill(table, ranks, budget)
+
+
+def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
+    """Gain per bit, module, matrix, rank reached and bits of every edge of the convex error-cost curves."""
+    out: list[tuple[Tensor, ...]] = []
+    cap, per_rank, dense = row.cap, row.price.per_rank, row.price.dense
+    for j, weight in enumerate(row.module_weights.tolist()):
+        if j == 0 and row.expert_only:
+            continue
+        energy = row.sigma[j].double().square()  # (q,)
+        left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+        left = left + float(row.tail_energy[j])  # (q + 1,) error kept out at rank i
+        points = torch.arange(cap + 1)
+        jump = left[: cap + 1] / (dense - points * per_rank)
+        last = int(jump.argmin())
+        gain = torch.cat([energy[:last] / per_rank, jump[last : last + 1]])
+        reached = torch.cat([points[1 : last + 1], torch.tensor([row.full])])
+        bits = torch.full((last + 1,), per_rank, dtype=torch.long)
+        bits[-1] = dense - last * per_rank
+        same = torch.ones(last + 1, dtype=torch.long)
+        out.append((weight * gain, same * j, same * index, reached, bits))
+    return tuple(torch.cat([o[i] for o in out]) for i in range(5))
+
+
+def uniform(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
+    """Every module of every matrix at the same compression ratio k (m + n) / (m n), Eq. 12."""
+    shares = []
+    for row in table:
+        m, n = row.shape
+        k = torch.full((row.sigma.shape[0],), m * n / (m + n))
+        if row.expert_only:
+            k[0] = 0
+        shares.append(k)
+    return scale_to_budget(table, shares, budget)
+
+
+def scale_to_budget(
+    table: Sequence[MatrixSpectra], continuous: Sequence[Tensor], budget: int
+) -> list[Tensor]:
+    """One global factor on continuous ranks, rounded, as large as the budget allows; the rest is filled greedily.
+
+    Args:
+        continuous: one (T + 1,) float tensor per matrix.
+    """
+
+    def rounded(factor: float) -> list[Tensor]:
+        return [
+            _snap(row, torch.floor(k * factor + 0.5))
+            for row, k in zip(table, continuous)
+        ]
+
+    low, high = 0.0, 1.0
+    while total_cost(table, rounded(high)) <= budget and high < 2**20:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        if total_cost(table, rounded(middle)) <= budget:
+            low = middle
+        else:
+            high = middle
+    return fill(table, rounded(low), budget)
+
+
+def _snap(row: MatrixSpectra, ranks: Tensor) -> Tensor:
+    """Ranks past the cap become full (stored dense)."""
+    ranks = ranks.clamp(min=0).long()
+    return torch.where(ranks > row.cap, torch.full_like(ranks, row.full), ranks)
+
+
+def fill(
+    table: Sequence[MatrixSpectra], ranks: Sequence[Tensor], budget: int
+) -> list[Tensor]:
+    """Spend what is left on the single steps worth most per bit, until none that helps fits.
+
+    Raises:
+        ValueError: if ``ranks`` already cost more than the budget.
+    """
+    ranks = [k.clone() for k in ranks]
+    left = budget - total_cost(table, ranks)
+    if left < 0:
+        raise ValueError(f"the ranks given exceed the budget by {-left} bits.")
+    heap: list[tuple[float, int, int]] = []
+
+    def push(i: int, j: int) -> None:
+        gain, bits, _ = _next_step(table[i], j, int(ranks[i][j]))
+        if gain > 0 and bits <= left:
+            heapq.heappush(heap, (-gain / bits, i, j))
+
+    for i, row in enumerate(table):
+        for j in range(1 if row.expert_only else 0, row.sigma.shape[0]):
+            push(i, j)
+    while heap:
+        _, i, j = heapq.heappop(heap)
+        _, bits, target = _next_step(table[i], j, int(ranks[i][j]))
+        if bits > left:
+            continue
+        ranks[i][j] = target
+        left -= bits
+        push(i, j)
+    return ranks
+
+
+def _next_step(row: MatrixSpectra, j: int, k: int) -> tuple[float, int, int]:
+    """Gain, bits and rank of the next larger form of module j; gain 0 if there is none or nothing is missing."""
+    if k >= row.full:
+        return 0.0, 1, k
+    weight = float(row.module_weights[j])
+    if k < row.cap:
+        return weight * float(row.sigma[j, k]) ** 2, row.price.per_rank, k + 1
+    missing = float(row.sigma[j, k:].double().square().sum() + row.tail_energy[j])
+    bits = max(row.price.dense - k * row.price.per_rank, 1)
+    return weight * missing, bits, row.full

@@ -1,0 +1,177 @@
+"""Learned ranks: gradient descent on the smooth truncation, Eq. 7-13, through the exact quadratic form.
+
+With ``a_0 = (1 - w(k_0)) sigma_0`` and ``a_t = (1 - w(k_t)) sigma_t`` the reconstruction error of task t is
+``||a_0||^2 + ||a_t||^2 + 2 a_0^T C_t a_t`` (plus constants for directions that were not kept), so that a step never
+forms an m x n product. Letters: ``G`` matrices of equal size, ``T`` tasks, ``q`` kept singular values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .allocation import MatrixSpectra, scale_to_budget
+from .truncation import gate, hard_gate
+
+
+@dataclass(frozen=True)
+class LearningSettings:
+    """Settings of the rank stage.
+
+    Args:
+        steps: Adam steps.
+        lr: Adam's step in units of a matrix's full rank; decays to zero by a cosine.
+        beta_start, beta_end: steepness of the truncation, annealed geometrically; per rank.
+        penalty: lambda of Eq. 13 on ``|R - R_target|`` beside the energy-normalised loss.
+        coupled: keep the cross terms between shared and experts.
+    """
+
+    steps: int = 300
+    lr: float = 0.01
+    beta_start: float = 0.5
+    beta_end: float = 10.0
+    penalty: float = 10.0
+    coupled: bool = True
+
+
+def truncation_error(row: MatrixSpectra, ranks: Tensor) -> Tensor:
+    """(T,) squared error of each task at integer ranks (T + 1,), unweighted and exact."""
+    q = row.sigma.shape[1]
+    lost = (1 - hard_gate(ranks, q)) * row.sigma
+    return _quadratic(_Group.of([row]), lost[None], (ranks >= row.full)[None])[0]
+
+
+def learn_ranks(
+    table: Sequence[MatrixSpectra],
+    budget: int,
+    *,
+    start: Sequence[Tensor],
+    settings: LearningSettings = LearningSettings(),
+    unit: int | None = None,
+) -> list[Tensor]:
+    """Learn a continuous rank for every module, then scale all to the exact budget.
+
+    Args:
+        budget: bits.
+        start: (T + 1,) ranks per matrix to start from.
+        unit: bits in which R of Eq. 12-13 is measured; the dense size of all matrices if None.
+
+    Returns:
+        (T + 1,) integer ranks per matrix, never above the budget.
+    """
+    unit = unit or sum(row.price.dense for row in table)
+    groups = _grouped(table, settings.coupled)
+    fractions = [
+        torch.stack([start[i] / table[i].full for i in g.members])
+        .clamp(0.0, 1.0)
+        .requires_grad_(True)
+        for g in groups
+    ]
+    energy = sum(float(g.weighted_energy()) for g in groups)
+    optimiser = torch.optim.Adam(fractions, lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
+    for step in range(settings.steps):
+        progress = step / max(settings.steps - 1, 1)
+        beta = settings.beta_start * (settings.beta_end / settings.beta_start) ** (
+            progress
+        )
+        optimiser.zero_grad()
+        loss, cost = torch.zeros(()), torch.zeros(())
+        for group, fraction in zip(groups, fractions):
+            k = fraction * group.full  # (G, T + 1)
+            loss = loss + group.error(k, beta=beta)
+            cost = cost + (k * group.per_rank).clamp(max=group.dense).sum()
+        ratio = cost / unit
+        (loss / energy + settings.penalty * (ratio - budget / unit).abs()).backward()
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            for group, fraction in zip(groups, fractions):
+                fraction.clamp_(0.0, group.cap / group.full)
+                fraction[group.expert_only, 0] = 0.0
+    learned: list[Tensor] = [torch.empty(0)] * len(table)
+    for group, fraction in zip(groups, fractions):
+        for i, k in zip(group.members, (fraction.detach() * group.full).unbind()):
+            learned[i] = k
+    return scale_to_budget(table, learned, budget)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Matrices of equal shape, stacked."""
+
+    members: tuple[int, ...]
+    full: int
+    cap: int
+    per_rank: int
+    dense: int
+    sigma: Tensor  # (G, T + 1, q)
+    tail_energy: Tensor  # (G, T + 1)
+    weights: Tensor  # (G, T)
+    expert_only: Tensor  # (G,) bool
+    coupling: tuple[Tensor, Tensor, Tensor, Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[MatrixSpectra],
+        members: Sequence[int] = (),
+        coupled: bool = True,
+    ) -> "_Group":
+        first = rows[0]
+        parts = None
+        if coupled and all(row.coupling is not None for row in rows):
+            parts = tuple(
+                torch.stack([getattr(row.coupling, part).float() for row in rows]).to(
+                    first.sigma.device
+                )
+                for part in ("head", "shared_tail", "expert_tail", "tail")
+            )
+        return cls(
+            members=tuple(members),
+            full=first.full,
+            cap=first.cap,
+            per_rank=first.price.per_rank,
+            dense=first.price.dense,
+            sigma=torch.stack([row.sigma for row in rows]),
+            tail_energy=torch.stack([row.tail_energy for row in rows]),
+            weights=torch.stack([row.weights for row in rows]),
+            expert_only=torch.tensor([row.expert_only for row in rows]),
+            coupling=parts,
+        )
+
+    def weighted_energy(self) -> Tensor:
+        """``sum w_t ||tau_t||^2`` by the quadratic form at rank 0, which keeps nothing."""
+        return (self.weights * _quadratic(self, self.sigma)).sum()
+
+    def error(self, k: Tensor, *, beta: float) -> Tensor:
+        """Weighted squared error at continuous ranks k (G, T + 1), Eq. 11."""
+        lost = (1 - gate(k, self.sigma.shape[-1], beta=beta)) * self.sigma
+        return (self.weights * _quadratic(self, lost)).sum()
+
+
+def _grouped(table: Sequence[MatrixSpectra], coupled: bool) -> list[_Group]:
+    by_shape: dict[tuple, list[int]] = {}
+    for i, row in enumerate(table):
+        by_shape.setdefault((row.shape, row.price, row.sigma.shape), []).append(i)
+    return [_Group.of([table[i] for i in m], m, coupled) for m in by_shape.values()]
+
+
+def _quadratic(group: _Group, lost: Tensor, exact: Tensor | None = None) -> Tensor:
+    """(G, T) error from the lost singular values (G, T + 1, q); modules marked exact (G, T + 1) lose no tail either."""
+    tailed = torch.ones_like(group.tail_energy)
+    if exact is not None:
+        tailed = tailed * ~exact
+    tails = group.tail_energy * tailed
+    shared, experts = lost[:, 0], lost[:, 1:]
+    error = shared.square().sum(-1)[:, None] + experts.square().sum(-1)
+    error = error + tails[:, :1] + tails[:, 1:]
+    if group.coupling is not None:
+        head, shared_tail, expert_tail, tail = group.coupling
+        cross = torch.einsum("gi,gtij,gtj->gt", shared, head, experts)
+        cross = cross + tailed[:, 1:] * torch.einsum("gi,gti->gt", shared, shared_tail)
+        cross = cross + tailed[:, :1] * (experts * expert_tail).sum(-1)
+        cross = cross + tailed[:, :1] * tailed[:, 1:] * tail
+        error = error + 2 * cross
+    return error

@@ -1,0 +1,206 @@
+"""DiDi-Merging (Du & Lin, "Dynamic Model Merging Made Slim", arXiv 2605.18904).
+
+Example:
+
+    fusion_bench method=didi modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
+        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from fusion_bench import BaseAlgorithm, auto_register_config
+from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
+from rich.progress import Progress
+
+from ..budget import Budget
+from ..lowrank import LearningSettings, RefinementSettings
+from ..models import DiDiModel
+from ..pipeline import MergeResult, MergeSettings, merge
+from ..plan import describe_plan
+from ..pool_reader import (
+    as_pool,
+    backbone_reference,
+    check_pool,
+    load_backbone,
+    open_pool,
+)
+from ..taskpool.attach import attach, pool_tasks
+from ..naming import check_tasks
+from .saving import attach_saving
+
+log = logging.getLogger(__name__)
+
+
+@auto_register_config
+class DiDiMerging(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
+    """One frozen backbone, one low-rank shared module and one low-rank expert per task, under one budget.
+
+    ``W_t = W_0 + B_0 A_0 + B_t A_t``: the shared matrix is a static merge of the task vectors, experts are residuals
+    (Eq. 2-3), both are cut to ranks chosen without data (Eq. 7-13) and refitted to the stored task vectors (Eq. 14-16).
+    The paper's settings are not published; ``config/method/didi.yaml`` says what each key does.
+
+    Args: as the keys of ``config/method/didi.yaml``.
+
+    Raises:
+        ModelPoolError, CheckpointMismatchError, UnknownTaskError, BudgetError: before any weight is read.
+        NonFiniteError: before any decomposition.
+    """
+
+    def __init__(
+        self,
+        budget: float = 1.4,
+        budget_includes_backbone: bool = False,
+        shared: str = "mean",
+        shared_scale: float = 0.3,
+        ties_keep: float = 0.2,
+        allocation: str = "learned",
+        warm_start: bool = True,
+        rank_steps: int = 300,
+        rank_lr: float = 0.01,
+        beta_start: float = 0.5,
+        beta_end: float = 10.0,
+        penalty: float = 10.0,
+        coupling: bool = True,
+        refinement: str = "alternating",
+        refine_sweeps: int = 20,
+        refine_tolerance: float = 1e-4,
+        refine_steps: int = 300,
+        refine_lr: float = 0.01,
+        normalisation: str = "matrix",
+        vectors: str = "expert",
+        as_vectors: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        factor_dtype: str | None = None,
+        factor_memory_gb: float = 4.0,
+        task_aliases: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+
+    def settings(self) -> MergeSettings:
+        """The configuration as the pipeline takes it.
+
+        Raises:
+            BudgetError: for an impossible budget.
+        """
+        return MergeSettings(
+            budget=Budget(float(self.budget), bool(self.budget_includes_backbone)),
+            shared=self.shared,
+            shared_scale=self.shared_scale,
+            ties_keep=self.ties_keep,
+            allocation=self.allocation,
+            warm_start=self.warm_start,
+            learning=LearningSettings(
+                steps=self.rank_steps,
+                lr=self.rank_lr,
+                beta_start=self.beta_start,
+                beta_end=self.beta_end,
+                penalty=self.penalty,
+                coupled=self.coupling,
+            ),
+            refinement=self.refinement,
+            refining=RefinementSettings(
+                sweeps=self.refine_sweeps,
+                tolerance=self.refine_tolerance,
+                steps=self.refine_steps,
+                lr=self.refine_lr,
+            ),
+            normalisation=self.normalisation,
+            vectors=self.vectors,
+            factor_dtype=_dtype(self.factor_dtype),
+            factor_memory_gb=self.factor_memory_gb,
+        )
+
+    def run(self, modelpool: Any) -> DiDiModel | None:
+        """Merge the pool.
+
+        Returns:
+            the merged model; None after a dry run.
+        """
+        settings = self.settings()
+        modelpool = as_pool(modelpool)
+        check_pool(modelpool)
+        taskpool = getattr(self._program, "taskpool", None)
+        if taskpool is not None:
+            check_tasks(
+                pool_tasks(taskpool), modelpool.model_names, self.task_aliases
+            )
+        choice = {
+            "exclude": tuple(self.exclude or ()),
+            "as_vectors": tuple(self.as_vectors or ()),
+        }
+        if self.dry_run:
+            print(describe_plan(open_pool(modelpool, **choice), settings))
+            return None
+        with self.profile("load backbone"):
+            backbone = load_backbone(modelpool)
+        task_vectors = open_pool(modelpool, backbone, **choice)
+        with self.profile("merge"), Progress(transient=True) as bar:
+            rows: dict[str, Any] = {}
+
+            def progress(stage: str, done: int, total: int) -> None:
+                if stage not in rows:
+                    rows[stage] = bar.add_task(stage, total=total)
+                bar.update(rows[stage], completed=done + 1)
+
+            result = merge(
+                task_vectors, settings, device=self.fabric.device, progress=progress
+            )
+        self.print_profile_summary()
+        model = self._model(modelpool, backbone, result)
+        log.info(
+            "DiDi-Merging: %d tasks, x_excl %.4f, relative error %.4f",
+            len(model.tasks),
+            model.storage.x_excl,
+            result.report.relative_error,
+        )
+        if taskpool is not None:
+            attach(taskpool, known=model.tasks, aliases=self.task_aliases)
+        attach_saving(modelpool)
+        return model
+
+    def _model(self, modelpool, backbone, result: MergeResult) -> DiDiModel:
+        info = {
+            "method": "DiDi-Merging",
+            "budget": self.budget,
+            "settings": _plain(self.settings()),
+            "relative_error": result.report.relative_error,
+            "seconds": dict(result.report.seconds),
+            "ranks": asdict(result.ranks),
+            "parents": {
+                name: entry if isinstance(entry, str) else None
+                for name, entry in modelpool._models.items()
+                if name in modelpool.model_names
+            },
+            "backbone": backbone_reference(modelpool, backbone),
+        }
+        return DiDiModel(
+            backbone,
+            result.shared,
+            {name: result.experts[name] for name in modelpool.model_names},
+            unit_bits=result.storage.unit_bits,
+            info=info,
+        )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None or name == "auto":
+        return None
+    dtype = getattr(torch, str(name), None)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"factor_dtype={name!r}; choose auto, float32, bfloat16 or float16."
+        )
+    return dtype
+
+
+def _plain(settings: MergeSettings) -> dict:
+    return {
+        key: str(value) if isinstance(value, torch.dtype) else value
+        for key, value in asdict(settings).items()
+    }

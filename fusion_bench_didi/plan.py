@@ -1,0 +1,49 @@
+"""What a merge would do, from headers alone."""
+
+from .lowrank import full_rank, rank_cap
+from .pipeline import MergeSettings, lay_out, matrix_budget
+from .task_vectors import TaskVectors, matrix_shape
+
+
+def describe_plan(task_vectors: TaskVectors, settings: MergeSettings) -> str:
+    """A table of the matrices, what a rank costs in each, the ranks of an even split, and the cost of the run.
+
+    Nothing but headers is read, so every tensor counts as changed.
+
+    Raises:
+        BudgetError: if the budget cannot hold the vectors.
+    """
+    layout = lay_out(task_vectors, settings, None)
+    left = matrix_budget(layout, settings)
+    modules = len(task_vectors.tasks) + (settings.shared != "none")
+    dense = sum(layout.prices[n].dense for n in layout.matrices)
+    share = left / (dense * modules) if dense else 0.0
+    lines = [
+        f"{len(task_vectors.tasks)} tasks: {', '.join(task_vectors.tasks)}",
+        f"{len(layout.matrices)} matrices, {len(layout.vectors)} vectors; one fine-tuned model is "
+        f"{layout.unit_bits / 8e6:.1f} MB, the budget {settings.budget.ratio} leaves {left / 8e6:.1f} MB for "
+        f"low-rank modules after {layout.vector_bits / 8e6:.2f} MB of vectors.",
+        "",
+        f"{'matrix':<60} {'shape':>14} {'bytes/rank':>11} {'even rank':>10}",
+    ]
+    for name in layout.matrices:
+        m, n = matrix_shape(task_vectors.infos[name].shape)
+        even = int(share * m * n / (m + n))
+        rank = "dense" if even > rank_cap(m, n) else str(even)
+        cost = layout.prices[name].per_rank // 8
+        lines.append(f"{name:<60} {f'{m} x {n}':>14} {cost:>11} {rank:>10}")
+    read = (len(task_vectors.tasks) + 1) * layout.unit_bits / 8e9
+    peak = _peak_gb(task_vectors, layout, settings, left)
+    lines += ["", f"to read: {read:.2f} GB per pass; predicted peak memory: {peak:.2f} GB"]
+    return "\n".join(lines)
+
+
+def _peak_gb(task_vectors, layout, settings, left) -> float:
+    """Backbone twice (live and pristine), stored modules, kept factors up to their limit, one matrix of all models."""
+    sizes = [matrix_shape(task_vectors.infos[n].shape) for n in layout.matrices]
+    tasks = len(task_vectors.tasks)
+    # float32 task vectors, residuals, and the float64 work space of one decomposition
+    working = max((4 * m * n * (2 * tasks + 6) for m, n in sizes), default=0)
+    kept = sum(4 * (tasks + 1) * full_rank(m, n) // 2 * (m + n) for m, n in sizes)
+    kept = min(kept, settings.factor_memory_gb * 2**30)
+    return (2 * layout.unit_bits / 8 + left / 8 + kept + working) / 1e9

@@ -1,0 +1,28 @@
+"""Task pools that tell a dynamic model its task, and the attachment that makes stock pools do so.
+
+Pools are imported on first use: each needs the libraries of its own family.
+"""
+
+from typing import TYPE_CHECKING
+
+from .attach import attach
+
+if TYPE_CHECKING:
+    from .clip_vision import TaskAwareCLIPVisionModelTaskPool
+    from .openclip_vision import TaskAwareOpenCLIPVisionModelTaskPool
+
+_POOLS = {
+    "TaskAwareCLIPVisionModelTaskPool": "clip_vision",
+    "TaskAwareOpenCLIPVisionModelTaskPool": "openclip_vision",
+}
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+
+    if name in _POOLS:
+        return getattr(import_module(f".{_POOLS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["attach", *_POOLS]

@@ -19,6 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from . import quantised  # noqa: F401  (registers its kinds)
 from .deltas import KINDS, Delta
 from .errors import CheckpointMismatchError, DiDiError
 
@@ -52,7 +53,12 @@ def whole_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[
         if target.exists():
             old = beside.with_suffix(".old")
             os.rename(target, old)
-        os.rename(beside, target)
+        try:
+            os.rename(beside, target)
+        except BaseException:
+            if old is not None:
+                os.rename(old, target)
+            raise
         if old is not None:
             shutil.rmtree(old)
     finally:
@@ -69,10 +75,11 @@ def write_deltas(
     tensors: dict[str, Tensor] = {}
     entries = []
     owners = [(None, SHARED, shared)]
-    owners += [(task, f"experts.{task}", deltas) for task, deltas in experts.items()]
+    owners += [(task, f"experts/{task}", deltas) for task, deltas in experts.items()]
     for task, prefix, deltas in owners:
         for name, delta in deltas.items():
-            key = f"{prefix}.{name}"
+            # tensor names hold dots, tasks may; a slash keeps "t" + "a.b" and "t.a" + "b" apart
+            key = f"{prefix}/{name}"
             entries.append(
                 {
                     "task": task,
@@ -215,4 +222,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-

@@ -8,66 +8,45 @@ changes a bit of the result.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .budget import Budget, dtype_bits
-from .deltas import Delta, DenseDelta, LowRankDelta
-from .errors import BudgetError
+from .budget import Budget
+from .deltas import Delta
+from .layout import (
+    Layout,
+    MergeSettings,
+    Normalisation,
+    lay_out,
+    matrix_budget,
+    matrix_price,
+)
 from .lowrank import (
-    Allocation,
+    Candidate,
     Decomposition,
-    LearningSettings,
-    LowRankFactors,
     MatrixSpectra,
-    Modules,
-    Price,
-    Refinement,
-    RefinementSettings,
-    SharedMerge,
+    Spectrum,
+    choose,
     decompose,
     greedy,
     learn_ranks,
-    rank_cap,
     refine,
     shared_matrix,
     spectra_of,
+    spectrum,
     uniform,
+    upgrade,
+    water_level,
 )
+from .packing import cut, kept_out, pack, pack_vectors
+from .precision import Precision
 from .storage import StorageReport, account
 from .task_vectors import Scan, TaskVectors, matrix_shape
 
-Normalisation = Literal["none", "task", "matrix"]
-VectorPolicy = Literal["expert", "shared", "pretrained"]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """Every choice of the merge; see ``config/method/didi.yaml`` for what each does.
-
-    Args:
-        normalisation: weight of a squared error: ``none`` 1 (plain MSE); ``task`` 1 / (energy of the task);
-            ``matrix`` 1 / (energy of this matrix of the task), the relative error.
-        factor_dtype: type of everything that is stored; the checkpoints' own if None.
-    """
-
-    budget: Budget
-    shared: SharedMerge = "mean"
-    shared_scale: float = 0.3
-    ties_keep: float = 0.2
-    allocation: Allocation = "learned"
-    refinement: Refinement = "alternating"
-    normalisation: Normalisation = "matrix"
-    vectors: VectorPolicy = "expert"
-    factor_dtype: torch.dtype | None = None
-    learning: LearningSettings = LearningSettings()
-    warm_start: bool = True
-    refining: RefinementSettings = RefinementSettings()
-    factor_memory_gb: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -83,21 +62,32 @@ class MergeReport:
     """What the merge did.
 
     Args:
-        energy: per matrix, (T,) squared norms of the task vectors, tasks sorted.
+        tasks: sorted; the order of all (T,) tensors.
+        energy: per matrix, (T,) squared norms of the task vectors.
         errors: per matrix, (T,) squared norms of what was kept out.
+        precision: per matrix, how its modules are stored.
         seconds: per stage.
     """
 
     tasks: tuple[str, ...]
     energy: Mapping[str, Tensor]
     errors: Mapping[str, Tensor]
+    precision: Mapping[str, str]
     seconds: Mapping[str, float]
 
     @property
     def relative_error(self) -> float:
         """Energy kept out over energy, all matrices and tasks."""
         lost = sum(float(e.sum()) for e in self.errors.values())
-        return lost / sum(float(e.sum()) for e in self.energy.values())
+        return lost / max(sum(float(e.sum()) for e in self.energy.values()), 1e-300)
+
+    @property
+    def energy_kept(self) -> dict[str, list[float]]:
+        """Per matrix, the fraction of each task's energy that is reproduced."""
+        return {
+            name: (1 - self.errors[name] / energy.clamp(min=1e-300)).tolist()
+            for name, energy in self.energy.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -109,74 +99,6 @@ class MergeResult:
     ranks: RankAllocation
     storage: StorageReport
     report: MergeReport
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is to be merged, known after one read of the files.
-
-    Args:
-        matrices, vectors: changed tensors by class, sorted.
-        unit_bits: one fine-tuned model.
-        vector_bits: what the vectors will cost.
-    """
-
-    matrices: tuple[str, ...]
-    vectors: tuple[str, ...]
-    unit_bits: int
-    vector_bits: int
-    prices: Mapping[str, Price]
-    dtypes: Mapping[str, torch.dtype]
-
-
-def lay_out(
-    task_vectors: TaskVectors, settings: MergeSettings, scan: Scan | None
-) -> Layout:
-    """Sort the tensors into classes and price them; without a scan every tensor counts as changed."""
-    names = scan.changed if scan else list(task_vectors.infos)
-    matrices = [n for n in names if task_vectors.is_matrix(n)]
-    vectors = [n for n in names if not task_vectors.is_matrix(n)]
-    own = {n: task_vectors.tuned_dtype(n) for n in names}
-    stored = {n: settings.factor_dtype or own[n] for n in names}
-    copies = {"expert": len(task_vectors.tasks), "shared": 1, "pretrained": 0}
-
-    def vector_copies(name: str) -> int:
-        if settings.vectors == "expert" and scan:
-            return int((scan.energy[name] > 0).sum())
-        return copies[settings.vectors]
-
-    prices = {}
-    for name in matrices:
-        m, n = matrix_shape(task_vectors.infos[name].shape)
-        bits = dtype_bits(stored[name])
-        prices[name] = Price(per_rank=bits * (m + n), dense=bits * m * n)
-    return Layout(
-        matrices=tuple(matrices),
-        vectors=tuple(vectors),
-        unit_bits=sum(task_vectors.infos[n].numel * dtype_bits(own[n]) for n in names),
-        vector_bits=sum(
-            task_vectors.infos[n].numel * dtype_bits(stored[n]) * vector_copies(n)
-            for n in vectors
-        ),
-        prices=prices,
-        dtypes=stored,
-    )
-
-
-def matrix_budget(layout: Layout, settings: MergeSettings) -> int:
-    """Bits left for low-rank modules.
-
-    Raises:
-        BudgetError: with the smallest budget that holds the vectors.
-    """
-    left = settings.budget.bits(layout.unit_bits) - layout.vector_bits
-    if left < 0:
-        smallest = settings.budget.named(layout.vector_bits / layout.unit_bits)
-        raise BudgetError(
-            f"budget={settings.budget.ratio} is too small: the vectors (biases, norms, ...) alone take "
-            f"{smallest:.6f}. Give at least that, or store fewer with method.vectors=shared or pretrained."
-        )
-    return left
 
 
 def merge(
@@ -198,59 +120,55 @@ def merge(
         NonFiniteError, ModelPoolError: from the first read.
         BudgetError: if the vectors alone exceed the budget.
     """
-    clock = _Clock()
-    tasks = tuple(sorted(task_vectors.tasks))
-    ordered = task_vectors.ordered(tasks)
-    with clock("scan"):
-        scan = ordered.scan(device)
-    layout = lay_out(ordered, settings, scan)
-    budget = matrix_budget(layout, settings)
-    weights = _weights(scan, layout, settings.normalisation)
-
-    table: list[MatrixSpectra] = []
-    kept: dict[str, Decomposition] = {}
-    room = settings.factor_memory_gb * 2**30
-    with clock("decompose"):
-        for i, name in enumerate(layout.matrices):
-            progress("decompose", i, len(layout.matrices))
-            row, decomposition = _first_pass(
-                ordered, name, weights[name], layout, budget, settings, device
-            )
-            table.append(row)
-            room -= _bytes(decomposition)
-            if room > 0:
-                kept[name] = decomposition
-    with clock("allocate"):
+    seconds: dict[str, float] = {}
+    task_vectors = task_vectors.ordered(sorted(task_vectors.tasks))
+    tasks = tuple(task_vectors.tasks)
+    with _timed(seconds, "scan"):
+        scan = task_vectors.scan(device)
+    layout = lay_out(task_vectors, settings, scan)
+    work = _Work(
+        task_vectors,
+        settings,
+        layout,
+        matrix_budget(layout, settings),
+        loss_weights(scan, layout, settings.normalisation),
+        device,
+        progress,
+    )
+    with _timed(seconds, "decompose"):
+        table, kept, stored_as = work.first_pass()
+    with _timed(seconds, "allocate"):
         progress("allocate", 0, 1)
-        ranks = _allocate(table, budget, layout.unit_bits, settings)
-
-    shared: dict[str, Delta] = {}
-    experts: dict[str, dict[str, Delta]] = {task: {} for task in tasks}
+        ranks = work.allocate(table)
+        if settings.factor_dtype == "auto":
+            table, ranks, stored_as = work.upgrade(table, ranks)
+    shared, experts = pack_vectors(task_vectors, scan, layout, settings)
     errors: dict[str, Tensor] = {}
-    with clock("refine"):
+    with _timed(seconds, "refine"):
         for i, (row, k) in enumerate(zip(table, ranks)):
             progress("refine", i, len(table))
-            vectors = _stacked(ordered, row.name, device)  # (T, m, n)
-            decomposition = kept.pop(row.name, None)
-            if decomposition is None:
-                decomposition = _decompose(vectors, row, weights[row.name], settings)
+            vectors = work.read(row.name)  # (T, m, n)
+            parts = kept.pop(row.name, None) or work.decompose(row.name, vectors, row)
             modules = refine(
-                _cut(decomposition, k.tolist(), row.full, _shared(vectors, settings)),
+                cut(parts, k.tolist(), row.full, work.shared(row.name, vectors)),
                 vectors,
-                weights=weights[row.name],
+                weights=work.weights[row.name],
                 how=settings.refinement,
                 settings=settings.refining,
             )
-            first, others = _pack(
-                modules, k.tolist(), vectors, row, ordered, layout.dtypes[row.name]
+            first, others = pack(
+                modules,
+                k.tolist(),
+                vectors,
+                shape=task_vectors.infos[row.name].shape,
+                precision=stored_as[row.name],
             )
             if first is not None:
                 shared[row.name] = first
             for task, delta in zip(tasks, others):
                 if delta is not None:
                     experts[task][row.name] = delta
-            errors[row.name] = _errors(first, others, vectors)
-    _pack_vectors(ordered, tasks, scan, layout, settings, shared, experts)
+            errors[row.name] = kept_out(first, others, vectors)
     allocation = RankAllocation(
         shared={row.name: int(k[0]) for row, k in zip(table, ranks)},
         experts={
@@ -258,171 +176,266 @@ def merge(
             for t, task in enumerate(tasks)
         },
     )
+    report = MergeReport(
+        tasks,
+        {name: scan.energy[name] for name in layout.matrices},
+        errors,
+        {name: precision.name for name, precision in stored_as.items()},
+        seconds,
+    )
     storage = account(shared, experts, unit_bits=layout.unit_bits)
-    energy = {name: scan.energy[name] for name in layout.matrices}
-    report = MergeReport(tasks, energy, errors, clock.seconds)
     return MergeResult(shared, experts, allocation, storage, report)
 
 
-def _weights(scan: Scan, layout: Layout, how: Normalisation) -> dict[str, Tensor]:
-    """(T,) weight of each task's squared error, per matrix."""
+def loss_weights(
+    scan: Scan, layout: Layout, how: Normalisation
+) -> dict[str, Tensor]:
+    """(T,) weight of each task's squared error, per matrix.
+
+    ``root`` weighs by 1 / ||tau||: plain MSE spends everything on the matrices of most energy, the relative error as
+    much on those that hardly moved; the mean of the two (in the exponent) kept most accuracy where it was measured.
+    """
     energies = {name: scan.energy[name] for name in layout.matrices}
     if how == "none":
         return {name: torch.ones_like(e).float() for name, e in energies.items()}
     if how == "task":
         total = torch.stack(list(energies.values())).sum(0)
         energies = {name: total for name in energies}
-    elif how != "matrix":
-        raise ValueError(f"normalisation={how!r}; choose none, task or matrix.")
+    power = 0.5 if how == "root" else 1.0
     weights = {}
     for name, e in energies.items():
         # a task that leaves the matrix alone is disturbed by a shared change as much as the average task
         e = torch.where(e > 0, e, e[e > 0].mean())
-        weights[name] = (1.0 / e).float()
+        weights[name] = e.pow(-power).float()
     return weights
 
 
-def _stacked(task_vectors: TaskVectors, name: str, device) -> Tensor:
-    vectors = task_vectors.read(name, device)
-    return vectors.view(
-        len(vectors), *matrix_shape(vectors.shape[1:])
-    )  # (T, m, n)
+@dataclass(frozen=True)
+class _Work:
+    """The matrices of one merge and everything that is fixed while they are worked on."""
 
+    task_vectors: TaskVectors
+    settings: MergeSettings
+    layout: Layout
+    budget: int
+    weights: Mapping[str, Tensor]
+    device: torch.device | str
+    progress: Progress
 
-def _first_pass(task_vectors, name, weights, layout, budget, settings, device):
-    vectors = _stacked(task_vectors, name, device)
-    shape = tuple(vectors.shape[1:])
-    price = layout.prices[name]
-    in_reach = min(rank_cap(*shape), budget // price.per_rank)
-    coupled = settings.allocation == "learned" and settings.learning.coupled
-    decomposition = decompose(
-        vectors,
-        _shared(vectors, settings),
-        max_rank=max(in_reach, 1),
-        coupled=coupled and settings.shared != "none",
-        name=name,
-    )
-    row = spectra_of(
-        name,
-        decomposition,
-        weights=weights,
-        price=price,
-        shape=shape,
-        expert_only=settings.shared == "none",
-    )
-    return row, decomposition
+    def read(self, name: str) -> Tensor:
+        """Task vectors of one matrix, (T, m, n)."""
+        vectors = self.task_vectors.read(name, self.device)
+        return vectors.view(len(vectors), *matrix_shape(vectors.shape[1:]))
 
-
-def _shared(vectors: Tensor, settings: MergeSettings) -> Tensor:
-    return shared_matrix(
-        vectors,
-        how=settings.shared,
-        scale=settings.shared_scale,
-        keep=settings.ties_keep,
-    )
-
-
-def _decompose(vectors, row: MatrixSpectra, weights, settings) -> Decomposition:
-    return decompose(
-        vectors,
-        _shared(vectors, settings),
-        max_rank=row.sigma.shape[1],
-        coupled=False,
-        name=row.name,
-    )
-
-
-def _allocate(table, budget: int, unit: int, settings: MergeSettings) -> list[Tensor]:
-    if settings.allocation == "uniform":
-        return uniform(table, budget)
-    if settings.allocation == "greedy":
-        return greedy(table, budget)
-    if settings.allocation == "learned":
-        start = greedy(table, budget) if settings.warm_start else uniform(table, budget)
-        return learn_ranks(
-            table, budget, start=start, settings=settings.learning, unit=unit
+    def shared(self, name: str, vectors: Tensor) -> Tensor:
+        return shared_matrix(
+            vectors,
+            how=self.settings.shared,
+            weights=self.weights[name].to(vectors),
+            scale=self.settings.shared_scale,
+            keep=self.settings.ties_keep,
         )
-    raise BudgetError(
-        f"allocation={settings.allocation!r}; choose learned, greedy or uniform."
-    )
+
+    def in_reach(self, name: str) -> int:
+        """The largest rank that the price and the budget allow for a matrix."""
+        price = matrix_price(self.layout, self.task_vectors, name)
+        return max(min(price.cap, self.budget // price.per_rank), 1)
+
+    def first_pass(self):
+        """Table rows, first-pass factors while they fit in memory, and the precision per matrix."""
+        if self.settings.joint:
+            return self._joint_pass()
+        room, table, kept, stored_as = _Room(self.settings), [], {}, {}
+        names = self.layout.matrices
+        fixed = 0 if self.settings.shared == "none" else None
+        for i, name in enumerate(names):
+            self.progress("decompose", i, len(names))
+            vectors = self.read(name)
+            parts = decompose(
+                vectors,
+                self.shared(name, vectors),
+                max_rank=self.in_reach(name),
+                coupled=self.settings.allocation == "learned"
+                and self.settings.learning.coupled
+                and fixed is None,
+                name=name,
+            )
+            stored_as[name] = self.layout.precisions[name][0]
+            table.append(self._row(name, parts, stored_as[name], fixed))
+            room.keep(kept, name, parts)
+        return table, kept, stored_as
+
+    def _joint_pass(self):
+        """Choose shared rank and precision per matrix first (``lowrank.candidates``), then decompose against them."""
+        room, kept, means = _Room(self.settings), {}, {}
+        own: dict[str, Candidate] = {}
+        names = self.layout.matrices
+        for i, name in enumerate(names):
+            self.progress("decompose", i, len(names))
+            vectors = self.read(name)
+            parts = decompose(
+                vectors,
+                torch.zeros_like(vectors[0]),
+                max_rank=self.in_reach(name),
+                coupled=False,
+                name=name,
+            )
+            own[name] = self._candidate(name, parts.experts)
+            if self.settings.residual == "truncated" and self.settings.shared != "none":
+                means[name] = spectrum(
+                    self.shared(name, vectors), max_rank=self.in_reach(name)
+                ).S.cpu()
+            room.keep(kept, name, parts)
+        level = water_level(
+            [own[n].sigma for n in names],
+            [self.weights[n] for n in names],
+            [own[n].price for n in names],
+            self.budget,
+        )
+        options = []
+        for i, name in enumerate(names):
+            self.progress("share", i, len(names))
+            options.append(self._options(name, own[name], means.get(name), level))
+        picks = choose(options, [self.weights[n] for n in names], self.budget)
+        table, stored_as = [], {}
+        for name, row, pick in zip(names, options, picks):
+            chosen = row[pick]
+            stored_as[name] = next(
+                p for p in self.layout.precisions[name] if p.name == chosen.precision
+            )
+            if chosen.shared_rank:
+                kept.pop(name, None)
+                parts = self.decompose(name, self.read(name), chosen.shared_rank)
+                room.keep(kept, name, parts)
+            else:
+                parts = kept.get(name) or self.decompose(name, self.read(name), 0)
+            table.append(self._row(name, parts, stored_as[name], chosen.shared_rank))
+        return table, kept, stored_as
+
+    def _options(
+        self, name: str, own: Candidate, mean: Tensor | None, level: float
+    ) -> list[Candidate]:
+        """Experts only, and shared ranks 1, 2, 4, ... as far as sharing can pay; each in every allowed precision."""
+        candidates = [own]
+        if mean is not None and level > 0:
+            gain = self.weights[name].sum() * mean.square() / own.price.per_rank
+            most = int((gain >= level).sum())  # each shared component gains at most this
+            if most:
+                vectors = self.read(name)
+                whole = spectrum(self.shared(name, vectors), max_rank=most)
+                for k in sorted({2**p for p in range(most.bit_length())} | {most}):
+                    rest = vectors - whole.cut(k).dense()
+                    parts = [spectrum(r, max_rank=self.in_reach(name)) for r in rest]
+                    candidates.append(self._candidate(name, parts, k))
+        shape = matrix_shape(self.task_vectors.infos[name].shape)
+        return [
+            Candidate(
+                c.shared_rank,
+                p.price(*shape),
+                p.name,
+                c.sigma,
+                c.tail_energy,
+                p.rounding,
+            )
+            for c in candidates
+            for p in self.layout.precisions[name]
+        ]
+
+    def _candidate(self, name: str, parts, shared_rank: int = 0) -> Candidate:
+        precision = self.layout.precisions[name][0]
+        shape = matrix_shape(self.task_vectors.infos[name].shape)
+        return Candidate(
+            shared_rank,
+            precision.price(*shape),
+            precision.name,
+            torch.stack([p.S for p in parts]).cpu(),
+            torch.tensor([p.tail_energy for p in parts]),
+            precision.rounding,
+        )
+
+    def decompose(
+        self, name: str, vectors: Tensor, row: "MatrixSpectra | int"
+    ) -> Decomposition:
+        """Spectra against the shared part cut to a fixed rank, or against the whole of it where that is not fixed."""
+        fixed = row if isinstance(row, int) else row.fixed_shared
+        shared = self.shared(name, vectors)
+        if fixed is not None:
+            shared = spectrum(shared, max_rank=max(fixed, 1)).cut(fixed).dense()
+        return decompose(
+            vectors, shared, max_rank=self.in_reach(name), coupled=False, name=name
+        )
+
+    def _row(
+        self, name: str, parts: Decomposition, precision: Precision, fixed: int | None
+    ) -> MatrixSpectra:
+        shape = matrix_shape(self.task_vectors.infos[name].shape)
+        return spectra_of(
+            name,
+            parts,
+            weights=self.weights[name],
+            price=precision.price(*shape),
+            shape=shape,
+            fixed_shared=fixed,
+        )
+
+    def allocate(self, table: list[MatrixSpectra]) -> list[Tensor]:
+        """Ranks (T + 1,) per matrix."""
+        settings, budget = self.settings, self.budget
+        if settings.allocation == "uniform":
+            return uniform(table, budget)
+        if settings.allocation == "greedy":
+            return greedy(table, budget)
+        start = (greedy if settings.warm_start else uniform)(table, budget)
+        return learn_ranks(
+            table,
+            budget,
+            start=start,
+            settings=settings.learning,
+            unit=self.layout.unit_bits,
+        )
+
+    def upgrade(self, table: list[MatrixSpectra], ranks: list[Tensor]):
+        """Rows, ranks and precisions after what is left was spent on finer precision."""
+        options = [self.layout.precisions[row.name] for row in table]
+        ladders = [
+            [(p.price(*row.shape), p.rounding) for p in allowed]
+            for row, allowed in zip(table, options)
+        ]
+        table, ranks = upgrade(table, ranks, ladders, self.budget)
+        stored_as = {
+            row.name: next(p for p in allowed if p.price(*row.shape) == row.price)
+            for row, allowed in zip(table, options)
+        }
+        return table, ranks, stored_as
 
 
-def _cut(
-    decomposition: Decomposition, ranks: list[int], full: int, shared: Tensor
-) -> Modules:
-    """Truncated SVDs, Eq. 5; a full-rank expert is None (dense), a full-rank shared module is S itself."""
-    experts = tuple(
-        None if k >= full else spectrum.cut(k)
-        for spectrum, k in zip(decomposition.experts, ranks[1:])
-    )
-    if ranks[0] < full:
-        return Modules(decomposition.shared.cut(ranks[0]), experts)
-    m, n = shared.shape
-    eye = torch.eye(min(m, n), dtype=shared.dtype, device=shared.device)
-    whole = LowRankFactors(shared, eye) if m >= n else LowRankFactors(eye, shared)
-    return Modules(whole, experts)
+class _Room:
+    """Memory for first-pass factors."""
+
+    def __init__(self, settings: MergeSettings):
+        self._left = settings.factor_memory_gb * 2**30
+
+    def keep(self, kept: dict[str, Decomposition], name: str, parts: Decomposition):
+        spectra: tuple[Spectrum, ...] = (parts.shared, *parts.experts)
+        size = sum(4 * (p.U.numel() + p.Vh.numel()) for p in spectra)
+        if size <= self._left:
+            self._left -= size
+            kept[name] = parts
 
 
-def _pack(modules: Modules, ranks, vectors, row, task_vectors, dtype):
-    """Stored forms of one matrix: shared (or None) and per task (or None)."""
-    shape = task_vectors.infos[row.name].shape
-    first: Delta | None = None
-    if ranks[0] >= row.full:
-        first = DenseDelta(shape, modules.shared.dense().to(dtype).cpu())
-    elif ranks[0] > 0:
-        first = LowRankDelta.of(shape, modules.shared.to("cpu"), dtype)
-    base = 0.0 if first is None else first.change().view_as(vectors[0].cpu())
-    others: list[Delta | None] = []
-    for factors, tau in zip(modules.experts, vectors):
-        if factors is None:
-            others.append(DenseDelta(shape, (tau.cpu() - base).to(dtype)))
-        elif factors.rank:
-            others.append(LowRankDelta.of(shape, factors.to("cpu"), dtype))
-        else:
-            others.append(None)
-    return first, others
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str):
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
 
 
-def _errors(first: Delta | None, others, vectors: Tensor) -> Tensor:
-    """(T,) squared errors of what was really stored, in float32."""
-    shared = None if first is None else first.change()
-    errors = []
-    for delta, tau in zip(others, vectors.cpu()):
-        change = delta.change(shared) if delta is not None else shared
-        kept = 0.0 if change is None else change.view_as(tau)
-        errors.append((tau - kept).double().square().sum())
-    return torch.stack(errors)
-
-
-def _pack_vectors(task_vectors, tasks, scan, layout, settings, shared, experts) -> None:
-    for name in layout.vectors:
-        if settings.vectors == "pretrained":
-            return
-        vectors, dtype = task_vectors.read(name), layout.dtypes[name]
-        shape = task_vectors.infos[name].shape
-        if settings.vectors == "shared":
-            shared[name] = DenseDelta(shape, vectors.mean(0).to(dtype))
-            continue
-        for task, tau, energy in zip(tasks, vectors, scan.energy[name]):
-            if energy > 0:
-                experts[task][name] = DenseDelta(shape, tau.to(dtype))
-
-
-def _bytes(decomposition: Decomposition) -> int:
-    parts = (decomposition.shared, *decomposition.experts)
-    return sum(4 * (p.U.numel() + p.Vh.numel()) for p in parts)
-
-
-@dataclass
-class _Clock:
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __call__(self, stage: str):
-        self._stage = stage
-        return self
-
-    def __enter__(self):
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.seconds[self._stage] = time.perf_counter() - self._start
+__all__ = [
+    "Budget",
+    "MergeReport",
+    "MergeResult",
+    "MergeSettings",
+    "RankAllocation",
+    "loss_weights",
+    "merge",
+]

@@ -1,7 +1,7 @@
 """What a merge would do, from headers alone."""
 
-from .lowrank import full_rank, rank_cap
-from .pipeline import MergeSettings, lay_out, matrix_budget
+from .layout import MergeSettings, lay_out, matrix_budget, matrix_price
+from .lowrank import full_rank
 from .task_vectors import TaskVectors, matrix_shape
 
 
@@ -16,8 +16,9 @@ def describe_plan(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     layout = lay_out(task_vectors, settings, None)
     left = matrix_budget(layout, settings)
     modules = len(task_vectors.tasks) + (settings.shared != "none")
-    dense = sum(layout.prices[n].dense for n in layout.matrices)
-    share = left / (dense * modules) if dense else 0.0
+    prices = {n: matrix_price(layout, task_vectors, n) for n in layout.matrices}
+    sizes = {n: task_vectors.infos[n].numel for n in layout.matrices}
+    share = left / (modules * sum(sizes.values())) if sizes else 0.0
     lines = [
         f"{len(task_vectors.tasks)} tasks: {', '.join(task_vectors.tasks)}",
         f"{len(layout.matrices)} matrices, {len(layout.vectors)} vectors; one fine-tuned model is "
@@ -28,9 +29,9 @@ def describe_plan(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     ]
     for name in layout.matrices:
         m, n = matrix_shape(task_vectors.infos[name].shape)
-        even = int(share * m * n / (m + n))
-        rank = "dense" if even > rank_cap(m, n) else str(even)
-        cost = layout.prices[name].per_rank // 8
+        even = int(share * m * n / prices[name].per_rank)
+        rank = "dense" if even > prices[name].cap else str(even)
+        cost = prices[name].per_rank // 8
         lines.append(f"{name:<60} {f'{m} x {n}':>14} {cost:>11} {rank:>10}")
     read = (len(task_vectors.tasks) + 1) * layout.unit_bits / 8e9
     peak = _peak_gb(task_vectors, layout, settings, left)

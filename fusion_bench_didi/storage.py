@@ -11,7 +11,7 @@ in the unit either. Bits are those of the stored tensors (masks packed, indices 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from .deltas import Delta
+from .deltas import Delta, DenseDelta
 
 
 @dataclass(frozen=True)
@@ -86,4 +86,24 @@ def account(
         },
         routing_bits=routing_bits,
         layer_bits=layers,
+    )
+
+
+def folded_backbone_bits(
+    sizes: Mapping[str, int],
+    shared: Mapping[str, Delta],
+    experts: Mapping[str, Mapping[str, Delta]],
+) -> int:
+    """What is left of the backbone when *base + shared* is stored instead of the two.
+
+    The base's value of a tensor is still needed where nothing is shared and some task does not store it whole.
+
+    Args:
+        sizes: bits per tensor of one fine-tuned model.
+    """
+    return sum(
+        bits
+        for name, bits in sizes.items()
+        if name not in shared
+        and not all(isinstance(e.get(name), DenseDelta) for e in experts.values())
     )

@@ -277,7 +277,8 @@ class TaskVectors:
         energy, faults = {}, []
         for name in self.infos:
             task_vectors = self.read(name, device)
-            energy[name] = task_vectors.flatten(1).double().square().sum(1).cpu()
+            flat = task_vectors.reshape(len(task_vectors), -1)
+            energy[name] = flat.double().square().sum(1).cpu()
             if not bool(energy[name].isfinite().all()):
                 faults += self._non_finite(name)
         if faults:

@@ -9,14 +9,16 @@ from .allocation import (
     total_cost,
     uniform,
 )
+from .candidates import Candidate, choose, upgrade, water_level
 from .decomposition import Decomposition, SharedMerge, decompose, shared_matrix
 from .factors import LowRankFactors, Spectrum, full_rank, rank_cap
 from .learning import LearningSettings, learn_ranks, truncation_error
 from .refinement import Modules, Refinement, RefinementSettings, refine
-from .svd import spectrum
+from .svd import spectrum, subspace_step
 
 __all__ = [
     "Allocation",
+    "Candidate",
     "Decomposition",
     "LearningSettings",
     "LowRankFactors",
@@ -27,6 +29,7 @@ __all__ = [
     "RefinementSettings",
     "SharedMerge",
     "Spectrum",
+    "choose",
     "decompose",
     "full_rank",
     "greedy",
@@ -36,7 +39,10 @@ __all__ = [
     "shared_matrix",
     "spectra_of",
     "spectrum",
+    "subspace_step",
     "total_cost",
     "truncation_error",
     "uniform",
+    "upgrade",
+    "water_level",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .decomposition import Coupling, Decomposition
-from .factors import full_rank, rank_cap
+from .factors import full_rank
 
 Allocation = Literal["learned", "greedy", "uniform"]
 
@@ -25,6 +25,11 @@ class Price:
 
     per_rank: int
     dense: int
+
+    @property
+    def cap(self) -> int:
+        """The largest rank that costs less than the dense form."""
+        return max((self.dense - 1) // self.per_rank, 0)
 
     def of(self, rank: int, full: int) -> int:
         return self.dense if rank >= full else rank * self.per_rank
@@ -41,7 +46,7 @@ class MatrixSpectra:
         weights: (T,) weight of each task's squared error in the objective.
         price: bits per rank, and dense.
         coupling: cross terms; None to leave them out.
-        expert_only: no shared module is offered.
+        fixed_shared: rank of the shared module where it is not to be allocated; 0 for experts only.
     """
 
     name: str
@@ -51,7 +56,7 @@ class MatrixSpectra:
     weights: Tensor
     price: Price
     coupling: Coupling | None = None
-    expert_only: bool = False
+    fixed_shared: int | None = None
 
     @property
     def full(self) -> int:
@@ -60,7 +65,12 @@ class MatrixSpectra:
     @property
     def cap(self) -> int:
         """The largest rank worth storing as factors, and known from the spectra."""
-        return min(rank_cap(*self.shape), self.sigma.shape[1])
+        return min(self.price.cap, self.full - 1, self.sigma.shape[1])
+
+    @property
+    def free(self) -> range:
+        """The modules whose rank is to be allocated."""
+        return range(0 if self.fixed_shared is None else 1, self.sigma.shape[0])
 
     @property
     def module_weights(self) -> Tensor:
@@ -78,7 +88,7 @@ def spectra_of(
     weights: Tensor,
     price: Price,
     shape: tuple[int, int],
-    expert_only: bool = False,
+    fixed_shared: int | None = None,
 ) -> MatrixSpectra:
     """The table row of one decomposed matrix."""
     parts = (decomposition.shared, *decomposition.experts)
@@ -90,7 +100,7 @@ def spectra_of(
         weights=weights.cpu().float(),
         price=price,
         coupling=decomposition.coupling,
-        expert_only=expert_only,
+        fixed_shared=fixed_shared,
     )
 
 
@@ -116,9 +126,10 @@ def greedy(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
     slope, module, matrix, target, cost = (
         x[useful] for x in (slope, module, matrix, target, cost)
     )
+    ranks = [_snap(row, torch.zeros(row.sigma.shape[0])) for row in table]
     order = torch.sort(slope, descending=True, stable=True).indices
-    taken = order[torch.cumsum(cost[order], 0) <= budget]
-    ranks = [torch.zeros(row.sigma.shape[0], dtype=torch.long) for row in table]
+    left = budget - total_cost(table, ranks)
+    taken = order[torch.cumsum(cost[order], 0) <= left]
     for i, j, k in zip(
         matrix[taken].tolist(), module[taken].tolist(), target[taken].tolist()
     ):
@@ -130,9 +141,9 @@ def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
     """Gain per bit, module, matrix, rank reached and bits of every edge of the convex error-cost curves."""
     out: list[tuple[Tensor, ...]] = []
     cap, per_rank, dense = row.cap, row.price.per_rank, row.price.dense
-    for j, weight in enumerate(row.module_weights.tolist()):
-        if j == 0 and row.expert_only:
-            continue
+    weights = row.module_weights.tolist()
+    for j in row.free:
+        weight = weights[j]
         energy = row.sigma[j].double().square()  # (q,)
         left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
         left = left + float(row.tail_energy[j])  # (q + 1,) error kept out at rank i
@@ -153,10 +164,7 @@ def uniform(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
     shares = []
     for row in table:
         m, n = row.shape
-        k = torch.full((row.sigma.shape[0],), m * n / (m + n))
-        if row.expert_only:
-            k[0] = 0
-        shares.append(k)
+        shares.append(torch.full((row.sigma.shape[0],), m * n / (m + n)))
     return scale_to_budget(table, shares, budget)
 
 
@@ -188,9 +196,12 @@ def scale_to_budget(
 
 
 def _snap(row: MatrixSpectra, ranks: Tensor) -> Tensor:
-    """Ranks past the cap become full (stored dense)."""
+    """Ranks past the cap become full (stored dense); a fixed shared rank stays what it is."""
     ranks = ranks.clamp(min=0).long()
-    return torch.where(ranks > row.cap, torch.full_like(ranks, row.full), ranks)
+    ranks = torch.where(ranks > row.cap, torch.full_like(ranks, row.full), ranks)
+    if row.fixed_shared is not None:
+        ranks[0] = row.fixed_shared
+    return ranks
 
 
 def fill(
@@ -213,7 +224,7 @@ def fill(
             heapq.heappush(heap, (-gain / bits, i, j))
 
     for i, row in enumerate(table):
-        for j in range(1 if row.expert_only else 0, row.sigma.shape[0]):
+        for j in row.free:
             push(i, j)
     while heap:
         _, i, j = heapq.heappop(heap)

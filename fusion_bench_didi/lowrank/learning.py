@@ -89,7 +89,8 @@ def learn_ranks(
         with torch.no_grad():
             for group, fraction in zip(groups, fractions):
                 fraction.clamp_(0.0, group.cap / group.full)
-                fraction[group.expert_only, 0] = 0.0
+                fixed = group.fixed_shared
+                fraction[fixed >= 0, 0] = fixed[fixed >= 0] / group.full
     learned: list[Tensor] = [torch.empty(0)] * len(table)
     for group, fraction in zip(groups, fractions):
         for i, k in zip(group.members, (fraction.detach() * group.full).unbind()):
@@ -109,7 +110,7 @@ class _Group:
     sigma: Tensor  # (G, T + 1, q)
     tail_energy: Tensor  # (G, T + 1)
     weights: Tensor  # (G, T)
-    expert_only: Tensor  # (G,) bool
+    fixed_shared: Tensor  # (G,) rank, -1 where it is learned
     coupling: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
     @classmethod
@@ -137,7 +138,9 @@ class _Group:
             sigma=torch.stack([row.sigma for row in rows]),
             tail_energy=torch.stack([row.tail_energy for row in rows]),
             weights=torch.stack([row.weights for row in rows]),
-            expert_only=torch.tensor([row.expert_only for row in rows]),
+            fixed_shared=torch.tensor(
+                [-1 if r.fixed_shared is None else r.fixed_shared for r in rows]
+            ),
             coupling=parts,
         )
 

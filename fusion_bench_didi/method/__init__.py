@@ -1,5 +1,19 @@
 """The classes that YAML instantiates; they hold configuration, not mathematics."""
 
+from .cat import CATMerging
 from .didi import DiDiMerging
+from .emr import EMRMerging
+from .free import FreeMerging
+from .tall_mask import TallMaskMerging
+from .tsv_c import TSVCompression
+from .twin import TwinMerging
 
-__all__ = ["DiDiMerging"]
+__all__ = [
+    "CATMerging",
+    "DiDiMerging",
+    "EMRMerging",
+    "FreeMerging",
+    "TSVCompression",
+    "TallMaskMerging",
+    "TwinMerging",
+]

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from fusion_bench import BaseAlgorithm, auto_register_config
-from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
+from fusion_bench import auto_register_config
 from rich.progress import Progress
 
 from ..budget import Budget
@@ -21,22 +19,14 @@ from ..lowrank import LearningSettings, RefinementSettings
 from ..models import DiDiModel
 from ..pipeline import MergeResult, MergeSettings, merge
 from ..plan import describe_plan
-from ..pool_reader import (
-    as_pool,
-    backbone_reference,
-    check_pool,
-    load_backbone,
-    open_pool,
-)
-from ..taskpool.attach import attach, pool_tasks
-from ..naming import check_tasks
-from .saving import attach_saving
+from ..pool_reader import load_backbone, open_pool
+from .base import PoolMethod
 
 log = logging.getLogger(__name__)
 
 
 @auto_register_config
-class DiDiMerging(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
+class DiDiMerging(PoolMethod):
     """One frozen backbone, one low-rank shared module and one low-rank expert per task, under one budget.
 
     ``W_t = W_0 + B_0 A_0 + B_t A_t``: the shared matrix is a static merge of the task vectors, experts are residuals
@@ -50,6 +40,8 @@ class DiDiMerging(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         NonFiniteError: before any decomposition.
     """
 
+    title = "DiDi-Merging"
+
     def __init__(
         self,
         budget: float = 1.4,
@@ -57,6 +49,7 @@ class DiDiMerging(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         shared: str = "mean",
         shared_scale: float = 0.3,
         ties_keep: float = 0.2,
+        residual: str = "truncated",
         allocation: str = "learned",
         warm_start: bool = True,
         rank_steps: int = 300,
@@ -70,11 +63,11 @@ class DiDiMerging(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         refine_tolerance: float = 1e-4,
         refine_steps: int = 300,
         refine_lr: float = 0.01,
-        normalisation: str = "matrix",
+        normalisation: str = "root",
         vectors: str = "expert",
         as_vectors: Sequence[str] = (),
         exclude: Sequence[str] = (),
-        factor_dtype: str | None = None,
+        factor_dtype: str = "auto",
         factor_memory_gb: float = 4.0,
         task_aliases: Mapping[str, str] | None = None,
         dry_run: bool = False,
@@ -93,6 +86,7 @@ class DiDiMerging(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             shared=self.shared,
             shared_scale=self.shared_scale,
             ties_keep=self.ties_keep,
+            residual=self.residual,
             allocation=self.allocation,
             warm_start=self.warm_start,
             learning=LearningSettings(
@@ -112,7 +106,7 @@ class DiDiMerging(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             ),
             normalisation=self.normalisation,
             vectors=self.vectors,
-            factor_dtype=_dtype(self.factor_dtype),
+            factor_dtype=self.factor_dtype,
             factor_memory_gb=self.factor_memory_gb,
         )
 
@@ -123,13 +117,7 @@ class DiDiMerging(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             the merged model; None after a dry run.
         """
         settings = self.settings()
-        modelpool = as_pool(modelpool)
-        check_pool(modelpool)
-        taskpool = getattr(self._program, "taskpool", None)
-        if taskpool is not None:
-            check_tasks(
-                pool_tasks(taskpool), modelpool.model_names, self.task_aliases
-            )
+        modelpool = self.checked(modelpool)
         choice = {
             "exclude": tuple(self.exclude or ()),
             "as_vectors": tuple(self.as_vectors or ()),
@@ -153,31 +141,20 @@ class DiDiMerging(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             )
         self.print_profile_summary()
         model = self._model(modelpool, backbone, result)
-        log.info(
-            "DiDi-Merging: %d tasks, x_excl %.4f, relative error %.4f",
-            len(model.tasks),
-            model.storage.x_excl,
-            result.report.relative_error,
-        )
-        if taskpool is not None:
-            attach(taskpool, known=model.tasks, aliases=self.task_aliases)
-        attach_saving(modelpool)
-        return model
+        log.info("relative error %.4f", result.report.relative_error)
+        return self.hand_over(model, modelpool)
 
     def _model(self, modelpool, backbone, result: MergeResult) -> DiDiModel:
         info = {
-            "method": "DiDi-Merging",
+            **self.facts(modelpool, backbone),
             "budget": self.budget,
-            "settings": _plain(self.settings()),
+            "settings": asdict(self.settings()),
             "relative_error": result.report.relative_error,
             "seconds": dict(result.report.seconds),
             "ranks": asdict(result.ranks),
-            "parents": {
-                name: entry if isinstance(entry, str) else None
-                for name, entry in modelpool._models.items()
-                if name in modelpool.model_names
-            },
-            "backbone": backbone_reference(modelpool, backbone),
+            "energy_kept": result.report.energy_kept,
+            "energy_tasks": list(result.report.tasks),
+            "precision": dict(result.report.precision),
         }
         return DiDiModel(
             backbone,
@@ -186,21 +163,3 @@ class DiDiMerging(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             unit_bits=result.storage.unit_bits,
             info=info,
         )
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None or name == "auto":
-        return None
-    dtype = getattr(torch, str(name), None)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"factor_dtype={name!r}; choose auto, float32, bfloat16 or float16."
-        )
-    return dtype
-
-
-def _plain(settings: MergeSettings) -> dict:
-    return {
-        key: str(value) if isinstance(value, torch.dtype) else value
-        for key, value in asdict(settings).items()
-    }

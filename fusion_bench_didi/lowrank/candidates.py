@@ -1,0 +1,161 @@
+"""Choices per matrix that are made together with the ranks: how much is shared, and in how many bits.
+
+A candidate fixes the shared module's rank k_0 and the precision of one matrix; its experts are residuals against the
+*truncated* shared part, ``tau_t - S_k0``, so that the error is an exact sum of their lost singular values and no cross
+terms remain. For a multiplier ``mu`` (error per bit) every candidate's best expert ranks are known in closed form; the
+best candidate per matrix follows, and ``mu`` is the smallest that meets the budget. ``k_0 = 0`` is always among the
+candidates, so a shared part is only chosen where it pays. Letters: ``T`` tasks, ``q`` kept singular values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .allocation import MatrixSpectra, Price, fill, total_cost
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to store a matrix.
+
+    Args:
+        shared_rank: k_0.
+        price: of its precision.
+        precision: name of the precision.
+        sigma: (T, q) singular values of the residuals.
+        tail_energy: (T,) beyond them.
+        rounding: relative squared error that rounding adds to whatever is kept.
+    """
+
+    shared_rank: int
+    price: Price
+    precision: str
+    sigma: Tensor
+    tail_energy: Tensor
+    rounding: float = 0.0
+
+    def curve(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted error (T, K) and bits (K,) of an expert at ranks 0, 1, ..., cap and, last, dense."""
+        energy = self.sigma.double().square()
+        whole = energy.sum(1) + self.tail_energy.double()
+        cap = min((self.price.dense - 1) // self.price.per_rank, energy.shape[1])
+        kept = torch.cat([energy.new_zeros(len(energy), 1), energy.cumsum(1)], 1)
+        left = (whole[:, None] - kept[:, : cap + 1]).clamp(min=0)
+        error = left + self.rounding * (whole[:, None] - left)
+        error = torch.cat([error, self.rounding_dense * whole[:, None]], 1)
+        bits = torch.arange(cap + 2, dtype=torch.float64) * self.price.per_rank
+        bits[-1] = self.price.dense
+        return weights.double()[:, None] * error, bits
+
+    @property
+    def rounding_dense(self) -> float:
+        return 0.0 if self.rounding == 0 else 1e-4
+
+
+def choose(
+    options: Sequence[Sequence[Candidate]], weights: Sequence[Tensor], budget: int
+) -> list[int]:
+    """Index of the best candidate per matrix under one budget.
+
+    Args:
+        options: candidates per matrix.
+        weights: (T,) per matrix.
+        budget: bits.
+    """
+    curves = [[c.curve(w) for c in row] for row, w in zip(options, weights)]
+
+    def at(mu: float) -> tuple[list[int], float]:
+        chosen, total = [], 0.0
+        for row, parts in zip(options, curves):
+            best = (torch.inf, 0.0, 0)
+            for index, (candidate, (error, bits)) in enumerate(zip(row, parts)):
+                ranks = (error + mu * bits).argmin(1)  # (T,)
+                own = float(bits[ranks].sum())
+                own += candidate.shared_rank * candidate.price.per_rank
+                lost = float(error.gather(1, ranks[:, None]).sum())
+                best = min(best, (lost + mu * own, own, index))
+            chosen.append(best[2])
+            total += best[1]
+        return chosen, total
+
+    high = max(float((e[:, :1] / b[1]).max()) for row in curves for e, b in row)
+    low = 0.0
+    result, spent = at(low)
+    if spent <= budget:
+        return result
+    high = max(high, 1e-300)
+    low = high * 2.0**-60
+    for _ in range(40):  # bisection on the logarithm
+        middle = (low * high) ** 0.5
+        chosen, spent = at(middle)
+        if spent <= budget:
+            high, result = middle, chosen
+        else:
+            low = middle
+    return result
+
+
+def upgrade(
+    table: Sequence[MatrixSpectra],
+    ranks: Sequence[Tensor],
+    ladders: Sequence[Sequence[tuple[Price, float]]],
+    budget: int,
+) -> tuple[list[MatrixSpectra], list[Tensor]]:
+    """Spend what the ranks could not: finer precision, matrix by matrix, where it gains most per bit.
+
+    Ranks run out where the budget is generous: every module of the chosen precisions is then complete.
+
+    Args:
+        ladders: per matrix the precisions, cheapest first, as (price, relative rounding error).
+
+    Returns:
+        the rows at their new prices, and the ranks, filled again.
+    """
+    rows, ranks = list(table), fill(table, ranks, budget)
+    while True:
+        left = budget - total_cost(rows, ranks)
+        best = (0.0, -1, rows[0].price)
+        for i, (row, k, ladder) in enumerate(zip(rows, ranks, ladders)):
+            prices = [price for price, _ in ladder]
+            level = prices.index(row.price)
+            if level + 1 == len(ladder):
+                continue
+            finer = replace(row, price=prices[level + 1])
+            extra = finer.cost(k) - row.cost(k)
+            if not 0 < extra <= left:
+                continue
+            energy = row.sigma.double().square().sum(1) + row.tail_energy
+            kept = float((row.module_weights * energy * (k > 0))[1:].sum())
+            gain = (ladder[level][1] - ladder[level + 1][1]) * kept / extra
+            best = max(best, (gain, i, finer.price), key=lambda entry: entry[0])
+        gain, i, price = best
+        if gain <= 0:
+            return rows, ranks
+        rows[i] = replace(rows[i], price=price)
+        ranks = fill(rows, ranks, budget)
+
+
+def water_level(
+    sigmas: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    prices: Sequence[Price],
+    budget: int,
+) -> float:
+    """Gain per bit of the last component that fits, when only the experts' components compete.
+
+    Args:
+        sigmas: (T, q) per matrix.
+    """
+    slopes, costs = [], []
+    for sigma, w, price in zip(sigmas, weights, prices):
+        slope = w[:, None].double() * sigma.double().square() / price.per_rank
+        slopes.append(slope.flatten())
+        costs.append(torch.full_like(slopes[-1], float(price.per_rank)))
+    slope, cost = torch.cat(slopes), torch.cat(costs)
+    order = slope.argsort(descending=True)
+    fits = cost[order].cumsum(0) <= budget
+    if bool(fits.all()):
+        return 0.0
+    return float(slope[order][fits].min()) if bool(fits.any()) else float(slope.max())

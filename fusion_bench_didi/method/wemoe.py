@@ -1,0 +1,111 @@
+"""WEMoE (Tang et al., ICML 2024, arXiv 2402.00433): the host's class with what keeps it from running put right.
+
+MLP of each block: ``W_0 + sum_t g_t(x) tau_t``, with a small router g per block; everything else is task arithmetic. The
+routers are trained by entropy minimisation on unlabelled **test** images.
+
+Four things are put right in FusionBench 0.2.33, everything else is inherited:
+
+- its ``task_arithmetic_merge`` asks ``state_dict_sub`` to compare parameters with tensors, which that refuses
+  (``TypeError``, on every version of transformers);
+- it uses the class heads of the model pool's base model, which is a vision tower without text side in local pools; the
+  task pool's CLIP model has both;
+- after training it means to route every image by itself but sets the flag on the wrong module, so that a batch is routed
+  by its mean: a batch of one task then tells the task;
+- loaders are cached for the life of the process.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from fusion_bench.method.we_moe import clip_we_moe
+from fusion_bench.models.hf_clip import HFCLIPClassifier
+from fusion_bench.models.we_moe import WeightEnsemblingMoE
+from fusion_bench.tasks.clip_classification import get_classnames_and_templates
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+
+class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
+    """Weight-ensembling mixture of experts on CLIP vision towers.
+
+    Args: as the keys of ``config/method/didi/wemoe.yaml``.
+    """
+
+    def __init__(self, *, batch_reduce_at_test: bool = False, **config: Any):
+        super().__init__(OmegaConf.create(config))
+        self.batch_reduce_at_test = batch_reduce_at_test
+
+    def run(self, modelpool: Any) -> nn.Module:
+        """Build, adapt on the test images, and route every image by itself.
+
+        Raises:
+            ValueError: if neither the model pool nor the task pool has test images.
+        """
+        taskpool = getattr(self._program, "taskpool", None)
+        if not modelpool.has_test_dataset:
+            datasets = getattr(taskpool, "_test_datasets", None)
+            if not datasets:
+                raise ValueError(
+                    "WEMoE trains its routers on unlabelled test images, and neither pool has any. "
+                    "Give modelpool.test_datasets."
+                )
+            modelpool._test_datasets = datasets
+        # Without a program there is no Fabric yet; the host makes one only where there is CUDA.
+        self._fabric = self._fabric or self.fabric
+        try:
+            model = super().run(modelpool)
+        finally:
+            type(self).get_shuffled_test_loader_iter.cache_clear()
+        for module in model.modules():
+            if isinstance(module, WeightEnsemblingMoE):
+                module.batch_reduce = self.batch_reduce_at_test
+        return model.requires_grad_(False).eval()
+
+    def construct_moe_model(self) -> nn.Module:
+        with _working_task_arithmetic():
+            return super().construct_moe_model()
+
+    @torch.no_grad()
+    def on_test_time_adaptation_start(self) -> None:
+        """Class heads from the task pool's CLIP model where there is one."""
+        taskpool = getattr(self._program, "taskpool", None)
+        clip = getattr(taskpool, "clip_model", None)
+        processor = getattr(taskpool, "processor", None)
+        if clip is None:
+            clip = self.modelpool.load_clip_model("_pretrained_")
+            processor = self.clip_processor
+        self._clip_processor = processor
+        classifier = HFCLIPClassifier(self.fabric.to_device(clip), processor)
+        self.zeroshot_weights = {}
+        for task in self.modelpool.model_names:
+            classifier.set_classification_task(*get_classnames_and_templates(task))
+            self.zeroshot_weights[task] = classifier.zeroshot_weights.clone()
+        self.visual_projection = clip.visual_projection
+        self.logit_scale_exp = clip.logit_scale.detach().exp()
+
+
+@torch.no_grad()
+def _task_arithmetic(
+    pretrained_model: nn.Module,
+    finetuned_models: list[nn.Module],
+    scaling_factor: float,
+) -> nn.Module:
+    """``W_0 + scale * sum_t (W_t - W_0)``, in place, as the host's function of that purpose means to."""
+    tuned = [model.state_dict() for model in finetuned_models]
+    for name, base in pretrained_model.state_dict().items():
+        if base.is_floating_point():
+            change: Tensor = sum(state[name] - base for state in tuned)
+            base.add_(change, alpha=scaling_factor)
+    return pretrained_model
+
+
+@contextlib.contextmanager
+def _working_task_arithmetic() -> Iterator[None]:
+    broken = clip_we_moe.task_arithmetic_merge
+    clip_we_moe.task_arithmetic_merge = _task_arithmetic
+    try:
+        yield
+    finally:
+        clip_we_moe.task_arithmetic_merge = broken

@@ -1,0 +1,106 @@
+"""In what type modules and vectors are stored, and what that costs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .budget import dtype_bits
+from .deltas import Delta, DenseDelta, LowRankDelta
+from .lowrank import LowRankFactors, Price
+from .lowrank.quantisation import RELATIVE_ERROR, round_factors
+from .quantised import RoundedDenseDelta, RoundedLowRankDelta
+
+#: Bits of a rounding scale.
+SCALE_BITS = 32
+
+_FLOATS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+NAMES = ("checkpoint", *_FLOATS, "int8", "int4", "auto")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One way to write numbers down.
+
+    Args:
+        name: a floating type, ``int8`` or ``int4``.
+        bits: per value.
+        dtype: of floating storage; None for integer codes.
+    """
+
+    name: str
+    bits: int
+    dtype: torch.dtype | None = None
+
+    @property
+    def rounding(self) -> float:
+        """Expected squared error of a stored product relative to its energy.
+
+        The second factor is refitted to the rounded first, which leaves little more than one rounding.
+        """
+        return RELATIVE_ERROR[self.bits] * 1.5 if self.dtype is None else 0.0
+
+    def price(self, m: int, n: int) -> Price:
+        """Integer codes carry one scale per direction, or per row where dense; dense is at least 8 bits."""
+        if self.dtype is not None:
+            return Price(per_rank=self.bits * (m + n), dense=self.bits * m * n)
+        return Price(
+            per_rank=self.bits * (m + n) + SCALE_BITS, dense=8 * m * n + SCALE_BITS * m
+        )
+
+    def low_rank(
+        self, shape: tuple[int, ...], factors: LowRankFactors, target: Tensor | None
+    ) -> Delta:
+        """Store a product; integer codes are fitted to ``target`` (m, n) if given."""
+        if self.dtype is not None:
+            return LowRankDelta.of(shape, factors, self.dtype)
+        rounded = round_factors(factors, bits=self.bits, target=target)
+        return RoundedLowRankDelta.of(shape, rounded)
+
+    def dense(self, shape: tuple[int, ...], matrix: Tensor) -> Delta:
+        """Store every entry of (m, n)."""
+        if self.dtype is not None:
+            return DenseDelta(shape, matrix.to(self.dtype))
+        return RoundedDenseDelta.of(shape, matrix)
+
+
+def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:
+    """The precisions that a setting allows for a tensor, cheapest first.
+
+    Args:
+        name: one of ``NAMES``; ``checkpoint`` is the tensor's own type, ``auto`` leaves the choice to the allocation.
+        own: type of the tensor in the checkpoints.
+
+    Raises:
+        ValueError: for another name.
+    """
+    as_is = Precision(str(own).removeprefix("torch."), dtype_bits(own), own)
+    if name == "checkpoint":
+        return (as_is,)
+    if name in _FLOATS:
+        dtype = _FLOATS[name]
+        return (Precision(name, torch.finfo(dtype).bits, dtype),)
+    if name in ("int8", "int4"):
+        return (Precision(name, int(name[3:])),)
+    if name == "auto":
+        return Precision("int4", 4), Precision("int8", 8), as_is
+    raise ValueError(f"factor_dtype={name!r}; choose one of {', '.join(NAMES)}.")
+
+
+def vector_dtype(
+    name: str, own: torch.dtype, *, share: float, few: float = 0.02
+) -> torch.dtype:
+    """In what type vectors are stored: never in integer codes, for they are few and outliers rule them.
+
+    Args:
+        share: of the budget that they take in their own type; ``auto`` goes to bfloat16 where that is above ``few``.
+    """
+    if name in _FLOATS:
+        return _FLOATS[name]
+    if name == "checkpoint" or (name == "auto" and share <= few):
+        return own
+    return torch.bfloat16

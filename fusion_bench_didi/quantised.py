@@ -1,0 +1,80 @@
+"""Deltas of few bits per value."""
+
+import math
+
+from torch import Tensor
+
+from .deltas import KINDS, Delta
+from .lowrank.quantisation import (
+    RoundedFactors,
+    pack_nibbles,
+    round_rows,
+    unpack_nibbles,
+)
+
+
+class RoundedLowRankDelta(Delta):
+    """A low-rank product with integer factors and one float32 scale per direction: ``shared + (up * scale) @ down``.
+
+    Args:
+        up, down: (m, r) and (r, n) codes; int8, or two to a byte when ``bits`` is 4.
+        scale: (r,).
+        bits: 8 or 4.
+    """
+
+    kind = "rounded_low_rank"
+    parts = ("up", "down", "scale")
+
+    def __init__(
+        self, shape: tuple[int, ...], up: Tensor, down: Tensor, scale: Tensor, bits: int
+    ):
+        super().__init__(shape, up=up, down=down, scale=scale)
+        self.width = bits
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], factors: RoundedFactors
+    ) -> "RoundedLowRankDelta":
+        up, down = factors.up, factors.down
+        if factors.bits == 4:
+            up, down = pack_nibbles(up), pack_nibbles(down)
+        return cls(shape, up, down, factors.scale, factors.bits)
+
+    @property
+    def rank(self) -> int:
+        return self.scale.shape[0]
+
+    def options(self) -> dict:
+        return {"bits": self.width}
+
+    def change(self, shared: Tensor | None = None) -> Tensor:
+        m, n = self.shape[0], math.prod(self.shape[1:])
+        up, down = self.up, self.down
+        if self.width == 4:
+            up = unpack_nibbles(up, (m, self.rank))
+            down = unpack_nibbles(down, (self.rank, n))
+        product = ((up.float() * self.scale) @ down.float()).view(self.shape)
+        return product if shared is None else shared + product
+
+
+class RoundedDenseDelta(Delta):
+    """Every entry as an 8-bit code with one float32 scale per row of the matrix: ``shared + codes * scale``."""
+
+    kind = "rounded_dense"
+    parts = ("codes", "scale")
+
+    def __init__(self, shape: tuple[int, ...], codes: Tensor, scale: Tensor):
+        super().__init__(shape, codes=codes.reshape(shape), scale=scale)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], matrix: Tensor) -> "RoundedDenseDelta":
+        """From (m, n)."""
+        return cls(shape, *round_rows(matrix, 8))
+
+    def change(self, shared: Tensor | None = None) -> Tensor:
+        rows = self.codes.flatten(1).float() * self.scale[:, None]
+        value = rows.view(self.shape)
+        return value if shared is None else shared + value
+
+
+KINDS.update({cls.kind: cls for cls in (RoundedLowRankDelta, RoundedDenseDelta)})

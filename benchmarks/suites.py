@@ -1,105 +1,95 @@
 """Model suites to measure on: directories of local CLIP towers and parquet data, as host pools."""
 
 import json
+import platform
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from torch import nn
-from torch.utils.data import DataLoader
 
-from fusion_bench_didi.demo import register_tasks
+from fusion_bench_didi.demo.folder_pools import (
+    FolderCLIPVisionModelPool,
+    FolderCLIPVisionModelTaskPool,
+)
+from fusion_bench_didi.taskpool import attach
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "suite" / "real8"
 
 
 class Suite:
-    """A directory with ``clip/``, ``vision/``, ``data/`` and the class names of its tasks.
+    """The pools of one suite, images decoded once.
 
     Args:
-        root: the directory.
-        split: which images to score on; nothing may be chosen on ``test``.
+        name: a directory, ``demo``, or None for the default suite beside the repository.
+        split: images to score on; nothing may be chosen on ``test``.
     """
 
-    def __init__(self, root: Path, *, split: str = "test"):
-        if not (root / "clip").is_dir():
-            raise FileNotFoundError(
-                f"{root} holds no suite (no clip/ in it). Give one with --suite, or --suite demo."
-            )
-        self.root, self.split = root, split
-        self.classes = class_names(root)
-        self.tasks = list(self.classes)
-        register_tasks(self.classes)
+    def __init__(self, name: str | None, *, split: str = "test"):
+        if name == "demo":
+            from fusion_bench_didi.demo import build_suite
 
-    def modelpool(self) -> CLIPVisionModelPool:
-        vision = self.root / "vision"
-        return CLIPVisionModelPool(
-            {name: str(vision / name) for name in ("_pretrained_", *self.tasks)},
-            processor=str(self.root / "clip"),
-        )
-
-    def taskpool(self) -> CLIPVisionModelTaskPool:
-        """The host's own pool, unmodified; images are decoded once instead of once per evaluation."""
-        from datasets import load_dataset
-
-        datasets = {
-            task: load_dataset(str(self.root / "data" / task), split=self.split)
-            for task in self.tasks
-        }
-        pool = CLIPVisionModelTaskPool(
-            test_datasets=datasets,
-            processor=str(self.root / "clip"),
-            clip_model=str(self.root / "clip"),
+            root = build_suite()
+        else:
+            root = Path(name) if name else DEFAULT
+        self.label = name or "real8"
+        self.modelpool: CLIPVisionModelPool = FolderCLIPVisionModelPool(root=str(root))
+        self.taskpool: CLIPVisionModelTaskPool = FolderCLIPVisionModelTaskPool(
+            root=str(root),
+            split=split,
+            decode_once=True,
             dataloader_kwargs={"batch_size": 256},
         )
-        pool.setup()
-        pool.test_dataloaders = {
-            task: _decoded(loader) for task, loader in pool.test_dataloaders.items()
-        }
-        return pool
+        attach(self.taskpool)
+        self.taskpool.setup()
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.modelpool.model_names
+
+    def accuracy(
+        self, model: nn.Module, tasks: list[str] | None = None
+    ) -> dict[str, float]:
+        """Accuracy per task, by the host's own evaluation."""
+        loaders = self.taskpool.test_dataloaders
+        chosen = tasks or self.tasks
+        self.taskpool.test_dataloaders = {task: loaders[task] for task in chosen}
+        try:
+            report = self.taskpool.evaluate(model)
+        finally:
+            self.taskpool.test_dataloaders = loaders
+        return {task: report[task]["accuracy"] for task in chosen}
+
+    def individuals(self) -> dict[str, float]:
+        """Each fine-tuned model on its own task."""
+        scores: dict[str, float] = {}
+        for task in self.tasks:
+            scores |= self.accuracy(self.modelpool.load_model(task), [task])
+        return scores
 
 
-def class_names(root: Path) -> dict[str, list[str]]:
-    """Class tokens per task, from ``tasks.json`` or the embedded suite's ``suite.json``."""
-    file = root / "tasks.json"
-    tasks = json.loads((file if file.is_file() else root / "suite.json").read_text())
-    tasks = tasks.get("tasks", tasks)
-    return {name: entry["classnames"] for name, entry in tasks.items()}
+def mean(scores: dict[str, float]) -> float:
+    return sum(scores.values()) / len(scores)
 
 
-def open_suite(name: str | None, *, split: str = "test") -> Suite:
-    """``demo``, a path, or the default suite beside the repository."""
-    if name == "demo":
-        from fusion_bench_didi.demo import build_suite
-
-        return Suite(build_suite(), split=split)
-    return Suite(Path(name) if name else DEFAULT, split=split)
+def retention(scores: dict[str, float], reference: dict[str, float]) -> float:
+    """Mean over tasks of accuracy over fine-tuned accuracy."""
+    return sum(scores[t] / reference[t] for t in reference) / len(reference)
 
 
-def accuracies(report: dict[str, Any], tasks: list[str]) -> dict[str, float]:
-    return {task: report[task]["accuracy"] for task in tasks}
-
-
-def individuals(suite: Suite, taskpool: CLIPVisionModelTaskPool) -> dict[str, float]:
-    """Each fine-tuned model on its own task."""
+def machine() -> dict[str, str | int]:
+    """What a figure depends on besides the code."""
+    packages = ("torch", "transformers", "fusion-bench")
     return {
-        task: single(taskpool, suite.modelpool().load_model(task), task)
-        for task in suite.tasks
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        **{package: version(package) for package in packages},
     }
 
 
-def single(taskpool: CLIPVisionModelTaskPool, model: nn.Module, task: str) -> float:
-    """One model on one task of the pool."""
-    loaders = taskpool.test_dataloaders
-    taskpool.test_dataloaders = {task: loaders[task]}
-    try:
-        return taskpool.evaluate(model)[task]["accuracy"]
-    finally:
-        taskpool.test_dataloaders = loaders
-
-
-@torch.no_grad()
-def _decoded(loader: DataLoader) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(images, labels) for images, labels in loader]
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")

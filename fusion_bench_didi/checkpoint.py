@@ -48,7 +48,7 @@ def whole_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[
     )
     try:
         yield beside
-        os.chmod(beside, 0o755)
+        _open_up(beside)
         old = None
         if target.exists():
             old = beside.with_suffix(".old")
@@ -64,6 +64,15 @@ def whole_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[
     finally:
         if beside.exists():
             shutil.rmtree(beside)
+
+
+def _open_up(directory: Path) -> None:
+    """Temporary files are private; what they become has the rights of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(directory, 0o777 & ~umask)
+    for file in directory.rglob("*"):
+        os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~umask)
 
 
 def write_deltas(

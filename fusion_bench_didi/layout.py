@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -18,7 +18,7 @@ from .lowrank import (
 from .precision import Precision, precisions, vector_dtype
 from .task_vectors import Scan, TaskVectors, matrix_shape
 
-Normalisation = Literal["none", "task", "root", "matrix"]
+Normalisation = Literal["none", "task", "root", "matrix", "sensitivity"]
 Residual = Literal["truncated", "full"]
 VectorPolicy = Literal["expert", "shared", "pretrained"]
 
@@ -32,7 +32,8 @@ class MergeSettings:
             the whole shared matrix (``full``, Eq. 3 of the paper).
         normalisation: weight of a squared error: ``none`` 1 (plain MSE); ``task`` 1 / (energy of the task);
             ``matrix`` 1 / (energy of this matrix of the task), the relative error; ``root`` the geometric mean of
-            ``none`` and ``matrix``.
+            ``none`` and ``matrix``; ``sensitivity`` by how much the output reacts to the matrix (``probe.py``).
+        sensitivity: per matrix, for that normalisation; matrices that are missing count like the average one.
         factor_dtype: one of ``precision.NAMES``.
     """
 
@@ -50,15 +51,17 @@ class MergeSettings:
     warm_start: bool = True
     refining: RefinementSettings = RefinementSettings()
     factor_memory_gb: float = 4.0
+    sensitivity: Mapping[str, float] | None = None
 
     def __post_init__(self):
         for name, value, allowed in (
             ("shared", self.shared, ("mean", "task_arithmetic", "ties", "none")),
-            ("residual", self.residual, ("truncated", "full")),
-            ("allocation", self.allocation, ("learned", "greedy", "uniform")),
-            ("refinement", self.refinement, ("alternating", "adam", "none")),
-            ("normalisation", self.normalisation, ("none", "task", "root", "matrix")),
-            ("vectors", self.vectors, ("expert", "shared", "pretrained")),
+            ("shared", self.shared, get_args(SharedMerge)),
+            ("residual", self.residual, get_args(Residual)),
+            ("allocation", self.allocation, get_args(Allocation)),
+            ("refinement", self.refinement, get_args(Refinement)),
+            ("normalisation", self.normalisation, get_args(Normalisation)),
+            ("vectors", self.vectors, get_args(VectorPolicy)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}; choose one of {allowed}.")

@@ -9,7 +9,7 @@ changes a bit of the result.
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from .deltas import Delta
 from .layout import (
     Layout,
     MergeSettings,
-    Normalisation,
     lay_out,
     matrix_budget,
     matrix_price,
@@ -35,6 +34,7 @@ from .lowrank import (
     learn_ranks,
     refine,
     shared_matrix,
+    singular_values,
     spectra_of,
     spectrum,
     uniform,
@@ -131,7 +131,7 @@ def merge(
         settings,
         layout,
         matrix_budget(layout, settings),
-        loss_weights(scan, layout, settings.normalisation),
+        loss_weights(scan, layout, settings),
         device,
         progress,
     )
@@ -188,7 +188,7 @@ def merge(
 
 
 def loss_weights(
-    scan: Scan, layout: Layout, how: Normalisation
+    scan: Scan, layout: Layout, settings: MergeSettings
 ) -> dict[str, Tensor]:
     """(T,) weight of each task's squared error, per matrix.
 
@@ -196,8 +196,18 @@ def loss_weights(
     much on those that hardly moved; the mean of the two (in the exponent) kept most accuracy where it was measured.
     """
     energies = {name: scan.energy[name] for name in layout.matrices}
+    how = settings.normalisation
     if how == "none":
         return {name: torch.ones_like(e).float() for name, e in energies.items()}
+    if how == "sensitivity":
+        known = settings.sensitivity or {}
+        if not known:
+            raise ValueError("normalisation=sensitivity needs settings.sensitivity.")
+        average = sum(known.values()) / len(known)
+        return {
+            name: torch.full_like(e, known.get(name, average) / average).float()
+            for name, e in energies.items()
+        }
     if how == "task":
         total = torch.stack(list(energies.values())).sum(0)
         energies = {name: total for name in energies}
@@ -315,37 +325,40 @@ class _Work:
     def _options(
         self, name: str, own: Candidate, mean: Tensor | None, level: float
     ) -> list[Candidate]:
-        """Experts only, and shared ranks 1, 2, 4, ... as far as sharing can pay; each in every allowed precision."""
+        """Experts only, and what might pay beside it; each in every allowed precision."""
         candidates = [own]
-        if mean is not None and level > 0:
-            gain = self.weights[name].sum() * mean.square() / own.price.per_rank
-            most = int((gain >= level).sum())  # each shared component gains at most this
-            if most:
-                vectors = self.read(name)
-                whole = spectrum(self.shared(name, vectors), max_rank=most)
-                for k in sorted({2**p for p in range(most.bit_length())} | {most}):
-                    rest = vectors - whole.cut(k).dense()
-                    parts = [spectrum(r, max_rank=self.in_reach(name)) for r in rest]
-                    candidates.append(self._candidate(name, parts, k))
         shape = matrix_shape(self.task_vectors.infos[name].shape)
+        if mean is not None and level > 0:
+            weights = self.weights[name]
+            gain = weights.sum() * mean.square() / own.price.per_rank
+            # a shared component gains at most this much per bit; where it gains T levels, every expert would hold it too
+            ranks = {int((gain >= level * times).sum()) for times in (1, len(weights))}
+            vectors = self.read(name) if max(ranks) else None
+            for k in sorted(ranks - {0}):
+                whole = spectrum(self.shared(name, vectors), max_rank=k)
+                rest = singular_values(vectors - whole.cut(k).dense()).cpu()
+                candidates.append(
+                    replace(
+                        own,
+                        shared_rank=k,
+                        sigma=rest,
+                        tail_energy=torch.zeros(len(rest)),
+                    )
+                )
         return [
-            Candidate(
-                c.shared_rank,
-                p.price(*shape),
-                p.name,
-                c.sigma,
-                c.tail_energy,
-                p.rounding,
+            replace(
+                c, price=p.price(*shape), precision=p.name, rounding=p.rounding
             )
             for c in candidates
             for p in self.layout.precisions[name]
         ]
 
-    def _candidate(self, name: str, parts, shared_rank: int = 0) -> Candidate:
+    def _candidate(self, name: str, parts: tuple[Spectrum, ...]) -> Candidate:
+        """Experts only, in the cheapest precision."""
         precision = self.layout.precisions[name][0]
         shape = matrix_shape(self.task_vectors.infos[name].shape)
         return Candidate(
-            shared_rank,
+            0,
             precision.price(*shape),
             precision.name,
             torch.stack([p.S for p in parts]).cpu(),

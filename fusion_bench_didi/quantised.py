@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from .deltas import KINDS, Delta
@@ -77,4 +78,51 @@ class RoundedDenseDelta(Delta):
         return value if shared is None else shared + value
 
 
-KINDS.update({cls.kind: cls for cls in (RoundedLowRankDelta, RoundedDenseDelta)})
+class AffineDelta(Delta):
+    """Every entry as an 8-bit code between two ends: ``shared + lo + codes * (hi - lo) / 255``.
+
+    ``q = round((w - lo) / (hi - lo) * 255)``, clamped; an error of at most ``(hi - lo) / 510`` inside the range.
+
+    Args:
+        codes: of the tensor's shape, uint8.
+        ends: (2,) float32, ``lo`` and ``hi``.
+    """
+
+    kind = "affine8"
+    parts = ("codes", "ends")
+
+    def __init__(self, shape: tuple[int, ...], codes: Tensor, ends: Tensor):
+        super().__init__(shape, codes=codes.reshape(shape), ends=ends)
+
+    @classmethod
+    def of(cls, value: Tensor, *, clip: float = 0.0) -> "AffineDelta":
+        """Round a tensor after shrinking its range.
+
+        Args:
+            clip: fraction of the entries that may lie beyond each end; 0 keeps the whole range.
+        """
+        value = value.detach().float().cpu()
+        lo, hi = shrunk_range(value, clip)
+        step = (hi - lo) / 255
+        codes = (value - lo) / step if step > 0 else torch.zeros_like(value)
+        codes = codes.round().clamp(0, 255).to(torch.uint8)
+        return cls(tuple(value.shape), codes, torch.stack([lo, hi]))
+
+    def change(self, shared: Tensor | None = None) -> Tensor:
+        lo, hi = self.ends
+        value = lo + self.codes.float() * ((hi - lo) / 255)
+        return value if shared is None else shared + value
+
+
+def shrunk_range(value: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """The entries of rank ``floor(clip n)`` from below and from above."""
+    flat = value.reshape(-1)
+    skip = min(int(clip * len(flat)), (len(flat) - 1) // 2)
+    if skip == 0:
+        return flat.min(), flat.max()
+    return flat.kthvalue(skip + 1).values, flat.kthvalue(len(flat) - skip).values
+
+
+KINDS.update(
+    {cls.kind: cls for cls in (RoundedLowRankDelta, RoundedDenseDelta, AffineDelta)}
+)

@@ -14,7 +14,7 @@ from .decomposition import Decomposition, SharedMerge, decompose, shared_matrix
 from .factors import LowRankFactors, Spectrum, full_rank, rank_cap
 from .learning import LearningSettings, learn_ranks, truncation_error
 from .refinement import Modules, Refinement, RefinementSettings, refine
-from .svd import spectrum, subspace_step
+from .svd import singular_values, spectrum, subspace_step
 
 __all__ = [
     "Allocation",
@@ -37,6 +37,7 @@ __all__ = [
     "rank_cap",
     "refine",
     "shared_matrix",
+    "singular_values",
     "spectra_of",
     "spectrum",
     "subspace_step",

@@ -51,6 +51,14 @@ def spectrum(
     return Spectrum(U, S, Vh, max(tail, 0.0))
 
 
+def singular_values(matrices: Tensor) -> Tensor:
+    """All singular values (T, k), descending, of (T, m, n) by the eigenvalues of the smaller Gram matrix in float64."""
+    a = matrices.double()
+    gram = a @ a.mT if a.shape[-2] <= a.shape[-1] else a.mT @ a
+    values = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).sqrt()
+    return values.to(matrices.dtype)
+
+
 def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD by the eigenvectors of the smaller Gram matrix, accumulated in float64.
 

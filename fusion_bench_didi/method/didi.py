@@ -8,7 +8,7 @@ Example:
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from fusion_bench import auto_register_config
@@ -20,6 +20,7 @@ from ..models import DiDiModel
 from ..pipeline import MergeResult, MergeSettings, merge
 from ..plan import describe_plan
 from ..pool_reader import load_backbone, open_pool
+from ..probe import sensitivity
 from .base import PoolMethod
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class DiDiMerging(PoolMethod):
         refine_steps: int = 300,
         refine_lr: float = 0.01,
         normalisation: str = "root",
+        probe_samples: int = 32,
         vectors: str = "expert",
         as_vectors: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -128,6 +130,11 @@ class DiDiMerging(PoolMethod):
         with self.profile("load backbone"):
             backbone = load_backbone(modelpool)
         task_vectors = open_pool(modelpool, backbone, **choice)
+        if settings.normalisation == "sensitivity":
+            names = [n for n in task_vectors.infos if task_vectors.is_matrix(n)]
+            with self.profile("probe"):
+                found = sensitivity(backbone, names, samples=self.probe_samples)
+            settings = replace(settings, sensitivity=found)
         with self.profile("merge"), Progress(transient=True) as bar:
             rows: dict[str, Any] = {}
 

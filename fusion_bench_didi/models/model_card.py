@@ -1,6 +1,7 @@
 """The README.md beside saved weights."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -12,7 +13,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     """
     storage, info, backbone = config["storage"], config["info"], config["backbone"]
     parents = info.get("parents", {})
-    base = backbone["source"] if isinstance(backbone["source"], str) else None
+    base = backbone["source"] if _is_repository(backbone["source"]) else None
     lines = ["---", "library_name: fusion-bench", "tags: [model-merging, didi-merging]"]
     if base:
         lines += [f"base_model: {base}"]
@@ -50,3 +51,10 @@ def model_card(config: Mapping[str, Any]) -> str:
         for task in config["tasks"]
     ]
     return "\n".join(lines) + "\n"
+
+
+def _is_repository(source: Any) -> bool:
+    """Whether a source is a name on the hub, which is all that the card's header may name."""
+    return (
+        isinstance(source, str) and source.count("/") == 1 and not Path(source).exists()
+    )

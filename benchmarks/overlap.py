@@ -1,0 +1,106 @@
+"""Where the shared part starts to pay: constructed task vectors with a known common part.
+
+    python -m benchmarks.overlap
+
+Each task vector is ``sqrt(f) C + sqrt(1 - f) U_t`` with independent C and U_t of equal, decaying spectra, so that a
+fraction f of the energy is common. Storage needed for a given error, experts only against shared + experts.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fusion_bench_didi.budget import Budget
+from fusion_bench_didi.layout import MergeSettings
+from fusion_bench_didi.pipeline import MergeResult, merge
+from fusion_bench_didi.task_vectors import ModuleSource, TaskVectors
+
+from .suites import machine, write_json
+
+OVERLAPS = (0.0, 0.25, 0.5, 0.9, 1.0)
+ERRORS = (0.2, 0.1, 0.05)
+
+
+def decaying(m: int, n: int, generator: torch.Generator) -> Tensor:
+    """A random (m, n) matrix of unit energy with singular values 1 / (i + 4)."""
+    u = torch.linalg.qr(torch.randn(m, m, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+    k = min(m, n)
+    sigma = 1 / torch.arange(4, 4 + k, dtype=torch.float32)
+    return (u[:, :k] * (sigma / sigma.norm())) @ v[:, :k].mT
+
+
+def constructed(
+    overlap: float, *, tasks: int = 8, side: int = 96, matrices: int = 3, seed: int = 0
+) -> TaskVectors:
+    """Task vectors of which a fraction ``overlap`` of the energy is common to all tasks."""
+    generator = torch.Generator().manual_seed(seed)
+    base = nn.ModuleList([nn.Linear(side, side, bias=False) for _ in range(matrices)])
+    common = [decaying(side, side, generator) for _ in base]
+    sources = {}
+    for t in range(tasks):
+        tuned = nn.ModuleList([nn.Linear(side, side, bias=False) for _ in base])
+        for layer, start, c in zip(tuned, base, common):
+            own = decaying(side, side, generator)
+            layer.weight.data = (
+                start.weight.data + overlap**0.5 * c + (1 - overlap) ** 0.5 * own
+            )
+        sources[f"task{t}"] = ModuleSource(tuned, f"task{t}")
+    return TaskVectors(ModuleSource(base, "base"), sources)
+
+
+def merged(vectors: TaskVectors, budget: float, shared: str) -> MergeResult:
+    settings = MergeSettings(
+        Budget(budget), shared=shared, allocation="greedy", factor_dtype="float32"
+    )
+    return merge(vectors, settings)
+
+
+def storage_for(vectors: TaskVectors, error: float, shared: str) -> MergeResult:
+    """The merge of least budget (to 2 %) whose relative error is at most ``error``."""
+    low, high = 0.0, float(len(vectors.tasks))
+    best = merged(vectors, high, shared)
+    while high - low > 0.02 * high:
+        middle = (low + high) / 2
+        result = merged(vectors, middle, shared)
+        if result.report.relative_error <= error:
+            high, best = middle, result
+        else:
+            low = middle
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    lines = [
+        "# Where the shared part starts to pay",
+        "",
+        "`python -m benchmarks.overlap`: eight tasks, three 96 x 96 matrices, float32 factors; a fraction of every task",
+        "vector's energy is common to all. Storage in fine-tuned models for the error given.",
+        "",
+        "| common | error | experts only | shared + experts | ratio | of it shared |",
+        "|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
+    rows = []
+    for overlap in OVERLAPS:
+        vectors = constructed(overlap)
+        for error in ERRORS:
+            alone = storage_for(vectors, error, "none").storage.x_excl
+            both = storage_for(vectors, error, "mean").storage
+            part = both.shared_bits / both.excl_bits
+            rows.append([overlap, error, alone, both.x_excl, both.x_excl / alone, part])
+            lines.append(
+                f"| {overlap:.0%} | {error} | {alone:.2f} | {both.x_excl:.2f} | {both.x_excl / alone:.2f} | {part:.0%} |"
+            )
+            print(lines[-1], flush=True)
+    write_json(arguments.out / "overlap.json", {"machine": machine(), "rows": rows})
+    (arguments.out / "overlap.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""A shared part is bought only where it pays, and rounding is paid for honestly."""
+
+import pytest
+import torch
+
+from benchmarks.overlap import constructed, merged
+from fusion_bench_didi.budget import Budget
+from fusion_bench_didi.layout import MergeSettings
+from fusion_bench_didi.lowrank import LowRankFactors, choose, spectrum
+from fusion_bench_didi.lowrank.candidates import Candidate
+from fusion_bench_didi.lowrank.quantisation import (
+    RELATIVE_ERROR,
+    pack_nibbles,
+    round_factors,
+    round_rows,
+    unpack_nibbles,
+)
+from fusion_bench_didi.pipeline import merge
+from fusion_bench_didi.precision import Precision
+from fusion_bench_didi.probe import sensitivity
+
+
+@pytest.mark.parametrize("budget", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
+def test_sharing_never_loses(overlap, budget):
+    vectors = constructed(overlap, tasks=4, side=32, matrices=2)
+    both = merged(vectors, budget, "mean").report.relative_error
+    alone = merged(vectors, budget, "none").report.relative_error
+    assert both <= alone * 1.005
+
+
+def test_common_directions_are_found_and_halve_the_storage():
+    vectors = constructed(0.9, side=48, matrices=1)
+    both = merged(vectors, 1.0, "mean")
+    alone = merged(vectors, 2.0, "none")
+    assert both.report.relative_error < alone.report.relative_error
+    assert both.storage.shared_bits > 0
+    nothing_common = merged(constructed(0.0, side=48, matrices=1), 1.0, "mean")
+    assert nothing_common.storage.shared_bits == 0
+
+
+def test_choice_with_equal_candidates_takes_experts_only():
+    price = Precision("float32", 32, torch.float32).price(16, 16)
+    sigma = torch.rand(3, 8).sort(descending=True).values
+    own = Candidate(0, price, "float32", sigma, torch.zeros(3))
+    costlier = Candidate(2, price, "float32", sigma, torch.zeros(3))
+    assert choose([[own, costlier]], [torch.ones(3)], 10 * price.per_rank) == [0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_error_is_what_the_allocation_expects(bits):
+    rows = torch.randn(64, 400, generator=torch.Generator().manual_seed(0))
+    codes, scale = round_rows(rows, bits)
+    assert int(codes.abs().max()) <= 2 ** (bits - 1) - 1
+    error = (codes * scale[:, None] - rows).square().sum() / rows.square().sum()
+    assert error < 1.3 * RELATIVE_ERROR[bits]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_refitting_the_second_factor_helps(bits):
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(40, 60, generator=generator)
+    factors = spectrum(target).cut(12)
+    fitted = round_factors(factors, bits=bits, target=target)
+    up, a = round_rows(factors.up.mT, bits)
+    down, b = round_rows(factors.down, bits)
+    naive = (up * a[:, None]).mT @ (down * b[:, None])
+    loss = (fitted.dense() - target).square().sum()
+    assert loss < (naive - target).square().sum()
+
+
+def test_rank_zero_and_odd_sizes_survive_packing():
+    empty = round_factors(LowRankFactors.zeros(3, 5, like=torch.zeros(1)), bits=4)
+    assert empty.dense().shape == (3, 5)
+    codes = torch.arange(-7, 8, dtype=torch.int8).view(3, 5)
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes), (3, 5)), codes)
+
+
+def test_auto_takes_coarse_numbers_when_poor_and_exact_ones_when_rich():
+    vectors = constructed(0.2, tasks=3, side=32, matrices=2)
+
+    def precision(budget):
+        settings = MergeSettings(Budget(budget), allocation="greedy")
+        result = merge(vectors, settings)
+        assert result.storage.excl_bits <= settings.budget.bits(
+            result.storage.unit_bits
+        )
+        return set(result.report.precision.values())
+
+    assert precision(0.2) == {"int4"}
+    assert precision(float("inf")) == {"float32"}
+
+
+def test_sensitivity_sees_a_dead_layer(tiny_clip):
+    model = tiny_clip.base
+    names = [n for n, p in model.named_parameters() if n.endswith("fc1.weight")]
+    dead = model.get_submodule(names[0].removesuffix("fc1.weight") + "fc2")
+    torch.nn.init.zeros_(dead.weight)
+    found = sensitivity(model, names, samples=2)
+    assert found[names[0]] == 0 < found[names[1]]
+    assert found == sensitivity(model, names, samples=2)
+    assert not any(p.grad is not None for p in model.parameters())

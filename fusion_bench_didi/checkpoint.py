@@ -42,6 +42,10 @@ def whole_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[
             f"{target} exists. Choose another directory, or pass overwrite=True "
             "(merged_model_save_kwargs.overwrite=true on the command line)."
         )
+    if target.exists() and any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise FileExistsError(
+            f"{target} exists and is no saved model (it holds no {CONFIG}), so it is not overwritten. Choose another directory."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(
         tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)

@@ -103,6 +103,7 @@ def lay_out(
     vectors = [n for n in names if not task_vectors.is_matrix(n)]
     own = {n: task_vectors.tuned_dtype(n) for n in names}
     sizes = {n: task_vectors.infos[n].numel for n in names}
+
     def copies(name: str) -> int:
         if settings.vectors == "expert":
             tasks = len(task_vectors.tasks)

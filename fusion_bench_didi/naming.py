@@ -1,7 +1,7 @@
 """When two task names mean the same task.
 
-The rule, first match wins: the same string; equal in lower case with ``-`` and ``/`` as ``_``; equal after ``glue_`` is
-dropped in front; what the user's map says (``method.task_aliases``: task pool name -> model name).
+The rule, first match wins: what the user's map says (``method.task_aliases``: task pool name -> model name); the same
+string; equal in lower case with ``-`` and ``/`` as ``_`` and without ``glue_`` in front.
 """
 
 from collections.abc import Iterable, Mapping

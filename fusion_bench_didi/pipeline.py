@@ -346,9 +346,7 @@ class _Work:
                     )
                 )
         return [
-            replace(
-                c, price=p.price(*shape), precision=p.name, rounding=p.rounding
-            )
+            replace(c, price=p.price(*shape), precision=p.name, rounding=p.rounding)
             for c in candidates
             for p in self.layout.precisions[name]
         ]

@@ -35,7 +35,10 @@ def describe_plan(task_vectors: TaskVectors, settings: MergeSettings) -> str:
         lines.append(f"{name:<60} {f'{m} x {n}':>14} {cost:>11} {rank:>10}")
     read = (len(task_vectors.tasks) + 1) * layout.unit_bits / 8e9
     peak = _peak_gb(task_vectors, layout, settings, left)
-    lines += ["", f"to read: {read:.2f} GB per pass; predicted peak memory: {peak:.2f} GB"]
+    lines += [
+        "",
+        f"to read: {read:.2f} GB per pass; predicted peak memory: {peak:.2f} GB",
+    ]
     return "\n".join(lines)
 
 

@@ -303,7 +303,7 @@ class TaskVectors:
             bad = ~self.read_tuned(name, task).float().isfinite()
             if bool(bad.any()):
                 faults.append(f"{task}: {name} ({int(bad.sum())} entries)")
-        return faults
+        return faults or [f"{name}: differences to the base model overflow float32"]
 
     @staticmethod
     def _floating(source: TensorSource) -> dict[str, TensorInfo]:

@@ -52,6 +52,9 @@ def learn_ranks(
 ) -> list[Tensor]:
     """Learn a continuous rank for every module, then scale all to the exact budget.
 
+    The smooth loss is blind between the break-even rank and full rank (where a module is stored dense), so the start,
+    scaled alike, is returned where it serves the exact objective better.
+
     Args:
         budget: bits.
         start: (T + 1,) ranks per matrix to start from.
@@ -88,14 +91,22 @@ def learn_ranks(
         schedule.step()
         with torch.no_grad():
             for group, fraction in zip(groups, fractions):
-                fraction.clamp_(0.0, group.cap / group.full)
+                fraction.clamp_(0.0, 1.0)
                 fixed = group.fixed_shared
                 fraction[fixed >= 0, 0] = fixed[fixed >= 0] / group.full
     learned: list[Tensor] = [torch.empty(0)] * len(table)
     for group, fraction in zip(groups, fractions):
         for i, k in zip(group.members, (fraction.detach() * group.full).unbind()):
             learned[i] = k
-    return scale_to_budget(table, learned, budget)
+    learned = scale_to_budget(table, learned, budget)
+    warm = scale_to_budget(table, start, budget)
+    return min(learned, warm, key=lambda ranks: objective(table, ranks))
+
+
+def objective(table: Sequence[MatrixSpectra], ranks: Sequence[Tensor]) -> float:
+    """Eq. 11 at integer ranks: the weighted squared error, exact."""
+    errors = zip(table, ranks)
+    return sum(float(row.weights @ truncation_error(row, k)) for row, k in errors)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,9 @@ def _alternate(
             if expert is None:
                 continue
             rest = tau - dense
-            if sweep == 0:  # the truncated SVDs were taken against the full shared matrix
+            if (
+                sweep == 0
+            ):  # the truncated SVDs were taken against the full shared matrix
                 experts[t] = spectrum(rest, max_rank=expert.rank).cut(expert.rank)
             else:
                 experts[t] = subspace_step(rest, expert)
@@ -118,9 +120,7 @@ def _alternate(
     )
 
 
-def _adam(
-    modules: Modules, task_vectors: Tensor, weights: Tensor, settings
-) -> Modules:
+def _adam(modules: Modules, task_vectors: Tensor, weights: Tensor, settings) -> Modules:
     low_rank = [t for t, e in enumerate(modules.experts) if e is not None]
     if not low_rank:
         return modules
@@ -158,9 +158,7 @@ def _adam(
     return ended if bool(end_loss < start_loss) else modules
 
 
-def _padded(
-    factors: Sequence[LowRankFactors], like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _padded(factors: Sequence[LowRankFactors], like: Tensor) -> tuple[Tensor, Tensor]:
     """Stack factors of different ranks; padding columns are zero in both factors, so their gradient stays zero."""
     r = max(f.rank for f in factors)
     up = like.new_zeros(len(factors), like.shape[1], r)

@@ -1,0 +1,78 @@
+"""One choice changed at a time, on three re-trainings of the embedded suite.
+
+    python -m benchmarks.ablation
+
+Mean and spread (largest minus smallest) of the retention over the seeds, on test images; nothing was chosen on them.
+"""
+
+import argparse
+from pathlib import Path
+
+from fusion_bench_didi.demo import build_suite
+from fusion_bench_didi.method import DiDiMerging
+
+from .suites import Suite, machine, retention, write_json
+
+BUDGETS = (0.25, 0.5, 1.24)
+FLOAT = {"factor_dtype": "float32"}
+CHOICES: tuple[tuple[str, dict], ...] = (
+    ("default", {}),
+    ("bits: int8", {"factor_dtype": "int8"}),
+    ("bits: int4", {"factor_dtype": "int4"}),
+    ("bits: float32", FLOAT),
+    ("float32, objective: plain MSE", {**FLOAT, "normalisation": "none"}),
+    ("float32, objective: relative", {**FLOAT, "normalisation": "matrix"}),
+    ("float32, objective: sensitivity", {**FLOAT, "normalisation": "sensitivity"}),
+    ("float32, shared: none", {**FLOAT, "shared": "none"}),
+    ("float32, shared: full residual", {**FLOAT, "residual": "full"}),
+    ("float32, allocation: greedy", {**FLOAT, "allocation": "greedy"}),
+    ("float32, allocation: uniform", {**FLOAT, "allocation": "uniform"}),
+    ("float32, refinement: none", {**FLOAT, "refinement": "none"}),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    found: dict[tuple[str, float], list[float]] = {}
+    for seed in arguments.seeds:
+        suite = Suite(str(build_suite(seed=seed)))
+        reference = suite.individuals()
+        base = suite.accuracy(suite.modelpool.load_pretrained_model())
+        found.setdefault(("base model", 0.0), []).append(retention(base, reference))
+        for budget in BUDGETS:
+            for label, settings in CHOICES:
+                model = DiDiMerging(budget=budget, **settings).run(suite.modelpool)
+                kept = retention(suite.accuracy(model), reference)
+                found.setdefault((label, budget), []).append(kept)
+                print(seed, budget, label, f"{100 * kept:.2f}", flush=True)
+    labels = list(dict.fromkeys(label for label, _ in found if label != "base model"))
+    base = found["base model", 0.0]
+    lines = [
+        "# Ablation on the embedded suite",
+        "",
+        f"`python -m benchmarks.ablation`: {len(arguments.seeds)} re-trainings (seeds {arguments.seeds}), retention in per cent,",
+        "mean and, in brackets, largest minus smallest. Each row changes the default in what it names. The base model",
+        f"keeps {_cell(base)}.",
+        "",
+        "| setting | " + " | ".join(f"budget {b}" for b in BUDGETS) + " |",
+        "|---" * (len(BUDGETS) + 1) + "|",
+    ]
+    for label in labels:
+        cells = " | ".join(_cell(found[label, b]) for b in BUDGETS)
+        lines.append(f"| {label} | {cells} |")
+    print("\n".join(lines))
+    (arguments.out / "ablation.md").write_text("\n".join(lines) + "\n")
+    rows = [[label, budget, values] for (label, budget), values in found.items()]
+    write_json(arguments.out / "ablation.json", {"machine": machine(), "rows": rows})
+
+
+def _cell(values: list[float]) -> str:
+    spread = max(values) - min(values)
+    return f"{100 * sum(values) / len(values):.1f} ({100 * spread:.1f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""MERGE's search against random search with the same budget, and where other methods lie relative to its front.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.merge_front [--suite PATH | demo] [--evaluations 300] [--seeds 0 1 2]
+
+Everything is chosen on validation images; the three picks of the first seed are measured once on test images. Both
+searches of a seed start from the same first population. The table and the plots are written after every run, and a run that
+was cut short is continued from its state, so the command may be stopped and started again.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import numpy as np
+import torch
+
+from benchmarks.suites import DEFAULT, open_suite
+from fusion_bench_didi.checkpoint import write_json
+from fusion_bench_didi.demo.folder_pools import (
+    FolderCLIPVisionModelPool,
+    FolderCLIPVisionModelTaskPool,
+)
+from fusion_bench_didi.method import DiDiMerging, EMRMerging, TSVCompression
+from fusion_bench_didi.pool_reader import load_backbone, open_pool
+from fusion_bench_didi.recombination import (
+    ComponentReader,
+    Evaluation,
+    Evaluator,
+    Library,
+    RecombinedModel,
+    SearchSettings,
+    Space,
+    components,
+    hypervolume,
+    hypervolume_trace,
+    named_picks,
+    nsga2,
+    pareto_front,
+    plot_front,
+    random_search,
+)
+from fusion_bench_didi.recombination.validation import scorer_from_pools
+
+ROOT = Path(__file__).resolve().parents[1]
+OPERATORS = (
+    "average",
+    "task_arithmetic",
+    "ties",
+    "didi@0.03",
+    "didi@0.06",
+    "didi@0.12",
+)
+MARKS = (20, 60, 100, 150, 200, 250, 300)
+METHODS = {
+    "DiDi 0.24": lambda: DiDiMerging(budget=0.24),
+    "DiDi 0.5": lambda: DiDiMerging(budget=0.5),
+    "DiDi-S": lambda: DiDiMerging(budget=1.24),
+    "DiDi-M": lambda: DiDiMerging(budget=1.4),
+    "TSV-C": TSVCompression,
+    "EMR": EMRMerging,
+}
+
+
+class Bench:
+    """One suite, opened once; both searches share modules and scores that they have in common."""
+
+    def __init__(self, root: Path, samples: int | None):
+        self.root = root
+        self.pool = FolderCLIPVisionModelPool(root=str(root))
+        # the pool lends its heads and processor; its images are never read here
+        heads = FolderCLIPVisionModelTaskPool(root=str(root), split="validation")
+        self.backbone = load_backbone(self.pool)
+        vectors = open_pool(self.pool, self.backbone)
+        vectors = vectors.ordered(sorted(vectors.tasks))
+        parts = components(vectors, vectors.scan().changed)
+        reader = ComponentReader(vectors)
+        self.space = Space.of(parts, reader, OPERATORS)
+        self.scorer = scorer_from_pools(
+            self.pool, heads, self.backbone, vectors, samples=samples
+        )
+        self.library = Library(reader)
+        self.evaluate = Evaluator(self.space, self.library, self.scorer)
+
+    def other(self, name: str) -> tuple[str, float, float]:
+        """(name, storage, performance) of another method on the same images."""
+        model = METHODS[name]().run(self.pool)
+        scores = []
+        for task in self.space.tasks:
+            plain = model.materialize(task)
+            tensors = dict(plain.named_parameters())
+            accuracy = self.scorer.accuracy(task, tensors)
+            scores.append(accuracy / self.scorer.individual[task])
+        return name, model.storage.x_excl, float(np.mean(scores))
+
+    def model(self, found: Evaluation) -> RecombinedModel:
+        chains = self.space.chains(np.array(found.genome), self.library)
+        return RecombinedModel(
+            load_backbone(self.pool),
+            {m.id: m for chain in chains.values() for m in chain},
+            {task: [m.id for m in chain] for task, chain in chains.items()},
+            unit_bits=self.space.unit_bits,
+        )
+
+
+def cached_random(bench: Bench, settings: SearchSettings, file: Path) -> list:
+    """Random search has no state to continue; what it found is kept."""
+    if file.is_file():
+        found = [Evaluation(**e) for e in json.loads(file.read_text())]
+        if len(found) == settings.evaluations:
+            return found
+    found = random_search(bench.space, bench.evaluate, settings, progress=tell)
+    write_json(file, [e.as_dict() for e in found])
+    return found
+
+
+def tell(done: int, total: int) -> None:
+    if done % 20 == 0 or done == total:
+        print(f"  {done}/{total} {time.strftime('%H:%M:%S')}", flush=True)
+
+
+def on_test(bench: Bench, picks: dict[str, Evaluation], tasks: list[str]) -> dict:
+    """Test accuracy of picks, and of the fine-tuned models."""
+    from benchmarks.suites import Suite, accuracies, individuals
+    from fusion_bench_didi.taskpool import attach
+
+    suite = Suite(bench.root, split="test")
+    taskpool = suite.taskpool()
+    attach(taskpool)
+    out = {"individuals": individuals(suite, taskpool)}
+    for name, found in picks.items():
+        out[name] = accuracies(taskpool.evaluate(bench.model(found)), tasks)
+    return {k: {t: v[t] for t in tasks} for k, v in out.items()}
+
+
+def plot_hypervolume(traces: dict[str, list], directory: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from fusion_bench_didi.report.style import colour, look
+
+    with look():
+        figure = Figure(figsize=(6.4, 3.6))
+        axes = figure.subplots()
+        for (name, runs), kind in zip(traces.items(), ("ours", "static")):
+            length = min(map(len, runs))
+            table = np.array([run[:length] for run in runs])
+            x = np.arange(1, length + 1)
+            axes.plot(x, table.mean(0), color=colour(kind), label=name)
+            axes.fill_between(
+                x, table.min(0), table.max(0), color=colour(kind), alpha=0.2, lw=0
+            )
+        axes.set_xlabel("evaluations")
+        axes.set_ylabel("dominated share")
+        axes.legend(loc="lower right")
+        figure.savefig(directory / "merge_hypervolume.png")
+        figure.savefig(directory / "merge_hypervolume.svg", metadata={"Date": None})
+
+
+def relation(front: list[Evaluation], storage: float, performance: float) -> str:
+    """Where a method lies: against the best of the front that stores no more."""
+    reach = [e.performance for e in front if e.storage <= storage]
+    if not reach:
+        return "smaller than every point"
+    gap = 100 * (max(reach) - performance)
+    side = "below" if gap >= 0 else "above"
+    return f"{abs(gap):.1f} points {side} the front"
+
+
+def page(args, bench, runs, others, tests) -> str:
+    storage = len(bench.space.tasks) / 4
+    volumes = {
+        kind: [
+            {m: hypervolume(found[:m], storage=storage) for m in (*MARKS, len(found))}
+            for found in runs[kind].values()
+        ]
+        for kind in runs
+    }
+    seeds = list(runs["random"])
+    lines = [
+        "# MERGE: search and front",
+        "",
+        f"`OMP_NUM_THREADS=1 python -m benchmarks.merge_front --evaluations {args.evaluations} --samples {args.samples}"
+        f" --seeds {' '.join(map(str, seeds))}` on `{bench.root.name}`: {len(bench.space.tasks)} tasks,"
+        f" {len(bench.space.components)} components, operators {', '.join(OPERATORS)}.",
+        "",
+        "Performance is accuracy on validation images over that of the task's fine-tuned model, mean over tasks;"
+        f" {args.samples} images per task, a seeded draw, the same for every method. Storage is `x_excl`: distinct modules"
+        " only, in fine-tuned models. Small images and small samples: a point of performance is a handful of images, and"
+        " values above 100 % are noise and regularisation, no more.",
+        "",
+        "## Hypervolume against evaluations",
+        "",
+        f"Share of performance 0..1 x storage 0..{storage:g} (no merging, 8 bits) that is dominated; mean over seeds"
+        f" {seeds}, range in brackets. Both start from the same first {args.population} decisions.",
+        "",
+        "| evaluations | NSGA-II with forest | random |",
+        "|---|---|---|",
+    ]
+    for mark in sorted(
+        {m for m in (*MARKS, args.evaluations) if m <= args.evaluations}
+    ):
+        row = [str(mark)]
+        for kind in ("nsga2", "random"):
+            v = [run[mark] for run in volumes[kind]]
+            row.append(f"{np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})")
+        lines.append(f"| {' | '.join(row)} |")
+    ends = {kind: [v[args.evaluations] for v in volumes[kind]] for kind in volumes}
+    wins = sum(a > b for a, b in zip(ends["nsga2"], ends["random"]))
+    lines += [
+        "",
+        f"The search beats random on {wins} of {len(seeds)} seeds.",
+        "",
+        "![hypervolume](img/merge_hypervolume.png)",
+    ]
+    found = next(iter(runs["nsga2"].values()))
+    front = [found[i] for i in pareto_front(found)]
+    lines += [
+        "",
+        f"## Front of seed {seeds[0]} and other methods",
+        "",
+        "| | x_excl | performance, % | relative to the front |",
+        "|---|---|---|---|",
+    ]
+    for pick, i in named_picks(front).items():
+        e = front[i]
+        lines.append(
+            f"| MERGE {pick} | {e.storage:.3f} | {100 * e.performance:.1f} | on it |"
+        )
+    for name, x, performance in others:
+        where = relation(front, x, performance)
+        lines.append(f"| {name} | {x:.3f} | {100 * performance:.1f} | {where} |")
+    lines += ["", "![front](img/merge_front.png)"]
+    if tests:
+        lines += [
+            "",
+            "## Test accuracy of the picks, measured once",
+            "",
+            "| | " + " | ".join([*bench.space.tasks, "mean"]) + " |",
+            "|---" * (len(bench.space.tasks) + 2) + "|",
+        ]
+        for name, row in tests.items():
+            values = [*row.values(), float(np.mean(list(row.values())))]
+            cells = " | ".join(f"{100 * v:.1f}" for v in values)
+            lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--suite", help="path, or demo; real8 beside the repository")
+    parser.add_argument("--evaluations", type=int, default=300)
+    parser.add_argument("--population", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=64, help="images per task")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--state", type=Path, default=ROOT / "outputs" / "merge_front")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    root = open_suite(args.suite).root if args.suite == "demo" else None
+    bench = Bench(root or Path(args.suite or DEFAULT), args.samples)
+    images = args.docs / "img"
+    images.mkdir(parents=True, exist_ok=True)
+    args.state.mkdir(parents=True, exist_ok=True)
+    others, tests = None, None
+    runs: dict[str, dict[int, list]] = {"nsga2": {}, "random": {}}
+    for seed in args.seeds:
+        settings = SearchSettings(
+            population=args.population, evaluations=args.evaluations, seed=seed
+        )
+        print(f"seed {seed}", flush=True)
+        runs["nsga2"][seed] = nsga2(
+            bench.space,
+            bench.evaluate,
+            settings,
+            state=args.state / f"nsga2_{bench.root.name}_{seed}.json",
+            described={"samples": args.samples, "operators": OPERATORS},
+            progress=tell,
+        )
+        kept = args.state / f"random_{bench.root.name}_{args.samples}_{seed}.json"
+        runs["random"][seed] = cached_random(bench, settings, kept)
+        found = runs["nsga2"][args.seeds[0]]
+        if others is None:
+            others = [bench.other(name) for name in METHODS]
+            front = [found[i] for i in pareto_front(found)]
+            picks = {f"MERGE {k}": front[i] for k, i in named_picks(front).items()}
+            tests = on_test(bench, picks, list(bench.space.tasks))
+        traces = {
+            "NSGA-II with forest": [
+                hypervolume_trace(f, storage=len(bench.space.tasks) / 4)
+                for f in runs["nsga2"].values()
+            ],
+            "random": [
+                hypervolume_trace(f, storage=len(bench.space.tasks) / 4)
+                for f in runs["random"].values()
+            ],
+        }
+        plot_hypervolume(traces, images)
+        plot_front(found, images, others=others, name="merge_front")
+        text = page(args, bench, runs, others, tests)
+        (args.docs / "merge_front.md").write_text(text)
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What several test files need beside the fixtures: merging in one call, and small models of other families."""
+
+import copy
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_bench.modelpool import BaseModelPool
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    CLIPVisionModel,
+)
+from transformers.models.clip.tokenization_clip import bytes_to_unicode
+
+from fusion_bench_didi import DiDiMerging, DiDiModel
+from fusion_bench_didi.budget import Budget
+from fusion_bench_didi.lowrank import LearningSettings, RefinementSettings
+from fusion_bench_didi.pipeline import MergeSettings
+from fusion_bench_didi.task_vectors import ModuleSource, TaskVectors
+
+BASE = "_pretrained_"
+# Enough for the tests that are not about learning or refining well.
+QUICK = {"rank_steps": 20, "refine_sweeps": 2, "refine_steps": 10}
+# Named, so that these tests do not depend on what is the default today.
+PLAIN = {
+    "allocation": "greedy",
+    "factor_dtype": "checkpoint",
+    "normalisation": "root",
+}
+
+
+def didi(models: Mapping[str, nn.Module] | BaseModelPool, **settings: Any) -> DiDiModel:
+    """Merge live models, or a pool, by the method that the YAML names."""
+    pool = models if isinstance(models, BaseModelPool) else BaseModelPool(models)
+    return DiDiMerging(**{**QUICK, **PLAIN, **settings}).run(pool)
+
+
+def merge_settings(budget: float | Budget, **choice: Any) -> MergeSettings:
+    """The same choices for the pipeline below the method."""
+    budget = budget if isinstance(budget, Budget) else Budget(budget)
+    learning = LearningSettings(steps=QUICK["rank_steps"])
+    refining = RefinementSettings(
+        sweeps=QUICK["refine_sweeps"], steps=QUICK["refine_steps"]
+    )
+    defaults = {**PLAIN, "learning": learning, "refining": refining}
+    return MergeSettings(budget, **{**defaults, **choice})
+
+
+def task_vectors(models: Mapping[str, nn.Module], **choice: Any) -> TaskVectors:
+    sources = {name: ModuleSource(model, name) for name, model in models.items()}
+    return TaskVectors(sources.pop(BASE), sources, **choice)
+
+
+def floats(module: nn.Module) -> dict[str, Tensor]:
+    """Independent copies of all floating-point tensors of the state dict."""
+    state = module.state_dict().items()
+    return {n: v.detach().clone() for n, v in state if v.is_floating_point()}
+
+
+def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
+
+
+@torch.no_grad()
+def fine_tuned(base: nn.Module, seed: int, *, scale: float = 0.05) -> nn.Module:
+    """The base model with every parameter changed."""
+    generator = torch.Generator().manual_seed(seed)
+    model = copy.deepcopy(base)
+    for value in model.parameters():
+        value += scale * torch.randn(value.shape, generator=generator)
+    return model
+
+
+def family(base: nn.Module, tasks: tuple[str, ...] = ("mnist", "svhn")) -> dict:
+    """A pool's ``models`` around a base model."""
+    tuned = {task: fine_tuned(base, seed) for seed, task in enumerate(tasks, 1)}
+    return {BASE: base.eval(), **tuned}
+
+
+class OpenClipLike(nn.Module):
+    """What OpenCLIP's image encoder is made of: a convolution, fused attention, a scalar, a projection by hand."""
+
+    def __init__(self, width: int = 16, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.conv1 = nn.Conv2d(3, width, 8, 8, bias=False)
+            self.ln = nn.LayerNorm(width)
+            self.attn = nn.MultiheadAttention(width, 2, batch_first=True)
+            self.proj = nn.Parameter(torch.randn(width, 12))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        # What the host's ImageClassifier asks of an encoder.
+        self.train_preprocess = self.val_preprocess = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.ln(self.conv1(images).flatten(2).mT)  # (batch, patches, width)
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return self.logit_scale * x.mean(1) @ self.proj
+
+
+class Oddities(nn.Module):
+    """Tied weights, an integer buffer, running statistics, and a tensor that no task changes."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(20, 8)
+            self.norm = nn.BatchNorm1d(8)
+            self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("positions", torch.arange(5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.embedding(tokens)))
+
+
+def write_clip(directory: Path, vision: CLIPVisionModel) -> Path:
+    """A CLIP with a small text tower and a processor of bytes, as the host's task pool loads them."""
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    directory.mkdir(parents=True)
+    vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
+    vocabulary.write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    merges.write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(vocabulary), str(merges))
+    side = {"height": 32, "width": 32}
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side)
+    CLIPProcessor(images, tokenizer).save_pretrained(directory)
+    text = {
+        "vocab_size": len(words),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": len(words) - 2,
+        "eos_token_id": len(words) - 1,
+    }
+    config = CLIPConfig(
+        text_config=text, vision_config=vision.config.to_dict(), projection_dim=16
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip = CLIPModel(config)
+    clip.vision_model.load_state_dict(vision.vision_model.state_dict())
+    clip.save_pretrained(directory)
+    return directory
+
+
+def pictures(seed: int, count: int = 12, classes: int = 10) -> list[dict]:
+    """Noise with labels, as a list of what the host calls items."""
+    draw = random.Random(seed)
+    return [
+        {
+            "image": Image.frombytes("RGB", (32, 32), draw.randbytes(32 * 32 * 3)),
+            "label": draw.randrange(classes),
+        }
+        for _ in range(count)
+    ]

@@ -1,0 +1,504 @@
+"""The methods that DiDi is compared with, each against an obvious reference, and what all of them must do."""
+
+import copy
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fusion_bench.method.emr_merging import EMRMerging as HostEMRMerging
+from fusion_bench.modelpool import BaseModelPool
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from fusion_bench_didi import baselines
+from fusion_bench_didi import method as methods
+from fusion_bench_didi.errors import ModelPoolError, UnknownTaskError
+from fusion_bench_didi.models import DynamicModel
+
+CONFIGS = Path(__file__).parent.parent / "config" / "method" / "didi"
+DYNAMIC = {
+    "tsv_c": lambda: methods.TSVCompression(),
+    "tsv_c matrix": lambda: methods.TSVCompression(conv="matrix", fold_sigma=False),
+    "tall ties": lambda: methods.TallMaskMerging(),
+    "tall sum": lambda: methods.TallMaskMerging(multi_task="task_arithmetic"),
+    "twin": lambda: methods.TwinMerging(),
+    "twin dense": lambda: methods.TwinMerging(conv="dense", rank_fraction=0.6),
+    "free": lambda: methods.FreeMerging(),
+    "free code": lambda: methods.FreeMerging(filter="code", keep=0.2),
+    "emr": lambda: methods.EMRMerging(),
+}
+
+
+def floats(module: nn.Module) -> dict[str, np.ndarray]:
+    return {n: p.detach().double().numpy() for n, p in module.named_parameters()}
+
+
+def task_vectors(clip) -> dict[str, dict[str, np.ndarray]]:
+    base = floats(clip.base)
+    return {
+        task: {n: v - base[n] for n, v in floats(model).items()}
+        for task, model in clip.tuned.items()
+    }
+
+
+def cut(matrix: np.ndarray, rank: int) -> np.ndarray:
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    return sum((s[i] * np.outer(u[:, i], vh[i]) for i in range(rank)), 0 * matrix)
+
+
+def assert_changes(model: DynamicModel, clip, expected, tolerance=1e-6) -> None:
+    """Every tensor of every task is the base value plus the expected change."""
+    base = floats(clip.base)
+    for task in clip.tasks:
+        model.set_task(task)
+        for name, value in floats(model.backbone).items():
+            change = expected(task, name)
+            np.testing.assert_allclose(
+                value - base[name], change, atol=tolerance, err_msg=f"{task} {name}"
+            )
+
+
+# --- each method against its formula ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fraction", [None, 0.1, 1.0])
+@pytest.mark.parametrize("conv", ["dense", "matrix"])
+def test_tsv_c(tiny_clip, fraction, conv):
+    tau = task_vectors(tiny_clip)
+
+    def expected(task, name):
+        value = tau[task][name]
+        if value.ndim == 2 or (value.ndim == 4 and conv == "matrix"):
+            matrix = value.reshape(len(value), -1)
+            share = 1 / 3 if fraction is None else fraction
+            return cut(matrix, int(min(matrix.shape) * share)).reshape(value.shape)
+        return value
+
+    model = methods.TSVCompression(rank_fraction=fraction, conv=conv).run(
+        tiny_clip.pool_models()
+    )
+    assert_changes(model, tiny_clip, expected)
+    if fraction == 1.0:  # factors of full rank are larger than the matrices
+        kinds = {e["kind"] for e in _manifest(model)}
+        assert kinds == {"dense"}
+
+
+def _manifest(model) -> list[dict]:
+    return [
+        {"kind": delta.kind}
+        for expert in model.modulators.values()
+        for _, delta in expert.deltas.items()
+    ]
+
+
+def _flat(tensors: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def ties_by_the_book(vectors: list[np.ndarray], keep: float) -> np.ndarray:
+    trimmed = []
+    for vector in vectors:
+        limit = np.sort(np.abs(vector))[len(vector) - int(keep * len(vector)) - 1]
+        trimmed.append(np.where(np.abs(vector) >= limit, vector, 0))
+    sign = np.sign(np.sum(trimmed, axis=0))
+    sign[sign == 0] = np.sign(sign.sum())
+    merged = np.zeros_like(vectors[0])
+    for vector in trimmed:
+        merged += np.where(np.sign(vector) == sign, vector, 0)
+    return merged
+
+
+@pytest.mark.parametrize("multi_task", ["ties", "task_arithmetic"])
+def test_tall_mask(tiny_clip, multi_task):
+    tau = {task: _flat(v) for task, v in task_vectors(tiny_clip).items()}
+    merged = np.sum(list(tau.values()), axis=0)
+    if multi_task == "ties":
+        merged = ties_by_the_book(list(tau.values()), 0.2)
+    limits = {"mnist": 0.4, "svhn": 0.6, "eurosat": 0.4}
+    model = methods.TallMaskMerging(
+        multi_task=multi_task, thresholds={"svhn": 0.6}
+    ).run(tiny_clip.pool_models())
+    base = _flat(floats(tiny_clip.base))
+    for task, vector in tau.items():
+        mask = np.abs(vector) > limits[task] * np.abs(merged - vector)
+        model.set_task(task)
+        change = _flat(floats(model.backbone)) - base
+        # an entry on the very edge may fall on the other side in float32
+        wrong = ~np.isclose(change, mask * merged, atol=1e-6)
+        assert wrong.mean() < 1e-4
+        assert 0.05 < mask.mean() < 0.95
+
+
+def test_the_majority_sign_decides_where_votes_cancel():
+    trimmed = torch.tensor([[1.0, 2.0], [-1.0, 3.0]])
+    assert baselines.elected_sum(trimmed, 1.0).tolist() == [1.0, 5.0]
+    assert baselines.elected_sum(trimmed, -1.0).tolist() == [-1.0, 5.0]
+
+
+def test_twin(tiny_clip):
+    tau = task_vectors(tiny_clip)
+
+    def expected(task, name):
+        value = tau[task][name]
+        if value.ndim < 2:
+            return value
+        shared = 0.3 * sum(tau[t][name] for t in tau)
+        rest = (value - shared).reshape(len(value), -1)
+        return shared + cut(rest, int(0.1 * min(rest.shape))).reshape(value.shape)
+
+    model = methods.TwinMerging().run(tiny_clip.pool_models())
+    assert_changes(model, tiny_clip, expected)
+
+
+def free_by_the_book(tau: list[np.ndarray], which: str, keep: float):
+    """Shared part, and per task what replaces it (NaN where nothing does)."""
+    m, n = tau[0].shape
+    filtered = []
+    for matrix in tau:
+        frequencies = np.fft.fft2(matrix)
+        for i in range(m):
+            for j in range(n):
+                if which == "paper":
+                    y, x = np.fft.fftfreq(m)[i] * 2, np.fft.fftfreq(n)[j] * 2
+                    drop = (y * y + x * x) ** 0.5 <= 0.1
+                else:
+                    y, x = i - m // 2, j - n // 2
+                    drop = (y * y + x * x) ** 0.5 > 0.7 * min(m, n)
+                if drop:
+                    frequencies[i, j] = 0
+        filtered.append(np.fft.ifft2(frequencies).real)
+    sizes = [np.abs(v).mean() for v in filtered]
+    if which == "paper":
+        shared = sum(s / sum(sizes) * v for s, v in zip(sizes, filtered))
+    else:
+        shared = 0.25 * sum(filtered)
+    experts = []
+    for matrix, size in zip(tau, sizes):
+        expert = np.full_like(matrix, np.nan)
+        for row, out in zip(matrix, expert):
+            top = np.argsort(-np.abs(row))[: max(1, int(keep * n))]
+            out[top] = row[top]
+        scale = -np.log10(keep) * np.nanmean(np.abs(expert)) / size
+        experts.append((0.5 if which == "code" else 1.0) * scale * expert)
+    return shared, experts
+
+
+@pytest.mark.parametrize("which", ["paper", "code"])
+def test_free(tiny_clip, which):
+    tau = task_vectors(tiny_clip)
+    tasks = list(tau)
+    known = {}
+
+    def expected(task, name):
+        if "attn" not in name and "mlp" not in name:
+            return 0 * tau[task][name]
+        vectors = [tau[t][name] for t in tasks]
+        if vectors[0].ndim < 2:
+            return np.mean(vectors, axis=0)
+        if name not in known:
+            known[name] = free_by_the_book(vectors, which, 0.1)
+        shared, experts = known[name]
+        expert = experts[tasks.index(task)]
+        return np.where(np.isnan(expert), shared, expert)
+
+    model = methods.FreeMerging(filter=which, keep=0.1).run(tiny_clip.pool_models())
+    assert_changes(model, tiny_clip, expected)
+
+
+def test_the_released_filter_depends_on_the_shape():
+    kept = {
+        shape: baselines.released_filter(*shape, 0.7).float().mean().item()
+        for shape in [(768, 768), (2304, 768), (3072, 768)]
+    }
+    assert kept[768, 768] == pytest.approx(0.9998, abs=2e-4)
+    assert kept[2304, 768] == pytest.approx(0.42, abs=0.01)
+    assert kept[3072, 768] == pytest.approx(0.32, abs=0.01)
+
+
+def test_free_needs_attention_or_mlp_tensors(tiny_clip):
+    with pytest.raises(ModelPoolError, match="matches patterns"):
+        methods.FreeMerging(patterns=["*nowhere*"]).run(tiny_clip.pool_models())
+
+
+def test_emr_is_the_hosts(tiny_clip):
+    ours = methods.EMRMerging().run(tiny_clip.pool_models())
+    for task in tiny_clip.tasks:
+        # a fresh one per task: the host's adds and subtracts in place
+        host = HostEMRMerging().run(copy.deepcopy(tiny_clip.pool_models()))
+        host.set_task(task)
+        ours.set_task(task)
+        theirs = dict(host.backbone.named_parameters())
+        for name, value in ours.backbone.named_parameters():
+            assert torch.equal(value, theirs[name]), (task, name)
+
+
+# --- CAT --------------------------------------------------------------------------------------------------------------
+
+
+class PoolWithImages(BaseModelPool):
+    """Six random images per task; the first entry of a sample is the image."""
+
+    def __init__(self, models, train=(), val=()):
+        super().__init__(models)
+        self._train_datasets = {name: None for name in train}
+        self._val_datasets = {name: None for name in val}
+
+    def load_train_dataset(self, name):
+        noise = np.random.default_rng(len(name)).integers(0, 255, (6, 32, 32, 3))
+        return [(Image.fromarray(image.astype("uint8")), 0) for image in noise]
+
+    load_val_dataset = load_train_dataset
+
+    def load_processor(self):
+        return lambda image: (
+            torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - 0.5
+        )
+
+
+def pixels_of(pool, task, count, seed):
+    chosen = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:count]
+    dataset = pool.load_train_dataset(task)
+    return torch.stack([pool.load_processor()(dataset[i][0]) for i in chosen.tolist()])
+
+
+def inputs_of(model, name, pixels):
+    """Inputs (N, n) of one module, layer norms before scale and shift."""
+    module, found = model.get_submodule(name), []
+    handle = module.register_forward_hook(lambda m, args, out: found.append(args[0]))
+    with torch.no_grad():
+        model(pixels)
+    handle.remove()
+    rows = found[0].flatten(0, -2).double().numpy()
+    if isinstance(module, nn.LayerNorm):
+        rows = rows - rows.mean(1, keepdims=True)
+        rows = rows / np.sqrt((rows**2).mean(1, keepdims=True) + module.eps)
+    return rows
+
+
+def cat_by_the_book(clip, pool, name, *, directions, weight, images, seed):
+    tau = task_vectors(clip)
+    owner, _, leaf = name.rpartition(".")
+    module = clip.base.get_submodule(owner)
+    vectors = {task: tau[task][name] for task in clip.tasks}
+    if not isinstance(module, (nn.Linear, nn.LayerNorm)):
+        return sum(vectors.values())
+    moments = {}
+    for task, model in clip.tuned.items():
+        if leaf == "bias":
+            moments[task] = np.eye(len(vectors[task]))
+            continue
+        rows = inputs_of(model, owner, pixels_of(pool, task, images, seed))
+        moments[task] = sum(np.outer(x, x) for x in rows) / len(rows)
+    total = 0
+    for k, vector in vectors.items():
+        if vector.ndim == 2:
+            g = sum(
+                (-weight if i == k else 1.0) * vector @ c @ vector.T
+                for i, c in moments.items()
+            )
+            values, basis = np.linalg.eigh(g)
+            for value, b in list(zip(values, basis.T))[::-1][:directions]:
+                if value > 0:
+                    vector = vector - np.outer(b, b @ vector)
+        else:
+            g = sum(
+                (-weight if i == k else 1.0) * np.diag(c) * vector**2
+                for i, c in moments.items()
+            )
+            vector = vector.copy()
+            for j in np.argsort(-g)[:directions]:
+                if g[j] > 0:
+                    vector[j] = 0
+        total = total + vector
+    return total
+
+
+@pytest.mark.parametrize("weight", [0.5, 5.0])
+@pytest.mark.parametrize("images", [1, 3])
+def test_cat(tiny_clip, weight, images):
+    pool = PoolWithImages(tiny_clip.pool_models(), train=tiny_clip.tasks)
+    options = {"directions": 2, "weight": weight, "images": images, "seed": 4}
+    merged = methods.CATMerging(scale=0.5, **options).run(pool)
+    assert type(merged) is type(tiny_clip.base)
+    base, result = floats(tiny_clip.base), floats(merged)
+    cut_tensors = 0
+    for name, value in result.items():
+        expected = cat_by_the_book(tiny_clip, pool, name, **options)
+        np.testing.assert_allclose(
+            value - base[name], 0.5 * expected, atol=1e-6, err_msg=name
+        )
+        whole = sum(v[name] for v in task_vectors(tiny_clip).values())
+        cut_tensors += not np.allclose(expected, whole)
+    assert cut_tensors > 10
+
+
+def test_cat_without_directions_is_task_arithmetic(tiny_clip):
+    pool = PoolWithImages(tiny_clip.pool_models(), val=tiny_clip.tasks)
+    merged = floats(methods.CATMerging(directions=0).run(pool))
+    tau, base = task_vectors(tiny_clip), floats(tiny_clip.base)
+    for name in base:
+        whole = base[name] + 0.3 * sum(v[name] for v in tau.values())
+        np.testing.assert_allclose(merged[name], whole, atol=1e-6)
+
+
+def test_cat_leaves_the_pool_alone(tiny_clip):
+    pool = PoolWithImages(tiny_clip.pool_models(), train=tiny_clip.tasks)
+    before = {name: floats(copy.deepcopy(m)) for name, m in pool.named_models()}
+    methods.CATMerging().run(pool)
+    for name, model in pool.named_models():
+        for key, value in floats(model).items():
+            np.testing.assert_array_equal(value, before[name][key])
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_cat_says_which_tasks_have_no_images(tiny_clip):
+    pool = PoolWithImages(tiny_clip.pool_models(), train=["mnist"], val=["SVHN"])
+    with pytest.raises(ModelPoolError, match=r"none for \['eurosat'\]"):
+        methods.CATMerging().run(pool)
+
+
+# --- what all dynamic methods must do ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=DYNAMIC)
+def dynamic(request):
+    return DYNAMIC[request.param]()
+
+
+def test_account_is_what_is_written(dynamic, tiny_clip, tmp_path):
+    model = dynamic.run(tiny_clip.pool_models())
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    bits = 8 * sum(t.nbytes for t in load_file(file).values())
+    storage = model.storage
+    assert bits == storage.excl_bits
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert 8 * (file.stat().st_size - header) == bits
+    parameters = sum(p.numel() for p in tiny_clip.base.parameters())
+    assert storage.unit_bits == 32 * parameters
+    assert storage.x_incl <= storage.x_excl + 1
+
+
+def test_saved_and_loaded_models_agree(dynamic, tiny_clip, tmp_path):
+    model = dynamic.run(tiny_clip.pool_models())
+    model.save_pretrained(tmp_path / "model")
+    loaded = DynamicModel.from_pretrained(
+        tmp_path / "model", backbone=copy.deepcopy(tiny_clip.base)
+    )
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert loaded.storage == model.storage
+    assert loaded.info["method"] == dynamic.title
+    for task in reversed(tiny_clip.tasks):
+        model.set_task(task)
+        loaded.set_task(task)
+        alone = model.materialize(task).eval()
+        with torch.no_grad():
+            outputs = [m(pixels).pooler_output for m in (model, loaded, alone)]
+        assert torch.equal(outputs[0], outputs[1])
+        assert torch.equal(outputs[0], outputs[2])
+    assert type(alone) is type(tiny_clip.base)
+
+
+def test_order_of_the_pool_changes_nothing(dynamic, tiny_clip):
+    models = tiny_clip.pool_models()
+    turned = dict(reversed(models.items()))
+    one, other = dynamic.run(models), dynamic.run(turned)
+    for task in tiny_clip.tasks:
+        one.set_task(task)
+        other.set_task(task)
+        pairs = zip(one.backbone.parameters(), other.backbone.parameters())
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_pool_stays_as_it_was(dynamic, tiny_clip):
+    before = {n: floats(copy.deepcopy(m)) for n, m in tiny_clip.pool_models().items()}
+    dynamic.run(tiny_clip.pool_models()).set_task("mnist")
+    for name, model in tiny_clip.pool_models().items():
+        for key, value in floats(model).items():
+            np.testing.assert_array_equal(value, before[name][key])
+
+
+def test_untouched_tensors_and_idle_tasks(dynamic, tiny_clip):
+    """A tensor that nobody changed costs nothing; a task that changed nothing is no division by zero."""
+    untouched = "vision_model.embeddings.position_embedding.weight"
+    with torch.no_grad():
+        base = dict(tiny_clip.base.named_parameters())
+        for task, model in tiny_clip.tuned.items():
+            for name, value in model.named_parameters():
+                if name == untouched or task == "svhn":
+                    value.copy_(base[name])
+    model = dynamic.run(tiny_clip.pool_models())
+    assert untouched in base
+    assert untouched not in model.touched
+    assert untouched not in model.storage.layer_bits
+    for task in tiny_clip.tasks:
+        assert all(p.isfinite().all() for p in model.materialize(task).parameters())
+
+
+def test_half_precision_checkpoints(dynamic, make_tiny_clip, tmp_path):
+    clip = make_tiny_clip()
+    models = {n: m.bfloat16() for n, m in clip.pool_models().items()}
+    model = dynamic.run(models)
+    assert model.storage.unit_bits == 16 * sum(
+        p.numel() for p in clip.base.parameters()
+    )
+    model.save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    assert 8 * sum(t.nbytes for t in tensors.values()) == model.storage.excl_bits
+    model.set_task("mnist")
+    assert next(model.backbone.parameters()).dtype == torch.bfloat16
+
+
+def test_excluded_tensors_stay(dynamic, tiny_clip):
+    dynamic.exclude = ["*layers.0*"]
+    model = dynamic.run(tiny_clip.pool_models())
+    model.set_task("mnist")
+    base = dict(tiny_clip.base.named_parameters())
+    for name, value in model.backbone.named_parameters():
+        if "layers.0" in name:
+            assert torch.equal(value, base[name])
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tsv_c", "tall_mask", "twin", "free", "cat", "emr"])
+def test_yaml_is_the_constructor(name):
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    cls = getattr(methods, config.pop("_target_").rpartition(".")[2])
+    signature = inspect.signature(cls.__init__).parameters
+    keys = [k for k in signature if k not in ("self", "kwargs")]
+    assert list(config) == keys
+    defaults = {k: signature[k].default for k in keys}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
+    assert config == plain
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: methods.TSVCompression(conv="low"), "conv='low'"),
+        (lambda: methods.TSVCompression(rank_fraction=0), "rank_fraction=0"),
+        (lambda: methods.TallMaskMerging(multi_task="sum"), "multi_task='sum'"),
+        (lambda: methods.TallMaskMerging(ties_keep=20), "ties_keep=20"),
+        (lambda: methods.TwinMerging(conv="low"), "conv='low'"),
+        (lambda: methods.TwinMerging(rank_fraction=2), "rank_fraction=2"),
+        (lambda: methods.FreeMerging(filter="none"), "filter='none'"),
+        (lambda: methods.FreeMerging(biases="first"), "biases='first'"),
+        (lambda: methods.FreeMerging(keep=1), "keep=1"),
+        (lambda: methods.CATMerging(images=0), "images=0"),
+    ],
+)
+def test_impossible_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_thresholds_of_unknown_tasks_are_refused(tiny_clip):
+    method = methods.TallMaskMerging(thresholds={"cars": 0.3})
+    with pytest.raises(UnknownTaskError, match="cars"):
+        method.run(tiny_clip.pool_models())

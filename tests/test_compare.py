@@ -1,0 +1,318 @@
+"""The side-by-side comparison: rows, resume, refusal, and a kill in the middle."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from fusion_bench_didi.demo import build_suite
+from fusion_bench_didi.programs import ComparisonProgram
+from fusion_bench_didi.programs.compare import Scorer
+from fusion_bench_didi.programs.entries import (
+    ComparisonError,
+    Entry,
+    fitted,
+    read_entries,
+)
+from fusion_bench_didi.programs.results import retention
+from fusion_bench_didi.programs.rows import RowStore, differences
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+TASKS = 3
+QUICK = {"allocation": "greedy", "refine_sweeps": 2}
+ENTRIES = {
+    "pretrained": {"name": "Base", "method": "pretrained", "group": "reference"},
+    "individuals": {"method": "individuals", "group": "reference"},
+    "averaging": {"method": "simple_average", "group": "static", "notes": "plain"},
+    "broken": {"method": "no/such_method", "group": "static"},
+    "emr": {"method": "didi/emr", "group": "dynamic", "routing": "oracle"},
+    "didi": {
+        "method": "didi",
+        "overrides": {**QUICK, "budget": 1.2},
+        "group": "dynamic",
+        "family": "DiDi",
+    },
+    "as_emr": {
+        "method": "didi",
+        "overrides": QUICK,
+        "budget_of": "emr",
+        "group": "dynamic",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    cache = tmp_path_factory.mktemp("suite")
+    build_suite(cache, size="tiny")
+    return cache
+
+
+def configuration(cache: Path, directory: Path, **changes) -> dict:
+    pools = {
+        side: {
+            "_target_": f"fusion_bench_didi.demo.pools.DemoCLIPVision{name}",
+            "cache_dir": str(cache),
+            "size": "tiny",
+        }
+        for side, name in (("modelpool", "ModelPool"), ("taskpool", "ModelTaskPool"))
+    }
+    pools["taskpool"]["dataloader_kwargs"] = {"batch_size": 32}
+    return {
+        "entries": copy.deepcopy(ENTRIES),
+        **pools,
+        "path": {"log_dir": str(directory)},
+        "seed": 0,
+        "report": False,
+        **changes,
+    }
+
+
+def compare(cache: Path, directory: Path, **changes) -> dict:
+    config = OmegaConf.create(configuration(cache, directory, **changes))
+    return ComparisonProgram(**config).run()
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory) -> tuple[Path, dict]:
+    """One whole comparison; tests that write into its directory work on a copy of the rows."""
+    directory = tmp_path_factory.mktemp("finished")
+    return directory, compare(cache, directory)
+
+
+@pytest.fixture
+def scored(monkeypatch) -> list[str]:
+    """The tasks that were evaluated, in order."""
+    calls: list[str] = []
+    stock = Scorer.score
+
+    def score(self, model, task):
+        calls.append(task)
+        return stock(self, model, task)
+
+    monkeypatch.setattr(Scorer, "score", score)
+    return calls
+
+
+def by_method(comparison: dict) -> dict[str, dict]:
+    return {row["method"]: row for row in comparison["rows"]}
+
+
+def timeless(comparison: dict) -> dict:
+    rows = [
+        {k: v for k, v in row.items() if k not in ("seconds", "peak_gb", "added_gb")}
+        for row in comparison["rows"]
+    ]
+    return {**comparison, "rows": rows}
+
+
+def test_rows_hold_what_is_promised(finished):
+    directory, comparison = finished
+    assert json.loads((directory / "comparison.json").read_text()) == comparison
+    rows = by_method(comparison)
+    assert list(rows) == ["Base", *list(ENTRIES)[1:]]
+    for name, row in rows.items():
+        if name == "broken":
+            continue
+        assert row["error"] is None
+        assert len(row["accuracy"]) == TASKS
+        assert row["average"] == pytest.approx(sum(row["accuracy"].values()) / TASKS)
+    assert rows["individuals"]["retention"] == pytest.approx(
+        {"mean_of_ratios": 1.0, "ratio_of_averages": 1.0}
+    )
+    assert rows["averaging"]["seconds"] > 0 and rows["averaging"]["peak_gb"] > 0
+    assert comparison["versions"]["torch"] and comparison["config"]["seed"] == 0
+
+
+def test_storage_of_each_kind(finished):
+    rows = by_method(finished[1])
+    sizes = {name: (row["x_excl"], row["x_incl"]) for name, row in rows.items()}
+    assert sizes["Base"] == (0, 1)
+    assert sizes["individuals"] == (TASKS, TASKS)
+    assert sizes["averaging"] == (1, 1)
+    assert "folded" in rows["averaging"]["notes"]
+    assert sizes["emr"][0] == pytest.approx(1 + TASKS / 32, rel=0.03)
+    assert sizes["emr"][1] - sizes["emr"][0] == pytest.approx(1)
+    assert 1.1 < sizes["didi"][0] <= 1.2
+    assert sizes["as_emr"][0] <= sizes["emr"][0] < 1.02 * sizes["as_emr"][0]
+    unit = finished[1]["unit_bytes"]
+    assert rows["emr"]["bytes_excl"] == pytest.approx(sizes["emr"][0] * unit, abs=1)
+
+
+def test_a_failing_method_is_a_row(finished):
+    row = by_method(finished[1])["broken"]
+    assert row["error"].startswith("MissingConfigException")
+    assert row["traceback"] and row["average"] is None
+    assert row["retention"]["mean_of_ratios"] is None
+
+
+def test_each_task_is_evaluated_once_per_method(cache, tmp_path, scored):
+    compare(cache, tmp_path, only=["individuals", "averaging"])
+    assert len(scored) == 2 * TASKS
+    assert len(set(scored)) == TASKS
+
+
+def test_continuing_evaluates_nothing_again(cache, tmp_path, scored):
+    few = {"only": ["individuals", "averaging"]}
+    first = compare(cache, tmp_path, **few)
+    scored.clear()
+    assert compare(cache, tmp_path, **few) == first
+    assert scored == []
+    more = compare(cache, tmp_path, only=[*few["only"], "pretrained"])
+    assert len(scored) == TASKS
+    assert len(more["rows"]) == 3
+
+
+def test_continuing_starts_at_the_task_that_is_missing(cache, tmp_path, scored):
+    few = {"only": ["individuals"]}
+    first = compare(cache, tmp_path, **few)
+    file = tmp_path / "rows" / "individuals.json"
+    row = json.loads(file.read_text())
+    lost = list(row["accuracy"])[-1]
+    del row["accuracy"][lost]
+    row["complete"] = False
+    file.write_text(json.dumps(row))
+    scored.clear()
+    assert timeless(compare(cache, tmp_path, **few)) == timeless(first)
+    assert scored == [lost]
+
+
+def test_another_configuration_is_refused(cache, tmp_path, scored):
+    few = {"only": ["averaging"]}
+    compare(cache, tmp_path, **few)
+    scored.clear()
+    with pytest.raises(ComparisonError, match=r"seed: 0 -> 1(.|\n)*restart=true"):
+        compare(cache, tmp_path, **few, seed=1)
+    entries = copy.deepcopy(ENTRIES)
+    entries["averaging"]["method"] = "task_arithmetic"
+    with pytest.raises(ComparisonError, match="entries.averaging.config._target_"):
+        compare(cache, tmp_path, **few, entries=entries)
+    assert scored == []
+    compare(cache, tmp_path, **few, seed=1, restart=True)
+    assert len(scored) == TASKS
+
+
+def test_labels_and_notes_may_change(cache, tmp_path, scored):
+    compare(cache, tmp_path, only=["averaging"])
+    scored.clear()
+    entries = copy.deepcopy(ENTRIES)
+    entries["averaging"] |= {"name": "Mean", "notes": "of weights"}
+    (row,) = compare(cache, tmp_path, only=["averaging"], entries=entries)["rows"]
+    assert row["method"] == "Mean" and row["notes"].startswith("of weights")
+    assert scored == []
+
+
+def test_rows_without_settings_are_refused(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "x.json").write_text("{}")
+    with pytest.raises(ComparisonError, match="settings.json is missing"):
+        RowStore(tmp_path, {"seed": 0})
+
+
+def test_kill_in_the_middle(cache, finished, tmp_path):
+    """kill -9 while the third method is evaluated; run again; compare with the unbroken run."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(configuration(cache, tmp_path / "run")))
+    code = (
+        "import json, sys, time\n"
+        "from omegaconf import OmegaConf\n"
+        "from fusion_bench_didi.programs import ComparisonProgram\n"
+        "from fusion_bench_didi.programs.compare import Scorer\n"
+        "stock = Scorer.score\n"
+        "def slow(self, model, task):\n"
+        "    time.sleep(0.3)\n"
+        "    return stock(self, model, task)\n"
+        "Scorer.score = slow\n"
+        f"config = json.load(open({str(config)!r}))\n"
+        "ComparisonProgram(**OmegaConf.create(config)).run()\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    row = tmp_path / "run" / "rows" / "averaging.json"
+    deadline = time.monotonic() + 120
+    while not row.exists():
+        assert child.poll() is None, child.stderr.read().decode()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stderr.close()
+    assert not json.loads(row.read_text())["complete"]
+    assert timeless(compare(cache, tmp_path / "run")) == timeless(finished[1])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"group": "clever"}, "entries.x.group='clever'"),
+        ({"uses_data": "all"}, "entries.x.uses_data='all'"),
+        ({"colour": "red"}, r"unknown \['colour'\]"),
+        ({"method": None, "group": None, "budget_of": "y"}, "group=None"),
+        ({"budget_of": "y"}, "budget_of='y' is not among"),
+    ],
+)
+def test_faulty_entries_are_named(change, message):
+    entry = {"method": "simple_average", "group": "static", **change}
+    with pytest.raises(ComparisonError, match=message):
+        read_entries({"x": entry})
+
+
+def test_unknown_keys_in_only():
+    with pytest.raises(ComparisonError, match="no entry 'z'"):
+        read_entries({"x": {"method": "simple_average", "group": "static"}}, ["z"])
+
+
+def test_shipped_entries_are_sound():
+    file = Path(__file__).resolve().parent.parent / "config" / "didi_compare.yaml"
+    config = OmegaConf.load(file)
+    entries = read_entries(config.entries)
+    assert all(isinstance(e, Entry) for e in entries)
+    budgets = [e.overrides.get("budget") for e in entries if e.family == "DiDi"]
+    assert budgets == [0.24, 0.5, 1.0, 1.24, 1.4, 2.0, None]
+    assert len({e.name for e in entries}) == len(entries)
+
+
+def test_ranks_fit_the_smallest_side():
+    fit = {"at": 768, "k": 128, "gate_k": 16}
+    assert fitted(fit, 1024) == {"k": 128, "gate_k": 16}
+    assert fitted(fit, 128) == {"k": 21, "gate_k": 3}
+    assert fitted(fit, 16) == {"k": 3, "gate_k": 1}
+
+
+def test_both_retentions():
+    kept = retention({"a": 0.5, "b": 0.9}, {"a": 1.0, "b": 0.9})
+    assert kept == pytest.approx(
+        {"mean_of_ratios": 0.75, "ratio_of_averages": 1.4 / 1.9}
+    )
+    assert retention({"a": None}, {"a": 1.0})["mean_of_ratios"] is None
+    assert retention({"a": 0.5}, {})["ratio_of_averages"] is None
+
+
+def test_differences_are_dotted():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == [
+        "a.c: 2 -> 3"
+    ]
+
+
+def test_command_line_finds_its_configuration_anywhere(tmp_path):
+    command = [
+        Path(sys.executable).with_name("fusion_bench"),
+        "--config-name",
+        "didi_compare",
+        "--cfg",
+        "job",
+        "--resolve",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "fusion_bench_didi.programs.ComparisonProgram" in done.stdout
+    assert "log_dir: ./outputs/didi_compare/didi/demo" in done.stdout

@@ -1,0 +1,103 @@
+"""Stored forms: what each does to a tensor, and what it costs."""
+
+import pytest
+import torch
+
+from fusion_bench_didi.checkpoint import read_deltas, write_deltas
+from fusion_bench_didi.deltas import (
+    KINDS,
+    Delta,
+    DenseDelta,
+    LowRankDelta,
+    MaskedDelta,
+    SparseDelta,
+    SpectralDelta,
+    bitmap_is_smaller,
+    pack_bits,
+    unpack_bits,
+)
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (9,), (3, 5), (2, 3, 4, 5)])
+def test_packed_bits_come_back(shape):
+    mask = _random(*shape) > 0
+    packed = pack_bits(mask)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (-(-mask.numel() // 8),)
+    assert torch.equal(unpack_bits(packed, shape), mask)
+
+
+def test_bit_order_is_that_of_the_docstring():
+    mask = torch.zeros(10, dtype=torch.bool)
+    mask[[1, 8]] = True
+    assert pack_bits(mask).tolist() == [2, 1]
+
+
+def test_masked_delta():
+    shared, mask = _random(3, 5), _random(5, 3).T > 0  # not contiguous
+    delta = MaskedDelta.of(mask, 1.5)
+    assert torch.equal(delta.change(shared), shared * mask * 1.5)
+    assert delta.bits == 8 * 2 + 32  # 15 entries and a scalar
+    with pytest.raises(ValueError, match="needs the shared tensor"):
+        delta.change()
+
+
+@pytest.mark.parametrize(
+    "count, where", [(0, torch.int32), (2, torch.int32), (3, torch.uint8)]
+)
+def test_sparse_delta_replaces_and_takes_the_cheaper_index(count, where):
+    shared = _random(9, 8)  # 72 entries: a bitmap is 9 bytes, an index 4
+    value = torch.zeros(72)
+    value[torch.tensor([70, 3, 41])[:count]] = torch.tensor([1.0, -2.0, 3.0])[:count]
+    value = value.view(9, 8)
+    delta = SparseDelta.of(value, torch.float32)
+    assert delta.where.dtype == where
+    assert delta.bits == 8 * min(4 * count, 9) + 32 * count
+    assert torch.equal(delta.change(), value)
+    before = shared.clone()
+    assert torch.equal(delta.change(shared), torch.where(value != 0, value, shared))
+    assert torch.equal(shared, before)
+
+
+def test_indices_never_overflow():
+    assert not bitmap_is_smaller(1, 2**31)
+    assert bitmap_is_smaller(1, 2**31 + 1)
+
+
+def test_spectral_delta():
+    up, sigma, down = _random(4, 2), torch.tensor([3.0, 1.0]), _random(2, 6)
+    delta = SpectralDelta((4, 2, 3), up, sigma, down)
+    expected = (up @ torch.diag(sigma) @ down).view(4, 2, 3)
+    torch.testing.assert_close(delta.change(), expected)
+    torch.testing.assert_close(delta.change(torch.ones(4, 2, 3)), expected + 1)
+    assert delta.bits == 32 * 2 * (4 + 6 + 1)
+
+
+def test_every_kind_is_written_and_read_back(tmp_path):
+    deltas = {
+        "a.dense": DenseDelta((2, 3), _random(2, 3).bfloat16()),
+        "a.low": LowRankDelta((4, 5), _random(4, 1), _random(1, 5)),
+        "a.rank0": LowRankDelta((4, 5), torch.zeros(4, 0), torch.zeros(0, 5)),
+        "a.spectral": SpectralDelta((4, 5), _random(4, 1), _random(1), _random(1, 5)),
+        "a.masked": MaskedDelta.of(_random(3, 3) > 0, 0.5),
+        "a.few": SparseDelta.of(torch.eye(40) * 2, torch.float32),
+        "a.many": SparseDelta.of(_random(6, 6), torch.float16),
+        "a.none": SparseDelta.of(torch.zeros(6, 6), torch.float32),
+    }
+    here = {kind for kind, cls in KINDS.items() if cls.__module__ == Delta.__module__}
+    assert {delta.kind for delta in deltas.values()} == here
+    manifest = write_deltas(tmp_path, {}, {"task": deltas})
+    shared, experts = read_deltas(tmp_path, manifest)
+    assert not shared
+    for name, delta in deltas.items():
+        found = experts["task"][name]
+        assert type(found) is type(delta) and found.shape == delta.shape
+        assert found.bits == delta.bits
+        for part, value in delta.tensors().items():
+            assert torch.equal(found.tensors()[part], value)
+            assert found.tensors()[part].dtype == value.dtype
+        assert not any(p.requires_grad for p in found.parameters())

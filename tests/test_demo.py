@@ -1,0 +1,283 @@
+"""The demo suite: its layout, its seed, its locks, and the host's pools on it."""
+
+import json
+import math
+import multiprocessing
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from fusion_bench.tasks.clip_classification import (
+    CLIPTemplateFactory,
+    get_classnames_and_templates,
+)
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
+
+from fusion_bench_didi import demo
+from fusion_bench_didi.demo import suite as suite_module
+from fusion_bench_didi.demo.drawing import SIDE
+from fusion_bench_didi.demo.pools import (
+    DemoCLIPVisionModelPool,
+    DemoCLIPVisionModelTaskPool,
+)
+from fusion_bench_didi.demo.tasks import EXTRAS, TASKS, task_pictures
+from fusion_bench_didi.demo.towers import pixel_values
+
+TINY = ["digits", "shapes", "textures"]
+CONFIG = Path(__file__).parents[1] / "config"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def datasets_cache(tmp_path_factory):
+    """The host's pools let ``datasets`` cache what it reads; not in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf")
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def suite(cache) -> Path:
+    return demo.build_suite(cache, seed=0, size="tiny")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_layout(suite):
+    facts = json.loads((suite / "suite.json").read_text())
+    assert list(facts["tasks"]) == TINY
+    assert {path.name for path in (suite / "vision").iterdir()} == {
+        "_pretrained_",
+        *TINY,
+    }
+    for task, fact in facts["tasks"].items():
+        assert 0 <= fact["zero_shot"] <= 1 and 0 <= fact["fine_tuned"] <= 1
+        for split, count in fact["pictures"].items():
+            rows = datasets.load_dataset(str(suite / "data" / task), split=split)
+            assert rows.column_names == ["image", "label"] and len(rows) == count
+            assert rows[0]["image"].size == (SIDE, SIDE)
+            assert max(rows["label"]) < len(fact["classnames"])
+
+
+def test_same_bytes_from_the_same_seed(suite, tmp_path):
+    again = demo.build_suite(tmp_path, seed=0, size="tiny", workers=2)
+    assert contents(again) == contents(suite)
+
+
+def test_another_seed_is_another_suite(suite, cache):
+    other = demo.build_suite(cache, seed=1, size="tiny")
+    ours, theirs = contents(suite), contents(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if name.endswith((".parquet", "model.safetensors")):
+            assert ours[name] != theirs[name], name
+
+
+def test_vision_towers_are_read_whole(suite):
+    """Prefixed keys, as on the hub, and none missing, unexpected or left at random."""
+    states = {}
+    for folder in (suite / "vision").iterdir():
+        stored = load_file(folder / "model.safetensors")
+        assert all(key.startswith("vision_model.") for key in stored)
+        model, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values())
+        states[folder.name] = model.state_dict()
+        assert all(tensor.isfinite().all() for tensor in stored.values())
+    for task in TINY:
+        assert any(
+            not torch.equal(states[task][key], states["_pretrained_"][key])
+            for key in states[task]
+        )
+
+
+def test_text_tower_is_exact_in_any_sentence(suite):
+    clip = CLIPModel.from_pretrained(suite / "clip")
+    processor = CLIPProcessor.from_pretrained(suite / "clip")
+
+    def embed(texts):
+        inputs = processor(text=texts, return_tensors="pt", padding=True)
+        embeddings = clip.text_projection(clip.text_model(**inputs)[1])
+        return torch.nn.functional.normalize(embeddings, dim=-1)
+
+    names = [name for task in TASKS if task.name in TINY for name in task.classnames]
+    alone = embed(names)
+    similarity = alone @ alone.T - torch.eye(len(names))
+    assert similarity.max() < 0.99
+    inside = embed([f"a photo of a {name} , perhaps" for name in names])
+    torch.testing.assert_close(inside, alone)
+
+
+def test_training_sees_what_the_processor_makes(suite):
+    processor = CLIPProcessor.from_pretrained(suite / "clip")
+    rows = datasets.load_dataset(str(suite / "data" / "shapes"), split="test")
+    seen = processor(images=rows[0]["image"], return_tensors="pt")["pixel_values"]
+    ours = torch.stack(
+        [torch.tensor(list(rows[0]["image"].tobytes()), dtype=torch.uint8)]
+    )
+    torch.testing.assert_close(seen, pixel_values(ours.view(1, SIDE, SIDE, 3)))
+
+
+def test_host_pools(suite, cache):
+    modelpool = DemoCLIPVisionModelPool(seed=0, cache_dir=cache, size="tiny")
+    assert modelpool.model_names == TINY
+    assert modelpool.load_processor().tokenizer is not None
+    assert len(modelpool.load_train_dataset("digits")) == 64
+    assert len(modelpool.load_val_dataset("shapes")) == 32
+    assert len(modelpool.load_test_dataset("shapes")) == 32
+    assert isinstance(modelpool.load_clip_model("_pretrained_"), CLIPModel)
+    model = modelpool.load_pretrained_model()
+    report = DemoCLIPVisionModelTaskPool(
+        cache_dir=cache,
+        size="tiny",
+        split="validation",
+        dataloader_kwargs={"batch_size": 16},
+    ).evaluate(model)
+    facts = json.loads((suite / "suite.json").read_text())["tasks"]
+    for task in TINY:
+        assert math.isfinite(report[task]["loss"])
+        assert report[task]["accuracy"] == pytest.approx(
+            facts[task]["zero_shot"], abs=1e-3
+        )
+
+
+def test_pools_from_their_yaml(cache):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        config = compose(
+            overrides=[
+                *("+modelpool=didi/demo", "+taskpool=didi/demo"),
+                *(f"modelpool.cache_dir={cache}", "modelpool.size=tiny"),
+                *(f"taskpool.cache_dir={cache}", "taskpool.size=tiny"),
+                *("modelpool.tasks=[shapes]", "taskpool.tasks=[shapes]"),
+            ]
+        )
+    modelpool, taskpool = instantiate(config.modelpool), instantiate(config.taskpool)
+    assert modelpool.model_names == ["shapes"]
+    assert modelpool.config.seed == 0 and modelpool.config.size == "tiny"
+    report = taskpool.evaluate(modelpool.load_model("shapes"))
+    assert 0 <= report["shapes"]["accuracy"] <= 1
+
+
+def test_unknown_task_is_refused(suite, cache):
+    with pytest.raises(ValueError, match="no numerals. Choose from digits, shapes"):
+        DemoCLIPVisionModelPool(cache_dir=cache, size="tiny", tasks=["numerals"])
+
+
+def test_unknown_size_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'huge' is not one of full, tiny"):
+        demo.build_suite(tmp_path, size="huge")
+
+
+def test_interrupted_build_leaves_nothing_whole(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite_module.training, "fine_tune", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            demo.build_suite(tmp_path, size="tiny")
+    final = demo.suite_path(tmp_path, size="tiny")
+    assert not final.exists()
+    assert not list(tmp_path.glob("*unfinished*")), "nor anything to clean up"
+
+
+def test_killed_build_is_swept_away(tmp_path, monkeypatch):
+    final = demo.suite_path(tmp_path, size="tiny")
+    corpse = tmp_path / f".{final.name}.unfinished-1"
+    (corpse / "clip").mkdir(parents=True)
+    (final / "vision").mkdir(parents=True)  # as if someone had deleted half of a suite
+    monkeypatch.setattr(
+        suite_module, "_make", lambda folder, *_: _finish(folder, "made anew")
+    )
+    assert demo.build_suite(tmp_path, size="tiny") == final
+    assert (final / "suite.json").read_text() == "made anew"
+    assert not corpse.exists() and not (final / "vision").exists()
+
+
+def _finish(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / "suite.json").write_text(text)
+
+
+def _build_and_report(cache: str, queue) -> None:
+    made = []
+
+    def make(folder: Path, *_) -> None:
+        made.append(folder.name)
+        _finish(folder, str(os.getpid()))
+
+    suite_module._make = make
+    folder = demo.build_suite(cache, size="tiny")
+    queue.put((len(made), (folder / "suite.json").read_text()))
+
+
+def test_of_two_processes_one_builds(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    builders = [
+        context.Process(target=_build_and_report, args=(str(tmp_path), queue))
+        for _ in range(2)
+    ]
+    for builder in builders:
+        builder.start()
+    answers = [queue.get(timeout=20) for _ in builders]
+    for builder in builders:
+        builder.join()
+    assert sorted(made for made, _ in answers) == [0, 1]
+    assert len({text for _, text in answers}) == 1
+
+
+def test_registration(recwarn):
+    mapping = {"didi_test_task": ["didi_test_task/a", "didi_test_task/b"]}
+    try:
+        demo.register_tasks(mapping)
+        demo.register_tasks(mapping)
+        names, templates = get_classnames_and_templates("didi_test_task")
+        assert names == mapping["didi_test_task"]
+        assert [template("x") for template in templates] == ["x"]
+        assert not [w for w in recwarn if "already registered" in str(w.message)]
+    finally:
+        CLIPTemplateFactory._dataset_mapping.pop("didi_test_task", None)
+
+
+def test_tasks_json_of_another_suite(tmp_path):
+    described = {"didi_other": {"classnames": ["didi_other/a"], "zero_shot": 0.5}}
+    (tmp_path / "tasks.json").write_text(json.dumps(described))
+    try:
+        assert demo.register_suite_tasks(tmp_path) == {"didi_other": ["didi_other/a"]}
+        assert get_classnames_and_templates("didi_other")[0] == ["didi_other/a"]
+    finally:
+        CLIPTemplateFactory._dataset_mapping.pop("didi_other", None)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_pictures_vary_within_a_class(task):
+    splits = task_pictures(task, {"train": 64, "test": 32}, seed=3)
+    pictures = [image.tobytes() for split in splits.values() for image in split.images]
+    assert len(set(pictures)) == len(pictures), "no picture twice, nor in two splits"
+    assert set(splits["train"].labels) <= set(range(len(task.classes)))
+
+
+def test_names_are_plain_and_unique():
+    names = [task.name for task in (*TASKS, *EXTRAS)]
+    assert len(set(names)) == len(names) and len(TASKS) == 8
+    assert all(name.isalpha() and name.islower() for name in names)
+    host = set(CLIPTemplateFactory.get_available_datasets()) - set(names)
+    assert not host & set(names)
+    classnames = [name for task in (*TASKS, *EXTRAS) for name in task.classnames]
+    assert len(set(classnames)) == len(classnames)

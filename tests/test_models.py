@@ -1,0 +1,185 @@
+"""The merged model: exact switching (law 6), the host's interface, plain models of one task, the account."""
+
+import copy
+
+import pytest
+import torch
+from fusion_bench.models.modulator import ModulatedModel, TaskModulator
+from helpers import BASE, OpenClipLike, didi, family, floats, same_bits
+from transformers import CLIPVisionModel
+
+from fusion_bench_didi.deltas import DenseDelta, LowRankDelta
+from fusion_bench_didi.errors import UnknownTaskError
+from fusion_bench_didi.models import TaskExpert
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model(tiny_clip):
+    return didi(tiny_clip.pool_models(), budget=0.9)
+
+
+def test_thousand_switches_change_no_bit(model):
+    # bfloat16 is where adding and subtracting drifts most
+    model = model.bfloat16()
+    base = floats(model.backbone)
+    first = {}
+    for task in model.tasks:
+        model.set_task(task)
+        first[task] = floats(model.backbone)
+    generator = torch.Generator().manual_seed(0)
+    for pick in torch.randint(len(model.tasks), (1000,), generator=generator):
+        model.set_task(model.tasks[pick])
+    for task in model.tasks:
+        model.set_task(task)
+        assert same_bits(first[task], floats(model.backbone))
+    assert not same_bits(first["mnist"], first["svhn"])
+    model.unset_task()
+    assert same_bits(base, floats(model.backbone))
+
+
+def test_is_the_hosts_modulated_model(model):
+    assert isinstance(model, ModulatedModel)
+    assert all(isinstance(m, TaskModulator) for m in model.modulators.values())
+    assert model.current_task is None
+    with pytest.raises(UnknownTaskError, match=r"No task is set.*'mnist', 'svhn'"):
+        model(IMAGES)
+    model.set_task("svhn")
+    assert model.current_task == "svhn"
+    assert model(IMAGES).pooler_output.shape == (2, 32)
+    assert model.config is model.backbone.config  # what host classifiers look up
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        model.no_such_thing
+
+
+def test_unknown_task_names_those_there_are(model):
+    model.set_task("mnist")
+    for method in (model.set_task, model.materialize, model.remove_modulator):
+        with pytest.raises(
+            UnknownTaskError, match=r"'cars' is not .*'mnist', 'svhn', 'eurosat'"
+        ):
+            method("cars")
+    assert model.current_task == "mnist"
+
+
+def test_materialize_gives_an_ordinary_independent_model(model, tmp_path):
+    model.set_task("svhn")
+    expected = model(IMAGES).pooler_output
+    plain = model.materialize("svhn")
+    other = model.materialize("mnist")
+    assert type(plain) is CLIPVisionModel
+    assert model.current_task == "svhn"
+    assert plain(IMAGES).pooler_output.equal(expected)
+    assert not other(IMAGES).pooler_output.equal(expected)
+
+    plain.save_pretrained(tmp_path / "plain")
+    again = CLIPVisionModel.from_pretrained(tmp_path / "plain").eval()
+    assert same_bits(floats(again), floats(plain))
+
+    before = floats(model.backbone)
+    with torch.no_grad():
+        for value in plain.parameters():
+            value.zero_()
+    assert same_bits(before, floats(model.backbone))
+    model.set_task("mnist")
+    model.set_task("svhn")
+    assert model(IMAGES).pooler_output.equal(expected)
+
+
+def test_a_task_can_be_added_and_removed(model):
+    names = ["vision_model.encoder.layers.0.mlp.fc1.weight"]
+    model.set_task("mnist")
+    before = {task: floats(model.materialize(task)) for task in model.tasks}
+    shape = (64, 32)
+    delta = LowRankDelta(shape, torch.ones(64, 1), torch.ones(1, 32))
+    bits = model.storage.excl_bits
+    model.add_modulator("extra", TaskExpert({names[0]: delta}))
+    assert model.tasks == ["mnist", "svhn", "eurosat", "extra"]
+    assert model.storage.expert_bits["extra"] == 32 * (64 + 32)
+    assert model.storage.excl_bits == bits + 32 * (64 + 32)
+    with pytest.raises(ValueError, match="'extra' already exists"):
+        model.add_modulator("extra", TaskExpert({}))
+    model.set_task("extra")
+    model.remove_modulator("extra")
+    assert model.current_task is None and model.storage.excl_bits == bits
+    for task in model.tasks:
+        assert same_bits(before[task], floats(model.materialize(task)))
+
+
+def test_a_tensor_that_only_a_removed_task_changed_is_the_base_again(tiny_clip):
+    tensor = "vision_model.post_layernorm.bias"
+    base = floats(tiny_clip.base)[tensor]
+    for task in ("svhn", "eurosat"):
+        tiny_clip.tuned[task].get_parameter(tensor).data.copy_(base)
+    model = didi(tiny_clip.pool_models(), budget=0.9)
+    for current in (None, "mnist", "svhn"):
+        each = copy.deepcopy(model)
+        if current:
+            each.set_task("mnist")
+            each.set_task(current)
+        each.remove_modulator("mnist")
+        assert tensor not in each.touched
+        assert floats(each.backbone)[tensor].equal(base)
+        assert each.current_task == ("svhn" if current == "svhn" else None)
+        each.set_task("eurosat")
+        expected = floats(model.materialize("eurosat"))
+        assert same_bits(floats(each.backbone), expected)
+
+
+def test_a_copy_is_independent(model):
+    """The host's GPT-2 pool copies the model for every task."""
+    model.set_task("mnist")
+    twin = copy.deepcopy(model)
+    before = floats(model.backbone)
+    twin.set_task("svhn")
+    assert same_bits(before, floats(model.backbone))
+    assert model.current_task == "mnist"
+    assert same_bits(floats(twin.backbone), floats(model.materialize("svhn")))
+
+
+def test_casting_the_model_casts_base_and_tasks(model):
+    model.set_task("mnist")
+    model.bfloat16()
+    model.set_task("svhn")
+    model.unset_task()
+    assert {p.dtype for p in model.backbone.parameters()} == {torch.bfloat16}
+
+
+def test_nothing_is_trainable_and_all_parameters_are_counted(model):
+    """The host's report counts parameters only: experts must not hide in buffers."""
+    stored = sum(
+        p.numel() for m in (model.shared, model.modulators) for p in m.parameters()
+    )
+    assert 32 * stored == model.storage.excl_bits
+    assert not [p for p in model.parameters() if p.requires_grad]
+
+
+def test_account_adds_up(model):
+    account = model.storage
+    assert sum(account.layer_bits.values()) == account.excl_bits
+    assert account.shared_bits + sum(account.expert_bits.values()) == account.excl_bits
+    assert account.x_excl == account.excl_bits / account.unit_bits <= 0.9
+    assert account.x_incl == pytest.approx(account.x_excl + 1)
+    assert set(account.expert_bits) == set(model.tasks)
+    plain = account.as_dict()
+    assert plain["x_excl"] == account.x_excl and plain["expert_bits"]
+
+
+def test_dense_and_low_rank_deltas_apply_shared_and_own_change():
+    up, down = torch.randn(6, 2), torch.randn(2, 12)
+    low = LowRankDelta((6, 3, 2, 2), up, down)
+    shared = torch.randn(6, 3, 2, 2)
+    torch.testing.assert_close(low.change(), (up @ down).view(6, 3, 2, 2))
+    torch.testing.assert_close(low.change(shared), shared + low.change())
+    dense = DenseDelta((6, 3, 2, 2), shared)
+    assert dense.change(shared).equal(2 * shared)
+    assert (low.bits, dense.bits) == (32 * 2 * 18, 32 * 72)
+    view = DenseDelta((2,), torch.zeros(1000)[:2])
+    assert view.value.untyped_storage().nbytes() == 8
+
+
+def test_attributes_of_an_openclip_encoder_are_found():
+    model = didi(family(OpenClipLike()), budget=0.9)
+    assert model.train_preprocess is None and model.val_preprocess is None
+    assert BASE not in model.tasks

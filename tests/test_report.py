@@ -1,0 +1,280 @@
+"""Tables, plots and the page, from a comparison that was made up."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from fusion_bench_didi.report import Comparison, labels, plots, tables  # noqa: E402
+from fusion_bench_didi.report.comparison import best_two  # noqa: E402
+from fusion_bench_didi.report.modules import (  # noqa: E402
+    Place,
+    RankTable,
+    energy_lines,
+)
+
+TASKS = ["digits", "signs_100%", "faces"]
+TENSORS = [
+    "vision_model.embeddings.patch_embedding.weight",
+    *(
+        f"vision_model.encoder.layers.{layer}.{module}.weight"
+        for layer in (0, 1, 10)
+        for module in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+    ),
+]
+
+
+def row(method, group, average, x, **more) -> dict:
+    return {
+        "method": method,
+        "group": group,
+        "family": None,
+        "error": None,
+        "accuracy": {task: average + 0.02 * i for i, task in enumerate(TASKS)},
+        "average": average + 0.02,
+        "retention": {"mean_of_ratios": 0.9, "ratio_of_averages": 0.91},
+        "x_excl": x,
+        "x_incl": x + 1,
+        "bytes_excl": int(1000 * x),
+        "bytes_incl": int(1000 * x) + 1000,
+        "published_x": 4.0,
+        "budget": None,
+        "seconds": 1.5,
+        "peak_gb": 1.25,
+        "added_gb": 0.25,
+        "uses_data": "none",
+        "routing": "none",
+        "notes": "a note | with a bar & more",
+        **more,
+    }
+
+
+def synthetic() -> dict:
+    ranks = {
+        "shared": {name: 3 for name in TENSORS},
+        "experts": {
+            task: {name: i for name in TENSORS} for i, task in enumerate(TASKS)
+        },
+    }
+    energy = {name: [0.8, 0.9, 0.95] for name in TENSORS}
+    own = {"family": "DiDi", "routing": "oracle", "ranks": ranks, "energy_kept": energy}
+    nothing = dict.fromkeys(TASKS)
+    failed = {
+        "accuracy": nothing,
+        "average": None,
+        "retention": dict.fromkeys(("mean_of_ratios", "ratio_of_averages")),
+        "error": "ValueError: no <images>",
+        **dict.fromkeys(("x_excl", "x_incl", "seconds", "peak_gb"), None),
+    }
+    rows = [
+        row("Pre-trained", "reference", 0.4, 0.0),
+        row("Individuals", "reference", 0.8, 3.0, routing="oracle"),
+        *(row(f"Static_{i}", "static", 0.5 + 0.01 * i, 1.0) for i in range(6)),
+        row("Broken", "static", 0, 0) | failed,
+        row("EMR", "dynamic", 0.7, 1.25, routing="oracle"),
+        *(
+            row(f"DiDi {x}", "dynamic", 0.6 + 0.1 * x, x, **own)
+            for x in (0.24, 0.5, 1.0, 1.4)
+        ),
+    ]
+    return {
+        "format": 1,
+        "tasks": TASKS,
+        "retention": {"mean_of_ratios": "...", "ratio_of_averages": "..."},
+        "unit_bytes": 1000,
+        "rows": rows,
+        "config": {},
+        "versions": {"torch": "2"},
+    }
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return Comparison(synthetic())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """The directory of a report, made as a user would anew."""
+    pytest.importorskip("plotly", reason="the page needs the extra 'report'")
+    pytest.importorskip("itables", reason="the page needs the extra 'report'")
+    directory = tmp_path_factory.mktemp("report")
+    (directory / "comparison.json").write_text(json.dumps(synthetic()))
+    command = [sys.executable, "-m", "fusion_bench_didi.report", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {str(f) for f in directory.iterdir()} - {
+        str(directory / "comparison.json")
+    }
+    return directory
+
+
+def test_every_format_is_there(written):
+    names = {f.name for f in written.iterdir()}
+    assert {f"comparison.{s}" for s in ("json", "csv", "md", "tex", "html")} < names
+    for plot in ("accuracy_vs_storage", "accuracy_by_task", "ranks", "energy_kept"):
+        assert {f"{plot}.png", f"{plot}.svg"} < names
+        assert Image.open(written / f"{plot}.png").size[0] > 500
+
+
+def test_csv_is_unrounded_and_complete(comparison):
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv(comparison))))
+    assert len(lines) == len(comparison.rows)
+    assert float(lines[9]["x_excl"]) == 1.25
+    assert (
+        float(lines[-1]["accuracy_faces"]) == comparison.rows[-1]["accuracy"]["faces"]
+    )
+    assert lines[8]["error"].startswith("ValueError") and lines[8]["average"] == ""
+
+
+def test_markdown_marks_the_best_two_of_a_group(comparison):
+    text = tables.as_markdown(comparison)
+    lines = {
+        line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line
+    }
+    assert lines["Static_5"].count("**") == 2 * 4  # three tasks and the average
+    assert lines["Static_4"].count("_") - 1 == 2 * 4
+    assert "**" not in lines["Static_3"] and "**" not in lines["Individuals"]
+    assert "**" in lines["DiDi 1.4"] and "_" in lines["EMR"].replace("_100", "")
+    assert "failed: ValueError" in lines["Broken"]
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    cells = {len(re.split(r"(?<!\\)\|", line)) for line in table}
+    assert len(cells) == 1
+
+
+def test_latex_is_balanced_and_escaped(comparison):
+    text = tables.as_latex(comparison)
+    assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 1
+    assert "\\textbf{" in text and "\\underline{" in text
+    body = [line for line in text.splitlines() if line.endswith("\\\\")]
+    full = [line for line in body if "multicolumn" not in line]
+    assert len({len(re.split(r"(?<!\\)&", line)) for line in full}) == 1
+    assert all(line.count("{") == line.count("}") for line in body)
+    assert "signs\\_100\\%" in text and "Static_5" not in text
+
+
+def test_best_two_share_a_place_when_printed_alike():
+    rows = [
+        {"method": m, "error": None, "v": v}
+        for m, v in zip("abcd", (0.5, 0.50001, 0.4, None))
+    ]
+    assert best_two(rows, lambda r: r["v"]) == ({"a", "b"}, {"c"})
+
+
+def test_labels_do_not_overlap():
+    """Thirty points, twelve of them on one spot of the storage axis."""
+    figure, axes = plt.subplots(figsize=(9, 5.6))
+    draw = np.random.default_rng(0)
+    points = [(1.0, 40 + 2.2 * i) for i in range(12)]
+    points += [tuple(p) for p in draw.uniform((0, 20), (8, 90), (18, 2))]
+    axes.plot(*zip(*points), "o")
+    boxes = labels.place(axes, points, [f"Method {i}" for i in range(30)], ["k"] * 30)
+    plt.close(figure)
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            assert labels._overlap(a, b) == 0
+
+
+@pytest.mark.parametrize(
+    "name, layer, module, kind",
+    [
+        ("vision_model.encoder.layers.3.self_attn.q_proj.weight", 3, "q", "attention"),
+        ("model.visual.transformer.resblocks.11.attn.in_proj_weight", 11, "in", "attention"),
+        ("transformer.h.0.mlp.c_fc.weight", 0, "fc", "MLP"),
+        ("model.layers.31.mlp.down_proj.weight", 31, "down", "MLP"),
+        ("vision_model.embeddings.patch_embedding.weight", None, "patch_embedding", "other"),
+    ],
+)  # fmt: skip
+def test_places_of_tensors(name, layer, module, kind):
+    place = Place.of(name)
+    assert (place.layer, place.short, place.kind) == (layer, module, kind)
+
+
+def test_rank_table(comparison):
+    table = RankTable.of(comparison.shown_in_detail()["ranks"])
+    assert table.blocks == ["shared", *TASKS]
+    assert table.lines == ["patch emb.", "layer 0", "layer 1", "layer 10"]
+    assert [p.short for p in table.modules] == ["q", "out", "fc1", "fc2"]
+    assert table.values.shape == (4, 4, 4)
+    assert (table.values[0] == 3).all() and (table.values[3] == 2).all()
+
+
+def test_energy_lines_are_means_and_ranges():
+    attention, mlp = energy_lines({name: [0.8, 0.9, 1.0] for name in TENSORS})
+    assert (attention.kind, mlp.kind) == ("attention", "MLP")
+    assert attention.layers == ["0", "1", "10"]
+    assert attention.mean == pytest.approx([0.9] * 3)
+    assert (mlp.low[0], mlp.high[0]) == (0.8, 1.0)
+
+
+def test_a_comparison_without_ranks_or_figures_still_has_a_report(tmp_path):
+    data = synthetic()
+    data["rows"] = [r for r in data["rows"] if r["error"]]
+    bare = Comparison(data)
+    assert plots.draw(bare) == {}
+    assert len(tables.write(bare, tmp_path)) == 3
+
+
+def test_the_page_needs_no_network(written):
+    """Nothing is fetched: no element with an address outside the page."""
+    page = (written / "comparison.html").read_text()
+    assert len(page) > 4e6  # both libraries are inside
+    outside = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.S)
+    assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=\"(http|//)", page)
+    assert not re.search(r"@import|url\(\s*['\"]?http", outside)
+    assert "no &lt;images&gt;" in page or "no \\u003cimages" in page
+
+
+def test_the_page_in_a_browser(written, tmp_path):
+    """Headless Chromium, at the width of a phone: tables are sortable, plots are drawn, nothing is wider than the page."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium here; apt-get install chromium")
+    # Chromium's own window is never narrower than 500 pixels, a frame is.
+    frame = tmp_path / "phone.html"
+    frame.write_text(
+        '<body style="margin:0"><iframe width="390" height="3600" style="border:0" onload="'
+        "setTimeout(() => {const d = this.contentDocument, e = d.documentElement;"
+        "document.body.dataset.seen = JSON.stringify({width: e.scrollWidth,"
+        "tables: d.querySelectorAll('table.dataTable th.dt-orderable-asc').length,"
+        "plots: d.querySelectorAll('.js-plotly-plot .main-svg').length,"
+        "rows: d.querySelectorAll('#summary tbody tr').length})}, 3000)"
+        f'" src="file://{written}/comparison.html"></iframe></body>'
+    )
+    shot = tmp_path / "phone.png"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-background-networking --allow-file-access-from-files "
+        f"--hide-scrollbars --virtual-time-budget=8000 --window-size=500,3600 --user-data-dir={tmp_path}/profile"
+    ).split()
+
+    def run(*more: str) -> str:
+        command = [browser, *flags, *more, f"file://{frame}"]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120
+        ).stdout
+
+    seen = re.search(r'data-seen="([^"]*)"', run("--dump-dom", f"--screenshot={shot}"))
+    found = json.loads(seen[1].replace("&quot;", '"'))
+    assert found["width"] <= 390
+    assert found["rows"] == len(synthetic()["rows"])
+    assert found["tables"] > 10
+    assert found["plots"] >= 4
+    if not shot.is_file():
+        run(f"--screenshot={shot}")
+    pixels = np.asarray(Image.open(shot).convert("L"))[:, :390]
+    written_lines = (pixels < 200).any(axis=1)
+    assert written_lines.mean() > 0.4, "most of the page is blank"

@@ -1,0 +1,304 @@
+"""Stock task pools of the host evaluate the right expert: as good as each task's own plain model.
+
+Losses are compared too: on pictures of noise they tell models apart where accuracies may not.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fusion_bench.method.emr_merging.emr_merging import EMRMerging
+from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
+from fusion_bench.taskpool import (
+    CLIPVisionModelTaskPool,
+    GPT2TextClassificationTaskPool,
+)
+from helpers import BASE, QUICK, OpenClipLike, didi, family, pictures, write_clip
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
+
+from fusion_bench_didi import DiDiMerging
+from fusion_bench_didi.errors import UnknownTaskError
+from fusion_bench_didi.naming import check_tasks, normalised, resolve_task
+from fusion_bench_didi.taskpool import (
+    TaskAwareCLIPVisionModelTaskPool,
+    TaskAwareOpenCLIPVisionModelTaskPool,
+    attach,
+)
+
+TASKS = ("mnist", "svhn", "eurosat")
+
+
+@pytest.fixture(scope="module")
+def clip_dir(make_tiny_clip, tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip", make_tiny_clip().base)
+
+
+@pytest.fixture
+def clip_pool(clip_dir):
+    """Makes a task pool of the host's CLIP family."""
+
+    def make(tasks=TASKS, kind=CLIPVisionModelTaskPool, **kwargs):
+        return kind(
+            test_datasets={t: pictures(i) for i, t in enumerate(tasks)},
+            processor=str(clip_dir),
+            clip_model=str(clip_dir),
+            dataloader_kwargs={"batch_size": 6},
+            **kwargs,
+        )
+
+    return make
+
+
+def through_program(models, taskpool, **settings):
+    """Merge as the host's program does: the task pool is there before the method runs."""
+    method = DiDiMerging(**{**QUICK, "budget": 0.7, **settings})
+    method._program = SimpleNamespace(taskpool=taskpool)
+    return method.run(BaseModelPool(models))
+
+
+def assert_each_task_by_its_own_model(report, model, evaluate, tasks=TASKS):
+    """``evaluate`` takes a plain model and gives the report of a pool without our help."""
+    for task in tasks:
+        assert report[task] == pytest.approx(evaluate(model.materialize(task))[task])
+    losses = {report[task]["loss"] for task in tasks}
+    wrong = evaluate(model.materialize(tasks[0]))[tasks[1]]["loss"]
+    assert wrong not in losses, "the experts cannot be told apart by these pictures"
+
+
+# --- CLIP -----------------------------------------------------------------------
+
+
+def test_stock_clip_pool_evaluates_each_task_with_its_expert(tiny_clip, clip_pool):
+    pool = clip_pool()
+    model = through_program(tiny_clip.pool_models(), pool)
+    report = pool.evaluate(model)
+    assert type(pool) is CLIPVisionModelTaskPool
+    assert_each_task_by_its_own_model(report, model, clip_pool().evaluate)
+    assert report["didi"]["storage"] == model.storage.as_dict()
+    assert report["didi"]["ranks"] == model.info["ranks"]
+    mean = sum(report[task]["accuracy"] for task in TASKS) / 3
+    assert report["average"]["accuracy"] == pytest.approx(mean)
+
+
+def test_order_of_evaluation_does_not_matter(tiny_clip, clip_pool):
+    pool = clip_pool()
+    model = through_program(tiny_clip.pool_models(), pool)
+    first = pool.evaluate(model)
+    model.set_task("svhn")
+    assert pool.evaluate(model) == first
+
+
+def test_plain_models_are_evaluated_as_before(tiny_clip, clip_pool):
+    pool = clip_pool()
+    through_program(tiny_clip.pool_models(), pool)
+    report = pool.evaluate(tiny_clip.tuned["mnist"])
+    assert report == clip_pool().evaluate(tiny_clip.tuned["mnist"])
+    assert "didi" not in report
+
+
+def test_task_aware_clip_pool_needs_no_program(tiny_clip, clip_pool):
+    model = didi(tiny_clip.pool_models(), budget=0.7)
+    report = clip_pool(kind=TaskAwareCLIPVisionModelTaskPool).evaluate(model)
+    assert_each_task_by_its_own_model(report, model, clip_pool().evaluate)
+
+
+def test_stock_clip_pool_without_help_fails_loudly(tiny_clip, clip_pool):
+    """Never a silent evaluation on whatever expert was on last."""
+    model = didi(tiny_clip.pool_models(), budget=0.7)
+    with pytest.raises(UnknownTaskError, match="No task is set"):
+        clip_pool().evaluate(model)
+
+
+def test_merged_model_may_know_more_tasks_than_the_pool_asks(tiny_clip, clip_pool):
+    pool = clip_pool(("svhn", "mnist"))
+    model = through_program(tiny_clip.pool_models(), pool)
+    report = pool.evaluate(model)
+    plain = clip_pool(("svhn", "mnist")).evaluate
+    assert_each_task_by_its_own_model(report, model, plain, ("svhn", "mnist"))
+
+
+def test_unknown_task_is_refused_before_anything_is_merged(
+    tiny_clip, clip_pool, monkeypatch
+):
+    monkeypatch.setattr("fusion_bench_didi.method.didi.merge", lambda *_, **__: 1 / 0)
+    expected = r"covers: \['cifar10'\].*'mnist', 'cifar10'.*'svhn', 'eurosat'"
+    with pytest.raises(UnknownTaskError, match=expected):
+        through_program(tiny_clip.pool_models(), clip_pool(("mnist", "cifar10")))
+
+
+def test_unknown_task_is_refused_by_a_task_aware_pool(tiny_clip, clip_pool):
+    model = didi(tiny_clip.pool_models())
+    pool = clip_pool(("mnist", "cifar10"), TaskAwareCLIPVisionModelTaskPool)
+    expected = r"covers: \['cifar10'\].*'mnist', 'cifar10'.*'svhn', 'eurosat'"
+    with pytest.raises(UnknownTaskError, match=expected):
+        pool.evaluate(model)
+
+
+def test_aliases_map_names_of_the_task_pool(tiny_clip, clip_pool):
+    tasks = ("cifar10", "svhn")
+    aliases = {"cifar10": "mnist"}
+    pool = clip_pool(tasks)
+    model = through_program(tiny_clip.pool_models(), pool, task_aliases=aliases)
+    report = pool.evaluate(model)
+    aware = clip_pool(tasks, TaskAwareCLIPVisionModelTaskPool, task_aliases=aliases)
+    assert aware.evaluate(model) == report
+    plain = clip_pool(tasks).evaluate(model.materialize("mnist"))
+    assert report["cifar10"] == pytest.approx(plain["cifar10"])
+
+
+def test_names_that_differ_by_case_and_dashes_meet(tiny_clip, clip_pool):
+    tuned = tiny_clip.tuned
+    models = {
+        BASE: tiny_clip.base,
+        "Fashion-MNIST": tuned["mnist"],
+        "dtd": tuned["svhn"],
+    }
+    pool = clip_pool(("fashion_mnist", "dtd"))
+    model = through_program(models, pool)
+    report = pool.evaluate(model)
+    plain = clip_pool(("fashion_mnist", "dtd"))
+    expected = plain.evaluate(model.materialize("Fashion-MNIST"))["fashion_mnist"]
+    assert report["fashion_mnist"] == pytest.approx(expected)
+
+
+def test_emr_of_the_host_is_evaluated_task_by_task(tiny_clip, clip_pool):
+    pool = CLIPVisionModelPool(tiny_clip.pool_models())
+    model = EMRMerging().run(pool)
+    report = clip_pool(kind=TaskAwareCLIPVisionModelTaskPool).evaluate(model)
+    assert "didi" not in report
+    losses = []
+    for task in TASKS:
+        model.set_task(task)
+        alone = clip_pool().evaluate(model)[task]
+        # its switching adds and subtracts: the last bits move
+        assert report[task] == pytest.approx(alone, abs=1e-4)
+        losses.append(clip_pool().evaluate(model)["mnist"]["loss"])
+    assert len({round(loss, 3) for loss in losses}) == 3
+
+
+def test_attaching_twice_changes_nothing(tiny_clip, clip_pool):
+    pool = clip_pool()
+    through_program(tiny_clip.pool_models(), pool)
+    hook = pool.on_task_evaluation_begin
+    model = through_program(tiny_clip.pool_models(), pool)
+    attach(pool)
+    assert pool.on_task_evaluation_begin is hook
+    assert_each_task_by_its_own_model(pool.evaluate(model), model, clip_pool().evaluate)
+
+
+# --- OpenCLIP -------------------------------------------------------------------
+
+
+def openclip_pool(kind=None):
+    from fusion_bench.models.open_clip import ClassificationHead
+    from fusion_bench.taskpool import OpenCLIPVisionModelTaskPool
+
+    generator = torch.Generator().manual_seed(0)
+    items = [
+        (torch.randn(3, 32, 32, generator=generator), int(i % 5)) for i in range(12)
+    ]
+    heads = {
+        task: ClassificationHead(True, torch.randn(5, 12, generator=generator))
+        for task in ("mnist", "svhn")
+    }
+    pool = (kind or OpenCLIPVisionModelTaskPool)(
+        test_datasets=dict.fromkeys(heads, items),
+        classification_heads=heads,
+        dataloader_kwargs={"batch_size": 4},
+    )
+    modelpool = SimpleNamespace(test_processor=None)
+    pool._program = SimpleNamespace(modelpool=modelpool, taskpool=pool)
+    return pool
+
+
+def plain_encoder(model: torch.nn.Module) -> torch.nn.Module:
+    """The host hands the model to Fabric, which wants something to train."""
+    return model.requires_grad_(True)
+
+
+@pytest.mark.parametrize("kind", [None, TaskAwareOpenCLIPVisionModelTaskPool])
+def test_openclip_pool_evaluates_each_task_with_its_expert(kind):
+    pool = openclip_pool(kind)
+    models = family(OpenClipLike())
+    if kind is None:
+        model = through_program(models, pool)
+    else:
+        model = didi(models, budget=0.7)
+    report = pool.evaluate(model)
+    assert report["didi"]["storage"]["x_excl"] <= 0.7
+    assert_each_task_by_its_own_model(
+        report,
+        model,
+        lambda plain: openclip_pool().evaluate(plain_encoder(plain)),
+        ("mnist", "svhn"),
+    )
+
+
+# --- GPT-2 ----------------------------------------------------------------------
+
+
+def gpt2_pool(modelpool) -> GPT2TextClassificationTaskPool:
+    pool = GPT2TextClassificationTaskPool(
+        test_datasets={"cola": None, "sst2": None},
+        tokenizer=OmegaConf.create({"_target_": "builtins.dict"}),
+        dataloader_kwargs={},
+        fast_dev_run=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(20, (8, 6), generator=generator)
+    rows = [
+        {"input_ids": t, "attention_mask": torch.ones_like(t), "labels": t[0] % 2}
+        for t in tokens
+    ]
+    pool.get_test_dataloader = lambda task: DataLoader(rows, batch_size=1)
+    pool._program = SimpleNamespace(modelpool=modelpool, taskpool=pool)
+    return pool
+
+
+def test_gpt2_pool_evaluates_each_task_with_its_expert():
+    config = GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8, num_labels=2
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        heads = {t: GPT2ForSequenceClassification(config) for t in ("cola", "sst2")}
+        base = GPT2Model(config)
+    # the flan pools of the host write glue-cola where their task pool writes cola
+    models = family(base, ("glue-cola", "sst2"))
+    modelpool = SimpleNamespace(load_classifier=heads.get)
+    pool = gpt2_pool(modelpool)
+    model = through_program(models, pool)
+    report = pool.evaluate(model)
+    for task, name in (("cola", "glue-cola"), ("sst2", "sst2")):
+        plain = gpt2_pool(modelpool).evaluate(model.materialize(name))
+        assert report[task] == pytest.approx(plain[task])
+        other = "sst2" if name == "glue-cola" else "glue-cola"
+        wrong = gpt2_pool(modelpool).evaluate(model.materialize(other))
+        assert wrong[task]["loss"] != pytest.approx(report[task]["loss"], abs=1e-6)
+
+
+# --- names ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "asked, known", [("a-b", "A_B"), ("glue-cola", "cola"), ("x/y", "x-y"), ("q", "q")]
+)
+def test_rule_of_names(asked, known):
+    assert normalised(asked) == normalised(known)
+    assert resolve_task(asked, ["other", known]) == known
+    assert resolve_task(known, ["other", asked]) == asked
+
+
+def test_exact_name_comes_first_and_the_map_reaches_the_rest():
+    assert resolve_task("cola", ["glue-cola", "cola"]) == "cola"
+    assert resolve_task("cars196", ["stanford-cars"], {"cars196": "stanford_cars"}) == (
+        "stanford-cars"
+    )
+    with pytest.raises(
+        UnknownTaskError, match=r"'cars196' .* holds \['dtd'\].*aliases"
+    ):
+        resolve_task("cars196", ["dtd"])
+    with pytest.raises(UnknownTaskError, match=r"\['b', 'c'\]. Task pool: \['a', 'b'"):
+        check_tasks(["a", "b", "c"], ["a"])

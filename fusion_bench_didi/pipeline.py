@@ -155,6 +155,7 @@ def merge(
                 weights=work.weights[row.name],
                 how=settings.refinement,
                 settings=settings.refining,
+                settled=row.fixed_shared is not None,
             )
             first, others = pack(
                 modules,

@@ -63,6 +63,7 @@ def refine(
     weights: Tensor,
     how: Refinement = "alternating",
     settings: RefinementSettings = RefinementSettings(),
+    settled: bool = False,
 ) -> Modules:
     """Lower the reconstruction error at fixed ranks.
 
@@ -72,19 +73,23 @@ def refine(
         weights: (T,) weights of the squared errors.
         how: ``alternating``: each module in turn is refitted to what the others leave (never raises the loss);
             ``adam``: Eq. 16 by gradient descent, the better of start and end is returned; ``none``.
+        settled: the experts given are already the best for the shared module given (they were decomposed against it),
+            and not for the whole shared matrix.
     """
     if how == "none":
         return modules
     if how == "alternating":
-        return _alternate(modules, task_vectors, weights, settings)
+        return _alternate(modules, task_vectors, weights, settings, settled)
     if how == "adam":
         return _adam(modules, task_vectors, weights, settings)
     raise ValueError(f"refinement={how!r}; choose alternating, adam or none.")
 
 
 def _alternate(
-    modules: Modules, task_vectors: Tensor, weights: Tensor, settings
+    modules: Modules, task_vectors: Tensor, weights: Tensor, settings, settled: bool
 ) -> Modules:
+    if settled and not modules.shared.rank:
+        return modules  # nothing couples the tasks
     shared, experts = modules.shared, list(modules.experts)
     weights = weights.to(task_vectors)
     # a dense expert takes whatever the shared module leaves, so it has no say in the shared module

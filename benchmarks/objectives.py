@@ -1,0 +1,190 @@
+"""Which weighting of the errors follows accuracy? Candidates side by side, on validation images.
+
+    python -m benchmarks.objectives
+
+Experts only, float32, truncated SVDs and water-filled ranks, so that nothing but the weighting differs. ``scalar`` weighs a
+matrix by the mean squared gradient of the output (``probe.py``); ``kronecker`` decomposes L^(1/4) tau R^(1/4) with
+L = E[G G^T], R = E[G^T G], which weighs every direction. Inputs are white or pink noise through the base or the fine-tuned
+models, or, as the upper reference that uses data, training images.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusion_bench_didi.lowrank import MatrixSpectra, Price, greedy
+from fusion_bench_didi.pool_reader import open_pool
+from fusion_bench_didi.probe import output_gradients, probe_inputs
+from fusion_bench_didi.task_vectors import TaskVectors, matrix_shape
+
+from .suites import Suite, machine, retention, write_json
+
+BUDGETS = (0.24, 0.5, 1.24)
+POWERS = {"plain MSE": 0.0, "1 / norm (root)": 0.5, "1 / energy (relative)": 1.0}
+
+
+class Problem:
+    """The task vectors of a suite as matrices, and how a choice of factors scores."""
+
+    def __init__(self, suite: Suite):
+        self.suite = suite
+        self.base = suite.modelpool.load_pretrained_model().eval()
+        self.tuned = {t: suite.modelpool.load_model(t).eval() for t in suite.tasks}
+        vectors = open_pool(suite.modelpool, self.base)
+        self.names = [n for n in vectors.infos if vectors.is_matrix(n)]
+        self.tau = {n: _matrices(vectors, n) for n in self.names}
+        values = sum(i.numel for i in vectors.infos.values())
+        small = values - sum(self.tau[n][0].numel() for n in self.names)
+        self.unit, self.vectors = values, small * len(suite.tasks)
+
+    def score(self, weights, metrics, budget: float) -> dict[str, float]:
+        """Accuracy with ``weights[name]`` (T,) and, per name and task, an optional pair of metric roots."""
+        rows, factors = [], {}
+        for name in self.names:
+            parts = []
+            for t, tau in enumerate(self.tau[name]):
+                left, right = metrics(name, t) if metrics else (None, None)
+                parts.append(_weighted_svd(tau, left, right))
+            m, n = self.tau[name].shape[1:]
+            sigma = torch.stack([p[1] for p in parts])
+            sigma = torch.cat([torch.zeros_like(sigma[:1]), sigma])
+            price = Price(per_rank=m + n, dense=m * n)
+            tail = torch.zeros(len(sigma))
+            rows.append(
+                MatrixSpectra(
+                    name, (m, n), sigma, tail, weights[name], price, fixed_shared=0
+                )
+            )
+            factors[name] = parts
+        ranks = greedy(rows, int(budget * self.unit) - self.vectors)
+        scores = {}
+        for t, task in enumerate(self.suite.tasks):
+            model = copy.deepcopy(self.tuned[task])
+            live, start = dict(model.named_parameters()), self.base.state_dict()
+            for row, k in zip(rows, ranks):
+                up, _, down = factors[row.name][t]
+                r = int(k[t + 1])
+                change = up[:, :r] @ down[:r]
+                value = start[row.name] + change.view_as(start[row.name])
+                live[row.name].data.copy_(value)
+            scores |= self.suite.accuracy(model, [task])
+        return scores
+
+
+def _matrices(vectors: TaskVectors, name: str) -> Tensor:
+    tau = vectors.read(name)
+    return tau.view(len(tau), *matrix_shape(tau.shape[1:]))
+
+
+def _weighted_svd(tau: Tensor, left, right) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of tau whose cuts are best under ``||left (tau - cut) right||``."""
+    work = tau.double()
+    if left is not None:
+        work = left[0] @ work @ right[0]
+    u, s, vh = torch.linalg.svd(work, full_matrices=False)
+    up, down = u, s[:, None] * vh
+    if left is not None:
+        up, down = left[1] @ up, down @ right[1]
+    return up.float(), s.float(), down.float()
+
+
+def _root(moment: Tensor, *, power: float = 0.25, damping: float = 0.1):
+    """``(C + damping)^power`` and its inverse, for the second moment of normalised size."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    values = values.clamp(min=0)
+    values = values / values.mean() + damping
+    return tuple((vectors * values**p) @ vectors.mT for p in (power, -power))
+
+
+def probes(problem: Problem, kind: str) -> dict[str, list]:
+    """Inputs per source name: white and pink noise, training images."""
+    pink = probe_inputs(problem.base, 32)
+    if kind == "pink":
+        return {"inputs": pink}
+    if kind == "white":
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(torch.cat(pink).shape, generator=generator)
+        return {"inputs": list(noise.split(1))}
+    processor = problem.suite.modelpool.load_processor()
+    images = []
+    for task in problem.suite.tasks:
+        data = problem.suite.modelpool.load_train_dataset(task).select(range(4))
+        rgb = [image.convert("RGB") for image in data["image"]]
+        pixels = processor(images=rgb, return_tensors="pt")["pixel_values"]
+        images += list(pixels.split(1))
+    return {"inputs": images}
+
+
+def moments(problem: Problem, model, inputs: list) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per matrix, E[G G^T] and E[G^T G]."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for gradients in output_gradients(model, problem.names, inputs):
+        for name, g in gradients.items():
+            g = g.flatten(1).double()
+            l, r = g @ g.mT / len(inputs), g.mT @ g / len(inputs)
+            old = found.get(name)
+            found[name] = (l, r) if old is None else (old[0] + l, old[1] + r)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite")
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    suite = Suite(arguments.suite, split="validation")
+    problem, reference = Problem(suite), suite.individuals()
+    rows = []
+
+    def row(label: str, data: str, weights, metrics=None) -> None:
+        kept = [
+            retention(problem.score(weights, metrics, b), reference) for b in BUDGETS
+        ]
+        rows.append([label, data, *kept])
+        cells = " | ".join(f"{100 * k:.1f}" for k in kept)
+        lines.append(f"| {label} | {data} | {cells} |")
+        print(lines[-1], flush=True)
+
+    lines = [
+        f"# Which weighting follows accuracy: {suite.label}, validation images",
+        "",
+        "`python -m benchmarks.objectives`: retention in per cent; experts only, float32, water-filled ranks.",
+        "",
+        "| weighting | data | " + " | ".join(f"budget {b}" for b in BUDGETS) + " |",
+        "|---|---|" + "---|" * len(BUDGETS),
+    ]
+    print("\n".join(lines))
+    energy = {n: tau.flatten(1).square().sum(1) for n, tau in problem.tau.items()}
+    for label, power in POWERS.items():
+        row(label, "none", {n: e.pow(-power) for n, e in energy.items()})
+    for kind in ("white", "pink", "images"):
+        inputs = probes(problem, kind)["inputs"]
+        data = "none" if kind != "images" else "32 training images"
+        for who in ("base", "fine-tuned"):
+            models = problem.tuned.values() if who == "fine-tuned" else [problem.base]
+            found = [moments(problem, model, inputs) for model in models]
+            found = found if len(found) > 1 else found * len(suite.tasks)
+            weights = {
+                n: torch.stack(
+                    [f[n][0].trace() / problem.tau[n][0].numel() for f in found]
+                )
+                for n in problem.names
+            }
+            scale = sum(w.mean() for w in weights.values()) / len(weights)
+            weights = {n: (w / scale).float() for n, w in weights.items()}
+            row(f"scalar, {kind}, {who}", data, weights)
+            roots = {
+                (n, t): tuple(map(_root, f[n]))
+                for n in problem.names
+                for t, f in enumerate(found)
+            }
+            row(f"kronecker, {kind}, {who}", data, weights, lambda n, t: roots[n, t])
+    (arguments.out / "objectives.md").write_text("\n".join(lines) + "\n")
+    write_json(arguments.out / "objectives.json", {"machine": machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""The embedded default: eight tasks on a small CLIP, made on the spot and then cached.
+
+>>> from fusion_bench_didi import demo
+>>> suite = demo.build_suite(seed=0)  # a folder; takes minutes the first time
+>>> demo.register_suite_tasks(suite)  # so that the host knows the class names
+
+The pools for ``modelpool=didi/demo taskpool=didi/demo`` are in :mod:`.pools`, apart
+from here because they need the host.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .registry import register_suite_tasks, register_tasks
+    from .suite import build_suite, suite_path
+
+__all__ = ["build_suite", "register_suite_tasks", "register_tasks", "suite_path"]
+
+_HOME = {
+    "build_suite": "suite",
+    "suite_path": "suite",
+    "register_suite_tasks": "registry",
+    "register_tasks": "registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,8 @@ Methods come from the same YAML that ``fusion_bench method=... modelpool=didi/de
 and evaluation are the host's.
 """
 
+import contextlib
+import io
 import logging
 import os
 import time
@@ -57,8 +59,9 @@ def main() -> None:
     """Make the suite if need be, merge it, print the table."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    models, console = DemoCLIPVisionModelPool(), Console(width=120)
-    score = Scoring()
+    models, console = DemoCLIPVisionModelPool(), Console(width=150)
+    with contextlib.redirect_stdout(io.StringIO()):  # the host's panels
+        score = Scoring()
     tasks = models.model_names
     tuned: dict[str, float] = {}
     for task in tasks:
@@ -68,10 +71,12 @@ def main() -> None:
         ("individuals", tuned, f"{len(tasks):.2f}", 0.0),
     ]
     for label, overrides in METHODS:
-        method = composed(overrides)
-        start = time.perf_counter()
-        model = method.run(models)
-        seconds = time.perf_counter() - start
+        console.print(f"merging: {label} ({' '.join(overrides)})", highlight=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            method = composed(overrides)
+            start = time.perf_counter()
+            model = method.run(models)
+            seconds = time.perf_counter() - start
         storage = getattr(model, "storage", None)
         stored = f"{storage.x_excl:.2f}" if storage else "1.00"
         rows.append((label, score(model), stored, seconds))
@@ -86,9 +91,9 @@ def main() -> None:
 
 def _table(rows, tuned: dict[str, float]) -> Table:
     table = Table(title="DiDi-Merging on the embedded suite, test accuracy in %")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for name in ("average", "retention", "stored", "seconds", *tuned):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for label, scores, stored, seconds in rows:
         average = sum(scores.values()) / len(scores)
         kept = sum(scores[t] / tuned[t] for t in tuned) / len(tuned)

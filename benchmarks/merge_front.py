@@ -19,7 +19,6 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 import torch
 
-from benchmarks.suites import DEFAULT, open_suite
 from fusion_bench_didi.checkpoint import write_json
 from fusion_bench_didi.demo.folder_pools import (
     FolderCLIPVisionModelPool,
@@ -47,6 +46,7 @@ from fusion_bench_didi.recombination import (
 from fusion_bench_didi.recombination.validation import scorer_from_pools
 
 ROOT = Path(__file__).resolve().parents[1]
+DEFAULT = ROOT.parent / "shared" / "suite" / "real8"
 OPERATORS = (
     "average",
     "task_arithmetic",
@@ -108,14 +108,22 @@ class Bench:
 
 
 def cached_random(bench: Bench, settings: SearchSettings, file: Path) -> list:
-    """Random search has no state to continue; what it found is kept."""
-    if file.is_file():
-        found = [Evaluation(**e) for e in json.loads(file.read_text())]
-        if len(found) == settings.evaluations:
-            return found
-    found = random_search(bench.space, bench.evaluate, settings, progress=tell)
-    write_json(file, [e.as_dict() for e in found])
-    return found
+    """Random search with what an earlier or shorter run has evaluated."""
+    kept = json.loads(file.read_text()) if file.is_file() else []
+    known = {json.dumps(e["genome"]): Evaluation(**e) for e in kept}
+
+    def evaluate(genome):
+        key = json.dumps(genome.tolist())
+        if key not in known:
+            known[key] = bench.evaluate(genome)
+        return known[key]
+
+    def progress(done, total):
+        tell(done, total)
+        if done % 20 == 0 or done == total:
+            write_json(file, [e.as_dict() for e in known.values()])
+
+    return random_search(bench.space, evaluate, settings, progress=progress)
 
 
 def tell(done: int, total: int) -> None:
@@ -123,18 +131,27 @@ def tell(done: int, total: int) -> None:
         print(f"  {done}/{total} {time.strftime('%H:%M:%S')}", flush=True)
 
 
-def on_test(bench: Bench, picks: dict[str, Evaluation], tasks: list[str]) -> dict:
-    """Test accuracy of picks, and of the fine-tuned models."""
-    from benchmarks.suites import Suite, accuracies, individuals
-    from fusion_bench_didi.taskpool import attach
+def on_test(bench: Bench, picks: dict[str, Evaluation]) -> dict:
+    """Test accuracy of picks and of the fine-tuned models, by the host's own task pool."""
+    taskpool = FolderCLIPVisionModelTaskPool(
+        root=str(bench.root),
+        split="test",
+        decode_once=True,
+        dataloader_kwargs={"batch_size": 64},
+    )
+    taskpool.setup()
+    loaders = dict(taskpool.test_dataloaders)
 
-    suite = Suite(bench.root, split="test")
-    taskpool = suite.taskpool()
-    attach(taskpool)
-    out = {"individuals": individuals(suite, taskpool)}
+    def accuracy(model, task: str) -> float:
+        taskpool.test_dataloaders = {task: loaders[task]}
+        return taskpool.evaluate(model)[task]["accuracy"]
+
+    tasks = bench.space.tasks
+    out = {"individuals": {t: accuracy(bench.pool.load_model(t), t) for t in tasks}}
     for name, found in picks.items():
-        out[name] = accuracies(taskpool.evaluate(bench.model(found)), tasks)
-    return {k: {t: v[t] for t in tasks} for k, v in out.items()}
+        model = bench.model(found)
+        out[name] = {t: accuracy(model.materialize(t), t) for t in tasks}
+    return out
 
 
 def plot_hypervolume(traces: dict[str, list], directory: Path) -> None:
@@ -260,8 +277,11 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    root = open_suite(args.suite).root if args.suite == "demo" else None
-    bench = Bench(root or Path(args.suite or DEFAULT), args.samples)
+    if args.suite == "demo":
+        from fusion_bench_didi.demo import build_suite
+
+        args.suite = build_suite()
+    bench = Bench(Path(args.suite or DEFAULT), args.samples)
     images = args.docs / "img"
     images.mkdir(parents=True, exist_ok=True)
     args.state.mkdir(parents=True, exist_ok=True)
@@ -287,7 +307,7 @@ def main() -> None:
             others = [bench.other(name) for name in METHODS]
             front = [found[i] for i in pareto_front(found)]
             picks = {f"MERGE {k}": front[i] for k, i in named_picks(front).items()}
-            tests = on_test(bench, picks, list(bench.space.tasks))
+            tests = on_test(bench, picks)
         traces = {
             "NSGA-II with forest": [
                 hypervolume_trace(f, storage=len(bench.space.tasks) / 4)

@@ -4,6 +4,8 @@ from .cat import CATMerging
 from .didi import DiDiMerging
 from .emr import EMRMerging
 from .free import FreeMerging
+from .routed import RoutedMethod
+from .se_merging import SEMerging
 from .tall_mask import TallMaskMerging
 from .tsv_c import TSVCompression
 from .twin import TwinMerging
@@ -13,6 +15,8 @@ __all__ = [
     "DiDiMerging",
     "EMRMerging",
     "FreeMerging",
+    "RoutedMethod",
+    "SEMerging",
     "TSVCompression",
     "TallMaskMerging",
     "TwinMerging",

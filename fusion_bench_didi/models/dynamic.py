@@ -7,7 +7,7 @@ so that a task's weights do not depend on what was switched on before.
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fusion_bench.models.modulator import ModulatedModel, TaskModulator
@@ -28,7 +28,11 @@ from ..checkpoint import (
 from ..deltas import Delta
 from ..errors import CheckpointMismatchError, UnknownTaskError
 from ..storage import StorageReport, account
+from .mixed import MixedForward
 from .model_card import model_card
+
+if TYPE_CHECKING:
+    from ..routers import Router
 
 
 class DeltaDict(nn.Module):
@@ -140,6 +144,9 @@ class DynamicModel(ModulatedModel):
         self.unit_bits = unit_bits
         self.backbone_bits = unit_bits if backbone_bits is None else backbone_bits
         self.info = dict(info or {})
+        self.router: Router | None = None
+        self._mixed: dict[float, MixedForward] = {}
+        self._mixed_state: tuple | None = None
         self._pristine: dict[str, Tensor] = {}
         for task, deltas in experts.items():
             self.add_modulator(task, TaskExpert(deltas))
@@ -192,17 +199,63 @@ class DynamicModel(ModulatedModel):
         if self._current_task is not None:
             self.modulators[self._current_task].remove(self)
 
-    def forward(self, *args, **kwargs) -> Any:
-        """The backbone's output with the weights of the current task.
+    def forward(
+        self,
+        *args,
+        task_ids: Tensor | None = None,
+        task_weights: Tensor | None = None,
+        **kwargs,
+    ) -> Any:
+        """The backbone's output: under the weights given, else under the current task, else as the router says.
+
+        Args:
+            task_ids: (B,) positions in :attr:`tasks`, one per sample.
+            task_weights: (B, T) soft weights over :attr:`tasks`; a row of zeros is the shared model.
 
         Raises:
-            UnknownTaskError: if no task was set.
+            UnknownTaskError: if there is neither weights, task nor router.
         """
-        if self._current_task is None:
-            raise UnknownTaskError(
-                f"No task is set. Call set_task(...) with one of {self.tasks}, or evaluate with a task-aware pool."
-            )
-        return self.backbone(*args, **kwargs)
+        if task_ids is not None:
+            task_weights = torch.eye(len(self.tasks), device=task_ids.device)[task_ids]
+        if task_weights is not None:
+            return self.mixed(task_weights, *args, **kwargs)
+        if self._current_task is not None:
+            return self.backbone(*args, **kwargs)
+        if self.router is not None:
+            return self.mixed(self.router.route(self, *args, **kwargs), *args, **kwargs)
+        raise UnknownTaskError(
+            f"No task is set. Call set_task(...) with one of {self.tasks}, evaluate with a task-aware pool, or attach "
+            "a router."
+        )
+
+    @property
+    def mixed(self) -> MixedForward:
+        """The forward for batches of several tasks."""
+        return self.mixed_at(1.0 if self.router is None else self.router.shared_scale)
+
+    def mixed_at(self, shared_scale: float) -> MixedForward:
+        """As :attr:`mixed`; made at first use, again if the model was moved or lost a task."""
+        first = next(self.backbone.parameters())
+        state = (tuple(self.tasks), first.device, first.dtype)
+        if self._mixed_state != state:
+            self._mixed, self._mixed_state = {}, state
+        if shared_scale not in self._mixed:
+            self._mixed[shared_scale] = MixedForward(self, shared_scale=shared_scale)
+        return self._mixed[shared_scale]
+
+    def attach_router(self, router: "Router | None") -> "DynamicModel":
+        """Let a router find the task of every sample; None takes it off again.
+
+        A task that is set by hand still comes first.
+
+        Raises:
+            UnknownTaskError: if the router is for other tasks.
+        """
+        if router is not None:
+            router.bind(self)
+        self.unset_task()
+        self.router = router
+        return self
 
     @torch.no_grad()
     def materialize(self, task_name: str) -> nn.Module:
@@ -223,6 +276,7 @@ class DynamicModel(ModulatedModel):
             {t: dict(e.deltas.items()) for t, e in self.modulators.items()},
             unit_bits=self.unit_bits,
             backbone_bits=self.backbone_bits,
+            routing_bits=0 if self.router is None else self.router.bits,
         )
 
     def save_pretrained(
@@ -255,6 +309,10 @@ class DynamicModel(ModulatedModel):
                 "versions": versions(),
                 **manifest,
             }
+            if self.router is not None:
+                from ..routers import write_router
+
+                config["router"] = write_router(directory, self.router)
             write_json(directory / CONFIG, config)
             (directory / "README.md").write_text(model_card(config))
 
@@ -286,6 +344,10 @@ class DynamicModel(ModulatedModel):
                 f"({config['backbone']['class']} from {config['backbone']['source']}): its weights differ. "
                 "Pass the base model of the merge."
             )
+        if "router" in config:
+            from ..routers import read_router
+
+            model.attach_router(read_router(Path(directory), config["router"]))
         return model
 
     def backbone_fingerprint(self) -> str:

@@ -37,14 +37,14 @@ def model_card(config: Mapping[str, Any]) -> str:
     ]
     unit = storage["unit_bits"]
     rows = [("shared", storage["shared_bits"])]
-    rows += [
-        (f"expert {task}", bits) for task, bits in storage["expert_bits"].items()
-    ]
+    rows += [(f"expert {task}", bits) for task, bits in storage["expert_bits"].items()]
     rows += [
         ("all beyond the backbone", round(storage["x_excl"] * unit)),
         ("with the backbone", round(storage["x_incl"] * unit)),
     ]
-    lines += [f"| {name} | {bits / 8e6:.2f} | {bits / unit:.4f} |" for name, bits in rows]
+    lines += [
+        f"| {name} | {bits / 8e6:.2f} | {bits / unit:.4f} |" for name, bits in rows
+    ]
     lines += ["", "| task | fine-tuned model |", "|---|---|"]
     lines += [
         f"| {task} | {parents.get(task) or 'a model in memory'} |"

@@ -9,10 +9,12 @@ from .attach import attach
 
 if TYPE_CHECKING:
     from .clip_vision import TaskAwareCLIPVisionModelTaskPool
+    from .mixed_stream import MixedStreamCLIPVisionModelTaskPool
     from .openclip_vision import TaskAwareOpenCLIPVisionModelTaskPool
 
 _POOLS = {
     "TaskAwareCLIPVisionModelTaskPool": "clip_vision",
+    "MixedStreamCLIPVisionModelTaskPool": "mixed_stream",
     "TaskAwareOpenCLIPVisionModelTaskPool": "openclip_vision",
 }
 

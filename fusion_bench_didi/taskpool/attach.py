@@ -81,7 +81,7 @@ def _telling(method, aliases):
         model = next(filter(None, map(dynamic_model_in, values)), None)
         if model is None:
             model = wrapper.model
-        if model is not None and name is not None:
+        if model is not None and name is not None and not _routes(model):
             model.set_task(resolve_task(name, model.modulators, aliases))
         return method(*args, **kwargs)
 
@@ -97,6 +97,9 @@ def _reporting(evaluate, tasks: list[str], aliases):
         dynamic = dynamic_model_in(model)
         if dynamic is not None:
             check_tasks(tasks, dynamic.modulators, aliases)
+            if _routes(dynamic):
+                dynamic.unset_task()
+                dynamic.router.reset()
             for hook in HOOKS:
                 method = getattr(evaluate.__self__, hook, None)
                 if hasattr(method, "model"):
@@ -104,9 +107,16 @@ def _reporting(evaluate, tasks: list[str], aliases):
         report = evaluate(model, *args, **kwargs)
         if isinstance(dynamic, DynamicModel) and isinstance(report, dict):
             report["didi"] = {"storage": dynamic.storage.as_dict(), **dynamic.info}
+            if _routes(dynamic):
+                report["didi"]["router"] = dynamic.router.report()
         return report
 
     return wrapper
+
+
+def _routes(model: nn.Module) -> bool:
+    """Whether the model finds each sample's task by itself."""
+    return isinstance(model, DynamicModel) and model.router is not None
 
 
 def dynamic_model_in(value: Any) -> nn.Module | None:

@@ -166,7 +166,7 @@ def _page(suite: Suite, rows: list[dict], arguments: argparse.Namespace) -> str:
         f"`python -m benchmarks.real_suite{option}`",
         "",
         "x_excl: stored beyond the backbone, in fine-tuned models. error: energy of the task vectors kept out. retention:",
-        "mean over tasks of accuracy / fine-tuned accuracy, per cent. Factors are float32 except in the `default` rows.",
+        "mean over tasks of accuracy / fine-tuned accuracy, per cent. `default` chooses 4 bits, 8 bits or float32 per matrix; other rows are float32 unless they say otherwise.",
         "One set of models and one run: differences under half a point are noise.",
         "",
         "| " + " | ".join(head) + " |",

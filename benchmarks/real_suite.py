@@ -135,7 +135,9 @@ def plot(rows: list[dict], path: Path) -> None:
     for label, points in lines.items():
         colour, marker, text = shown.get(label, ("#bbbbbb", ".", None))
         order = 3 if text else 1
-        axes.plot(*zip(*sorted(points)), marker=marker, color=colour, label=text, zorder=order)
+        axes.plot(
+            *zip(*sorted(points)), marker=marker, color=colour, label=text, zorder=order
+        )
     axes.plot([], [], color="#bbbbbb", marker=".", label="other float32 settings")
     axes.axhline(100, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("stored beyond the backbone, in fine-tuned models")

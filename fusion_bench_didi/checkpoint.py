@@ -19,9 +19,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from . import quantised  # noqa: F401  (registers its kinds)
-from .deltas import KINDS, Delta
+from .deltas import Delta
 from .errors import CheckpointMismatchError, DiDiError
+from .kinds import KINDS
 
 FORMAT = 1
 SHARED = "shared"

@@ -203,9 +203,3 @@ def bitmap_is_smaller(nnz: int, numel: int) -> bool:
 
 def _bit_index(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)
-
-
-KINDS: dict[str, type[Delta]] = {
-    cls.kind: cls
-    for cls in (DenseDelta, LowRankDelta, SpectralDelta, MaskedDelta, SparseDelta)
-}

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .deltas import KINDS, Delta
+from .deltas import Delta
 from .lowrank.quantisation import (
     RoundedFactors,
     pack_nibbles,
@@ -121,8 +121,3 @@ def shrunk_range(value: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     if skip == 0:
         return flat.min(), flat.max()
     return flat.kthvalue(skip + 1).values, flat.kthvalue(len(flat) - skip).values
-
-
-KINDS.update(
-    {cls.kind: cls for cls in (RoundedLowRankDelta, RoundedDenseDelta, AffineDelta)}
-)

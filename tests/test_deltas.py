@@ -5,7 +5,6 @@ import torch
 
 from fusion_bench_didi.checkpoint import read_deltas, write_deltas
 from fusion_bench_didi.deltas import (
-    KINDS,
     Delta,
     DenseDelta,
     LowRankDelta,
@@ -16,6 +15,7 @@ from fusion_bench_didi.deltas import (
     pack_bits,
     unpack_bits,
 )
+from fusion_bench_didi.kinds import KINDS
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -109,8 +109,6 @@ def comparison() -> Comparison:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
     """The directory of a report, made as a user would anew."""
-    pytest.importorskip("plotly", reason="the page needs the extra 'report'")
-    pytest.importorskip("itables", reason="the page needs the extra 'report'")
     directory = tmp_path_factory.mktemp("report")
     (directory / "comparison.json").write_text(json.dumps(synthetic()))
     command = [sys.executable, "-m", "fusion_bench_didi.report", str(directory)]

@@ -302,3 +302,18 @@ def test_exact_name_comes_first_and_the_map_reaches_the_rest():
         resolve_task("cars196", ["dtd"])
     with pytest.raises(UnknownTaskError, match=r"\['b', 'c'\]. Task pool: \['a', 'b'"):
         check_tasks(["a", "b", "c"], ["a"])
+
+
+def test_attaching_again_adds_aliases():
+    class Pool:
+        _test_datasets = {"a": None}
+
+        def load_task(self, task_name):
+            return task_name
+
+    pool = Pool()
+    attach(pool)
+    hooked = pool.load_task
+    attach(pool, known=["b"], aliases={"a": "b"})
+    assert pool.load_task is hooked
+    assert pool._didi_aliases == {"a": "b"}

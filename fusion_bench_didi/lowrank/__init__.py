@@ -11,7 +11,7 @@ from .allocation import (
 )
 from .candidates import Candidate, choose, upgrade, water_level
 from .decomposition import Decomposition, SharedMerge, decompose, shared_matrix
-from .factors import LowRankFactors, Spectrum, full_rank, rank_cap
+from .factors import LowRankFactors, Spectrum, full_rank
 from .learning import LearningSettings, learn_ranks, truncation_error
 from .refinement import Modules, Refinement, RefinementSettings, refine
 from .svd import singular_values, spectrum, subspace_step
@@ -34,7 +34,6 @@ __all__ = [
     "full_rank",
     "greedy",
     "learn_ranks",
-    "rank_cap",
     "refine",
     "shared_matrix",
     "singular_values",

@@ -86,11 +86,3 @@ class Spectrum:
 def full_rank(m: int, n: int) -> int:
     """The rank at which a matrix is held exactly (and stored dense)."""
     return min(m, n)
-
-
-def rank_cap(m: int, n: int) -> int:
-    """The largest rank whose factors, r (m + n) values, are smaller than the dense m n values."""
-    return max((m * n - 1) // (m + n), 0)
-
-
-__all__ = ["LowRankFactors", "Spectrum", "full_rank", "rank_cap"]

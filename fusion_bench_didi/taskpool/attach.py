@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 #: per-task methods of the host's pools, in the order in which they are looked for
 HOOKS = ("on_task_evaluation_begin", "evaluate_single_task", "load_task", "_evaluate")
-_MARK = "_didi_attached"
+_ALIASES = "_didi_aliases"
 
 
 def pool_tasks(taskpool: Any) -> list[str]:
@@ -39,7 +39,7 @@ def attach(
 ) -> None:
     """Make a task pool tell dynamic models their task before each evaluation, and report their storage.
 
-    Models without ``set_task`` are evaluated as before. Attaching twice changes nothing.
+    Models without ``set_task`` are evaluated as before. Attaching again only adds aliases.
 
     Args:
         taskpool: a host task pool.
@@ -52,9 +52,12 @@ def attach(
     tasks = pool_tasks(taskpool)
     if known is not None and tasks:
         check_tasks(tasks, known, aliases)
-    if getattr(taskpool, _MARK, False):
+    attached = getattr(taskpool, _ALIASES, None)
+    if attached is not None:
+        attached.update(aliases or {})
         return
-    setattr(taskpool, _MARK, True)
+    aliases = dict(aliases or {})
+    setattr(taskpool, _ALIASES, aliases)
     for hook in HOOKS:
         if callable(getattr(taskpool, hook, None)):
             setattr(taskpool, hook, _telling(getattr(taskpool, hook), aliases))

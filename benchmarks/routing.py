@@ -1,0 +1,251 @@
+"""Accuracy under each router against the oracle, on a stream of all tasks shuffled, and what routing costs.
+
+    python -m benchmarks.routing            # real8; --suite demo for the embedded default
+
+Everything with a choice is chosen on validation images; the test images are scored once. Writes docs/routing.md (real8) and
+benchmarks/results/routing_<suite>.json.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
+from torch import Tensor, nn
+
+from fusion_bench_didi import DiDiMerging
+from fusion_bench_didi.demo import build_suite
+from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
+from fusion_bench_didi.demo.mixed_pools import MixedFolderTaskPool
+from fusion_bench_didi.method import SEMerging
+from fusion_bench_didi.method.cat import load_images
+from fusion_bench_didi.method.routed import fit_router_to
+from fusion_bench_didi.models import DynamicModel
+from fusion_bench_didi.routers import make_router
+
+from .suites import DEFAULT, machine, write_json
+
+HERE = Path(__file__).resolve().parent
+BATCH = 64
+IMAGES = 660  # per task, for heads; the smallest training set of real8
+
+#: routers of DiDi-M: label -> (kind, options)
+ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "representation": ("representation", {}),
+    "representation, far": ("representation", {"prefer": "far"}),
+    "representation + discriminant": (
+        "representation",
+        {"head": "discriminant", "layers": [0, 1, 2, 3]},
+    ),
+    "projection": ("projection", {}),
+    "projection, all blocks": ("projection", {"layers": ["*embedding", 0, 1, 2, 3]}),
+    "projection + discriminant": ("projection", {"head": "discriminant"}),
+    "projection + mlp": ("projection", {"head": "mlp"}),
+    "mlp": ("mlp", {}),
+    "mlp, all blocks": ("mlp", {"layers": [0, 1, 2, 3]}),
+}
+#: what is tried for SE-Merging on validation images
+GRID = {
+    "layers": [[-1], [0, 1, 2, 3]],
+    "distance": ["l2", "cosine"],
+    "prefer": ["near", "far"],
+    "temperature": [0.1, 0.3, 1.0, None],  # None: hard
+}
+CHOOSING = 100  # validation images per task for the grid
+
+
+class Stream:
+    """One split as a mixed stream, its images in memory."""
+
+    def __init__(self, root: Path, split: str):
+        self.pool = MixedFolderTaskPool(
+            root=str(root), split=split, stream_batch_size=BATCH
+        )
+        self.pool.setup()
+        self.pool.test_datasets = {
+            task: [data[i] for i in range(len(data))]
+            for task, data in self.pool.test_datasets.items()
+        }
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        return quiet(self.pool.evaluate, model)
+
+    def batch(self, size: int = BATCH) -> tuple[Tensor, Tensor]:
+        """A mixed batch and the tasks of its samples."""
+        images, _, owners = next(iter(self.pool._stream(list(self.pool.test_datasets))))
+        return images[:size], owners[:size]
+
+
+def quiet(function, *args, **kwargs):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*args, **kwargs)
+
+
+@torch.no_grad()
+def ratio(run, plain, repeats: int = 11) -> float:
+    """Median over pairs of processor times, measured in turn so that a busy machine slows both."""
+
+    def seconds(function) -> float:
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+
+    run(), plain()
+    return statistics.median(seconds(run) / seconds(plain) for _ in range(repeats))
+
+
+def row(label: str, model: nn.Module, stream: Stream, plain: nn.Module) -> dict:
+    """One line of the table; ``plain`` is the backbone that times are relative to."""
+    model.eval()
+    report = stream(model)
+    line = {"label": label, "accuracy": report["average"]["accuracy"]}
+    line["tasks"] = {t: report[t]["accuracy"] for t in stream.pool.test_datasets}
+    if "routing" in report:
+        line["routing"] = report["routing"]
+    if isinstance(model, DynamicModel):
+        line["x_incl"] = model.storage.x_incl
+        line["routing_x"] = model.storage.routing_bits / model.storage.unit_bits
+        images, owners = stream.batch()
+        if model.router is None:
+            names = list(stream.pool.test_datasets)
+            ids = torch.tensor([model.tasks.index(names[i]) for i in owners])
+            line["time"] = ratio(
+                lambda: model(images, task_ids=ids), lambda: plain(images)
+            )
+        else:
+            line["time"] = ratio(lambda: model(images), lambda: plain(images))
+    routed = line.get("routing", {}).get("accuracy")
+    print(
+        f"{label:40s} {100 * line['accuracy']:6.2f}  routing "
+        f"{'-' if routed is None else format(100 * routed, '.1f')}  time {line.get('time', 1):.2f}",
+        flush=True,
+    )
+    return line
+
+
+def se_merging(base, modelpool, pixels: list[Tensor], **options) -> DynamicModel:
+    method = SEMerging(base_method=base, **{**options, "head": "none"})
+    model = quiet(method.run, modelpool)
+    if options.get("head", "none") != "none":
+        model.router.head = options["head"]
+        fit_router_to(model, pixels)
+    return model
+
+
+def chosen(model: DynamicModel, stream: Stream, base: float) -> tuple[dict, list]:
+    """The options of SE-Merging that are best on validation images; distances are computed once per layer choice."""
+    stream.pool.limit = CHOOSING
+    tried, cache = [], {}
+    for values in itertools.product(*GRID.values()):
+        options = dict(zip(GRID, values))
+        temperature = options.pop("temperature")
+        options |= {"hard": temperature is None, "temperature": temperature or 1.0}
+        with_router(model, options)
+        key = (tuple(options["layers"]), options["distance"])
+        remember(model.router, cache.setdefault(key, {}))
+        tried.append({**options, "accuracy": stream(model)["average"]["accuracy"]})
+    stream.pool.limit = None
+    best = max(tried, key=lambda found: found["accuracy"])
+    print(f"chosen on validation: {best} (static base {base:.4f})", flush=True)
+    return {k: v for k, v in best.items() if k != "accuracy"}, tried
+
+
+def remember(router: nn.Module, known: dict[float, Tensor]) -> None:
+    """Compute the features of a batch once; batches are told apart by their sums."""
+    compute = router.features
+
+    def features(model: nn.Module, images: Tensor) -> Tensor:
+        key = float(images.double().sum())
+        if key not in known:
+            known[key] = compute(model, images)
+        return known[key]
+
+    router.features = features
+
+
+def with_router(model: DynamicModel, options: dict) -> DynamicModel:
+    kept = {k: getattr(model.router, k) for k in ("merged_weight", "total_mass")}
+    return model.attach_router(
+        make_router("representation", model.tasks, **options, **kept)
+    )
+
+
+def measure(root: Path, label: str) -> dict[str, Any]:
+    modelpool = FolderCLIPVisionModelPool(root=str(root))
+    validation, test = Stream(root, "validation"), Stream(root, "test")
+    didi: DynamicModel = quiet(DiDiMerging(budget=1.4).run, modelpool).eval()
+    pixels = [load_images(modelpool, t, IMAGES, seed=0) for t in didi.tasks]
+    plain = modelpool.load_model("_pretrained_").eval()
+
+    rows = [row("DiDi-M, oracle", didi, test, plain)]
+    for name, (kind, options) in ROUTERS.items():
+        router = make_router(kind, didi.tasks, **options)
+        didi.attach_router(router)
+        if router.head != "none":
+            fit_router_to(didi, pixels)
+        rows.append(row(f"DiDi-M, {name}", didi, test, plain))
+    didi.attach_router(None)
+
+    tried: dict[str, list] = {}
+    bases = {
+        "averaging": SimpleAverageAlgorithm(inplace=False),
+        "task arithmetic": TaskArithmeticAlgorithm(scaling_factor=0.3),
+    }
+    for name, base in bases.items():
+        static = quiet(base.run, modelpool)
+        rows.append(row(name, static, test, plain))
+        validation.pool.limit = CHOOSING
+        on_validation = validation(static)["average"]["accuracy"]
+        model = se_merging(base, modelpool, pixels).eval()
+        rows.append(row(f"SE on {name}, as published", model, test, plain))
+        options, tried[name] = chosen(model, validation, on_validation)
+        rows.append(
+            row(f"SE on {name}, tuned", with_router(model, options), test, plain)
+        )
+        options = {"head": "discriminant", "layers": [0, 1, 2, 3]}
+        for hard in (True, False):
+            with_router(model, {**options, "hard": hard})
+            fit_router_to(model, pixels)
+            kind = "hard" if hard else "soft"
+            rows.append(row(f"SE on {name}, discriminant, {kind}", model, test, plain))
+    model.attach_router(None)
+    rows.append(row("individuals, oracle", model, test, plain))
+    return {
+        "suite": label,
+        "tasks": didi.tasks,
+        "batch": BATCH,
+        "images_per_task": IMAGES,
+        "rows": rows,
+        "tried": tried,
+        "machine": machine(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", default=None, help="a folder, or demo")
+    suite = parser.parse_args().suite
+    if suite == "demo":
+        root, label = build_suite(), "demo"
+    else:
+        root = Path(suite) if suite else DEFAULT
+        label = root.name
+    torch.set_num_threads(1)
+    file = HERE / "results" / f"routing_{label}.json"
+    write_json(file, measure(root, label))
+    from .routing_page import write_page
+
+    write_page(
+        [json.loads(f.read_text()) for f in sorted(file.parent.glob("routing_*.json"))]
+    )
+
+
+if __name__ == "__main__":
+    main()

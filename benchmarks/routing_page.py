@@ -1,0 +1,119 @@
+"""docs/routing.md and its plot, from the results of ``python -m benchmarks.routing``."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TEXT = """# Routing
+
+Who tells a dynamic model its task? `method=didi/routed` attaches a router to any of them, `method=didi/se_merging` is
+SE-Merging, `taskpool=didi/mixed` evaluates them on one stream in which the images of all tasks are shuffled. A routed model
+is evaluated by stock task pools without being given the task.
+
+```bash
+fusion_bench method=didi/routed modelpool=didi/demo taskpool=didi/mixed
+fusion_bench method=didi/routed method@method.base_method=didi/twin method.router=mlp modelpool=didi/demo taskpool=didi/demo
+fusion_bench method=didi/se_merging method@method.base_method=task_arithmetic modelpool=didi/demo taskpool=didi/demo
+python -m benchmarks.routing --suite demo        # these tables
+```
+
+| router | finds the task by | needs | costs per batch | stores |
+|---|---|---|---|---|
+| `projection` | how strongly a layer's input excites each expert's leading right singular vectors | nothing; images for a head | the first block of the shared model, once more | nothing; its head |
+| `representation` | how far merged model and expert t lie apart (SE-Merging) | nothing; images for a head | T + 1 forwards | nothing; its head |
+| `mlp` | states of the shared model | unlabelled images of every task | blocks up to the layer, once more | the network |
+
+A head (`discriminant`, in closed form, or `mlp`) is fitted to the router's features on images whose task is known; class
+labels are never used. Times are processor time of one thread relative to the plain backbone on the same mixed batch of {batch}
+images; "routing x" is what the router stores in units of one fine-tuned model (the towers here are very small, heads are not).
+"""
+
+
+def write_page(results: list[dict[str, Any]]) -> None:
+    """One section per suite, real8 first."""
+    results = sorted(results, key=lambda r: r["suite"] != "real8")
+    parts = [TEXT.replace("{batch}", str(results[0]["batch"]))]
+    (DOCS / "img").mkdir(parents=True, exist_ok=True)
+    for result in results:
+        parts.append(section(result))
+    notes = DOCS / "routing_notes.md"
+    if notes.is_file():
+        parts.append(notes.read_text())
+    (DOCS / "routing.md").write_text("\n".join(parts))
+
+
+def section(result: dict[str, Any]) -> str:
+    lines = [
+        f"## {result['suite']}",
+        "",
+        f"Test images, one shuffled stream. Heads: {result['images_per_task']} training images per task.",
+        "",
+        "| model | accuracy | routing accuracy | time | x_incl | routing x |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        routing = row.get("routing")
+        cells = [
+            row["label"],
+            f"{100 * row['accuracy']:.2f}",
+            "" if routing is None else f"{100 * routing['accuracy']:.1f}",
+            f"{row['time']:.2f}" if "time" in row else "1.00",
+            f"{row['x_incl']:.2f}" if "x_incl" in row else "1.00",
+            f"{row['routing_x']:.3f}" if row.get("routing_x") else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for base, tried in result["tried"].items():
+        best = max(tried, key=lambda found: found["accuracy"])
+        options = {k: v for k, v in best.items() if k != "accuracy"}
+        lines += ["", f"SE on {base}, chosen on validation images: `{options}`."]
+    name = f"confusion_{result['suite']}.png"
+    plot(result, DOCS / "img" / name)
+    lines += ["", f"![True task against routed task](img/{name})", ""]
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    """Confusion matrices of the training-free routers and of the best one."""
+    routed = [r for r in result["rows"] if "routing" in r and "DiDi" in r["label"]]
+    best = max(routed, key=lambda r: r["routing"]["accuracy"])
+    plain = [
+        r for r in routed if r["label"].endswith((", representation", "projection"))
+    ]
+    shown = [*plain, best]
+    figure, axes = plt.subplots(
+        1,
+        len(shown),
+        figsize=(4.2 * len(shown), 4.6),
+        sharey=True,
+        layout="constrained",
+    )
+    for axis, row in zip(np.atleast_1d(axes), shown):
+        tasks = row["routing"]["tasks"]
+        counts = np.array(row["routing"]["confusion"], float)[:, : len(tasks)]
+        shares = counts / counts.sum(1, keepdims=True).clip(1)
+        axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+        for i, j in np.ndindex(shares.shape):
+            if shares[i, j] >= 0.05:
+                colour = "white" if shares[i, j] > 0.5 else "black"
+                axis.text(
+                    j,
+                    i,
+                    f"{100 * shares[i, j]:.0f}",
+                    color=colour,
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                )
+        axis.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right")
+        axis.set_yticks(range(len(tasks)), tasks)
+        axis.set_title(row["label"].removeprefix("DiDi-M, "), fontsize=10)
+        axis.set_xlabel("routed to (%)")
+    np.atleast_1d(axes)[0].set_ylabel("true task")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

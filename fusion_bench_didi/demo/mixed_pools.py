@@ -1,0 +1,27 @@
+"""Suites as one shuffled stream of all tasks: ``taskpool=didi/mixed``."""
+
+from ..taskpool.mixed_stream import MixedStreamCLIPVisionModelTaskPool
+from .folder_pools import FolderCLIPVisionModelTaskPool
+from .pools import DemoCLIPVisionModelTaskPool
+
+
+class MixedDemoTaskPool(
+    MixedStreamCLIPVisionModelTaskPool, DemoCLIPVisionModelTaskPool
+):
+    """The demo suite's images, shuffled over tasks. Arguments of both classes."""
+
+    _config_mapping = (
+        DemoCLIPVisionModelTaskPool._config_mapping
+        | MixedStreamCLIPVisionModelTaskPool._config_mapping
+    )
+
+
+class MixedFolderTaskPool(
+    MixedStreamCLIPVisionModelTaskPool, FolderCLIPVisionModelTaskPool
+):
+    """The images of a suite's folder, shuffled over tasks. Arguments of both classes."""
+
+    _config_mapping = (
+        FolderCLIPVisionModelTaskPool._config_mapping
+        | MixedStreamCLIPVisionModelTaskPool._config_mapping
+    )

@@ -1,0 +1,255 @@
+"""MERGE (Qiu et al., "Fine-Grained Model Merging via Modular Expert Recombination", 2026, arXiv 2602.06552).
+
+Example:
+
+    fusion_bench method=didi/merge modelpool=didi/demo taskpool=didi/demo
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from fusion_bench import auto_register_config
+from rich.progress import Progress
+
+from ..checkpoint import write_json
+from ..errors import DiDiError
+from ..recombination import (
+    PATTERNS,
+    PICKS,
+    ComponentReader,
+    Evaluation,
+    Evaluator,
+    Library,
+    OperatorSettings,
+    RecombinedModel,
+    ReconstructionScorer,
+    SearchSettings,
+    Space,
+    components,
+    named_picks,
+    nsga2,
+    pareto_front,
+    plot_front,
+    rate_of,
+    save_modules,
+)
+from ..recombination.validation import check_pools, scorer_from_pools
+from .base import PoolMethod
+
+log = logging.getLogger(__name__)
+
+
+@auto_register_config
+class MERGE(PoolMethod):
+    """Per component (attention and MLP of each block, and the rest) a partition of the tasks and an operator per group.
+
+    Searched by surrogate-assisted NSGA-II for mean normalised validation performance against storage of the distinct
+    modules. The front, its modules and the state of the search are left in ``directory``; the model of ``pick`` is
+    returned. The task is given, as for every dynamic model here; a router can be put in front.
+
+    Source: abstract and a reading note of the paper; ``fusion_bench_didi.recombination`` says what is inferred.
+
+    Args: as the keys of ``config/method/didi/merge.yaml``.
+
+    Raises:
+        ModelPoolError, DiDiError: before any search, if ``objective=validation`` lacks data or heads.
+    """
+
+    title = "MERGE"
+
+    def __init__(
+        self,
+        objective: Literal["validation", "proxy"] = "validation",
+        validation_samples: int | None = 256,
+        pick: str | int = "balanced",
+        operators: Sequence[str] = (
+            "average",
+            "task_arithmetic",
+            "ties",
+            "didi@0.03",
+            "didi@0.06",
+            "didi@0.12",
+        ),
+        scaling: float = 0.3,
+        ties_keep: float = 0.2,
+        clip: float = 1e-4,
+        low_rank_bits: int = 4,
+        components: Mapping[str, str] | None = None,
+        population: int = 20,
+        evaluations: int = 300,
+        surrogate_generations: int = 15,
+        trees: int = 100,
+        mutation_rate: float = 1.0,
+        seed: int = 0,
+        directory: str | None = None,
+        library_memory_gb: float = 2.0,
+        exclude: Sequence[str] = (),
+        task_aliases: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if objective not in ("validation", "proxy"):
+            raise ValueError(f"objective={objective!r}; choose validation or proxy.")
+        if pick not in PICKS and not isinstance(pick, int):
+            raise ValueError(
+                f"pick={pick!r}; choose one of {', '.join(PICKS)}, or an index into the front."
+            )
+        if not operators:
+            raise ValueError("operators is empty; give [average] at least.")
+        for operator in operators:
+            rate_of(operator)
+        self.search_settings()
+        self.operator_settings()
+
+    def search_settings(self) -> SearchSettings:
+        return SearchSettings(
+            population=self.population,
+            evaluations=self.evaluations,
+            seed=self.seed,
+            surrogate_generations=self.surrogate_generations,
+            trees=self.trees,
+            mutation_rate=self.mutation_rate,
+        )
+
+    def operator_settings(self) -> OperatorSettings:
+        return OperatorSettings(
+            self.scaling, self.ties_keep, self.clip, self.low_rank_bits
+        )
+
+    def run(self, modelpool: Any) -> RecombinedModel:
+        """Search, leave front and library, and return the picked model."""
+        if find_spec("pymoo") is None:
+            raise DiDiError(
+                "MERGE searches with pymoo, which is not installed: pip install 'fusion-bench-didi[merge]'."
+            )
+        modelpool = self.checked(modelpool)
+        taskpool = getattr(self._program, "taskpool", None)
+        if self.objective == "validation":
+            check_pools(modelpool, taskpool, self.order(modelpool.model_names))
+        backbone, task_vectors = self.opened(modelpool)
+        with self.profile("scan"):
+            names = task_vectors.scan().changed
+        parts = components(task_vectors, names, self.components or PATTERNS)
+        reader = ComponentReader(task_vectors)
+        space = Space.of(parts, reader, list(self.operators))
+        if self.objective == "proxy":
+            scorer = ReconstructionScorer(parts, reader)
+        else:
+            with self.profile("validation images"):
+                scorer = scorer_from_pools(
+                    modelpool,
+                    taskpool,
+                    backbone,
+                    task_vectors,
+                    samples=self.validation_samples,
+                    seed=self.seed,
+                    aliases=self.task_aliases,
+                )
+        memory = int(8 * 2**30 * self.library_memory_gb)
+        library = Library(reader, self.operator_settings(), memory_bits=memory)
+        directory = self._directory()
+        with self.profile("search"), Progress(transient=True) as bar:
+            row = bar.add_task("MERGE: evaluations", total=self.evaluations)
+            found = nsga2(
+                space,
+                Evaluator(space, library, scorer),
+                self.search_settings(),
+                state=directory and directory / "search.json",
+                described=self._described(space, scorer),
+                progress=lambda done, total: bar.update(row, completed=done),
+            )
+        front = [found[i] for i in pareto_front(found)]
+        picks = named_picks(front)
+        with self.profile("library"):
+            chains = self._leave(directory, space, library, found, front, picks)
+        self.print_profile_summary()
+        index = picks[self.pick] if self.pick in picks else int(self.pick)
+        if not -len(front) <= index < len(front):
+            raise ValueError(f"pick={self.pick}: the front has {len(front)} points.")
+        chosen = front[index]
+        log.info(
+            "%d evaluations, %d modules made, %d points on the front; pick %s: performance %.4f, x_excl %.4f",
+            len(found),
+            library.made,
+            len(front),
+            self.pick,
+            chosen.performance,
+            chosen.storage,
+        )
+        model = RecombinedModel(
+            backbone,
+            {m.id: m for chain in chains[index].values() for m in chain},
+            {
+                task: [m.id for m in chains[index][task]]
+                for task in modelpool.model_names
+            },
+            unit_bits=space.unit_bits,
+            info={
+                **self.facts(modelpool, backbone),
+                "components": {c.name: list(c.tensors) for c in parts},
+                "chosen": chosen.as_dict(),
+                "picks": {name: front[i].costs for name, i in picks.items()},
+            },
+        )
+        return self.hand_over(model, modelpool)
+
+    def _directory(self) -> Path | None:
+        """Where front, library and state go; nothing is written without a place."""
+        if self.directory is not None:
+            return Path(self.directory)
+        log_dir = self.log_dir if self._program is not None else None
+        return Path(log_dir) / "merge" if log_dir else None
+
+    def _described(self, space: Space, scorer: Any) -> dict[str, Any]:
+        """What a state must agree in to be continued."""
+        return {
+            "objective": self.objective,
+            "validation_samples": self.validation_samples,
+            "individuals": getattr(scorer, "individual", None),
+            "tasks": list(space.tasks),
+            "components": [c.name for c in space.components],
+            "operators": list(space.operators),
+            "operator_settings": self.operator_settings().as_dict(),
+        }
+
+    def _leave(
+        self,
+        directory: Path | None,
+        space: Space,
+        library: Library,
+        found: list[Evaluation],
+        front: list[Evaluation],
+        picks: dict[str, int],
+    ) -> list[dict]:
+        """Front, plot and library of all its modules; returns the chains of each point."""
+        chains = [space.chains(np.array(e.genome), library) for e in front]
+        if directory is None:
+            return chains
+        used = [m for point in chains for chain in point.values() for m in chain]
+        save_modules(directory / "library", used)
+        points = [
+            {
+                **e.as_dict(),
+                "chains": {task: [m.id for m in chain] for task, chain in c.items()},
+            }
+            for e, c in zip(front, chains)
+        ]
+        write_json(
+            directory / "front.json",
+            {
+                "method": self.title,
+                "objective": self.objective,
+                "unit_bits": space.unit_bits,
+                "components": {c.name: list(c.tensors) for c in space.components},
+                "operators": list(space.operators),
+                "evaluations": len(found),
+                "picks": picks,
+                "front": points,
+            },
+        )
+        plot_front(found, directory)
+        return chains

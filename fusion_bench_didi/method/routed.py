@@ -1,0 +1,169 @@
+"""Any dynamic method with a router: the merged model finds the task of every sample itself.
+
+Example:
+
+    fusion_bench method=didi/routed modelpool=didi/demo taskpool=didi/demo
+    fusion_bench method=didi/routed method@method.base_method=didi/twin method.router=mlp ...
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from fusion_bench import auto_register_config
+from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.utils import instantiate
+from torch import Tensor
+
+from ..errors import ModelPoolError
+from ..models import DynamicModel
+from ..routers import Router, make_router
+from ..taskpool.attach import attach
+from .base import PoolMethod
+from .cat import _dataset_of, load_images
+
+log = logging.getLogger(__name__)
+BATCH = 256
+
+
+@auto_register_config
+class RoutedMethod(PoolMethod):
+    """The result of ``base_method`` with a router attached; stock task pools then evaluate it without the task.
+
+    Training-free where ``head`` is none. Otherwise the router's head is fitted to features of ``images`` images per task
+    of the model pool's train (or validation) datasets; class labels are not used.
+
+    Args: as the keys of ``config/method/didi/routed.yaml``; ``router_options`` go to the router's class.
+    """
+
+    title = "Routed"
+
+    def __init__(
+        self,
+        base_method: Any = None,
+        router: Literal["projection", "representation", "mlp", "none"] = "projection",
+        hard: bool = True,
+        temperature: float = 1.0,
+        fallback: Literal["none", "shared"] = "none",
+        threshold: float = 0.0,
+        head: Literal["none", "discriminant", "mlp"] | None = None,
+        images: int = 500,
+        seed: int = 0,
+        router_options: Mapping[str, Any] | None = None,
+        task_aliases: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if images < 2:
+            raise ValueError(f"images={images}: a head needs at least two per task.")
+
+    def run(self, modelpool: Any) -> DynamicModel:
+        """Merge by the base method, then attach the router.
+
+        Raises:
+            ModelPoolError: if images are needed and the pool has none; before the merge.
+        """
+        modelpool = self.checked(modelpool)
+        router = self._router(modelpool.model_names)
+        if router is not None and router.head != "none":
+            require_images(modelpool, self.task_aliases)
+        model = instantiated(self.base_method, self).run(modelpool)
+        if not isinstance(model, DynamicModel):
+            raise TypeError(
+                f"base_method gives a {type(model).__name__}, which holds no experts to route to. Choose a dynamic method."
+            )
+        if router is None:
+            return model
+        router.tasks = model.tasks
+        model.attach_router(router)
+        if router.head != "none":
+            with self.profile("fit router"):
+                fit_router(
+                    model,
+                    modelpool,
+                    images=self.images,
+                    seed=self.seed,
+                    aliases=self.task_aliases,
+                )
+        model.info["router"] = router.report()
+        taskpool = getattr(self._program, "taskpool", None)
+        if taskpool is not None:
+            attach(taskpool, known=model.tasks, aliases=self.task_aliases)
+        return model
+
+    def _router(self, tasks: list[str]) -> Router | None:
+        options = dict(self.router_options or {})
+        if self.head is not None:
+            options["head"] = self.head
+        if self.router == "oracle":
+            return None  # the task is set from outside, as without a router
+        return make_router(
+            self.router,
+            list(tasks),
+            hard=self.hard,
+            temperature=self.temperature,
+            fallback=self.fallback,
+            threshold=self.threshold,
+            **options,
+        )
+
+
+def instantiated(method: Any, owner: Any) -> Any:
+    """A method from its configuration (or as it is), under the program of the method that holds it."""
+    if method is None:
+        raise ValueError("base_method is missing: give a method's configuration.")
+    if isinstance(method, Mapping) or "_target_" in getattr(method, "keys", list)():
+        method = instantiate(method)
+    method._program = owner._program
+    return method
+
+
+def require_images(modelpool: BaseModelPool, aliases: Mapping[str, str] | None) -> None:
+    """Every model needs a train or validation dataset.
+
+    Raises:
+        ModelPoolError: naming the tasks without one.
+    """
+    names = modelpool.model_names
+    missing = [n for n in names if _dataset_of(modelpool, n, aliases) is None]
+    if missing:
+        raise ModelPoolError(
+            f"The router's head is fitted to unlabelled images, and the pool has none for {missing}. Add "
+            "modelpool.train_datasets (test datasets are never used), or choose a training-free router: "
+            "method.router=projection method.head=none."
+        )
+
+
+@torch.no_grad()
+def fit_router(
+    model: DynamicModel,
+    modelpool: BaseModelPool,
+    *,
+    images: int,
+    seed: int = 0,
+    aliases: Mapping[str, str] | None = None,
+) -> None:
+    """Fit the head of the attached router to images of the pool."""
+    pixels = [
+        load_images(modelpool, task, images, seed=seed, aliases=aliases)
+        for task in model.tasks
+    ]
+    fit_router_to(model, pixels, seed=seed)
+
+
+@torch.no_grad()
+def fit_router_to(
+    model: DynamicModel, pixels: Sequence[Tensor], *, seed: int = 0
+) -> None:
+    """As :func:`fit_router`, on one batch of inputs per task, in the order of ``model.tasks``."""
+    router = model.router
+    device = next(model.backbone.parameters()).device
+    model.eval()
+    features = [
+        torch.cat([router.features(model, x.to(device)) for x in batch.split(BATCH)])
+        for batch in pixels
+    ]
+    counts = torch.tensor([len(part) for part in features])
+    labels = torch.arange(len(features)).repeat_interleave(counts).to(device)
+    router.fit(torch.cat(features), labels, seed=seed)

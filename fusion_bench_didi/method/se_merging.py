@@ -1,0 +1,228 @@
+"""SE-Merging (Chen et al., "SE-Merging: A Self-Enhanced Approach for Dynamic Model Merging", arXiv 2506.18135).
+
+Example:
+
+    fusion_bench method=didi/se_merging modelpool=didi/demo taskpool=didi/demo
+    fusion_bench method=didi/se_merging method@method.base_method=ties_merging method.experts=didi ...
+"""
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from fusion_bench import auto_register_config
+from fusion_bench.modelpool import BaseModelPool
+from torch import Tensor, nn
+
+from ..budget import dtype_bits
+from ..deltas import DenseDelta
+from ..models import DynamicModel
+from ..pool_reader import load_backbone, open_pool
+from ..routers import RepresentationRouter
+from .base import PoolMethod
+from .didi import DiDiMerging
+from .routed import fit_router, instantiated, require_images
+
+log = logging.getLogger(__name__)
+
+
+@auto_register_config
+class SEMerging(PoolMethod):
+    """Coefficients of a static merge, rescaled for every sample by what the merged model makes of it.
+
+    For a merged model ``theta_m`` and experts ``theta_t = theta_0 + tau_t``, h the states at a layer,
+
+    ``d_t(x) = || h_m(x) - h_t(x) ||``, ``s(x) = softmax(-d(x) / temperature)``, ``theta(x) = theta_0 + mass * sum_t s_t(x) tau_t``.
+
+    Hard: the nearest expert alone. Every sample costs T + 1 forwards to the layer and one mixed forward; stored are the
+    backbone and T task vectors (x_incl = 1 + T), with ``experts: didi`` its low-rank modules instead. The merged model
+    itself costs nothing where it is a multiple of the sum of the task vectors (averaging, task arithmetic), and one
+    model more elsewhere (TIES, TSV-M); the account says which.
+
+    Source: the abstract and equation 1; the algorithm is a reconstruction. Inferred, hence options: layer (last block),
+    first token, L2, distances divided by their mean over tasks, temperature, total mass 1 (the coefficients of
+    averaging sum to 1, those of task arithmetic to 0.3 T), soft or hard; that tau_t are the plain task vectors also where
+    the static merge trims or rotates them. Not in the paper: ``prefer: far``, and ``head``, which fits a classifier to
+    the distances on unlabelled images.
+
+    Args: as the keys of ``config/method/didi/se_merging.yaml``.
+    """
+
+    title = "SE-Merging"
+
+    def __init__(
+        self,
+        base_method: Any = None,
+        experts: Literal["individuals", "didi"] = "individuals",
+        didi: Mapping[str, Any] | None = None,
+        layers: Sequence[int | str] = (-1,),
+        pooling: str = "cls",
+        distance: str = "l2",
+        normalisation: str = "mean",
+        prefer: str = "near",
+        assignment: Literal["soft", "hard"] = "soft",
+        temperature: float = 0.1,
+        total_mass: float = 1.0,
+        fallback: str = "none",
+        threshold: float = 0.0,
+        head: str = "none",
+        images: int = 500,
+        seed: int = 0,
+        exclude: Sequence[str] = (),
+        task_aliases: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if experts not in ("individuals", "didi"):
+            raise ValueError(f"experts={experts!r}; choose individuals or didi.")
+        if assignment not in ("soft", "hard"):
+            raise ValueError(f"assignment={assignment!r}; choose soft or hard.")
+
+    def run(self, modelpool: Any) -> DynamicModel:
+        """The experts with SE-Merging's router attached.
+
+        Raises:
+            ModelPoolError: if ``head`` needs images and the pool has none.
+        """
+        modelpool = self.checked(modelpool)
+        router = self.router(modelpool.model_names)
+        if router.head != "none":
+            require_images(modelpool, self.task_aliases)
+        with self.profile("experts"):
+            if self.experts == "didi":
+                model = self._slim(modelpool)
+            else:
+                model = self._individuals(modelpool)
+        with self.profile("static merge"):
+            merged = self.static_merge(modelpool)
+        router.tasks = model.tasks
+        weight, rest = as_multiple(model, merged)
+        if rest is None:
+            router.merged_weight = weight
+        else:
+            router.anchor(rest)
+        model.attach_router(router)
+        if router.head != "none":
+            with self.profile("fit router"):
+                fit_router(
+                    model,
+                    modelpool,
+                    images=self.images,
+                    seed=self.seed,
+                    aliases=self.task_aliases,
+                )
+        model.info["router"] = router.report()
+        self.print_profile_summary()
+        return self.hand_over(model, modelpool)
+
+    def router(self, tasks: Sequence[str]) -> RepresentationRouter:
+        """From the configuration."""
+        return RepresentationRouter(
+            list(tasks),
+            layers=self.layers,
+            pooling=self.pooling,
+            distance=self.distance,
+            normalisation=self.normalisation,
+            prefer=self.prefer,
+            total_mass=self.total_mass,
+            hard=self.assignment == "hard",
+            temperature=self.temperature,
+            fallback=self.fallback,
+            threshold=self.threshold,
+            head=self.head,
+        )
+
+    def static_merge(self, modelpool: BaseModelPool) -> nn.Module:
+        """The result of ``base_method``.
+
+        Raises:
+            TypeError: if it is not one plain model.
+        """
+        pool = with_own_modules(modelpool)
+        merged = instantiated(self.base_method, self).run(pool)
+        if not isinstance(merged, nn.Module) or hasattr(merged, "modulators"):
+            raise TypeError(
+                f"base_method gives a {type(merged).__name__}; SE-Merging starts from one static model. "
+                "Choose averaging, task arithmetic, TIES or TSV-M."
+            )
+        return merged
+
+    def facts(self, modelpool: BaseModelPool, backbone: nn.Module) -> dict[str, Any]:
+        """A base method that was given as an object is named by its class."""
+        facts = super().facts(modelpool, backbone)
+        base = facts["settings"].get("base_method")
+        if not isinstance(base, (Mapping, str, type(None))):
+            facts["settings"]["base_method"] = type(base).__name__
+        return facts
+
+    def _slim(self, modelpool: BaseModelPool) -> DynamicModel:
+        settings = {k: v for k, v in (self.didi or {}).items() if k != "_target_"}
+        method = DiDiMerging(**{"exclude": self.exclude, **settings})
+        method._program = self._program
+        return method.run(modelpool)
+
+    @torch.no_grad()
+    def _individuals(self, modelpool: BaseModelPool) -> DynamicModel:
+        """Whole task vectors, in the checkpoints' data type."""
+        backbone = load_backbone(modelpool)
+        vectors = open_pool(modelpool, backbone, exclude=tuple(self.exclude or ()))
+        names = vectors.scan(self.fabric.device).changed
+        experts: dict[str, dict[str, DenseDelta]] = {t: {} for t in vectors.tasks}
+        bits = 0
+        for name in self.track(names, "task vectors"):
+            dtype, info = vectors.tuned_dtype(name), vectors.infos[name]
+            bits += info.numel * dtype_bits(dtype)
+            for task, tau in zip(vectors.tasks, vectors.read(name, "cpu")):
+                experts[task][name] = DenseDelta(info.shape, tau.to(dtype))
+        return DynamicModel(
+            backbone,
+            {},
+            {task: experts[task] for task in modelpool.model_names},
+            unit_bits=bits,
+            info=self.facts(modelpool, backbone),
+        )
+
+
+def with_own_modules(modelpool: BaseModelPool) -> BaseModelPool:
+    """The pool, with copies of models that lie in memory: some of the host's merges overwrite the first one."""
+    pool = copy.copy(modelpool)
+    pool._models = copy.copy(modelpool._models)
+    for name, entry in modelpool._models.items():
+        if isinstance(entry, nn.Module):
+            pool._models[name] = copy.deepcopy(entry)
+    return pool
+
+
+@torch.no_grad()
+def as_multiple(
+    model: DynamicModel, merged: nn.Module, *, tolerance: float = 1e-3
+) -> tuple[float, dict[str, Tensor] | None]:
+    """Write a static merge as ``base + shared + c sum_t E_t``, if it is of that form.
+
+    For whole experts that is averaging (c = 1/T) and task arithmetic (c = its scale); for residual experts averaging up
+    to what they leave out.
+
+    Returns:
+        (c, None), or (0, the change of every tensor).
+    """
+    state = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
+    changes, sums = {}, {}
+    for name in model.touched:
+        base = model.base_tensor(name).float()
+        changes[name] = state[name].detach().to(base) - base
+        shared = model.shared.get(name)
+        common = base if shared is None else base + shared.change()
+        values = (model.task_tensor(name, e) for e in model.modulators.values())
+        sums[name] = (sum(value - common for value in values), common - base)
+    dot = sum(((changes[n] - s) * e).sum() for n, (e, s) in sums.items())
+    energy = sum(e.square().sum() for e, _ in sums.values())
+    weight = float(dot / energy.clamp_min(1e-30))
+    left = sum(
+        (changes[n] - s - weight * e).square().sum() for n, (e, s) in sums.items()
+    )
+    total = sum(change.square().sum() for change in changes.values())
+    if left <= tolerance**2 * total:
+        return weight, None
+    return 0.0, changes

@@ -1,0 +1,164 @@
+"""What a comparison is asked to run: one entry per row, read and checked before anything runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from ..errors import DiDiError
+
+#: entries that are no method: the base model, and every fine-tuned model on its own task
+SPECIAL = ("pretrained", "individuals")
+GROUPS = ("reference", "static", "dynamic")
+DATA = ("none", "unlabelled", "labels", "test images")
+ROUTING = ("none", "oracle", "own")
+#: the host's own program configuration, into which a method is composed
+_ROOT = "fabric_model_fusion"
+
+
+class ComparisonError(DiDiError):
+    """The comparison cannot run, or cannot be continued, as it is configured."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row to be.
+
+    Args:
+        key: its name in the YAML, on the command line, and of its file.
+        name: its label in tables and plots.
+        method: name of a method configuration (``simple_average``, ``didi/tsv_c``), a configuration with ``_target_``,
+            or ``pretrained`` / ``individuals``.
+        overrides: values put into that configuration.
+        budget_of: key of the entry whose storage beyond the backbone becomes ``budget``.
+        fit_to_side: ``{at: 768, k: 128}`` sets ``k`` to 128 where the smallest side of a matrix is 768 or more, and to
+            less in proportion below.
+        family: entries of one family are joined to a curve, and marked as ours.
+        published_x: the paper's printed storage for eight tasks, or None.
+    """
+
+    key: str
+    name: str
+    method: str | Mapping[str, Any]
+    group: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    budget_of: str | None = None
+    fit_to_side: Mapping[str, int] | None = None
+    family: str | None = None
+    uses_data: str = "none"
+    routing: str = "none"
+    published_x: float | None = None
+    notes: str = ""
+
+    def __post_init__(self):
+        for what, value, known in (
+            ("group", self.group, GROUPS),
+            ("uses_data", self.uses_data, DATA),
+            ("routing", self.routing, ROUTING),
+        ):
+            if value not in known:
+                raise ComparisonError(
+                    f"entries.{self.key}.{what}={value!r}; choose one of {', '.join(known)}."
+                )
+
+
+def read_entries(
+    config: Mapping[str, Any], only: Sequence[str] = (), skip: Sequence[str] = ()
+) -> list[Entry]:
+    """The entries of a configuration, in order.
+
+    Args:
+        config: key -> fields of :class:`Entry`; ``name`` defaults to the key.
+        only, skip: keys.
+
+    Raises:
+        ComparisonError: listing every fault.
+    """
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config, resolve=True)
+    known = {f.name for f in fields(Entry)} - {"key"}
+    faults, entries = [], []
+    for key, value in config.items():
+        value = {"name": key, **(value or {})}
+        strange = sorted(set(value) - known)
+        lacking = sorted({"method", "group"} - set(value))
+        if strange or lacking:
+            faults.append(f"entries.{key}: unknown {strange}, missing {lacking}")
+            continue
+        entries.append(Entry(key=key, **value))
+    for asked in (*only, *skip):
+        if asked not in config:
+            faults.append(f"there is no entry {asked!r}, only {list(config)}")
+    chosen = [e for e in entries if (not only or e.key in only) and e.key not in skip]
+    earlier: set[str] = set()
+    for entry in chosen:
+        if entry.budget_of and entry.budget_of not in earlier:
+            faults.append(
+                f"entries.{entry.key}.budget_of={entry.budget_of!r} is not among the entries before it"
+            )
+        earlier.add(entry.key)
+    if faults:
+        raise ComparisonError("The comparison cannot start:\n  " + "\n  ".join(faults))
+    return chosen
+
+
+def declared(entry: Entry) -> dict[str, Any]:
+    """What decides the numbers of the row, as far as it is known before anything ran; JSON-plain."""
+    config = entry.method
+    if entry.method not in SPECIAL:
+        try:
+            config = _with_overrides(entry)
+        except Exception as error:  # its row will say so; the others run
+            config = f"{type(error).__name__}: {error}"
+    return {
+        "method": entry.method,
+        "config": config,
+        "budget_of": entry.budget_of,
+        "fit_to_side": entry.fit_to_side and dict(entry.fit_to_side),
+    }
+
+
+def method_config(entry: Entry, *, smallest_side: int, budget: float | None) -> dict:
+    """The complete configuration of an entry's method, host's and plugin's YAML alike.
+
+    Raises:
+        hydra.errors.MissingConfigException: if there is no such method.
+        omegaconf.errors.ConfigKeyError: if an override names a key that the method does not have.
+    """
+    config = _with_overrides(entry)
+    if budget is not None:
+        config["budget"] = budget
+    if entry.fit_to_side:
+        config |= fitted(entry.fit_to_side, smallest_side)
+    return config
+
+
+def _with_overrides(entry: Entry) -> dict[str, Any]:
+    if isinstance(entry.method, str):
+        config = _compose(entry.method)
+    else:
+        config = OmegaConf.create(dict(entry.method))
+    OmegaConf.set_struct(config, True)
+    config = OmegaConf.merge(config, dict(entry.overrides))
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def fitted(fit: Mapping[str, int], smallest_side: int) -> dict[str, int]:
+    """Ranks published for matrices whose smallest side is ``at``, in proportion for smaller ones."""
+    scale = min(1.0, smallest_side / fit["at"])
+    ranks = {key: value for key, value in fit.items() if key != "at"}
+    return {key: max(1, round(value * scale)) for key, value in ranks.items()}
+
+
+def _compose(name: str) -> DictConfig:
+    overrides = [f"method={name}"]
+    if GlobalHydra.instance().is_initialized():  # run by the command line
+        config = compose(_ROOT, overrides=overrides)
+    else:
+        from fusion_bench.utils.hydra_utils import initialize_hydra_config
+
+        config = initialize_hydra_config(_ROOT, overrides)
+    return OmegaConf.create(OmegaConf.to_container(config.method, resolve=True))

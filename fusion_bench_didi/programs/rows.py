@@ -1,0 +1,111 @@
+"""What a comparison has found so far, on disk.
+
+::
+
+    <directory>/settings.json        pools, seed and versions that all rows have in common
+    <directory>/rows/<key>.json      one row, written anew after every evaluated task
+
+A row is written beside its name and renamed, so that a file is whole whenever the process is killed. Everything else in
+the directory is derived from these files.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import write_json
+from .entries import ComparisonError
+
+SETTINGS, ROWS = "settings.json", "rows"
+
+
+class RowStore:
+    """The rows of one directory, all of one configuration.
+
+    Args:
+        directory: of the run.
+        settings: JSON-plain; what must be equal for rows to be comparable.
+        restart: forget what is there.
+
+    Raises:
+        ComparisonError: naming each key in which what is there differs, and the ways out.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        restart: bool = False,
+    ):
+        self.directory = Path(directory)
+        self.rows = self.directory / ROWS
+        self.settings = _plain(settings)
+        if restart:
+            shutil.rmtree(self.rows, ignore_errors=True)
+            (self.directory / SETTINGS).unlink(missing_ok=True)
+        self.rows.mkdir(parents=True, exist_ok=True)
+        self._agree()
+
+    def check(self, key: str, declared: Mapping[str, Any]) -> None:
+        """The figures on disk, if any, must be of the entry as it is declared now.
+
+        Raises:
+            ComparisonError: as for the settings.
+        """
+        row = self.load(key)
+        if row is not None and row["accuracy"]:
+            self._refuse(row["entry"], _plain(declared), f"entries.{key}.")
+
+    def load(self, key: str) -> dict[str, Any] | None:
+        file = self._file(key)
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def save(self, key: str, row: Mapping[str, Any]) -> None:
+        write_json(self._file(key), row)
+
+    def _file(self, key: str) -> Path:
+        return self.rows / f"{key}.json"
+
+    def _agree(self) -> None:
+        file = self.directory / SETTINGS
+        if file.is_file():
+            self._refuse(json.loads(file.read_text()), self.settings, "")
+        elif any(self.rows.iterdir()):
+            raise ComparisonError(
+                f"{self.rows} holds rows, but {file} is missing, so nobody knows of which pools. "
+                + _WAYS_OUT
+            )
+        write_json(file, self.settings)
+
+    def _refuse(self, there: Any, here: Any, prefix: str) -> None:
+        found = [prefix + line for line in differences(there, here)]
+        if found:
+            raise ComparisonError(
+                f"{self.directory} holds rows of another configuration (there -> here):\n  "
+                + "\n  ".join(found[:12])
+                + (f"\n  and {len(found) - 12} more" if len(found) > 12 else "")
+                + "\n"
+                + _WAYS_OUT
+            )
+
+
+_WAYS_OUT = "Give another directory (path.log_dir=...), the same configuration, or restart=true to forget what is there."
+
+
+def differences(there: Any, here: Any, path: str = "") -> list[str]:
+    """One line per differing leaf, with its dotted name."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        lines = []
+        for key in sorted({*there, *here}):
+            name = f"{path}.{key}" if path else str(key)
+            lines += differences(there.get(key), here.get(key), name)
+        return lines
+    return [] if there == here else [f"{path}: {there!r} -> {here!r}"]
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a file."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,84 @@
+"""One model on one task of any host task pool.
+
+The host evaluates a model on every task of a pool; a comparison wants single tasks, because fine-tuned models are asked
+for their own task only, and because a killed run should not repeat what it has.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..taskpool.attach import HOOKS, attach, pool_tasks
+from .entries import ComparisonError
+
+#: where the host's pools keep what they iterate over
+_TASKS = ("test_dataloaders", "_test_datasets", "test_datasets", "_tasks")
+
+
+class Scorer:
+    """Evaluates on single tasks and lets go of the model afterwards.
+
+    Args:
+        taskpool: a host task pool; it is made to tell dynamic models their task.
+        aliases: task pool name -> model name.
+
+    Raises:
+        ComparisonError: for a pool that does not tell its tasks.
+    """
+
+    def __init__(self, taskpool: Any, aliases: Mapping[str, str] | None = None):
+        self.taskpool = taskpool
+        self.tasks = pool_tasks(taskpool)
+        if not self.tasks:
+            raise ComparisonError(
+                f"{type(taskpool).__name__} does not tell which tasks it evaluates, so there is nothing to compare on. "
+                "Give a task pool with test datasets, taskpool=CLIPVisionModelTaskPool/... for instance."
+            )
+        attach(taskpool, aliases=aliases)
+        if not getattr(taskpool, "_is_setup", True):
+            taskpool.setup()
+
+    def score(self, model: nn.Module, task: str) -> float:
+        """The model's accuracy (or the pool's own first figure) on the task."""
+        with self._only(task):
+            report = self.taskpool.evaluate(model)
+        return _figure(report[task])
+
+    def release(self) -> None:
+        """Drop the pool's references to the last model."""
+        clip = getattr(self.taskpool, "clip_model", None)
+        if isinstance(clip, nn.Module) and hasattr(clip, "vision_model"):
+            clip.vision_model = nn.Identity()
+        for hook in HOOKS:
+            method = getattr(self.taskpool, hook, None)
+            if hasattr(method, "model"):
+                method.model = None
+
+    @contextlib.contextmanager
+    def _only(self, task: str) -> Iterator[None]:
+        held = vars(self.taskpool)
+        stock = {
+            name: held[name]
+            for name in _TASKS
+            if hasattr(held.get(name), "keys") and task in held[name]
+        }
+        try:
+            for name, value in stock.items():
+                setattr(self.taskpool, name, {task: value[task]})
+            yield
+        finally:
+            for name, value in stock.items():
+                setattr(self.taskpool, name, value)
+
+
+def _figure(result: Any) -> float:
+    if not isinstance(result, Mapping):
+        return float(result)
+    name = (
+        "accuracy"
+        if "accuracy" in result
+        else next(k for k, v in result.items() if isinstance(v, (int, float)))
+    )
+    return float(result[name])

@@ -1,0 +1,47 @@
+"""MERGE (Qiu et al., arXiv 2602.06552): which tasks share what, per component, as a search over two objectives."""
+
+from .components import PATTERNS, Component, ComponentReader, components
+from .front import (
+    PICKS,
+    hypervolume,
+    hypervolume_trace,
+    named_picks,
+    pareto_front,
+    plot_front,
+)
+from .library import Library, Module, load_modules, module_id, save_modules
+from .model import RecombinedModel, execution_keys, group_by_chain
+from .objectives import Evaluation, Evaluator, ReconstructionScorer, Space, stored_bits
+from .operators import OperatorSettings, rate_of
+from .search import SearchSettings, nsga2, random_search
+
+__all__ = [
+    "Component",
+    "ComponentReader",
+    "Evaluation",
+    "Evaluator",
+    "Library",
+    "Module",
+    "OperatorSettings",
+    "PATTERNS",
+    "PICKS",
+    "ReconstructionScorer",
+    "RecombinedModel",
+    "SearchSettings",
+    "Space",
+    "components",
+    "execution_keys",
+    "group_by_chain",
+    "hypervolume",
+    "hypervolume_trace",
+    "load_modules",
+    "module_id",
+    "named_picks",
+    "nsga2",
+    "pareto_front",
+    "plot_front",
+    "random_search",
+    "rate_of",
+    "save_modules",
+    "stored_bits",
+]

@@ -1,0 +1,165 @@
+"""Modules with names, each made once and stored once.
+
+The id of a module is its component and a digest of component, sorted tasks, operator and operator settings, so that the
+same decision has the same id in every search. On disk a library is a directory of directories, ``<id>/model.safetensors``
+and ``<id>/module.json``.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoint import read_deltas, write_deltas, write_json
+from ..deltas import Delta
+from ..errors import CheckpointMismatchError
+from .components import Component, ComponentReader
+from .operators import OperatorSettings, Spectra, combine
+
+MODULE = "module.json"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One modular expert: a component for a group of tasks.
+
+    Args:
+        shared: deltas that all tasks of the group use.
+        experts: deltas per task on top of them; low-rank operators only.
+    """
+
+    id: str
+    component: str
+    tasks: tuple[str, ...]
+    operator: str
+    shared: Mapping[str, Delta] = field(repr=False)
+    experts: Mapping[str, Mapping[str, Delta]] = field(repr=False)
+
+    @cached_property
+    def bits(self) -> int:
+        parts = (self.shared, *self.experts.values())
+        return sum(delta.bits for deltas in parts for delta in deltas.values())
+
+    def tensors(self, task: str) -> list[str]:
+        """Names of the tensors that it changes for a task."""
+        return list(dict.fromkeys([*self.shared, *self.experts.get(task, {})]))
+
+    def change(self, task: str) -> dict[str, Tensor]:
+        """The change of each tensor for a task, in float32."""
+        own, out = self.experts.get(task, {}), {}
+        for name in self.tensors(task):
+            shared = self.shared[name].change() if name in self.shared else None
+            out[name] = own[name].change(shared) if name in own else shared
+        return out
+
+
+def module_id(
+    component: str, tasks: Sequence[str], operator: str, settings: OperatorSettings
+) -> str:
+    """Component and digest."""
+    content = [component, sorted(tasks), operator, settings.as_dict()]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    return f"{component}-{digest.hexdigest()[:12]}"
+
+
+class Library:
+    """Makes modules on demand and keeps those used last.
+
+    A module depends on nothing but its decision, so one that was dropped comes back the same.
+
+    Args:
+        reader: task vectors.
+        memory_bits: modules kept in memory.
+    """
+
+    def __init__(
+        self,
+        reader: ComponentReader,
+        settings: OperatorSettings = OperatorSettings(),
+        *,
+        memory_bits: int = 8 * 2**31,
+    ):
+        self._reader, self._settings = reader, settings
+        self._spectra = Spectra()
+        self._memory_bits = memory_bits
+        self._kept: OrderedDict[str, Module] = OrderedDict()
+        self._held = 0
+        self.made = 0
+
+    def get(self, component: Component, tasks: Sequence[str], operator: str) -> Module:
+        """The module of a decision."""
+        tasks = tuple(sorted(tasks))
+        key = module_id(component.name, tasks, operator, self._settings)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        parts = combine(
+            operator,
+            self._reader.read(component, tasks),
+            tasks,
+            unit_bits=component.bits,
+            settings=self._settings,
+            spectra=self._spectra,
+        )
+        module = Module(
+            key, component.name, tasks, operator, parts.shared, parts.experts
+        )
+        self.made += 1
+        self._kept[key] = module
+        self._held += module.bits
+        while self._held > self._memory_bits and len(self._kept) > 1:
+            self._held -= self._kept.popitem(last=False)[1].bits
+        return module
+
+
+def save_modules(directory: Path, modules: Iterable[Module]) -> list[str]:
+    """Write each distinct module once; those that lie there already are left alone. Returns the ids."""
+    distinct = {module.id: module for module in modules}
+    for key, module in distinct.items():
+        place = directory / key
+        if (place / MODULE).is_file():
+            continue
+        place.mkdir(parents=True, exist_ok=True)
+        manifest = write_deltas(place, module.shared, module.experts)
+        facts = {
+            "id": key,
+            "component": module.component,
+            "group": module.tasks,
+            "operator": module.operator,
+            "bits": module.bits,
+        }
+        # last, so that a module whose writing was cut short does not count as there
+        write_json(place / MODULE, {**facts, **manifest})
+    return list(distinct)
+
+
+def load_module(place: Path) -> Module:
+    """One module of a library.
+
+    Raises:
+        CheckpointMismatchError: if it is missing or damaged.
+    """
+    if not (place / MODULE).is_file():
+        raise CheckpointMismatchError(
+            f"{place} holds no module (no {MODULE}); the library is not whole. Copy all of it, or search again."
+        )
+    facts = json.loads((place / MODULE).read_text())
+    shared, experts = read_deltas(place, facts)
+    return Module(
+        facts["id"],
+        facts["component"],
+        tuple(facts["group"]),
+        facts["operator"],
+        shared,
+        experts,
+    )
+
+
+def load_modules(directory: Path, ids: Iterable[str]) -> dict[str, Module]:
+    """Modules by id."""
+    return {key: load_module(directory / key) for key in dict.fromkeys(ids)}

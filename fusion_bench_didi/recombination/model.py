@@ -1,0 +1,212 @@
+"""The merged model of one decision: a chain of library modules per task."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from ..checkpoint import (
+    CONFIG,
+    FORMAT,
+    load_backbone,
+    read_config,
+    versions,
+    whole_directory,
+    write_json,
+)
+from ..deltas import Delta
+from ..errors import CheckpointMismatchError
+from ..models import DynamicModel
+from ..models.model_card import model_card
+from ..storage import StorageReport, account
+from .library import Module, load_modules, save_modules
+
+Key = TypeVar("Key", bound=Hashable)
+MODULES = "modules"
+
+
+class Layered(Delta):
+    """A task's own delta on top of its group's, seen as one: ``own(shared())``. In memory only, owns no tensors."""
+
+    kind = "layered"
+    parts = ()
+
+    def __init__(self, shared: Delta, own: Delta):
+        super().__init__(own.shape)
+        self.below, self.own = shared, own
+
+    def change(self, shared: Tensor | None = None) -> Tensor:
+        change = self.own.change(self.below.change())
+        return change if shared is None else shared + change
+
+
+class RecombinedModel(DynamicModel):
+    """Behaves as any dynamic model; tasks of one group hold the same module, which is stored and counted once.
+
+    Args:
+        backbone: the base model, taken over.
+        modules: by id.
+        chains: per task, ids of its modules.
+        unit_bits: one fine-tuned model.
+        info: JSON-plain facts.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        modules: Mapping[str, Module],
+        chains: Mapping[str, Sequence[str]],
+        *,
+        unit_bits: int,
+        info: Mapping[str, Any] | None = None,
+    ):
+        self.__dict__["library"] = dict(modules)
+        self.__dict__["chains"] = {task: tuple(c) for task, c in chains.items()}
+        experts = {
+            task: {
+                name: delta
+                for key in chain
+                for name, delta in _deltas(modules[key], task).items()
+            }
+            for task, chain in chains.items()
+        }
+        super().__init__(backbone, {}, experts, unit_bits=unit_bits, info=info)
+
+    def remove_modulator(self, task_name: str) -> None:
+        """Forget a task, and the modules that no other task uses."""
+        super().remove_modulator(task_name)
+        del self.chains[task_name]
+        used = {key for chain in self.chains.values() for key in chain}
+        for key in set(self.library) - used:
+            del self.library[key]
+
+    @property
+    def storage(self) -> StorageReport:
+        """Distinct modules: ``shared_bits`` what several tasks use, ``expert_bits`` what one task uses."""
+        shared: dict[str, Delta] = {}
+        experts: dict[str, dict[str, Delta]] = {task: {} for task in self.chains}
+        layers: dict[str, int] = {}
+        for key, module in self.library.items():
+            users = [task for task, chain in self.chains.items() if key in chain]
+            target = shared if len(users) > 1 else experts[users[0]]
+            target.update({f"{key}/{n}": d for n, d in module.shared.items()})
+            for task, deltas in module.experts.items():
+                if task in experts:
+                    experts[task].update({f"{key}//{n}": d for n, d in deltas.items()})
+            for deltas in (module.shared, *module.experts.values()):
+                for name, delta in deltas.items():
+                    layers[name] = layers.get(name, 0) + delta.bits
+        counted = account(
+            shared,
+            experts,
+            unit_bits=self.unit_bits,
+            backbone_bits=self.backbone_bits,
+        )
+        return StorageReport(
+            counted.unit_bits,
+            counted.backbone_bits,
+            counted.shared_bits,
+            counted.expert_bits,
+            layer_bits=layers,
+        )
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, overwrite: bool = False, **_: Any
+    ) -> None:
+        """Write each module once, the chains, and a model card; the directory appears whole or not at all.
+
+        Raises:
+            FileExistsError: if it exists and ``overwrite`` is false.
+        """
+        with whole_directory(save_directory, overwrite=overwrite) as directory:
+            save_modules(directory / MODULES, self.library.values())
+            cls = type(self.backbone)
+            config = {
+                "format": FORMAT,
+                "model_class": type(self).__name__,
+                "tasks": self.tasks,
+                "unit_bits": self.unit_bits,
+                "backbone_bits": self.backbone_bits,
+                "backbone": {
+                    "class": f"{cls.__module__}.{cls.__qualname__}",
+                    "source": None,
+                    **self.info.get("backbone", {}),
+                    "fingerprint": self.backbone_fingerprint(),
+                },
+                "storage": self.storage.as_dict(),
+                "info": {k: v for k, v in self.info.items() if k != "backbone"},
+                "versions": versions(),
+                "chains": self.chains,
+            }
+            write_json(directory / CONFIG, config)
+            card = model_card(config).replace(
+                "from fusion_bench_didi.models import RecombinedModel",
+                "from fusion_bench_didi.recombination import RecombinedModel",
+            )
+            (directory / "README.md").write_text(card)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, backbone: nn.Module | None = None
+    ) -> "RecombinedModel":
+        """Load what :meth:`save_pretrained` wrote.
+
+        Raises:
+            CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
+        """
+        config = read_config(directory)
+        ids = [key for chain in config["chains"].values() for key in chain]
+        model = cls(
+            backbone if backbone is not None else load_backbone(config["backbone"]),
+            load_modules(Path(directory) / MODULES, ids),
+            config["chains"],
+            unit_bits=config["unit_bits"],
+            info={**config["info"], "backbone": config["backbone"]},
+        )
+        if model.backbone_fingerprint() != config["backbone"]["fingerprint"]:
+            raise CheckpointMismatchError(
+                f"The backbone given is not the one that {directory} was merged from: its weights differ. "
+                "Pass the base model of the merge."
+            )
+        return model
+
+
+def _deltas(module: Module, task: str) -> dict[str, Delta]:
+    """What a module does for a task, one delta per tensor."""
+    own, out = module.experts.get(task, {}), {}
+    for name in module.tensors(task):
+        if name in own and name in module.shared:
+            out[name] = Layered(module.shared[name], own[name])
+        else:
+            out[name] = own[name] if name in own else module.shared[name]
+    return out
+
+
+def execution_keys(model: RecombinedModel) -> dict[str, tuple[str, ...]]:
+    """Per task, what its forward pass depends on: equal keys mean equal weights.
+
+    A module with experts of its own for each task counts as another one for each.
+    """
+    return {
+        task: tuple(
+            f"{key}:{task}" if model.library[key].experts.get(task) else key
+            for key in chain
+        )
+        for task, chain in model.chains.items()
+    }
+
+
+def group_by_chain(
+    tasks: Sequence[str], keys: Mapping[str, Key]
+) -> dict[Key, list[int]]:
+    """Positions of the samples that one forward pass can serve.
+
+    Args:
+        tasks: of each sample, as the router says.
+        keys: from :func:`execution_keys`.
+    """
+    batches: dict[Key, list[int]] = {}
+    for position, task in enumerate(tasks):
+        batches.setdefault(keys[task], []).append(position)
+    return batches

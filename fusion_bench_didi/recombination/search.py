@@ -1,0 +1,305 @@
+"""Surrogate-assisted NSGA-II over decisions, and the random search that it has to beat.
+
+One generation: fit the surrogate to everything evaluated so far; run NSGA-II on it from the current population (guessed
+performance against nominal storage, which needs no model); evaluate for real the ``population`` best of its end that are
+new; keep the best ``population`` of old and new by rank and crowding.
+
+pymoo does the sorting, crowding, tournaments and the inner run, because its operators may be ours: a partition of the tasks
+is no list of independent variables, which is all that optuna's NSGA-II sampler knows how to cross. The outer loop is ours
+so that its whole state is the list of evaluations; every generation draws from its own seed, hence a killed search goes on
+to the result of an unbroken one.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint import write_json
+from ..errors import DiDiError
+from .genome import (
+    Genome,
+    canonical,
+    crossover,
+    mutate,
+    no_merging,
+    one_group,
+    random_genome,
+)
+from .objectives import Evaluation, Space
+from .surrogate import Surrogate
+
+Evaluate = Callable[[Genome], Evaluation]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long and how hard to search.
+
+    Args:
+        population: decisions kept, and evaluated per generation.
+        evaluations: real ones in all, the first population included.
+        seed: of everything that is drawn.
+        surrogate_generations: of the inner NSGA-II.
+        trees: of the forest.
+        mutation_rate: expected number of components that a mutation touches beyond the first.
+    """
+
+    population: int = 20
+    evaluations: int = 300
+    seed: int = 0
+    surrogate_generations: int = 15
+    trees: int = 100
+    mutation_rate: float = 1.0
+
+    def __post_init__(self):
+        for name, least in (
+            ("population", 4),
+            ("evaluations", 1),
+            ("surrogate_generations", 1),
+            ("trees", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}; give at least {least}."
+                )
+
+
+def first_population(space: Space, size: int, rng: np.random.Generator) -> list:
+    """All together and each for itself under every operator, then random decisions."""
+    C, T, O = space.shape
+    start = [make(C, T, o) for o in range(O) for make in (one_group, no_merging)]
+    found = [canonical(g, space.alone) for g in start]
+    draw = _fresh(lambda: _draw(space, rng), found)
+    return [*_distinct(found), *islice(draw, size)][:size]
+
+
+def nsga2(
+    space: Space,
+    evaluate: Evaluate,
+    settings: SearchSettings,
+    *,
+    state: Path | None = None,
+    described: dict | None = None,
+    progress: Progress = lambda done, total: None,
+) -> list[Evaluation]:
+    """Everything that was evaluated, in order.
+
+    Args:
+        state: file that is written after each generation and continued if it exists.
+        described: what else a state must agree in to be continued (tasks, data, ...), JSON-plain.
+
+    Raises:
+        DiDiError: if the state is of another search.
+    """
+    label = {**asdict(settings), **(described or {})}
+    del label["evaluations"]  # more of them continue a search that ended
+    archive, kept, generation = _load(state, label)
+    while len(archive) < settings.evaluations:
+        rng = np.random.default_rng([settings.seed, generation])
+        room = min(settings.population, settings.evaluations - len(archive))
+        if generation == 0:
+            proposed = first_population(space, room, rng)
+        else:
+            proposed = _propose(space, archive, kept, room, settings, generation)
+        if not proposed:
+            break  # every decision was evaluated
+        for genome in proposed:
+            archive.append(evaluate(genome))
+            progress(len(archive), settings.evaluations)
+        young = range(len(archive) - len(proposed), len(archive))
+        pool = [*kept, *young]
+        costs = np.array([archive[i].costs for i in pool])
+        kept = [pool[i] for i in _survivors(costs, settings.population)]
+        generation += 1
+        _save(state, label, archive, kept, generation)
+    return archive
+
+
+def random_search(
+    space: Space,
+    evaluate: Evaluate,
+    settings: SearchSettings,
+    *,
+    progress: Progress = lambda done, total: None,
+) -> list[Evaluation]:
+    """The same first population, then random decisions of the same distribution."""
+    rng = np.random.default_rng([settings.seed, 0])
+    size = min(settings.population, settings.evaluations)
+    genomes = first_population(space, size, rng)
+    draw = _fresh(lambda: _draw(space, rng), genomes)
+    genomes += islice(draw, settings.evaluations - len(genomes))
+    archive = []
+    for genome in genomes:
+        archive.append(evaluate(genome))
+        progress(len(archive), settings.evaluations)
+    return archive
+
+
+def _draw(space: Space, rng: np.random.Generator) -> Genome:
+    return canonical(random_genome(rng, *space.shape), space.alone)
+
+
+def _fresh(make: Callable[[], Genome], seen: list[Genome]) -> Iterator[Genome]:
+    """New genomes until a thousand in a row were seen before: a small space is exhausted some time."""
+    known, misses = {g.tobytes() for g in seen}, 0
+    while misses < 1000:
+        genome = make()
+        misses += 1
+        if genome.tobytes() not in known:
+            known.add(genome.tobytes())
+            misses = 0
+            yield genome
+
+
+def _distinct(genomes: list[Genome]) -> list[Genome]:
+    return list({g.tobytes(): g for g in genomes}.values())
+
+
+def _survivors(costs: np.ndarray, count: int) -> list[int]:
+    """Indices of the best by rank, then crowding, in ascending order."""
+    from pymoo.core.population import Population
+    from pymoo.core.problem import Problem
+    from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
+
+    if len(costs) <= count:
+        return list(range(len(costs)))
+    population = Population.new(F=costs, index=np.arange(len(costs)))
+    best = RankAndCrowding().do(
+        Problem(n_var=1, n_obj=2),
+        population,
+        n_survive=count,
+        random_state=np.random.default_rng(0),
+    )
+    return sorted(int(i) for i in best.get("index"))
+
+
+def _propose(
+    space: Space,
+    archive: list[Evaluation],
+    kept: list[int],
+    count: int,
+    settings: SearchSettings,
+    generation: int,
+) -> list[Genome]:
+    """New decisions that the surrogate likes best."""
+    seed = int(np.random.SeedSequence([settings.seed, generation]).generate_state(1)[0])
+    surrogate = Surrogate(space, trees=settings.trees, seed=seed % 2**31)
+    genomes = [np.array(e.genome) for e in archive]
+    surrogate.fit(genomes, [e.performance for e in archive])
+
+    def guess(candidates: list[Genome]) -> np.ndarray:
+        storage = space.nominal_storage(np.stack(candidates))
+        return np.column_stack([1 - surrogate.predict(candidates), storage])
+
+    ended = _inner_run(space, [genomes[i] for i in kept], guess, settings, seed)
+    seen = {g.tobytes() for g in genomes}
+    fresh = [g for g in _distinct(ended) if g.tobytes() not in seen]
+    rng = np.random.default_rng([settings.seed, generation, 1])
+    rate = settings.mutation_rate / space.shape[0]
+
+    def child() -> Genome:
+        parent = genomes[kept[rng.integers(len(kept))]]
+        made = mutate(parent, rng, operators=space.shape[2], rate=rate)
+        return canonical(made, space.alone)
+
+    missing = max(count - len(fresh), 0)
+    fresh += islice(_fresh(child, [*genomes, *fresh]), missing)
+    if not fresh:
+        return []
+    return [fresh[i] for i in _survivors(guess(fresh), count)]
+
+
+def _inner_run(space, start, guess, settings: SearchSettings, seed: int) -> list:
+    """NSGA-II on the surrogate; its last population."""
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.core.crossover import Crossover
+    from pymoo.core.duplicate import ElementwiseDuplicateElimination
+    from pymoo.core.mutation import Mutation
+    from pymoo.core.problem import Problem
+    from pymoo.optimize import minimize
+
+    C, T, O = space.shape
+    rate = settings.mutation_rate / C
+
+    def genomes(x: np.ndarray) -> np.ndarray:
+        return x.astype(np.int64).reshape(-1, C, 2, T)
+
+    class Guess(Problem):
+        def __init__(self):
+            super().__init__(n_var=C * 2 * T, n_obj=2, xl=0, xu=max(T, O), vtype=int)
+
+        def _evaluate(self, x, out, *args, **kwargs):
+            out["F"] = guess(list(genomes(x)))
+
+    class ByComponent(Crossover):
+        def __init__(self):
+            super().__init__(2, 2, prob=0.9)
+
+        def _do(self, problem, x, *args, random_state=None, **kwargs):
+            pairs = zip(genomes(x[0]), genomes(x[1]))
+            children = [crossover(a, b, random_state) for a, b in pairs]
+            return np.stack(children, 1).reshape(2, len(children), -1)
+
+    class OfGroups(Mutation):
+        def _do(self, problem, x, *args, random_state=None, **kwargs):
+            changed = [
+                mutate(g, random_state, operators=O, rate=rate) for g in genomes(x)
+            ]
+            return np.stack([canonical(g, space.alone) for g in changed]).reshape(
+                len(x), -1
+            )
+
+    class Same(ElementwiseDuplicateElimination):
+        def is_equal(self, a, b):
+            return np.array_equal(a.X, b.X)
+
+    algorithm = NSGA2(
+        pop_size=2 * settings.population,
+        sampling=np.stack(start).reshape(len(start), -1),
+        crossover=ByComponent(),
+        mutation=OfGroups(),
+        eliminate_duplicates=Same(),
+        n_offsprings=2 * settings.population,
+    )
+    length = ("n_gen", settings.surrogate_generations)
+    result = minimize(Guess(), algorithm, length, seed=seed)
+    return list(genomes(result.pop.get("X")))
+
+
+def _load(state: Path | None, label: dict) -> tuple[list[Evaluation], list[int], int]:
+    if state is None or not state.is_file():
+        return [], [], 0
+    found = json.loads(state.read_text())
+    expected = json.loads(json.dumps(label))
+    if found["search"] != expected:
+        differ = sorted(
+            k
+            for k in {*found["search"], *expected}
+            if found["search"].get(k) != expected.get(k)
+        )
+        raise DiDiError(
+            f"{state} is of a search with other settings ({', '.join(differ)} differ). "
+            "Choose another method.directory, or remove the file to search anew."
+        )
+    archive = [Evaluation(**e) for e in found["evaluations"]]
+    return archive, found["kept"], found["generation"]
+
+
+def _save(state, label, archive, kept, generation) -> None:
+    if state is None:
+        return
+    state.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        state,
+        {
+            "search": label,
+            "generation": generation,
+            "kept": kept,
+            "evaluations": [e.as_dict() for e in archive],
+        },
+    )

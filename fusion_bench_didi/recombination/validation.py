@@ -1,0 +1,192 @@
+"""Scores on labelled validation images, through the task's zero-shot head.
+
+The method has no classifier: CLIP model, processor and class names are those of the program's task pool, and the
+prediction is the host's own (``HFCLIPClassifier``). Only validation images are read here, never the task pool's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DiDiError, ModelPoolError, UnknownTaskError
+from ..naming import resolve_task
+from ..task_vectors import TaskVectors
+from ..taskpool.attach import pool_tasks
+from .objectives import Chain
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Preprocessed images (N, 3, h, w) and labels (N,) of one task."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class _Candidate(nn.Module):
+    """The base model with other values of some tensors, none of them copied into it."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.tensors: Mapping[str, Tensor] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(
+            self.backbone, dict(self.tensors), args, kwargs
+        )
+
+
+class ValidationScorer:
+    """Accuracy on validation images over the accuracy of the task's fine-tuned model on the same images.
+
+    Args:
+        backbone: the base model.
+        classifier: a host classifier; its vision model is replaced while it is used.
+        heads: class names and templates per task.
+        data: per task.
+        task_vectors: for the fine-tuned models that scores are relative to.
+        batch_size: images at a time.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classifier: nn.Module,
+        heads: Mapping[str, tuple],
+        data: Mapping[str, LabelledImages],
+        task_vectors: TaskVectors,
+        *,
+        batch_size: int = 64,
+    ):
+        self._candidate = _Candidate(backbone).eval()
+        self._classifier = classifier.eval()
+        self._data, self._batch_size = data, batch_size
+        self._base = {n: task_vectors.read_base(n) for n in task_vectors.infos}
+        self._heads = {}
+        for task, (classnames, templates) in heads.items():
+            classifier.set_classification_task(classnames, templates)
+            self._heads[task] = classifier.zeroshot_weights
+        self.individual = {
+            task: self.accuracy(
+                task,
+                {n: task_vectors.read_tuned(n, task) for n in task_vectors.infos},
+            )
+            for task in heads
+        }
+
+    def __call__(self, task: str, chain: Chain) -> float:
+        tensors = {}
+        for module in chain:
+            for name, change in module.change(task).items():
+                base = self._base[name]
+                tensors[name] = (base.float() + change).to(base.dtype)
+        # a fine-tuned model that is never right counts as right once
+        one = 1 / len(self._data[task].labels)
+        return self.accuracy(task, tensors) / max(self.individual[task], one)
+
+    @torch.no_grad()
+    def accuracy(self, task: str, tensors: Mapping[str, Tensor]) -> float:
+        """Of the base model with the given values of tensors."""
+        clip, data = self._classifier.clip_model, self._data[task]
+        before, self._candidate.tensors = clip.vision_model, tensors
+        clip.vision_model = self._candidate
+        self._classifier.zeroshot_weights = self._heads[task]
+        try:
+            hits = 0
+            for images, labels in zip(
+                data.images.split(self._batch_size), data.labels.split(self._batch_size)
+            ):
+                hits += int((self._classifier(images).argmax(1) == labels).sum())
+        finally:
+            clip.vision_model, self._candidate.tensors = before, {}
+        return hits / len(data.labels)
+
+
+def scorer_from_pools(
+    modelpool: Any,
+    taskpool: Any,
+    backbone: nn.Module,
+    task_vectors: TaskVectors,
+    *,
+    samples: int | None,
+    seed: int = 0,
+    aliases: Mapping[str, str] | None = None,
+) -> ValidationScorer:
+    """What ``objective: validation`` needs, or why it cannot be had.
+
+    Args:
+        samples: images per task, a seeded draw; all if None.
+
+    Raises:
+        ModelPoolError: without validation data for every task.
+        DiDiError: without a CLIP task pool.
+    """
+    check_pools(modelpool, taskpool, task_vectors.tasks)
+    from fusion_bench.models.hf_clip import HFCLIPClassifier
+    from fusion_bench.tasks.clip_classification import get_classnames_and_templates
+
+    if not taskpool._is_setup:
+        taskpool.setup()
+    names = _names_in(taskpool, task_vectors.tasks, aliases)
+    return ValidationScorer(
+        backbone,
+        HFCLIPClassifier(taskpool.clip_model, processor=taskpool.processor),
+        {
+            task: get_classnames_and_templates(names[task])
+            for task in task_vectors.tasks
+        },
+        {
+            task: read_images(
+                modelpool.load_val_dataset(task), taskpool.data_processor, samples, seed
+            )
+            for task in task_vectors.tasks
+        },
+        task_vectors,
+    )
+
+
+def check_pools(modelpool: Any, taskpool: Any, tasks: list[str]) -> None:
+    """See :func:`scorer_from_pools`; reads nothing."""
+    have = modelpool.val_dataset_names if modelpool._val_datasets is not None else []
+    missing = [task for task in tasks if task not in have]
+    if missing:
+        raise ModelPoolError(
+            f"MERGE chooses by accuracy on validation data, and the model pool has none for {missing} "
+            f"(modelpool.val_datasets: {list(have) or 'empty'}). Add it, or search without data: method.objective=proxy."
+        )
+    if not hasattr(taskpool, "_clip_model"):
+        found = "no task pool" if taskpool is None else type(taskpool).__name__
+        raise DiDiError(
+            f"MERGE scores validation images through zero-shot heads and needs a CLIP task pool for them; found {found}. "
+            "Give taskpool=CLIPVisionModelTaskPool/..., or search without data: method.objective=proxy."
+        )
+
+
+def _names_in(taskpool, tasks, aliases) -> dict[str, str]:
+    """What the task pool calls the tasks; class names are registered under that."""
+    names = {task: task for task in tasks}
+    for asked in pool_tasks(taskpool):
+        try:
+            names[resolve_task(asked, tasks, aliases)] = asked
+        except UnknownTaskError:
+            continue
+    return names
+
+
+def read_images(
+    dataset: Any, processor: Any, samples: int | None, seed: int
+) -> LabelledImages:
+    """Preprocessed once and kept: a search looks at the same images hundreds of times."""
+    from fusion_bench.dataset.image_dataset import ImageClassificationDataset
+
+    order = torch.randperm(
+        len(dataset), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    wrapped = ImageClassificationDataset(dataset, processor)
+    pairs = [wrapped[i] for i in sorted(order[:samples])]
+    images = torch.stack([torch.as_tensor(image) for image, _ in pairs])
+    return LabelledImages(images, torch.tensor([int(label) for _, label in pairs]))

@@ -1,0 +1,25 @@
+"""Tables, plots and one HTML page from a finished (or half finished) comparison.
+
+Everything is derived from ``comparison.json``; nothing here needs torch, the host or the models, so a report can be made
+anew from the file alone: ``python -m fusion_bench_didi.report DIRECTORY``.
+"""
+
+from pathlib import Path
+
+from .comparison import Comparison
+
+__all__ = ["Comparison", "write_report"]
+
+
+def write_report(directory: str | Path) -> list[Path]:
+    """Write tables, plots and the page beside ``comparison.json``.
+
+    Returns:
+        the files written.
+    """
+    from . import page, plots, tables
+
+    directory = Path(directory)
+    comparison = Comparison.read(directory / "comparison.json")
+    files = tables.write(comparison, directory) + plots.write(comparison, directory)
+    return [*files, page.write(comparison, directory)]

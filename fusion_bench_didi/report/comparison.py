@@ -1,0 +1,96 @@
+"""A comparison as tables and plots want it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["reference", "static", "dynamic", "ours", "variant"]
+
+#: in the order in which tables and legends show them
+GROUPS = {
+    "reference": "Reference",
+    "static": "Static: one model for all tasks",
+    "dynamic": "Dynamic: an expert per task",
+}
+
+#: the family that is drawn as ours; other families are variants of it
+OURS = "DiDi"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Read-only view of ``comparison.json``."""
+
+    data: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, file: str | Path) -> "Comparison":
+        return cls(json.loads(Path(file).read_text()))
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.data["tasks"]
+
+    @property
+    def rows(self) -> list[Mapping[str, Any]]:
+        return self.data["rows"]
+
+    @property
+    def good(self) -> list[Mapping[str, Any]]:
+        """Rows with figures for every task."""
+        return [r for r in self.rows if not r["error"] and r["average"] is not None]
+
+    @property
+    def failed(self) -> list[Mapping[str, Any]]:
+        return [r for r in self.rows if r["error"]]
+
+    def group(self, group: str) -> list[Mapping[str, Any]]:
+        return [r for r in self.rows if r["group"] == group]
+
+    def families(self) -> dict[str, list[Mapping[str, Any]]]:
+        """Rows to be joined to curves, each by rising storage."""
+        found: dict[str, list] = {}
+        for row in self.good:
+            if row.get("family"):
+                found.setdefault(row["family"], []).append(row)
+        return {
+            family: sorted(rows, key=lambda r: r["x_excl"])
+            for family, rows in found.items()
+        }
+
+    def with_ranks(self) -> list[Mapping[str, Any]]:
+        """Rows that tell their ranks, by rising storage."""
+        rows = [r for r in self.good if r.get("ranks") and kind(r) == "ours"]
+        return sorted(rows, key=lambda r: r["x_excl"])
+
+    def shown_in_detail(self) -> Mapping[str, Any] | None:
+        """The row of the printed rank and energy plots: the one nearest to the paper's 1.4."""
+        return min(
+            self.with_ranks(), key=lambda r: abs(r["x_excl"] - 1.4), default=None
+        )
+
+
+def kind(row: Mapping[str, Any]) -> Kind:
+    """What colour and marker a row has: its group, or that it is ours, or a variant of ours."""
+    family = row.get("family")
+    if family:
+        return "ours" if family == OURS else "variant"
+    return row["group"]
+
+
+def best_two(
+    rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping], float | None]
+) -> tuple[set[str], set[str]]:
+    """Methods with the highest and second highest value as it is printed (ties share a place)."""
+    figures = {r["method"]: value(r) for r in rows if not r["error"]}
+    printed = {m: round(100 * v, 1) for m, v in figures.items() if v is not None}
+    if len(printed) < 2:
+        return set(), set()
+    first, *rest = sorted(set(printed.values()), reverse=True)
+    second = rest[0] if rest else None
+    return (
+        {m for m, v in printed.items() if v == first},
+        {m for m, v in printed.items() if v == second},
+    )

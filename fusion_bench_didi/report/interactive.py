@@ -1,0 +1,185 @@
+"""The same plots for the page, by plotly: tap or point at anything for its figures."""
+
+import numpy as np
+from plotly import graph_objects as go
+
+from .comparison import Comparison, kind
+from .modules import KIND_COLOURS, Place, RankTable, energy_lines
+from .plots import STORAGE_AXIS, family_label
+from .style import KINDS, RANK_COLOURS, colour
+
+_LOOK = dict(
+    template="plotly_white",
+    font=dict(family="system-ui, sans-serif", size=13),
+    margin=dict(l=10, r=10, t=20, b=10),
+    legend=dict(orientation="h", yanchor="bottom", y=1.0, x=0),
+    hoverlabel=dict(align="left"),
+)
+_MENU = dict(
+    x=0, xanchor="left", y=1.0, yanchor="bottom", pad=dict(b=8), showactive=True
+)
+
+
+def figures(comparison: Comparison) -> dict[str, go.Figure]:
+    """By the names of the printed plots; only those for which the rows tell enough."""
+    made = {
+        "accuracy_vs_storage": accuracy_vs_storage(comparison),
+        "accuracy_by_task": accuracy_by_task(comparison),
+        "ranks": ranks(comparison),
+        "energy_kept": energy(comparison),
+    }
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def accuracy_vs_storage(comparison: Comparison) -> go.Figure | None:
+    """Square roots on the axis, as in print: plotly has no such scale, so ticks say what they stand for."""
+    rows = comparison.good
+    if not rows:
+        return None
+    figure = go.Figure()
+    for name, (shade, _, symbol, label) in KINDS.items():
+        mine = sorted((r for r in rows if kind(r) == name), key=lambda r: r["x_excl"])
+        if mine:
+            figure.add_scatter(
+                x=[r["x_excl"] ** 0.5 for r in mine],
+                y=[100 * r["average"] for r in mine],
+                mode="lines+markers" if name in ("ours", "variant") else "markers",
+                marker=dict(color=shade, symbol=symbol, size=11),
+                line=dict(color=shade, dash="dash" if name == "variant" else "solid"),
+                name=family_label(name, mine, label),
+                text=[_told(r) for r in mine],
+                hovertemplate="%{text}<extra></extra>",
+            )
+    most = max(r["x_excl"] for r in rows)
+    ticks = [t for t in (0, 0.25, 1, 2, 4, 8, 14, 20) if t <= 1.05 * most]
+    figure.update_xaxes(
+        tickvals=[t**0.5 for t in ticks],
+        ticktext=[f"{t:g}" for t in ticks],
+        tickangle=0,
+        title=STORAGE_AXIS.replace(", ", "<br>"),
+    )
+    figure.update_yaxes(title="average accuracy (%)")
+    return figure.update_layout(height=480, hovermode="closest", **_LOOK)
+
+
+def _told(row) -> str:
+    return (
+        f"<b>{row['method']}</b><br>average {100 * row['average']:.1f} %<br>"
+        f"stored {row['x_excl']:.2f} (with backbone {row['x_incl']:.2f})"
+    )
+
+
+def accuracy_by_task(comparison: Comparison) -> go.Figure | None:
+    """Bars of one task at a time; the menu chooses."""
+    rows = comparison.good
+    if not rows:
+        return None
+    tasks = ["average", *comparison.tasks]
+    values = {
+        task: [
+            100 * (r["average"] if task == "average" else r["accuracy"][task])
+            for r in rows
+        ]
+        for task in tasks
+    }
+    figure = go.Figure(
+        go.Bar(
+            x=values["average"],
+            y=[r["method"] for r in rows],
+            orientation="h",
+            marker_color=[colour(kind(r)) for r in rows],
+            texttemplate="%{x:.1f}",
+            hovertemplate="%{y}: %{x:.2f} %<extra></extra>",
+        )
+    )
+    buttons = [
+        dict(label=task, method="restyle", args=[{"x": [values[task]]}])
+        for task in tasks
+    ]
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(title="accuracy (%)", rangemode="tozero")
+    return figure.update_layout(
+        height=120 + 22 * len(rows),
+        updatemenus=[dict(buttons=buttons, **_MENU)],
+        **{**_LOOK, "margin": dict(l=10, r=10, t=60, b=10)},
+    )
+
+
+def ranks(comparison: Comparison) -> go.Figure | None:
+    """The rank heat map of one model at a time; the menu chooses the budget."""
+    rows = comparison.with_ranks()
+    if not rows:
+        return None
+    shown = comparison.shown_in_detail()
+    figure = go.Figure()
+    for row in rows:
+        table = RankTable.of(row["ranks"])
+        blocks, lines, modules = table.values.shape
+        gap = np.full((blocks, lines, 1), np.nan)  # an empty column after each block
+        values = np.concatenate([table.values, gap], axis=2)
+        places = [(b, p) for b in table.blocks for p in [*table.modules, None]]
+        figure.add_heatmap(
+            z=values.transpose(1, 0, 2).reshape(lines, -1),
+            x=[[b for b, _ in places], [_short(p) for _, p in places]],
+            y=table.lines,
+            colorscale=RANK_COLOURS,
+            colorbar=dict(title="rank", thickness=12),
+            xgap=1,
+            ygap=1,
+            visible=row is shown,
+            customdata=np.tile(
+                np.array(
+                    [f"{b}<br>{p.module} ({p.kind})" if p else b for b, p in places]
+                ),
+                (lines, 1),
+            ),
+            hovertemplate="%{customdata}<br>%{y}: rank %{z}<extra></extra>",
+        )
+    buttons = [
+        dict(
+            label=row["method"],
+            method="update",
+            args=[{"visible": [other is row for other in rows]}],
+        )
+        for row in rows
+    ]
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(tickfont_size=10, dividerwidth=1)
+    return figure.update_layout(
+        height=190 + 32 * lines,
+        updatemenus=[dict(buttons=buttons, active=rows.index(shown), **_MENU)],
+        **{**_LOOK, "margin": dict(l=10, r=10, t=60, b=10)},
+    )
+
+
+def _short(place: Place | None) -> str:
+    if place is None:
+        return " "
+    return f'<span style="color:{KIND_COLOURS[place.kind]}">{place.short}</span>'
+
+
+def energy(comparison: Comparison) -> go.Figure | None:
+    """Energy kept per layer: mean and range over tasks."""
+    row = comparison.shown_in_detail()
+    if row is None or not row.get("energy_kept"):
+        return None
+    figure = go.Figure()
+    for line in energy_lines(row["energy_kept"]):
+        mean = 100 * np.array(line.mean)
+        figure.add_scatter(
+            x=line.layers,
+            y=mean,
+            mode="lines+markers",
+            name=line.kind,
+            line_color=KIND_COLOURS[line.kind],
+            error_y=dict(
+                array=100 * np.array(line.high) - mean,
+                arrayminus=mean - 100 * np.array(line.low),
+                symmetric=False,
+                thickness=1,
+            ),
+            hovertemplate=f"{line.kind}, layer %{{x}}: %{{y:.1f}} %<extra></extra>",
+        )
+    figure.update_xaxes(title="layer", type="category")
+    figure.update_yaxes(title="energy kept (%)")
+    return figure.update_layout(height=360, **_LOOK)

@@ -1,0 +1,206 @@
+"""The printed plots, as PNG and SVG."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from . import labels
+from .comparison import Comparison, kind
+from .modules import energy_plot, rank_plot
+from .style import KINDS, colour, look
+
+
+def write(comparison: Comparison, directory: Path) -> list[Path]:
+    """Every plot for which there are figures."""
+    files = []
+    with look():
+        for name, picture in draw(comparison).items():
+            png, svg = (directory / f"{name}.{suffix}" for suffix in ("png", "svg"))
+            picture.savefig(png)
+            picture.savefig(svg, metadata={"Date": None})
+            plt.close(picture)
+            files += [png, svg]
+    return files
+
+
+def draw(comparison: Comparison) -> dict[str, Figure]:
+    """All pictures by file name; a picture for which the rows tell too little is left out."""
+    made = {name: make(comparison) for name, make in PICTURES.items()}
+    return {name: picture for name, picture in made.items() if picture is not None}
+
+
+STORAGE_AXIS = "stored beyond the backbone, in fine-tuned models (square-root scale)"
+
+
+def short_name(row) -> str:
+    """Points on a curve need not repeat its name: ``DiDi-S 1.24`` -> ``S 1.24``."""
+    family = row.get("family")
+    return row["method"].removeprefix(family or "").lstrip(" -") or row["method"]
+
+
+def _root(x):
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _square(x):
+    return np.sign(x) * np.square(x)
+
+
+def storage_ticks(most: float) -> list[float]:
+    """Round figures up to ``most``."""
+    steps = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 10, 14, 20, 30, 50)
+    return [t for t in steps if t <= most * 1.05]
+
+
+def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
+    """The Pareto picture: every method a point, a family a curve."""
+    rows = comparison.good
+    if not rows:
+        return None
+    picture, axes = plt.subplots(figsize=(9, 5.6))
+    for row in rows:
+        shade, marker, _, _ = KINDS[kind(row)]
+        axes.plot(
+            row["x_excl"],
+            100 * row["average"],
+            marker,
+            color=shade,
+            ms=7,
+            zorder=4,
+            mec="white",
+            mew=0.7,
+        )
+    avoid = []
+    for family in comparison.families().values():
+        line = [(r["x_excl"], 100 * r["average"]) for r in family]
+        ours = kind(family[0]) == "ours"
+        axes.plot(
+            *zip(*line),
+            color=colour(kind(family[0])),
+            lw=1.8 if ours else 1.2,
+            ls="-" if ours else (0, (4, 2)),
+            zorder=3,
+        )
+        for (x0, y0), (x1, y1) in zip(line, line[1:]):
+            avoid += [
+                (x0 + (x1 - x0) * k / 12, y0 + (y1 - y0) * k / 12) for k in range(13)
+            ]
+    own = [r for r in rows if r["group"] == "reference" and r["x_excl"] > 0]
+    for row in own:
+        axes.axhline(100 * row["average"], color="#222222", lw=0.8, ls=(0, (4, 3)))
+        steps = [row["x_excl"] * (k / 80) ** 2 for k in range(81)]
+        avoid += [(x, 100 * row["average"]) for x in steps]
+    most = max(r["x_excl"] for r in rows)
+    axes.set_xscale("function", functions=(_root, _square))
+    axes.set_xlim(-0.002 * max(most, 1), most * 1.25 + 0.02)
+    axes.set_xticks(storage_ticks(most), [f"{t:g}" for t in storage_ticks(most)])
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.02 * (high - low), high + 0.07 * (high - low))
+    axes.set_xlabel(STORAGE_AXIS)
+    axes.set_ylabel(f"accuracy, mean of {len(comparison.tasks)} tasks (%)")
+    axes.set_title("Accuracy against storage")
+    axes.legend(handles=_legend(rows), loc="best")
+    labels.place(
+        axes,
+        [(r["x_excl"], 100 * r["average"]) for r in rows],
+        [short_name(r) for r in rows],
+        [colour(kind(r)) if kind(r) != "static" else "#5f5f5f" for r in rows],
+        avoid=avoid,
+        weights=["bold" if kind(r) == "ours" else "normal" for r in rows],
+    )
+    return picture
+
+
+def accuracy_by_task(comparison: Comparison) -> Figure | None:
+    """One panel per task, one bar per method, in the table's order."""
+    rows, tasks = comparison.good, [*comparison.tasks, "average"]
+    if not rows:
+        return None
+    across = min(5, len(tasks))
+    down = math.ceil(len(tasks) / across)
+    height = 0.6 + 0.145 * len(rows)
+    picture, grid = plt.subplots(
+        down,
+        across,
+        figsize=(2.1 * across + 1.2, down * height),
+        sharey=True,
+        squeeze=False,
+    )
+    names = [r["method"] for r in rows]
+    own = next(
+        (r for r in rows if r["routing"] == "oracle" and r["group"] == "reference"),
+        None,
+    )
+    for axes, task in zip(grid.flat, tasks):
+        values = [
+            100 * (r["average"] if task == "average" else r["accuracy"][task])
+            for r in rows
+        ]
+        axes.barh(names, values, color=[colour(kind(r)) for r in rows], height=0.78)
+        if own:
+            axes.axvline(
+                values[rows.index(own)], color="#222222", lw=0.8, ls=(0, (4, 3))
+            )
+        axes.set_title(task, fontsize=9)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", labelsize=7, length=0)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_xlim(0, max(values) * 1.08)
+    grid[0, 0].invert_yaxis()  # shared: turns all
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.set_visible(False)
+    picture.legend(
+        handles=_legend(rows, bars=True),
+        loc="upper center",
+        ncols=5,
+        bbox_to_anchor=(0.5, 0.0),
+    )
+    picture.suptitle(
+        "Accuracy by task (%), dashed: the task's own model",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        fontweight="bold",
+    )
+    picture.tight_layout()
+    return picture
+
+
+_LINES = {"ours": "-", "variant": "--"}
+
+
+def family_label(name: str, rows, label: str) -> str:
+    """A variant is called by the name of its family."""
+    families = {r["family"] for r in rows if kind(r) == name == "variant"}
+    return ", ".join(sorted(families)) or label
+
+
+def _legend(rows, *, bars: bool = False) -> list[Line2D]:
+    there = {kind(r) for r in rows}
+    return [
+        Line2D(
+            [],
+            [],
+            color=shade,
+            marker="s" if bars else marker,
+            label=family_label(name, rows, label),
+            ls=_LINES.get(name, "") if not bars else "",
+            ms=7,
+            mec="white",
+        )
+        for name, (shade, marker, _, label) in KINDS.items()
+        if name in there
+    ]
+
+
+PICTURES: dict[str, Callable[[Comparison], Figure | None]] = {
+    "accuracy_vs_storage": accuracy_vs_storage,
+    "accuracy_by_task": accuracy_by_task,
+    "ranks": rank_plot,
+    "energy_kept": energy_plot,
+}

@@ -1,0 +1,51 @@
+"""One look for all plots: grey, blue, orange and vermilion (Okabe and Ito's, safe for colour-blind readers), and a marker each."""
+
+import contextlib
+from collections.abc import Iterator
+
+import matplotlib
+
+#: kind -> (colour, matplotlib marker, plotly symbol, label)
+KINDS = {
+    "reference": ("#222222", "X", "x", "reference"),
+    "static": ("#8a8a8a", "s", "square", "static"),
+    "dynamic": ("#0072b2", "D", "diamond", "dynamic"),
+    "variant": ("#e69f00", "^", "triangle-up", "DiDi, variant"),
+    "ours": ("#d55e00", "o", "circle", "DiDi (ours)"),
+}
+ATTENTION, MLP, OTHER = "#0072b2", "#d55e00", "#8a8a8a"
+#: perceptually even, from white; readable in grey too
+RANK_COLOURS = "YlGnBu"
+
+_LOOK = {
+    "figure.dpi": 110,
+    "savefig.dpi": 150,
+    "savefig.bbox": "tight",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "didi",  # the same picture gives the same file
+}
+
+
+@contextlib.contextmanager
+def look() -> Iterator[None]:
+    """Plots made inside have our look, and need no display."""
+    matplotlib.use("Agg", force=False)
+    with matplotlib.rc_context(_LOOK):
+        yield
+
+
+def colour(kind: str) -> str:
+    return KINDS[kind][0]

@@ -1,0 +1,183 @@
+"""What all routers share: features of the input in, weights over the tasks out.
+
+``features(model, inputs)`` (B, F)  ->  ``scores`` (B, T)  ->  ``weights`` (B, T), one-hot or a softmax at a temperature.
+
+Scores come from the features alone (training-free), or from a small head fitted to features of unlabelled images whose
+task is known (:mod:`.heads`). What a router stores are its buffers; they are written with the model and counted.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnknownTaskError
+from .heads import HEADS, fit_head
+
+if TYPE_CHECKING:
+    from ..models import DynamicModel
+
+
+def weights_from(
+    scores: Tensor, *, hard: bool, temperature: float = 1.0, threshold: float = 0.0
+) -> Tensor:
+    """Weights over tasks.
+
+    Args:
+        scores: (B, T), larger is likelier.
+        hard: one-hot at the largest score; false: ``softmax(scores / temperature)``.
+        threshold: samples whose largest softmax weight is below it get a row of zeros, the shared model.
+
+    Returns:
+        (B, T).
+    """
+    soft = (scores.float() / temperature).softmax(1)
+    weights = soft
+    if hard:
+        best = scores.argmax(1)
+        weights = torch.eye(scores.shape[1], device=scores.device)[best]
+    if threshold > 0:
+        weights = weights * (soft.amax(1, keepdim=True) >= threshold)
+    return weights
+
+
+class Router(nn.Module):
+    """Finds weights over tasks for every sample.
+
+    Args:
+        tasks: of the model, in its order.
+        hard: one task per sample; false: soft weights.
+        temperature: of the softmax, also of the confidence that ``threshold`` is held against.
+        fallback: what happens to samples below the threshold: ``shared`` (base + shared part, no expert) or ``none``
+            (they are routed like all others).
+        threshold: smallest confidence, in [0, 1].
+        head: ``none`` (training-free), ``discriminant`` (closed form) or ``mlp``; the last two need :meth:`fit`.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        tasks: list[str],
+        *,
+        hard: bool = True,
+        temperature: float = 1.0,
+        fallback: Literal["none", "shared"] = "none",
+        threshold: float = 0.0,
+        head: Literal["none", "discriminant", "mlp"] = "none",
+    ):
+        super().__init__()
+        if fallback not in ("none", "shared"):
+            raise ValueError(f"fallback={fallback!r}; choose none or shared.")
+        if head not in ("none", *HEADS):
+            raise ValueError(f"head={head!r}; choose one of none, {', '.join(HEADS)}.")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be positive.")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold} is not in [0, 1].")
+        self.tasks = list(tasks)
+        self.hard, self.temperature = hard, float(temperature)
+        self.fallback, self.threshold, self.head = fallback, float(threshold), head
+        self.last: Tensor | None = None
+        self.reset()
+
+    def bind(self, model: "DynamicModel") -> None:
+        """Prepare for a model.
+
+        Raises:
+            UnknownTaskError: if it holds other tasks.
+        """
+        if self.tasks != model.tasks:
+            raise UnknownTaskError(
+                f"The router is for {self.tasks}, the merged model holds {model.tasks}. Make a router for this model."
+            )
+
+    def features(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+        """(B, F) from the backbone's arguments."""
+        raise NotImplementedError
+
+    def plain_scores(self, features: Tensor) -> Tensor:
+        """(B, T) without anything learned."""
+        raise NotImplementedError(f"A {self.kind} router needs a head.")
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(B, T), by the head if there is one."""
+        if self.head == "none":
+            return self.plain_scores(features)
+        if "head_mean" not in self._buffers:
+            raise RuntimeError(f"The head of this {self.kind} router was never fitted.")
+        return HEADS[self.head].scores(features, self._head_tensors())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, T) weights."""
+        threshold = self.threshold if self.fallback == "shared" else 0.0
+        return weights_from(
+            self.scores(features),
+            hard=self.hard,
+            temperature=self.temperature,
+            threshold=threshold,
+        )
+
+    @torch.no_grad()
+    def route(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+        """Weights for the backbone's arguments; kept in ``last``, and counted."""
+        weights = self(self.features(model, *args, **kwargs))
+        self.last = weights
+        self.samples += len(weights)
+        self.unknown += int((weights == 0).all(1).sum())
+        return weights
+
+    def fit(self, features: Tensor, labels: Tensor, **options: Any) -> "Router":
+        """Fit the head to features (N, F) of samples whose tasks (N,) are known."""
+        for name, value in fit_head(self.head, features, labels, **options).items():
+            self.register_buffer(f"head_{name}", value)
+        return self
+
+    @property
+    def shared_scale(self) -> float:
+        """Factor on the model's shared part."""
+        return 1.0
+
+    @property
+    def bits(self) -> int:
+        """What is stored for routing."""
+        return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written to the file."""
+        return dict(self.state_dict())
+
+    def load(self, tensors: dict[str, Tensor]) -> "Router":
+        """Take over what :meth:`tensors` gave."""
+        for name, value in tensors.items():
+            self.register_buffer(name, value)
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """JSON-plain constructor arguments."""
+        names = ("tasks", "hard", "temperature", "fallback", "threshold", "head")
+        return {name: getattr(self, name) for name in names}
+
+    def reset(self) -> None:
+        """Count from nothing."""
+        self.samples = self.unknown = 0
+
+    @property
+    def unknown_rate(self) -> float:
+        """Fraction of the samples since :meth:`reset` that no expert took."""
+        return self.unknown / max(self.samples, 1)
+
+    def report(self) -> dict[str, Any]:
+        """JSON-plain facts for the task pool's report."""
+        facts = {k: v for k, v in self.options().items() if k != "tasks"}
+        return {
+            "kind": self.kind,
+            **facts,
+            "bits": self.bits,
+            "samples": self.samples,
+            "unknown_rate": self.unknown_rate,
+        }
+
+    def _head_tensors(self) -> dict[str, Tensor]:
+        found = self._buffers.items()
+        return {k.removeprefix("head_"): v for k, v in found if k.startswith("head_")}

@@ -1,0 +1,73 @@
+"""Routing by a head on the shared model's states, and by being told."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from .base import Router
+from .probes import layer_names, pooled, record
+
+if TYPE_CHECKING:
+    from ..models import DynamicModel
+
+
+class FeatureRouter(Router):
+    """A small network on pooled states of the shared model, trained on images whose task is known (no class labels).
+
+    Args:
+        layers: blocks by position, or names of modules.
+        pooling: ``cls``, ``mean``, or ``both`` (first token, mean and standard deviation).
+        **options: of :class:`Router`.
+    """
+
+    kind = "mlp"
+
+    def __init__(
+        self,
+        tasks: list[str],
+        *,
+        layers: Sequence[int | str] = (0,),
+        pooling: Literal["cls", "mean", "both"] = "both",
+        head: Literal["discriminant", "mlp"] = "mlp",
+        **options: Any,
+    ):
+        super().__init__(tasks, head=head, **options)
+        if pooling not in ("cls", "mean", "both"):
+            raise ValueError(f"pooling={pooling!r}; choose cls, mean or both.")
+        self.layers, self.pooling = list(layers), pooling
+
+    def options(self) -> dict[str, Any]:
+        own = {"layers": self.layers, "pooling": self.pooling}
+        return {**super().options(), **own}
+
+    def bind(self, model: "DynamicModel") -> None:
+        super().bind(model)
+        self.names = layer_names(model.backbone, self.layers)
+
+    def features(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+        found = record(model, args, kwargs, outputs_of=self.names)
+        states = [pooled(found[name], self.pooling) for name in self.names]
+        return torch.cat(states, 1).float()
+
+
+class OracleRouter(Router):
+    """Is told the tasks of the next batch by :meth:`tell`; what the mixed-stream pool measures others against."""
+
+    kind = "oracle"
+
+    def tell(self, task_ids: Tensor) -> None:
+        """(B,) positions in ``tasks``."""
+        self.told = task_ids
+
+    def features(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+        if getattr(self, "told", None) is None:
+            raise RuntimeError(
+                "An oracle router must be told the tasks of every batch."
+            )
+        told, self.told = self.told, None
+        return torch.eye(len(self.tasks), device=told.device)[told]
+
+    def plain_scores(self, features: Tensor) -> Tensor:
+        return features

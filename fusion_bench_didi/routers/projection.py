@@ -1,0 +1,161 @@
+"""Routing by how strongly the input of a layer excites each expert.
+
+For layer l let Q_t (k, n) be the leading right singular vectors of what task t changes there, and x the layer's input in
+the shared model. The response ``|Q_t x|^2 / |x|^2``, averaged over tokens, is the part of the input that lies where the
+expert acts; the score is the sum of its logarithms over layers. Nothing is stored: Q_t comes out of the experts.
+
+With a head the k responses of a task are not added up but all given to it: tasks differ in *which* directions they
+excite more than in how strongly.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..lowrank.svd import spectrum
+from .base import Router
+from .probes import blocks, layer_names, record
+
+if TYPE_CHECKING:
+    from ..models import DynamicModel
+
+EPS = 1e-6
+
+
+def responses(x: Tensor, basis: Tensor) -> Tensor:
+    """Logarithm of the mean squared response of each direction, and of the input's energy.
+
+    Args:
+        x: (B, N, n).
+        basis: (K, n) orthonormal rows per task.
+
+    Returns:
+        (B, K + 1); the last column is the energy.
+    """
+    inner = F.linear(x, basis).square().mean(1)  # (B, K)
+    energy = x.square().sum(-1).mean(1, keepdim=True)  # (B, 1)
+    return torch.cat([inner, energy], 1).add(EPS).log()
+
+
+class ProjectionRouter(Router):
+    """Training-free routing by expert subspaces.
+
+    Args:
+        layers: blocks (by position), names or patterns of linear layers or convolutions; null: :func:`early_layers`, a
+            fraction of a forward.
+        directions: k, per task and layer.
+        **options: of :class:`Router`.
+    """
+
+    kind = "projection"
+
+    def __init__(
+        self,
+        tasks: list[str],
+        *,
+        layers: Sequence[int | str] | None = None,
+        directions: int = 16,
+        **options: Any,
+    ):
+        super().__init__(tasks, **options)
+        self.layers = None if layers is None else list(layers)
+        self.directions = directions
+
+    def options(self) -> dict[str, Any]:
+        own = {"layers": self.layers, "directions": self.directions}
+        return {**super().options(), **own}
+
+    @torch.no_grad()
+    def bind(self, model: "DynamicModel") -> None:
+        super().bind(model)
+        self.names = self._layers(model)
+        for i, name in enumerate(self.names):
+            basis = self._basis(model, name)
+            self.register_buffer(f"basis_{i}", basis, persistent=False)
+
+    def features(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+        found = record(model, args, kwargs, inputs_of=self.names)
+        parts = []
+        for i, name in enumerate(self.names):
+            x = rows_of(model.backbone.get_submodule(name), found[name])
+            basis = self._buffers[f"basis_{i}"].to(x)
+            parts.append(responses(x, basis))
+        return torch.cat(parts, 1).float()
+
+    def plain_scores(self, features: Tensor) -> Tensor:
+        count, scores = len(self.tasks), 0.0
+        sizes = [len(self._buffers[f"basis_{i}"]) for i in range(len(self.names))]
+        for part in features.split([size + 1 for size in sizes], 1):
+            inner = part[:, :-1].view(len(part), count, -1)
+            scores = scores + inner.logsumexp(2) - part[:, -1:]
+        return scores
+
+    def _layers(self, model: "DynamicModel") -> list[str]:
+        backbone, touched = model.backbone, set(model.touched)
+        asked = self.layers
+        if asked is None:
+            asked = early_layers(backbone)
+        else:
+            asked = [
+                f"{name}.*" if isinstance(layer, int) else name
+                for layer in asked
+                for name in layer_names(backbone, [layer])
+            ]
+        names = [
+            name
+            for name in layer_names(backbone, asked)
+            if f"{name}.weight" in touched and _is_linear(backbone.get_submodule(name))
+        ]
+        if not names:
+            raise ValueError(
+                f"layers={self.layers} names no linear layer that the tasks change."
+            )
+        return names
+
+    def _basis(self, model: "DynamicModel", name: str) -> Tensor:
+        """(T k, n)."""
+        module, weight = model.backbone.get_submodule(name), f"{name}.weight"
+        base, bases = model.base_tensor(weight).float(), []
+        for task in model.tasks:
+            change = model.task_tensor(weight, model.modulators[task]) - base
+            change = change.flatten(1)
+            if type(module).__name__ == "Conv1D":
+                change = change.mT
+            count = min(self.directions, *change.shape)
+            bases.append(spectrum(change, max_rank=count, name=weight).Vh)
+        return torch.cat(bases)
+
+
+def early_layers(backbone: nn.Module) -> list[str]:
+    """The first convolution, and the first linear layer of each part (attention, MLP) of the first block."""
+    convs = [n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)]
+    first, found = blocks(backbone)[0], convs[:1]
+    for part, module in backbone.get_submodule(first).named_children():
+        for name, inner in module.named_modules():
+            if _is_linear(inner):
+                found.append(".".join(filter(None, (first, part, name))))
+                break
+    return found
+
+
+def rows_of(module: nn.Module, x: Tensor) -> Tensor:
+    """The vectors that a linear layer or convolution multiplies, (B, N, n)."""
+    if isinstance(module, nn.Conv2d):
+        return F.unfold(
+            x.to(module.weight.dtype),
+            module.kernel_size,
+            dilation=module.dilation,
+            padding=module.padding,
+            stride=module.stride,
+        ).mT
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _is_linear(module: nn.Module) -> bool:
+    plain_conv = isinstance(module, nn.Conv2d) and module.groups == 1
+    return (
+        isinstance(module, nn.Linear) or plain_conv or type(module).__name__ == "Conv1D"
+    )

@@ -1,0 +1,166 @@
+"""Routing by how far the merged model's representation of a sample lies from each expert's (SE-Merging).
+
+``d_t(x) = || h(x) - h_t(x) ||``, h and h_t the states of merged model and expert t at a layer. Small distance = the merged
+model behaves like expert t on x, hence the sample is of task t; scores are minus the distances. Costs T + 1 forwards up
+to the deepest layer asked for.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from .base import Router
+from .probes import layer_names, pooled, record
+
+if TYPE_CHECKING:
+    from ..models import DynamicModel
+
+DISTANCES = ("l2", "cosine")
+NORMALISATIONS = ("none", "mean", "minmax")
+_ANCHOR = "anchor:"
+
+
+def distance(merged: Tensor, expert: Tensor, how: str) -> Tensor:
+    """(B,) from (B, n) and (B, n)."""
+    if how == "cosine":
+        return 1 - torch.cosine_similarity(merged, expert, dim=1)
+    return (merged - expert).norm(dim=1)
+
+
+def normalised(distances: Tensor, how: str) -> Tensor:
+    """Distances of one sample to T experts, made comparable between samples and layers.
+
+    Args:
+        distances: (B, T).
+        how: ``none``; ``mean`` divides by the mean over tasks; ``minmax`` maps to [0, 1].
+    """
+    if how == "none":
+        return distances
+    if how == "mean":
+        return distances / distances.mean(1, keepdim=True).clamp_min(1e-12)
+    low, high = distances.aminmax(dim=1, keepdim=True)
+    return (distances - low) / (high - low).clamp_min(1e-12)
+
+
+class RepresentationRouter(Router):
+    """SE-Merging's router.
+
+    Args:
+        layers: blocks by position, or names of modules; distances are averaged over them.
+        pooling: ``cls`` (first token) or ``mean`` over tokens.
+        distance: ``l2`` or ``cosine``.
+        normalisation: ``none``, ``mean`` or ``minmax``, over the tasks.
+        prefer: ``near`` (the published reading) or ``far``: see docs/routing.md for where that is the right sign.
+        merged_weight: the merged model is base + shared + ``merged_weight`` * sum of the experts; 0: the shared model.
+        total_mass: sum of the weights.
+        **options: of :class:`Router`.
+    """
+
+    kind = "representation"
+
+    def __init__(
+        self,
+        tasks: list[str],
+        *,
+        layers: Sequence[int | str] = (-1,),
+        pooling: Literal["cls", "mean"] = "cls",
+        distance: Literal["l2", "cosine"] = "l2",
+        normalisation: Literal["none", "mean", "minmax"] = "mean",
+        prefer: Literal["near", "far"] = "near",
+        merged_weight: float | None = None,
+        total_mass: float = 1.0,
+        **options: Any,
+    ):
+        super().__init__(tasks, **options)
+        choices = (
+            ("pooling", pooling, ("cls", "mean")),
+            ("distance", distance, DISTANCES),
+            ("normalisation", normalisation, NORMALISATIONS),
+            ("prefer", prefer, ("near", "far")),
+        )
+        for key, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(f"{key}={value!r}; choose {' or '.join(allowed)}.")
+        self.layers, self.pooling, self.distance = list(layers), pooling, distance
+        self.normalisation, self.prefer = normalisation, prefer
+        if merged_weight is None:
+            merged_weight = 1 / len(tasks)
+        self.merged_weight, self.total_mass = float(merged_weight), float(total_mass)
+
+    def options(self) -> dict[str, Any]:
+        names = ("layers", "pooling", "distance", "normalisation", "prefer")
+        own = {n: getattr(self, n) for n in (*names, "merged_weight", "total_mass")}
+        return {**super().options(), **own}
+
+    @property
+    def shared_scale(self) -> float:
+        return self.total_mass
+
+    def bind(self, model: "DynamicModel") -> None:
+        super().bind(model)
+        self.names = layer_names(model.backbone, self.layers)
+
+    def anchor(self, changes: Mapping[str, Tensor]) -> Router:
+        """Keep a merged model that is no sum of the experts: its change of every tensor, stored with the router."""
+        for name, change in changes.items():
+            self.register_buffer(_ANCHOR + name.replace(".", "/"), change.clone())
+        return self
+
+    def anchor_changes(self) -> dict[str, Tensor]:
+        found = self._buffers.items()
+        return {
+            key.removeprefix(_ANCHOR).replace("/", "."): value
+            for key, value in found
+            if key.startswith(_ANCHOR)
+        }
+
+    @property
+    def anchored(self) -> bool:
+        return any(key.startswith(_ANCHOR) for key in self._buffers)
+
+    def features(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+        """(B, L T) distances."""
+        merged = self.merged_states(model, args, kwargs)
+        columns = []
+        for row in torch.eye(len(self.tasks)):
+            expert = self.states(model, row, args, kwargs)
+            columns.append(
+                [distance(m, e, self.distance) for m, e in zip(merged, expert)]
+            )
+        by_layer = (torch.stack(layer, 1) for layer in zip(*columns))  # L of (B, T)
+        return torch.cat(list(by_layer), 1).float()
+
+    def merged_states(self, model, args: tuple, kwargs: dict) -> list[Tensor]:
+        """The merged model's representation, one (B, n) per layer."""
+        if self.anchored:
+            changes = self.anchor_changes()
+            tensors = {n: model.base_tensor(n) + c for n, c in changes.items()}
+            return self.states(model, None, args, kwargs, tensors=tensors)
+        row = torch.full((len(self.tasks),), self.merged_weight)
+        return self.states(model, row, args, kwargs)
+
+    def states(
+        self, model, row: Tensor | None, args: tuple, kwargs: dict, *, tensors=None
+    ) -> list[Tensor]:
+        """Representations under one row of weights, or with the tensors given."""
+        options = {"weights": row, "tensors": tensors, "outputs_of": self.names}
+        found = record(model, args, kwargs, **options)
+        return [pooled(found[name], self.pooling) for name in self.names]
+
+    def plain_scores(self, features: Tensor) -> Tensor:
+        parts = features.split(len(self.tasks), 1)
+        mean = sum(normalised(part, self.normalisation) for part in parts) / len(parts)
+        return mean if self.prefer == "far" else -mean
+
+    def scores(self, features: Tensor) -> Tensor:
+        if self.head == "none":
+            return super().scores(features)
+        return super().scores(features.clamp_min(1e-6).log())
+
+    def fit(self, features: Tensor, labels: Tensor, **options: Any) -> Router:
+        return super().fit(features.clamp_min(1e-6).log(), labels, **options)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.total_mass * super().forward(features)

@@ -1,0 +1,439 @@
+"""MERGE: decisions stay decisions, what is counted is what is stored, and what is reported can be had again."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.taskpool import CLIPVisionModelTaskPool
+from helpers import BASE, pictures, task_vectors, write_clip
+
+from fusion_bench_didi.errors import DiDiError, ModelPoolError
+from fusion_bench_didi.method.merge import MERGE
+from fusion_bench_didi.pool_reader import load_backbone
+from fusion_bench_didi.quantised import AffineDelta, shrunk_range
+from fusion_bench_didi.recombination import (
+    ComponentReader,
+    Evaluator,
+    Library,
+    OperatorSettings,
+    RecombinedModel,
+    ReconstructionScorer,
+    SearchSettings,
+    Space,
+    components,
+    execution_keys,
+    group_by_chain,
+    hypervolume,
+    load_modules,
+    named_picks,
+    nsga2,
+    pareto_front,
+    random_search,
+    rate_of,
+)
+from fusion_bench_didi.recombination.components import component_of
+from fusion_bench_didi.recombination.genome import (
+    canonical,
+    crossover,
+    groups,
+    is_valid,
+    mutate,
+    no_merging,
+    one_group,
+    random_genome,
+)
+from fusion_bench_didi.recombination.objectives import Evaluation
+
+OPERATORS = ("average", "task_arithmetic", "ties", "didi@0.1", "didi@0.3")
+QUICK = {
+    "population": 6,
+    "evaluations": 18,
+    "surrogate_generations": 2,
+    "trees": 5,
+    "operators": list(OPERATORS),
+}
+
+
+def make_space(models, operators=OPERATORS):
+    vectors = task_vectors(models)
+    vectors = vectors.ordered(sorted(vectors.tasks))
+    parts = components(vectors, vectors.scan().changed)
+    reader = ComponentReader(vectors)
+    return Space.of(parts, reader, operators), reader
+
+
+def make_evaluator(models, operators=OPERATORS):
+    space, reader = make_space(models, operators)
+    scorer = ReconstructionScorer(space.components, reader)
+    return Evaluator(space, Library(reader), scorer)
+
+
+def make_model(models, evaluate, genome):
+    chains = evaluate.space.chains(genome, evaluate.library)
+    return RecombinedModel(
+        load_backbone(BaseModelPool(models)),
+        {m.id: m for chain in chains.values() for m in chain},
+        {task: [m.id for m in chain] for task, chain in chains.items()},
+        unit_bits=evaluate.space.unit_bits,
+    )
+
+
+# --- 8-bit storage -----------------------------------------------------------
+
+
+def test_affine_codes_are_off_by_half_a_step_and_cost_what_they_weigh():
+    value = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    delta = AffineDelta.of(value)
+    step = (value.max() - value.min()) / 255
+    assert (delta.change() - value).abs().max() <= step / 2 * 1.001
+    assert delta.bits == 8 * sum(
+        t.numel() * t.element_size() for t in delta.tensors().values()
+    )
+    assert delta.bits == 8 * 1200 + 64
+    assert torch.equal(delta.change(value), value + delta.change())
+
+
+def test_range_shrinking_gives_up_the_outliers_for_the_others():
+    value = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    value[3] = 1000.0
+    lo, hi = shrunk_range(value, 1e-3)
+    assert hi < 4 and lo > -4
+    inside = value.clamp(lo, hi) == value
+    delta = AffineDelta.of(value, clip=1e-3)
+    error = (delta.change() - value).abs()
+    assert error[inside].max() <= (hi - lo) / 255 / 2 * 1.001
+    assert (
+        error[inside].max()
+        < (AffineDelta.of(value).change() - value)[inside].abs().max()
+    )
+
+
+@pytest.mark.parametrize("value", [torch.zeros(5), torch.full((3, 2), -0.25)])
+def test_constant_tensors_are_exact(value):
+    assert torch.equal(AffineDelta.of(value, clip=0.1).change(), value)
+
+
+# --- decisions ---------------------------------------------------------------
+
+
+def test_strings_stay_restricted_growth_strings():
+    rng = np.random.default_rng(0)
+    alone = np.array([0, 0, 0, 3, 4])
+    parent = canonical(random_genome(rng, 5, 7, 5), alone)
+    for _ in range(300):
+        other = canonical(random_genome(rng, 5, 7, 5), alone)
+        for child in crossover(parent, other, rng):
+            child = canonical(mutate(child, rng, operators=5, rate=0.5), alone)
+            assert is_valid(child, 5)
+            assert np.array_equal(canonical(child, alone), child)
+            for row in child:
+                members = [t for _, tasks in groups(row) for t in tasks]
+                assert sorted(members) == list(range(7))
+        parent = child
+
+
+def test_canonical_form_forgets_group_numbers_and_operators_that_mean_the_same():
+    alone = np.array([0, 0])
+    for same in ([[2, 2, 0], [1, 0, 1]], [[1, 1, 2], [0, 1, 0]]):
+        found = canonical(np.array([same]), alone)
+        assert found.tolist() == [[[0, 0, 1], [1, 0, 0]]]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("vision_model.encoder.layers.3.self_attn.q_proj.weight", "attention"),
+        ("vision_model.encoder.layers.3.layer_norm1.bias", "attention"),
+        ("vision_model.encoder.layers.3.mlp.fc1.weight", "mlp"),
+        ("vision_model.encoder.layers.3.layer_norm2.bias", "mlp"),
+        ("transformer.h.0.attn.c_attn.weight", "attention"),
+        ("transformer.h.0.mlp.c_fc.weight", "mlp"),
+        ("model.visual.transformer.resblocks.5.attn.in_proj_weight", "attention"),
+        ("model.visual.transformer.resblocks.5.ln_2.weight", "mlp"),
+        ("model.layers.7.post_attention_layernorm.weight", "mlp"),
+        ("model.layers.7.self_attn.o_proj.weight", "attention"),
+        ("roberta.encoder.layer.2.attention.output.dense.weight", "attention"),
+        ("roberta.encoder.layer.2.intermediate.dense.weight", "mlp"),
+        ("encoder.block.1.layer.0.SelfAttention.q.weight", "attention"),
+        ("encoder.block.1.layer.1.DenseReluDense.wi.weight", "mlp"),
+        ("vision_model.embeddings.patch_embedding.weight", "rest"),
+    ],
+)
+def test_components_by_name(name, expected):
+    assert component_of(name).rpartition(".")[2] == expected
+
+
+def test_unknown_operators_are_refused():
+    with pytest.raises(ValueError, match="didi@"):
+        rate_of("fisher")
+    with pytest.raises(ValueError, match="objective"):
+        MERGE(objective="accuracy")
+
+
+# --- what is stored ----------------------------------------------------------
+
+
+def test_one_group_costs_a_quarter_and_no_merging_a_quarter_per_task(tiny_clip):
+    evaluate = make_evaluator(tiny_clip.pool_models())
+    C, T, _ = evaluate.space.shape
+    tensors = sum(len(c.tensors) for c in evaluate.space.components)
+    ends = 64 * tensors / evaluate.space.unit_bits
+    together = evaluate(one_group(C, T, 0))
+    apart = evaluate(no_merging(C, T, 0))
+    assert together.storage == pytest.approx(0.25 + ends)
+    assert apart.storage == pytest.approx(T * (0.25 + ends))
+    assert apart.performance > 0.999
+
+
+@pytest.mark.parametrize("rate", [3, 4])
+def test_low_rank_modules_keep_to_their_budget(tiny_clip, rate):
+    evaluate = make_evaluator(tiny_clip.pool_models())
+    C, T, _ = evaluate.space.shape
+    budget = T * rate_of(OPERATORS[rate])
+    for genome in (one_group(C, T, rate), no_merging(C, T, rate)):
+        assert 0.5 * budget < evaluate(genome).storage <= budget
+        assert evaluate.space.nominal_storage(genome) == pytest.approx(budget)
+
+
+def test_model_counts_a_shared_module_once_and_survives_saving(tiny_clip, tmp_path):
+    models = tiny_clip.pool_models()
+    evaluate = make_evaluator(models)
+    C, T, O = evaluate.space.shape
+    rng = np.random.default_rng(3)
+    for i in range(3):
+        genome = canonical(random_genome(rng, C, T, O), evaluate.space.alone)
+        model = make_model(models, evaluate, genome)
+        found = evaluate(genome)
+        assert model.storage.x_excl == pytest.approx(found.storage, abs=1e-12)
+        assert sum(model.storage.layer_bits.values()) == model.storage.excl_bits
+        model.save_pretrained(tmp_path / str(i))
+        again = RecombinedModel.from_pretrained(tmp_path / str(i), models[BASE])
+        assert again.storage == model.storage
+        for task in model.tasks:
+            one, other = model.materialize(task), again.materialize(task)
+            for a, b in zip(one.parameters(), other.parameters()):
+                assert torch.equal(a, b)
+
+
+def test_saved_bytes_are_the_account(tiny_clip, tmp_path):
+    from safetensors.torch import load_file
+
+    models = tiny_clip.pool_models()
+    evaluate = make_evaluator(models)
+    C, T, _ = evaluate.space.shape
+    for name, genome in {"a": one_group(C, T, 2), "b": one_group(C, T, 4)}.items():
+        model = make_model(models, evaluate, genome)
+        model.save_pretrained(tmp_path / name)
+        files = (tmp_path / name).glob("modules/*/*.safetensors")
+        stored = [t for f in files for t in load_file(f).values()]
+        assert 8 * sum(t.nbytes for t in stored) == model.storage.excl_bits
+
+
+def test_tasks_with_one_chain_share_a_batch(tiny_clip):
+    models = tiny_clip.pool_models()
+    evaluate = make_evaluator(models)
+    C, T, _ = evaluate.space.shape
+    first, second, third = evaluate.space.tasks
+    stream = [first, second, third, first]
+    genome = one_group(C, T, 0)
+    genome[0, 0] = [0, 0, 1]
+    keys = execution_keys(make_model(models, evaluate, genome))
+    batches = group_by_chain(stream, keys)
+    assert sorted(batches.values()) == [[0, 1, 3], [2]]
+    model = make_model(models, evaluate, genome)
+    a, b = model.materialize(first), model.materialize(second)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    # low-rank experts are each task's own
+    apart = execution_keys(make_model(models, evaluate, one_group(C, T, 4)))
+    assert len(group_by_chain(stream, apart)) == 3
+
+
+# --- the search --------------------------------------------------------------
+
+
+def test_resumed_search_equals_an_unbroken_one(tiny_clip, tmp_path):
+    models = tiny_clip.pool_models()
+    settings = SearchSettings(6, 24, 1, surrogate_generations=2, trees=5)
+    whole = nsga2(make_evaluator(models).space, make_evaluator(models), settings)
+
+    class Killed(Exception):
+        pass
+
+    evaluate = make_evaluator(models)
+    calls = 0
+
+    def fragile(genome):
+        nonlocal calls
+        calls += 1
+        if calls == 15:
+            raise Killed
+        return evaluate(genome)
+
+    state = tmp_path / "search.json"
+    with pytest.raises(Killed):
+        nsga2(evaluate.space, fragile, settings, state=state)
+    assert len(json.loads(state.read_text())["evaluations"]) == 12
+    fresh = make_evaluator(models)
+    assert nsga2(fresh.space, fresh, settings, state=state) == whole
+    other = SearchSettings(6, 24, 2, surrogate_generations=2, trees=5)
+    with pytest.raises(DiDiError, match="seed"):
+        nsga2(fresh.space, fresh, other, state=state)
+
+
+def test_search_beats_random_on_reconstruction(tiny_clip):
+    evaluate = make_evaluator(tiny_clip.pool_models())
+    settings = SearchSettings(10, 60, 0, surrogate_generations=5, trees=20)
+    found = nsga2(evaluate.space, evaluate, settings)
+    drawn = random_search(evaluate.space, evaluate, settings)
+    assert len(found) == len(drawn) == 60
+    assert len({json.dumps(e.genome) for e in found}) == 60
+    assert found[:10] == drawn[:10]
+    assert hypervolume(found, storage=0.75) > hypervolume(drawn, storage=0.75)
+
+
+def test_a_small_space_is_exhausted(make_tiny_clip):
+    evaluate = make_evaluator(
+        make_tiny_clip(tasks=("mnist", "svhn")).pool_models(), ("average",)
+    )
+    settings = SearchSettings(8, 500, 0, surrogate_generations=1, trees=2)
+    found = nsga2(evaluate.space, evaluate, settings)
+    assert len(found) == 2 ** evaluate.space.shape[0]
+
+
+def test_front_and_picks():
+    points = [(0.9, 2.0), (0.5, 0.3), (0.85, 0.6), (0.4, 0.5), (0.9, 2.5)]
+    found = [Evaluation([], p, s, {}) for p, s in points]
+    assert pareto_front(found) == [1, 2, 0]
+    front = [found[i] for i in pareto_front(found)]
+    assert named_picks(front) == {"performance": 2, "balanced": 1, "storage": 0}
+    assert hypervolume(found[:1], storage=4.0) == pytest.approx(0.9 * 0.5)
+
+
+# --- the method --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_dir(make_tiny_clip, tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("merge") / "clip", make_tiny_clip().base)
+
+
+class LabelledPool(BaseModelPool):
+    """Hands out lists as they are; the host would make configurations of their pictures."""
+
+    def load_val_dataset(self, dataset_name, *args, **kwargs):
+        return pictures(list(self._val_datasets).index(dataset_name))
+
+
+def pools(tiny, clip_dir, *, validation=True):
+    """A model pool with labelled noise, and the task pool that lends its heads."""
+    data = {task: pictures(i) for i, task in enumerate(tiny.tasks)}
+    return (
+        LabelledPool(
+            tiny.pool_models(), val_datasets=dict.fromkeys(data) if validation else None
+        ),
+        CLIPVisionModelTaskPool(
+            test_datasets=data,
+            processor=str(clip_dir),
+            clip_model=str(clip_dir),
+            dataloader_kwargs={"batch_size": 6},
+        ),
+    )
+
+
+def run(modelpool, taskpool, **settings):
+    method = MERGE(**{**QUICK, **settings})
+    if taskpool is not None:
+        method._program = SimpleNamespace(taskpool=taskpool)
+    return method.run(modelpool)
+
+
+def test_reported_objectives_come_back_from_the_library(
+    make_tiny_clip, clip_dir, tmp_path
+):
+    tiny = make_tiny_clip(scale=0.2)
+    modelpool, taskpool = pools(tiny, clip_dir)
+    settings = {"directory": str(tmp_path), "validation_samples": None}
+    model = run(modelpool, taskpool, pick="balanced", **settings)
+    assert (tmp_path / "front.png").is_file() and (tmp_path / "front.svg").is_file()
+    report = json.loads((tmp_path / "front.json").read_text())
+    alone = {t: plain_accuracy(taskpool, tiny.tuned[t], t) for t in tiny.tasks}
+    for i, point in enumerate(report["front"]):
+        ids = [key for chain in point["chains"].values() for key in chain]
+        again = RecombinedModel(
+            load_backbone(modelpool),
+            load_modules(tmp_path / "library", ids),
+            point["chains"],
+            unit_bits=report["unit_bits"],
+        )
+        assert again.storage.x_excl == point["storage"]
+        # by the host's own evaluation of a plain model
+        scores = [
+            plain_accuracy(taskpool, again.materialize(t), t) / max(alone[t], 1 / 12)
+            for t in sorted(tiny.tasks)
+        ]
+        assert np.mean(scores) == pytest.approx(point["performance"], rel=1e-5)
+        if i == report["picks"]["balanced"]:
+            assert again.storage == model.storage
+    library = sorted(p.name for p in (tmp_path / "library").iterdir())
+    used = {k for p in report["front"] for c in p["chains"].values() for k in c}
+    assert library == sorted(used)
+    # a search that ended is not run again
+    before = (tmp_path / "search.json").read_text()
+    run(modelpool, taskpool, pick="storage", **settings)
+    assert (tmp_path / "search.json").read_text() == before
+
+
+def plain_accuracy(taskpool, model, task):
+    if not taskpool._is_setup:
+        taskpool.setup()
+    loaders = taskpool.test_dataloaders
+    taskpool.test_dataloaders = {task: loaders[task]}
+    try:
+        return taskpool.evaluate(model)[task]["accuracy"]
+    finally:
+        taskpool.test_dataloaders = loaders
+
+
+def test_without_validation_data_the_error_says_so(tiny_clip, clip_dir):
+    modelpool, taskpool = pools(tiny_clip, clip_dir, validation=False)
+    with pytest.raises(ModelPoolError, match="val_datasets.*objective=proxy"):
+        run(modelpool, taskpool)
+    with pytest.raises(DiDiError, match="CLIP task pool.*objective=proxy"):
+        run(pools(tiny_clip, clip_dir)[0], None)
+
+
+def test_proxy_needs_neither_data_nor_a_task_pool(tiny_clip):
+    models = tiny_clip.pool_models()
+    picked = {
+        pick: run(BaseModelPool(models), None, objective="proxy", pick=pick)
+        for pick in ("storage", "performance", 1)
+    }
+    sizes = {pick: model.storage.x_excl for pick, model in picked.items()}
+    assert sizes["storage"] < sizes[1] <= sizes["performance"]
+    assert picked["storage"].tasks == list(tiny_clip.tasks)
+
+
+def test_yaml_is_the_constructor():
+    import inspect
+    from pathlib import Path
+
+    from omegaconf import OmegaConf
+
+    file = Path(__file__).resolve().parents[1] / "config/method/didi/merge.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(file))
+    assert config.pop("_target_") == "fusion_bench_didi.method.merge.MERGE"
+    named = {
+        p.name: list(p.default) if isinstance(p.default, tuple) else p.default
+        for p in inspect.signature(MERGE.__init__).parameters.values()
+        if p.default is not inspect.Parameter.empty
+    }
+    assert list(config) == list(named) and config == named
+    assert OperatorSettings().as_dict() == {
+        "scaling": config["scaling"],
+        "ties_keep": config["ties_keep"],
+        "clip": config["clip"],
+        "bits": config["low_rank_bits"],
+    }

@@ -1,0 +1,83 @@
+"""The shuffled stream scores every image by its own task's labels, and says how well tasks were found."""
+
+import pytest
+import torch
+from fusion_bench.method.emr_merging.emr_merging import EMRMerging as HostEMR
+from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.taskpool import CLIPVisionModelTaskPool
+from helpers import didi, pictures, write_clip
+
+from fusion_bench_didi.routers import OracleRouter, make_router
+from fusion_bench_didi.taskpool import (
+    MixedStreamCLIPVisionModelTaskPool,
+    TaskAwareCLIPVisionModelTaskPool,
+)
+
+TASKS = ("mnist", "svhn", "eurosat")
+
+
+@pytest.fixture(scope="module")
+def clip_dir(make_tiny_clip, tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip", make_tiny_clip().base)
+
+
+@pytest.fixture
+def pool(clip_dir):
+    def make(kind=MixedStreamCLIPVisionModelTaskPool, **kwargs):
+        return kind(
+            test_datasets={t: pictures(i, 15) for i, t in enumerate(TASKS)},
+            processor=str(clip_dir),
+            clip_model=str(clip_dir),
+            dataloader_kwargs={"batch_size": 6},
+            **kwargs,
+        )
+
+    return make
+
+
+def accuracies(report):
+    return {task: report[task]["accuracy"] for task in (*TASKS, "average")}
+
+
+def test_static_model_scores_as_in_the_hosts_pool(tiny_clip, pool):
+    expected = pool(CLIPVisionModelTaskPool).evaluate(tiny_clip.base)
+    report = pool(stream_batch_size=7).evaluate(tiny_clip.base)
+    assert accuracies(report) == pytest.approx(accuracies(expected))
+    assert "routing" not in report
+
+
+def test_given_tasks_equal_task_by_task_evaluation(tiny_clip, pool):
+    model = didi(tiny_clip.pool_models(), budget=0.7)
+    expected = accuracies(pool(TaskAwareCLIPVisionModelTaskPool).evaluate(model))
+    model.unset_task()
+    stream = pool(stream_batch_size=7)
+    assert accuracies(stream.evaluate(model)) == pytest.approx(expected)
+    model.attach_router(OracleRouter(model.tasks))
+    report = stream.evaluate(model)
+    assert accuracies(report) == pytest.approx(expected)
+    assert report["routing"]["accuracy"] == 1.0
+
+
+def test_routing_is_reported(tiny_clip, pool):
+    model = didi(tiny_clip.pool_models(), budget=0.7)
+    model.attach_router(make_router("projection", model.tasks))
+    report = pool().evaluate(model)
+    confusion = torch.tensor(report["routing"]["confusion"])
+    assert confusion.shape == (3, 4) and confusion.sum(1).tolist() == [15, 15, 15]
+    right = confusion[:, :3].diagonal().sum() / 45
+    assert report["routing"]["accuracy"] == pytest.approx(float(right))
+    assert pool(seed=5).evaluate(model)["routing"] == report["routing"]
+
+
+def test_samples_without_a_task_are_counted(tiny_clip, pool):
+    model = didi(tiny_clip.pool_models(), budget=0.7)
+    options = {"fallback": "shared", "threshold": 1.0}
+    model.attach_router(make_router("projection", model.tasks, **options))
+    routing = pool(limit=4).evaluate(model)["routing"]
+    assert routing["unknown_rate"] == 1.0
+    assert [row[-1] for row in routing["confusion"]] == [4, 4, 4]
+
+
+def test_the_hosts_emr_is_told_its_tasks(tiny_clip, pool):
+    model = HostEMR().run(BaseModelPool(tiny_clip.pool_models()))
+    assert set(accuracies(pool().evaluate(model))) == {*TASKS, "average"}

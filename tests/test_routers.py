@@ -1,0 +1,246 @@
+"""Mixed batches equal single tasks, and routers find tasks, count what they store, and survive saving."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fusion_bench.modelpool import BaseModelPool
+from helpers import QUICK, OpenClipLike, didi, family
+from transformers import GPT2Config, GPT2Model
+
+from fusion_bench_didi import DiDiMerging, DiDiModel
+from fusion_bench_didi.errors import ModelPoolError, UnknownTaskError
+from fusion_bench_didi.method import EMRMerging, RoutedMethod, TwinMerging
+from fusion_bench_didi.method.routed import fit_router_to
+from fusion_bench_didi.models.mixing import Routing
+from fusion_bench_didi.routers import make_router, weights_from
+from fusion_bench_didi.routers.heads import HEADS
+from fusion_bench_didi.taskpool import attach
+
+
+def images(count=12, side=32, seed=0):
+    return torch.randn(
+        count, 3, side, side, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def one_by_one(model, pixels, ids):
+    """Every sample alone, under the plain model of its task."""
+    plain = [model.materialize(task).eval() for task in model.tasks]
+    with torch.no_grad():
+        rows = [plain[t](pixels[i : i + 1]) for i, t in enumerate(ids.tolist())]
+    return torch.cat([r if isinstance(r, torch.Tensor) else r[1] for r in rows])
+
+
+@pytest.fixture
+def merged(tiny_clip):
+    return didi(tiny_clip.pool_models(), budget=0.7).eval()
+
+
+# --- mixed batches ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["checkpoint", "int8", "int4"])
+@pytest.mark.parametrize("budget", [0.3, 0.7, 9.0])
+def test_mixed_batch_equals_one_by_one(tiny_clip, dtype, budget):
+    model = didi(tiny_clip.pool_models(), budget=budget, factor_dtype=dtype).eval()
+    pixels, ids = images(), torch.randint(3, (12,))
+    found = model(pixels, task_ids=ids).pooler_output
+    assert model.mixed.owners is not None, "CLIP is run in one pass"
+    torch.testing.assert_close(
+        found, one_by_one(model, pixels, ids), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", [TwinMerging, EMRMerging])
+def test_baselines_run_mixed_batches_too(tiny_clip, method):
+    model = method().run(BaseModelPool(tiny_clip.pool_models())).eval()
+    pixels, ids = images(), torch.arange(12) % 3
+    found = model(pixels, task_ids=ids).pooler_output
+    torch.testing.assert_close(
+        found, one_by_one(model, pixels, ids), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_soft_weights_equal_merging_sample_by_sample(merged):
+    pixels = images(20)
+    weights = torch.rand(20, 3).softmax(1)
+    found = merged(pixels, task_weights=weights).pooler_output
+    expected = merged.mixed.grouped(Routing.of(weights), (pixels,), {}).pooler_output
+    assert merged.mixed.owners is not None
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_zero_are_the_shared_model(merged):
+    pixels = images(4)
+    found = merged(pixels, task_weights=torch.zeros(4, 3)).pooler_output
+    plain = merged.backbone
+    tensors = {n: t.common for n, t in merged.mixed.tables.items()}
+    expected = torch.func.functional_call(plain, tensors, (pixels,)).pooler_output
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_live_weights_are_not_touched(merged):
+    before = {n: p.clone() for n, p in merged.backbone.named_parameters()}
+    merged(images(), task_ids=torch.arange(12) % 3)
+    after = dict(merged.backbone.named_parameters())
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert not any("forward" in vars(m) for m in merged.backbone.modules())
+
+
+@pytest.mark.parametrize("batch", [1, 17])
+def test_unknown_architectures_go_group_by_group(batch):
+    """Fused attention reads its weights without calling the layer that owns them; a batch of the token count, too."""
+    model = didi(family(OpenClipLike()), budget=1.0).eval()
+    pixels, ids = images(batch), torch.arange(batch) % 2
+    found = model(pixels, task_ids=ids)
+    assert model.mixed.owners is None
+    torch.testing.assert_close(
+        found, one_by_one(model, pixels, ids), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_gpt2_mixed_batch():
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=40, n_positions=16)
+    model = didi(family(GPT2Model(config)), budget=1.0).eval()
+    tokens, ids = torch.randint(40, (6, 9)), torch.tensor([0, 1, 1, 0, 1, 0])
+    found = model(tokens, task_ids=ids).last_hidden_state
+    for i, task in enumerate(ids.tolist()):
+        with torch.no_grad():
+            alone = model.materialize(model.tasks[task]).eval()(tokens[i : i + 1])
+        torch.testing.assert_close(
+            found[i : i + 1], alone.last_hidden_state, atol=1e-5, rtol=1e-5
+        )
+
+
+# --- weights and heads --------------------------------------------------------------
+
+
+def test_weights_from_scores():
+    scores = torch.tensor([[2.0, 0.0, 0.0], [0.1, 0.0, 0.05]])
+    assert weights_from(scores, hard=True).tolist() == [[1, 0, 0], [1, 0, 0]]
+    assert weights_from(scores, hard=False).sum(1).tolist() == pytest.approx([1, 1])
+    unknown = weights_from(scores, hard=True, threshold=0.5)
+    assert unknown.tolist() == [[1, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_heads_learn_separable_tasks(head):
+    labels = torch.arange(3).repeat_interleave(60)
+    noise = torch.randn(180, 8, generator=torch.Generator().manual_seed(0))
+    features = noise + 4 * torch.eye(8)[labels]
+    tensors = HEADS[head].fit(features, labels)
+    found = HEADS[head].scores(features, tensors).argmax(1)
+    assert (found == labels).float().mean() > 0.95
+
+
+# --- routers on a model -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["projection", "representation", "mlp"])
+def test_routed_forward_uses_the_routers_weights(merged, kind, tmp_path):
+    router = make_router(kind, merged.tasks)
+    merged.attach_router(router)
+    before = merged.storage.x_excl
+    if kind == "mlp":
+        fit_router_to(merged, [images(8, seed=t) + t for t in range(3)])
+        assert merged.storage.x_excl > before
+        assert merged.storage.routing_bits == router.bits > 0
+    pixels = images()
+    found = merged(pixels).pooler_output
+    assert router.last.shape == (12, 3) and router.samples == 12
+    expected = one_by_one(merged, pixels, router.last.argmax(1))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    merged.save_pretrained(tmp_path / "saved")
+    again = DiDiModel.from_pretrained(tmp_path / "saved", backbone=merged.backbone)
+    assert again.router.options() == router.options()
+    assert again.storage.as_dict() == merged.storage.as_dict()
+    torch.testing.assert_close(again.eval()(pixels).pooler_output, found)
+
+
+def test_projection_router_finds_inputs_that_lie_in_an_experts_subspace(tiny_clip):
+    """Patches made of one task's leading input directions go to that task, without any data."""
+    model = didi(tiny_clip.pool_models(), budget=9.0).eval()
+    name = "vision_model.embeddings.patch_embedding"
+    router = make_router("projection", model.tasks, layers=[name], directions=2)
+    model.attach_router(router)
+    for task in range(3):
+        basis = router._buffers["basis_0"][2 * task : 2 * task + 2]  # (2, 192)
+        mix = torch.randn(5, 16, 2, generator=torch.Generator().manual_seed(task))
+        patches = (mix @ basis).mT  # (5, 192, 16)
+        pixels = torch.nn.functional.fold(patches, 32, 8, stride=8)
+        assert router.route(model, pixels).argmax(1).tolist() == [task] * 5
+
+
+def test_unknown_inputs_fall_back_to_the_shared_model(merged):
+    options = {"fallback": "shared", "threshold": 1.0}
+    merged.attach_router(make_router("projection", merged.tasks, **options))
+    pixels = images(4)
+    found = merged(pixels).pooler_output
+    assert merged.router.unknown_rate == 1.0
+    expected = merged(pixels, task_weights=torch.zeros(4, 3)).pooler_output
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_task_set_by_hand_comes_first(merged):
+    merged.attach_router(make_router("projection", merged.tasks))
+    merged.set_task("svhn")
+    pixels = images(3)
+    found = merged(pixels).pooler_output
+    assert torch.equal(found, merged.backbone(pixels).pooler_output)
+
+
+def test_router_of_other_tasks_is_refused(merged):
+    with pytest.raises(UnknownTaskError, match="other|holds"):
+        merged.attach_router(make_router("projection", ["a", "b"]))
+
+
+def test_unknown_names_are_refused(merged):
+    with pytest.raises(ValueError, match="router='guess'"):
+        make_router("guess", merged.tasks)
+    with pytest.raises(ValueError, match="head='tree'"):
+        make_router("projection", merged.tasks, head="tree")
+    with pytest.raises(ValueError, match="no block 9|No layer|There is"):
+        merged.attach_router(make_router("mlp", merged.tasks, layers=[9]))
+
+
+# --- the method ---------------------------------------------------------------------
+
+
+class Pool:
+    """A task pool of the host's kind, reduced to what ``attach`` needs."""
+
+    def __init__(self):
+        self.test_datasets = {"mnist": None, "svhn": None}
+        self.seen = []
+
+    def on_task_evaluation_begin(self, model, task_name):
+        self.seen.append(model.current_task)
+
+    def evaluate(self, model):
+        for task in self.test_datasets:
+            self.on_task_evaluation_begin(model, task)
+            model(images(2))
+        return {}
+
+
+def test_stock_pools_do_not_set_the_task_of_a_routed_model(tiny_clip):
+    pool = Pool()
+    base = DiDiMerging(**{**QUICK, "budget": 0.7})
+    method = RoutedMethod(base_method=base, router="projection")
+    method._program = SimpleNamespace(taskpool=pool)
+    model = method.run(BaseModelPool(tiny_clip.pool_models()))
+    report = pool.evaluate(model)
+    assert pool.seen == [None, None]
+    assert report["didi"]["router"]["samples"] == 4
+    model.attach_router(None)
+    attach(pool)
+    pool.evaluate(model)
+    assert pool.seen[2:] == ["mnist", "svhn"]
+
+
+def test_heads_need_images(tiny_clip):
+    base = DiDiMerging(**QUICK)
+    method = RoutedMethod(base_method=base, router="mlp")
+    with pytest.raises(ModelPoolError, match="train_datasets"):
+        method.run(BaseModelPool(tiny_clip.pool_models()))

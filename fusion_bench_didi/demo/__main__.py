@@ -5,7 +5,6 @@ and evaluation are the host's.
 """
 
 import contextlib
-import io
 import logging
 import os
 import time
@@ -37,6 +36,13 @@ def composed(overrides: list[str]):
     return instantiate(config.method, _recursive_=False)
 
 
+@contextlib.contextmanager
+def _quiet():
+    """Swallow what is printed (the host's panels); it asks for a file descriptor, so a real file."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
 class Scoring:
     """Accuracy per task by the host's task pool, each task evaluated once per model."""
 
@@ -60,7 +66,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     models, console = DemoCLIPVisionModelPool(), Console(width=150)
-    with contextlib.redirect_stdout(io.StringIO()):  # the host's panels
+    with _quiet():  # the host's panels
         score = Scoring()
     tasks = models.model_names
     tuned: dict[str, float] = {}
@@ -72,7 +78,7 @@ def main() -> None:
     ]
     for label, overrides in METHODS:
         console.print(f"merging: {label} ({' '.join(overrides)})", highlight=False)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _quiet():
             method = composed(overrides)
             start = time.perf_counter()
             model = method.run(models)

@@ -55,7 +55,8 @@ OPERATORS = (
     "didi@0.06",
     "didi@0.12",
 )
-MARKS = (20, 60, 100, 150, 200, 250, 300)
+NEAR = {"performance": 0.9, "storage": 1.0}
+MARKS = (20, 40, 60, 80, 100, 150, 200, 250, 300)
 METHODS = {
     "DiDi 0.24": lambda: DiDiMerging(budget=0.24),
     "DiDi 0.5": lambda: DiDiMerging(budget=0.5),
@@ -171,7 +172,7 @@ def plot_hypervolume(traces: dict[str, list], directory: Path) -> None:
                 x, table.min(0), table.max(0), color=colour(kind), alpha=0.2, lw=0
             )
         axes.set_xlabel("evaluations")
-        axes.set_ylabel("dominated share")
+        axes.set_ylabel("dominated share of the corner")
         axes.legend(loc="lower right")
         figure.savefig(directory / "merge_hypervolume.png")
         figure.savefig(directory / "merge_hypervolume.svg", metadata={"Date": None})
@@ -191,7 +192,13 @@ def page(args, bench, runs, others, tests) -> str:
     storage = len(bench.space.tasks) / 4
     volumes = {
         kind: [
-            {m: hypervolume(found[:m], storage=storage) for m in (*MARKS, len(found))}
+            {
+                mark: (
+                    hypervolume(found[:mark], storage=storage),
+                    hypervolume(found[:mark], **NEAR),
+                )
+                for mark in (*MARKS, len(found))
+            }
             for found in runs[kind].values()
         ]
         for kind in runs
@@ -211,21 +218,24 @@ def page(args, bench, runs, others, tests) -> str:
         "",
         "## Hypervolume against evaluations",
         "",
-        f"Share of performance 0..1 x storage 0..{storage:g} (no merging, 8 bits) that is dominated; mean over seeds"
-        f" {seeds}, range in brackets. Both start from the same first {args.population} decisions.",
+        f"Share that is dominated, mean over seeds {seeds}, range in brackets: of the whole box, performance 0..1 x storage"
+        f" 0..{storage:g} (no merging, 8 bits), and of the corner where the front lies, performance 0.9..1 x storage 0..1."
+        f" Both start from the same first {args.population} decisions, which hold every operator with all tasks together"
+        " and with each for itself: these alone dominate most of the whole box.",
         "",
-        "| evaluations | NSGA-II with forest | random |",
-        "|---|---|---|",
+        "| evaluations | whole box: NSGA-II with forest | random | corner: NSGA-II with forest | random |",
+        "|---|---|---|---|---|",
     ]
     for mark in sorted(
         {m for m in (*MARKS, args.evaluations) if m <= args.evaluations}
     ):
         row = [str(mark)]
-        for kind in ("nsga2", "random"):
-            v = [run[mark] for run in volumes[kind]]
-            row.append(f"{np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})")
+        for box in (0, 1):
+            for kind in ("nsga2", "random"):
+                v = [run[mark][box] for run in volumes[kind]]
+                row.append(f"{np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})")
         lines.append(f"| {' | '.join(row)} |")
-    ends = {kind: [v[args.evaluations] for v in volumes[kind]] for kind in volumes}
+    ends = {kind: [v[args.evaluations][0] for v in volumes[kind]] for kind in volumes}
     wins = sum(a > b for a, b in zip(ends["nsga2"], ends["random"]))
     lines += [
         "",
@@ -310,13 +320,9 @@ def main() -> None:
             tests = on_test(bench, picks)
         traces = {
             "NSGA-II with forest": [
-                hypervolume_trace(f, storage=len(bench.space.tasks) / 4)
-                for f in runs["nsga2"].values()
+                hypervolume_trace(f, **NEAR) for f in runs["nsga2"].values()
             ],
-            "random": [
-                hypervolume_trace(f, storage=len(bench.space.tasks) / 4)
-                for f in runs["random"].values()
-            ],
+            "random": [hypervolume_trace(f, **NEAR) for f in runs["random"].values()],
         }
         plot_hypervolume(traces, images)
         plot_front(found, images, others=others, name="merge_front")

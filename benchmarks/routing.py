@@ -28,13 +28,16 @@ from fusion_bench_didi.method import SEMerging
 from fusion_bench_didi.method.cat import load_images
 from fusion_bench_didi.method.routed import fit_router_to
 from fusion_bench_didi.models import DynamicModel
-from fusion_bench_didi.routers import make_router
+from fusion_bench_didi.routers import RepresentationRouter, make_router
+from fusion_bench_didi.routers.probes import blocks
+from fusion_bench_didi.routers.representation import DISTANCES, distance
 
 from .suites import DEFAULT, machine, write_json
 
 HERE = Path(__file__).resolve().parent
 BATCH = 64
 IMAGES = 660  # per task, for heads; the smallest training set of real8
+FEW = 200  # the same for heads on distances
 
 #: routers of DiDi-M: label -> (kind, options)
 ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -101,7 +104,28 @@ def ratio(run, plain, repeats: int = 11) -> float:
     return statistics.median(seconds(run) / seconds(plain) for _ in range(repeats))
 
 
-def row(label: str, model: nn.Module, stream: Stream, plain: nn.Module) -> dict:
+def spent(model: DynamicModel, stream: Stream, plain: nn.Module) -> float | None:
+    """Time of a mixed batch relative to the backbone's; None before a head is fitted."""
+    images, owners = stream.batch()
+    if model.router is None:
+        names = list(stream.pool.test_datasets)
+        ids = torch.tensor([model.tasks.index(names[i]) for i in owners])
+        return ratio(lambda: model(images, task_ids=ids), lambda: plain(images))
+    if model.router.head != "none" and "head_mean" not in model.router._buffers:
+        return None
+    repeats = 3 if model.router.kind == "representation" else 15
+    return ratio(lambda: model(images), lambda: plain(images), repeats)
+
+
+def pixels_for(router: nn.Module, pixels: list[Tensor]) -> list[Tensor]:
+    """Fewer images where each takes T + 1 forwards."""
+    few = FEW if router.kind == "representation" else IMAGES
+    return [batch[:few] for batch in pixels]
+
+
+def row(
+    label: str, model: nn.Module, stream: Stream, plain: nn.Module, time_: Any = None
+) -> dict:
     """One line of the table; ``plain`` is the backbone that times are relative to."""
     model.eval()
     report = stream(model)
@@ -112,44 +136,30 @@ def row(label: str, model: nn.Module, stream: Stream, plain: nn.Module) -> dict:
     if isinstance(model, DynamicModel):
         line["x_incl"] = model.storage.x_incl
         line["routing_x"] = model.storage.routing_bits / model.storage.unit_bits
-        images, owners = stream.batch()
-        if model.router is None:
-            names = list(stream.pool.test_datasets)
-            ids = torch.tensor([model.tasks.index(names[i]) for i in owners])
-            line["time"] = ratio(
-                lambda: model(images, task_ids=ids), lambda: plain(images)
-            )
-        else:
-            line["time"] = ratio(lambda: model(images), lambda: plain(images))
+        cached = model.router is not None and "features" in vars(model.router)
+        if time_ is None and not cached:
+            time_ = spent(model, stream, plain)
+        line["time"] = time_
     routed = line.get("routing", {}).get("accuracy")
     print(
         f"{label:40s} {100 * line['accuracy']:6.2f}  routing "
-        f"{'-' if routed is None else format(100 * routed, '.1f')}  time {line.get('time', 1):.2f}",
+        f"{'-' if routed is None else format(100 * routed, '.1f')}  time {line.get('time') or 1:.2f}",
         flush=True,
     )
     return line
 
 
-def se_merging(base, modelpool, pixels: list[Tensor], **options) -> DynamicModel:
-    method = SEMerging(base_method=base, **{**options, "head": "none"})
-    model = quiet(method.run, modelpool)
-    if options.get("head", "none") != "none":
-        model.router.head = options["head"]
-        fit_router_to(model, pixels)
-    return model
-
-
-def chosen(model: DynamicModel, stream: Stream, base: float) -> tuple[dict, list]:
-    """The options of SE-Merging that are best on validation images; distances are computed once per layer choice."""
+def chosen(
+    model: DynamicModel, stream: Stream, distances: "Distances", base: float
+) -> tuple[dict, list]:
+    """The options of SE-Merging that are best on validation images."""
     stream.pool.limit = CHOOSING
-    tried, cache = [], {}
+    tried = []
     for values in itertools.product(*GRID.values()):
         options = dict(zip(GRID, values))
         temperature = options.pop("temperature")
         options |= {"hard": temperature is None, "temperature": temperature or 1.0}
-        with_router(model, options)
-        key = (tuple(options["layers"]), options["distance"])
-        remember(model.router, cache.setdefault(key, {}))
+        distances(with_router(model, options).router)
         tried.append({**options, "accuracy": stream(model)["average"]["accuracy"]})
     stream.pool.limit = None
     best = max(tried, key=lambda found: found["accuracy"])
@@ -157,17 +167,43 @@ def chosen(model: DynamicModel, stream: Stream, base: float) -> tuple[dict, list
     return {k: v for k, v in best.items() if k != "accuracy"}, tried
 
 
-def remember(router: nn.Module, known: dict[float, Tensor]) -> None:
-    """Compute the features of a batch once; batches are told apart by their sums."""
-    compute = router.features
+class Distances:
+    """Distances of a model's experts at all blocks, computed once per batch; batches are told apart by their sums."""
 
-    def features(model: nn.Module, images: Tensor) -> Tensor:
-        key = float(images.double().sum())
-        if key not in known:
-            known[key] = compute(model, images)
-        return known[key]
+    def __init__(self, model: DynamicModel):
+        self.model, self.known = model, {}
+        self.blocks = len(blocks(model.backbone))
 
-    router.features = features
+    def __call__(self, router: RepresentationRouter) -> None:
+        """Make a router look its features up."""
+        count = self.blocks
+        layers = [layer % count for layer in router.layers]
+
+        def features(model: nn.Module, images: Tensor) -> Tensor:
+            key = (float(images.double().sum()), router.merged_weight)
+            if key not in self.known:
+                self.known[key] = self.compute(images, router.merged_weight)
+            kept = self.known[key][router.distance]  # (B, L, T)
+            return kept[:, layers].flatten(1)
+
+        router.features = features
+
+    @torch.no_grad()
+    def compute(self, images: Tensor, merged_weight: float) -> dict[str, Tensor]:
+        router = RepresentationRouter(
+            self.model.tasks,
+            layers=list(range(self.blocks)),
+            merged_weight=merged_weight,
+        )
+        router.bind(self.model)
+        merged = router.merged_states(self.model, (images,), {})
+        found: dict[str, list] = {how: [] for how in DISTANCES}
+        for row in torch.eye(len(self.model.tasks)):
+            states = router.states(self.model, row, (images,), {})
+            for how in DISTANCES:
+                each = [distance(m, e, how) for m, e in zip(merged, states)]
+                found[how].append(torch.stack(each, 1))  # (B, L)
+        return {how: torch.stack(parts, 2) for how, parts in found.items()}
 
 
 def with_router(model: DynamicModel, options: dict) -> DynamicModel:
@@ -185,12 +221,17 @@ def measure(root: Path, label: str) -> dict[str, Any]:
     plain = modelpool.load_model("_pretrained_").eval()
 
     rows = [row("DiDi-M, oracle", didi, test, plain)]
+    distances = Distances(didi)
     for name, (kind, options) in ROUTERS.items():
         router = make_router(kind, didi.tasks, **options)
         didi.attach_router(router)
+        time_ = None
+        if kind == "representation":
+            time_ = spent(didi, test, plain)
+            distances(router)
         if router.head != "none":
-            fit_router_to(didi, pixels)
-        rows.append(row(f"DiDi-M, {name}", didi, test, plain))
+            fit_router_to(didi, pixels_for(router, pixels))
+        rows.append(row(f"DiDi-M, {name}", didi, test, plain, time_))
     didi.attach_router(None)
 
     tried: dict[str, list] = {}
@@ -203,18 +244,26 @@ def measure(root: Path, label: str) -> dict[str, Any]:
         rows.append(row(name, static, test, plain))
         validation.pool.limit = CHOOSING
         on_validation = validation(static)["average"]["accuracy"]
-        model = se_merging(base, modelpool, pixels).eval()
-        rows.append(row(f"SE on {name}, as published", model, test, plain))
-        options, tried[name] = chosen(model, validation, on_validation)
-        rows.append(
-            row(f"SE on {name}, tuned", with_router(model, options), test, plain)
-        )
-        options = {"head": "discriminant", "layers": [0, 1, 2, 3]}
-        for hard in (True, False):
-            with_router(model, {**options, "hard": hard})
-            fit_router_to(model, pixels)
-            kind = "hard" if hard else "soft"
-            rows.append(row(f"SE on {name}, discriminant, {kind}", model, test, plain))
+        model = quiet(SEMerging(base_method=base).run, modelpool).eval()
+        distances = Distances(model)
+        for label_, options in (
+            ("as published", {"temperature": 0.1, "hard": False}),
+            ("tuned", None),
+            ("discriminant, hard", {"head": "discriminant", "hard": True}),
+            ("discriminant, soft", {"head": "discriminant", "hard": False}),
+        ):
+            if options is None:
+                options, tried[name] = chosen(
+                    model, validation, distances, on_validation
+                )
+            if "head" in options:
+                options["layers"] = list(range(distances.blocks))
+            with_router(model, options)
+            time_ = spent(model, test, plain)
+            distances(model.router)
+            if "head" in options:
+                fit_router_to(model, pixels_for(model.router, pixels))
+            rows.append(row(f"SE on {name}, {label_}", model, test, plain, time_))
     model.attach_router(None)
     rows.append(row("individuals, oracle", model, test, plain))
     return {

@@ -63,7 +63,7 @@ def section(result: dict[str, Any]) -> str:
             row["label"],
             f"{100 * row['accuracy']:.2f}",
             "" if routing is None else f"{100 * routing['accuracy']:.1f}",
-            f"{row['time']:.2f}" if "time" in row else "1.00",
+            time_of(row),
             f"{row['x_incl']:.2f}" if "x_incl" in row else "1.00",
             f"{row['routing_x']:.3f}" if row.get("routing_x") else "",
         ]
@@ -76,6 +76,12 @@ def section(result: dict[str, Any]) -> str:
     plot(result, DOCS / "img" / name)
     lines += ["", f"![True task against routed task](img/{name})", ""]
     return "\n".join(lines)
+
+
+def time_of(row: dict[str, Any]) -> str:
+    if "time" not in row:
+        return "1.00"
+    return "" if row["time"] is None else f"{row['time']:.2f}"
 
 
 def plot(result: dict[str, Any], file: Path) -> None:

@@ -89,12 +89,15 @@ class MixedForward:
     def layered(self, routing: Routing, args: tuple, kwargs: dict) -> Any:
         """One pass over the batch, sorted so that equal weights lie side by side."""
         size = len(routing.weights)
-        args, kwargs = regrouped((args, kwargs), routing.order, size)
+        if len(routing.groups) > 1:
+            args, kwargs = regrouped((args, kwargs), routing.order, size)
         with _replaced(self.owners, routing) as called:
             output = self.model.backbone(*args, **kwargs)
         silent = [name for name in self.owners if name not in called]
         if silent:
             raise UnsupportedShape(f"weights are used without a call of {silent[0]}")
+        if len(routing.groups) == 1:
+            return output
         return regrouped(output, routing.back, size)
 
     def grouped(self, routing: Routing, args: tuple, kwargs: dict) -> Any:
@@ -163,7 +166,7 @@ def _joined(parts: list[Any], routing: Routing) -> Any:
     """Outputs of the groups as the output of one batch."""
     first = parts[0]
     if isinstance(first, Tensor):
-        sizes = [group.where.stop - group.where.start for group in routing.groups]
+        sizes = [group.size for group in routing.groups]
         rows = all(p.ndim and len(p) == n for p, n in zip(parts, sizes))
         return torch.cat(parts) if rows else first
     if isinstance(first, Mapping):

@@ -24,6 +24,10 @@ class Group:
     where: slice
     weights: Tensor  # (T,)
 
+    @property
+    def size(self) -> int:
+        return self.where.stop - self.where.start
+
     @cached_property
     def task(self) -> int | None:
         """The task, if the weights are one-hot."""

@@ -100,15 +100,17 @@ def _linear_by_group(
 ) -> Tensor:
     """One product per group, written where it belongs."""
     y = x.new_empty(*x.shape[:-1], module.out_features)
-    for group in routing.groups:
+    per_sample = x[0].numel() // x.shape[-1]
+    sizes = [per_sample * group.size for group in routing.groups]
+    rows = x.reshape(-1, x.shape[-1]).split(sizes)
+    outs = y.view(-1, module.out_features).split(sizes)
+    for group, given, out in zip(routing.groups, rows, outs):
         w = module.weight if weight is None else weight.mixed(group)
         b = module.bias if bias is None else bias.mixed(group)
-        rows = x[group.where].reshape(-1, x.shape[-1])
-        out = y[group.where].view(-1, module.out_features)
         if b is None:
-            torch.mm(rows, w.mT, out=out)
+            torch.mm(given, w.mT, out=out)
         else:
-            torch.addmm(b, rows, w.mT, out=out)
+            torch.addmm(b, given, w.mT, out=out)
     return y
 
 

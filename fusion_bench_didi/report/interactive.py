@@ -37,19 +37,18 @@ def accuracy_vs_storage(comparison: Comparison) -> go.Figure | None:
     if not rows:
         return None
     figure = go.Figure()
-    for name, (shade, _, symbol, label) in KINDS.items():
-        mine = sorted((r for r in rows if kind(r) == name), key=lambda r: r["x_excl"])
-        if mine:
-            figure.add_scatter(
-                x=[r["x_excl"] ** 0.5 for r in mine],
-                y=[100 * r["average"] for r in mine],
-                mode="lines+markers" if name in ("ours", "variant") else "markers",
-                marker=dict(color=shade, symbol=symbol, size=11),
-                line=dict(color=shade, dash="dash" if name == "variant" else "solid"),
-                name=family_label(name, mine, label),
-                text=[_told(r) for r in mine],
-                hovertemplate="%{text}<extra></extra>",
-            )
+    for name, mine in _traces(rows):
+        shade, _, symbol, label = KINDS[name]
+        figure.add_scatter(
+            x=[r["x_excl"] ** 0.5 for r in mine],
+            y=[100 * r["average"] for r in mine],
+            mode="lines+markers" if mine[0]["family"] else "markers",
+            marker=dict(color=shade, symbol=symbol, size=11),
+            line=dict(color=shade, dash="dash" if name == "variant" else "solid"),
+            name=family_label(name, mine, label),
+            text=[_told(r) for r in mine],
+            hovertemplate="%{text}<extra></extra>",
+        )
     most = max(r["x_excl"] for r in rows)
     ticks = [t for t in (0, 0.25, 1, 2, 4, 8, 14, 20) if t <= 1.05 * most]
     figure.update_xaxes(
@@ -60,6 +59,15 @@ def accuracy_vs_storage(comparison: Comparison) -> go.Figure | None:
     )
     figure.update_yaxes(title="average accuracy (%)")
     return figure.update_layout(height=480, hovermode="closest", **_LOOK)
+
+
+def _traces(rows) -> list[tuple[str, list]]:
+    """Rows of one kind and family together, in the order of the legend."""
+    found: dict[tuple, list] = {}
+    for row in sorted(rows, key=lambda r: r["x_excl"]):
+        found.setdefault((kind(row), row["family"]), []).append(row)
+    order = sorted(found, key=lambda key: list(KINDS).index(key[0]))
+    return [(name, found[name, family]) for name, family in order]
 
 
 def _told(row) -> str:

@@ -90,8 +90,8 @@ def _box(point, angle, distance, width, height) -> Bbox:
 
 
 def _cost(box: Bbox, point, obstacles, taken, frame: Bbox) -> float:
-    covered = sum(_overlap(box, other) for other in obstacles)
-    covered += 3 * sum(_overlap(box, other) for other in taken)
+    covered = 3 * sum(_overlap(box, other) for other in obstacles)
+    covered += 6 * sum(_overlap(box, other) for other in taken)
     outside = box.width * box.height - _overlap(box, frame)
     away = math.hypot(*(_nearest(box, point)[k] - point[k] for k in (0, 1)))
     return covered + 10 * outside + 0.6 * away

@@ -37,10 +37,12 @@ def draw(comparison: Comparison) -> dict[str, Figure]:
 STORAGE_AXIS = "stored beyond the backbone, in fine-tuned models (square-root scale)"
 
 
-def short_name(row) -> str:
+def short_name(row, comparison: Comparison) -> str:
     """Points on a curve need not repeat its name: ``DiDi-S 1.24`` -> ``S 1.24``."""
     family = row.get("family")
-    return row["method"].removeprefix(family or "").lstrip(" -") or row["method"]
+    if len(comparison.families().get(family, ())) < 2:
+        return row["method"]
+    return row["method"].removeprefix(family).lstrip(" -") or row["method"]
 
 
 def _root(x):
@@ -108,7 +110,7 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
     labels.place(
         axes,
         [(r["x_excl"], 100 * r["average"]) for r in rows],
-        [short_name(r) for r in rows],
+        [short_name(r, comparison) for r in rows],
         [colour(kind(r)) if kind(r) != "static" else "#5f5f5f" for r in rows],
         avoid=avoid,
         weights=["bold" if kind(r) == "ours" else "normal" for r in rows],
@@ -175,7 +177,7 @@ _LINES = {"ours": "-", "variant": "--"}
 
 
 def family_label(name: str, rows, label: str) -> str:
-    """A variant is called by the name of its family."""
+    """Variants are called by the names of their families."""
     families = {r["family"] for r in rows if kind(r) == name == "variant"}
     return ", ".join(sorted(families)) or label
 

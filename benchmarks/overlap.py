@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fusion_bench_didi.budget import Budget
 from fusion_bench_didi.layout import MergeSettings
 from fusion_bench_didi.pipeline import MergeResult, merge
-from fusion_bench_didi.task_vectors import ModuleSource, TaskVectors
+from fusion_bench_didi.sources import ModuleSource
+from fusion_bench_didi.task_vectors import TaskVectors
 
 from .suites import machine, write_json
 

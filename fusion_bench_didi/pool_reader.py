@@ -4,21 +4,21 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.utils.modelscope import resolve_repo_path
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .errors import CheckpointMismatchError, ModelPoolError
+from .errors import ModelPoolError
 from .naming import normalised
-from .task_vectors import (
+from .sources import (
     ModuleSource,
+    PickleSource,
     SafetensorsSource,
-    TaskVectors,
     TensorSource,
     aligned,
 )
+from .task_vectors import TaskVectors
 
 log = logging.getLogger(__name__)
 
@@ -148,17 +148,3 @@ def _repository(entry: Any) -> str | None:
         if target.endswith(".from_pretrained") and plain:
             return entry.get("pretrained_model_name_or_path")
     return None
-
-
-class PickleSource(ModuleSource):
-    """A state dict written by ``torch.save``, memory-mapped and read with ``weights_only=True``."""
-
-    def __init__(self, file: Path, label: str):
-        self.label = label
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many types for a broken archive
-            raise CheckpointMismatchError(
-                f"{label}: {file} cannot be read as a weights-only checkpoint ({error}). Save it as safetensors."
-            ) from error
-        self._tensors = dict(state)

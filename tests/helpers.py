@@ -23,9 +23,10 @@ from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from fusion_bench_didi import DiDiMerging, DiDiModel
 from fusion_bench_didi.budget import Budget
+from fusion_bench_didi.layout import MergeSettings
 from fusion_bench_didi.lowrank import LearningSettings, RefinementSettings
-from fusion_bench_didi.pipeline import MergeSettings
-from fusion_bench_didi.task_vectors import ModuleSource, TaskVectors
+from fusion_bench_didi.sources import ModuleSource
+from fusion_bench_didi.task_vectors import TaskVectors
 
 BASE = "_pretrained_"
 # Enough for the tests that are not about learning or refining well.

@@ -27,7 +27,7 @@ from fusion_bench_didi.budget import Budget
 from fusion_bench_didi.deltas import DenseDelta, LowRankDelta
 from fusion_bench_didi.lowrank import RefinementSettings
 from fusion_bench_didi.pipeline import merge
-from fusion_bench_didi.task_vectors import SafetensorsSource
+from fusion_bench_didi.sources import SafetensorsSource
 
 
 def gpt2() -> GPT2Model:

@@ -15,9 +15,10 @@ from fusion_bench import auto_register_config
 from rich.progress import Progress
 
 from ..budget import Budget
+from ..layout import MergeSettings
 from ..lowrank import LearningSettings, RefinementSettings
 from ..models import DiDiModel
-from ..pipeline import MergeResult, MergeSettings, merge
+from ..pipeline import MergeResult, merge
 from ..plan import describe_plan
 from ..pool_reader import load_backbone, open_pool
 from ..probe import sensitivity

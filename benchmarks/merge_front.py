@@ -3,9 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.merge_front [--suite PATH | demo] [--evaluations 300] [--seeds 0 1 2]
 
 Everything is chosen on validation images; the three picks of the first seed and the other methods are measured once on
-test images. Both
-searches of a seed start from the same first population. The table and the plots are written after every run, and a run that
-was cut short is continued from its state, so the command may be stopped and started again.
+test images. Both searches of a seed start from the same first population. Tables and plots are written after every seed;
+a run that was cut short, or is asked for more evaluations, is continued from its state in ``--state``.
 """
 
 import argparse

@@ -51,6 +51,18 @@ ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "projection, all blocks": ("projection", {"layers": ["*embedding", 0, 1, 2, 3]}),
     "projection + discriminant": ("projection", {"head": "discriminant"}),
     "projection + mlp": ("projection", {"head": "mlp"}),
+    "projection + mlp, 32 directions": (
+        "projection",
+        {"head": "mlp", "directions": 32},
+    ),
+    "projection + mlp, 64 directions": (
+        "projection",
+        {"head": "mlp", "directions": 64},
+    ),
+    "projection + mlp, 32 directions, soft": (
+        "projection",
+        {"head": "mlp", "directions": 32, "hard": False, "temperature": 0.5},
+    ),
     "mlp": ("mlp", {}),
     "mlp, all blocks": ("mlp", {"layers": [0, 1, 2, 3]}),
 }

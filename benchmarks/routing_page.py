@@ -42,7 +42,7 @@ def write_page(results: list[dict[str, Any]]) -> None:
     (DOCS / "img").mkdir(parents=True, exist_ok=True)
     for result in results:
         parts.append(section(result))
-    notes = DOCS / "routing_notes.md"
+    notes = Path(__file__).with_name("routing_notes.md")
     if notes.is_file():
         parts.append(notes.read_text())
     (DOCS / "routing.md").write_text("\n".join(parts))

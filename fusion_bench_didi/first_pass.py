@@ -1,33 +1,50 @@
 """The first pass over the matrices: decompose, decide what to share and in how many bits, allocate ranks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .factor_store import FactorStore
 from .layout import Layout, MergeSettings, matrix_price
 from .lowrank import (
     Candidate,
     Decomposition,
     MatrixSpectra,
-    Spectrum,
     choose,
     decompose,
+    energy_of,
+    full_rank,
     greedy,
+    halved,
+    halves,
+    leading,
     learn_ranks,
     shared_matrix,
+    sharing,
     singular_values,
+    sketched,
     spectra_of,
-    spectrum,
     uniform,
     upgrade,
     water_level,
+    whole_from,
 )
+from .parallel import ordered_map, workers_for
 from .precision import Precision
 from .task_vectors import Scan, TaskVectors, matrix_shape
 
 Progress = Callable[[str, int, int], None]
+
+#: First guess of the largest rank in reach, in multiples of the even share; doubled where it was too small.
+REACH = 2.0
+#: First guess, in parts of the short side, where every matrix may well be stored whole ...
+GLANCE = 0.1
+#: ... which is not looked into further if the directions seen leave out more than this part of the energy.
+SPENT = 0.05
+#: Sharing is looked into where the leading shared directions hold this much more than unrelated tasks would give.
+WORTH_SHARING = 1.5
 
 
 def loss_weights(
@@ -74,155 +91,239 @@ class Work:
     weights: Mapping[str, Tensor]
     device: torch.device | str
     progress: Progress
+    store: FactorStore
 
-    def read(self, name: str) -> Tensor:
-        """Task vectors of one matrix, (T, m, n)."""
-        vectors = self.task_vectors.read(name, self.device)
-        return vectors.view(len(vectors), *matrix_shape(vectors.shape[1:]))
+    def read(self, name: str) -> Sequence[Tensor]:
+        """Task vectors of one matrix, T of (m, n)."""
+        return self.task_vectors.matrices(name, self.device)
 
-    def shared(self, name: str, vectors: Tensor) -> Tensor:
+    def shape(self, name: str) -> tuple[int, int]:
+        return matrix_shape(self.task_vectors.infos[name].shape)
+
+    def shared(self, name: str, vectors: Sequence[Tensor]) -> Tensor:
         return shared_matrix(
             vectors,
             how=self.settings.shared,
-            weights=self.weights[name].to(vectors),
+            weights=self.weights[name],
             scale=self.settings.shared_scale,
             keep=self.settings.ties_keep,
         )
 
-    def in_reach(self, name: str) -> int:
+    def cap(self, name: str) -> int:
         """The largest rank that the price and the budget allow for a matrix."""
         price = matrix_price(self.layout, self.task_vectors, name)
-        return max(min(price.cap, self.budget // price.per_rank), 1)
+        full = full_rank(*self.shape(name))
+        return max(min(price.cap, full, self.budget // price.per_rank), 1)
 
-    def first_pass(self):
-        """Table rows, first-pass factors while they fit in memory, and the precision per matrix."""
+    def _share(self, name: str) -> float:
+        """Bits of one expert if every number of every task vector got as many."""
+        numel = {n: self.task_vectors.infos[n].numel for n in self.layout.matrices}
+        tasks = len(self.task_vectors.tasks)
+        return self.budget * numel[name] / sum(numel.values()) / tasks
+
+    def _glanced(self, name: str) -> bool:
+        """Whether the even share is enough to store the matrix whole, in its cheapest precision."""
+        price = matrix_price(self.layout, self.task_vectors, name)
+        return self._share(name) >= price.dense
+
+    def first_guess(self, name: str) -> int:
+        """The largest rank that a matrix will probably be given: somewhat more than its even share.
+
+        Where the exact decomposition is as cheap, its whole reach. Where the even share is enough to store the matrix
+        whole, a glance that finds task vectors of low rank.
+        """
+        m, n = self.shape(name)
+        price = matrix_price(self.layout, self.task_vectors, name)
+        cap, kind = self.cap(name), torch.device(self.device).type
+        guess = REACH * self._share(name) / price.per_rank
+        guess = int(GLANCE * min(m, n) if self._glanced(name) else guess) + 8
+        return guess if guess < cap and sketched((m, n), guess, device=kind) else cap
+
+    def over(
+        self, stage: str, function: Callable, names: Sequence[str]
+    ) -> Iterator[tuple[str, object]]:
+        """Names and results, in order, with progress."""
+        results = ordered_map(function, names, workers=workers_for(self.device))
+        for i, (name, result) in enumerate(zip(names, results)):
+            self.progress(stage, i, len(names))
+            yield name, result
+
+    def first_pass(self) -> tuple[list[MatrixSpectra], dict[str, Precision]]:
+        """Table rows and the precision per matrix; bases go to the store."""
         if self.settings.joint:
             return self._joint_pass()
-        room, table, kept, stored_as = _Room(self.settings), [], {}, {}
-        names = self.layout.matrices
         fixed = 0 if self.settings.shared == "none" else None
-        for i, name in enumerate(names):
-            self.progress("decompose", i, len(names))
-            vectors = self.read(name)
-            parts = decompose(
-                vectors,
-                self.shared(name, vectors),
-                max_rank=self.in_reach(name),
-                coupled=self.settings.allocation == "learned"
-                and self.settings.learning.coupled
-                and fixed is None,
-                name=name,
-            )
-            stored_as[name] = self.layout.precisions[name][0]
-            table.append(self._row(name, parts, stored_as[name], fixed))
-            room.keep(kept, name, parts)
-        return table, kept, stored_as
+        stored_as = {n: self.layout.precisions[n][0] for n in self.layout.matrices}
+        reach = {name: self.first_guess(name) for name in self.layout.matrices}
+        table = self._rows("decompose", reach, stored_as, dict.fromkeys(reach, fixed))
+        return table, stored_as
+
+    def _rows(
+        self,
+        stage: str,
+        reach: Mapping[str, int],
+        stored_as: Mapping[str, Precision],
+        fixed: Mapping[str, int | None],
+    ) -> list[MatrixSpectra]:
+        """Decompose matrices up to the ranks given, against the whole of S or S cut to a fixed rank."""
+
+        def one(name: str) -> Decomposition:
+            return self._decompose(name, reach[name], fixed[name])
+
+        table = []
+        for name, parts in self.over(stage, one, list(reach)):
+            self.store.put(name, (parts.shared, *parts.experts))
+            table.append(self._row(name, parts, stored_as[name], fixed[name]))
+        return table
+
+    def _decompose(self, name: str, reach: int, fixed: int | None) -> Decomposition:
+        vectors, settings = self.read(name), self.settings
+        if fixed == 0:
+            return halves(vectors, None, max_rank=reach, name=name)
+        shared = self.shared(name, vectors)
+        if fixed is None and settings.allocation == "learned":
+            if settings.learning.coupled:
+                return halved(decompose(vectors, shared, max_rank=reach, name=name))
+        return halves(vectors, shared, shared_rank=fixed, max_rank=reach, name=name)
+
+    def extended(
+        self,
+        table: list[MatrixSpectra],
+        ranks: Sequence[Tensor],
+        stored_as: Mapping[str, Precision],
+    ) -> list[MatrixSpectra] | None:
+        """The table with longer spectra where the ranks came to the end of them; None if they nowhere did."""
+        reach, fixed = {}, {}
+        for row, k in zip(table, ranks):
+            known = row.sigma.shape[1]
+            if known < self.cap(row.name) and self._beyond(row, k):
+                reach[row.name] = min(2 * known, self.cap(row.name))
+                fixed[row.name] = row.fixed_shared
+        if not reach:
+            return None
+        longer = {
+            row.name: row for row in self._rows("extend", reach, stored_as, fixed)
+        }
+        return [
+            replace(longer[row.name], price=row.price) if row.name in longer else row
+            for row in table
+        ]
+
+    def _beyond(self, row: MatrixSpectra, ranks: Tensor) -> bool:
+        """Whether a longer spectrum might be put to use."""
+        known, glanced = row.sigma.shape[1], self._glanced(row.name)
+        for j in row.free:
+            if known <= ranks[j] < row.full:
+                return True
+            if ranks[j] >= row.full:
+                rest = float(row.tail_energy[j])
+                seen = float(row.sigma[j].double().square().sum())
+                if rest < SPENT * (rest + seen):
+                    return True
+                if not glanced and whole_from(row, j)[0] >= known:
+                    return True
+        return False
 
     def _joint_pass(self):
         """Choose shared rank and precision per matrix first (``lowrank.candidates``), then decompose against them."""
-        room, kept, means = _Room(self.settings), {}, {}
-        own: dict[str, Candidate] = {}
         names = self.layout.matrices
-        for i, name in enumerate(names):
-            self.progress("decompose", i, len(names))
-            vectors = self.read(name)
-            parts = decompose(
-                vectors,
-                torch.zeros_like(vectors[0]),
-                max_rank=self.in_reach(name),
-                coupled=False,
-                name=name,
-            )
-            own[name] = self._candidate(name, parts.experts)
-            if self.settings.residual == "truncated" and self.settings.shared != "none":
-                means[name] = spectrum(
-                    self.shared(name, vectors), max_rank=self.in_reach(name)
-                ).S.cpu()
-            room.keep(kept, name, parts)
+        cheapest = {n: self.layout.precisions[n][0] for n in names}
+        alone = dict.fromkeys(names, 0)
+        reach = {name: self.first_guess(name) for name in names}
+        table = self._rows("decompose", reach, cheapest, alone)
+        while longer := self.extended(table, greedy(table, self.budget), cheapest):
+            table = longer
+        own = {row.name: self._candidate(row) for row in table}
         level = water_level(
-            [own[n].sigma for n in names],
+            [c.sigma for c in own.values()],
             [self.weights[n] for n in names],
-            [own[n].price for n in names],
+            [c.price for c in own.values()],
             self.budget,
         )
-        options = []
-        for i, name in enumerate(names):
-            self.progress("share", i, len(names))
-            options.append(self._options(name, own[name], means.get(name), level))
-        picks = choose(options, [self.weights[n] for n in names], self.budget)
-        table, stored_as = [], {}
-        for name, row, pick in zip(names, options, picks):
-            chosen = row[pick]
-            stored_as[name] = next(
-                p for p in self.layout.precisions[name] if p.name == chosen.precision
-            )
-            if chosen.shared_rank:
-                kept.pop(name, None)
-                parts = self.decompose(name, self.read(name), chosen.shared_rank)
-                room.keep(kept, name, parts)
-            else:
-                parts = kept.get(name) or self.decompose(name, self.read(name), 0)
-            table.append(self._row(name, parts, stored_as[name], chosen.shared_rank))
-        return table, kept, stored_as
-
-    def _options(
-        self, name: str, own: Candidate, mean: Tensor | None, level: float
-    ) -> list[Candidate]:
-        """Experts only, and what might pay beside it; each in every allowed precision."""
-        candidates = [own]
-        shape = matrix_shape(self.task_vectors.infos[name].shape)
-        if mean is not None and level > 0:
-            weights = self.weights[name]
-            gain = weights.sum() * mean.square() / own.price.per_rank
-            # a shared component gains at most this much per bit; where it gains T levels, every expert would hold it too
-            ranks = {int((gain >= level * times).sum()) for times in (1, len(weights))}
-            vectors = self.read(name) if max(ranks) else None
-            for k in sorted(ranks - {0}):
-                whole = spectrum(self.shared(name, vectors), max_rank=k)
-                rest = singular_values(vectors - whole.cut(k).dense()).cpu()
-                candidates.append(
-                    replace(
-                        own,
-                        shared_rank=k,
-                        sigma=rest,
-                        tail_energy=torch.zeros(len(rest)),
-                    )
+        sharable = self.settings.residual == "truncated" and level > 0
+        options = [[own[n]] for n in names]
+        if sharable and self.settings.shared != "none":
+            shared = self.over("share", lambda n: self._shared(n, own[n], level), names)
+            options = [[own[n], *more] for n, more in shared]
+        options = [
+            [
+                replace(
+                    c,
+                    price=p.price(*self.shape(n)),
+                    precision=p.name,
+                    rounding=p.rounding,
+                    rounding_dense=p.rounding_dense,
                 )
-        return [
-            replace(c, price=p.price(*shape), precision=p.name, rounding=p.rounding)
-            for c in candidates
-            for p in self.layout.precisions[name]
+                for c in row
+                for p in self.layout.precisions[n]
+            ]
+            for n, row in zip(names, options)
         ]
+        picks = choose(options, [self.weights[n] for n in names], self.budget)
+        chosen = {n: row[i] for n, row, i in zip(names, options, picks)}
+        stored_as = {
+            n: next(p for p in self.layout.precisions[n] if p.name == c.precision)
+            for n, c in chosen.items()
+        }
+        mixed = {n: c.shared_rank for n, c in chosen.items() if c.shared_rank}
+        reach = {n: chosen[n].sigma.shape[1] for n in mixed}
+        with_shared = self._rows("share", reach, stored_as, mixed)
+        rows = {row.name: row for row in (*table, *with_shared)}
+        return [
+            replace(rows[n], price=stored_as[n].price(*self.shape(n))) for n in names
+        ], stored_as
 
-    def _candidate(self, name: str, parts: tuple[Spectrum, ...]) -> Candidate:
+    def _shared(self, name: str, own: Candidate, level: float) -> list[Candidate]:
+        """What might pay beside experts only, in the same precision."""
+        vectors, weights = self.read(name), self.weights[name]
+        q = own.sigma.shape[1]
+        shared = self.shared(name, vectors)
+        found = leading(shared, max_rank=q, name=name)
+        mean = found.S.cpu()
+        gain = weights.sum() * mean.square() / own.price.per_rank
+        # a shared component gains at most this much per bit; where it gains T levels, every expert would hold it too
+        ranks = {int((gain >= level * times).sum()) for times in (1, len(weights))}
+        candidates = []
+        for k in sorted(ranks - {0}):
+            if sharing(mean, own.sigma, weights, k) < WORTH_SHARING:
+                continue
+            cut = found.factors(shared, k).dense()
+            sigma, tails = [], []
+            for tau in vectors:
+                rest = tau - cut
+                values = singular_values(rest, max_rank=q).cpu()
+                energy = energy_of(rest)
+                tails.append(
+                    max(float(energy) - float(values.double().square().sum()), 0)
+                )
+                sigma.append(values)
+            candidates.append(
+                replace(
+                    own,
+                    shared_rank=k,
+                    sigma=torch.stack(sigma),
+                    tail_energy=torch.tensor(tails),
+                )
+            )
+        return candidates
+
+    def _candidate(self, row: MatrixSpectra) -> Candidate:
         """Experts only, in the cheapest precision."""
-        precision = self.layout.precisions[name][0]
-        shape = matrix_shape(self.task_vectors.infos[name].shape)
+        precision = self.layout.precisions[row.name][0]
         return Candidate(
             0,
-            precision.price(*shape),
+            row.price,
             precision.name,
-            torch.stack([p.S for p in parts]).cpu(),
-            torch.tensor([p.tail_energy for p in parts]),
+            row.sigma[1:],
+            row.tail_energy[1:],
             precision.rounding,
-        )
-
-    def decompose(
-        self, name: str, vectors: Tensor, row: "MatrixSpectra | int"
-    ) -> Decomposition:
-        """Spectra against the shared part cut to a fixed rank, or against the whole of it where that is not fixed."""
-        fixed = row if isinstance(row, int) else row.fixed_shared
-        shared = self.shared(name, vectors)
-        if fixed is not None:
-            shared = spectrum(shared, max_rank=max(fixed, 1)).cut(fixed).dense()
-        return decompose(
-            vectors, shared, max_rank=self.in_reach(name), coupled=False, name=name
+            precision.rounding_dense,
         )
 
     def _row(
         self, name: str, parts: Decomposition, precision: Precision, fixed: int | None
     ) -> MatrixSpectra:
-        shape = matrix_shape(self.task_vectors.infos[name].shape)
+        shape = self.shape(name)
         return spectra_of(
             name,
             parts,
@@ -261,17 +362,3 @@ class Work:
             for row, allowed in zip(table, options)
         }
         return table, ranks, stored_as
-
-
-class _Room:
-    """Memory for first-pass factors."""
-
-    def __init__(self, settings: MergeSettings):
-        self._left = settings.factor_memory_gb * 2**30
-
-    def keep(self, kept: dict[str, Decomposition], name: str, parts: Decomposition):
-        spectra: tuple[Spectrum, ...] = (parts.shared, *parts.experts)
-        size = sum(4 * (p.U.numel() + p.Vh.numel()) for p in spectra)
-        if size <= self._left:
-            self._left -= size
-            kept[name] = parts

@@ -1,42 +1,59 @@
 """From low-rank modules to stored deltas."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .deltas import Delta, DenseDelta
 from .layout import Layout, MergeSettings
-from .lowrank import Decomposition, LowRankFactors, Modules, subspace_step
+from .lowrank import (
+    Decomposition,
+    LowRankFactors,
+    Modules,
+    energy_of,
+    subspace_step,
+)
 from .precision import Precision
-from .task_vectors import Scan, TaskVectors
+from .task_vectors import Scan, TaskVectors, matrix_shape
 
 
 def cut(
-    decomposition: Decomposition, ranks: list[int], full: int, shared: Tensor
+    decomposition: Decomposition,
+    ranks: Sequence[int],
+    full: int,
+    shared: Tensor,
+    task_vectors: Sequence[Tensor],
+    *,
+    settled: bool = False,
 ) -> Modules:
     """Truncated SVDs, Eq. 5; a full-rank expert is None (dense), a full-rank shared module is S itself.
 
     Args:
         ranks: of the shared module and of each expert.
         shared: (m, n) the whole shared matrix.
+        task_vectors: T of (m, n).
+        settled: the experts were decomposed against the shared module of its rank, not against the whole of S.
     """
-    experts = tuple(
-        None if k >= full else spectrum.cut(k)
-        for spectrum, k in zip(decomposition.experts, ranks[1:])
-    )
     if ranks[0] < full:
-        return Modules(decomposition.shared.cut(ranks[0]), experts)
-    m, n = shared.shape
-    eye = torch.eye(min(m, n), dtype=shared.dtype, device=shared.device)
-    whole = LowRankFactors(shared, eye) if m >= n else LowRankFactors(eye, shared)
-    return Modules(whole, experts)
+        first = decomposition.shared.factors(shared, ranks[0])
+    else:
+        m, n = shared.shape
+        eye = torch.eye(min(m, n), dtype=shared.dtype, device=shared.device)
+        first = LowRankFactors(*((shared, eye) if m >= n else (eye, shared)))
+    base = first.dense() if settled else shared
+    alone = settled and not first.rank
+    experts = tuple(
+        None if k >= full else spectrum.factors(tau if alone else tau - base, k)
+        for tau, spectrum, k in zip(task_vectors, decomposition.experts, ranks[1:])
+    )
+    return Modules(first, experts)
 
 
 def pack(
     modules: Modules,
-    ranks: list[int],
-    task_vectors: Tensor,
+    ranks: Sequence[int],
+    task_vectors: Sequence[Tensor],
     *,
     shape: tuple[int, ...],
     precision: Precision,
@@ -46,10 +63,10 @@ def pack(
     Where numbers are rounded to few bits, the experts are fitted to what the *stored* shared part leaves.
 
     Args:
-        task_vectors: (T, m, n).
+        task_vectors: T of (m, n).
         shape: of the tensor.
     """
-    full = min(task_vectors.shape[1:])
+    full = min(matrix_shape(shape))
     first: Delta | None = None
     if ranks[0] >= full:
         first = precision.dense(shape, modules.shared.dense().cpu())
@@ -57,30 +74,34 @@ def pack(
         first = precision.low_rank(shape, modules.shared.to("cpu"), None)
     base = None if first is None else first.change().flatten(1)
     others: list[Delta | None] = []
-    for factors, tau in zip(modules.experts, task_vectors.cpu()):
-        rest = tau if base is None else tau - base
+    for factors, tau in zip(modules.experts, task_vectors):
+        if factors is not None and factors.rank == 0:
+            others.append(None)
+            continue
+        rest = tau.cpu() if base is None else tau.cpu() - base
         if factors is None:
             others.append(precision.dense(shape, rest))
-        elif factors.rank == 0:
-            others.append(None)
-        else:
-            factors = factors.to("cpu")
-            if precision.rounding and base is not None:
-                factors = subspace_step(rest, factors)
-            others.append(precision.low_rank(shape, factors, rest))
+            continue
+        factors = factors.to("cpu")
+        if precision.rounding and base is not None:
+            factors = subspace_step(rest, factors)
+        others.append(precision.low_rank(shape, factors, rest))
     return first, others
 
 
 def kept_out(
-    first: Delta | None, others: list[Delta | None], task_vectors: Tensor
+    first: Delta | None,
+    others: Sequence[Delta | None],
+    task_vectors: Sequence[Tensor],
 ) -> Tensor:
     """(T,) squared errors of what was really stored."""
     shared = None if first is None else first.change()
     errors = []
-    for delta, tau in zip(others, task_vectors.cpu()):
+    for delta, tau in zip(others, task_vectors):
         change = delta.change(shared) if delta is not None else shared
+        tau = tau.cpu()
         rest = tau if change is None else tau - change.view_as(tau)
-        errors.append(rest.double().square().sum())
+        errors.append(energy_of(rest))
     return torch.stack(errors)
 
 

@@ -7,7 +7,7 @@ changes a bit of the result.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 
 from .deltas import Delta
+from .factor_store import FactorStore
 from .first_pass import Progress, Work, loss_weights
 from .layout import MergeSettings, lay_out, matrix_budget
-from .lowrank import refine
+from .lowrank import Decomposition, MatrixSpectra, refine
 from .packing import cut, kept_out, pack, pack_vectors
+from .parallel import ordered_map, workers_for
+from .precision import Precision
 from .storage import StorageReport, account
-from .task_vectors import TaskVectors
+from .task_vectors import Scan, TaskVectors
+
+#: Stored forms of one matrix: the shared one, and one per task.
+Stored = tuple[Delta | None, list[Delta | None]]
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,135 @@ class MergeResult:
     report: MergeReport
 
 
+@dataclass(frozen=True)
+class Planned:
+    """The first half of a merge: everything is decided, nothing is cut yet.
+
+    Args:
+        table, ranks: rows and (T + 1,) ranks per matrix.
+        precision: how each matrix is stored.
+    """
+
+    work: Work
+    scan: Scan
+    table: tuple[MatrixSpectra, ...]
+    ranks: tuple[Tensor, ...]
+    precision: Mapping[str, Precision]
+    seconds: dict[str, float]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.work.task_vectors.tasks)
+
+    @property
+    def allocation(self) -> RankAllocation:
+        rows = list(zip(self.table, self.ranks))
+        return RankAllocation(
+            shared={row.name: int(k[0]) for row, k in rows},
+            experts={
+                task: {row.name: int(k[t + 1]) for row, k in rows}
+                for t, task in enumerate(self.tasks)
+            },
+        )
+
+    def report(self, errors: Mapping[str, Tensor]) -> MergeReport:
+        names = [row.name for row in self.table]
+        return MergeReport(
+            self.tasks,
+            {name: self.scan.energy[name] for name in names},
+            errors,
+            {name: self.precision[name].name for name in names},
+            self.seconds,
+        )
+
+
+def plan(
+    task_vectors: TaskVectors,
+    settings: MergeSettings,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda stage, done, total: None,
+) -> Planned:
+    """Scan, decompose and allocate; arguments and errors as of :func:`merge`."""
+    seconds: dict[str, float] = {}
+    task_vectors = task_vectors.ordered(sorted(task_vectors.tasks))
+    with _timed(seconds, "scan"):
+        scan = task_vectors.scan(device)
+    layout = lay_out(task_vectors, settings, scan)
+    work = Work(
+        task_vectors,
+        settings,
+        layout,
+        matrix_budget(layout, settings),
+        loss_weights(scan, layout, settings),
+        device,
+        progress,
+        FactorStore(settings.factor_memory_gb),
+    )
+    with _timed(seconds, "decompose"):
+        table, stored_as = work.first_pass()
+    while True:
+        with _timed(seconds, "allocate"):
+            progress("allocate", 0, 1)
+            rows, ranks, precision = table, work.allocate(table), stored_as
+            if settings.factor_dtype == "auto":
+                rows, ranks, precision = work.upgrade(table, ranks)
+        with _timed(seconds, "decompose"):
+            longer = work.extended(table, ranks, stored_as)
+        if longer is None:
+            return Planned(work, scan, tuple(rows), tuple(ranks), precision, seconds)
+        table = longer
+
+
+def finish(planned: Planned) -> Iterator[tuple[str, Stored, Tensor]]:
+    """Cut, refine and pack, matrix by matrix: name, stored forms (shared, one per task), and (T,) errors.
+
+    The planned merge is used up.
+    """
+    work, precision = planned.work, planned.precision
+
+    def one(item: tuple[MatrixSpectra, Tensor, tuple]) -> tuple[Stored, Tensor]:
+        row, k, (first, *experts) = item
+        vectors, settled = work.read(row.name), row.fixed_shared is not None
+        if settled and not row.fixed_shared:
+            shared = vectors[0].new_zeros(row.shape)
+        else:
+            shared = work.shared(row.name, vectors)
+        ranks = k.tolist()
+        modules = refine(
+            cut(
+                Decomposition(first, tuple(experts)),
+                ranks,
+                row.full,
+                shared,
+                vectors,
+                settled=settled,
+            ),
+            vectors,
+            weights=work.weights[row.name],
+            how=work.settings.refinement,
+            settings=work.settings.refining,
+            settled=settled,
+        )
+        stored = pack(
+            modules,
+            ranks,
+            vectors,
+            shape=work.task_vectors.infos[row.name].shape,
+            precision=precision[row.name],
+        )
+        return stored, kept_out(*stored, vectors)
+
+    items = (
+        (row, k, work.store.pop(row.name))
+        for row, k in zip(planned.table, planned.ranks)
+    )
+    results = ordered_map(one, items, workers=workers_for(work.device))
+    for i, (row, (stored, errors)) in enumerate(zip(planned.table, results)):
+        work.progress("refine", i, len(planned.table))
+        yield row.name, stored, errors
+
+
 def merge(
     task_vectors: TaskVectors,
     settings: MergeSettings,
@@ -94,76 +229,27 @@ def merge(
         NonFiniteError, ModelPoolError: from the first read.
         BudgetError: if the vectors alone exceed the budget.
     """
-    seconds: dict[str, float] = {}
-    task_vectors = task_vectors.ordered(sorted(task_vectors.tasks))
-    tasks = tuple(task_vectors.tasks)
-    with _timed(seconds, "scan"):
-        scan = task_vectors.scan(device)
-    layout = lay_out(task_vectors, settings, scan)
-    work = Work(
-        task_vectors,
-        settings,
-        layout,
-        matrix_budget(layout, settings),
-        loss_weights(scan, layout, settings),
-        device,
-        progress,
+    planned = plan(task_vectors, settings, device=device, progress=progress)
+    work = planned.work
+    shared, experts = pack_vectors(
+        work.task_vectors, planned.scan, work.layout, settings
     )
-    with _timed(seconds, "decompose"):
-        table, kept, stored_as = work.first_pass()
-    with _timed(seconds, "allocate"):
-        progress("allocate", 0, 1)
-        ranks = work.allocate(table)
-        if settings.factor_dtype == "auto":
-            table, ranks, stored_as = work.upgrade(table, ranks)
-    shared, experts = pack_vectors(task_vectors, scan, layout, settings)
     errors: dict[str, Tensor] = {}
-    with _timed(seconds, "refine"):
-        for i, (row, k) in enumerate(zip(table, ranks)):
-            progress("refine", i, len(table))
-            vectors = work.read(row.name)  # (T, m, n)
-            parts = kept.pop(row.name, None) or work.decompose(row.name, vectors, row)
-            modules = refine(
-                cut(parts, k.tolist(), row.full, work.shared(row.name, vectors)),
-                vectors,
-                weights=work.weights[row.name],
-                how=settings.refinement,
-                settings=settings.refining,
-                settled=row.fixed_shared is not None,
-            )
-            first, others = pack(
-                modules,
-                k.tolist(),
-                vectors,
-                shape=task_vectors.infos[row.name].shape,
-                precision=stored_as[row.name],
-            )
+    with _timed(planned.seconds, "refine"):
+        for name, (first, others), lost in finish(planned):
             if first is not None:
-                shared[row.name] = first
-            for task, delta in zip(tasks, others):
+                shared[name] = first
+            for task, delta in zip(planned.tasks, others):
                 if delta is not None:
-                    experts[task][row.name] = delta
-            errors[row.name] = kept_out(first, others, vectors)
-    allocation = RankAllocation(
-        shared={row.name: int(k[0]) for row, k in zip(table, ranks)},
-        experts={
-            task: {row.name: int(k[t + 1]) for row, k in zip(table, ranks)}
-            for t, task in enumerate(tasks)
-        },
-    )
-    report = MergeReport(
-        tasks,
-        {name: scan.energy[name] for name in layout.matrices},
-        errors,
-        {name: precision.name for name, precision in stored_as.items()},
-        seconds,
-    )
-    storage = account(shared, experts, unit_bits=layout.unit_bits)
-    return MergeResult(shared, experts, allocation, storage, report)
+                    experts[task][name] = delta
+            errors[name] = lost
+    storage = account(shared, experts, unit_bits=work.layout.unit_bits)
+    report = planned.report(errors)
+    return MergeResult(shared, experts, planned.allocation, storage, report)
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str):
     start = time.perf_counter()
     yield
-    seconds[stage] = time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

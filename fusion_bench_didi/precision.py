@@ -44,12 +44,18 @@ class Precision:
         """
         return RELATIVE_ERROR[self.bits] * 1.5 if self.dtype is None else 0.0
 
+    @property
+    def rounding_dense(self) -> float:
+        """Expected squared error of a matrix stored whole, relative to its energy."""
+        return RELATIVE_ERROR[self.bits] if self.dtype is None else 0.0
+
     def price(self, m: int, n: int) -> Price:
-        """Integer codes carry one scale per direction, or per row where dense; dense is at least 8 bits."""
+        """Integer codes carry one scale per direction, or per row where dense."""
         if self.dtype is not None:
             return Price(per_rank=self.bits * (m + n), dense=self.bits * m * n)
         return Price(
-            per_rank=self.bits * (m + n) + SCALE_BITS, dense=8 * m * n + SCALE_BITS * m
+            per_rank=self.bits * (m + n) + SCALE_BITS,
+            dense=self.bits * m * n + SCALE_BITS * m,
         )
 
     def low_rank(
@@ -65,7 +71,7 @@ class Precision:
         """Store every entry of (m, n)."""
         if self.dtype is not None:
             return DenseDelta(shape, matrix.to(self.dtype))
-        return RoundedDenseDelta.of(shape, matrix)
+        return RoundedDenseDelta.of(shape, matrix, self.bits)
 
 
 def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:

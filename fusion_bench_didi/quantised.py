@@ -59,21 +59,40 @@ class RoundedLowRankDelta(Delta):
 
 
 class RoundedDenseDelta(Delta):
-    """Every entry as an 8-bit code with one float32 scale per row of the matrix: ``shared + codes * scale``."""
+    """Every entry as an integer code with one float32 scale per row of the matrix: ``shared + codes * scale``.
+
+    Args:
+        codes: of the tensor's shape, int8; flat and two to a byte when ``bits`` is 4.
+        scale: (m,).
+        bits: 8 or 4.
+    """
 
     kind = "rounded_dense"
     parts = ("codes", "scale")
 
-    def __init__(self, shape: tuple[int, ...], codes: Tensor, scale: Tensor):
-        super().__init__(shape, codes=codes.reshape(shape), scale=scale)
+    def __init__(
+        self, shape: tuple[int, ...], codes: Tensor, scale: Tensor, bits: int = 8
+    ):
+        super().__init__(shape, codes=codes, scale=scale)
+        self.width = bits
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], matrix: Tensor) -> "RoundedDenseDelta":
+    def of(
+        cls, shape: tuple[int, ...], matrix: Tensor, bits: int = 8
+    ) -> "RoundedDenseDelta":
         """From (m, n)."""
-        return cls(shape, *round_rows(matrix, 8))
+        codes, scale = round_rows(matrix, bits)
+        codes = pack_nibbles(codes) if bits == 4 else codes.view(shape)
+        return cls(shape, codes, scale, bits)
+
+    def options(self) -> dict:
+        return {"bits": self.width}
 
     def change(self, shared: Tensor | None = None) -> Tensor:
-        rows = self.codes.flatten(1).float() * self.scale[:, None]
+        codes = self.codes
+        if self.width == 4:
+            codes = unpack_nibbles(codes, self.shape)
+        rows = codes.flatten(1).float() * self.scale[:, None]
         value = rows.view(self.shape)
         return value if shared is None else shared + value
 

@@ -5,13 +5,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import CheckpointMismatchError
+
+#: A file is mapped anew after so many bytes read.
+MAPPED_BYTES = 2**26
 
 #: safetensors' names of floating-point types
 _DTYPES = {
@@ -73,6 +76,8 @@ class ModuleSource:
 class SafetensorsSource:
     """One or several safetensors files, read tensor by tensor.
 
+    Files are mapped into memory, and mapped anew after every :data:`MAPPED_BYTES` so that what was read is let go.
+
     Raises:
         CheckpointMismatchError: if a file is no whole safetensors file.
     """
@@ -81,7 +86,8 @@ class SafetensorsSource:
         self.label = label
         self._files: dict[str, Path] = {}
         self._infos: dict[str, TensorInfo] = {}
-        self._open = {}
+        self._open: dict[Path, Any] = {}
+        self._served: dict[Path, int] = {}
         for file in files:
             try:
                 self._open[file] = handle = safe_open(file, framework="pt")
@@ -111,7 +117,13 @@ class SafetensorsSource:
         return self._infos
 
     def read(self, name: str) -> Tensor:
-        return self._open[self._files[name]].get_tensor(name)
+        file = self._files[name]
+        tensor = self._open[file].get_tensor(name)
+        self._served[file] = self._served.get(file, 0) + tensor.nbytes
+        if self._served[file] > MAPPED_BYTES:
+            self._served[file] = 0
+            self._open[file] = safe_open(file, framework="pt")
+        return tensor
 
 
 class RenamedSource:

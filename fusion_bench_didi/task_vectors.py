@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointMismatchError, ModelPoolError, NonFiniteError
+from .lowrank import energy_of
+from .parallel import ordered_map, workers_for
 from .sources import TensorInfo, TensorSource, aligned
+
+#: Task vectors of one tensor are stacked in memory up to this size.
+STACK_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,24 @@ class TaskVectors:
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """All task vectors of one tensor in float32, (T, *shape)."""
         base = self.base.read(name).to(device, torch.float32)
-        return torch.stack(
-            [
-                self.read_tuned(name, task).to(device, torch.float32) - base
-                for task in self.tasks
-            ]
-        )
+        stack = base.new_empty(len(self.tasks), *base.shape)
+        for tau, task in zip(stack, self.tasks):
+            tuned = self.read_tuned(name, task).to(device, torch.float32)
+            torch.sub(tuned, base, out=tau)
+        return stack
+
+    def matrices(
+        self, name: str, device: torch.device | str = "cpu"
+    ) -> "Sequence[Tensor]":
+        """The T task vectors of one tensor as float32 matrices; stacked unless they are large, then read one at a time."""
+        shape = matrix_shape(self.infos[name].shape)
+        if 4 * len(self.tasks) * self.infos[name].numel <= STACK_BYTES:
+            return self.read(name, device).view(-1, *shape)
+        return _OneByOne(self, name, torch.device(device), shape)
+
+    def _read_one(self, name: str, task: str, device) -> Tensor:
+        tuned = self.read_tuned(name, task).to(device, torch.float32, copy=True)
+        return tuned.sub_(self.read_base(name).to(device, torch.float32))
 
     def scan(self, device: torch.device | str = "cpu") -> Scan:
         """Read everything once: finite? changed? how much?
@@ -128,12 +145,16 @@ class TaskVectors:
             NonFiniteError: naming every task and tensor with NaN or infinity.
             ModelPoolError: if no task differs from the base model.
         """
-        energy, faults = {}, []
-        for name in self.infos:
-            task_vectors = self.read(name, device)
-            flat = task_vectors.reshape(len(task_vectors), -1)
-            energy[name] = flat.double().square().sum(1).cpu()
-            if not bool(energy[name].isfinite().all()):
+        energies = ordered_map(
+            lambda name: torch.stack(
+                [energy_of(self._read_one(name, t, device)) for t in self.tasks]
+            ).cpu(),
+            self.infos,
+            workers=workers_for(device),
+        )
+        energy, faults = dict(zip(self.infos, energies)), []
+        for name, e in energy.items():
+            if not bool(e.isfinite().all()):
                 faults += self._non_finite(name)
         if faults:
             raise NonFiniteError(
@@ -213,6 +234,24 @@ class TaskVectors:
                 yield f"{name} is {have.shape}, the base model has {want.shape}"
             elif have.dtype is None:
                 yield f"{name} is of an integer type, the base model has {want.dtype}"
+
+
+@dataclass(frozen=True)
+class _OneByOne(Sequence):
+    """Task vectors of one tensor, read when they are asked for."""
+
+    task_vectors: TaskVectors
+    name: str
+    device: torch.device
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.task_vectors.tasks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        task = self.task_vectors.tasks[index]
+        tau = self.task_vectors._read_one(self.name, task, self.device)
+        return tau.view(self.shape)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -8,16 +8,32 @@ from .allocation import (
     spectra_of,
     total_cost,
     uniform,
+    whole_from,
 )
-from .candidates import Candidate, choose, upgrade, water_level
-from .decomposition import Decomposition, SharedMerge, decompose, shared_matrix
-from .factors import LowRankFactors, Spectrum, full_rank
+from .candidates import Candidate, choose, sharing, upgrade, water_level
+from .decomposition import (
+    Decomposition,
+    SharedMerge,
+    decompose,
+    halved,
+    halves,
+    shared_matrix,
+)
+from .factors import LowRankFactors, Spectrum, energy_of, full_rank
 from .learning import LearningSettings, learn_ranks, truncation_error
 from .refinement import Modules, Refinement, RefinementSettings, refine
-from .svd import singular_values, spectrum, subspace_step
+from .svd import (
+    Basis,
+    leading,
+    singular_values,
+    sketched,
+    spectrum,
+    subspace_step,
+)
 
 __all__ = [
     "Allocation",
+    "Basis",
     "Candidate",
     "Decomposition",
     "LearningSettings",
@@ -31,12 +47,18 @@ __all__ = [
     "Spectrum",
     "choose",
     "decompose",
+    "energy_of",
     "full_rank",
     "greedy",
+    "halved",
+    "halves",
+    "leading",
     "learn_ranks",
     "refine",
     "shared_matrix",
+    "sharing",
     "singular_values",
+    "sketched",
     "spectra_of",
     "spectrum",
     "subspace_step",
@@ -45,4 +67,5 @@ __all__ = [
     "uniform",
     "upgrade",
     "water_level",
+    "whole_from",
 ]

@@ -140,23 +140,29 @@ def greedy(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
 def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
     """Gain per bit, module, matrix, rank reached and bits of every edge of the convex error-cost curves."""
     out: list[tuple[Tensor, ...]] = []
-    cap, per_rank, dense = row.cap, row.price.per_rank, row.price.dense
+    per_rank, dense = row.price.per_rank, row.price.dense
     weights = row.module_weights.tolist()
     for j in row.free:
         weight = weights[j]
-        energy = row.sigma[j].double().square()  # (q,)
-        left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-        left = left + float(row.tail_energy[j])  # (q + 1,) error kept out at rank i
-        points = torch.arange(cap + 1)
-        jump = left[: cap + 1] / (dense - points * per_rank)
-        last = int(jump.argmin())
-        gain = torch.cat([energy[:last] / per_rank, jump[last : last + 1]])
-        reached = torch.cat([points[1 : last + 1], torch.tensor([row.full])])
+        last, jump = whole_from(row, j)
+        energy = row.sigma[j, :last].double().square()
+        gain = torch.cat([energy / per_rank, torch.tensor([jump]).double()])
+        reached = torch.cat([torch.arange(1, last + 1), torch.tensor([row.full])])
         bits = torch.full((last + 1,), per_rank, dtype=torch.long)
         bits[-1] = dense - last * per_rank
         same = torch.ones(last + 1, dtype=torch.long)
         out.append((weight * gain, same * j, same * index, reached, bits))
     return tuple(torch.cat([o[i] for o in out]) for i in range(5))
+
+
+def whole_from(row: MatrixSpectra, module: int) -> tuple[int, float]:
+    """The rank from which the dense form is the next edge of the hull, and its gain per bit, unweighted."""
+    energy = row.sigma[module].double().square()  # (q,)
+    left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    left = left[: row.cap + 1] + float(row.tail_energy[module])  # kept out at rank i
+    jump = left / (row.price.dense - torch.arange(row.cap + 1) * row.price.per_rank)
+    rank = int(jump.argmin())
+    return rank, float(jump[rank])
 
 
 def uniform(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:

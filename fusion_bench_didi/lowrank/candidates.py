@@ -26,7 +26,7 @@ class Candidate:
         precision: name of the precision.
         sigma: (T, q) singular values of the residuals.
         tail_energy: (T,) beyond them.
-        rounding: relative squared error that rounding adds to whatever is kept.
+        rounding, rounding_dense: relative squared error that rounding adds to what is kept as factors, and whole.
     """
 
     shared_rank: int
@@ -35,6 +35,7 @@ class Candidate:
     sigma: Tensor
     tail_energy: Tensor
     rounding: float = 0.0
+    rounding_dense: float = 0.0
 
     def curve(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted error (T, K) and bits (K,) of an expert at ranks 0, 1, ..., cap and, last, dense."""
@@ -48,10 +49,6 @@ class Candidate:
         bits = torch.arange(cap + 2, dtype=torch.float64) * self.price.per_rank
         bits[-1] = self.price.dense
         return weights.double()[:, None] * error, bits
-
-    @property
-    def rounding_dense(self) -> float:
-        return 0.0 if self.rounding == 0 else 1e-4
 
 
 def choose(
@@ -159,3 +156,18 @@ def water_level(
     if bool(fits.all()):
         return 0.0
     return float(slope[order][fits].min()) if bool(fits.any()) else float(slope.max())
+
+
+def sharing(mean: Tensor, sigma: Tensor, weights: Tensor, rank: int) -> float:
+    """How much more the ``rank`` leading directions of the mean hold than those of the average task, per stored number.
+
+    ``(sum_t w_t) sum_i s_i^2 / mean_t(w_t sum_i sigma_ti^2)``: about 1 for unrelated tasks, where sharing is no gain, and T
+    for equal ones.
+
+    Args:
+        mean: (q,) singular values of the weighted mean.
+        sigma: (T, q) of the task vectors.
+        weights: (T,).
+    """
+    own = (weights[:, None] * sigma[:, :rank].square()).sum(1).mean()
+    return float(weights.sum() * mean[:rank].square().sum() / own.clamp(min=1e-300))

@@ -4,6 +4,7 @@ Letters: ``m`` out, ``n`` in, ``T`` tasks, ``q`` kept singular values; ``tau_t``
 ``E_t = tau_t - S`` the experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .factors import Spectrum
-from .svd import spectrum
+from .svd import Basis, leading, spectrum
 
 SharedMerge = Literal["mean", "task_arithmetic", "ties", "none"]
 
 
 def shared_matrix(
-    task_vectors: Tensor,
+    task_vectors: Sequence[Tensor],
     *,
     how: SharedMerge = "mean",
     weights: Tensor | None = None,
@@ -27,7 +28,7 @@ def shared_matrix(
     """A static merge of the task vectors of one matrix, Eq. 2.
 
     Args:
-        task_vectors: (T, m, n).
+        task_vectors: T of (m, n); read one at a time for ``mean`` and ``task_arithmetic``.
         how: ``mean``: ``sum_t w_t tau_t / sum_t w_t``; ``task_arithmetic``: ``scale * sum_t tau_t``;
             ``ties``: keep the largest ``keep`` of each task's entries by size, elect the sign of their sum, average
             the entries that agree; ``none``: zero (experts carry everything).
@@ -38,14 +39,15 @@ def shared_matrix(
     Returns:
         (m, n).
     """
+    tasks = len(task_vectors)
     if how == "mean":
         if weights is None or not bool((weights > 0).any()):
-            return task_vectors.mean(0)
-        return torch.einsum("t,tmn->mn", weights / weights.sum(), task_vectors)
+            weights = torch.ones(tasks)
+        return _weighted_sum(task_vectors, (weights / weights.sum()).tolist())
     if how == "task_arithmetic":
-        return scale * task_vectors.sum(0)
+        return _weighted_sum(task_vectors, [scale] * tasks)
     if how == "ties":
-        flat = task_vectors.flatten(1)  # (T, mn)
+        flat = torch.stack([tau.flatten() for tau in task_vectors])  # (T, mn)
         count = max(1, round(keep * flat.shape[1]))
         threshold = flat.abs().topk(count, dim=1).values[:, -1:]
         trimmed = torch.where(flat.abs() >= threshold, flat, 0.0)
@@ -57,6 +59,13 @@ def shared_matrix(
     raise ValueError(
         f"shared={how!r} is not a static merge; choose mean, task_arithmetic, ties or none."
     )
+
+
+def _weighted_sum(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total: Tensor | None = None
+    for matrix, weight in zip(matrices, weights):
+        total = matrix * weight if total is None else total.add_(matrix, alpha=weight)
+    return total
 
 
 @dataclass(frozen=True)
@@ -76,15 +85,15 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """One matrix: the shared spectrum, one spectrum per task, and their coupling."""
+    """One matrix: the shared spectrum, one spectrum per task, and their coupling; spectra may be halves (``Basis``)."""
 
-    shared: Spectrum
-    experts: tuple[Spectrum, ...]
+    shared: Spectrum | Basis
+    experts: tuple[Spectrum | Basis, ...]
     coupling: Coupling | None = None
 
 
 def decompose(
-    task_vectors: Tensor,
+    task_vectors: Sequence[Tensor],
     shared: Tensor,
     *,
     max_rank: int | None = None,
@@ -94,34 +103,82 @@ def decompose(
     """Spectra of ``S`` and of every ``E_t = tau_t - S`` (Eq. 3-4).
 
     Args:
-        task_vectors: (T, m, n).
+        task_vectors: T of (m, n).
         shared: (m, n).
         max_rank: directions to keep per spectrum; the rest is carried exactly as tails.
         coupled: also compute the coupling, T q^2 numbers.
     """
-    residuals = task_vectors - shared
     first = spectrum(shared, max_rank=max_rank, name=name)
-    experts = tuple(spectrum(r, max_rank=max_rank, name=name) for r in residuals)
-    coupling = _couple(first, experts, shared, residuals) if coupled else None
-    return Decomposition(first, experts, coupling)
+    experts = tuple(
+        spectrum(tau - shared, max_rank=max_rank, name=name) for tau in task_vectors
+    )
+    if not coupled:
+        return Decomposition(first, experts)
+    parts = (
+        _couple(first, expert, shared, tau - shared)
+        for expert, tau in zip(experts, task_vectors)
+    )
+    return Decomposition(first, experts, Coupling(*map(torch.stack, zip(*parts))))
 
 
-def _couple(first, experts, shared, residuals) -> Coupling:
-    heads, shared_tails, expert_tails, tails = [], [], [], []
-    for expert, residual in zip(experts, residuals):
-        head = (first.U.mT @ expert.U) * (first.Vh @ expert.Vh.mT)  # (q, q)
-        on_shared = ((first.U.mT @ residual) * first.Vh).sum(1)  # u0_i^T E v0_i
-        on_expert = ((expert.U.mT @ shared) * expert.Vh).sum(1)  # ut_j^T S vt_j
-        shared_tail = on_shared - head @ expert.S
-        expert_tail = on_expert - first.S @ head
-        tail = (
-            (shared * residual).sum()
-            - first.S @ head @ expert.S
-            - first.S @ shared_tail
-            - expert_tail @ expert.S
-        )
-        heads.append(head)
-        shared_tails.append(shared_tail)
-        expert_tails.append(expert_tail)
-        tails.append(tail)
-    return Coupling(*map(torch.stack, (heads, shared_tails, expert_tails, tails)))
+def halves(
+    task_vectors: Sequence[Tensor],
+    shared: Tensor | None,
+    *,
+    shared_rank: int | None = None,
+    max_rank: int | None = None,
+    name: str = "",
+) -> Decomposition:
+    """As :func:`decompose`, uncoupled, short-side vectors only, against a shared part of fixed rank if one is given.
+
+    Args:
+        shared: (m, n); None for experts only.
+        shared_rank: experts are residuals to S cut to this rank, ``tau_t - S_k``; to the whole of S if None.
+    """
+    like = task_vectors[0]
+    q = min(like.shape) if max_rank is None else min(max_rank, *like.shape)
+    if shared is None or shared_rank == 0:
+        first = Basis(like.new_zeros(min(like.shape), q), like.new_zeros(q), 0.0)
+        shared = None
+    else:
+        first = leading(shared, max_rank=max(q, shared_rank or 0), name=name)
+        if shared_rank is not None:
+            shared = first.factors(shared, shared_rank).dense()
+            first = Basis(first.vectors, first.S[:q], first.tail_energy)
+    return Decomposition(
+        first,
+        tuple(
+            leading(tau if shared is None else tau - shared, max_rank=q, name=name)
+            for tau in task_vectors
+        ),
+    )
+
+
+def halved(whole: Decomposition) -> Decomposition:
+    """Of full spectra, what :func:`halves` keeps."""
+
+    def half(s: Spectrum) -> Basis:
+        short = s.U if s.U.shape[0] <= s.Vh.shape[1] else s.Vh.mT
+        return Basis(short, s.S, s.tail_energy)
+
+    return Decomposition(
+        half(whole.shared), tuple(map(half, whole.experts)), whole.coupling
+    )
+
+
+def _couple(
+    first: Spectrum, expert: Spectrum, shared: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of :class:`Coupling` for one task."""
+    head = (first.U.mT @ expert.U) * (first.Vh @ expert.Vh.mT)  # (q, q)
+    on_shared = ((first.U.mT @ residual) * first.Vh).sum(1)  # u0_i^T E v0_i
+    on_expert = ((expert.U.mT @ shared) * expert.Vh).sum(1)  # ut_j^T S vt_j
+    shared_tail = on_shared - head @ expert.S
+    expert_tail = on_expert - first.S @ head
+    tail = (
+        (shared * residual).sum()
+        - first.S @ head @ expert.S
+        - first.S @ shared_tail
+        - expert_tail @ expert.S
+    )
+    return head, shared_tail, expert_tail, tail

@@ -5,6 +5,7 @@ Letters: ``m`` out, ``n`` in, ``r`` rank, ``q`` number of kept singular values.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -78,6 +79,10 @@ class Spectrum:
         root = self.S[:rank].sqrt()
         return LowRankFactors(self.U[:, :rank] * root, root[:, None] * self.Vh[:rank])
 
+    def factors(self, matrix: Tensor, rank: int) -> LowRankFactors:
+        """:meth:`cut`; as of a ``Basis``, which needs the matrix."""
+        return self.cut(rank)
+
     def head(self) -> Tensor:
         """``U diag(S) Vh``."""
         return (self.U * self.S) @ self.Vh  # (m, n)
@@ -86,3 +91,14 @@ class Spectrum:
 def full_rank(m: int, n: int) -> int:
     """The rank at which a matrix is held exactly (and stored dense)."""
     return min(m, n)
+
+
+def energy_of(matrix: Tensor) -> Tensor:
+    """Squared Frobenius norm in float64 (scalar), rows in the matrix's type: half the cost of float64 throughout.
+
+    Zero only for a zero matrix, also where the squares underflow.
+    """
+    rows = torch.linalg.vector_norm(matrix, dim=-1).double()
+    if not bool(rows.any()) and bool(matrix.any()):
+        rows = torch.linalg.vector_norm(matrix.double(), dim=-1)
+    return rows.square().sum()

@@ -41,24 +41,24 @@ class Modules:
     shared: LowRankFactors
     experts: tuple[LowRankFactors | None, ...]
 
-    def errors(self, task_vectors: Tensor) -> Tensor:
+    def errors(self, task_vectors: Sequence[Tensor]) -> Tensor:
         """(T,) squared errors of Eq. 16, unweighted."""
-        rest = task_vectors - self.shared.dense()
+        dense = self.shared.dense()
         return torch.stack(
             [
                 (
-                    torch.zeros((), device=r.device)
+                    torch.zeros((), device=tau.device)
                     if e is None
-                    else (r - e.dense()).square().sum()
+                    else (tau - dense - e.dense()).square().sum()
                 )
-                for r, e in zip(rest, self.experts)
+                for tau, e in zip(task_vectors, self.experts)
             ]
         )
 
 
 def refine(
     modules: Modules,
-    task_vectors: Tensor,
+    task_vectors: Sequence[Tensor],
     *,
     weights: Tensor,
     how: Refinement = "alternating",
@@ -69,7 +69,7 @@ def refine(
 
     Args:
         modules: truncated SVDs.
-        task_vectors: (T, m, n).
+        task_vectors: T of (m, n); read one at a time, but for ``adam``.
         weights: (T,) weights of the squared errors.
         how: ``alternating``: each module in turn is refitted to what the others leave (never raises the loss);
             ``adam``: Eq. 16 by gradient descent, the better of start and end is returned; ``none``.
@@ -86,12 +86,16 @@ def refine(
 
 
 def _alternate(
-    modules: Modules, task_vectors: Tensor, weights: Tensor, settings, settled: bool
+    modules: Modules,
+    task_vectors: Sequence[Tensor],
+    weights: Tensor,
+    settings: RefinementSettings,
+    settled: bool,
 ) -> Modules:
     if settled and not modules.shared.rank:
         return modules  # nothing couples the tasks
     shared, experts = modules.shared, list(modules.experts)
-    weights = weights.to(task_vectors)
+    weights = weights.to(task_vectors[0])
     # a dense expert takes whatever the shared module leaves, so it has no say in the shared module
     say = weights * torch.tensor(
         [float(e is not None) for e in experts], device=weights.device
@@ -111,8 +115,8 @@ def _alternate(
                 continue
             rest = tau - dense
             if (
-                sweep == 0
-            ):  # the truncated SVDs were taken against the full shared matrix
+                sweep == 0 and not settled
+            ):  # cut for the whole shared matrix, not for its part
                 experts[t] = spectrum(rest, max_rank=expert.rank).cut(expert.rank)
             else:
                 experts[t] = subspace_step(rest, expert)
@@ -125,11 +129,16 @@ def _alternate(
     )
 
 
-def _adam(modules: Modules, task_vectors: Tensor, weights: Tensor, settings) -> Modules:
+def _adam(
+    modules: Modules,
+    task_vectors: Sequence[Tensor],
+    weights: Tensor,
+    settings: RefinementSettings,
+) -> Modules:
     low_rank = [t for t, e in enumerate(modules.experts) if e is not None]
     if not low_rank:
         return modules
-    targets = task_vectors[low_rank]
+    targets = torch.stack([task_vectors[t] for t in low_rank])
     w = weights.to(targets)[low_rank]
     size = targets.square().sum().div(len(low_rank)).sqrt()
     if not bool(size > 0) or not bool(w.sum() > 0):
@@ -157,7 +166,7 @@ def _adam(modules: Modules, task_vectors: Tensor, weights: Tensor, settings) -> 
     ended = Modules(
         LowRankFactors(parameters[0] * root, parameters[1] * root), tuple(experts)
     )
-    weights = weights.to(task_vectors)
+    weights = weights.to(targets)
     start_loss = (weights * modules.errors(task_vectors)).sum()
     end_loss = (weights * ended.errors(task_vectors)).sum()
     return ended if bool(end_loss < start_loss) else modules

@@ -1,0 +1,43 @@
+"""Work on many matrices at once: reading runs ahead of the arithmetic, and cores do not wait for one another."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def workers_for(device: torch.device | str) -> int:
+    """One thread per core on the CPU; on an accelerator one that reads while another computes."""
+    return torch.get_num_threads() if torch.device(device).type == "cpu" else 2
+
+
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int
+) -> Iterator[Result]:
+    """``map`` on threads, in order, never more than ``workers`` results ahead of the reader.
+
+    Every call runs on one thread of its own: decompositions of single matrices scale badly over threads, many matrices
+    side by side scale well, and a result does not depend on the number of threads. An exception reaches the reader in
+    its turn; calls that have not begun are dropped then.
+    """
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    ahead: deque[Future] = deque()
+    try:
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)

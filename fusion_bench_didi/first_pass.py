@@ -31,7 +31,7 @@ from .lowrank import (
     water_level,
     whole_from,
 )
-from .parallel import ordered_map, workers_for
+from .parallel import ordered_map, release_memory, workers_for
 from .precision import Precision
 from .task_vectors import Scan, TaskVectors, matrix_shape
 
@@ -173,6 +173,7 @@ class Work:
         table = []
         for name, parts in self.over(stage, one, list(reach)):
             self.store.put(name, (parts.shared, *parts.experts))
+            release_memory()
             table.append(self._row(name, parts, stored_as[name], fixed[name]))
         return table
 
@@ -334,11 +335,15 @@ class Work:
         )
 
     def allocate(self, table: list[MatrixSpectra]) -> list[Tensor]:
-        """Ranks (T + 1,) per matrix."""
+        """Ranks (T + 1,) per matrix.
+
+        Where every shared rank is fixed no cross terms are left, greedy is the optimum and there is nothing to learn.
+        """
         settings, budget = self.settings, self.budget
         if settings.allocation == "uniform":
             return uniform(table, budget)
-        if settings.allocation == "greedy":
+        settled = all(row.fixed_shared is not None for row in table)
+        if settings.allocation == "greedy" or (settled and settings.warm_start):
             return greedy(table, budget)
         start = (greedy if settings.warm_start else uniform)(table, budget)
         return learn_ranks(

@@ -1,6 +1,6 @@
 """From low-rank modules to stored deltas."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -110,19 +110,16 @@ def pack_vectors(
     scan: Scan,
     layout: Layout,
     settings: MergeSettings,
-) -> tuple[dict[str, Delta], Mapping[str, dict[str, Delta]]]:
-    """Biases, norms and the like under the vector policy: shared deltas, and deltas per task."""
-    shared: dict[str, Delta] = {}
-    experts: dict[str, dict[str, Delta]] = {task: {} for task in task_vectors.tasks}
+) -> Iterator[tuple[str | None, str, Delta]]:
+    """Biases, norms and the like under the vector policy: task (None for all), name, delta."""
     if settings.vectors == "pretrained":
-        return shared, experts
+        return
     for name in layout.vectors:
         vectors, dtype = task_vectors.read(name), layout.vector_dtypes[name]
         shape = task_vectors.infos[name].shape
         if settings.vectors == "shared":
-            shared[name] = DenseDelta(shape, vectors.mean(0).to(dtype))
+            yield None, name, DenseDelta(shape, vectors.mean(0).to(dtype))
             continue
         for task, tau, energy in zip(task_vectors.tasks, vectors, scan.energy[name]):
             if energy > 0:
-                experts[task][name] = DenseDelta(shape, tau.to(dtype))
-    return shared, experts
+                yield task, name, DenseDelta(shape, tau.to(dtype))

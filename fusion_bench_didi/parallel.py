@@ -1,5 +1,6 @@
 """Work on many matrices at once: reading runs ahead of the arithmetic, and cores do not wait for one another."""
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,3 +42,13 @@ def ordered_map(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system where the C library can (glibc).
+
+    Results that stay are scattered between large blocks that were used and freed; without this the process keeps them.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .delta_sinks import DeltaSink, InMemory
 from .deltas import Delta
 from .factor_store import FactorStore
 from .first_pass import Progress, Work, loss_weights
 from .layout import MergeSettings, lay_out, matrix_budget
 from .lowrank import Decomposition, MatrixSpectra, refine
 from .packing import cut, kept_out, pack, pack_vectors
-from .parallel import ordered_map, workers_for
+from .parallel import ordered_map, release_memory, workers_for
 from .precision import Precision
 from .storage import StorageReport, account
 from .task_vectors import Scan, TaskVectors
@@ -208,6 +209,7 @@ def finish(planned: Planned) -> Iterator[tuple[str, Stored, Tensor]]:
     for i, (row, (stored, errors)) in enumerate(zip(planned.table, results)):
         work.progress("refine", i, len(planned.table))
         yield row.name, stored, errors
+        release_memory()
 
 
 def merge(
@@ -216,6 +218,7 @@ def merge(
     *,
     device: torch.device | str = "cpu",
     progress: Progress = lambda stage, done, total: None,
+    sink: DeltaSink | None = None,
 ) -> MergeResult:
     """DiDi-Merging of T task vectors under one budget.
 
@@ -224,6 +227,7 @@ def merge(
         settings: all choices.
         device: where the arithmetic happens; results are on the CPU.
         progress: called with (stage, matrices done, matrices in all).
+        sink: where stored deltas go; kept in memory if None.
 
     Raises:
         NonFiniteError, ModelPoolError: from the first read.
@@ -231,18 +235,18 @@ def merge(
     """
     planned = plan(task_vectors, settings, device=device, progress=progress)
     work = planned.work
-    shared, experts = pack_vectors(
-        work.task_vectors, planned.scan, work.layout, settings
-    )
+    sink = sink or InMemory(planned.tasks)
     errors: dict[str, Tensor] = {}
     with _timed(planned.seconds, "refine"):
-        for name, (first, others), lost in finish(planned):
-            if first is not None:
-                shared[name] = first
-            for task, delta in zip(planned.tasks, others):
+        for owned in pack_vectors(
+            work.task_vectors, planned.scan, work.layout, settings
+        ):
+            sink.put(*owned)
+        for name, (first, others), errors[name] in finish(planned):
+            for task, delta in zip((None, *planned.tasks), (first, *others)):
                 if delta is not None:
-                    experts[task][name] = delta
-            errors[name] = lost
+                    sink.put(task, name, delta)
+        shared, experts = sink.close()
     storage = account(shared, experts, unit_bits=work.layout.unit_bits)
     report = planned.report(errors)
     return MergeResult(shared, experts, planned.allocation, storage, report)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import CheckpointMismatchError
 
 #: A file is mapped anew after so many bytes read.
-MAPPED_BYTES = 2**26
+MAPPED_BYTES = 2**23
 
 #: safetensors' names of floating-point types
 _DTYPES = {

@@ -35,7 +35,7 @@ from fusion_bench_didi.lowrank.quantisation import (
     unpack_nibbles,
 )
 from fusion_bench_didi.lowrank.refinement import _factored_gradient
-from fusion_bench_didi.lowrank.svd import balanced, subspace_step
+from fusion_bench_didi.lowrank.subspace import balanced, subspace_step
 from fusion_bench_didi.lowrank.truncation import gate, hard_gate
 
 SHAPES = [(12, 12), (20, 9), (6, 30)]

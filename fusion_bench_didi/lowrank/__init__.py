@@ -28,8 +28,8 @@ from .svd import (
     singular_values,
     sketched,
     spectrum,
-    subspace_step,
 )
+from .subspace import subspace_step
 
 __all__ = [
     "Allocation",

@@ -11,10 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .factors import LowRankFactors
-from .svd import balanced, spectrum, subspace_step
+from .factors import LowRankFactors, energy_of
+from .svd import leading
+from .subspace import Subspace
 
 Refinement = Literal["alternating", "adam", "none"]
+
+#: How far ``alternating`` goes on in the direction of its last step, while that pays.
+MOMENTUM = 0.7
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def refine(
         modules: truncated SVDs.
         task_vectors: T of (m, n); read one at a time, but for ``adam``.
         weights: (T,) weights of the squared errors.
-        how: ``alternating``: each module in turn is refitted to what the others leave (never raises the loss);
+        how: ``alternating``: each module in turn is refitted to what the others leave, by one step of subspace iteration
+            from where it is; the best sweep is returned, so the loss never rises;
             ``adam``: Eq. 16 by gradient descent, the better of start and end is returned; ``none``.
         settled: the experts given are already the best for the shared module given (they were decomposed against it),
             and not for the whole shared matrix.
@@ -92,41 +97,45 @@ def _alternate(
     settings: RefinementSettings,
     settled: bool,
 ) -> Modules:
-    if settled and not modules.shared.rank:
-        return modules  # nothing couples the tasks
     shared, experts = modules.shared, list(modules.experts)
-    weights = weights.to(task_vectors[0])
+    low_rank = [t for t, e in enumerate(experts) if e is not None]
+    if settled and not shared.rank:
+        return modules  # nothing couples the tasks
+    if not shared.rank:
+        for t in low_rank:
+            found = leading(task_vectors[t], max_rank=experts[t].rank)
+            experts[t] = found.factors(task_vectors[t], experts[t].rank)
+        return Modules(shared, tuple(experts))
     # a dense expert takes whatever the shared module leaves, so it has no say in the shared module
-    say = weights * torch.tensor(
-        [float(e is not None) for e in experts], device=weights.device
-    )
-    before = float((weights * modules.errors(task_vectors)).sum())
-    for sweep in range(settings.sweeps):
-        if shared.rank and bool(say.sum() > 0):
-            total = torch.zeros_like(task_vectors[0])
-            for tau, expert, w in zip(task_vectors, experts, say):
-                if expert is not None:
-                    total += w * (tau - expert.dense())
-            shared = subspace_step(total / say.sum(), shared)
+    say = {t: float(weights[t]) for t in low_rank}
+    total = sum(say.values())
+    if total <= 0:
+        return modules
+    left = torch.zeros_like(task_vectors[0])  # what the experts leave to be shared
+    for t in low_rank:
+        rest = torch.addmm(task_vectors[t], experts[t].up, experts[t].down, alpha=-1)
+        left.add_(rest, alpha=say[t] / total)
+    common = Subspace(shared)
+    own = {t: Subspace(experts[t]) for t in low_rank}
+    best = before = float((weights.to(left) * modules.errors(task_vectors)).sum())
+    result, earlier, push = modules, left, 0.0
+    for _ in range(settings.sweeps):
+        shared, _ = common.step(left + push * (left - earlier))
+        earlier, left, error = left, torch.zeros_like(left), 0.0
         dense = shared.dense()
-        error = 0.0
-        for t, (tau, expert, w) in enumerate(zip(task_vectors, experts, weights)):
-            if expert is None:
-                continue
-            rest = tau - dense
-            if (
-                sweep == 0 and not settled
-            ):  # cut for the whole shared matrix, not for its part
-                experts[t] = spectrum(rest, max_rank=expert.rank).cut(expert.rank)
-            else:
-                experts[t] = subspace_step(rest, expert)
-            error += float(w * (rest - experts[t].dense()).square().sum())
-        if before - error <= settings.tolerance * before or not shared.rank:
+        for t in low_rank:
+            rest = task_vectors[t] - dense
+            experts[t], kept = own[t].step(rest)
+            error += say[t] * max(float(energy_of(rest)) - kept, 0.0)
+            rest.addmm_(experts[t].up, experts[t].down, alpha=-1).add_(dense)
+            left.add_(rest, alpha=say[t] / total)
+        if error < best:
+            best, result = error, Modules(shared, tuple(experts))
+        push = MOMENTUM if error < before else 0.0
+        if abs(before - error) <= settings.tolerance * before:
             break
         before = error
-    return Modules(
-        balanced(shared), tuple(None if e is None else balanced(e) for e in experts)
-    )
+    return result
 
 
 def _adam(

@@ -1,4 +1,4 @@
-"""The only caller of ``torch.linalg``: singular vectors by the cheapest way that the rank in reach allows.
+"""Singular values and vectors by the cheapest way that the rank in reach allows.
 
 All ways first find the singular vectors of the *short* side; the long side follows by one product. With ``l`` the long
 side, ``s`` the short one and ``q`` directions:
@@ -201,39 +201,3 @@ def _with_sign(vectors: Tensor) -> Tensor:
         return vectors
     pivot = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))[0]
     return vectors * torch.where(pivot < 0, -1.0, 1.0).to(vectors)
-
-
-def subspace_step(
-    matrix: Tensor, factors: LowRankFactors, *, iterations: int = 1
-) -> LowRankFactors:
-    """Improve a low-rank approximation of ``matrix`` without decomposing it.
-
-    Each half step is exact in one factor given the span of the other (least squares), so the error
-    ``||matrix - up @ down||`` never grows; repeated, it converges to the truncated SVD.
-
-    Args:
-        matrix: (m, n).
-        factors: the current approximation; its row space is the start.
-        iterations: pairs of half steps.
-    """
-    if factors.rank == 0:
-        return factors
-    down = factors.down
-    for _ in range(iterations):
-        rows = torch.linalg.qr(down.mT).Q  # (n, r)
-        columns = torch.linalg.qr(matrix @ rows).Q  # (m, r)
-        down = columns.mT @ matrix  # (r, n)
-    return LowRankFactors(columns, down)
-
-
-def balanced(factors: LowRankFactors) -> LowRankFactors:
-    """The same product as ``U S^(1/2)``, ``S^(1/2) Vh`` (Eq. 14's start), from the factors alone."""
-    if factors.rank == 0:
-        return factors
-    q_up, r_up = torch.linalg.qr(factors.up)
-    q_down, r_down = torch.linalg.qr(factors.down.mT)
-    inner = spectrum(r_up @ r_down.mT)
-    root = inner.S.sqrt()
-    return LowRankFactors(
-        (q_up @ inner.U) * root, root[:, None] * (inner.Vh @ q_down.mT)
-    )

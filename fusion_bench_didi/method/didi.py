@@ -15,6 +15,8 @@ from fusion_bench import auto_register_config
 from rich.progress import Progress
 
 from ..budget import Budget
+from ..checkpoint import whole_directory
+from ..delta_sinks import DeltaSink, OnDisk
 from ..layout import MergeSettings
 from ..lowrank import LearningSettings, RefinementSettings
 from ..models import DiDiModel
@@ -22,6 +24,7 @@ from ..pipeline import MergeResult, merge
 from ..plan import describe_plan
 from ..pool_reader import load_backbone, open_pool
 from ..probe import sensitivity
+from ..task_vectors import TaskVectors
 from .base import PoolMethod
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,8 @@ class DiDiMerging(PoolMethod):
         exclude: Sequence[str] = (),
         factor_dtype: str = "auto",
         factor_memory_gb: float = 4.0,
+        output_dir: str | None = None,
+        overwrite: bool = False,
         task_aliases: Mapping[str, str] | None = None,
         dry_run: bool = False,
         **kwargs: Any,
@@ -136,21 +141,40 @@ class DiDiMerging(PoolMethod):
             with self.profile("probe"):
                 found = sensitivity(backbone, names, samples=self.probe_samples)
             settings = replace(settings, sensitivity=found)
+        if self.output_dir is None:
+            result = self._merge(task_vectors, settings)
+            model = self._model(modelpool, backbone, result)
+        else:
+            with whole_directory(self.output_dir, overwrite=self.overwrite) as place:
+                sink = OnDisk(place, tuple(modelpool.model_names))
+                result = self._merge(task_vectors, settings, sink)
+                model = self._model(modelpool, backbone, result)
+                model.write_config(place, sink.manifest)
+        self.print_profile_summary()
+        log.info("relative error %.4f", result.report.relative_error)
+        return self.hand_over(model, modelpool)
+
+    def _merge(
+        self,
+        task_vectors: TaskVectors,
+        settings: MergeSettings,
+        sink: DeltaSink | None = None,
+    ) -> MergeResult:
         with self.profile("merge"), Progress(transient=True) as bar:
             rows: dict[str, Any] = {}
 
             def progress(stage: str, done: int, total: int) -> None:
                 if stage not in rows:
                     rows[stage] = bar.add_task(stage, total=total)
-                bar.update(rows[stage], completed=done + 1)
+                bar.update(rows[stage], completed=done + 1, total=total)
 
-            result = merge(
-                task_vectors, settings, device=self.fabric.device, progress=progress
+            return merge(
+                task_vectors,
+                settings,
+                device=self.fabric.device,
+                progress=progress,
+                sink=sink,
             )
-        self.print_profile_summary()
-        model = self._model(modelpool, backbone, result)
-        log.info("relative error %.4f", result.report.relative_error)
-        return self.hand_over(model, modelpool)
 
     def _model(self, modelpool, backbone, result: MergeResult) -> DiDiModel:
         info = {

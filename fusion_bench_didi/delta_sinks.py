@@ -12,7 +12,7 @@ from .checkpoint import entry_of, file_digest, independent, read_deltas
 from .deltas import Delta
 
 #: Deltas wait in memory up to this size before they are written.
-SHARD_BYTES = 2**28
+SHARD_BYTES = 2**27
 
 Shared = Mapping[str, Delta]
 Experts = Mapping[str, Mapping[str, Delta]]

@@ -31,7 +31,7 @@ from .lowrank import (
     water_level,
     whole_from,
 )
-from .parallel import ordered_map, release_memory, workers_for
+from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
 from .task_vectors import Scan, TaskVectors, matrix_shape
 
@@ -143,7 +143,12 @@ class Work:
         self, stage: str, function: Callable, names: Sequence[str]
     ) -> Iterator[tuple[str, object]]:
         """Names and results, in order, with progress."""
-        results = ordered_map(function, names, workers=workers_for(self.device))
+
+        def one(name: str):
+            with alone(self.task_vectors.large(name)):
+                return function(name)
+
+        results = ordered_map(one, names, workers=workers_for(self.device))
         for i, (name, result) in enumerate(zip(names, results)):
             self.progress(stage, i, len(names))
             yield name, result

@@ -41,10 +41,11 @@ def cut(
         m, n = shared.shape
         eye = torch.eye(min(m, n), dtype=shared.dtype, device=shared.device)
         first = LowRankFactors(*((shared, eye) if m >= n else (eye, shared)))
-    base = first.dense() if settled else shared
-    alone = settled and not first.rank
+    base = shared
+    if settled:
+        base = first.dense() if first.rank else None
     experts = tuple(
-        None if k >= full else spectrum.factors(tau if alone else tau - base, k)
+        None if k >= full else spectrum.factors(tau if base is None else tau - base, k)
         for tau, spectrum, k in zip(task_vectors, decomposition.experts, ranks[1:])
     )
     return Modules(first, experts)
@@ -98,9 +99,12 @@ def kept_out(
     shared = None if first is None else first.change()
     errors = []
     for delta, tau in zip(others, task_vectors):
-        change = delta.change(shared) if delta is not None else shared
-        tau = tau.cpu()
-        rest = tau if change is None else tau - change.view_as(tau)
+        rest = tau.cpu()
+        if delta is not None:
+            change = delta.change(shared)
+            rest = change.view_as(rest).neg_().add_(rest)  # a fresh tensor is reused
+        elif shared is not None:
+            rest = rest - shared.view_as(rest)
         errors.append(energy_of(rest))
     return torch.stack(errors)
 

@@ -1,9 +1,11 @@
 """Work on many matrices at once: reading runs ahead of the arithmetic, and cores do not wait for one another."""
 
 import ctypes
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -42,6 +44,14 @@ def ordered_map(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+_ALONE = threading.Lock()
+
+
+def alone(condition: bool) -> AbstractContextManager:
+    """While the block runs no other block for which the condition held does."""
+    return _ALONE if condition else nullcontext()
 
 
 def release_memory() -> None:

@@ -19,9 +19,9 @@ from .deltas import Delta
 from .factor_store import FactorStore
 from .first_pass import Progress, Work, loss_weights
 from .layout import MergeSettings, lay_out, matrix_budget
-from .lowrank import Decomposition, MatrixSpectra, refine
+from .lowrank import Basis, Decomposition, MatrixSpectra, refine
 from .packing import cut, kept_out, pack, pack_vectors
-from .parallel import ordered_map, release_memory, workers_for
+from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
 from .storage import StorageReport, account
 from .task_vectors import Scan, TaskVectors
@@ -170,36 +170,8 @@ def finish(planned: Planned) -> Iterator[tuple[str, Stored, Tensor]]:
     work, precision = planned.work, planned.precision
 
     def one(item: tuple[MatrixSpectra, Tensor, tuple]) -> tuple[Stored, Tensor]:
-        row, k, (first, *experts) = item
-        vectors, settled = work.read(row.name), row.fixed_shared is not None
-        if settled and not row.fixed_shared:
-            shared = vectors[0].new_zeros(row.shape)
-        else:
-            shared = work.shared(row.name, vectors)
-        ranks = k.tolist()
-        modules = refine(
-            cut(
-                Decomposition(first, tuple(experts)),
-                ranks,
-                row.full,
-                shared,
-                vectors,
-                settled=settled,
-            ),
-            vectors,
-            weights=work.weights[row.name],
-            how=work.settings.refinement,
-            settings=work.settings.refining,
-            settled=settled,
-        )
-        stored = pack(
-            modules,
-            ranks,
-            vectors,
-            shape=work.task_vectors.infos[row.name].shape,
-            precision=precision[row.name],
-        )
-        return stored, kept_out(*stored, vectors)
+        with alone(work.task_vectors.large(item[0].name)):
+            return _finished(work, *item, precision=precision[item[0].name])
 
     items = (
         (row, k, work.store.pop(row.name))
@@ -209,7 +181,36 @@ def finish(planned: Planned) -> Iterator[tuple[str, Stored, Tensor]]:
     for i, (row, (stored, errors)) in enumerate(zip(planned.table, results)):
         work.progress("refine", i, len(planned.table))
         yield row.name, stored, errors
+        del stored, errors  # not kept while the next is waited for
         release_memory()
+
+
+def _finished(
+    work: Work,
+    row: MatrixSpectra,
+    k: Tensor,
+    bases: tuple[Basis, ...],
+    *,
+    precision: Precision,
+) -> tuple[Stored, Tensor]:
+    """One matrix of :func:`finish`."""
+    vectors, settled = work.read(row.name), row.fixed_shared is not None
+    if settled and not row.fixed_shared:
+        shared = vectors[0].new_zeros(row.shape)
+    else:
+        shared = work.shared(row.name, vectors)
+    parts, ranks = Decomposition(bases[0], bases[1:]), k.tolist()
+    modules = refine(
+        cut(parts, ranks, row.full, shared, vectors, settled=settled),
+        vectors,
+        weights=work.weights[row.name],
+        how=work.settings.refinement,
+        settings=work.settings.refining,
+        settled=settled,
+    )
+    shape = work.task_vectors.infos[row.name].shape
+    stored = pack(modules, ranks, vectors, shape=shape, precision=precision)
+    return stored, kept_out(*stored, vectors)
 
 
 def merge(
@@ -246,6 +247,7 @@ def merge(
             for task, delta in zip((None, *planned.tasks), (first, *others)):
                 if delta is not None:
                     sink.put(task, name, delta)
+            del first, others, delta
         shared, experts = sink.close()
     storage = account(shared, experts, unit_bits=work.layout.unit_bits)
     report = planned.report(errors)

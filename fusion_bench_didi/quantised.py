@@ -92,9 +92,9 @@ class RoundedDenseDelta(Delta):
         codes = self.codes
         if self.width == 4:
             codes = unpack_nibbles(codes, self.shape)
-        rows = codes.flatten(1).float() * self.scale[:, None]
+        rows = codes.flatten(1).float().mul_(self.scale[:, None])
         value = rows.view(self.shape)
-        return value if shared is None else shared + value
+        return value if shared is None else value.add_(shared)
 
 
 class AffineDelta(Delta):

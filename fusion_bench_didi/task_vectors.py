@@ -121,8 +121,7 @@ class TaskVectors:
         base = self.base.read(name).to(device, torch.float32)
         stack = base.new_empty(len(self.tasks), *base.shape)
         for tau, task in zip(stack, self.tasks):
-            tuned = self.read_tuned(name, task).to(device, torch.float32)
-            torch.sub(tuned, base, out=tau)
+            torch.sub(self.read_tuned(name, task).to(device), base, out=tau)
         return stack
 
     def matrices(
@@ -134,9 +133,13 @@ class TaskVectors:
             return self.read(name, device).view(-1, *shape)
         return _OneByOne(self, name, torch.device(device), shape)
 
+    def large(self, name: str) -> bool:
+        """Whether one task vector of the tensor alone takes so much memory that only one is worked on at a time."""
+        return 4 * self.infos[name].numel > STACK_BYTES // 2
+
     def _read_one(self, name: str, task: str, device) -> Tensor:
         tuned = self.read_tuned(name, task).to(device, torch.float32, copy=True)
-        return tuned.sub_(self.read_base(name).to(device, torch.float32))
+        return tuned.sub_(self.read_base(name).to(device))
 
     def scan(self, device: torch.device | str = "cpu") -> Scan:
         """Read everything once: finite? changed? how much?

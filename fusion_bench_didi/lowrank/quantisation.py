@@ -47,7 +47,8 @@ def round_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         x: (r, n).
     """
     top = 2 ** (bits - 1) - 1
-    step = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / top
+    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True)
+    step = largest.clamp_(min=torch.finfo(x.dtype).tiny) / top
     if bits < 8:
         step = step * _best_clip(x[:, :: -(-x.shape[1] // _SAMPLE)], step, top)
     codes = torch.div(x, step).round_().clamp_(-top, top).to(torch.int8)

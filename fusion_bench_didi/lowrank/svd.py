@@ -147,13 +147,14 @@ def sketched(shape: Sequence[int], rank: int, *, device: str = "cpu") -> bool:
     side, long = sorted(shape)
     if side < SKETCH_SIDE:
         return False
-    p = _searched(rank, side)
+    p = searched(rank, side)
     eigen = EIGEN_COST.get(device, EIGEN_COST["cuda"])
     sketch = 6 * long * side * p + 4 * side * p**2 + eigen * p**3
     return sketch < 2 * long * side**2 + eigen * side**3
 
 
-def _searched(rank: int, side: int) -> int:
+def searched(rank: int, side: int) -> int:
+    """How many directions the range finder looks at to get ``rank`` of them right."""
     width = -(-(int(OVERSAMPLING * rank) + EXTRA) // BLOCKS)
     return min(width * BLOCKS, side)
 
@@ -173,7 +174,7 @@ def _gram(a: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
 def _range_finder(a: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
     """As :func:`_gram`, within the block Krylov space of ``a^T a``."""
     side = a.shape[1]
-    width = -(-_searched(q, side) // BLOCKS)
+    width = -(-searched(q, side) // BLOCKS)
     seed = torch.Generator().manual_seed(side)
     block = torch.randn(side, width, generator=seed).to(a)
     blocks = []

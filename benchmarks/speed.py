@@ -1,0 +1,244 @@
+"""Merging from files to a saved model: seconds and peak memory of DiDi beside the host's methods.
+
+    python -m benchmarks.speed                    # ViT-B/32, eight tasks: DiDi, TSV-M, EMR, SMILE, WUDI
+    python -m benchmarks.speed growth             # DiDi-M over numbers of tasks, and over sizes
+    python -m benchmarks.speed --device cuda --only didi didi_float tsv_m
+
+Every run is a process of its own, imports not counted. Medians over ``--runs`` (peers of many minutes run once). WUDI is
+timed for ``--wudi-steps`` of its 300 steps and scaled. Results go to docs/speed.json and .md.
+"""
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .checkpoints import SHAPES, pool_of
+from .suites import machine, write_json
+
+WUDI_STEPS = 300
+ONCE = ("wudi", "smile")
+TASKS, SIZES = (2, 4, 8, 16, 20), ("vit-b-32", "vit-l-14")
+
+Merge = Callable[..., object]
+
+
+def _didi(exact: bool = False, to_disk: bool = False, **settings) -> Merge:
+    def run(pool, out: Path, **_):
+        from fusion_bench_didi.lowrank import svd
+        from fusion_bench_didi.method import DiDiMerging
+
+        if exact:
+            svd.SKETCH_SIDE = sys.maxsize
+        place = str(out) if to_disk else None
+        model = DiDiMerging(budget=1.4, output_dir=place, **settings).run(pool)
+        if not to_disk:
+            model.save_pretrained(out)
+        return model
+
+    return run
+
+
+def _tsv_m(pool, out: Path, **_):
+    from fusion_bench.method import TaskSingularVectorMerging
+
+    TaskSingularVectorMerging(alpha=1.0).run(pool).save_pretrained(out)
+
+
+def _wudi(pool, out: Path, steps: int, **_):
+    from fusion_bench.method.wudi import WUDIMerging
+
+    WUDIMerging(iter_num=steps).run(pool).save_pretrained(out)
+
+
+def _smile(pool, out: Path, device: str, **_):
+    from fusion_bench.method import SmileUpscalingAlgorithm
+    from safetensors.torch import save_model
+
+    model = SmileUpscalingAlgorithm(
+        device=device, upscaling_accelerator=device, gate_k=16, k=128
+    ).run(pool)
+    out.mkdir()
+    save_model(model, str(out / "model.safetensors"))
+
+
+def _emr(pool, out: Path, **_):
+    from fusion_bench_didi.method import EMRMerging
+
+    EMRMerging().run(pool).save_pretrained(out)
+
+
+METHODS: dict[str, tuple[str, Merge]] = {
+    "didi": ("DiDi-M", _didi()),
+    "didi_disk": (
+        "DiDi-M, written while merging",
+        _didi(to_disk=True, factor_memory_gb=0.1),
+    ),
+    "didi_exact": ("DiDi-M, exact decompositions", _didi(exact=True)),
+    "didi_float": ("DiDi-M, float factors", _didi(factor_dtype="checkpoint")),
+    "didi_float_exact": (
+        "DiDi-M, float factors, exact decompositions",
+        _didi(factor_dtype="checkpoint", exact=True),
+    ),
+    "tsv_m": ("TSV-M", _tsv_m),
+    "emr": ("EMR", _emr),
+    "smile": ("SMILE (16, 128)", _smile),
+    "wudi": ("WUDI, 300 steps", _wudi),
+}
+
+
+def child(method: str, arguments: argparse.Namespace) -> dict:
+    """One merge in this process."""
+    import fusion_bench.method  # noqa: F401  imports are not part of the merge
+    from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool
+    from omegaconf import DictConfig
+
+    directories = pool_of(arguments.shape, arguments.tasks)
+    where = Path(directories["_pretrained_"]).parent
+    language = arguments.shape.startswith("llama")
+    with tempfile.TemporaryDirectory(dir=where) as place:
+        begin = time.perf_counter()
+        if language:
+            kwargs = DictConfig({"torch_dtype": "bfloat16"})  # float32 if not told
+            pool = CausalLMPool(directories, tokenizer=None, model_kwargs=kwargs)
+        else:
+            pool = CLIPVisionModelPool(directories)
+        model = METHODS[method][1](
+            pool,
+            Path(place) / "out",
+            steps=arguments.wudi_steps,
+            device=arguments.device,
+        )
+        taken = time.perf_counter() - begin
+        written = sum(f.stat().st_size for f in Path(place).rglob("*") if f.is_file())
+        info = getattr(model, "info", None) or {}
+        result = {
+            "seconds": taken,
+            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "written": written,
+            "stages": info.get("seconds"),
+            "relative_error": info.get("relative_error"),
+        }
+    return result
+
+
+def measure(method: str, shape: str, tasks: int, arguments) -> dict:
+    """One merge in a process of its own.
+
+    Raises:
+        SystemExit: with what it printed last, if it fails.
+    """
+    command = [sys.executable, "-m", "benchmarks.speed", "--child", method]
+    command += ["--shape", shape, "--tasks", str(tasks), "--device", arguments.device]
+    command += ["--wudi-steps", str(arguments.wudi_steps)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{method} failed:\n{done.stderr[-3000:]}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    if method == "wudi":
+        result["seconds"] *= WUDI_STEPS / arguments.wudi_steps
+    print(method, shape, tasks, result, flush=True)
+    return result
+
+
+def medians(runs: list[dict]) -> dict:
+    """The run of median time, with the number of runs and the spread of their times."""
+    order = sorted(runs, key=lambda run: run["seconds"])
+    middle = order[(len(order) - 1) // 2]
+    times = [run["seconds"] for run in order]
+    return {**middle, "runs": len(runs), "fastest": times[0], "slowest": times[-1]}
+
+
+def side_by_side(arguments: argparse.Namespace) -> dict:
+    """Every method at one shape, taken in turns; the floor of the same machine."""
+    from .floor import Machine, floor, seconds
+
+    shape, tasks = arguments.shape, arguments.tasks
+    pool = pool_of(shape, tasks)
+    found: dict[str, list[dict]] = {name: [] for name in arguments.only}
+    for run in range(arguments.runs):
+        for name in arguments.only:
+            if run == 0 or name not in ONCE:
+                found[name].append(measure(name, shape, tasks, arguments))
+    rows = {name: medians(runs) for name, runs in found.items()}
+    speed = Machine.measured(Path(pool["_pretrained_"]))
+    for name, row in rows.items():
+        if name.startswith("didi"):
+            row["floor"] = seconds(floor(pool, _settings(name), row["written"]), speed)
+    rates = {"GFLOP/s": speed.flops / 1e9}
+    rates |= {"read GB/s": speed.read / 1e9, "write GB/s": speed.write / 1e9}
+    return {"shape": shape, "tasks": tasks, "rates": rates, "rows": rows}
+
+
+def _settings(name: str):
+    from fusion_bench_didi.budget import Budget
+    from fusion_bench_didi.layout import MergeSettings
+
+    dtype = "checkpoint" if "float" in name else "auto"
+    return MergeSettings(Budget(1.4), factor_dtype=dtype)
+
+
+def growth(arguments: argparse.Namespace) -> dict:
+    """DiDi-M over numbers of tasks at the first size, and over sizes at eight tasks; with fitted exponents."""
+    rows = []
+    for shape, tasks in (*((SIZES[0], t) for t in TASKS), *((s, 8) for s in SIZES[1:])):
+        pool_of(shape, tasks)
+        runs = [measure("didi", shape, tasks, arguments) for _ in range(arguments.runs)]
+        rows.append({"shape": shape, "tasks": tasks, **medians(runs)})
+    in_tasks = rows[: len(TASKS)]
+    exponent = _slope([r["tasks"] for r in in_tasks], [r["seconds"] for r in in_tasks])
+    eight = [r for r in rows if r["tasks"] == 8]
+    parameters = [_parameters(r["shape"]) for r in eight]
+    size = _slope(parameters, [r["seconds"] for r in eight])
+    return {"rows": rows, "exponent in tasks": exponent, "exponent in size": size}
+
+
+def _parameters(shape: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in SHAPES[shape].build().parameters())
+
+
+def _slope(x: list[float], y: list[float]) -> float:
+    """Least-squares slope of log y over log x."""
+    u, v = [math.log(a) for a in x], [math.log(b) for b in y]
+    mu, mv = statistics.mean(u), statistics.mean(v)
+    spread = sum((a - mu) ** 2 for a in u)
+    return sum((a - mu) * (b - mv) for a, b in zip(u, v)) / spread
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("peers", "growth"), default="peers")
+    parser.add_argument("--shape", choices=SHAPES, default="vit-b-32")
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--wudi-steps", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(child(arguments.child, arguments)))
+        return
+    from .speed_page import write_page
+
+    file = arguments.out / "speed.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    found = (side_by_side if arguments.what == "peers" else growth)(arguments)
+    record[arguments.what] = {"machine": machine(), "device": arguments.device, **found}
+    write_json(file, record)
+    write_page(record, arguments.out / "speed.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""docs/speed.md from docs/speed.json."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_page(record: Mapping[str, Any], file: Path) -> None:
+    """Tables of what was measured; sections that were not run are left out."""
+    lines = ["# Speed and memory of a merge", ""]
+    if "peers" in record:
+        lines += _peers(record["peers"])
+    if "growth" in record:
+        lines += _growth(record["growth"])
+    file.write_text("\n".join(lines) + "\n")
+
+
+def _peers(found: Mapping[str, Any]) -> list[str]:
+    from .speed import METHODS
+
+    rows = found["rows"]
+    peer = rows.get("tsv_m")
+    rates = ", ".join(f"{name} {value:.1f}" for name, value in found["rates"].items())
+    lines = [
+        f"## {found['shape']}, {found['tasks']} tasks, files to saved model",
+        "",
+        f"`python -m benchmarks.speed --shape {found['shape']} --tasks {found['tasks']}` on {found['device']}; "
+        f"{_text(found['machine'])}; {rates}.",
+        "",
+        "| method | runs | seconds | of TSV-M | over floor | peak GB | of TSV-M | relative error |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in rows.items():
+        ratio = row["seconds"] / peer["seconds"] if peer else float("nan")
+        memory = row["peak_gb"] / peer["peak_gb"] if peer else float("nan")
+        floor = f"{row['seconds'] / row['floor']:.1f}" if "floor" in row else ""
+        error = row["relative_error"]
+        lines.append(
+            f"| {METHODS[name][0]} | {row['runs']} | {row['seconds']:.1f} | {ratio:.2f} | {floor} | "
+            f"{row['peak_gb']:.2f} | {memory:.2f} | {'' if error is None else f'{error:.4f}'} |"
+        )
+    lines += [
+        "",
+        "Seconds per stage:",
+        "",
+        "| method | scan | decompose | allocate | refine |",
+    ]
+    lines.append("|---|--:|--:|--:|--:|")
+    for name, row in rows.items():
+        if row["stages"]:
+            stages = " | ".join(f"{s:.1f}" for s in row["stages"].values())
+            lines.append(f"| {METHODS[name][0]} | {stages} |")
+    return [*lines, ""]
+
+
+def _growth(found: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Growth",
+        "",
+        f"`python -m benchmarks.speed growth`, DiDi-M; {_text(found['machine'])}.",
+        "",
+        "| shape | tasks | seconds | peak GB |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['shape']} | {row['tasks']} | {row['seconds']:.1f} | {row['peak_gb']:.2f} |"
+        )
+    return [
+        *lines,
+        "",
+        f"Time grows as tasks^{found['exponent in tasks']:.2f} and as parameters^{found['exponent in size']:.2f}.",
+        "",
+    ]
+
+
+def _text(machine: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items())

@@ -11,11 +11,11 @@ from fusion_bench.modelpool import BaseModelPool
 from safetensors.torch import load_file
 
 from fusion_bench_didi.factor_store import FactorStore
-from fusion_bench_didi.first_pass import Work
 from fusion_bench_didi.layout import MergeSettings, lay_out, matrix_budget
 from fusion_bench_didi.lowrank import sketched
 from fusion_bench_didi.lowrank.svd import EIGEN_COST, searched
 from fusion_bench_didi.pool_reader import open_pool
+from fusion_bench_didi.work import Work
 
 
 @dataclass(frozen=True)

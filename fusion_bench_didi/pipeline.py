@@ -17,7 +17,7 @@ from torch import Tensor
 from .delta_sinks import DeltaSink, InMemory
 from .deltas import Delta
 from .factor_store import FactorStore
-from .first_pass import Progress, Work, loss_weights
+from .first_pass import allocate, first_pass, loss_weights, refined
 from .layout import MergeSettings, lay_out, matrix_budget
 from .lowrank import Basis, Decomposition, MatrixSpectra, refine
 from .packing import cut, kept_out, pack, pack_vectors
@@ -25,6 +25,7 @@ from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
 from .storage import StorageReport, account
 from .task_vectors import Scan, TaskVectors
+from .work import Progress, Work
 
 #: Stored forms of one matrix: the shared one, and one per task.
 Stored = tuple[Delta | None, list[Delta | None]]
@@ -148,13 +149,13 @@ def plan(
         FactorStore(settings.factor_memory_gb),
     )
     with _timed(seconds, "decompose"):
-        table, stored_as = work.first_pass()
+        table, stored_as = first_pass(work)
     while True:
         with _timed(seconds, "allocate"):
             progress("allocate", 0, 1)
-            rows, ranks, precision = table, work.allocate(table), stored_as
+            rows, ranks, precision = table, allocate(work, table), stored_as
             if settings.factor_dtype == "auto":
-                rows, ranks, precision = work.upgrade(table, ranks)
+                rows, ranks, precision = refined(work, table, ranks)
         with _timed(seconds, "decompose"):
             longer = work.extended(table, ranks, stored_as)
         if longer is None:

@@ -100,7 +100,7 @@ def test_eigensolver_that_fails_in_float32_is_tried_in_float64(monkeypatch, capl
 @pytest.mark.parametrize("dtype", ["auto", "float32", "int4"])
 @pytest.mark.parametrize("budget", [0.3, 0.9, 1.6])
 def test_a_small_first_guess_changes_no_rank(tiny_clip, monkeypatch, dtype, budget):
-    from fusion_bench_didi.first_pass import Work
+    from fusion_bench_didi.work import Work
 
     models = tiny_clip.pool_models()
     settings = merge_settings(budget, factor_dtype=dtype)
@@ -159,7 +159,7 @@ def test_ordered_map_hands_on_the_first_error_and_restores_threads():
 def test_number_of_workers_changes_no_bit(tiny_clip, monkeypatch):
     models = tiny_clip.pool_models()
     one = didi(models, budget=0.7)
-    for module in ("first_pass", "pipeline", "task_vectors"):
+    for module in ("work", "pipeline", "task_vectors"):
         monkeypatch.setattr(f"fusion_bench_didi.{module}.workers_for", lambda _: 3)
     three = didi(models, budget=0.7)
     for task in one.tasks:

@@ -1,0 +1,186 @@
+"""The matrices of one merge while they are worked on: read, decomposed as far as the budget reaches, kept for later."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .factor_store import FactorStore
+from .layout import Layout, MergeSettings, matrix_price
+from .lowrank import (
+    Decomposition,
+    MatrixSpectra,
+    decompose,
+    full_rank,
+    halved,
+    halves,
+    shared_matrix,
+    sketched,
+    spectra_of,
+    whole_from,
+)
+from .parallel import alone, ordered_map, release_memory, workers_for
+from .precision import Precision
+from .task_vectors import TaskVectors, matrix_shape
+
+Progress = Callable[[str, int, int], None]
+
+#: First guess of the largest rank in reach, in multiples of the even share; doubled where it was too small.
+REACH = 2.0
+#: First guess, in parts of the short side, where every matrix may well be stored whole ...
+GLANCE = 0.1
+#: ... which is not looked into further if the directions seen leave out more than this part of the energy.
+SPENT = 0.05
+
+
+@dataclass(frozen=True)
+class Work:
+    """The matrices of one merge and everything that is fixed while they are worked on."""
+
+    task_vectors: TaskVectors
+    settings: MergeSettings
+    layout: Layout
+    budget: int
+    weights: Mapping[str, Tensor]
+    device: torch.device | str
+    progress: Progress
+    store: FactorStore
+
+    def read(self, name: str) -> Sequence[Tensor]:
+        """Task vectors of one matrix, T of (m, n)."""
+        return self.task_vectors.matrices(name, self.device)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return matrix_shape(self.task_vectors.infos[name].shape)
+
+    def shared(self, name: str, vectors: Sequence[Tensor]) -> Tensor:
+        return shared_matrix(
+            vectors,
+            how=self.settings.shared,
+            weights=self.weights[name],
+            scale=self.settings.shared_scale,
+            keep=self.settings.ties_keep,
+        )
+
+    def cap(self, name: str) -> int:
+        """The largest rank that the price and the budget allow for a matrix."""
+        price = matrix_price(self.layout, self.task_vectors, name)
+        full = full_rank(*self.shape(name))
+        return max(min(price.cap, full, self.budget // price.per_rank), 1)
+
+    def _share(self, name: str) -> float:
+        """Bits of one expert if every number of every task vector got as many."""
+        numel = {n: self.task_vectors.infos[n].numel for n in self.layout.matrices}
+        tasks = len(self.task_vectors.tasks)
+        return self.budget * numel[name] / sum(numel.values()) / tasks
+
+    def _glanced(self, name: str) -> bool:
+        """Whether the even share is enough to store the matrix whole, in its cheapest precision."""
+        price = matrix_price(self.layout, self.task_vectors, name)
+        return self._share(name) >= price.dense
+
+    def first_guess(self, name: str) -> int:
+        """The largest rank that a matrix will probably be given: somewhat more than its even share.
+
+        Where the exact decomposition is as cheap, its whole reach. Where the even share is enough to store the matrix
+        whole, a glance that finds task vectors of low rank.
+        """
+        m, n = self.shape(name)
+        price = matrix_price(self.layout, self.task_vectors, name)
+        cap, kind = self.cap(name), torch.device(self.device).type
+        guess = REACH * self._share(name) / price.per_rank
+        guess = int(GLANCE * min(m, n) if self._glanced(name) else guess) + 8
+        return guess if guess < cap and sketched((m, n), guess, device=kind) else cap
+
+    def over(
+        self, stage: str, function: Callable, names: Sequence[str]
+    ) -> Iterator[tuple[str, object]]:
+        """Names and results, in order, with progress."""
+
+        def one(name: str):
+            with alone(self.task_vectors.large(name)):
+                return function(name)
+
+        results = ordered_map(one, names, workers=workers_for(self.device))
+        for i, (name, result) in enumerate(zip(names, results)):
+            self.progress(stage, i, len(names))
+            yield name, result
+
+    def rows(
+        self,
+        stage: str,
+        reach: Mapping[str, int],
+        stored_as: Mapping[str, Precision],
+        fixed: Mapping[str, int | None],
+    ) -> list[MatrixSpectra]:
+        """Decompose matrices up to the ranks given, against the whole of S or S cut to a fixed rank."""
+
+        def one(name: str) -> Decomposition:
+            return self._decompose(name, reach[name], fixed[name])
+
+        table = []
+        for name, parts in self.over(stage, one, list(reach)):
+            self.store.put(name, (parts.shared, *parts.experts))
+            release_memory()
+            table.append(self._row(name, parts, stored_as[name], fixed[name]))
+        return table
+
+    def _decompose(self, name: str, reach: int, fixed: int | None) -> Decomposition:
+        vectors, settings = self.read(name), self.settings
+        if fixed == 0:
+            return halves(vectors, None, max_rank=reach, name=name)
+        shared = self.shared(name, vectors)
+        if fixed is None and settings.allocation == "learned":
+            if settings.learning.coupled:
+                return halved(decompose(vectors, shared, max_rank=reach, name=name))
+        return halves(vectors, shared, shared_rank=fixed, max_rank=reach, name=name)
+
+    def _row(
+        self, name: str, parts: Decomposition, precision: Precision, fixed: int | None
+    ) -> MatrixSpectra:
+        shape = self.shape(name)
+        return spectra_of(
+            name,
+            parts,
+            weights=self.weights[name],
+            price=precision.price(*shape),
+            shape=shape,
+            fixed_shared=fixed,
+        )
+
+    def extended(
+        self,
+        table: list[MatrixSpectra],
+        ranks: Sequence[Tensor],
+        stored_as: Mapping[str, Precision],
+    ) -> list[MatrixSpectra] | None:
+        """The table with longer spectra where the ranks came to the end of them; None if they nowhere did."""
+        reach, fixed = {}, {}
+        for row, k in zip(table, ranks):
+            known = row.sigma.shape[1]
+            if known < self.cap(row.name) and self._beyond(row, k):
+                reach[row.name] = min(2 * known, self.cap(row.name))
+                fixed[row.name] = row.fixed_shared
+        if not reach:
+            return None
+        longer = {row.name: row for row in self.rows("extend", reach, stored_as, fixed)}
+        return [
+            replace(longer[row.name], price=row.price) if row.name in longer else row
+            for row in table
+        ]
+
+    def _beyond(self, row: MatrixSpectra, ranks: Tensor) -> bool:
+        """Whether a longer spectrum might be put to use."""
+        known, glanced = row.sigma.shape[1], self._glanced(row.name)
+        for j in row.free:
+            if known <= ranks[j] < row.full:
+                return True
+            if ranks[j] >= row.full:
+                rest = float(row.tail_energy[j])
+                seen = float(row.sigma[j].double().square().sum())
+                if rest < SPENT * (rest + seen):
+                    return True
+                if not glanced and whole_from(row, j)[0] >= known:
+                    return True
+        return False

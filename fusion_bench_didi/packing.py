@@ -99,12 +99,10 @@ def kept_out(
     shared = None if first is None else first.change()
     errors = []
     for delta, tau in zip(others, task_vectors):
+        change = delta.change(shared) if delta is not None else shared
         rest = tau.cpu()
-        if delta is not None:
-            change = delta.change(shared)
-            rest = change.view_as(rest).neg_().add_(rest)  # a fresh tensor is reused
-        elif shared is not None:
-            rest = rest - shared.view_as(rest)
+        if change is not None:
+            rest = rest - change.view_as(rest)
         errors.append(energy_of(rest))
     return torch.stack(errors)
 

@@ -1,0 +1,120 @@
+"""What each matrix is given: rank and bits per number, over budgets.
+
+python -m benchmarks.ranks_and_bits                 # ../shared/suite/real8; docs/ranks_and_bits.md and a plot
+"""
+
+import argparse
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+from matplotlib import pyplot as plt
+
+from fusion_bench_didi.method import DiDiMerging
+from fusion_bench_didi.pool_reader import open_pool
+from fusion_bench_didi.task_vectors import matrix_shape
+
+from .suites import Suite, machine, write_json
+
+BUDGETS = (0.16, 0.24, 0.36, 0.5, 0.75, 1.0, 1.24, 1.4, 2.0)
+BITS = {"int4": 4, "int8": 8, "bfloat16": 16, "float16": 16, "float32": 32}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", help="a directory, or demo")
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    suite = Suite(arguments.suite)
+    infos = open_pool(suite.modelpool).infos
+    found = {b: DiDiMerging(budget=b).run(suite.modelpool).info for b in BUDGETS}
+    names = list(next(iter(found.values()))["precision"])
+    rows = []
+    for name in names:
+        full = min(matrix_shape(infos[name].shape))
+        for budget, info in found.items():
+            ranks = info["ranks"]
+            rows.append(
+                {
+                    "matrix": name,
+                    "budget": budget,
+                    "full": full,
+                    "shared": ranks["shared"][name],
+                    "experts": mean(e[name] for e in ranks["experts"].values()),
+                    "bits": BITS[info["precision"][name]],
+                }
+            )
+    write_json(
+        arguments.out / "ranks_and_bits.json", {"machine": machine(), "rows": rows}
+    )
+    picture = _plot(names, rows)
+    image = f"{Path(suite.label).name}_ranks_and_bits.png"
+    (arguments.out / "img").mkdir(parents=True, exist_ok=True)
+    picture.savefig(arguments.out / "img" / image, dpi=150, bbox_inches="tight")
+    (arguments.out / "ranks_and_bits.md").write_text(_page(rows, image))
+
+
+def _plot(names: list[str], rows: list[dict]):
+    matplotlib.use("agg")
+    picture, panels = plt.subplots(
+        1, 2, figsize=(10, 1 + 0.26 * len(names)), sharey=True
+    )
+    at = {(row["matrix"], row["budget"]): row for row in rows}
+    for axes, key, label in (
+        (panels[0], "experts", "mean rank of an expert, % of full"),
+        (panels[1], "bits", "bits per number"),
+    ):
+        cells = [[_value(at[n, b], key) for b in BUDGETS] for n in names]
+        shown = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
+        middle = max(map(max, cells)) / 2
+        for y, line in enumerate(cells):
+            for x, value in enumerate(line):
+                colour = "black" if value > middle else "white"
+                axes.text(
+                    x,
+                    y,
+                    f"{value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color=colour,
+                )
+        axes.set_xticks(range(len(BUDGETS)), BUDGETS)
+        axes.set_xlabel("budget (fine-tuned models beyond the backbone)")
+        axes.set_title(label)
+        picture.colorbar(shown, ax=axes, fraction=0.04)
+    short = [n.removeprefix("vision_model.").removesuffix(".weight") for n in names]
+    panels[0].set_yticks(range(len(names)), short, fontsize=7)
+    picture.tight_layout()
+    return picture
+
+
+def _value(row: dict, key: str) -> float:
+    return 100 * row["experts"] / row["full"] if key == "experts" else row["bits"]
+
+
+def _page(rows: list[dict], image: str) -> str:
+    lines = [
+        "# Ranks and bits per matrix",
+        "",
+        f"`python -m benchmarks.ranks_and_bits`; the default (`factor_dtype=auto`). A rank of 100 % is stored whole.",
+        "",
+        f"![ranks and bits](img/{image})",
+        "",
+        "| budget | mean rank, % of full | matrices stored whole | matrices in 4 / 8 / more bits | shared directions |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for budget in BUDGETS:
+        mine = [row for row in rows if row["budget"] == budget]
+        rank = mean(100 * row["experts"] / row["full"] for row in mine)
+        whole = sum(row["experts"] == row["full"] for row in mine)
+        few, some = (sum(row["bits"] == b for row in mine) for b in (4, 8))
+        shared = sum(row["shared"] for row in mine)
+        lines.append(
+            f"| {budget} | {rank:.0f} | {whole} of {len(mine)} | {few} / {some} / {len(mine) - few - some} | {shared} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,8 @@ from fusion_bench_didi import DiDiMerging, DiDiModel
 from fusion_bench_didi.errors import ModelPoolError, UnknownTaskError
 from fusion_bench_didi.method import EMRMerging, RoutedMethod, TwinMerging
 from fusion_bench_didi.method.routed import fit_router_to
-from fusion_bench_didi.models.mixing import Routing
+from fusion_bench_didi.models import Serving
+from fusion_bench_didi.models.mixing import ByWeight
 from fusion_bench_didi.routers import make_router, weights_from
 from fusion_bench_didi.routers.heads import HEADS
 from fusion_bench_didi.taskpool import attach
@@ -34,7 +35,9 @@ def one_by_one(model, pixels, ids):
 
 @pytest.fixture
 def merged(tiny_clip):
-    return didi(tiny_clip.pool_models(), budget=0.7).eval()
+    model = didi(tiny_clip.pool_models(), budget=0.7).eval()
+    model.serving = Serving(dense_above=0.5, small=0)  # most experts stay factors
+    return model
 
 
 # --- mixed batches ------------------------------------------------------------------
@@ -44,9 +47,10 @@ def merged(tiny_clip):
 @pytest.mark.parametrize("budget", [0.3, 0.7, 9.0])
 def test_mixed_batch_equals_one_by_one(tiny_clip, dtype, budget):
     model = didi(tiny_clip.pool_models(), budget=budget, factor_dtype=dtype).eval()
+    model.serving = Serving(dense_above=0.5, small=0)
     pixels, ids = images(), torch.randint(3, (12,))
     found = model(pixels, task_ids=ids).pooler_output
-    assert model.mixed.owners is not None, "CLIP is run in one pass"
+    assert model.mixed.network is not None, "CLIP is run in one pass"
     torch.testing.assert_close(
         found, one_by_one(model, pixels, ids), atol=1e-5, rtol=1e-5
     )
@@ -66,8 +70,8 @@ def test_soft_weights_equal_merging_sample_by_sample(merged):
     pixels = images(20)
     weights = torch.rand(20, 3).softmax(1)
     found = merged(pixels, task_weights=weights).pooler_output
-    expected = merged.mixed.grouped(Routing.of(weights), (pixels,), {}).pooler_output
-    assert merged.mixed.owners is not None
+    expected = merged.mixed.grouped(ByWeight.of(weights), (pixels,), {}).pooler_output
+    assert merged.mixed.network is not None
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -75,7 +79,7 @@ def test_weights_of_zero_are_the_shared_model(merged):
     pixels = images(4)
     found = merged(pixels, task_weights=torch.zeros(4, 3)).pooler_output
     plain = merged.backbone
-    tensors = {n: t.common for n, t in merged.mixed.tables.items()}
+    tensors = {n: t.value(3) for n, t in merged.mixed.tables.items()}
     expected = torch.func.functional_call(plain, tensors, (pixels,)).pooler_output
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -94,7 +98,7 @@ def test_unknown_architectures_go_group_by_group(batch):
     model = didi(family(OpenClipLike()), budget=1.0).eval()
     pixels, ids = images(batch), torch.arange(batch) % 2
     found = model(pixels, task_ids=ids)
-    assert model.mixed.owners is None
+    assert model.mixed.network is None
     torch.testing.assert_close(
         found, one_by_one(model, pixels, ids), atol=1e-5, rtol=1e-5
     )

@@ -14,7 +14,7 @@ from helpers import QUICK
 
 from fusion_bench_didi.method import SEMerging
 from fusion_bench_didi.models import DynamicModel
-from fusion_bench_didi.models.mixing import Routing
+from fusion_bench_didi.models.mixing import ByWeight
 from fusion_bench_didi.routers.representation import distance, normalised
 
 
@@ -65,7 +65,7 @@ def test_batch_equals_one_by_one(tiny_clip, assignment, experts):
     weights = model.router.last
     alone = torch.cat([model(x[None]).pooler_output for x in pixels])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    dense = model.mixed.grouped(Routing.of(weights), (pixels,), {}).pooler_output
+    dense = model.mixed.grouped(ByWeight.of(weights), (pixels,), {}).pooler_output
     torch.testing.assert_close(together, dense, atol=1e-5, rtol=1e-5)
 
 
@@ -105,8 +105,42 @@ def test_storage_is_one_backbone_and_the_task_vectors(tiny_clip):
     )
     model = se(tiny_clip, ties)
     assert model.storage.x_incl == pytest.approx(5.0), "the merged model is stored too"
-    slim = se(tiny_clip, experts="didi", didi={**QUICK, "budget": 0.7})
-    assert slim.storage.x_incl < 3
+
+
+@pytest.mark.parametrize(
+    "base, scale",
+    [
+        (SimpleAverageAlgorithm(), 1 / 3),
+        (TaskArithmeticAlgorithm(scaling_factor=0.3), 0.3),
+    ],
+)
+def test_slim_experts_are_merged_themselves_and_store_nothing_more(
+    tiny_clip, base, scale
+):
+    didi = {**QUICK, "budget": 0.7, "factor_dtype": "int8", "residual": "full"}
+    model = se(tiny_clip, base, experts="didi", didi=didi)
+    assert len(model.shared) > 0
+    assert model.storage.routing_bits == 0
+    assert 0.65 < model.storage.x_excl <= 0.7
+    plain = [model.materialize(task) for task in model.tasks]
+    merged = copy.deepcopy(model.backbone)
+    with torch.no_grad():
+        for name, value in merged.named_parameters():
+            value += scale * sum(p.get_parameter(name) - value for p in plain)
+        expected = merged.eval()(images(), output_hidden_states=True)
+    found = model.router.merged_states(model, (images(),), {})
+    torch.testing.assert_close(
+        found[0], expected.hidden_states[-1][:, 0], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_slim_experts_with_another_merge_store_it(tiny_clip):
+    ties = TiesMergingAlgorithm(
+        scaling_factor=0.3, threshold=20, remove_keys=[], merge_func="sum"
+    )
+    didi = {**QUICK, "budget": 0.7}
+    model = se(tiny_clip, ties, experts="didi", didi=didi)
+    assert 1.65 < model.storage.x_excl <= 1.7
 
 
 def test_save_and_load(tiny_clip, tmp_path):

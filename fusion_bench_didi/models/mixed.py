@@ -2,21 +2,18 @@
 
 ``theta(x) = theta_0 + s S + sum_t w_t(x) E_t`` with S the shared change, ``s`` a number (1 but for methods that rescale
 everything), and ``E_t`` what task t adds to it. A row of ``w`` that is one-hot gives the model of that task, a row of
-zeros base plus shared part. For a linear layer with low-rank experts
+zeros base plus shared part.
 
-``y = (W_0 + s S) x + sum_t w_t(x) B_t (A_t x)``
+Two ways to run it. *Layered*: the batch is sorted by task once and runs through a network whose changed layers work by
+slices of it. *Grouped*: samples of equal weights are run together through ``functional_call``; right for any
+architecture whose outputs are batch-first. The first is used where every changed tensor belongs to a module that has a
+per-sample form, and where it agrees with the second on a few samples of the first batch; the second otherwise.
 
-so that a sample costs two thin products more and no weight is ever written. Factors are kept where they are small, r (m + n)
-<= m n / 2 values; elsewhere the task's dense matrix is, which takes the common one's place and costs no time. Norms, biases and embeddings are a table with a row per task, from which every sample mixes its own.
-
-Two ways to run it. *Layered*: the backbone runs once over the whole batch; its leaf modules are made per-sample for the
-length of the call. *Grouped*: samples of equal weights are run together through ``functional_call``; right for any
-architecture whose outputs are batch-first. The first is used where every changed tensor belongs to a module that is
-known here, and where it agrees with the second on the first batch; the second otherwise.
+On a CPU, where a batch that overflows the cache is slower than its parts, the sorted batch is cut between tasks.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,156 +21,178 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .mixing import Routing, Table, regrouped
-from .per_sample import PerSample, UnsupportedShape, per_sample_of
+from .mixing import ByTask, Mix, mix_of, regrouped
+from .per_sample import (
+    Current,
+    Product,
+    UnsupportedShape,
+    is_turned,
+    per_sample_network,
+)
+from .tables import Serving, table_of
 
 if TYPE_CHECKING:
     from .dynamic import DynamicModel
 
 log = logging.getLogger(__name__)
-AGREEMENT = (
-    1e-3  # relative; a wrong layer order is off by far more, rounding by far less
-)
+#: relative; a wrong layer order is off by far more, rounding by far less
+AGREEMENT = 1e-3
+#: samples of the first batch on which the two ways are compared
+PROBES = 4
+#: bytes of a layer's output that stay near the processor
+CACHE = 8 * 2**20
 
 
 class MixedForward:
-    """The mixed forward of one model; working copies of its changes are made at the first call.
+    """The mixed forward of one model.
 
     Args:
-        model: whose experts are mixed. Changes to it after the first call are not seen; make another.
+        model: whose experts are mixed. Changes to it afterwards are not seen; make another.
         shared_scale: ``s``.
-        layered: false: always by groups.
+        serving: memory against time.
     """
 
     def __init__(
-        self, model: "DynamicModel", *, shared_scale: float = 1.0, layered: bool = True
+        self,
+        model: "DynamicModel",
+        *,
+        shared_scale: float = 1.0,
+        serving: Serving = Serving(),
     ):
-        self.model = model
-        self.tables = {
-            name: Table.of(
-                model.base_tensor(name),
-                model.shared.get(name),
-                [model.modulators[task].deltas.get(name) for task in model.tasks],
-                shared_scale,
-            )
-            for name in model.touched
-        }
-        self.owners = owners(model.backbone, self.tables) if layered else None
-        self.trusted = False
+        self.backbone, self.count = model.backbone, len(model.tasks)
+        # tensors that are made in inference mode could not be used outside of it
+        with torch.inference_mode(False):
+            self.tables = {}
+            for name in model.touched:
+                owner, _, leaf = name.rpartition(".")
+                self.tables[name] = table_of(
+                    model.base_tensor(name),
+                    model.shared.get(name),
+                    [model.modulators[task].deltas.get(name) for task in model.tasks],
+                    shared_scale=shared_scale,
+                    turned=is_turned(self.backbone.get_submodule(owner), leaf),
+                    serving=serving,
+                )
+            self.current = Current()
+            self.network = per_sample_network(self.backbone, self.tables, self.current)
+        self.trusted, self.limit = False, PROBES
 
     @torch.no_grad()
     def __call__(self, weights: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The backbone's output, sample by sample under its own weights.
 
         Args:
-            weights: (B, T); columns in the order of ``model.tasks``.
+            weights: (B, T); columns in the order of the model's tasks.
             *args, **kwargs: of the backbone; tensors whose first side is B are split by sample, all others shared.
         """
-        routing = Routing.of(weights)
-        if self.owners is None:
-            return self.grouped(routing, args, kwargs)
-        try:
-            output = self.layered(routing, args, kwargs)
-        except UnsupportedShape as reason:
-            return self._give_up(reason, routing, args, kwargs)
-        if not self.trusted and len(routing.groups) > 1:
-            few = routing.probe()
-            picked = regrouped((args, kwargs), few, len(weights))
-            expected = self.grouped(Routing.of(weights[few]), *picked)
-            if not _agree(expected, regrouped(output, few, len(weights))):
-                reason = "results differ from those of single tasks"
-                return self._give_up(reason, routing, args, kwargs)
-            self.trusted = True
-        return output
+        return self._run(mix_of(weights), args, kwargs)
 
-    def layered(self, routing: Routing, args: tuple, kwargs: dict) -> Any:
-        """One pass over the batch, sorted so that equal weights lie side by side."""
-        size = len(routing.weights)
-        if len(routing.groups) > 1:
-            args, kwargs = regrouped((args, kwargs), routing.order, size)
-        with _replaced(self.owners, routing) as called:
-            output = self.model.backbone(*args, **kwargs)
-        silent = [name for name in self.owners if name not in called]
-        if silent:
-            raise UnsupportedShape(f"weights are used without a call of {silent[0]}")
-        if len(routing.groups) == 1:
-            return output
-        return regrouped(output, routing.back, size)
+    @torch.no_grad()
+    def by_task(self, task_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As above for one task per sample, (B,) in 0 ... T; T is the shared model."""
+        return self._run(ByTask.of(task_ids, self.count), args, kwargs)
 
-    def grouped(self, routing: Routing, args: tuple, kwargs: dict) -> Any:
+    def layered(self, mix: Mix, args: tuple, kwargs: dict) -> Any:
+        """The whole batch at once, or on a CPU in pieces whose activations stay in its cache."""
+        if self.network.training != self.backbone.training:
+            self.network.train(self.backbone.training)
+        whole = torch.compiler.is_compiling() or mix.order.device.type != "cpu"
+
+        def run(piece: Mix, args: tuple, kwargs: dict) -> Any:
+            self.current.mix = piece
+            return self.network(*args, **kwargs)
+
+        return _in_pieces([mix] if whole else mix.pieces(self.limit), run, args, kwargs)
+
+    def grouped(self, mix: Mix, args: tuple, kwargs: dict) -> Any:
         """One pass per distinct row of weights."""
-        size, parts = len(routing.weights), []
-        for group in routing.groups:
-            index = routing.order[group.where]
-            picked, named = regrouped((args, kwargs), index, size)
-            tensors = {n: t.mixed(group) for n, t in self.tables.items()}
-            parts.append(functional_call(self.model.backbone, tensors, picked, named))
-        return regrouped(_joined(parts, routing), routing.back, size)
 
-    def _give_up(self, reason: Any, routing: Routing, args: tuple, kwargs: dict) -> Any:
+        def run(piece: Mix, args: tuple, kwargs: dict) -> Any:
+            tensors = {n: t.mixed(piece.row) for n, t in self.tables.items()}
+            return functional_call(self.backbone, tensors, args, kwargs)
+
+        return _in_pieces(list(mix.groups()), run, args, kwargs)
+
+    def _run(self, mix: Mix, args: tuple, kwargs: dict) -> Any:
+        self.verify(mix.size, args, kwargs)
+        if self.network is None or mix.uniform:
+            return self.grouped(mix, args, kwargs)
+        try:
+            return self.layered(mix, args, kwargs)
+        except UnsupportedShape as reason:
+            self._give_up(reason)
+            return self.grouped(mix, args, kwargs)
+
+    def verify(self, size: int, args: tuple, kwargs: dict) -> None:
+        """At the first batch, of ``size`` samples: see whether the two ways agree."""
+        if self.network is not None and not self.trusted:
+            self._compare(size, args, kwargs)
+
+    @torch.compiler.disable
+    def _compare(self, size: int, args: tuple, kwargs: dict) -> None:
+        """Run a few samples, each under another task, both ways."""
+        device = next(self.backbone.parameters()).device
+        tasks = torch.arange(min(PROBES, self.count), device=device)
+        picked = regrouped((args, kwargs), tasks % size, size)
+        mix = ByTask.of(tasks, self.count)
+        try:
+            with _largest_output(self.network) as largest:
+                found = self.layered(mix, *picked)
+        except UnsupportedShape as reason:
+            return self._give_up(reason)
+        self.limit = CACHE // max(largest)
+        if _agree(self.grouped(mix, *picked), found):
+            self.trusted = True
+        else:
+            self._give_up("results differ from those of single tasks")
+
+    def _give_up(self, reason: Any) -> None:
         log.warning("Mixed batches are run group by group: %s.", reason)
-        self.owners = None
-        return self.grouped(routing, args, kwargs)
-
-
-def owners(
-    backbone: nn.Module, tables: Mapping[str, Table]
-) -> dict[str, tuple[nn.Module, PerSample]] | None:
-    """The per-sample form of each module that owns changed tensors; None if one of them has none."""
-    by_module: dict[str, dict[str, Table]] = {}
-    for name, table in tables.items():
-        owner, _, leaf = name.rpartition(".")
-        by_module.setdefault(owner, {})[leaf] = table
-    names: dict[int, int] = {}
-    for _, parameter in backbone.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
-    found = {}
-    for owner, leaves in by_module.items():
-        module = backbone.get_submodule(owner)
-        tied = any(names.get(id(getattr(module, leaf)), 1) > 1 for leaf in leaves)
-        make = None if tied else per_sample_of(module, leaves)
-        if make is None:
-            log.info("No per-sample form of %s (%s).", owner, type(module).__name__)
-            return None
-        found[owner] = (module, make)
-    return found
+        self.network = None
 
 
 @contextmanager
-def _replaced(owners: Mapping[str, tuple[nn.Module, PerSample]], routing: Routing):
-    """The modules with their per-sample forward; yields the names of those that were called."""
-    called: set[str] = set()
+def _largest_output(network: nn.Module) -> Iterator[list[int]]:
+    """Yields a list that fills with the bytes per sample that products give."""
+    sizes = [1]
 
-    def calling(name: str, module: nn.Module, run: PerSample) -> Callable[..., Any]:
-        plain = module.forward
+    def see(_: nn.Module, args: tuple, y: Tensor) -> None:
+        sizes.append(y.nbytes // len(y))
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            called.add(name)
-            return run(routing, plain, *args, **kwargs)
-
-        return forward
-
+    products = [m for m in network.modules() if isinstance(m, Product)]
+    handles = [module.register_forward_hook(see) for module in products]
     try:
-        for name, (module, run) in owners.items():
-            module.forward = calling(name, module, run)
-        yield called
+        yield sizes
     finally:
-        for module, _ in owners.values():
-            module.__dict__.pop("forward", None)
+        for handle in handles:
+            handle.remove()
 
 
-def _joined(parts: list[Any], routing: Routing) -> Any:
-    """Outputs of the groups as the output of one batch."""
+def _in_pieces(
+    pieces: list[Mix], run: Callable[[Mix, tuple, dict], Any], args: tuple, kwargs: dict
+) -> Any:
+    """The output of the batch as given, from runs of parts of it."""
+    order = torch.cat([piece.order for piece in pieces])
+    size, parts = len(order), []
+    for piece in pieces:
+        parts.append(run(piece, *regrouped((args, kwargs), piece.order, size)))
+    output = parts[0]
+    if len(parts) > 1:
+        output = _joined(parts, [piece.size for piece in pieces])
+    return regrouped(output, order.argsort(), size)
+
+
+def _joined(parts: list[Any], sizes: list[int]) -> Any:
+    """Outputs of the pieces as the output of one batch."""
     first = parts[0]
     if isinstance(first, Tensor):
-        sizes = [group.size for group in routing.groups]
         rows = all(p.ndim and len(p) == n for p, n in zip(parts, sizes))
         return torch.cat(parts) if rows else first
     if isinstance(first, Mapping):
-        joined = {key: _joined([p[key] for p in parts], routing) for key in first}
+        joined = {key: _joined([p[key] for p in parts], sizes) for key in first}
         return type(first)(**joined)
     if isinstance(first, (tuple, list)):
-        return type(first)(_joined(list(p), routing) for p in zip(*parts))
+        return type(first)(_joined(list(p), sizes) for p in zip(*parts))
     return first
 
 

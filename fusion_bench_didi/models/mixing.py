@@ -1,200 +1,221 @@
-"""Tensors that are mixed from task changes, and batches that are sorted by their weights."""
+"""What a batch is mixed by: a task per sample, or weights over the tasks per sample.
 
-from collections.abc import Mapping, Sequence
+Both offer the same three operations on tables, per sample: :meth:`rows` of a small tensor, a :meth:`product` with a
+matrix, and a :meth:`lookup` of rows of a matrix.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Union
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..deltas import Delta, LowRankDelta, SpectralDelta
-from ..lowrank.quantisation import unpack_nibbles
-from ..quantised import RoundedLowRankDelta
+from .products import product_by_task
+from .tables import MatrixTable, ValueTable
 
-MAX_GROUPS = (
-    2  # times T: with more distinct rows than that, rows count as all different
-)
+#: values of the matrices that are mixed at a time
+BLOCK = 2**22
 
 
-@dataclass(frozen=True)
-class Group:
-    """Samples of equal weights, side by side in the sorted batch."""
+@dataclass
+class ByTask:
+    """One task per sample; the batch is sorted so that equal tasks lie side by side.
 
-    where: slice
-    weights: Tensor  # (T,)
+    Args:
+        tasks: (B,) sorted; T stands for the shared model.
+        counts: (T + 1,) samples per task, on the CPU.
+        order: (B,) where the samples are in the batch as given.
+    """
+
+    uniform: ClassVar[bool] = False
+    tasks: Tensor
+    counts: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, task_ids: Tensor, count: int) -> "ByTask":
+        """Sorts the batch.
+
+        Args:
+            task_ids: (B,) in 0 ... T.
+            count: T.
+
+        Raises:
+            IndexError: for other numbers.
+        """
+        tasks, order = task_ids.sort(stable=True)
+        numbers = torch.arange(count + 1, device=tasks.device)
+        counts = (tasks[:, None] == numbers).sum(0).cpu()
+        # compiled, product_by_task finds it out
+        if not torch.compiler.is_compiling() and int(counts.sum()) != len(tasks):
+            raise IndexError(
+                f"task_ids {task_ids.tolist()} are not all in 0 ... {count}."
+            )
+        return cls(tasks, counts, order)
 
     @property
     def size(self) -> int:
-        return self.where.stop - self.where.start
+        return len(self.tasks)
 
-    @cached_property
-    def task(self) -> int | None:
-        """The task, if the weights are one-hot."""
-        active = self.active
-        if len(active) == 1 and self.weights[active[0]] == 1:
-            return active[0]
-        return None
+    def groups(self) -> Iterator["ByTask"]:
+        """The samples of one task each."""
+        start = 0
+        for task, count in enumerate(self.counts.tolist()):
+            if count:
+                counts = torch.zeros_like(self.counts)
+                counts[task] = count
+                part = slice(start, start + count)
+                yield ByTask(self.tasks[part], counts, self.order[part])
+            start += count
 
-    @cached_property
-    def active(self) -> list[int]:
-        """The tasks that take part."""
-        return self.weights.nonzero().squeeze(1).tolist()
+    def pieces(self, limit: int) -> list["ByTask"]:
+        """Batches of at most ``limit`` samples, or of one task."""
+        pieces: list[ByTask] = []
+        for group in self.groups():
+            if pieces and pieces[-1].size + group.size <= limit:
+                pieces[-1] = pieces[-1] + group
+            else:
+                pieces.append(group)
+        return pieces
+
+    def __add__(self, other: "ByTask") -> "ByTask":
+        both = zip((self.tasks, self.order), (other.tasks, other.order))
+        tasks, order = (torch.cat(pair) for pair in both)
+        return ByTask(tasks, self.counts + other.counts, order)
+
+    @property
+    def row(self) -> Tensor:
+        """(T,) the weights of the first sample."""
+        return (torch.arange(len(self.counts) - 1) == int(self.tasks[0])).float()
+
+    def rows(self, table: ValueTable) -> Tensor:
+        """(B, *shape)."""
+        return table.values.index_select(0, self.tasks)
+
+    def scale(self, owner: Tensor) -> Tensor:
+        """(B, R) weights of directions that belong to the tasks ``owner`` (R,)."""
+        return self.tasks[:, None] == owner
+
+    def product(self, x: Tensor, table: MatrixTable, offset: Tensor | None) -> Tensor:
+        """``x_i W_i + offset_i`` for x (B, ..., n) and offset (B or 1, m); (B, ..., m)."""
+        return product_by_task(
+            x, self.counts, offset, table.matrices, table.firsts, table.lasts
+        )
+
+    def lookup(self, positions: Tensor, values: Tensor) -> Tensor:
+        """Rows ``positions`` (B, ...) of each sample's own matrix, out of (T + 1, n, m)."""
+        shift = self.tasks.view(-1, *(1,) * (positions.ndim - 1)) * values.shape[1]
+        return F.embedding(positions + shift, values.flatten(0, 1))
 
 
-@dataclass(frozen=True)
-class Routing:
-    """What a batch is mixed by.
+@dataclass
+class ByWeight:
+    """Weights over the tasks per sample.
 
     Args:
-        weights: (B, T), as given.
-        order: (B,) positions of the given batch, sorted; ``back`` is its inverse.
-        groups: over the sorted batch.
+        weights: (B, T).
+        order: (B,) where the samples are in the batch as given.
+        uniform: all rows are equal.
     """
 
     weights: Tensor
     order: Tensor
-    back: Tensor
-    groups: tuple[Group, ...]
+    uniform: bool = False
 
     @classmethod
-    def of(cls, weights: Tensor) -> "Routing":
-        rows, which, counts = weights.unique(
-            dim=0, return_inverse=True, return_counts=True
-        )
-        order = which.argsort(stable=True)
-        groups, start = [], 0
-        for row, count in zip(rows, counts.tolist()):
-            groups.append(Group(slice(start, start + count), row))
-            start += count
-        return cls(weights, order, order.argsort(), tuple(groups))
+    def of(cls, weights: Tensor) -> "ByWeight":
+        order = torch.arange(len(weights), device=weights.device)
+        uniform = bool((weights == weights[0]).all())
+        return cls(weights, order, uniform)
 
     @property
-    def few(self) -> bool:
-        """Whether running group by group is worth it."""
-        return len(self.groups) <= MAX_GROUPS * self.weights.shape[1]
+    def size(self) -> int:
+        return len(self.weights)
 
-    @cached_property
-    def sorted(self) -> Tensor:
-        return self.weights[self.order]  # (B, T)
+    @property
+    def row(self) -> Tensor:
+        return self.weights[0]
 
-    def probe(self, count: int = 4) -> Tensor:
-        """Positions of one sample from each of a few groups."""
-        starts = [group.where.start for group in self.groups[:count]]
-        return self.order[starts]
+    def groups(self) -> Iterator["ByWeight"]:
+        """The samples of equal weights each."""
+        _, which = self.weights.unique(dim=0, return_inverse=True)
+        for group in range(int(which.max()) + 1):
+            index = (which == group).nonzero().squeeze(1)
+            yield ByWeight(self.weights[index], self.order[index], True)
+
+    def pieces(self, limit: int) -> list["ByWeight"]:
+        return [self]
+
+    def scale(self, owner: Tensor) -> Tensor:
+        return self.weights[:, owner]
+
+    def rows(self, table: ValueTable) -> Tensor:
+        common = table.values[-1]
+        changes = table.values[:-1] - common
+        return common + torch.tensordot(self.weights.to(common), changes, 1)
+
+    def product(self, x: Tensor, table: MatrixTable, offset: Tensor | None) -> Tensor:
+        weights = self.weights.to(x)
+        if table.dense:
+            own = weights[:, table.dense]
+            weights_of = torch.cat([own, 1 - own.sum(1, keepdim=True)], 1)
+            matrices = [*(table.matrices[task] for task in table.dense), table.common]
+            y = _mixed_product(x, weights_of, matrices)
+        else:
+            y = x @ table.common
+        if len(table.owner):
+            scale = over(weights[:, table.owner], x)
+            y = y + ((x @ table.first) * scale) @ table.last
+        return y if offset is None else y + over(offset, y)
+
+    def lookup(self, positions: Tensor, values: Tensor) -> Tensor:
+        y = common = F.embedding(positions, values[-1])
+        for task in range(len(values) - 1):
+            scale = over(self.weights[:, task : task + 1].to(values), common)
+            y = y + scale * (F.embedding(positions, values[task]) - common)
+        return y
 
 
-class Table:
-    """One tensor of the backbone and its value under each task.
+def _mixed_product(x: Tensor, weights: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """``x_i (sum_d w_id M_d)``: a matrix per sample costs less than a product per task where samples have many rows.
 
     Args:
-        common: base plus shared change.
-        tasks: per task ``(up, down)`` with change ``up @ down``, the dense value of the tensor, or None for
-            ``common``.
+        x: (B, ..., n).
+        weights: (B, D).
+        matrices: D of (n, m).
     """
-
-    def __init__(
-        self, common: Tensor, tasks: Sequence[tuple[Tensor, Tensor] | Tensor | None]
-    ):
-        self.common, self.tasks = common, list(tasks)
-        self._stacks: tuple[Tensor, ...] | None = None
-
-    @classmethod
-    @torch.no_grad()
-    def of(
-        cls,
-        base: Tensor,
-        shared: Delta | None,
-        deltas: Sequence[Delta | None],
-        shared_scale: float = 1.0,
-    ) -> "Table":
-        """In the base's data type and on its device, computed in float32."""
-        whole = None if shared is None else shared.change()
-        common = base.float()
-        if whole is not None:
-            common = common + shared_scale * whole
-        tasks: list[tuple[Tensor, Tensor] | Tensor | None] = []
-        for delta in deltas:
-            factors = None if delta is None else factors_of(delta)
-            if factors is not None and base.ndim == 2:
-                tasks.append(tuple(f.to(base.dtype) for f in factors))
-            elif delta is None:
-                tasks.append(None)
-            else:
-                added = delta.change(whole)
-                added = added if whole is None else added - whole
-                tasks.append((common + added).to(base.dtype))
-        return cls(common.to(base.dtype), tasks)
-
-    @property
-    def factored(self) -> bool:
-        return all(isinstance(task, tuple) for task in self.tasks)
-
-    def value(self, task: int) -> Tensor:
-        """The dense tensor of one task."""
-        kept = self.tasks[task]
-        if kept is None:
-            return self.common
-        if isinstance(kept, tuple):
-            return self.common + (kept[0] @ kept[1]).view(self.common.shape)
-        return kept
-
-    def mixed(self, group: "Group") -> Tensor:
-        """The dense tensor under one row of weights, ``common + sum_t w_t (value_t - common)``."""
-        if group.task is not None:
-            return self.value(group.task)
-        value = self.common
-        for task in group.active:
-            change = self.value(task) - self.common
-            value = value + group.weights[task].to(value) * change
-        return value
-
-    def rows(self, weights: Tensor) -> Tensor:
-        """A small tensor for every sample.
-
-        Args:
-            weights: (B, T).
-
-        Returns:
-            (B, *shape).
-        """
-        if self._stacks is None:
-            changes = [self.value(t) - self.common for t in range(len(self.tasks))]
-            self._stacks = (torch.stack(changes),)
-        mixed = torch.tensordot(weights.to(self.common), self._stacks[0], 1)
-        return self.common + mixed
-
-    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All tasks' factors side by side: up (m, R), down (R, n), and the task of each of the R directions."""
-        if self._stacks is None:
-            up = torch.cat([kept[0] for kept in self.tasks], 1)
-            down = torch.cat([kept[1] for kept in self.tasks], 0)
-            ranks = torch.tensor([kept[0].shape[1] for kept in self.tasks])
-            owner = torch.arange(len(self.tasks)).repeat_interleave(ranks)
-            self._stacks = (up, down, owner.to(up.device))
-        return self._stacks
+    n, m = matrices[0].shape
+    flat = torch.stack([*matrices]).flatten(1)  # (D, n m)
+    step = max(1, BLOCK // flat.shape[1])
+    rows = x.reshape(len(x), -1, n)
+    parts = zip(rows.split(step), weights.split(step))
+    y = torch.cat([part @ (row @ flat).view(-1, n, m) for part, row in parts])
+    return y.view(*x.shape[:-1], m)
 
 
-def factors_of(delta: Delta) -> tuple[Tensor, Tensor] | None:
-    """(up, down) in float32 if they hold at most half as many values as the matrix.
+Mix = Union[ByTask, ByWeight]
 
-    Above that the dense matrix is faster: it replaces the common product, factors come on top of it.
+
+@torch.compiler.disable
+def mix_of(weights: Tensor) -> Mix:
+    """By task where every row is one-hot or zero, else by weight.
+
+    Args:
+        weights: (B, T).
     """
-    if isinstance(delta, RoundedLowRankDelta):
-        m, n = delta.shape[0], delta.numel // delta.shape[0]
-        up, down = delta.up, delta.down
-        if delta.width == 4:
-            up = unpack_nibbles(up, (m, delta.rank))
-            down = unpack_nibbles(down, (delta.rank, n))
-        up, down = up.float() * delta.scale, down.float()
-    elif isinstance(delta, SpectralDelta):
-        up, down = delta.up.float() * delta.sigma.float(), delta.down.float()
-    elif isinstance(delta, LowRankDelta):
-        up, down = delta.up.float(), delta.down.float()
-    else:
-        return None
-    small = 2 * (up.numel() + down.numel()) <= delta.numel
-    return (up, down) if small else None
+    largest, tasks = weights.max(1)
+    count = weights.shape[1]
+    alone = (weights != 0).sum(1) == (largest != 0)
+    if bool((alone & ((largest == 1) | (largest == 0))).all()):
+        return ByTask.of(torch.where(largest == 1, tasks, count), count)
+    return ByWeight.of(weights)
+
+
+def over(rows: Tensor, like: Tensor) -> Tensor:
+    """(B, c) laid out to broadcast over (B, ..., c)."""
+    return rows.view(len(rows), *(1,) * (like.ndim - 2), -1)
 
 
 def regrouped(value: Any, index: Tensor, size: int) -> Any:

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 
-def model_card(config: Mapping[str, Any]) -> str:
+def model_card(
+    config: Mapping[str, Any], home: str = "fusion_bench_didi.models"
+) -> str:
     """Tasks, budget, storage table and parents of a merged model, in the hub's format.
 
     Args:
         config: the saved configuration.
+        home: where its class is imported from.
     """
     storage, info, backbone = config["storage"], config["info"], config["backbone"]
     parents = info.get("parents", {})
@@ -26,7 +29,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"Backbone: `{backbone['class']}` from `{backbone['source'] or 'memory'}` (not contained).",
         "",
         "```python",
-        f"from fusion_bench_didi.models import {config['model_class']}",
+        f"from {home} import {config['model_class']}",
         "",
         f'model = {config["model_class"]}.from_pretrained("<this directory>", backbone=...)',
         f'model.set_task("{config["tasks"][0]}")',

@@ -1,227 +1,229 @@
-"""Leaf modules whose weights differ from sample to sample.
+"""A backbone whose changed layers run every sample under its own weights.
 
-Every function takes the batch sorted by its weights. Operations that are linear in their weight are run group by group
-where few samples differ, and otherwise as ``common(x) + sum_t w_t(x) change_t(x)``, which needs no weight per sample.
+The network is a second set of modules over the same tensors: leaf modules that own changed tensors become a subclass with
+another forward, all others are shallow copies. What the batch is mixed by is put into :class:`Current` before a call.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .mixing import Routing, Table
+from .mixing import Mix, over
+from .tables import AnyTable, MatrixTable
 
-PerSample = Callable[..., Any]
-
-#: bare parameters that broadcast over the batch in their module's forward, which takes them per sample as (B, 1, n)
-BROADCAST = {"CLIPVisionEmbeddings": "class_embedding"}
+#: bare parameters (n,) that broadcast in their module's forward, which then takes them per sample as (B, 1, n)
+BROADCAST = {"CLIPVisionEmbeddings": "class_embedding", "LlamaRMSNorm": "weight"}
 
 
 class UnsupportedShape(Exception):
     """An input whose first side is not the batch; says which."""
 
 
-def per_sample_of(module: nn.Module, leaves: Mapping[str, Table]) -> PerSample | None:
-    """The per-sample forward of a module, or None for kinds not known here.
+class Current:
+    """What the batch under way is mixed by."""
+
+    mix: Mix | None = None
+
+
+class PerSample:
+    """What the subclasses below have beside the module they extend.
+
+    Attributes:
+        tables: of the changed tensors, by their name in the module.
+        current: shared by the whole network.
+    """
+
+    tables: Mapping[str, AnyTable]
+    current: Current
+
+    def prepare(self) -> None:
+        """Working copies, before the first call."""
+
+    def mix_for(self, x: Tensor) -> Mix:
+        """The current mix, if it is of as many samples as the input."""
+        mix = self.current.mix
+        if x.ndim < 2 or len(x) != mix.size:
+            raise UnsupportedShape(f"{type(self).__name__} is given {tuple(x.shape)}")
+        return mix
+
+
+class Product(PerSample):
+    """``x W + b``: linear layers, and the (n, m) ones of GPT-2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mix = self.mix_for(x)
+        if "weight" in self.tables:
+            return mix.product(x, self.tables["weight"], self.offset(mix))
+        y = super().forward(x)
+        return y + over(mix.rows(self.tables["bias"]) - self.bias, y)
+
+    def offset(self, mix: Mix) -> Tensor | None:
+        """The bias per sample (B, m), or of all (1, m)."""
+        if "bias" in self.tables:
+            return mix.rows(self.tables["bias"])
+        return None if self.bias is None else self.bias[None]
+
+
+class Patches(Product):
+    """A convolution whose kernels do not overlap: a linear layer on patches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mix = self.mix_for(x)
+        if "weight" not in self.tables:
+            y = nn.Conv2d.forward(self, x)
+            return y + (mix.rows(self.tables["bias"]) - self.bias)[:, :, None, None]
+        rows = patches(x, self.kernel_size)
+        y = mix.product(rows, self.tables["weight"], self.offset(mix))
+        return y.mT.unflatten(2, (-1, x.shape[3] // self.kernel_size[1]))
+
+
+class Norm(PerSample):
+    """Layer norm."""
+
+    def prepare(self) -> None:
+        # without weight and bias torch takes a path that is half as fast on a CPU
+        self.plain = torch.ones_like(self.weight), torch.zeros_like(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mix = self.mix_for(x)
+        y = F.layer_norm(x, self.normalized_shape, *self.plain, self.eps)
+        weight, bias = self.rows("weight", mix, x), self.rows("bias", mix, x)
+        return y * weight if bias is None else torch.addcmul(bias, y, weight)
+
+    def rows(self, leaf: str, mix: Mix, x: Tensor) -> Tensor | None:
+        if leaf not in self.tables:
+            return getattr(self, leaf)
+        rows = mix.rows(self.tables[leaf])
+        missing = x.ndim - rows.ndim
+        return rows.view(len(rows), *(1,) * missing, *rows.shape[1:])
+
+
+class Lookup(PerSample):
+    """An embedding; ids (1, N) are the same for all samples."""
+
+    def prepare(self) -> None:
+        table = self.tables["weight"]
+        self.values = table.stacked() if table.dense else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        size, table = self.current.mix.size, self.tables["weight"]
+        if ids.ndim > 1 and len(ids) == 1:
+            ids = ids.expand(size, *ids.shape[1:])
+        mix = self.mix_for(ids)
+        if self.values is not None:
+            return mix.lookup(ids, self.values)
+        inner = F.embedding(ids, table.first)
+        own = inner * over(mix.scale(table.owner).to(inner), inner)
+        return F.embedding(ids, table.common) + own @ table.last
+
+
+@lru_cache(maxsize=None)
+def broadcast_form(leaf: str) -> type:
+    """A module that sees its parameter once per sample."""
+
+    def rows(self: PerSample) -> Tensor:
+        return self.current.mix.rows(self.tables[leaf])[:, None]
+
+    return type("Broadcast", (PerSample,), {leaf: property(rows)})
+
+
+def form_of(module: nn.Module, leaves: Mapping[str, Any]) -> type | None:
+    """The per-sample form of a module, or None for kinds not known here.
 
     Args:
         leaves: its changed tensors by their name in the module.
     """
     kind = type(module)
-    if BROADCAST.get(kind.__name__) in leaves and len(leaves) == 1:
-        return _broadcast(module, leaves[BROADCAST[kind.__name__]])
+    leaf = BROADCAST.get(kind.__name__)
+    if leaf is not None and set(leaves) == {leaf}:
+        return broadcast_form(leaf)
     if not set(leaves) <= {"weight", "bias"}:
         return None
-    if kind is nn.Linear:
-        return _affine(module, leaves, F.linear, transposed=False)
-    if kind.__name__ == "Conv1D":  # the (n, m) linear layer of GPT-2
-        return _affine(module, leaves, lambda x, w: x @ w, transposed=True)
-    if kind is nn.Conv2d and module.padding_mode == "zeros":
-        options = (module.stride, module.padding, module.dilation, module.groups)
-        return _affine(
-            module,
-            leaves,
-            lambda x, w: F.conv2d(x, w, None, *options),
-            transposed=False,
-        )
-    if kind is nn.LayerNorm:
-        return _layer_norm(module, leaves)
+    if kind is nn.Linear or kind.__name__ == "Conv1D":
+        return Product
+    if kind is nn.Conv2d and apart(module):
+        return Patches
+    if kind is nn.LayerNorm and module.weight is not None:
+        return Norm
     if kind is nn.Embedding and module.max_norm is None:
-        return _embedding(leaves["weight"])
+        return Lookup
     return None
 
 
-def _affine(
+def is_turned(module: nn.Module, leaf: str) -> bool | None:
+    """How :func:`~.tables.table_of` lays a tensor out for the module that owns it."""
+    if getattr(module, leaf).ndim < 2:
+        return None
+    return isinstance(module, (nn.Linear, nn.Conv2d))
+
+
+def per_sample_network(
+    backbone: nn.Module, tables: Mapping[str, AnyTable], current: Current
+) -> nn.Module | None:
+    """The network; None if a changed tensor belongs to a module without a per-sample form, or to several modules."""
+    by_module: dict[str, dict[str, AnyTable]] = {}
+    for name, table in tables.items():
+        owner, _, leaf = name.rpartition(".")
+        by_module.setdefault(owner, {})[leaf] = table
+    uses: dict[int, int] = {}
+    for _, parameter in backbone.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    forms: dict[nn.Module, tuple[type, dict[str, AnyTable]]] = {}
+    for owner, leaves in by_module.items():
+        module = backbone.get_submodule(owner)
+        tied = any(uses.get(id(getattr(module, leaf)), 1) > 1 for leaf in leaves)
+        form = None if tied else form_of(module, leaves)
+        if form is None:
+            return None
+        forms[module] = (form, leaves)
+    return _mirrored(backbone, forms, current, {})
+
+
+def patches(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The vectors that a convolution without overlap multiplies, (B, N, c h w) of (B, c, H, W)."""
+    rows, columns = (side // step for side, step in zip(x.shape[2:], size))
+    x = x[:, :, : rows * size[0], : columns * size[1]]
+    x = x.unflatten(3, (columns, size[1])).unflatten(2, (rows, size[0]))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def apart(module: nn.Conv2d) -> bool:
+    """Whether the kernels of a convolution do not overlap, as :func:`patches` supposes."""
+    return (
+        module.kernel_size == module.stride
+        and module.padding in (0, (0, 0), "valid")
+        and module.dilation == (1, 1)
+        and module.groups == 1
+    )
+
+
+def _mirrored(
     module: nn.Module,
-    leaves: Mapping[str, Table],
-    apply: Callable[[Tensor, Tensor], Tensor],
-    *,
-    transposed: bool,
-) -> PerSample:
-    """``apply(x, W) + b`` where ``apply`` is linear in both."""
-    weight, bias, kind = leaves.get("weight"), leaves.get("bias"), type(module)
-    sides = -1 if not isinstance(module, nn.Conv2d) else 1  # of the channels
-
-    def run(routing: Routing, plain: Any, x: Tensor) -> Tensor:
-        _batched(x, routing, module)
-        if kind is nn.Linear and routing.few and not (weight and weight.factored):
-            return _linear_by_group(module, weight, bias, routing, x)
-        if weight is None:
-            y = apply(x, module.weight)
-        elif weight.factored:
-            y = apply(x, weight.common)
-            y = y + _thin(x, weight, routing, transposed)
-        elif routing.few:
-            y = torch.cat([apply(x[g.where], weight.mixed(g)) for g in routing.groups])
-        else:
-            y = _summed(x, weight, routing, apply)
-        rows = None
-        if bias is not None:
-            rows = bias.rows(routing.sorted)  # (B, m)
-        elif module.bias is not None:
-            rows = module.bias[None]
-        if rows is None:
-            return y
-        if sides == 1:
-            return y + rows[:, :, None, None]
-        return y + rows.view(len(rows), *(1,) * (y.ndim - 2), -1)
-
-    return run
+    forms: Mapping[nn.Module, tuple[type, dict[str, AnyTable]]],
+    current: Current,
+    made: dict[nn.Module, nn.Module],
+) -> nn.Module:
+    """A copy of a tree of modules that shares everything but the modules themselves: tensors, hooks, configurations."""
+    if module in made:
+        return made[module]
+    twin = made[module] = copy.copy(module)
+    twin._modules = {
+        name: child and _mirrored(child, forms, current, made)
+        for name, child in module._modules.items()
+    }
+    if module in forms:
+        form, twin.__dict__["tables"] = forms[module]
+        twin.__dict__["current"] = current
+        twin.__class__ = _combined(form, type(module))
+        twin.prepare()
+    return twin
 
 
-def _linear_by_group(
-    module: nn.Linear,
-    weight: Table | None,
-    bias: Table | None,
-    routing: Routing,
-    x: Tensor,
-) -> Tensor:
-    """One product per group, written where it belongs."""
-    y = x.new_empty(*x.shape[:-1], module.out_features)
-    per_sample = x[0].numel() // x.shape[-1]
-    sizes = [per_sample * group.size for group in routing.groups]
-    rows = x.reshape(-1, x.shape[-1]).split(sizes)
-    outs = y.view(-1, module.out_features).split(sizes)
-    for group, given, out in zip(routing.groups, rows, outs):
-        w = module.weight if weight is None else weight.mixed(group)
-        b = module.bias if bias is None else bias.mixed(group)
-        if b is None:
-            torch.mm(given, w.mT, out=out)
-        else:
-            torch.addmm(b, given, w.mT, out=out)
-    return y
-
-
-def _thin(x: Tensor, table: Table, routing: Routing, transposed: bool) -> Tensor:
-    """``sum_t w_t(x) B_t (A_t x)``."""
-
-    def product(x: Tensor, up: Tensor, down: Tensor, scale: Any = None) -> Tensor:
-        first, last = (up, down.T) if transposed else (down.T, up)
-        inner = x @ first
-        if scale is not None:
-            inner = inner * scale
-        return F.linear(inner, last)
-
-    one_hot = [group.task for group in routing.groups]
-    if routing.few and None not in one_hot:
-        return torch.cat(
-            [
-                product(x[g.where], *table.tasks[task])
-                for g, task in zip(routing.groups, one_hot)
-            ]
-        )
-    up, down, owner = table.factors()
-    scale = routing.sorted.to(x)[:, owner]  # (B, R)
-    return product(x, up, down, _over(scale, x))
-
-
-def _summed(x: Tensor, table: Table, routing: Routing, apply: Any) -> Tensor:
-    """``(1 - sum_t w_t) common(x) + sum_t w_t value_t(x)``."""
-    weights = routing.sorted.to(x)
-    common = apply(x, table.common)
-    y = _over(1 - weights.sum(1, keepdim=True), common, channels_last=False) * common
-    for task in weights.abs().sum(0).nonzero().squeeze(1).tolist():
-        part = apply(x, table.value(task))
-        scale = weights[:, task : task + 1]
-        y = y + _over(scale, part, channels_last=False) * part
-    return y
-
-
-def _layer_norm(module: nn.LayerNorm, leaves: Mapping[str, Table]) -> PerSample:
-    def run(routing: Routing, plain: Any, x: Tensor) -> Tensor:
-        _batched(x, routing, module)
-        if routing.few:
-            parts = []
-            for group in routing.groups:
-                w, b = (
-                    (
-                        leaves[leaf].mixed(group)
-                        if leaf in leaves
-                        else getattr(module, leaf)
-                    )
-                    for leaf in ("weight", "bias")
-                )
-                part = x[group.where]
-                parts.append(
-                    F.layer_norm(part, module.normalized_shape, w, b, module.eps)
-                )
-            return torch.cat(parts)
-        y = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
-        for leaf, combine in (("weight", torch.mul), ("bias", torch.add)):
-            if leaf in leaves:
-                rows = leaves[leaf].rows(routing.sorted)
-                missing = y.ndim - rows.ndim
-                rows = rows.view(len(rows), *(1,) * missing, *rows.shape[1:])
-                y = combine(y, rows)
-            elif getattr(module, leaf) is not None:
-                y = combine(y, getattr(module, leaf))
-        return y
-
-    return run
-
-
-def _embedding(table: Table) -> PerSample:
-    def run(routing: Routing, plain: Any, ids: Tensor) -> Tensor:
-        size = len(routing.weights)
-        if ids.ndim > 1 and ids.shape[0] == 1:
-            ids = ids.expand(size, *ids.shape[1:])
-        if ids.ndim < 2 or len(ids) != size:
-            raise UnsupportedShape(f"an embedding of positions {tuple(ids.shape)}")
-        weights = routing.sorted.to(table.common)
-        y = F.embedding(ids, table.common)
-        for task in weights.abs().sum(0).nonzero().squeeze(1).tolist():
-            change = table.value(task) - table.common
-            scale = weights[:, task].view(-1, *(1,) * (y.ndim - 1))
-            y = y + scale * F.embedding(ids, change)
-        return y
-
-    return run
-
-
-def _broadcast(module: nn.Module, table: Table) -> PerSample:
-    (leaf,) = (n for n, p in module._parameters.items() if p is not None)
-
-    def run(routing: Routing, plain: Any, *args: Any, **kwargs: Any) -> Any:
-        kept = module._parameters.pop(leaf)
-        try:
-            setattr(module, leaf, table.rows(routing.sorted)[:, None])  # (B, 1, n)
-            return plain(*args, **kwargs)
-        finally:
-            module.__dict__.pop(leaf, None)
-            module._parameters[leaf] = kept
-
-    return run
-
-
-def _batched(x: Tensor, routing: Routing, module: nn.Module) -> None:
-    if x.ndim < 2 or len(x) != len(routing.weights):
-        raise UnsupportedShape(f"{type(module).__name__} is given {tuple(x.shape)}")
-
-
-def _over(rows: Tensor, like: Tensor, *, channels_last: bool = True) -> Tensor:
-    """(B, c) laid out to multiply (B, ..., c), or (B, 1) to multiply anything."""
-    if channels_last:
-        return rows.view(len(rows), *(1,) * (like.ndim - 2), -1)
-    return rows.view(len(rows), *(1,) * (like.ndim - 1))
+@lru_cache(maxsize=None)
+def _combined(form: type, kind: type) -> type:
+    return type(f"PerSample{kind.__name__}", (form, kind), {})

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from ..checkpoint import _sha256 as digest
+from ..checkpoint import file_digest
 from ..errors import CheckpointMismatchError
 from .base import Router, weights_from
 from .features import FeatureRouter, OracleRouter
@@ -43,7 +43,7 @@ def write_router(directory: Path, router: Router) -> dict[str, Any]:
     entry: dict[str, Any] = {"kind": router.kind, "options": router.options()}
     if tensors:
         save_file(tensors, directory / FILE)
-        entry["sha256"] = digest(directory / FILE)
+        entry["sha256"] = file_digest(directory / FILE)
     return entry
 
 
@@ -56,7 +56,7 @@ def read_router(directory: Path, entry: dict[str, Any]) -> Router:
     router = ROUTERS[entry["kind"]](**entry["options"])
     if "sha256" in entry:
         file = directory / FILE
-        if not file.is_file() or digest(file) != entry["sha256"]:
+        if not file.is_file() or file_digest(file) != entry["sha256"]:
             raise CheckpointMismatchError(
                 f"{file} is missing or was altered. Copy or write the whole directory again."
             )

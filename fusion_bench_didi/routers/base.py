@@ -118,6 +118,7 @@ class Router(nn.Module):
             threshold=threshold,
         )
 
+    @torch.compiler.disable
     @torch.no_grad()
     def route(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
         """Weights for the backbone's arguments; kept in ``last``, and counted."""

@@ -23,6 +23,7 @@ def record(
     kwargs: dict,
     *,
     weights: Tensor | None = None,
+    shared_scale: float = 1.0,
     tensors: Mapping[str, Tensor] | None = None,
     inputs_of: Sequence[str] = (),
     outputs_of: Sequence[str] = (),
@@ -31,6 +32,7 @@ def record(
 
     Args:
         weights: (T,) for all samples; None for the shared model.
+        shared_scale: factor on the shared part.
         tensors: run the backbone with these in place of its own instead.
         inputs_of, outputs_of: module names; a module in both appears with its output.
 
@@ -45,6 +47,9 @@ def record(
         if len(found) == wanted:
             raise _Done
 
+    forward = model.mixed_at(shared_scale)
+    if tensors is None:
+        forward.verify(batch_size(args, kwargs), args, kwargs)  # before it is watched
     handles = []
     for name in inputs_of:
         module = model.backbone.get_submodule(name)
@@ -62,7 +67,7 @@ def record(
         else:
             row = torch.zeros(len(model.tasks)) if weights is None else weights
             rows = row.expand(batch_size(args, kwargs), -1)
-            model.mixed_at(1.0)(rows, *args, **kwargs)
+            forward(rows, *args, **kwargs)
     except _Done:
         return found
     finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..lowrank.svd import spectrum
+from ..models.per_sample import apart, patches
 from .base import Router
 from .probes import blocks, layer_names, record
 
@@ -35,7 +36,8 @@ def responses(x: Tensor, basis: Tensor) -> Tensor:
     Returns:
         (B, K + 1); the last column is the energy.
     """
-    inner = F.linear(x, basis).square().mean(1)  # (B, K)
+    rows = x.flatten(0, 1)
+    inner = (rows @ basis.mT).square_().view(*x.shape[:2], -1).mean(1)  # (B, K)
     energy = x.square().sum(-1).mean(1, keepdim=True)  # (B, 1)
     return torch.cat([inner, energy], 1).add(EPS).log()
 
@@ -143,6 +145,8 @@ def early_layers(backbone: nn.Module) -> list[str]:
 
 def rows_of(module: nn.Module, x: Tensor) -> Tensor:
     """The vectors that a linear layer or convolution multiplies, (B, N, n)."""
+    if isinstance(module, nn.Conv2d) and apart(module):
+        return patches(x.to(module.weight.dtype), module.kernel_size)
     if isinstance(module, nn.Conv2d):
         return F.unfold(
             x.to(module.weight.dtype),

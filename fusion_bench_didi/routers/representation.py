@@ -53,7 +53,9 @@ class RepresentationRouter(Router):
         distance: ``l2`` or ``cosine``.
         normalisation: ``none``, ``mean`` or ``minmax``, over the tasks.
         prefer: ``near`` (the published reading) or ``far``: see docs/routing.md for where that is the right sign.
-        merged_weight: the merged model is base + shared + ``merged_weight`` * sum of the experts; 0: the shared model.
+        merged_weight: the merged model is base + ``merged_shared`` * shared + ``merged_weight`` * sum of the experts; 0: the
+            shared model.
+        merged_shared: see there.
         total_mass: sum of the weights.
         **options: of :class:`Router`.
     """
@@ -70,6 +72,7 @@ class RepresentationRouter(Router):
         normalisation: Literal["none", "mean", "minmax"] = "mean",
         prefer: Literal["near", "far"] = "near",
         merged_weight: float | None = None,
+        merged_shared: float = 1.0,
         total_mass: float = 1.0,
         **options: Any,
     ):
@@ -87,12 +90,13 @@ class RepresentationRouter(Router):
         self.normalisation, self.prefer = normalisation, prefer
         if merged_weight is None:
             merged_weight = 1 / len(tasks)
-        self.merged_weight, self.total_mass = float(merged_weight), float(total_mass)
+        self.merged_weight, self.merged_shared = float(merged_weight), merged_shared
+        self.total_mass = float(total_mass)
 
     def options(self) -> dict[str, Any]:
         names = ("layers", "pooling", "distance", "normalisation", "prefer")
-        own = {n: getattr(self, n) for n in (*names, "merged_weight", "total_mass")}
-        return {**super().options(), **own}
+        names += ("merged_weight", "merged_shared", "total_mass")
+        return {**super().options(), **{name: getattr(self, name) for name in names}}
 
     @property
     def shared_scale(self) -> float:
@@ -139,14 +143,15 @@ class RepresentationRouter(Router):
             tensors = {n: model.base_tensor(n) + c for n, c in changes.items()}
             return self.states(model, None, args, kwargs, tensors=tensors)
         row = torch.full((len(self.tasks),), self.merged_weight)
-        return self.states(model, row, args, kwargs)
+        return self.states(model, row, args, kwargs, shared_scale=self.merged_shared)
 
     def states(
-        self, model, row: Tensor | None, args: tuple, kwargs: dict, *, tensors=None
+        self, model, row: Tensor | None, args: tuple, kwargs: dict, **options: Any
     ) -> list[Tensor]:
-        """Representations under one row of weights, or with the tensors given."""
-        options = {"weights": row, "tensors": tensors, "outputs_of": self.names}
-        found = record(model, args, kwargs, **options)
+        """Representations under one row of weights; options as of :func:`.probes.record`."""
+        found = record(
+            model, args, kwargs, weights=row, outputs_of=self.names, **options
+        )
         return [pooled(found[name], self.pooling) for name in self.names]
 
     def plain_scores(self, features: Tensor) -> Tensor:

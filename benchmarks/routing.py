@@ -25,9 +25,9 @@ from fusion_bench_didi.demo import build_suite
 from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
 from fusion_bench_didi.demo.mixed_pools import MixedFolderTaskPool
 from fusion_bench_didi.method import SEMerging
-from fusion_bench_didi.method.cat import load_images
 from fusion_bench_didi.method.routed import fit_router_to
 from fusion_bench_didi.models import DynamicModel
+from fusion_bench_didi.pool_images import load_images
 from fusion_bench_didi.routers import RepresentationRouter, make_router
 from fusion_bench_didi.routers.probes import blocks
 from fusion_bench_didi.routers.representation import DISTANCES, distance

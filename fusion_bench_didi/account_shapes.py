@@ -1,8 +1,8 @@
-"""Storage from shapes alone, for published figures and for models whose forms are not deltas.
+"""Storage from shapes alone, for published figures.
 
 The deltas of each method are built on the meta device and added up by the one account, so nothing is counted here that is
 not counted for a real model in the same way. SMILE and WEMoE are classes of the host that route by input; what they
-store is written down as a formula.
+store is written down as a formula here, and taken from their tensors in :mod:`.host_models`.
 
 Letters: ``m`` out, ``n`` in, ``T`` tasks, ``P`` values of one fine-tuned model, all in float32.
 """
@@ -197,47 +197,6 @@ def wemoe(
         expert_bits={task: bits * sum(mlp for mlp, _ in blocks) for task in tasks},
         routing_bits=bits * sum(routers[router_layers](width) for _, width in blocks),
     )
-
-
-def host_storage(
-    model: nn.Module, tasks: Sequence[str], *, unit_bits: int, bits: int = 32
-) -> StorageReport | None:
-    """The account of a model that the host's SMILE or WEMoE returned; None for any other model.
-
-    Args:
-        unit_bits: one fine-tuned model, see :class:`~fusion_bench_didi.storage.StorageReport`.
-        bits: per value.
-    """
-    from fusion_bench.models.smile_moe.linear_from_module import SmileMoELinear
-    from fusion_bench.models.we_moe import WeightEnsemblingMoE
-
-    experts = [m for m in model.modules() if isinstance(m, SmileMoELinear)]
-    blocks = [m for m in model.modules() if isinstance(m, WeightEnsemblingMoE)]
-    values = unit_bits // bits
-    if experts:
-        return smile(
-            values,
-            [
-                LinearShape(m.out_features, m.in_features, m.bias is not None)
-                for m in experts
-            ],
-            tasks,
-            rank=experts[0].k,
-            gate_rank=experts[0].gate_k,
-            bits=bits,
-        )
-    if blocks:
-        return wemoe(
-            values,
-            [
-                (sum(p.numel() for p in m.base_model.parameters()), m.hidden_size)
-                for m in blocks
-            ],
-            tasks,
-            router_layers=blocks[0].gate.num_hidden_layers,
-            bits=bits,
-        )
-    return None
 
 
 def _account(

@@ -17,7 +17,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from .deltas import Delta
 from .errors import CheckpointMismatchError, DiDiError
@@ -79,51 +79,29 @@ def _open_up(directory: Path) -> None:
         os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~umask)
 
 
-def write_deltas(
-    directory: Path,
-    shared: Mapping[str, Delta],
-    experts: Mapping[str, Mapping[str, Delta]],
-) -> dict[str, Any]:
-    """Write all deltas; returns the manifest for :func:`read_deltas`."""
-    tensors: dict[str, Tensor] = {}
-    entries = []
-    owners = [(None, SHARED, shared)]
-    owners += [(task, f"experts/{task}", deltas) for task, deltas in experts.items()]
-    for task, prefix, deltas in owners:
-        for name, delta in deltas.items():
-            # tensor names hold dots, tasks may; a slash keeps "t" + "a.b" and "t.a" + "b" apart
-            key = f"{prefix}/{name}"
-            entries.append(
-                {
-                    "task": task,
-                    "tensor": name,
-                    "kind": delta.kind,
-                    "shape": list(delta.shape),
-                    "key": key,
-                    "options": delta.options(),
-                }
-            )
-            for part, value in delta.tensors().items():
-                tensors[f"{key}.{part}"] = value.contiguous().cpu()
-    save_torch_state_dict(tensors, directory, max_shard_size=MAX_SHARD)
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write tensors as they are; nothing is written for none.
+
+    Returns:
+        SHA-256 by file name, for :func:`open_tensors`.
+    """
+    save_torch_state_dict(
+        {name: independent(value) for name, value in tensors.items()},
+        directory,
+        max_shard_size=MAX_SHARD,
+    )
     files = sorted(directory.glob("*.safetensors"))
-    return {
-        "tasks": list(experts),
-        "deltas": entries,
-        "files": {f.name: _sha256(f) for f in files},
-    }
+    return {file.name: file_digest(file) for file in files}
 
 
-def read_deltas(
-    directory: Path, manifest: Mapping[str, Any]
-) -> tuple[dict[str, Delta], dict[str, dict[str, Delta]]]:
-    """Read back what :func:`write_deltas` wrote.
+def open_tensors(directory: Path, files: Mapping[str, str]) -> dict[str, Any]:
+    """What :func:`write_tensors` wrote: by tensor name the open file, whose ``get_tensor(name)`` reads it.
 
     Raises:
         CheckpointMismatchError: for a missing, truncated or altered file.
     """
     where: dict[str, Any] = {}
-    for file, digest in manifest["files"].items():
+    for file, digest in files.items():
         path = directory / file
         if not path.is_file():
             raise CheckpointMismatchError(
@@ -135,11 +113,65 @@ def read_deltas(
             raise CheckpointMismatchError(
                 f"{path} is not a whole safetensors file ({error}). Copy or write it again."
             ) from error
-        if _sha256(path) != digest:
+        if file_digest(path) != digest:
             raise CheckpointMismatchError(
                 f"{path} was altered after it was written: its SHA-256 differs from config.json's. Copy or write it again."
             )
         where.update(dict.fromkeys(handle.keys(), handle))
+    return where
+
+
+def independent(value: Tensor) -> Tensor:
+    """On the CPU, contiguous, and no view: a view of a larger tensor would be written with the whole."""
+    value = value.detach().contiguous().cpu()
+    whole = value.untyped_storage().nbytes() == value.nbytes
+    return value if whole else value.clone()
+
+
+def write_deltas(
+    directory: Path,
+    shared: Mapping[str, Delta],
+    experts: Mapping[str, Mapping[str, Delta]],
+) -> dict[str, Any]:
+    """Write all deltas; returns the manifest for :func:`read_deltas`."""
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    for task, deltas in ((None, shared), *experts.items()):
+        for name, delta in deltas.items():
+            entry = entry_of(task, name, delta)
+            entries.append(entry)
+            for part, value in delta.tensors().items():
+                tensors[f"{entry['key']}.{part}"] = value
+    return {
+        "tasks": list(experts),
+        "deltas": entries,
+        "files": write_tensors(directory, tensors),
+    }
+
+
+def entry_of(task: str | None, name: str, delta: Delta) -> dict[str, Any]:
+    """A delta in the manifest; its tensors are found under ``key`` and the name of the part."""
+    # tensor names hold dots, tasks may; a slash keeps "t" + "a.b" and "t.a" + "b" apart
+    prefix = SHARED if task is None else f"experts/{task}"
+    return {
+        "task": task,
+        "tensor": name,
+        "kind": delta.kind,
+        "shape": list(delta.shape),
+        "key": f"{prefix}/{name}",
+        "options": delta.options(),
+    }
+
+
+def read_deltas(
+    directory: Path, manifest: Mapping[str, Any]
+) -> tuple[dict[str, Delta], dict[str, dict[str, Delta]]]:
+    """Read back what :func:`write_deltas` wrote.
+
+    Raises:
+        CheckpointMismatchError: for a missing, truncated or altered file.
+    """
+    where = open_tensors(directory, manifest["files"])
     shared: dict[str, Delta] = {}
     experts: dict[str, dict[str, Delta]] = {task: {} for task in manifest["tasks"]}
     for entry in manifest["deltas"]:
@@ -185,37 +217,6 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(beside, path)
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of names, shapes and up to 256 evenly spaced values per tensor: tells backbones apart at no cost."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:256].double().cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def load_backbone(reference: Mapping[str, Any]) -> nn.Module:
-    """The base model that a saved configuration names.
-
-    Raises:
-        DiDiError: if the reference tells no place to load it from.
-    """
-    from fusion_bench.utils import import_object, instantiate
-
-    source = reference["source"]
-    if isinstance(source, str):
-        return import_object(reference["class"]).from_pretrained(source)
-    if isinstance(source, Mapping):
-        return instantiate(source)
-    raise DiDiError(
-        f"The saved model does not say where its backbone ({reference['class']}) lies: it was merged from modules in "
-        "memory. Pass backbone=<the base model> to from_pretrained."
-    )
-
-
 def versions() -> dict[str, str]:
     """Versions of what takes part in a result."""
     from importlib.metadata import PackageNotFoundError, version
@@ -229,7 +230,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fusion_bench_didi import account_shapes as shapes_alone
+from fusion_bench_didi.host_models import host_storage
 from fusion_bench_didi.method import (
     EMRMerging,
     FreeMerging,
@@ -106,11 +107,17 @@ def _values(module: nn.Module) -> int:
 def test_smile_is_what_the_host_stores(bias, rank):
     base = nn.Linear(12, 8, bias=bias)
     tuned = [nn.Linear(12, 8, bias=bias) for _ in range(3)]
-    unit = _values(base)
     layer = SmileMoELinear(base, tuned, gate_k=2, k=rank, full_matrices=False)
-    report = shapes_alone.host_storage(nn.Sequential(layer), "abc", unit_bits=32 * unit)
-    assert report.excl_bits + report.backbone_bits == 32 * _values(layer)
-    assert report.routing_bits == 32 * _values(layer.gate)
+    expected = shapes_alone.smile(
+        _values(base),
+        [shapes_alone.LinearShape(8, 12, bias)],
+        "abc",
+        rank=rank,
+        gate_rank=2,
+    )
+    found = host_storage(nn.Sequential(layer), "abc", unit_bits=32 * _values(base))
+    assert found == expected
+    assert found.excl_bits + found.backbone_bits == 32 * _values(layer)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
@@ -123,14 +130,17 @@ def test_wemoe_is_what_the_host_stores(layers):
         router_hidden_layers=layers,
     )
     model = nn.Sequential(nn.Linear(3, 4), block)
-    unit = 32 * _values(nn.Sequential(nn.Linear(3, 4), mlp))
-    report = shapes_alone.host_storage(model, "ab", unit_bits=unit)
-    assert report.excl_bits + report.backbone_bits == 32 * _values(model)
-    assert report.routing_bits == 32 * _values(block.gate)
+    values = _values(nn.Sequential(nn.Linear(3, 4), mlp))
+    expected = shapes_alone.wemoe(
+        values, [(_values(mlp), 4)], "ab", router_layers=layers
+    )
+    found = host_storage(model, "ab", unit_bits=32 * values)
+    assert found == expected
+    assert found.excl_bits + found.backbone_bits == 32 * _values(model)
 
 
 def test_other_models_have_no_host_account(tiny_clip):
-    assert shapes_alone.host_storage(tiny_clip.base, "ab", unit_bits=1) is None
+    assert host_storage(tiny_clip.base, "ab", unit_bits=1) is None
 
 
 @pytest.mark.parametrize(

@@ -197,8 +197,8 @@ class Interrupted(BaseException):
     "step",
     [
         "checkpoint.save_torch_state_dict",
-        "models.dynamic.model_card",
-        "checkpoint._sha256",
+        "models.saving.model_card",
+        "checkpoint.file_digest",
     ],
 )
 def test_interrupted_write_leaves_nothing(model, tmp_path, monkeypatch, step):

@@ -14,7 +14,7 @@ from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from omegaconf import OmegaConf
 
 from fusion_bench_didi.demo import build_suite
-from fusion_bench_didi.programs import ComparisonProgram
+from fusion_bench_didi.programs import ComparisonProgram, entry_run
 from fusion_bench_didi.programs.compare import Scorer
 from fusion_bench_didi.programs.entries import (
     ComparisonError,
@@ -24,6 +24,7 @@ from fusion_bench_didi.programs.entries import (
 )
 from fusion_bench_didi.programs.results import retention
 from fusion_bench_didi.programs.rows import RowStore, differences
+from fusion_bench_didi.programs.sizes import Size
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore:CLIPDataset:DeprecationWarning"
@@ -48,6 +49,17 @@ ENTRIES = {
         "overrides": QUICK,
         "budget_of": "emr",
         "group": "dynamic",
+    },
+    "routed": {
+        "method": "didi/routed",
+        "choose": {"base_method": "didi/s"},
+        "overrides": {
+            "base_method": QUICK,
+            "router": "projection",
+            "router_options": {"directions": 4},
+        },
+        "group": "routed",
+        "routing": "projection",
     },
 }
 
@@ -150,6 +162,46 @@ def test_storage_of_each_kind(finished):
     assert rows["emr"]["bytes_excl"] == pytest.approx(sizes["emr"][0] * unit, abs=1)
 
 
+def test_a_routed_row_needs_no_task(finished):
+    row = by_method(finished[1])["routed"]
+    assert (row["group"], row["routing"]) == ("routed", "projection")
+    assert row["config"]["base_method"]["budget"] == 1.24
+    assert row["config"]["router_options"] == {"directions": 4}
+    assert row["x_excl"] <= 1.24, "a projection router stores nothing"
+
+
+def test_routing_is_by_image_not_by_batch(cache, tmp_path):
+    """A pool of one task per batch gives the same accuracy whatever the size of its batches."""
+    found = []
+    for size in (1, 7):
+        changes = {"only": ["routed"]}
+        changes["taskpool"] = configuration(cache, tmp_path)["taskpool"]
+        changes["taskpool"]["dataloader_kwargs"] = {"batch_size": size}
+        (row,) = compare(cache, tmp_path / str(size), **changes)["rows"]
+        assert row["error"] is None
+        found.append(row["accuracy"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_artefacts_are_held_against_the_account(cache, tmp_path, monkeypatch, scored):
+    options = {"only": ["averaging", "emr"], "save_artefacts": True}
+    rows = by_method(compare(cache, tmp_path, **options))
+    for row in rows.values():
+        assert row["error"] is None
+        wrote = row["bytes_written"] - row["bytes_of_headers"]
+        assert wrote == row["bytes_excl"] > 0
+    assert {p.name for p in (tmp_path / "artefacts").iterdir()} == set(rows)
+    compare(cache, tmp_path, only=["pretrained"], restart=True)
+    assert not (tmp_path / "artefacts").exists(), "they were of the rows forgotten"
+
+    monkeypatch.setattr(entry_run, "model_size", lambda *_: Size(1.5, 2.5))
+    scored.clear()
+    rows = by_method(compare(cache, tmp_path / "wrong", **options))
+    for key, row in rows.items():
+        assert f"The account of {key} is wrong" in row["error"]
+    assert scored == []
+
+
 def test_a_failing_method_is_a_row(finished):
     row = by_method(finished[1])["broken"]
     assert row["error"].startswith("MissingConfigException")
@@ -246,7 +298,7 @@ def test_kill_in_the_middle(cache, finished, tmp_path):
 STOPS_IN_THIRD_METHOD = f"""
 import json, sys, time
 from omegaconf import OmegaConf
-from fusion_bench_didi.programs import ComparisonProgram
+from fusion_bench_didi.programs import ComparisonProgram, entry_run
 from fusion_bench_didi.programs.compare import Scorer
 
 stock, calls = Scorer.score, []
@@ -284,8 +336,7 @@ def test_unknown_keys_in_only():
 
 
 def test_shipped_entries_are_sound():
-    file = Path(__file__).resolve().parent.parent / "config" / "didi_compare.yaml"
-    config = OmegaConf.load(file)
+    config = initialize_hydra_config("didi_compare", ["path.log_dir=here"])
     entries = read_entries(config.entries)
     assert all(isinstance(e, Entry) for e in entries)
     budgets = [e.overrides.get("budget") for e in entries if e.family == "DiDi"]

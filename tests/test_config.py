@@ -60,7 +60,15 @@ def test_every_value_of_the_yaml_reaches_the_settings():
         "factor_dtype": "bfloat16",
         "factor_memory_gb": 0.5,
     }
-    elsewhere = {"exclude", "as_vectors", "task_aliases", "dry_run", "probe_samples", "output_dir", "overwrite"}
+    elsewhere = {
+        "exclude",
+        "as_vectors",
+        "task_aliases",
+        "dry_run",
+        "probe_samples",
+        "output_dir",
+        "overwrite",
+    }
     elsewhere.add("_target_")
     assert set(config) == set(reach) | elsewhere
     settings = DiDiMerging(**reach).settings()

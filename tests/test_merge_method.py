@@ -12,6 +12,7 @@ from helpers import BASE, pictures, task_vectors, write_clip
 
 from fusion_bench_didi.errors import DiDiError, ModelPoolError
 from fusion_bench_didi.method.merge import MERGE
+from fusion_bench_didi.method.routed import fit_router_to
 from fusion_bench_didi.pool_reader import load_backbone
 from fusion_bench_didi.quantised import AffineDelta, shrunk_range
 from fusion_bench_didi.recombination import (
@@ -46,6 +47,7 @@ from fusion_bench_didi.recombination.genome import (
     random_genome,
 )
 from fusion_bench_didi.recombination.objectives import Evaluation
+from fusion_bench_didi.routers import make_router
 
 OPERATORS = ("average", "task_arithmetic", "ties", "didi@0.1", "didi@0.3")
 QUICK = {
@@ -230,6 +232,23 @@ def test_saved_bytes_are_the_account(tiny_clip, tmp_path):
         files = (tmp_path / name).glob("modules/*/*.safetensors")
         stored = [t for f in files for t in load_file(f).values()]
         assert 8 * sum(t.nbytes for t in stored) == model.storage.excl_bits
+
+
+def test_a_router_is_counted_and_comes_back(tiny_clip, tmp_path):
+    models = tiny_clip.pool_models()
+    evaluate = make_evaluator(models)
+    C, T, _ = evaluate.space.shape
+    model = make_model(models, evaluate, one_group(C, T, 4)).eval()
+    alone = model.storage.excl_bits
+    model.attach_router(make_router("mlp", model.tasks))
+    pixels = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    fit_router_to(model, pixels.split(3))
+    assert model.storage.excl_bits == alone + model.router.bits > alone
+    model.save_pretrained(tmp_path / "model")
+    again = RecombinedModel.from_pretrained(tmp_path / "model", models[BASE])
+    assert again.storage == model.storage
+    found, expected = again.eval()(pixels)[1], model(pixels)[1]
+    torch.testing.assert_close(found, expected)
 
 
 def test_tasks_with_one_chain_share_a_batch(tiny_clip):

@@ -36,7 +36,9 @@ def truncated(
     shape = tuple(tensor.shape)
     if rank <= 0:
         return None
-    found = spectrum(tensor.view(matrix_shape(shape)), max_rank=rank, exact=True, name=name)
+    found = spectrum(
+        tensor.view(matrix_shape(shape)), max_rank=rank, exact=True, name=name
+    )
     if stored_dense(shape, rank, fold_sigma=fold_sigma):
         return DenseDelta(shape, found.head().to(dtype).cpu())
     if fold_sigma:

@@ -22,6 +22,7 @@ from .decomposition import (
 from .factors import LowRankFactors, Spectrum, energy_of, full_rank
 from .learning import LearningSettings, learn_ranks, truncation_error
 from .refinement import Modules, Refinement, RefinementSettings, refine
+from .subspace import subspace_step
 from .svd import (
     Basis,
     leading,
@@ -29,7 +30,6 @@ from .svd import (
     sketched,
     spectrum,
 )
-from .subspace import subspace_step
 
 __all__ = [
     "Allocation",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .factors import LowRankFactors, energy_of
-from .svd import leading
 from .subspace import Subspace
+from .svd import leading
 
 Refinement = Literal["alternating", "adam", "none"]
 

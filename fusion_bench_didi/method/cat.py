@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from fusion_bench import auto_register_config
-from fusion_bench.dataset.image_dataset import ImageClassificationDataset
 from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 
@@ -22,8 +21,7 @@ from ..baselines import (
     without_conflicts,
     without_directions,
 )
-from ..errors import ModelPoolError, UnknownTaskError
-from ..naming import resolve_task
+from ..pool_images import load_images, require_images
 from ..task_vectors import TaskVectors
 from .base import PoolMethod
 
@@ -76,7 +74,11 @@ class CATMerging(PoolMethod):
             ModelPoolError: if the pool has no images for some task; before any weight is read.
         """
         modelpool = self.checked(modelpool)
-        check_images(modelpool, self.task_aliases)
+        require_images(
+            modelpool,
+            self.task_aliases,
+            purpose="CAT-Merging needs a few unlabelled images per task",
+        )
         backbone, task_vectors = self.opened(modelpool)
         with self.profile("scan"):
             names = task_vectors.scan(self.fabric.device).changed
@@ -129,43 +131,6 @@ class CATMerging(PoolMethod):
         return found
 
 
-def check_images(
-    modelpool: BaseModelPool, aliases: Mapping[str, str] | None = None
-) -> None:
-    """Every model needs a train or validation dataset.
-
-    Raises:
-        ModelPoolError: naming the tasks without one.
-    """
-    missing = [
-        name
-        for name in modelpool.model_names
-        if _dataset_of(modelpool, name, aliases) is None
-    ]
-    if missing:
-        raise ModelPoolError(
-            f"CAT-Merging needs a few unlabelled images per task; the pool has none for {missing}: train_datasets "
-            f"{modelpool.train_dataset_names}, val_datasets {modelpool.val_dataset_names}. Add modelpool.train_datasets "
-            "(test datasets are never used)."
-        )
-
-
-def load_images(
-    modelpool: BaseModelPool,
-    task: str,
-    count: int,
-    *,
-    seed: int,
-    aliases: Mapping[str, str] | None = None,
-) -> Tensor:
-    """Preprocessed images of one task, chosen at random, (count, channels, height, width)."""
-    load, name = _dataset_of(modelpool, task, aliases)
-    dataset = ImageClassificationDataset(load(name), _processor(modelpool))
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(dataset), generator=generator)[:count]
-    return torch.stack([dataset[i][0] for i in chosen.tolist()])
-
-
 def record_inputs(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
     """Inputs of all linear layers and layer norms that are called, by the name of the tensor they are multiplied with.
 
@@ -200,24 +165,3 @@ def record_inputs(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
     return found
-
-
-def _dataset_of(modelpool: BaseModelPool, task: str, aliases):
-    """(loader, dataset name) of a task's train or else validation images, or None."""
-    for names, load in (
-        (modelpool.train_dataset_names, modelpool.load_train_dataset),
-        (modelpool.val_dataset_names, modelpool.load_val_dataset),
-    ):
-        for name in names:
-            try:
-                if resolve_task(name, modelpool.model_names, aliases) == task:
-                    return load, name
-            except UnknownTaskError:
-                continue  # a dataset of a task that is not merged
-    return None
-
-
-def _processor(modelpool: BaseModelPool) -> Any:
-    if callable(getattr(modelpool, "load_processor", None)):
-        return modelpool.load_processor()
-    return getattr(modelpool, "test_processor", None)

@@ -16,12 +16,11 @@ from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.utils import instantiate
 from torch import Tensor
 
-from ..errors import ModelPoolError
 from ..models import DynamicModel
+from ..pool_images import load_images, require_images
 from ..routers import Router, make_router
 from ..taskpool.attach import attach
 from .base import PoolMethod
-from .cat import _dataset_of, load_images
 
 log = logging.getLogger(__name__)
 BATCH = 256
@@ -66,8 +65,8 @@ class RoutedMethod(PoolMethod):
         """
         modelpool = self.checked(modelpool)
         router = self._router(modelpool.model_names)
-        if router is not None and router.head != "none":
-            require_images(modelpool, self.task_aliases)
+        if router is not None:
+            check_head(router, modelpool, self.task_aliases)
         model = instantiated(self.base_method, self).run(modelpool)
         if not isinstance(model, DynamicModel):
             raise TypeError(
@@ -75,18 +74,7 @@ class RoutedMethod(PoolMethod):
             )
         if router is None:
             return model
-        router.tasks = model.tasks
-        model.attach_router(router)
-        if router.head != "none":
-            with self.profile("fit router"):
-                fit_router(
-                    model,
-                    modelpool,
-                    images=self.images,
-                    seed=self.seed,
-                    aliases=self.task_aliases,
-                )
-        model.info["router"] = router.report()
+        attach_router(self, model, router, modelpool)
         taskpool = getattr(self._program, "taskpool", None)
         if taskpool is not None:
             attach(taskpool, known=model.tasks, aliases=self.task_aliases)
@@ -119,44 +107,55 @@ def instantiated(method: Any, owner: Any) -> Any:
     return method
 
 
-def require_images(modelpool: BaseModelPool, aliases: Mapping[str, str] | None) -> None:
-    """Every model needs a train or validation dataset.
+def check_head(
+    router: Router, modelpool: BaseModelPool, aliases: Mapping[str, str] | None
+) -> None:
+    """A router with a head needs images of every task.
 
     Raises:
-        ModelPoolError: naming the tasks without one.
+        ModelPoolError: naming the tasks without any.
     """
-    names = modelpool.model_names
-    missing = [n for n in names if _dataset_of(modelpool, n, aliases) is None]
-    if missing:
-        raise ModelPoolError(
-            f"The router's head is fitted to unlabelled images, and the pool has none for {missing}. Add "
-            "modelpool.train_datasets (test datasets are never used), or choose a training-free router: "
-            "method.router=projection method.head=none."
+    if router.head != "none":
+        require_images(
+            modelpool,
+            aliases,
+            purpose="The router's head is fitted to unlabelled images",
+            otherwise=", or choose a training-free router: method.router=projection method.head=none",
         )
 
 
 @torch.no_grad()
-def fit_router(
-    model: DynamicModel,
-    modelpool: BaseModelPool,
-    *,
-    images: int,
-    seed: int = 0,
-    aliases: Mapping[str, str] | None = None,
+def attach_router(
+    method: Any, model: DynamicModel, router: Router, modelpool: BaseModelPool
 ) -> None:
-    """Fit the head of the attached router to images of the pool."""
-    pixels = [
-        load_images(modelpool, task, images, seed=seed, aliases=aliases)
-        for task in model.tasks
-    ]
-    fit_router_to(model, pixels, seed=seed)
+    """Put a method's router on its model, its head fitted to images of the pool.
+
+    Args:
+        method: has ``images`` (per task), ``seed`` and ``task_aliases``.
+    """
+    router.tasks = model.tasks
+    model.attach_router(router)
+    if router.head != "none":
+        with method.profile("fit router"):
+            pixels = [
+                load_images(
+                    modelpool,
+                    task,
+                    method.images,
+                    seed=method.seed,
+                    aliases=method.task_aliases,
+                )
+                for task in model.tasks
+            ]
+            fit_router_to(model, pixels, seed=method.seed)
+    model.info["router"] = router.report()
 
 
 @torch.no_grad()
 def fit_router_to(
     model: DynamicModel, pixels: Sequence[Tensor], *, seed: int = 0
 ) -> None:
-    """As :func:`fit_router`, on one batch of inputs per task, in the order of ``model.tasks``."""
+    """Fit the head of the attached router to one batch of inputs per task, in the order of ``model.tasks``."""
     router = model.router
     device = next(model.backbone.parameters()).device
     model.eval()

@@ -23,7 +23,7 @@ from ..pool_reader import load_backbone, open_pool
 from ..routers import RepresentationRouter
 from .base import PoolMethod
 from .didi import DiDiMerging
-from .routed import fit_router, instantiated, require_images
+from .routed import attach_router, check_head, instantiated
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,10 @@ class SEMerging(PoolMethod):
     ``d_t(x) = || h_m(x) - h_t(x) ||``, ``s(x) = softmax(-d(x) / temperature)``, ``theta(x) = theta_0 + mass * sum_t s_t(x) tau_t``.
 
     Hard: the nearest expert alone. Every sample costs T + 1 forwards to the layer and one mixed forward; stored are the
-    backbone and T task vectors (x_incl = 1 + T), with ``experts: didi`` its low-rank modules instead. The merged model
-    itself costs nothing where it is a multiple of the sum of the task vectors (averaging, task arithmetic), and one
-    model more elsewhere (TIES, TSV-M); the account says which.
+    backbone and T task vectors (x_incl = 1 + T). With ``experts: didi`` the task vectors are those of its low-rank modules,
+    in the static merge too (x_incl = 1 + budget). The merged model itself costs nothing where it is a multiple of the
+    sum of the task vectors (averaging, task arithmetic), and one model more elsewhere (TIES, TSV-M); the account says
+    which.
 
     Source: the abstract and equation 1; the algorithm is a reconstruction. Inferred, hence options: layer (last block),
     first token, L2, distances divided by their mean over tasks, temperature, total mass 1 (the coefficients of
@@ -88,32 +89,23 @@ class SEMerging(PoolMethod):
         """
         modelpool = self.checked(modelpool)
         router = self.router(modelpool.model_names)
-        if router.head != "none":
-            require_images(modelpool, self.task_aliases)
+        check_head(router, modelpool, self.task_aliases)
         with self.profile("experts"):
             if self.experts == "didi":
                 model = self._slim(modelpool)
             else:
                 model = self._individuals(modelpool)
         with self.profile("static merge"):
-            merged = self.static_merge(modelpool)
-        router.tasks = model.tasks
-        weight, rest = as_multiple(model, merged)
+            if self.experts == "didi":
+                merged = self.static_merge(with_experts(modelpool, model))
+            else:
+                merged = self.static_merge(modelpool)
+        weights, rest = as_multiple(model, merged)
         if rest is None:
-            router.merged_weight = weight
+            router.merged_shared, router.merged_weight = weights
         else:
             router.anchor(rest)
-        model.attach_router(router)
-        if router.head != "none":
-            with self.profile("fit router"):
-                fit_router(
-                    model,
-                    modelpool,
-                    images=self.images,
-                    seed=self.seed,
-                    aliases=self.task_aliases,
-                )
-        model.info["router"] = router.report()
+        attach_router(self, model, router, modelpool)
         self.print_profile_summary()
         return self.hand_over(model, modelpool)
 
@@ -195,34 +187,47 @@ def with_own_modules(modelpool: BaseModelPool) -> BaseModelPool:
     return pool
 
 
+def with_experts(modelpool: BaseModelPool, model: DynamicModel) -> BaseModelPool:
+    """The pool with the experts of a model in place of the fine-tuned models."""
+    pool = with_own_modules(modelpool)
+    stock = pool.load_model
+
+    def load_model(name: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        if name in model.tasks:
+            return model.materialize(name)
+        return stock(name, *args, **kwargs)
+
+    pool.load_model = load_model
+    return pool
+
+
 @torch.no_grad()
 def as_multiple(
     model: DynamicModel, merged: nn.Module, *, tolerance: float = 1e-3
-) -> tuple[float, dict[str, Tensor] | None]:
-    """Write a static merge as ``base + shared + c sum_t E_t``, if it is of that form.
+) -> tuple[tuple[float, float], dict[str, Tensor] | None]:
+    """Write a static merge as ``base + a shared + c sum_t E_t``, if it is of that form.
 
-    For whole experts that is averaging (c = 1/T) and task arithmetic (c = its scale); for residual experts averaging up
-    to what they leave out.
+    That is so for averaging (a = 1, c = 1 / T) and task arithmetic (a = its scale times T, c = its scale).
 
     Returns:
-        (c, None), or (0, the change of every tensor).
+        ((a, c), None), or ((1, 0), the change of every tensor).
     """
     state = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
-    changes, sums = {}, {}
+    changes: dict[str, Tensor] = {}
+    gram = torch.zeros(3, 3, dtype=torch.float64)  # of shared, experts, merged
     for name in model.touched:
         base = model.base_tensor(name).float()
         changes[name] = state[name].detach().to(base) - base
-        shared = model.shared.get(name)
-        common = base if shared is None else base + shared.change()
+        delta = model.shared.get(name)
+        shared = torch.zeros_like(base) if delta is None else delta.change().to(base)
         values = (model.task_tensor(name, e) for e in model.modulators.values())
-        sums[name] = (sum(value - common for value in values), common - base)
-    dot = sum(((changes[n] - s) * e).sum() for n, (e, s) in sums.items())
-    energy = sum(e.square().sum() for e, _ in sums.values())
-    weight = float(dot / energy.clamp_min(1e-30))
-    left = sum(
-        (changes[n] - s - weight * e).square().sum() for n, (e, s) in sums.items()
-    )
-    total = sum(change.square().sum() for change in changes.values())
-    if left <= tolerance**2 * total:
-        return weight, None
-    return 0.0, changes
+        experts = sum(value - base - shared for value in values)
+        rows = torch.stack([shared, experts, changes[name]]).flatten(1).double()
+        gram += (rows @ rows.mT).cpu()
+    weights = torch.linalg.pinv(gram[:2, :2]) @ gram[:2, 2]
+    left = gram[2, 2] - weights @ gram[:2, 2]
+    if left > tolerance**2 * gram[2, 2]:
+        return (1.0, 0.0), changes
+    a, c = weights.tolist()
+    as_it_is = not len(model.shared) or abs(a - 1) < tolerance
+    return (1.0 if as_it_is else a, c), None

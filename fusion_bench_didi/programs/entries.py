@@ -12,9 +12,9 @@ from ..errors import DiDiError
 
 #: entries that are no method: the base model, and every fine-tuned model on its own task
 SPECIAL = ("pretrained", "individuals")
-GROUPS = ("reference", "static", "dynamic")
+GROUPS = ("reference", "static", "dynamic", "routed")
 DATA = ("none", "unlabelled", "labels", "test images")
-ROUTING = ("none", "oracle", "own")
+ROUTING = ("none", "oracle", "own", "representation", "projection", "mlp")
 #: the host's own program configuration, into which a method is composed
 _ROOT = "fabric_model_fusion"
 
@@ -32,6 +32,8 @@ class Entry:
         name: its label in tables and plots.
         method: name of a method configuration (``simple_average``, ``didi/tsv_c``), a configuration with ``_target_``,
             or ``pretrained`` / ``individuals``.
+        choose: configurations that it is composed of, ``{base_method: didi/m}`` as on the command line
+            ``method@method.base_method=didi/m``.
         overrides: values put into that configuration.
         budget_of: key of the entry whose storage beyond the backbone becomes ``budget``.
         fit_to_side: ``{at: 768, k: 128}`` sets ``k`` to 128 where the smallest side of a matrix is 768 or more, and to
@@ -44,6 +46,7 @@ class Entry:
     name: str
     method: str | Mapping[str, Any]
     group: str
+    choose: Mapping[str, str] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     budget_of: str | None = None
     fit_to_side: Mapping[str, int] | None = None
@@ -138,10 +141,13 @@ def method_config(entry: Entry, *, smallest_side: int, budget: float | None) -> 
 
 def _with_overrides(entry: Entry) -> dict[str, Any]:
     if isinstance(entry.method, str):
-        config = _compose(entry.method)
+        config = _compose(entry.method, entry.choose)
     else:
         config = OmegaConf.create(dict(entry.method))
     OmegaConf.set_struct(config, True)
+    for value in config.values():
+        if isinstance(value, DictConfig) and not value:  # made to be filled
+            OmegaConf.set_struct(value, False)
     config = OmegaConf.merge(config, dict(entry.overrides))
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
@@ -153,8 +159,9 @@ def fitted(fit: Mapping[str, int], smallest_side: int) -> dict[str, int]:
     return {key: max(1, round(value * scale)) for key, value in ranks.items()}
 
 
-def _compose(name: str) -> DictConfig:
+def _compose(name: str, parts: Mapping[str, str]) -> DictConfig:
     overrides = [f"method={name}"]
+    overrides += [f"method@method.{key}={value}" for key, value in parts.items()]
     if GlobalHydra.instance().is_initialized():  # run by the command line
         config = compose(_ROOT, overrides=overrides)
     else:

@@ -89,7 +89,15 @@ def _row(
     }
 
 
-_DETAILS = ("traceback", "relative_error", "ranks", "energy_kept", "config")
+_DETAILS = (
+    "bytes_written",
+    "bytes_of_headers",
+    "traceback",
+    "relative_error",
+    "ranks",
+    "energy_kept",
+    "config",
+)
 
 
 def retention(

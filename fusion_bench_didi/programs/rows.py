@@ -4,9 +4,11 @@
 
     <directory>/settings.json        pools, seed and versions that all rows have in common
     <directory>/rows/<key>.json      one row, written anew after every evaluated task
+    <directory>/searches/            what methods that search keep between runs
+    <directory>/artefacts/<key>/     the model of a row, if asked for
 
 A row is written beside its name and renamed, so that a file is whole whenever the process is killed. Everything else in
-the directory is derived from these files.
+the directory follows from these files.
 """
 
 import json
@@ -19,6 +21,7 @@ from ..checkpoint import write_json
 from .entries import ComparisonError
 
 SETTINGS, ROWS = "settings.json", "rows"
+SEARCHES, ARTEFACTS = "searches", "artefacts"
 
 
 class RowStore:
@@ -44,7 +47,8 @@ class RowStore:
         self.rows = self.directory / ROWS
         self.settings = _plain(settings)
         if restart:
-            shutil.rmtree(self.rows, ignore_errors=True)
+            for name in (ROWS, SEARCHES, ARTEFACTS):
+                shutil.rmtree(self.directory / name, ignore_errors=True)
             (self.directory / SETTINGS).unlink(missing_ok=True)
         self.rows.mkdir(parents=True, exist_ok=True)
         self._agree()

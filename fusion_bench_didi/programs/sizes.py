@@ -1,16 +1,15 @@
 """The storage of whatever a method returned, in the one account of :mod:`fusion_bench_didi.storage`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fusion_bench.models.smile_moe.linear_from_module import SmileMoELinear
-from fusion_bench.models.we_moe import WeightEnsemblingMoE
+import torch
 from torch import nn
 
-from .. import account_shapes
 from ..budget import dtype_bits
+from ..host_models import host_storage
 from ..models import DynamicModel
 from ..pool_reader import open_pool
-from ..storage import StorageReport
 
 
 @dataclass(frozen=True)
@@ -19,15 +18,15 @@ class PoolFacts:
 
     Args:
         unit_bits: one fine-tuned model (the tensors that some task changed).
-        values: the same in numbers.
+        types: these tensors, and the data type in which the checkpoints store them.
         smallest_side: of the linear layers' weights.
-        tasks: how many fine-tuned models there are.
+        tasks: names of the fine-tuned models.
     """
 
     unit_bits: int
-    values: int
+    types: Mapping[str, torch.dtype]
     smallest_side: int
-    tasks: int
+    tasks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,17 @@ def pool_facts(modelpool, backbone: nn.Module, device="cpu") -> PoolFacts:
         CheckpointMismatchError, NonFiniteError, ModelPoolError: as the merge would.
     """
     vectors = open_pool(modelpool, backbone)
-    changed = vectors.scan(device).changed
+    types = {name: vectors.tuned_dtype(name) for name in vectors.scan(device).changed}
     sides = [min(v.shape) for v in backbone.parameters() if v.ndim == 2]
     linear = [min(m.weight.shape) for m in backbone.modules() if type(m) is nn.Linear]
     return PoolFacts(
         unit_bits=sum(
-            vectors.infos[n].numel * dtype_bits(vectors.tuned_dtype(n)) for n in changed
+            vectors.infos[name].numel * dtype_bits(dtype)
+            for name, dtype in types.items()
         ),
-        values=sum(vectors.infos[n].numel for n in changed),
+        types=types,
         smallest_side=min(linear or sides),
-        tasks=len(modelpool.model_names),
+        tasks=tuple(modelpool.model_names),
     )
 
 
@@ -64,7 +64,7 @@ def pretrained_size() -> Size:
 
 
 def individuals_size(facts: PoolFacts) -> Size:
-    return Size(facts.tasks, facts.tasks, "no backbone beside them")
+    return Size(len(facts.tasks), len(facts.tasks), "no backbone beside them")
 
 
 def model_size(model: nn.Module, backbone: nn.Module, facts: PoolFacts) -> Size:
@@ -79,7 +79,7 @@ def model_size(model: nn.Module, backbone: nn.Module, facts: PoolFacts) -> Size:
     if isinstance(model, DynamicModel):
         folded = model.info.get("folded", False)
         report, note = model.storage, _FOLDED if folded else ""
-    elif report := _host_report(model, backbone, facts):
+    elif report := host_storage(model, facts.tasks, unit_bits=facts.unit_bits):
         note = ""
     elif _shapes(model) == _shapes(backbone):
         return Size(1.0, 1.0, "folded: replaces the backbone")
@@ -92,37 +92,6 @@ def model_size(model: nn.Module, backbone: nn.Module, facts: PoolFacts) -> Size:
 
 
 _FOLDED = "shared part folded into the backbone"
-
-
-def _host_report(
-    model: nn.Module, backbone: nn.Module, facts: PoolFacts
-) -> StorageReport | None:
-    """The account of the host's input-routed models, from their shapes; None for any other model."""
-    tasks = [str(task) for task in range(facts.tasks)]
-    blocks = [m for m in model.modules() if isinstance(m, WeightEnsemblingMoE)]
-    if blocks:
-        return account_shapes.wemoe(
-            facts.values,
-            [(_values(b.base_model), b.hidden_size) for b in blocks],
-            tasks,
-            router_layers=blocks[0].gate.num_hidden_layers,
-        )
-    smile = {n: m for n, m in model.named_modules() if isinstance(m, SmileMoELinear)}
-    if smile:
-        linears = account_shapes.linears_of(backbone)
-        layer = next(iter(smile.values()))
-        return account_shapes.smile(
-            facts.values,
-            [linears[name] for name in smile],
-            tasks,
-            rank=layer.k,
-            gate_rank=layer.gate_k,
-        )
-    return None
-
-
-def _values(module: nn.Module) -> int:
-    return sum(v.numel() for v in module.parameters())
 
 
 def _shapes(model: nn.Module) -> dict:

@@ -19,7 +19,8 @@ from ..checkpoint import read_deltas, write_deltas, write_json
 from ..deltas import Delta
 from ..errors import CheckpointMismatchError
 from .components import Component, ComponentReader
-from .operators import OperatorSettings, Spectra, combine
+from .low_rank import Spectra
+from .operators import OperatorSettings, combine
 
 MODULE = "module.json"
 

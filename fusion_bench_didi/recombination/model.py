@@ -1,24 +1,14 @@
 """The merged model of one decision: a chain of library modules per task."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..checkpoint import (
-    CONFIG,
-    FORMAT,
-    load_backbone,
-    read_config,
-    versions,
-    whole_directory,
-    write_json,
-)
 from ..deltas import Delta
-from ..errors import CheckpointMismatchError
 from ..models import DynamicModel
-from ..models.model_card import model_card
 from ..storage import StorageReport, account
 from .library import Module, load_modules, save_modules
 
@@ -102,74 +92,31 @@ class RecombinedModel(DynamicModel):
             experts,
             unit_bits=self.unit_bits,
             backbone_bits=self.backbone_bits,
+            routing_bits=0 if self.router is None else self.router.bits,
         )
-        return StorageReport(
-            counted.unit_bits,
-            counted.backbone_bits,
-            counted.shared_bits,
-            counted.expert_bits,
-            layer_bits=layers,
-        )
+        return replace(counted, layer_bits=layers)
 
-    def save_pretrained(
-        self, save_directory: str | Path, *, overwrite: bool = False, **_: Any
-    ) -> None:
-        """Write each module once, the chains, and a model card; the directory appears whole or not at all.
-
-        Raises:
-            FileExistsError: if it exists and ``overwrite`` is false.
-        """
-        with whole_directory(save_directory, overwrite=overwrite) as directory:
-            save_modules(directory / MODULES, self.library.values())
-            cls = type(self.backbone)
-            config = {
-                "format": FORMAT,
-                "model_class": type(self).__name__,
-                "tasks": self.tasks,
-                "unit_bits": self.unit_bits,
-                "backbone_bits": self.backbone_bits,
-                "backbone": {
-                    "class": f"{cls.__module__}.{cls.__qualname__}",
-                    "source": None,
-                    **self.info.get("backbone", {}),
-                    "fingerprint": self.backbone_fingerprint(),
-                },
-                "storage": self.storage.as_dict(),
-                "info": {k: v for k, v in self.info.items() if k != "backbone"},
-                "versions": versions(),
-                "chains": self.chains,
-            }
-            write_json(directory / CONFIG, config)
-            card = model_card(config).replace(
-                "from fusion_bench_didi.models import RecombinedModel",
-                "from fusion_bench_didi.recombination import RecombinedModel",
-            )
-            (directory / "README.md").write_text(card)
+    def write_parts(self, directory: Path) -> dict[str, Any]:
+        """Each module once, and the chains."""
+        save_modules(directory / MODULES, self.library.values())
+        return {"tasks": self.tasks, "chains": self.chains}
 
     @classmethod
-    def from_pretrained(
-        cls, directory: str | Path, backbone: nn.Module | None = None
+    def from_parts(
+        cls,
+        directory: Path,
+        config: Mapping[str, Any],
+        backbone: nn.Module,
+        info: Mapping[str, Any],
     ) -> "RecombinedModel":
-        """Load what :meth:`save_pretrained` wrote.
-
-        Raises:
-            CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
-        """
-        config = read_config(directory)
         ids = [key for chain in config["chains"].values() for key in chain]
-        model = cls(
-            backbone if backbone is not None else load_backbone(config["backbone"]),
-            load_modules(Path(directory) / MODULES, ids),
+        return cls(
+            backbone,
+            load_modules(directory / MODULES, ids),
             config["chains"],
             unit_bits=config["unit_bits"],
-            info={**config["info"], "backbone": config["backbone"]},
+            info=info,
         )
-        if model.backbone_fingerprint() != config["backbone"]["fingerprint"]:
-            raise CheckpointMismatchError(
-                f"The backbone given is not the one that {directory} was merged from: its weights differ. "
-                "Pass the base model of the merge."
-            )
-        return model
 
 
 def _deltas(module: Module, task: str) -> dict[str, Delta]:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["reference", "static", "dynamic", "ours", "variant"]
+Kind = Literal["reference", "static", "dynamic", "routed", "ours", "variant"]
 
 #: in the order in which tables and legends show them
 GROUPS = {
     "reference": "Reference",
     "static": "Static: one model for all tasks",
     "dynamic": "Dynamic: an expert per task",
+    "routed": "Routed: every image finds its experts by itself",
 }
 
 #: the family that is drawn as ours; other families are variants of it

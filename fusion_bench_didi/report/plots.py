@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from . import labels
 from .comparison import Comparison, kind
-from .modules import energy_plot, rank_plot
+from .module_plots import energy_plot, rank_plot
 from .style import KINDS, colour, look
 
 

@@ -1,4 +1,5 @@
-"""One look for all plots: grey, blue, orange and vermilion (Okabe and Ito's, safe for colour-blind readers), and a marker each."""
+"""One look for all plots: grey, blue, green, orange and vermilion (Okabe and Ito's, safe for colour-blind readers), and a
+marker each."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ KINDS = {
     "reference": ("#222222", "X", "x", "reference"),
     "static": ("#8a8a8a", "s", "square", "static"),
     "dynamic": ("#0072b2", "D", "diamond", "dynamic"),
+    "routed": ("#009e73", "P", "cross", "routed by itself"),
     "variant": ("#e69f00", "^", "triangle-up", "DiDi, variant"),
     "ours": ("#d55e00", "o", "circle", "DiDi (ours)"),
 }

@@ -27,7 +27,7 @@ def as_csv(comparison: Comparison) -> str:
     writer = csv.writer(out, lineterminator="\n")
     plain = ("method", "group", "error", "average")
     measured = (
-        "x_excl x_incl bytes_excl bytes_incl published_x seconds peak_gb added_gb uses_data routing notes"
+        "x_excl x_incl bytes_excl bytes_incl bytes_written published_x seconds peak_gb added_gb uses_data routing notes"
     ).split()
     conventions = list(comparison.data["retention"])
     writer.writerow(
@@ -48,7 +48,8 @@ def as_csv(comparison: Comparison) -> str:
 LEGEND = (
     "Accuracy in %. Retention: mean over tasks of accuracy / accuracy of the task's own model (in brackets: ratio of "
     "the averages). Storage in units of one fine-tuned model: beyond the backbone, and with it. Routing: oracle = the "
-    "task is given; own = found from the input. Peak: most memory of the process while merging, libraries included."
+    "task is given; otherwise every image finds its experts by itself, by the router named or the method's own. Peak: most "
+    "memory of the process while merging, libraries included."
 )
 
 

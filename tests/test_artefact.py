@@ -1,0 +1,276 @@
+"""Every model of the comparison as files: as large as its account says, and back with the same outputs."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fusion_bench.method import SimpleAverageAlgorithm, SmileUpscalingAlgorithm
+from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.models.we_moe import WeightEnsemblingMoE
+from fusion_bench.utils.hydra_utils import initialize_hydra_config
+from helpers import Oddities, didi, family, floats, same_bits
+from omegaconf import OmegaConf
+from torch import nn
+
+from fusion_bench_didi.artefact import load_artefact, save_artefact, written
+from fusion_bench_didi.demo import build_suite
+from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.host_models import host_storage
+from fusion_bench_didi.models import DynamicModel
+from fusion_bench_didi.programs import ComparisonProgram, entry_run
+from fusion_bench_didi.programs.sizes import pool_facts
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore:CLIPDataset:DeprecationWarning"
+)
+
+FAST = {"allocation": "greedy", "refine_sweeps": 1}
+PIXELS = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def fast(key: str, method: str, overrides: dict) -> dict:
+    """What makes an entry of the shipped list quick, and no other model."""
+    if method in ("didi", "didi/paper"):
+        return {**FAST, "refine_steps": 2, **overrides}
+    if method == "didi/wemoe":
+        return {**overrides, "max_steps": 1, "batch_size": 2}
+    if method == "wudi/wudi":
+        return {**overrides, "iter_num": 2}
+    search = {"population": 4, "evaluations": 8, "surrogate_generations": 1, "trees": 2}
+    if method == "didi/merge":
+        return {**overrides, **search}
+    if key.startswith("merge"):
+        base = {**overrides["base_method"], **search}
+        return {**overrides, "images": 8, "base_method": base}
+    if method == "didi/routed":
+        options = {} if overrides["router"] != "projection" else {"directions": 4}
+        more = {"images": 8, "router_options": options, "base_method": FAST}
+        return {**overrides, **more}
+    if overrides.get("experts") == "didi":
+        return {**overrides, "didi": {**overrides["didi"], **FAST}}
+    return overrides
+
+
+def outputs(model: nn.Module | dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Pooled states under every task that a model can be given; under the one name ``""`` where it finds them."""
+    if isinstance(model, dict):
+        return {task: outputs(plain)[""] for task, plain in model.items()}
+    model.eval()
+    found = {}
+    with torch.no_grad():
+        if not isinstance(model, DynamicModel) or model.router is not None:
+            return {"": model(PIXELS)[1]}
+        for task in model.tasks:
+            model.set_task(task)
+            found[task] = model(PIXELS)[1]
+        model.unset_task()
+    return found
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """All shipped entries on the tiny suite, saved; and what each model gave before it was saved."""
+    cache, directory = tmp_path_factory.mktemp("suite"), tmp_path_factory.mktemp("run")
+    build_suite(cache, size="tiny")
+    pools = [
+        f"{pool}.{key}={value}"
+        for pool in ("modelpool", "taskpool")
+        for key, value in (("cache_dir", cache), ("size", "tiny"))
+    ]
+    options = [f"path.log_dir={directory}", "save_artefacts=true", "report=false"]
+    config = initialize_hydra_config("didi_compare", [*pools, *options])
+    entries = OmegaConf.to_container(config.entries, resolve=True)
+    for key, entry in entries.items():
+        entry["overrides"] = fast(key, entry["method"], entry.get("overrides", {}))
+    given = {k: config[k] for k in ARGUMENTS}
+    before: dict[str, dict[str, torch.Tensor]] = {}
+
+    def save(model, place, **options):
+        if not isinstance(model, nn.Module):
+            model = list(model)
+        plain = dict(model) if isinstance(model, list) else model
+        before[place.name] = outputs(plain)
+        return save_artefact(model, place, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entry_run, "save_artefact", save)
+        program = ComparisonProgram(**{**given, "entries": OmegaConf.create(entries)})
+        comparison = program.run()
+    return directory, comparison, before
+
+
+ARGUMENTS = (
+    "modelpool",
+    "taskpool",
+    "save_artefacts",
+    "report",
+    "path",
+    "seed",
+)
+
+
+@pytest.mark.slow
+def test_every_row_is_there(compared):
+    _, comparison, before = compared
+    failed = {r["key"]: r["error"] for r in comparison["rows"] if r["error"]}
+    assert not failed
+    groups = {row["group"] for row in comparison["rows"]}
+    assert groups == {"reference", "static", "dynamic", "routed"}
+    assert set(before) == {row["key"] for row in comparison["rows"]}
+
+
+@pytest.mark.slow
+def test_files_are_as_large_as_the_account(compared):
+    directory, comparison, _ = compared
+    for row in comparison["rows"]:
+        place = directory / "artefacts" / row["key"]
+        files = [f for f in place.rglob("*.safetensors") if f.parent.name != "backbone"]
+        headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in files)
+        size = sum(f.stat().st_size for f in files)
+        assert size - headers == row["bytes_excl"], row["key"]
+        assert size == row["bytes_written"], row["key"]
+        own = list(place.glob("backbone/*.safetensors"))
+        assert bool(own) == (row["key"] == "wemoe")
+        if own:
+            backbone = row["bytes_incl"] - row["bytes_excl"]
+            assert written(place).backbone == backbone == comparison["unit_bytes"]
+
+
+@pytest.mark.slow
+def test_every_model_comes_back(compared):
+    directory, comparison, before = compared
+    for row in comparison["rows"]:
+        again = load_artefact(directory / "artefacts" / row["key"])
+        found, expected = outputs(again), before[row["key"]]
+        assert found.keys() == expected.keys()
+        for task in found:
+            torch.testing.assert_close(
+                found[task], expected[task], atol=1e-6, rtol=1e-6, msg=row["key"]
+            )
+
+
+@pytest.mark.slow
+def test_rows_of_merge_share_one_search(compared):
+    directory, comparison, _ = compared
+    assert [p.name for p in (directory / "searches").iterdir()] == ["merge"]
+    report = json.loads((directory / "searches" / "merge" / "front.json").read_text())
+    rows = {row["key"]: row for row in comparison["rows"]}
+    router = rows["merge_balanced"]["x_excl"] - rows["merge_oracle"]["x_excl"]
+    assert router > 0
+    for pick, i in report["picks"].items():
+        stored = report["front"][i]["storage"]
+        assert rows[f"merge_{pick}"]["x_excl"] == pytest.approx(stored + router)
+
+
+# --- the forms one by one -----------------------------------------------------
+
+
+def types_of(models: dict[str, nn.Module]) -> dict[str, torch.dtype]:
+    return dict(pool_facts(BaseModelPool(models), models["_pretrained_"]).types)
+
+
+def merged(models: dict[str, nn.Module]) -> nn.Module:
+    return SimpleAverageAlgorithm().run(BaseModelPool(copy.deepcopy(models)))
+
+
+def test_a_static_merge_is_the_changed_tensors_once(tiny_clip, tmp_path):
+    models = tiny_clip.pool_models()
+    model, types = merged(models), types_of(models)
+    found = save_artefact(model, tmp_path / "a", base=tiny_clip.base, types=types)
+    assert found.beyond == sum(p.numel() * 4 for p in tiny_clip.base.parameters())
+    assert found.backbone == 0 and found == written(tmp_path / "a")
+    again = load_artefact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
+    assert same_bits(floats(again), floats(model))
+
+
+def test_tied_weights_buffers_and_untouched_tensors(tmp_path):
+    """A tensor that no task changed is not written; one that goes by two names is written once."""
+    models = family(Oddities())
+    base = models["_pretrained_"]
+    types = types_of(models)
+    names = {n for n, _ in base.named_parameters()}
+    assert names <= set(types)
+    model = merged(models)
+    found = save_artefact(model, tmp_path / "a", base=base, types=types)
+    assert found.beyond == sum(4 * base.state_dict()[name].numel() for name in types)
+    again = load_artefact(tmp_path / "a", copy.deepcopy(base))
+    assert same_bits(floats(again), floats(model))
+
+
+@pytest.mark.parametrize("rank", [4, -1])
+def test_smile_comes_back(tiny_clip, tmp_path, rank):
+    models = tiny_clip.pool_models()
+    types = types_of(models)
+    model = SmileUpscalingAlgorithm(device="cpu", gate_k=2, k=rank, top_k=2).run(
+        BaseModelPool(copy.deepcopy(models))
+    )
+    expected = outputs(model)[""]
+    unit = 32 * sum(p.numel() for p in tiny_clip.base.parameters())
+    found = save_artefact(model, tmp_path / "a", base=tiny_clip.base, types=types)
+    report = host_storage(model, tiny_clip.tasks, unit_bits=unit)
+    assert 8 * found.beyond == report.excl_bits and found.backbone == 0
+    again = load_artefact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
+    assert torch.equal(outputs(again)[""], expected)
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_wemoe_writes_the_backbone_that_it_changed(tiny_clip, tmp_path):
+    models = copy.deepcopy(tiny_clip.pool_models())
+    base, tuned = models.pop("_pretrained_"), list(models.values())
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value += 0.3 * sum(m.get_parameter(name) - value for m in tuned)
+    for i, layer in enumerate(model.vision_model.encoder.layers):
+        mlps = [m.vision_model.encoder.layers[i].mlp for m in (base, *tuned)]
+        layer.mlp = WeightEnsemblingMoE(
+            32, mlps[0], mlps[1:], batch_first=True, router_hidden_layers=1
+        )
+    types = types_of(tiny_clip.pool_models())
+    found = save_artefact(model, tmp_path / "a", base=tiny_clip.base, types=types)
+    unit = sum(4 * p.numel() for p in tiny_clip.base.parameters())
+    report = host_storage(model, tiny_clip.tasks, unit_bits=8 * unit)
+    assert 8 * found.beyond == report.excl_bits
+    assert 8 * found.backbone == report.backbone_bits == 8 * unit
+    again = load_artefact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
+    assert torch.equal(outputs(again)[""], outputs(model)[""])
+
+
+def test_what_cannot_come_back_is_refused(tiny_clip, tmp_path):
+    models = tiny_clip.pool_models()
+    types, base = types_of(models), tiny_clip.base
+    options = {"base": base, "types": types}
+    with pytest.raises(TypeError, match="Linear cannot be saved as an artefact"):
+        save_artefact(nn.Linear(2, 2), tmp_path / "a", **options)
+    model = merged(models)
+    name = "vision_model.embeddings.class_embedding"
+    del types[name]
+    with pytest.raises(CheckpointMismatchError, match=f"{name}, which no task changed"):
+        save_artefact(model, tmp_path / "a", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_backbones_and_damaged_files_are_refused(
+    tiny_clip, make_tiny_clip, tmp_path
+):
+    models = tiny_clip.pool_models()
+    options = {"base": tiny_clip.base, "types": types_of(models)}
+    save_artefact(merged(models), tmp_path / "a", **options)
+    with pytest.raises(CheckpointMismatchError, match="not the one"):
+        load_artefact(tmp_path / "a", make_tiny_clip(seed=1).base)
+    with pytest.raises(CheckpointMismatchError, match="has no tensor"):
+        load_artefact(tmp_path / "a", nn.Linear(2, 2))
+    with (tmp_path / "a" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    with pytest.raises(CheckpointMismatchError, match="altered"):
+        load_artefact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
+
+
+def test_dynamic_models_are_found_by_their_class(tiny_clip, tmp_path):
+    model = didi(tiny_clip.pool_models(), budget=0.9)
+    found = save_artefact(model, tmp_path / "a", base=tiny_clip.base, types={})
+    assert 8 * found.beyond == model.storage.excl_bits
+    assert type(load_artefact(tmp_path / "a", tiny_clip.base)) is type(model)

@@ -97,7 +97,7 @@ def _page(rows: list[dict], image: str) -> str:
     lines = [
         "# Ranks and bits per matrix",
         "",
-        f"`python -m benchmarks.ranks_and_bits`; the default (`factor_dtype=auto`). A rank of 100 % is stored whole.",
+        "`python -m benchmarks.ranks_and_bits`; the default (`factor_dtype=auto`). A rank of 100 % is stored whole.",
         "",
         f"![ranks and bits](img/{image})",
         "",

@@ -1,7 +1,7 @@
 """Merging from files to a saved model: seconds and peak memory of DiDi beside the host's methods.
 
     python -m benchmarks.speed                    # ViT-B/32, eight tasks: DiDi, TSV-M, EMR, SMILE, WUDI
-    python -m benchmarks.speed growth             # DiDi-M over numbers of tasks, and over sizes
+    python -m benchmarks.speed growth             # DiDi-M over numbers of tasks (--counts), and over --sizes
     python -m benchmarks.speed --device cuda --only didi didi_float tsv_m
 
 Every run is a process of its own, imports not counted. Medians over ``--runs`` (peers of many minutes run once). WUDI is
@@ -190,16 +190,22 @@ def _settings(name: str):
 def growth(arguments: argparse.Namespace) -> dict:
     """DiDi-M over numbers of tasks at the first size, and over sizes at eight tasks; with fitted exponents."""
     rows = []
-    for shape, tasks in (*((SIZES[0], t) for t in TASKS), *((s, 8) for s in SIZES[1:])):
+    counts, sizes = arguments.counts, arguments.sizes
+    for shape, tasks in (
+        *((sizes[0], t) for t in counts),
+        *((s, 8) for s in sizes[1:]),
+    ):
         pool_of(shape, tasks)
         runs = [measure("didi", shape, tasks, arguments) for _ in range(arguments.runs)]
         rows.append({"shape": shape, "tasks": tasks, **medians(runs)})
-    in_tasks = rows[: len(TASKS)]
+    in_tasks = rows[: len(counts)]
     exponent = _slope([r["tasks"] for r in in_tasks], [r["seconds"] for r in in_tasks])
     eight = [r for r in rows if r["tasks"] == 8]
-    parameters = [_parameters(r["shape"]) for r in eight]
-    size = _slope(parameters, [r["seconds"] for r in eight])
-    return {"rows": rows, "exponent in tasks": exponent, "exponent in size": size}
+    found = {"rows": rows, "exponent in tasks": exponent}
+    if len(eight) > 1:
+        parameters = [_parameters(r["shape"]) for r in eight]
+        found["exponent in size"] = _slope(parameters, [r["seconds"] for r in eight])
+    return found
 
 
 def _parameters(shape: str) -> int:
@@ -221,6 +227,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="vit-b-32")
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--counts", nargs="+", type=int, default=TASKS)
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=SIZES)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--wudi-steps", type=int, default=1)
     parser.add_argument("--device", default="cpu")

@@ -66,12 +66,10 @@ def _growth(found: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| {row['shape']} | {row['tasks']} | {row['seconds']:.1f} | {row['peak_gb']:.2f} |"
         )
-    return [
-        *lines,
-        "",
-        f"Time grows as tasks^{found['exponent in tasks']:.2f} and as parameters^{found['exponent in size']:.2f}.",
-        "",
-    ]
+    law = f"Time grows as tasks^{found['exponent in tasks']:.2f}"
+    if "exponent in size" in found:
+        law += f" and as parameters^{found['exponent in size']:.2f}"
+    return [*lines, "", law + ".", ""]
 
 
 def _text(machine: Mapping[str, Any]) -> str:

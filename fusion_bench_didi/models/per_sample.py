@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .mixing import Mix, over
-from .tables import AnyTable, MatrixTable
+from .tables import AnyTable
 
 #: bare parameters (n,) that broadcast in their module's forward, which then takes them per sample as (B, 1, n)
 BROADCAST = {"CLIPVisionEmbeddings": "class_embedding", "LlamaRMSNorm": "weight"}

@@ -156,7 +156,8 @@ def test_storage_of_each_kind(finished):
     assert "folded" in rows["averaging"]["notes"]
     assert sizes["emr"][0] == pytest.approx(1 + TASKS / 32, rel=0.03)
     assert sizes["emr"][1] - sizes["emr"][0] == pytest.approx(1)
-    assert 1.1 < sizes["didi"][0] <= 1.2
+    # what is left does not take another whole matrix to the next finer type
+    assert 1.0 < sizes["didi"][0] <= 1.2
     assert sizes["as_emr"][0] <= sizes["emr"][0] < 1.02 * sizes["as_emr"][0]
     unit = finished[1]["unit_bytes"]
     assert rows["emr"]["bytes_excl"] == pytest.approx(sizes["emr"][0] * unit, abs=1)

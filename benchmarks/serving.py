@@ -12,6 +12,7 @@ operations over the rate of a matrix product on this machine. Adds to benchmarks
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import math
@@ -19,6 +20,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from fusion_bench.modelpool import CLIPVisionModelPool
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusion_bench_didi import DiDiMerging
+from fusion_bench_didi import DiDiMerging, DiDiModel
 from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
 from fusion_bench_didi.models import DynamicModel, Serving
 from fusion_bench_didi.models.mixed import MixedForward
@@ -74,9 +76,9 @@ class Clock:
         return self.now() - begin
 
     def in_turns(self, calls: dict[str, Call], runs: int) -> dict[str, float]:
-        """Medians; every call is made twice before."""
+        """Medians; every call is made once before."""
         for call in calls.values():
-            call(), call()
+            call()
         found = [
             {name: self(call) for name, call in calls.items()} for _ in range(runs)
         ]
@@ -231,20 +233,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--factors", nargs="+", choices=FACTORS, default=list(FACTORS))
+    parser.add_argument(
+        "--merged", nargs="+", type=Path, help="saved models, in the order of --factors"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pool = pool_for(arguments)
     found: dict = {"machine": machine(), "models": {}}
-    for factors in arguments.factors:
-        with contextlib.redirect_stdout(io.StringIO()):
-            model = DiDiMerging(budget=1.4, factor_dtype=factors).run(pool)
+    for factors, saved in zip_longest(arguments.factors, arguments.merged or ()):
         plain = pool.load_model("_pretrained_")
+        if saved is not None:
+            model = DiDiModel.from_pretrained(saved, copy.deepcopy(plain))
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):
+                model = DiDiMerging(budget=1.4, factor_dtype=factors).run(pool)
         found["models"][factors] = serve(model, plain, arguments)
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     what = arguments.suite or arguments.shape
     key = f"{what} {arguments.device} {arguments.dtype} batch {arguments.batch}"
     record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    models = record.get(key, {}).get("models", {})
+    found["models"] = {**models, **found["models"]}
     write_json(RESULTS, {**record, key: found})
     print(f"{key}\n{table(found)}")
 

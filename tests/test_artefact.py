@@ -211,7 +211,9 @@ def test_smile_comes_back(tiny_clip, tmp_path, rank):
     report = host_storage(model, tiny_clip.tasks, unit_bits=unit)
     assert 8 * found.beyond == report.excl_bits and found.backbone == 0
     again = load_artefact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
-    assert torch.equal(outputs(again)[""], expected)
+    assert same_bits(again.state_dict(), model.state_dict())
+    # The host keeps views of whole decompositions; a product's last bit depends on how its operands lie in memory.
+    torch.testing.assert_close(outputs(again)[""], expected, rtol=1e-6, atol=1e-6)
     assert not any(p.requires_grad for p in again.parameters())
 
 

@@ -1,8 +1,8 @@
 """How one task's change of one tensor is stored, and how it is applied.
 
 A delta holds exactly the tensors that are written to the file, so that its cost in bits is the size of those tensors
-and nothing has to be believed. ``change(shared)`` gives the change of the weight, where ``shared`` is what the shared
-part contributes to this tensor (None where there is none).
+and nothing has to be believed. ``change(shared)`` gives the change of the weight, where ``shared`` is the delta that all
+tasks share (None where there is none): most forms add their own to what that one says, some are made of it.
 """
 
 import math
@@ -34,9 +34,18 @@ class Delta(nn.Module):
                 value = value.clone()
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
-    def change(self, shared: Tensor | None = None) -> Tensor:
-        """The task's change in float32, of shape ``self.shape``."""
+    def own(self) -> Tensor:
+        """The change in float32, of shape ``self.shape``, that it stands for by itself."""
         raise NotImplementedError
+
+    def change(self, shared: "Delta | None" = None) -> Tensor:
+        """The task's whole change in float32, of shape ``self.shape``.
+
+        Args:
+            shared: the same tensor's delta of the shared part.
+        """
+        own = self.own()
+        return own if shared is None else own + shared.change()
 
     def tensors(self) -> dict[str, Tensor]:
         """What is written to the file, by part."""
@@ -67,9 +76,8 @@ class DenseDelta(Delta):
     def __init__(self, shape: tuple[int, ...], value: Tensor):
         super().__init__(shape, value=value.reshape(shape))
 
-    def change(self, shared: Tensor | None = None) -> Tensor:
-        value = self.value.float()
-        return value if shared is None else shared + value
+    def own(self) -> Tensor:
+        return self.value.float()
 
 
 class LowRankDelta(Delta):
@@ -96,9 +104,8 @@ class LowRankDelta(Delta):
     def rank(self) -> int:
         return self.up.shape[1]
 
-    def change(self, shared: Tensor | None = None) -> Tensor:
-        product = (self.up.float() @ self.down.float()).view(self.shape)
-        return product if shared is None else shared + product
+    def own(self) -> Tensor:
+        return (self.up.float() @ self.down.float()).view(self.shape)
 
 
 class SpectralDelta(Delta):
@@ -116,10 +123,9 @@ class SpectralDelta(Delta):
     def __init__(self, shape: tuple[int, ...], up: Tensor, sigma: Tensor, down: Tensor):
         super().__init__(shape, up=up, sigma=sigma, down=down)
 
-    def change(self, shared: Tensor | None = None) -> Tensor:
+    def own(self) -> Tensor:
         up, sigma, down = (t.float() for t in (self.up, self.sigma, self.down))
-        product = ((up * sigma) @ down).view(self.shape)
-        return product if shared is None else shared + product
+        return ((up * sigma) @ down).view(self.shape)
 
 
 class MaskedDelta(Delta):
@@ -142,10 +148,10 @@ class MaskedDelta(Delta):
         scale = torch.as_tensor(scale, dtype=torch.float32)
         return cls(tuple(mask.shape), pack_bits(mask), scale)
 
-    def change(self, shared: Tensor | None = None) -> Tensor:
+    def change(self, shared: Delta | None = None) -> Tensor:
         if shared is None:
             raise ValueError("A masked delta needs the shared tensor that it masks.")
-        return shared * unpack_bits(self.mask, self.shape) * self.scale
+        return shared.change() * unpack_bits(self.mask, self.shape) * self.scale
 
 
 class SparseDelta(Delta):
@@ -174,12 +180,15 @@ class SparseDelta(Delta):
             where = index.to(torch.int32)
         return cls(tuple(value.shape), where, flat[index].to(dtype))
 
-    def change(self, shared: Tensor | None = None) -> Tensor:
+    def change(self, shared: Delta | None = None) -> Tensor:
         where = self.where
         if where.dtype == torch.uint8:
             where = unpack_bits(where, (self.numel,)).nonzero().squeeze(1)
         values = self.values.float()
-        flat = values.new_zeros(self.numel) if shared is None else shared.flatten()
+        if shared is None:
+            flat = values.new_zeros(self.numel)
+        else:
+            flat = shared.change().flatten()
         return flat.index_copy(0, where.long(), values).view(self.shape)
 
 

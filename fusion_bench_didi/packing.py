@@ -99,7 +99,7 @@ def kept_out(
     shared = None if first is None else first.change()
     errors = []
     for delta, tau in zip(others, task_vectors):
-        change = delta.change(shared) if delta is not None else shared
+        change = shared if delta is None else delta.change(first)
         rest = tau.cpu()
         if change is not None:
             rest = rest - change.view_as(rest)

@@ -48,14 +48,13 @@ class RoundedLowRankDelta(Delta):
     def options(self) -> dict:
         return {"bits": self.width}
 
-    def change(self, shared: Tensor | None = None) -> Tensor:
+    def own(self) -> Tensor:
         m, n = self.shape[0], math.prod(self.shape[1:])
         up, down = self.up, self.down
         if self.width == 4:
             up = unpack_nibbles(up, (m, self.rank))
             down = unpack_nibbles(down, (self.rank, n))
-        product = ((up.float() * self.scale) @ down.float()).view(self.shape)
-        return product if shared is None else shared + product
+        return ((up.float() * self.scale) @ down.float()).view(self.shape)
 
 
 class RoundedDenseDelta(Delta):
@@ -88,13 +87,12 @@ class RoundedDenseDelta(Delta):
     def options(self) -> dict:
         return {"bits": self.width}
 
-    def change(self, shared: Tensor | None = None) -> Tensor:
+    def own(self) -> Tensor:
         codes = self.codes
         if self.width == 4:
             codes = unpack_nibbles(codes, self.shape)
         rows = codes.flatten(1).float().mul_(self.scale[:, None])
-        value = rows.view(self.shape)
-        return value if shared is None else value.add_(shared)
+        return rows.view(self.shape)
 
 
 class AffineDelta(Delta):
@@ -127,10 +125,9 @@ class AffineDelta(Delta):
         codes = codes.round().clamp(0, 255).to(torch.uint8)
         return cls(tuple(value.shape), codes, torch.stack([lo, hi]))
 
-    def change(self, shared: Tensor | None = None) -> Tensor:
+    def own(self) -> Tensor:
         lo, hi = self.ends
-        value = lo + self.codes.float() * ((hi - lo) / 255)
-        return value if shared is None else shared + value
+        return lo + self.codes.float() * ((hi - lo) / 255)
 
 
 def shrunk_range(value: Tensor, clip: float) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,10 @@ def _random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def _whole(value: torch.Tensor) -> DenseDelta:
+    return DenseDelta(tuple(value.shape), value)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (9,), (3, 5), (2, 3, 4, 5)])
 def test_packed_bits_come_back(shape):
     mask = _random(*shape) > 0
@@ -40,7 +44,7 @@ def test_bit_order_is_that_of_the_docstring():
 def test_masked_delta():
     shared, mask = _random(3, 5), _random(5, 3).T > 0  # not contiguous
     delta = MaskedDelta.of(mask, 1.5)
-    assert torch.equal(delta.change(shared), shared * mask * 1.5)
+    assert torch.equal(delta.change(_whole(shared)), shared * mask * 1.5)
     assert delta.bits == 8 * 2 + 32  # 15 entries and a scalar
     with pytest.raises(ValueError, match="needs the shared tensor"):
         delta.change()
@@ -59,7 +63,8 @@ def test_sparse_delta_replaces_and_takes_the_cheaper_index(count, where):
     assert delta.bits == 8 * min(4 * count, 9) + 32 * count
     assert torch.equal(delta.change(), value)
     before = shared.clone()
-    assert torch.equal(delta.change(shared), torch.where(value != 0, value, shared))
+    changed = delta.change(_whole(shared))
+    assert torch.equal(changed, torch.where(value != 0, value, shared))
     assert torch.equal(shared, before)
 
 
@@ -73,7 +78,8 @@ def test_spectral_delta():
     delta = SpectralDelta((4, 2, 3), up, sigma, down)
     expected = (up @ torch.diag(sigma) @ down).view(4, 2, 3)
     torch.testing.assert_close(delta.change(), expected)
-    torch.testing.assert_close(delta.change(torch.ones(4, 2, 3)), expected + 1)
+    ones = _whole(torch.ones(4, 2, 3))
+    torch.testing.assert_close(delta.change(ones), expected + 1)
     assert delta.bits == 32 * 2 * (4 + 6 + 1)
 
 

@@ -172,10 +172,8 @@ def table_of(
 
     def own(delta: Delta) -> Tensor:
         """What a task adds to ``common``."""
-        if shared is None:
-            return delta.change()
-        change = shared.change()
-        return delta.change(change) - change
+        change = delta.change(shared)
+        return change if shared is None else change - shared.change()
 
     if turned is None:
         values = [common if delta is None else common + own(delta) for delta in deltas]

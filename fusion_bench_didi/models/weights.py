@@ -39,10 +39,10 @@ class Weights:
         """``W_0 + change`` of one tensor under one expert, in float32."""
         base = self.base_tensor(name)
         shared, delta = self.shared.get(name), expert.deltas.get(name)
-        change = None if shared is None else shared.change()
-        if delta is not None:
-            change = delta.change(change)
-        return base.float() if change is None else base.float() + change
+        if delta is None and shared is None:
+            return base.float()
+        change = shared.change() if delta is None else delta.change(shared)
+        return base.float() + change
 
     def base_tensor(self, name: str) -> Tensor:
         """The base model's value, whatever task is on."""

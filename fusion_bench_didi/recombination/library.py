@@ -54,8 +54,8 @@ class Module:
         """The change of each tensor for a task, in float32."""
         own, out = self.experts.get(task, {}), {}
         for name in self.tensors(task):
-            shared = self.shared[name].change() if name in self.shared else None
-            out[name] = own[name].change(shared) if name in own else shared
+            shared = self.shared.get(name)
+            out[name] = own[name].change(shared) if name in own else shared.change()
         return out
 
 

@@ -17,18 +17,17 @@ MODULES = "modules"
 
 
 class Layered(Delta):
-    """A task's own delta on top of its group's, seen as one: ``own(shared())``. In memory only, owns no tensors."""
+    """A task's own delta on top of its group's, seen as one. In memory only, owns no tensors."""
 
     kind = "layered"
     parts = ()
 
     def __init__(self, shared: Delta, own: Delta):
         super().__init__(own.shape)
-        self.below, self.own = shared, own
+        self.below, self.above = shared, own
 
-    def change(self, shared: Tensor | None = None) -> Tensor:
-        change = self.own.change(self.below.change())
-        return change if shared is None else shared + change
+    def own(self) -> Tensor:
+        return self.above.change(self.below)
 
 
 class RecombinedModel(DynamicModel):

@@ -158,7 +158,7 @@ def halved(whole: Decomposition) -> Decomposition:
     """Of full spectra, what :func:`halves` keeps."""
 
     def half(s: Spectrum) -> Basis:
-        short = s.U if s.U.shape[0] <= s.Vh.shape[1] else s.Vh.mT
+        short = s.U if s.U.shape[0] < s.Vh.shape[1] else s.Vh.mT  # as ``leading`` does
         return Basis(short, s.S, s.tail_energy)
 
     return Decomposition(

@@ -19,7 +19,8 @@ from .decomposition import (
     halves,
     shared_matrix,
 )
-from .factors import LowRankFactors, Spectrum, energy_of, full_rank
+from .factored import all_factored, as_dense, subtracting, whole, zero_like
+from .factors import LowRankFactors, Matrix, Spectrum, energy_of, full_rank
 from .learning import LearningSettings, learn_ranks, truncation_error
 from .refinement import Modules, Refinement, RefinementSettings, refine
 from .subspace import subspace_step
@@ -38,6 +39,7 @@ __all__ = [
     "Decomposition",
     "LearningSettings",
     "LowRankFactors",
+    "Matrix",
     "MatrixSpectra",
     "Modules",
     "Price",
@@ -45,6 +47,8 @@ __all__ = [
     "RefinementSettings",
     "SharedMerge",
     "Spectrum",
+    "all_factored",
+    "as_dense",
     "choose",
     "decompose",
     "energy_of",
@@ -62,10 +66,13 @@ __all__ = [
     "spectra_of",
     "spectrum",
     "subspace_step",
+    "subtracting",
     "total_cost",
     "truncation_error",
     "uniform",
     "upgrade",
     "water_level",
+    "whole",
     "whole_from",
+    "zero_like",
 ]

@@ -47,6 +47,10 @@ class Delta(nn.Module):
         own = self.own()
         return own if shared is None else own + shared.change()
 
+    def factors(self) -> LowRankFactors | None:
+        """:meth:`own` in float32 as a product (m, r) (r, n); None where it is not stored as one."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """What is written to the file, by part."""
         return {name: getattr(self, name).detach() for name in self.parts}
@@ -105,7 +109,10 @@ class LowRankDelta(Delta):
         return self.up.shape[1]
 
     def own(self) -> Tensor:
-        return (self.up.float() @ self.down.float()).view(self.shape)
+        return self.factors().dense().view(self.shape)
+
+    def factors(self) -> LowRankFactors:
+        return LowRankFactors(self.up.float(), self.down.float())
 
 
 class SpectralDelta(Delta):
@@ -124,8 +131,11 @@ class SpectralDelta(Delta):
         super().__init__(shape, up=up, sigma=sigma, down=down)
 
     def own(self) -> Tensor:
+        return self.factors().dense().view(self.shape)
+
+    def factors(self) -> LowRankFactors:
         up, sigma, down = (t.float() for t in (self.up, self.sigma, self.down))
-        return ((up * sigma) @ down).view(self.shape)
+        return LowRankFactors(up * sigma, down)
 
 
 class MaskedDelta(Delta):

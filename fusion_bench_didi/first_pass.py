@@ -16,6 +16,7 @@ from .lowrank import (
     learn_ranks,
     sharing,
     singular_values,
+    subtracting,
     uniform,
     upgrade,
     water_level,
@@ -141,10 +142,10 @@ def _shared_too(work: Work, name: str, own: Candidate, level: float) -> list[Can
     for k in sorted(ranks - {0}):
         if sharing(mean, own.sigma, weights, k) < WORTH_SHARING:
             continue
-        cut = found.factors(shared, k).dense()
+        left = subtracting(found.factors(shared, k))
         sigma, tails = [], []
         for tau in vectors:
-            rest = tau - cut
+            rest = left(tau)
             values = singular_values(rest, max_rank=q).cpu()
             energy = energy_of(rest)
             tails.append(max(float(energy) - float(values.double().square().sum()), 0))

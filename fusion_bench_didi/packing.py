@@ -9,10 +9,13 @@ from .deltas import Delta, DenseDelta
 from .layout import Layout, MergeSettings
 from .lowrank import (
     Decomposition,
-    LowRankFactors,
+    Matrix,
     Modules,
+    as_dense,
     energy_of,
     subspace_step,
+    subtracting,
+    whole,
 )
 from .precision import Precision
 from .task_vectors import Scan, TaskVectors, matrix_shape
@@ -22,8 +25,8 @@ def cut(
     decomposition: Decomposition,
     ranks: Sequence[int],
     full: int,
-    shared: Tensor,
-    task_vectors: Sequence[Tensor],
+    shared: Matrix,
+    task_vectors: Sequence[Matrix],
     *,
     settled: bool = False,
 ) -> Modules:
@@ -38,14 +41,10 @@ def cut(
     if ranks[0] < full:
         first = decomposition.shared.factors(shared, ranks[0])
     else:
-        m, n = shared.shape
-        eye = torch.eye(min(m, n), dtype=shared.dtype, device=shared.device)
-        first = LowRankFactors(*((shared, eye) if m >= n else (eye, shared)))
-    base = shared
-    if settled:
-        base = first.dense() if first.rank else None
+        first = whole(shared)
+    left = subtracting(first if settled else shared)
     experts = tuple(
-        None if k >= full else spectrum.factors(tau if base is None else tau - base, k)
+        None if k >= full else spectrum.factors(left(tau), k)
         for tau, spectrum, k in zip(task_vectors, decomposition.experts, ranks[1:])
     )
     return Modules(first, experts)
@@ -54,7 +53,7 @@ def cut(
 def pack(
     modules: Modules,
     ranks: Sequence[int],
-    task_vectors: Sequence[Tensor],
+    task_vectors: Sequence[Matrix],
     *,
     shape: tuple[int, ...],
     precision: Precision,
@@ -64,7 +63,7 @@ def pack(
     Where numbers are rounded to few bits, the experts are fitted to what the *stored* shared part leaves.
 
     Args:
-        task_vectors: T of (m, n).
+        task_vectors: T of (m, n); multiplied out only for an expert that is stored dense.
         shape: of the tensor.
     """
     full = min(matrix_shape(shape))
@@ -73,18 +72,18 @@ def pack(
         first = precision.dense(shape, modules.shared.dense().cpu())
     elif ranks[0] > 0:
         first = precision.low_rank(shape, modules.shared.to("cpu"), None)
-    base = None if first is None else first.change().flatten(1)
+    left = subtracting(change_of(first))
     others: list[Delta | None] = []
     for factors, tau in zip(modules.experts, task_vectors):
         if factors is not None and factors.rank == 0:
             others.append(None)
             continue
-        rest = tau.cpu() if base is None else tau.cpu() - base
+        rest = left(tau.cpu())
         if factors is None:
-            others.append(precision.dense(shape, rest))
+            others.append(precision.dense(shape, as_dense(rest)))
             continue
         factors = factors.to("cpu")
-        if precision.rounding and base is not None:
+        if precision.rounding and first is not None:
             factors = subspace_step(rest, factors)
         others.append(precision.low_rank(shape, factors, rest))
     return first, others
@@ -93,18 +92,30 @@ def pack(
 def kept_out(
     first: Delta | None,
     others: Sequence[Delta | None],
-    task_vectors: Sequence[Tensor],
+    task_vectors: Sequence[Matrix],
 ) -> Tensor:
     """(T,) squared errors of what was really stored."""
-    shared = None if first is None else first.change()
     errors = []
     for delta, tau in zip(others, task_vectors):
-        change = shared if delta is None else delta.change(first)
-        rest = tau.cpu()
-        if change is not None:
-            rest = rest - change.view_as(rest)
-        errors.append(energy_of(rest))
+        change = change_of(first, delta)
+        errors.append(energy_of(tau.cpu() if change is None else tau.cpu() - change))
     return torch.stack(errors)
+
+
+def change_of(first: Delta | None, delta: Delta | None = None) -> Matrix | None:
+    """What is stored for one task, (m, n): factored where all of it is, None where nothing is.
+
+    Args:
+        first: the shared part.
+        delta: the task's own.
+    """
+    parts = [part for part in (first, delta) if part is not None]
+    if not parts:
+        return None
+    factors = [part.factors() for part in parts]
+    if None not in factors:
+        return sum(factors[1:], start=factors[0])
+    return (first.change() if delta is None else delta.change(first)).flatten(1)
 
 
 def pack_vectors(

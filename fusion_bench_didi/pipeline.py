@@ -19,7 +19,7 @@ from .deltas import Delta
 from .factor_store import FactorStore
 from .first_pass import allocate, first_pass, loss_weights, refined
 from .layout import MergeSettings, lay_out, matrix_budget
-from .lowrank import Basis, Decomposition, MatrixSpectra, refine
+from .lowrank import Basis, Decomposition, MatrixSpectra, refine, zero_like
 from .packing import cut, kept_out, pack, pack_vectors
 from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
@@ -197,7 +197,7 @@ def _finished(
     """One matrix of :func:`finish`."""
     vectors, settled = work.read(row.name), row.fixed_shared is not None
     if settled and not row.fixed_shared:
-        shared = vectors[0].new_zeros(row.shape)
+        shared = zero_like(vectors[0])
     else:
         shared = work.shared(row.name, vectors)
     parts, ranks = Decomposition(bases[0], bases[1:]), k.tolist()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .deltas import Delta
+from .lowrank.factors import LowRankFactors
 from .lowrank.quantisation import (
     RoundedFactors,
     pack_nibbles,
@@ -49,12 +50,15 @@ class RoundedLowRankDelta(Delta):
         return {"bits": self.width}
 
     def own(self) -> Tensor:
+        return self.factors().dense().view(self.shape)
+
+    def factors(self) -> LowRankFactors:
         m, n = self.shape[0], math.prod(self.shape[1:])
         up, down = self.up, self.down
         if self.width == 4:
             up = unpack_nibbles(up, (m, self.rank))
             down = unpack_nibbles(down, (self.rank, n))
-        return ((up.float() * self.scale) @ down.float()).view(self.shape)
+        return LowRankFactors(up.float() * self.scale, down.float())
 
 
 class RoundedDenseDelta(Delta):

@@ -23,11 +23,16 @@ class Delta(nn.Module):
 
     kind: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
+    #: parts that may be None
+    optional: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, shape: tuple[int, ...], **tensors: Tensor):
+    def __init__(self, shape: tuple[int, ...], **tensors: Tensor | None):
         super().__init__()
         self.shape = tuple(shape)
         for name in self.parts:
+            if name in self.optional and tensors[name] is None:
+                self.register_parameter(name, None)
+                continue
             value = tensors[name].detach().contiguous()
             if value.untyped_storage().nbytes() > value.nbytes:
                 # a view would keep, and be written with, the whole
@@ -49,7 +54,8 @@ class Delta(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """What is written to the file, by part."""
-        return {name: getattr(self, name).detach() for name in self.parts}
+        found = ((name, getattr(self, name)) for name in self.parts)
+        return {name: value.detach() for name, value in found if value is not None}
 
     def options(self) -> dict:
         """JSON-plain constructor arguments beside shape and tensors."""

@@ -20,6 +20,7 @@ from .task_vectors import Scan, TaskVectors, matrix_shape
 
 Normalisation = Literal["none", "task", "root", "matrix", "sensitivity"]
 Residual = Literal["truncated", "full"]
+Shared = Literal["auto", "mean", "task_arithmetic", "ties", "subspaces", "none"]
 VectorPolicy = Literal["expert", "shared", "pretrained"]
 
 
@@ -28,6 +29,8 @@ class MergeSettings:
     """Every choice of the merge; ``config/method/didi.yaml`` says what each does.
 
     Args:
+        shared: what tasks may share: a static merge of the task vectors cut to a rank, common ``subspaces``, either of the
+            mean and these (``auto``), or nothing.
         residual: experts are what is left of the task vector by the shared part as it is stored (``truncated``), or by
             the whole shared matrix (``full``, Eq. 3 of the paper).
         normalisation: weight of a squared error: ``none`` 1 (plain MSE); ``task`` 1 / (energy of the task);
@@ -38,7 +41,7 @@ class MergeSettings:
     """
 
     budget: Budget
-    shared: SharedMerge = "mean"
+    shared: Shared = "auto"
     shared_scale: float = 0.3
     ties_keep: float = 0.2
     residual: Residual = "truncated"
@@ -55,8 +58,7 @@ class MergeSettings:
 
     def __post_init__(self):
         for name, value, allowed in (
-            ("shared", self.shared, ("mean", "task_arithmetic", "ties", "none")),
-            ("shared", self.shared, get_args(SharedMerge)),
+            ("shared", self.shared, get_args(Shared)),
             ("residual", self.residual, get_args(Residual)),
             ("allocation", self.allocation, get_args(Allocation)),
             ("refinement", self.refinement, get_args(Refinement)),
@@ -66,6 +68,17 @@ class MergeSettings:
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}; choose one of {allowed}.")
         precisions(self.factor_dtype, torch.float32)
+
+    @property
+    def static(self) -> SharedMerge:
+        """How the shared matrix is made, if there may be one."""
+        named = {"auto": "mean", "subspaces": "none"}
+        return named.get(self.shared, self.shared)
+
+    @property
+    def in_common(self) -> bool:
+        """Whether matrices may be stored in common subspaces."""
+        return self.shared in ("auto", "subspaces") and self.residual == "truncated"
 
     @property
     def joint(self) -> bool:

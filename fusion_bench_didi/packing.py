@@ -11,6 +11,7 @@ from .lowrank import (
     Decomposition,
     LowRankFactors,
     Modules,
+    cores,
     energy_of,
     subspace_step,
 )
@@ -88,6 +89,31 @@ def pack(
             factors = subspace_step(rest, factors)
         others.append(precision.low_rank(shape, factors, rest))
     return first, others
+
+
+def pack_common(
+    up: Tensor,
+    down: Tensor,
+    task_vectors: Tensor,
+    *,
+    shape: tuple[int, ...],
+    precision: Precision,
+) -> tuple[Delta, list[Delta | None]]:
+    """Stored forms of one matrix in common subspaces; cores are fitted to the bases *as stored*.
+
+    Args:
+        up, down: (m, p) and (q, n), square for whole sides.
+        task_vectors: (T, m, n).
+        shape: of the tensor.
+    """
+    first = precision.bases(shape, up.cpu(), down.cpu())
+    stored = zip(first.bases(), (up, down))
+    up, down = (whole.cpu() if kept is None else kept for kept, whole in stored)
+    vectors = task_vectors.cpu()
+    fitted = zip(vectors, cores(vectors, up, down))
+    return first, [
+        precision.core(shape, core) if bool(tau.any()) else None for tau, core in fitted
+    ]
 
 
 def kept_out(

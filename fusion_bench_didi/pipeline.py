@@ -7,9 +7,10 @@ changes a bit of the result.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,9 +19,16 @@ from .delta_sinks import DeltaSink, InMemory
 from .deltas import Delta
 from .factor_store import FactorStore
 from .first_pass import allocate, first_pass, loss_weights, refined
+from .joint_pass import Common, common_key, grown
 from .layout import MergeSettings, lay_out, matrix_budget
-from .lowrank import Basis, Decomposition, MatrixSpectra, refine
-from .packing import cut, kept_out, pack, pack_vectors
+from .lowrank import (
+    Decomposition,
+    MatrixSpectra,
+    refine,
+    refine_common,
+    total_cost,
+)
+from .packing import cut, kept_out, pack, pack_common, pack_vectors
 from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
 from .storage import StorageReport, account
@@ -48,6 +56,7 @@ class MergeReport:
         energy: per matrix, (T,) squared norms of the task vectors.
         errors: per matrix, (T,) squared norms of what was kept out.
         precision: per matrix, how its modules are stored.
+        common: sizes p and q of the common subspaces of the matrices that are stored in them.
         seconds: per stage.
     """
 
@@ -55,6 +64,7 @@ class MergeReport:
     energy: Mapping[str, Tensor]
     errors: Mapping[str, Tensor]
     precision: Mapping[str, str]
+    common: Mapping[str, tuple[int, int]]
     seconds: Mapping[str, float]
 
     @property
@@ -89,7 +99,8 @@ class Planned:
 
     Args:
         table, ranks: rows and (T + 1,) ranks per matrix.
-        precision: how each matrix is stored.
+        precision: how each of these is stored.
+        common: the other matrices.
     """
 
     work: Work
@@ -97,6 +108,7 @@ class Planned:
     table: tuple[MatrixSpectra, ...]
     ranks: tuple[Tensor, ...]
     precision: Mapping[str, Precision]
+    common: Mapping[str, Common]
     seconds: dict[str, float]
 
     @property
@@ -105,22 +117,30 @@ class Planned:
 
     @property
     def allocation(self) -> RankAllocation:
-        rows = list(zip(self.table, self.ranks))
+        """Ranks; in common subspaces the rank of a core, shared and for every task."""
+        rows = {row.name: k.tolist() for row, k in zip(self.table, self.ranks)}
+        for name, common in self.common.items():
+            rows[name] = [min(common.sizes)] * (len(self.tasks) + 1)
+        rows = {name: rows[name] for name in self.work.layout.matrices}
         return RankAllocation(
-            shared={row.name: int(k[0]) for row, k in rows},
+            shared={name: k[0] for name, k in rows.items()},
             experts={
-                task: {row.name: int(k[t + 1]) for row, k in rows}
+                task: {name: k[t + 1] for name, k in rows.items()}
                 for t, task in enumerate(self.tasks)
             },
         )
 
     def report(self, errors: Mapping[str, Tensor]) -> MergeReport:
-        names = [row.name for row in self.table]
+        names = self.work.layout.matrices
+        stored_as = {n: c.precision for n, c in self.common.items()} | dict(
+            self.precision
+        )
         return MergeReport(
             self.tasks,
             {name: self.scan.energy[name] for name in names},
-            errors,
-            {name: self.precision[name].name for name in names},
+            {name: errors[name] for name in names},
+            {name: stored_as[name].name for name in names},
+            {name: common.sizes for name, common in self.common.items()},
             self.seconds,
         )
 
@@ -149,7 +169,9 @@ def plan(
         FactorStore(settings.factor_memory_gb),
     )
     with _timed(seconds, "decompose"):
-        table, stored_as = first_pass(work)
+        found = first_pass(work)
+    table, stored_as = found.table, found.stored_as
+    work = replace(work, budget=work.budget - found.common_bits)
     while True:
         with _timed(seconds, "allocate"):
             progress("allocate", 0, 1)
@@ -159,8 +181,10 @@ def plan(
         with _timed(seconds, "decompose"):
             longer = work.extended(table, ranks, stored_as)
         if longer is None:
-            return Planned(work, scan, tuple(rows), tuple(ranks), precision, seconds)
+            break
         table = longer
+    common = grown(found.common, work.budget - total_cost(rows, ranks))
+    return Planned(work, scan, tuple(rows), tuple(ranks), precision, common, seconds)
 
 
 def finish(planned: Planned) -> Iterator[tuple[str, Stored, Tensor]]:
@@ -168,33 +192,33 @@ def finish(planned: Planned) -> Iterator[tuple[str, Stored, Tensor]]:
 
     The planned merge is used up.
     """
-    work, precision = planned.work, planned.precision
+    work, jobs = planned.work, {}
+    for row, k in zip(planned.table, planned.ranks):
+        precision = planned.precision[row.name]
+        jobs[row.name] = partial(_experts, work, row, k, precision)
+    for name, common in planned.common.items():
+        jobs[name] = partial(_in_common, work, name, common)
 
-    def one(item: tuple[MatrixSpectra, Tensor, tuple]) -> tuple[Stored, Tensor]:
-        with alone(work.task_vectors.large(item[0].name)):
-            return _finished(work, *item, precision=precision[item[0].name])
+    def one(job: tuple[str, Callable[[], tuple[Stored, Tensor]]]):
+        with alone(work.task_vectors.large(job[0])):
+            return job[1]()
 
-    items = (
-        (row, k, work.store.pop(row.name))
-        for row, k in zip(planned.table, planned.ranks)
+    names = sorted(jobs)
+    results = ordered_map(
+        one, [(name, jobs[name]) for name in names], workers=workers_for(work.device)
     )
-    results = ordered_map(one, items, workers=workers_for(work.device))
-    for i, (row, (stored, errors)) in enumerate(zip(planned.table, results)):
-        work.progress("refine", i, len(planned.table))
-        yield row.name, stored, errors
+    for i, (name, (stored, errors)) in enumerate(zip(names, results)):
+        work.progress("refine", i, len(names))
+        yield name, stored, errors
         del stored, errors  # not kept while the next is waited for
         release_memory()
 
 
-def _finished(
-    work: Work,
-    row: MatrixSpectra,
-    k: Tensor,
-    bases: tuple[Basis, ...],
-    *,
-    precision: Precision,
+def _experts(
+    work: Work, row: MatrixSpectra, k: Tensor, precision: Precision
 ) -> tuple[Stored, Tensor]:
-    """One matrix of :func:`finish`."""
+    """One matrix as experts on a shared module."""
+    bases = work.store.pop(row.name)
     vectors, settled = work.read(row.name), row.fixed_shared is not None
     if settled and not row.fixed_shared:
         shared = vectors[0].new_zeros(row.shape)
@@ -211,6 +235,28 @@ def _finished(
     )
     shape = work.task_vectors.infos[row.name].shape
     stored = pack(modules, ranks, vectors, shape=shape, precision=precision)
+    return stored, kept_out(*stored, vectors)
+
+
+def _in_common(work: Work, name: str, common: Common) -> tuple[Stored, Tensor]:
+    """One matrix in common subspaces."""
+    vectors, (m, n), (p, q) = work.read(name), work.shape(name), common.sizes
+    left, right = (b.vectors.to(vectors) for b in work.store.pop(common_key(name)))
+    eye = torch.eye(max(m, n)).to(vectors)
+    up = eye[:m, :m] if p == m else left[:, :p]
+    down = eye[:n, :n] if q == n else right[:, :q].mT
+    if work.settings.refinement != "none":
+        refining = work.settings.refining
+        up, down = refine_common(
+            vectors,
+            work.weights[name],
+            up,
+            down,
+            sweeps=refining.sweeps,
+            tolerance=refining.tolerance,
+        )
+    shape = work.task_vectors.infos[name].shape
+    stored = pack_common(up, down, vectors, shape=shape, precision=common.precision)
     return stored, kept_out(*stored, vectors)
 
 

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 from .budget import dtype_bits
+from .common_deltas import (
+    Bases,
+    BasesDelta,
+    CoreDelta,
+    RoundedBasesDelta,
+    RoundedCoreDelta,
+)
 from .deltas import Delta, DenseDelta, LowRankDelta
 from .lowrank import LowRankFactors, Price
 from .lowrank.quantisation import RELATIVE_ERROR, round_factors
@@ -57,6 +64,35 @@ class Precision:
             per_rank=self.bits * (m + n) + SCALE_BITS,
             dense=self.bits * m * n + SCALE_BITS * m,
         )
+
+    def common_bits(
+        self, shape: tuple[int, int], tasks: int, p: Tensor, q: Tensor
+    ) -> Tensor:
+        """What common bases of p columns and q rows of an (m, n) matrix cost with the cores of all tasks.
+
+        A whole side needs no basis; integer codes carry one scale per column, row and row of a core.
+        """
+        (m, n), up, down = shape, p * (p < shape[0]), q * (q < shape[1])
+        bits = self.bits * (m * up + n * down + tasks * p * q)
+        scales = 0 if self.dtype is not None else SCALE_BITS
+        return bits + scales * (up + down + tasks * p)
+
+    def common_rounding(self, shape: tuple[int, int], p: Tensor, q: Tensor) -> Tensor:
+        """Expected squared error of ``U C_t V``, each of them rounded, relative to its energy."""
+        rounded = 1 + (p < shape[0]).double() + (q < shape[1]).double()
+        return self.rounding_dense * rounded
+
+    def bases(self, shape: tuple[int, ...], up: Tensor, down: Tensor) -> Bases:
+        """Store common bases (m, p) and (q, n)."""
+        if self.dtype is not None:
+            return BasesDelta.of(shape, up.to(self.dtype), down.to(self.dtype))
+        return RoundedBasesDelta.of(shape, up, down, self.bits)
+
+    def core(self, shape: tuple[int, ...], core: Tensor) -> Delta:
+        """Store a task's coordinates (p, q) in common bases."""
+        if self.dtype is not None:
+            return CoreDelta(shape, core.to(self.dtype))
+        return RoundedCoreDelta.of(shape, core, self.bits)
 
     def low_rank(
         self, shape: tuple[int, ...], factors: LowRankFactors, target: Tensor | None

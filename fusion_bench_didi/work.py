@@ -57,7 +57,7 @@ class Work:
     def shared(self, name: str, vectors: Sequence[Tensor]) -> Tensor:
         return shared_matrix(
             vectors,
-            how=self.settings.shared,
+            how=self.settings.static,
             weights=self.weights[name],
             scale=self.settings.shared_scale,
             keep=self.settings.ties_keep,
@@ -69,7 +69,7 @@ class Work:
         full = full_rank(*self.shape(name))
         return max(min(price.cap, full, self.budget // price.per_rank), 1)
 
-    def _share(self, name: str) -> float:
+    def share(self, name: str) -> float:
         """Bits of one expert if every number of every task vector got as many."""
         numel = {n: self.task_vectors.infos[n].numel for n in self.layout.matrices}
         tasks = len(self.task_vectors.tasks)
@@ -78,7 +78,7 @@ class Work:
     def _glanced(self, name: str) -> bool:
         """Whether the even share is enough to store the matrix whole, in its cheapest precision."""
         price = matrix_price(self.layout, self.task_vectors, name)
-        return self._share(name) >= price.dense
+        return self.share(name) >= price.dense
 
     def first_guess(self, name: str) -> int:
         """The largest rank that a matrix will probably be given: somewhat more than its even share.
@@ -89,7 +89,7 @@ class Work:
         m, n = self.shape(name)
         price = matrix_price(self.layout, self.task_vectors, name)
         cap, kind = self.cap(name), torch.device(self.device).type
-        guess = REACH * self._share(name) / price.per_rank
+        guess = REACH * self.share(name) / price.per_rank
         guess = int(GLANCE * min(m, n) if self._glanced(name) else guess) + 8
         return guess if guess < cap and sketched((m, n), guess, device=kind) else cap
 

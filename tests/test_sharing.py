@@ -24,7 +24,7 @@ from fusion_bench_didi.probe import sensitivity
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
 def test_sharing_never_loses(overlap, budget):
     vectors = constructed(overlap, tasks=4, side=32, matrices=2)
-    both = merged(vectors, budget, "mean").report.relative_error
+    both = merged(vectors, budget, "auto").report.relative_error
     alone = merged(vectors, budget, "none").report.relative_error
     assert both <= alone * 1.005
 
@@ -44,7 +44,8 @@ def test_choice_with_equal_candidates_takes_experts_only():
     sigma = torch.rand(3, 8).sort(descending=True).values
     own = Candidate(0, price, "float32", sigma, torch.zeros(3))
     costlier = Candidate(2, price, "float32", sigma, torch.zeros(3))
-    assert choose([[own, costlier]], [torch.ones(3)], 10 * price.per_rank) == [0]
+    offers = [candidate.offer(torch.ones(3)) for candidate in (own, costlier)]
+    assert choose([offers], 10 * price.per_rank)[0] == [0]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -10,7 +10,8 @@ from .allocation import (
     uniform,
     whole_from,
 )
-from .candidates import Candidate, choose, sharing, upgrade, water_level
+from .candidates import Candidate, Offer, choose, sharing, upgrade, water_level
+from .common import CommonOffer, common_spaces, cores, refine_common
 from .decomposition import (
     Decomposition,
     SharedMerge,
@@ -35,17 +36,21 @@ __all__ = [
     "Allocation",
     "Basis",
     "Candidate",
+    "CommonOffer",
     "Decomposition",
     "LearningSettings",
     "LowRankFactors",
     "MatrixSpectra",
     "Modules",
+    "Offer",
     "Price",
     "Refinement",
     "RefinementSettings",
     "SharedMerge",
     "Spectrum",
     "choose",
+    "common_spaces",
+    "cores",
     "decompose",
     "energy_of",
     "full_rank",
@@ -55,6 +60,7 @@ __all__ = [
     "leading",
     "learn_ranks",
     "refine",
+    "refine_common",
     "shared_matrix",
     "sharing",
     "singular_values",

@@ -51,7 +51,7 @@ class DiDiMerging(PoolMethod):
         self,
         budget: float = 1.4,
         budget_includes_backbone: bool = False,
-        shared: str = "mean",
+        shared: str = "auto",
         shared_scale: float = 0.3,
         ties_keep: float = 0.2,
         residual: str = "truncated",
@@ -187,6 +187,7 @@ class DiDiMerging(PoolMethod):
             "energy_kept": result.report.energy_kept,
             "energy_tasks": list(result.report.tasks),
             "precision": dict(result.report.precision),
+            "common": dict(result.report.common),
         }
         return DiDiModel(
             backbone,

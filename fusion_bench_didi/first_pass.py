@@ -1,46 +1,11 @@
-"""The first pass over the matrices: decompose, decide what to share and in how many bits, allocate ranks."""
+"""The first pass over the matrices: decompose, decide how each is stored, allocate ranks."""
 
 import torch
 from torch import Tensor
 
 from .joint_pass import FirstPass, joint_pass
-from .layout import Layout, MergeSettings
 from .lowrank import MatrixSpectra, greedy, learn_ranks, uniform, upgrade
-from .task_vectors import Scan
 from .work import Work
-
-
-def loss_weights(
-    scan: Scan, layout: Layout, settings: MergeSettings
-) -> dict[str, Tensor]:
-    """(T,) weight of each task's squared error, per matrix.
-
-    ``root`` weighs by 1 / ||tau||: plain MSE spends everything on the matrices of most energy, the relative error as
-    much on those that hardly moved; the mean of the two (in the exponent) kept most accuracy where it was measured.
-    """
-    energies = {name: scan.energy[name] for name in layout.matrices}
-    how = settings.normalisation
-    if how == "none":
-        return {name: torch.ones_like(e).float() for name, e in energies.items()}
-    if how == "sensitivity":
-        known = settings.sensitivity or {}
-        if not known:
-            raise ValueError("normalisation=sensitivity needs settings.sensitivity.")
-        average = sum(known.values()) / len(known)
-        return {
-            name: torch.full_like(e, known.get(name, average) / average).float()
-            for name, e in energies.items()
-        }
-    if how == "task":
-        total = torch.stack(list(energies.values())).sum(0)
-        energies = {name: total for name in energies}
-    power = 0.5 if how == "root" else 1.0
-    weights = {}
-    for name, e in energies.items():
-        # a task that leaves the matrix alone is disturbed by a shared change as much as the average task
-        e = torch.where(e > 0, e, e[e > 0].mean())
-        weights[name] = e.pow(-power).float()
-    return weights
 
 
 def first_pass(work: Work) -> FirstPass:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from .lowrank import (
     Basis,
@@ -219,15 +218,15 @@ def _shared_too(work: Work, name: str, own: Candidate, level: float) -> list[Can
 def _common(work: Work, name: str) -> list[_Option]:
     """Common subspaces in every precision in which they may pay; their bases go to the store."""
     shape, vectors = work.shape(name), None
-    options = []
+    options: list[_Option] = []
+    if not work.settings.in_common or work.task_vectors.one_by_one(name):
+        return options
     for precision in work.layout.precisions[name]:
         share = work.share(name) / precision.price(*shape).dense
-        if not work.settings.in_common or share > WORTH_COMMON:
+        if share > WORTH_COMMON:
             continue
         if vectors is None:
             vectors = work.read(name)
-            if not isinstance(vectors, Tensor):
-                return []
             # bases alone cannot take more than what the matrix is likely to be given
             most = REACH * work.share(name) * len(vectors) / precision.bits
             spaces = common_spaces(

@@ -18,7 +18,9 @@ from .lowrank import (
 from .precision import Precision, precisions, vector_dtype
 from .task_vectors import Scan, TaskVectors, matrix_shape
 
-Normalisation = Literal["none", "task", "root", "matrix", "sensitivity"]
+Normalisation = Literal[
+    "none", "task", "root", "matrix", "base", "depth", "sensitivity"
+]
 Residual = Literal["truncated", "full"]
 Shared = Literal["auto", "mean", "task_arithmetic", "ties", "subspaces", "none"]
 VectorPolicy = Literal["expert", "shared", "pretrained"]
@@ -35,8 +37,10 @@ class MergeSettings:
             the whole shared matrix (``full``, Eq. 3 of the paper).
         normalisation: weight of a squared error: ``none`` 1 (plain MSE); ``task`` 1 / (energy of the task);
             ``matrix`` 1 / (energy of this matrix of the task), the relative error; ``root`` the geometric mean of
-            ``none`` and ``matrix``; ``sensitivity`` by how much the output reacts to the matrix (``probe.py``).
+            ``none`` and ``matrix``; ``base`` 1 / (energy of the base model's matrix); ``depth`` as ``root``, divided by the
+            number of the block; ``sensitivity`` by how much the output reacts to the matrix (``probe.py``).
         sensitivity: per matrix, for that normalisation; matrices that are missing count like the average one.
+        moments: per matrix, second moments (n, n) of its inputs by which errors are weighed (``metric.py``).
         factor_dtype: one of ``precision.NAMES``.
     """
 
@@ -55,6 +59,7 @@ class MergeSettings:
     refining: RefinementSettings = RefinementSettings()
     factor_memory_gb: float = 4.0
     sensitivity: Mapping[str, float] | None = None
+    moments: Mapping[str, torch.Tensor] | None = None
 
     def __post_init__(self):
         for name, value, allowed in (

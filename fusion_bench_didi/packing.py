@@ -15,6 +15,7 @@ from .lowrank import (
     energy_of,
     subspace_step,
 )
+from .metric import Metric
 from .precision import Precision
 from .task_vectors import Scan, TaskVectors, matrix_shape
 
@@ -98,6 +99,7 @@ def pack_common(
     *,
     shape: tuple[int, ...],
     precision: Precision,
+    metric: Metric | None = None,
 ) -> tuple[Delta, list[Delta | None]]:
     """Stored forms of one matrix in common subspaces; cores are fitted to the bases *as stored*.
 
@@ -105,14 +107,19 @@ def pack_common(
         up, down: (m, p) and (q, n), square for whole sides.
         task_vectors: (T, m, n).
         shape: of the tensor.
+        metric: how errors are weighed by direction; alike if None.
     """
     first = precision.bases(shape, up.cpu(), down.cpu())
     stored = zip(first.bases(), (up, down))
     up, down = (whole.cpu() if kept is None else kept for kept, whole in stored)
     vectors = task_vectors.cpu()
-    fitted = zip(vectors, cores(vectors, up, down))
+    if metric is None:
+        fitted = cores(vectors, up, down)
+    else:
+        fitted = cores(metric.weighed(vectors), up, metric.weighed(down))
     return first, [
-        precision.core(shape, core) if bool(tau.any()) else None for tau, core in fitted
+        precision.core(shape, core) if bool(tau.any()) else None
+        for tau, core in zip(vectors, fitted)
     ]
 
 

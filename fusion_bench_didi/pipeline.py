@@ -7,10 +7,9 @@ changes a bit of the result.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,25 +17,18 @@ from torch import Tensor
 from .delta_sinks import DeltaSink, InMemory
 from .deltas import Delta
 from .factor_store import FactorStore
-from .first_pass import allocate, first_pass, loss_weights, refined
-from .joint_pass import Common, common_key, grown
+from .first_pass import allocate, first_pass, refined
+from .joint_pass import Common, grown
 from .layout import MergeSettings, lay_out, matrix_budget
-from .lowrank import (
-    Decomposition,
-    MatrixSpectra,
-    refine,
-    refine_common,
-    total_cost,
-)
-from .packing import cut, kept_out, pack, pack_common, pack_vectors
-from .parallel import alone, ordered_map, release_memory, workers_for
+from .lowrank import MatrixSpectra, total_cost
+from .metric import metrics_of
+from .packing import pack_vectors
 from .precision import Precision
+from .second_pass import second_pass
 from .storage import StorageReport, account
 from .task_vectors import Scan, TaskVectors
+from .weighting import loss_weights
 from .work import Progress, Work
-
-#: Stored forms of one matrix: the shared one, and one per task.
-Stored = tuple[Delta | None, list[Delta | None]]
 
 
 @dataclass(frozen=True)
@@ -163,10 +155,11 @@ def plan(
         settings,
         layout,
         matrix_budget(layout, settings),
-        loss_weights(scan, layout, settings),
+        loss_weights(task_vectors, scan, layout, settings),
         device,
         progress,
         FactorStore(settings.factor_memory_gb),
+        metrics_of(settings.moments),
     )
     with _timed(seconds, "decompose"):
         found = first_pass(work)
@@ -185,79 +178,6 @@ def plan(
         table = longer
     common = grown(found.common, work.budget - total_cost(rows, ranks))
     return Planned(work, scan, tuple(rows), tuple(ranks), precision, common, seconds)
-
-
-def finish(planned: Planned) -> Iterator[tuple[str, Stored, Tensor]]:
-    """Cut, refine and pack, matrix by matrix: name, stored forms (shared, one per task), and (T,) errors.
-
-    The planned merge is used up.
-    """
-    work, jobs = planned.work, {}
-    for row, k in zip(planned.table, planned.ranks):
-        precision = planned.precision[row.name]
-        jobs[row.name] = partial(_experts, work, row, k, precision)
-    for name, common in planned.common.items():
-        jobs[name] = partial(_in_common, work, name, common)
-
-    def one(job: tuple[str, Callable[[], tuple[Stored, Tensor]]]):
-        with alone(work.task_vectors.large(job[0])):
-            return job[1]()
-
-    names = sorted(jobs)
-    results = ordered_map(
-        one, [(name, jobs[name]) for name in names], workers=workers_for(work.device)
-    )
-    for i, (name, (stored, errors)) in enumerate(zip(names, results)):
-        work.progress("refine", i, len(names))
-        yield name, stored, errors
-        del stored, errors  # not kept while the next is waited for
-        release_memory()
-
-
-def _experts(
-    work: Work, row: MatrixSpectra, k: Tensor, precision: Precision
-) -> tuple[Stored, Tensor]:
-    """One matrix as experts on a shared module."""
-    bases = work.store.pop(row.name)
-    vectors, settled = work.read(row.name), row.fixed_shared is not None
-    if settled and not row.fixed_shared:
-        shared = vectors[0].new_zeros(row.shape)
-    else:
-        shared = work.shared(row.name, vectors)
-    parts, ranks = Decomposition(bases[0], bases[1:]), k.tolist()
-    modules = refine(
-        cut(parts, ranks, row.full, shared, vectors, settled=settled),
-        vectors,
-        weights=work.weights[row.name],
-        how=work.settings.refinement,
-        settings=work.settings.refining,
-        settled=settled,
-    )
-    shape = work.task_vectors.infos[row.name].shape
-    stored = pack(modules, ranks, vectors, shape=shape, precision=precision)
-    return stored, kept_out(*stored, vectors)
-
-
-def _in_common(work: Work, name: str, common: Common) -> tuple[Stored, Tensor]:
-    """One matrix in common subspaces."""
-    vectors, (m, n), (p, q) = work.read(name), work.shape(name), common.sizes
-    left, right = (b.vectors.to(vectors) for b in work.store.pop(common_key(name)))
-    eye = torch.eye(max(m, n)).to(vectors)
-    up = eye[:m, :m] if p == m else left[:, :p]
-    down = eye[:n, :n] if q == n else right[:, :q].mT
-    if work.settings.refinement != "none":
-        refining = work.settings.refining
-        up, down = refine_common(
-            vectors,
-            work.weights[name],
-            up,
-            down,
-            sweeps=refining.sweeps,
-            tolerance=refining.tolerance,
-        )
-    shape = work.task_vectors.infos[name].shape
-    stored = pack_common(up, down, vectors, shape=shape, precision=common.precision)
-    return stored, kept_out(*stored, vectors)
 
 
 def merge(
@@ -290,7 +210,9 @@ def merge(
             work.task_vectors, planned.scan, work.layout, settings
         ):
             sink.put(*owned)
-        for name, (first, others), errors[name] in finish(planned):
+        for name, (first, others), errors[name] in second_pass(
+            work, planned.table, planned.ranks, planned.precision, planned.common
+        ):
             for task, delta in zip((None, *planned.tasks), (first, *others)):
                 if delta is not None:
                     sink.put(task, name, delta)

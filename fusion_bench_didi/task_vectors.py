@@ -129,9 +129,13 @@ class TaskVectors:
     ) -> "Sequence[Tensor]":
         """The T task vectors of one tensor as float32 matrices; stacked unless they are large, then read one at a time."""
         shape = matrix_shape(self.infos[name].shape)
-        if 4 * len(self.tasks) * self.infos[name].numel <= STACK_BYTES:
-            return self.read(name, device).view(-1, *shape)
-        return _OneByOne(self, name, torch.device(device), shape)
+        if self.one_by_one(name):
+            return _OneByOne(self, name, torch.device(device), shape)
+        return self.read(name, device).view(-1, *shape)
+
+    def one_by_one(self, name: str) -> bool:
+        """Whether the task vectors of a tensor are too large to be stacked."""
+        return 4 * len(self.tasks) * self.infos[name].numel > STACK_BYTES
 
     def large(self, name: str) -> bool:
         """Whether one task vector of the tensor alone takes so much memory that only one is worked on at a time."""

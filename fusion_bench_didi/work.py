@@ -1,7 +1,7 @@
 """The matrices of one merge while they are worked on: read, decomposed as far as the budget reaches, kept for later."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .lowrank import (
     spectra_of,
     whole_from,
 )
+from .metric import Metric
 from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
 from .task_vectors import TaskVectors, matrix_shape
@@ -46,10 +47,18 @@ class Work:
     device: torch.device | str
     progress: Progress
     store: FactorStore
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def read(self, name: str) -> Sequence[Tensor]:
-        """Task vectors of one matrix, T of (m, n)."""
-        return self.task_vectors.matrices(name, self.device)
+        """Task vectors of one matrix as errors are measured, T of (m, n)."""
+        vectors, metric = self.task_vectors.matrices(name, self.device), self.metric(
+            name
+        )
+        return vectors if metric is None else metric.weighed(vectors)
+
+    def metric(self, name: str) -> Metric | None:
+        """How errors of a matrix are weighed by direction; large matrices are measured plainly."""
+        return None if self.task_vectors.one_by_one(name) else self.metrics.get(name)
 
     def shape(self, name: str) -> tuple[int, int]:
         return matrix_shape(self.task_vectors.infos[name].shape)

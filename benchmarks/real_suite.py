@@ -19,12 +19,14 @@ from fusion_bench_didi.method import DiDiMerging
 from .suites import Suite, machine, mean, retention, write_json
 
 BUDGETS = (0.24, 0.5, 1.0, 1.24, 1.4, 2.0)
-SMALLEST = (0.12, 0.16, 0.2, 0.3, 0.36, 0.42)  # default only: where 99 % is lost
+SMALLEST = (0.08, 0.12, 0.16, 0.2, 0.3, 0.36, 0.42)  # few bits only: where 99 % is lost
 ALLOCATIONS = ("uniform", "greedy", "learned")
 REFINEMENTS = ("none", "adam", "alternating")
 PLAIN = {"factor_dtype": "float32"}
+MEAN = {"shared": "mean"}
 PAPER = {
     "residual": "full",
+    **MEAN,
     "warm_start": False,
     "refinement": "adam",
     "normalisation": "none",
@@ -34,10 +36,13 @@ PAPER = {
 
 def configurations() -> list[tuple[str, dict]]:
     """Label and settings of every row."""
-    rows = [("default", {"budget": budget}) for budget in SMALLEST]
-    for budget in BUDGETS:
+    rows: list[tuple[str, dict]] = []
+    for budget in sorted({*SMALLEST, *BUDGETS}):
         at = {"budget": budget}
         rows.append(("default", at))
+        rows.append(("default, no subspaces", {**at, **MEAN}))
+    for budget in BUDGETS:
+        at = {"budget": budget}
         for dtype in ("int8", "int4"):
             rows.append((f"default, {dtype}", {**at, "factor_dtype": dtype}))
         rows.append(("paper", {**at, **PAPER}))
@@ -50,7 +55,9 @@ def configurations() -> list[tuple[str, dict]]:
         only = {"shared": "none", **PLAIN}
         rows.append(("experts only, uniform", {**at, **only, "allocation": "uniform"}))
         rows.append(("experts only, learned", {**at, **only}))
-        full = {"residual": "full", "allocation": "greedy", **PLAIN}
+        rows.append(("no subspaces, learned", {**at, **MEAN, **PLAIN}))
+        rows.append(("subspaces only", {**at, "shared": "subspaces", **PLAIN}))
+        full = {"residual": "full", "allocation": "greedy", **MEAN, **PLAIN}
         rows.append(("full residual, greedy", {**at, **full}))
     return rows
 
@@ -124,6 +131,7 @@ def plot(rows: list[dict], path: Path) -> None:
         "default": ("#0072B2", "o", "default (4 and 8 bits)"),
         "default, int8": ("#56B4E9", "s", "8 bits"),
         "learned, alternating": ("#009E73", "^", "float32"),
+        "no subspaces, learned": ("#CC79A7", "P", "float32, no common subspaces"),
         "experts only, uniform": (
             "#E69F00",
             "v",

@@ -23,11 +23,18 @@ class Bases(Delta):
     def own(self) -> Tensor:
         return torch.zeros(self.shape, device=next(self.parameters()).device)
 
+    def factors(self, core: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Two factors (m, r) and (r, n) of ``U core V``, r the smaller of p and q; None for whole sides."""
+        up, down = self.bases()
+        if down is None or (up is not None and core.shape[0] <= core.shape[1]):
+            return None if up is None else (up, core if down is None else core @ down)
+        return core if up is None else up @ core, down
+
     def spread(self, core: Tensor) -> Tensor:
         """``U core V`` of the tensor's shape."""
-        up, down = self.bases()
-        rows = core if up is None else up @ core
-        return (rows if down is None else rows @ down).view(self.shape)
+        factors = self.factors(core)
+        dense = core if factors is None else factors[0] @ factors[1]
+        return dense.view(self.shape)
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from fusion_bench_didi.joint_pass import Common, grown
 from fusion_bench_didi.lowrank import CommonOffer, common_spaces, cores, refine_common
 from fusion_bench_didi.lowrank.common import GRID
 from fusion_bench_didi.models import DiDiModel
+from fusion_bench_didi.models.tables import Serving, factors_of
 from fusion_bench_didi.packing import kept_out, pack_common
 from fusion_bench_didi.pipeline import merge
 from fusion_bench_didi.precision import precisions
@@ -183,6 +184,19 @@ def test_every_form_is_written_and_read_back(tmp_path, bits):
         assert not shared_again[name].change().any()
 
 
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 4), (6, 2), (3, 5)])
+def test_factors_are_the_change(sizes):
+    (p, q), g = sizes, torch.Generator().manual_seed(0)
+    up = torch.eye(6) if p == 6 else torch.randn(6, p, generator=g)
+    down = torch.eye(5) if q == 5 else torch.randn(q, 5, generator=g)
+    core = CoreDelta((6, 5), torch.randn(p, q, generator=g))
+    bases = BasesDelta.of((6, 5), up, down)
+    first, last = factors_of(core, bases)
+    torch.testing.assert_close(first @ last, up @ core.core() @ down)
+    torch.testing.assert_close(core.change(bases), first @ last)
+    assert first.shape[1] == min(p, q)
+
+
 def test_a_core_needs_its_bases():
     with pytest.raises(ValueError, match="needs the common bases"):
         CoreDelta((2, 2), torch.eye(2)).change(None)
@@ -272,6 +286,9 @@ def test_model_in_common_subspaces_saves_switches_and_serves(
                 mixed[i], single[model.tasks[t]][i], atol=1e-5, rtol=1e-5
             )
         model.save_pretrained(tmp_path / "m")
+        model.serving = Serving(dense_above=10.0, small=0)  # as factors
+        factored = model(pixels, task_ids=ids)[1]
+        torch.testing.assert_close(factored, mixed, atol=1e-5, rtol=1e-5)
         again = DiDiModel.from_pretrained(tmp_path / "m", tiny_clip.base)
         assert again.storage.as_dict() == model.storage.as_dict()
         again.set_task("task1")

@@ -14,6 +14,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from ..common_deltas import Core
 from ..deltas import Delta, LowRankDelta, SpectralDelta
 from ..lowrank.quantisation import unpack_nibbles
 from ..quantised import RoundedLowRankDelta
@@ -187,7 +188,7 @@ def table_of(
     start = laid_out(common)
 
     def kept(delta: Delta | None) -> Factors | Matrix | None:
-        factors = None if delta is None else factors_of(delta)
+        factors = None if delta is None else factors_of(delta, shared)
         if factors is not None and delta.numel >= serving.small:
             size = sum(factor.numel() for factor in factors)
             if size <= serving.dense_above * delta.numel:
@@ -204,8 +205,10 @@ def table_of(
     return MatrixTable(tuple(base.shape), start, tasks, turned=turned)
 
 
-def factors_of(delta: Delta) -> Factors | None:
+def factors_of(delta: Delta, shared: Delta | None) -> Factors | None:
     """(up, down) in float32 of a change that is stored as a product, ``shared + up @ down``."""
+    if isinstance(delta, Core):
+        return shared.factors(delta.core())
     if isinstance(delta, RoundedLowRankDelta):
         m, n = delta.shape[0], math.prod(delta.shape[1:])
         up, down = delta.up, delta.down

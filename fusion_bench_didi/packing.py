@@ -72,7 +72,7 @@ def pack(
     full = min(matrix_shape(shape))
     first: Delta | None = None
     if ranks[0] >= full:
-        first = precision.dense(shape, modules.shared.dense().cpu())
+        first, _ = precision.dense(shape, modules.shared.dense())
     elif ranks[0] > 0:
         first = precision.low_rank(shape, modules.shared.to("cpu"), None)
     base = None if first is None else first.change().flatten(1)
@@ -81,10 +81,10 @@ def pack(
         if factors is not None and factors.rank == 0:
             others.append(None)
             continue
-        rest = tau.cpu() if base is None else tau.cpu() - base
         if factors is None:
-            others.append(precision.dense(shape, rest))
+            others.append(precision.dense(shape, tau, less=base)[0])
             continue
+        rest = tau.cpu() if base is None else tau.cpu() - base
         factors = factors.to("cpu")
         if precision.rounding and base is not None:
             factors = subspace_step(rest, factors)

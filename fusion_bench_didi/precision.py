@@ -15,7 +15,8 @@ from .common_deltas import (
 )
 from .deltas import Delta, DenseDelta, LowRankDelta
 from .lowrank import LowRankFactors, Price
-from .lowrank.quantisation import RELATIVE_ERROR, round_factors
+from .lowrank.blocks import cast_difference
+from .lowrank.quantisation import RELATIVE_ERROR, round_factors, round_matrix
 from .quantised import RoundedDenseDelta, RoundedLowRankDelta
 
 #: Bits of a rounding scale.
@@ -103,11 +104,16 @@ class Precision:
         rounded = round_factors(factors, bits=self.bits, target=target)
         return RoundedLowRankDelta.of(shape, rounded)
 
-    def dense(self, shape: tuple[int, ...], matrix: Tensor) -> Delta:
-        """Store every entry of (m, n)."""
+    def dense(
+        self, shape: tuple[int, ...], matrix: Tensor, *, less: Tensor | None = None
+    ) -> tuple[Delta, Tensor]:
+        """Store every entry of ``matrix - less`` (m, n), on the CPU; with the squared norm of what that loses."""
+        matrix, less = matrix.cpu(), None if less is None else less.cpu()
         if self.dtype is not None:
-            return DenseDelta(shape, matrix.to(self.dtype))
-        return RoundedDenseDelta.of(shape, matrix, self.bits)
+            value, error = cast_difference(matrix, less, self.dtype)
+            return DenseDelta(shape, value), error
+        rounded = round_matrix(matrix, self.bits, less=less)
+        return RoundedDenseDelta.of(shape, rounded), rounded.error
 
 
 def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:

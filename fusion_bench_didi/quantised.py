@@ -8,8 +8,8 @@ from torch import Tensor
 from .deltas import Delta
 from .lowrank.quantisation import (
     RoundedFactors,
+    RoundedMatrix,
     pack_nibbles,
-    round_rows,
     unpack_nibbles,
 )
 
@@ -76,13 +76,9 @@ class RoundedDenseDelta(Delta):
         self.width = bits
 
     @classmethod
-    def of(
-        cls, shape: tuple[int, ...], matrix: Tensor, bits: int = 8
-    ) -> "RoundedDenseDelta":
-        """From (m, n)."""
-        codes, scale = round_rows(matrix, bits)
-        codes = pack_nibbles(codes) if bits == 4 else codes.view(shape)
-        return cls(shape, codes, scale, bits)
+    def of(cls, shape: tuple[int, ...], rounded: RoundedMatrix) -> "RoundedDenseDelta":
+        codes = rounded.codes if rounded.bits == 4 else rounded.codes.view(shape)
+        return cls(shape, codes, rounded.scale, rounded.bits)
 
     def options(self) -> dict:
         return {"bits": self.width}

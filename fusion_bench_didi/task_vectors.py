@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointMismatchError, ModelPoolError, NonFiniteError
-from .lowrank import energy_of
+from .lowrank.blocks import energy_of_difference
 from .parallel import ordered_map, workers_for
 from .sources import TensorInfo, TensorSource, aligned
 
@@ -137,6 +137,12 @@ class TaskVectors:
         """Whether the task vectors of a tensor are too large to be stacked."""
         return 4 * len(self.tasks) * self.infos[name].numel > STACK_BYTES
 
+    def terms(self, name: str, task: str) -> tuple[Tensor, Tensor]:
+        """The two matrices (m, n), of the types in which they are stored, whose difference is a task vector."""
+        shape = matrix_shape(self.infos[name].shape)
+        pair = self.read_tuned(name, task), self.read_base(name)
+        return pair[0].reshape(shape), pair[1].reshape(shape)
+
     def large(self, name: str) -> bool:
         """Whether one task vector of the tensor alone takes so much memory that only one is worked on at a time."""
         return 4 * self.infos[name].numel > STACK_BYTES // 2
@@ -153,9 +159,7 @@ class TaskVectors:
             ModelPoolError: if no task differs from the base model.
         """
         energies = ordered_map(
-            lambda name: torch.stack(
-                [energy_of(self._read_one(name, t, device)) for t in self.tasks]
-            ).cpu(),
+            lambda name: self._energies(name, torch.device(device)),
             self.infos,
             workers=workers_for(device),
         )
@@ -176,6 +180,12 @@ class TaskVectors:
                 "tensor. Check that the pool does not load the base weights for every task."
             )
         return scan
+
+    def _energies(self, name: str, device: torch.device) -> Tensor:
+        """(T,) squared norms; no task vector is formed."""
+        pairs = (self.terms(name, task) for task in self.tasks)
+        energies = [energy_of_difference(w.to(device), b.to(device)) for w, b in pairs]
+        return torch.stack(energies).cpu()
 
     def _non_finite(self, name: str) -> list[str]:
         if not bool(self.read_base(name).float().isfinite().all()):

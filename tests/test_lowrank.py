@@ -28,11 +28,10 @@ from fusion_bench_didi.lowrank import (
     uniform,
     water_level,
 )
+from fusion_bench_didi.lowrank.codes import ends
 from fusion_bench_didi.lowrank.learning import _Group
 from fusion_bench_didi.lowrank.quantisation import (
-    pack_nibbles,
     round_factors,
-    unpack_nibbles,
 )
 from fusion_bench_didi.lowrank.refinement import _factored_gradient
 from fusion_bench_didi.lowrank.subspace import balanced, subspace_step
@@ -441,16 +440,7 @@ def test_water_level_is_the_worth_of_the_last_component_that_fits():
 # --- few bits -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (4, 4), (0, 3)])
-def test_nibbles_come_back(shape):
-    g = torch.Generator().manual_seed(9)
-    codes = torch.randint(-7, 8, shape, generator=g, dtype=torch.int8)
-    packed = pack_nibbles(codes)
-    assert packed.nbytes == (codes.numel() + 1) // 2
-    assert unpack_nibbles(packed, shape).equal(codes)
-
-
-@pytest.mark.parametrize("bits, largest", [(8, 3e-4), (4, 2.5e-2)])
+@pytest.mark.parametrize("bits, largest", [(8, 3e-4), (4, 2e-2), (3, 6.5e-2), (2, 0.2)])
 def test_rounded_factors_are_as_close_as_their_bits_allow(bits, largest):
     g = torch.Generator().manual_seed(10)
     target = torch.randn(40, 6, generator=g) @ torch.randn(6, 30, generator=g)
@@ -459,7 +449,8 @@ def test_rounded_factors_are_as_close_as_their_bits_allow(bits, largest):
         rounded = round_factors(factors, bits=bits, target=goal)
         error = (rounded.dense() - target).square().sum() / target.square().sum()
         assert float(error) < largest
-        assert int(rounded.up.abs().max()) <= 2 ** (bits - 1) - 1
+        low, high = ends(bits)
+        assert low <= int(rounded.up.min()) and int(rounded.up.max()) <= high
     assert round_factors(factors, bits=bits).dense().shape == (40, 30)
 
 

@@ -233,6 +233,17 @@ def test_gradient_of_the_quadratic_form_equals_that_of_the_dense_loss(shape, max
     torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reduced_coupling_is_off_by_its_rounding_and_no_more(shape):
+    row = table_row(random_tasks(*shape))
+    reduced = replace(row, coupling=row.coupling.reduced())
+    assert reduced.coupling.head.dtype == torch.bfloat16
+    energy = row.sigma.square().sum(1)
+    for ranks in torch.tensor([[0, 0, 0, 0], [1, 2, 0, 1], [2, 1, 2, 0]]):
+        found = truncation_error(reduced, ranks) - truncation_error(row, ranks)
+        assert bool((found.abs() <= 0.01 * energy.max()).all())
+
+
 def test_smooth_truncation_becomes_the_hard_one():
     k = torch.tensor([0.0, 1.0, 3.0, 5.0])
     torch.testing.assert_close(gate(k, 5, beta=50.0), hard_gate(k, 5))

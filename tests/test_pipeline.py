@@ -562,3 +562,13 @@ def test_dry_run_works_on_live_models(tiny_clip, capsys):
     models = copy.deepcopy(tiny_clip.pool_models())
     assert didi(models, budget=1.4, dry_run=True) is None
     assert "layers.0.self_attn.q_proj.weight" in capsys.readouterr().out
+
+
+def test_large_couplings_are_kept_in_half_the_memory(tiny_clip, monkeypatch):
+    choice = {"budget": 0.4, "residual": "full", "shared": "mean"}
+    plain = didi(tiny_clip.pool_models(), **choice)
+    monkeypatch.setattr("fusion_bench_didi.work.COUPLING_BYTES", 0)
+    reduced = didi(tiny_clip.pool_models(), **choice)
+    assert reduced.storage.x_excl <= 0.4
+    error = plain.info["relative_error"]
+    assert reduced.info["relative_error"] == pytest.approx(error, rel=0.02)

@@ -25,6 +25,7 @@ from .lowrank import (
     water_level,
 )
 from .precision import Precision
+from .whole import certainly_whole, row_of_whole
 from .work import REACH, Work
 
 #: Sharing is looked into where the leading shared directions hold this much more than unrelated tasks would give.
@@ -88,11 +89,15 @@ def joint_pass(work: Work) -> FirstPass:
     names = work.layout.matrices
     cheapest = {n: work.layout.precisions[n][0] for n in names}
     alone = dict.fromkeys(names, 0)
-    reach = {name: work.first_guess(name) for name in names}
-    table = work.rows("decompose", reach, cheapest, alone)
+    whole = certainly_whole(work)
+    reach = {name: work.first_guess(name) for name in names if name not in whole}
+    rows = work.rows("decompose", reach, cheapest, alone)
+    rows += [row_of_whole(work, name, cheapest[name]) for name in whole]
+    table = sorted(rows, key=lambda row: row.name)
     while longer := work.extended(table, greedy(table, work.budget), cheapest):
         table = longer
     candidates = {row.name: [_candidate(work, row)] for row in table}
+    unsettled = [n for n in names if n not in whole]
     if work.settings.residual == "truncated" and work.settings.static != "none":
         own = {n: c[0] for n, c in candidates.items()}
         level = water_level(
@@ -103,13 +108,13 @@ def joint_pass(work: Work) -> FirstPass:
         )
         if level > 0:
             look = lambda n: _shared_too(work, n, own[n], level)  # noqa: E731
-            for name, more in work.over("share", look, names):
+            for name, more in work.over("share", look, unsettled):
                 candidates[name] += more
     options = {
         n: [o for c in candidates[n] for o in _in_all_precisions(work, n, c)]
         for n in names
     }
-    for name, offers in work.over("share", lambda n: _common(work, n), names):
+    for name, offers in work.over("share", lambda n: _common(work, n), unsettled):
         options[name] += offers
     picks, mu = choose(
         [[o.offer for o in row] for row in options.values()], work.budget

@@ -160,6 +160,7 @@ def plan(
         progress,
         FactorStore(settings.factor_memory_gb),
         metrics_of(settings.moments),
+        scan.energy,
     )
     with _timed(seconds, "decompose"):
         found = first_pass(work)

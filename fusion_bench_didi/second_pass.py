@@ -12,6 +12,7 @@ from .lowrank import Decomposition, MatrixSpectra, refine, refine_common
 from .packing import cut, kept_out, pack, pack_common
 from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
+from .whole import pack_whole
 from .work import Work
 
 #: Stored forms of one matrix: the shared one, and one per task.
@@ -53,6 +54,10 @@ def _experts(
     work: Work, row: MatrixSpectra, k: Tensor, precision: Precision
 ) -> tuple[Stored, Tensor]:
     """One matrix as experts on a shared module."""
+    if row.fixed_shared == 0 and bool(((k == 0) | (k == row.full))[1:].all()):
+        work.store.drop(row.name)
+        kept = (k[1:] > 0).tolist()
+        return pack_whole(work.task_vectors, row.name, kept, precision)
     bases = work.store.pop(row.name)
     vectors, settled = work.read(row.name), row.fixed_shared is not None
     if settled and not row.fixed_shared:

@@ -39,7 +39,12 @@ SPENT = 0.05
 
 @dataclass(frozen=True)
 class Work:
-    """The matrices of one merge and everything that is fixed while they are worked on."""
+    """The matrices of one merge and everything that is fixed while they are worked on.
+
+    Args:
+        energy: (T,) squared norms of the task vectors, by matrix; what is stored whole is found by decompositions if none
+            are given.
+    """
 
     task_vectors: TaskVectors
     settings: MergeSettings
@@ -50,6 +55,7 @@ class Work:
     progress: Progress
     store: FactorStore
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    energy: Mapping[str, Tensor] = field(default_factory=dict)
 
     def read(self, name: str) -> Sequence[Tensor]:
         """Task vectors of one matrix as errors are measured, T of (m, n)."""
@@ -86,7 +92,7 @@ class Work:
         tasks = len(self.task_vectors.tasks)
         return self.budget * numel[name] / sum(numel.values()) / tasks
 
-    def _glanced(self, name: str) -> bool:
+    def glanced(self, name: str) -> bool:
         """Whether the even share is enough to store the matrix whole, in its cheapest precision."""
         price = matrix_price(self.layout, self.task_vectors, name)
         return self.share(name) >= price.dense
@@ -101,7 +107,7 @@ class Work:
         price = matrix_price(self.layout, self.task_vectors, name)
         cap, kind = self.cap(name), torch.device(self.device).type
         guess = REACH * self.share(name) / price.per_rank
-        guess = int(GLANCE * min(m, n) if self._glanced(name) else guess) + 8
+        guess = int(GLANCE * min(m, n) if self.glanced(name) else guess) + 8
         return guess if guess < cap and sketched((m, n), guess, device=kind) else cap
 
     def over(
@@ -180,7 +186,8 @@ class Work:
         for row, k in zip(table, ranks):
             known = row.sigma.shape[1]
             if known < self.cap(row.name) and self._beyond(row, k):
-                reach[row.name] = min(2 * known, self.cap(row.name))
+                longer = max(2 * known, self.first_guess(row.name))
+                reach[row.name] = min(longer, self.cap(row.name))
                 fixed[row.name] = row.fixed_shared
         if not reach:
             return None
@@ -192,9 +199,9 @@ class Work:
 
     def _beyond(self, row: MatrixSpectra, ranks: Tensor) -> bool:
         """Whether a longer spectrum might be put to use."""
-        known, glanced = row.sigma.shape[1], self._glanced(row.name)
+        known, glanced = row.sigma.shape[1], self.glanced(row.name)
         for j in row.free:
-            if known <= ranks[j] < row.full:
+            if known <= ranks[j] < row.full and row.tail_energy[j] > 0:
                 return True
             if ranks[j] >= row.full:
                 rest = float(row.tail_energy[j])

@@ -106,7 +106,7 @@ def test_a_small_first_guess_changes_no_rank(tiny_clip, monkeypatch, dtype, budg
     settings = merge_settings(budget, factor_dtype=dtype)
     whole = plan(task_vectors(models), settings)
     monkeypatch.setattr(Work, "first_guess", lambda self, name: 1)
-    monkeypatch.setattr(Work, "_glanced", lambda self, name: False)
+    monkeypatch.setattr(Work, "glanced", lambda self, name: False)
     grown = plan(task_vectors(models), settings)
     assert grown.allocation == whole.allocation
 

@@ -13,18 +13,26 @@ from fusion_bench_didi.method import DiDiMerging
 
 from .suites import Suite, machine, retention, write_json
 
-BUDGETS = (0.25, 0.5, 1.24)
+BUDGETS = (0.12, 0.25, 0.5, 1.24)
 FLOAT = {"factor_dtype": "float32"}
 CHOICES: tuple[tuple[str, dict], ...] = (
     ("default", {}),
+    ("shared: mean only", {"shared": "mean"}),
+    ("shared: none", {"shared": "none"}),
     ("bits: int8", {"factor_dtype": "int8"}),
     ("bits: int4", {"factor_dtype": "int4"}),
+    ("bits: int3", {"factor_dtype": "int3"}),
     ("bits: float32", FLOAT),
     ("float32, objective: plain MSE", {**FLOAT, "normalisation": "none"}),
     ("float32, objective: relative", {**FLOAT, "normalisation": "matrix"}),
     ("float32, objective: sensitivity", {**FLOAT, "normalisation": "sensitivity"}),
+    ("float32, objective: base weights", {**FLOAT, "normalisation": "base"}),
+    ("float32, objective: depth", {**FLOAT, "normalisation": "depth"}),
+    ("float32, directions by probes", {**FLOAT, "metric": "probes"}),
+    ("float32, shared: mean only", {**FLOAT, "shared": "mean"}),
+    ("float32, shared: subspaces only", {**FLOAT, "shared": "subspaces"}),
     ("float32, shared: none", {**FLOAT, "shared": "none"}),
-    ("float32, shared: full residual", {**FLOAT, "residual": "full"}),
+    ("float32, shared: full residual", {**FLOAT, "residual": "full", "shared": "mean"}),
     ("float32, allocation: greedy", {**FLOAT, "allocation": "greedy"}),
     ("float32, allocation: uniform", {**FLOAT, "allocation": "uniform"}),
     ("float32, refinement: none", {**FLOAT, "refinement": "none"}),

@@ -2,7 +2,8 @@
 
     python -m benchmarks.objectives
 
-Experts only, float32, truncated SVDs and water-filled ranks, so that nothing but the weighting differs. ``scalar`` weighs a
+First the options of the method, everything else at its default. Then candidates that did not become options: experts
+only, float32, truncated SVDs and water-filled ranks, so that nothing but the weighting differs. ``scalar`` weighs a
 matrix by the mean squared gradient of the output (``probe.py``); ``kronecker`` decomposes L^(1/4) tau R^(1/4) with
 L = E[G G^T], R = E[G^T G], which weighs every direction. Inputs are white or pink noise through the base or the fine-tuned
 models, or, as the upper reference that uses data, training images.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench_didi.lowrank import MatrixSpectra, Price, greedy
+from fusion_bench_didi.method import DiDiMerging
 from fusion_bench_didi.pool_reader import open_pool
 from fusion_bench_didi.probe import output_gradients, probe_inputs
 from fusion_bench_didi.task_vectors import TaskVectors, matrix_shape
@@ -23,7 +25,23 @@ from fusion_bench_didi.task_vectors import TaskVectors, matrix_shape
 from .suites import Suite, machine, retention, write_json
 
 BUDGETS = (0.24, 0.5, 1.24)
+FEW_BITS = (0.12, 0.24)
 POWERS = {"plain MSE": 0.0, "1 / norm (root)": 0.5, "1 / energy (relative)": 1.0}
+OPTIONS: dict[str, dict] = {
+    "root: 1 / norm of the task vector (default)": {},
+    "none: plain MSE": {"normalisation": "none"},
+    "matrix: 1 / energy (relative)": {"normalisation": "matrix"},
+    "task: 1 / energy of the task": {"normalisation": "task"},
+    "base: 1 / energy of the base's matrix": {"normalisation": "base"},
+    "depth: root / number of the block": {"normalisation": "depth"},
+    "sensitivity: reaction to pink noise": {"normalisation": "sensitivity"},
+    "root, directions by pink noise": {"metric": "probes"},
+    "root, directions by 32 training images": {"metric": "images"},
+    "root, directions by 256 training images": {
+        "metric": "images",
+        "probe_samples": 256,
+    },
+}
 
 
 class Problem:
@@ -130,6 +148,30 @@ def moments(problem: Problem, model, inputs: list) -> dict[str, tuple[Tensor, Te
     return found
 
 
+def options(suite: Suite, reference: dict[str, float]) -> tuple[list[str], list[list]]:
+    """Lines and rows of the first table."""
+    at = [(b, "float32") for b in BUDGETS] + [(b, "auto") for b in FEW_BITS]
+    head = [f"{b}, {'float32' if d == 'float32' else 'few bits'}" for b, d in at]
+    lines = [
+        "| option | data | " + " | ".join(head) + " |",
+        "|---|---|" + "---|" * len(at),
+    ]
+    print("\n".join(lines))
+    rows = []
+    for label, choice in OPTIONS.items():
+        kept = []
+        for budget, dtype in at:
+            method = DiDiMerging(budget=budget, factor_dtype=dtype, **choice)
+            scores = suite.accuracy(method.run(suite.modelpool))
+            kept.append(retention(scores, reference))
+        data = "training images" if choice.get("metric") == "images" else "none"
+        rows.append([label, data, *kept])
+        cells = " | ".join(f"{100 * k:.1f}" for k in kept)
+        lines.append(f"| {label} | {data} | {cells} |")
+        print(lines[-1], flush=True)
+    return lines, rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite")
@@ -137,6 +179,7 @@ def main() -> None:
     arguments = parser.parse_args()
     suite = Suite(arguments.suite, split="validation")
     problem, reference = Problem(suite), suite.individuals()
+    first, chosen = options(suite, reference)
     rows = []
 
     def row(label: str, data: str, weights, metrics=None) -> None:
@@ -151,12 +194,16 @@ def main() -> None:
     lines = [
         f"# Which weighting follows accuracy: {suite.label}, validation images",
         "",
-        "`python -m benchmarks.objectives`: retention in per cent; experts only, float32, water-filled ranks.",
+        "`python -m benchmarks.objectives`: retention in per cent. The options of the method, all else at its default:",
+        "",
+        *first,
+        "",
+        "Candidates that did not become options; experts only, float32, water-filled ranks:",
         "",
         "| weighting | data | " + " | ".join(f"budget {b}" for b in BUDGETS) + " |",
         "|---|---|" + "---|" * len(BUDGETS),
     ]
-    print("\n".join(lines))
+    print("\n".join(lines[-2:]))
     energy = {n: tau.flatten(1).square().sum(1) for n, tau in problem.tau.items()}
     for label, power in POWERS.items():
         row(label, "none", {n: e.pow(-power) for n, e in energy.items()})
@@ -183,7 +230,10 @@ def main() -> None:
             }
             row(f"kronecker, {kind}, {who}", data, weights, lambda n, t: roots[n, t])
     (arguments.out / "objectives.md").write_text("\n".join(lines) + "\n")
-    write_json(arguments.out / "objectives.json", {"machine": machine(), "rows": rows})
+    write_json(
+        arguments.out / "objectives.json",
+        {"machine": machine(), "options": chosen, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
     python -m benchmarks.overlap
 
-Each task vector is ``sqrt(f) C + sqrt(1 - f) U_t`` with independent C and U_t of equal, decaying spectra, so that a
-fraction f of the energy is common. Storage needed for a given error, experts only against shared + experts.
+*Direction*: each task vector is ``sqrt(f) C + sqrt(1 - f) U_t`` with independent C and U_t of equal, decaying spectra, so that
+a fraction f of the energy is common. *Spaces*: nothing is common but the row and column spaces: a fraction f of a task
+vector's energy is ``L R_t Q`` with common L (m, 16) and Q (16, n) and independent R_t, the rest as before. Storage needed
+for a given error, experts only against shared + experts.
 """
 
 import argparse
+import itertools
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +26,8 @@ from .suites import machine, write_json
 
 OVERLAPS = (0.0, 0.25, 0.5, 0.9, 1.0)
 ERRORS = (0.2, 0.1, 0.05)
+#: Size of the common row and column spaces.
+SPACE = 16
 
 
 def decaying(m: int, n: int, generator: torch.Generator) -> Tensor:
@@ -34,9 +40,15 @@ def decaying(m: int, n: int, generator: torch.Generator) -> Tensor:
 
 
 def constructed(
-    overlap: float, *, tasks: int = 8, side: int = 96, matrices: int = 3, seed: int = 0
+    overlap: float,
+    *,
+    what: Literal["direction", "spaces"] = "direction",
+    tasks: int = 8,
+    side: int = 96,
+    matrices: int = 3,
+    seed: int = 0,
 ) -> TaskVectors:
-    """Task vectors of which a fraction ``overlap`` of the energy is common to all tasks."""
+    """Task vectors of which a fraction ``overlap`` of the energy is, or lies in what is, common to all tasks."""
     generator = torch.Generator().manual_seed(seed)
     base = nn.ModuleList([nn.Linear(side, side, bias=False) for _ in range(matrices)])
     common = [decaying(side, side, generator) for _ in base]
@@ -44,6 +56,10 @@ def constructed(
     for t in range(tasks):
         tuned = nn.ModuleList([nn.Linear(side, side, bias=False) for _ in base])
         for layer, start, c in zip(tuned, base, common):
+            if what == "spaces":
+                u, _, vh = torch.linalg.svd(c)
+                inner = torch.randn(SPACE, SPACE, generator=generator)
+                c = u[:, :SPACE] @ (inner / inner.norm()) @ vh[:SPACE]
             own = decaying(side, side, generator)
             layer.weight.data = (
                 start.weight.data + overlap**0.5 * c + (1 - overlap) ** 0.5 * own
@@ -81,22 +97,24 @@ def main() -> None:
         "# Where the shared part starts to pay",
         "",
         "`python -m benchmarks.overlap`: eight tasks, three 96 x 96 matrices, float32 factors; a fraction of every task",
-        "vector's energy is common to all. Storage in fine-tuned models for the error given.",
+        "vector's energy is common to all (*direction*), or lies in 16 rows and columns that are common to all, in unrelated",
+        "combinations (*spaces*). Storage in fine-tuned models for the error given; matrices in common subspaces of three.",
         "",
-        "| common | error | experts only | shared + experts | ratio | of it shared |",
-        "|---|---|---|---|---|---|",
+        "| common | of the energy | error | experts only | shared + experts | ratio | of it shared | in subspaces |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines))
     rows = []
-    for overlap in OVERLAPS:
-        vectors = constructed(overlap)
+    for what, overlap in itertools.product(("direction", "spaces"), OVERLAPS):
+        vectors = constructed(overlap, what=what)
         for error in ERRORS:
             alone = storage_for(vectors, error, "none").storage.x_excl
-            both = storage_for(vectors, error, "mean").storage
-            part = both.shared_bits / both.excl_bits
-            rows.append([overlap, error, alone, both.x_excl, both.x_excl / alone, part])
+            result = storage_for(vectors, error, "auto")
+            both, common = result.storage, len(result.report.common)
+            part, ratio = both.shared_bits / both.excl_bits, both.x_excl / alone
+            rows.append([what, overlap, error, alone, both.x_excl, ratio, part, common])
             lines.append(
-                f"| {overlap:.0%} | {error} | {alone:.2f} | {both.x_excl:.2f} | {both.x_excl / alone:.2f} | {part:.0%} |"
+                f"| {what} | {overlap:.0%} | {error} | {alone:.2f} | {both.x_excl:.2f} | {ratio:.2f} | {part:.0%} | {common} |"
             )
             print(lines[-1], flush=True)
     write_json(arguments.out / "overlap.json", {"machine": machine(), "rows": rows})

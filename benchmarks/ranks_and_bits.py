@@ -16,8 +16,16 @@ from fusion_bench_didi.task_vectors import matrix_shape
 
 from .suites import Suite, machine, write_json
 
-BUDGETS = (0.16, 0.24, 0.36, 0.5, 0.75, 1.0, 1.24, 1.4, 2.0)
-BITS = {"int4": 4, "int8": 8, "bfloat16": 16, "float16": 16, "float32": 32}
+BUDGETS = (0.12, 0.16, 0.24, 0.36, 0.5, 0.75, 1.0, 1.24, 1.4, 2.0)
+BITS = {
+    "int2": 2,
+    "int3": 3,
+    "int4": 4,
+    "int8": 8,
+    "bfloat16": 16,
+    "float16": 16,
+    "float32": 32,
+}
 
 
 def main() -> None:
@@ -42,6 +50,7 @@ def main() -> None:
                     "shared": ranks["shared"][name],
                     "experts": mean(e[name] for e in ranks["experts"].values()),
                     "bits": BITS[info["precision"][name]],
+                    "common": name in info["common"],
                 }
             )
     write_json(
@@ -97,21 +106,23 @@ def _page(rows: list[dict], image: str) -> str:
     lines = [
         "# Ranks and bits per matrix",
         "",
-        "`python -m benchmarks.ranks_and_bits`; the default (`factor_dtype=auto`). A rank of 100 % is stored whole.",
+        "`python -m benchmarks.ranks_and_bits`; the default (`factor_dtype=auto`, `shared=auto`). A rank of 100 % is stored",
+        "whole; in common subspaces an expert's rank is the size of its core.",
         "",
         f"![ranks and bits](img/{image})",
         "",
-        "| budget | mean rank, % of full | matrices stored whole | matrices in 4 / 8 / more bits | shared directions |",
+        "| budget | mean rank, % of full | matrices stored whole | matrices in 2 / 3 / 4 / 8 / more bits | in common subspaces |",
         "|--:|--:|--:|--:|--:|",
     ]
     for budget in BUDGETS:
         mine = [row for row in rows if row["budget"] == budget]
         rank = mean(100 * row["experts"] / row["full"] for row in mine)
         whole = sum(row["experts"] == row["full"] for row in mine)
-        few, some = (sum(row["bits"] == b for row in mine) for b in (4, 8))
-        shared = sum(row["shared"] for row in mine)
+        counts = [sum(row["bits"] == b for row in mine) for b in (2, 3, 4, 8)]
+        bits = " / ".join(map(str, [*counts, len(mine) - sum(counts)]))
+        common = sum(row["common"] for row in mine)
         lines.append(
-            f"| {budget} | {rank:.0f} | {whole} of {len(mine)} | {few} / {some} / {len(mine) - few - some} | {shared} |"
+            f"| {budget} | {rank:.0f} | {whole} of {len(mine)} | {bits} | {common} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -19,12 +19,14 @@ from fusion_bench_didi.method import DiDiMerging
 from .suites import Suite, machine, mean, retention, write_json
 
 BUDGETS = (0.24, 0.5, 1.0, 1.24, 1.4, 2.0)
-SMALLEST = (0.12, 0.16, 0.2, 0.3, 0.36, 0.42)  # default only: where 99 % is lost
+SMALLEST = (0.08, 0.12, 0.16, 0.2, 0.3, 0.36, 0.42)  # few bits only: where 99 % is lost
 ALLOCATIONS = ("uniform", "greedy", "learned")
 REFINEMENTS = ("none", "adam", "alternating")
 PLAIN = {"factor_dtype": "float32"}
+MEAN = {"shared": "mean"}
 PAPER = {
     "residual": "full",
+    **MEAN,
     "warm_start": False,
     "refinement": "adam",
     "normalisation": "none",
@@ -34,11 +36,14 @@ PAPER = {
 
 def configurations() -> list[tuple[str, dict]]:
     """Label and settings of every row."""
-    rows = [("default", {"budget": budget}) for budget in SMALLEST]
-    for budget in BUDGETS:
+    rows: list[tuple[str, dict]] = []
+    for budget in sorted({*SMALLEST, *BUDGETS}):
         at = {"budget": budget}
         rows.append(("default", at))
-        for dtype in ("int8", "int4"):
+        rows.append(("default, no subspaces", {**at, **MEAN}))
+    for budget in BUDGETS:
+        at = {"budget": budget}
+        for dtype in ("int8", "int4", "int3"):
             rows.append((f"default, {dtype}", {**at, "factor_dtype": dtype}))
         rows.append(("paper", {**at, **PAPER}))
         for allocation, refinement in itertools.product(ALLOCATIONS, REFINEMENTS):
@@ -50,7 +55,9 @@ def configurations() -> list[tuple[str, dict]]:
         only = {"shared": "none", **PLAIN}
         rows.append(("experts only, uniform", {**at, **only, "allocation": "uniform"}))
         rows.append(("experts only, learned", {**at, **only}))
-        full = {"residual": "full", "allocation": "greedy", **PLAIN}
+        rows.append(("no subspaces, learned", {**at, **MEAN, **PLAIN}))
+        rows.append(("subspaces only", {**at, "shared": "subspaces", **PLAIN}))
+        full = {"residual": "full", "allocation": "greedy", **MEAN, **PLAIN}
         rows.append(("full residual, greedy", {**at, **full}))
     return rows
 
@@ -121,9 +128,10 @@ def plot(rows: list[dict], path: Path) -> None:
             point = (row["x_excl"], 100 * row["retention"])
             lines.setdefault(label, []).append(point)
     shown = {
-        "default": ("#0072B2", "o", "default (4 and 8 bits)"),
+        "default": ("#0072B2", "o", "default (2 to 8 bits)"),
         "default, int8": ("#56B4E9", "s", "8 bits"),
         "learned, alternating": ("#009E73", "^", "float32"),
+        "no subspaces, learned": ("#CC79A7", "P", "float32, no common subspaces"),
         "experts only, uniform": (
             "#E69F00",
             "v",
@@ -168,7 +176,7 @@ def _page(suite: Suite, rows: list[dict], arguments: argparse.Namespace) -> str:
         f"`python -m benchmarks.real_suite{option}`",
         "",
         "x_excl: stored beyond the backbone, in fine-tuned models. error: energy of the task vectors kept out. retention:",
-        "mean over tasks of accuracy / fine-tuned accuracy, per cent. `default` chooses 4 bits, 8 bits or float32 per matrix; other rows are float32 unless they say otherwise.",
+        "mean over tasks of accuracy / fine-tuned accuracy, per cent. `default` chooses 2, 3, 4, 8 bits or float32 per matrix; other rows are float32 unless they say otherwise.",
         "One set of models and one run: differences under half a point are noise.",
         "",
         "| " + " | ".join(head) + " |",

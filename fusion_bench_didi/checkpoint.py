@@ -153,6 +153,7 @@ def entry_of(task: str | None, name: str, delta: Delta) -> dict[str, Any]:
     """A delta in the manifest; its tensors are found under ``key`` and the name of the part."""
     # tensor names hold dots, tasks may; a slash keeps "t" + "a.b" and "t.a" + "b" apart
     prefix = SHARED if task is None else f"experts/{task}"
+    without = [part for part in delta.parts if getattr(delta, part) is None]
     return {
         "task": task,
         "tensor": name,
@@ -160,6 +161,7 @@ def entry_of(task: str | None, name: str, delta: Delta) -> dict[str, Any]:
         "shape": list(delta.shape),
         "key": f"{prefix}/{name}",
         "options": delta.options(),
+        **({"without": without} if without else {}),
     }
 
 
@@ -179,6 +181,9 @@ def read_deltas(
         parts = {}
         for part in cls.parts:
             key = f"{entry['key']}.{part}"
+            if part in entry.get("without", ()):
+                parts[part] = None
+                continue
             if key not in where:
                 raise CheckpointMismatchError(
                     f"{directory}: tensor {key} is listed in config.json and in no file. Write the model again."

@@ -23,11 +23,16 @@ class Delta(nn.Module):
 
     kind: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
+    #: parts that may be None
+    optional: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, shape: tuple[int, ...], **tensors: Tensor):
+    def __init__(self, shape: tuple[int, ...], **tensors: Tensor | None):
         super().__init__()
         self.shape = tuple(shape)
         for name in self.parts:
+            if name in self.optional and tensors[name] is None:
+                self.register_parameter(name, None)
+                continue
             value = tensors[name].detach().contiguous()
             if value.untyped_storage().nbytes() > value.nbytes:
                 # a view would keep, and be written with, the whole
@@ -47,13 +52,22 @@ class Delta(nn.Module):
         own = self.own()
         return own if shared is None else own + shared.change()
 
-    def factors(self) -> LowRankFactors | None:
-        """:meth:`own` in float32 as a product (m, r) (r, n); None where it is not stored as one."""
+    def own_product(self) -> LowRankFactors | None:
+        """:meth:`own` as a product (m, r) (r, n) in float32; None where it is not stored as one."""
         return None
+
+    def product(self, shared: "Delta | None" = None) -> LowRankFactors | None:
+        """:meth:`change` as a product; None where some of it is not stored as one."""
+        own = self.own_product()
+        if own is None or shared is None:
+            return own
+        other = shared.product()
+        return None if other is None else own + other
 
     def tensors(self) -> dict[str, Tensor]:
         """What is written to the file, by part."""
-        return {name: getattr(self, name).detach() for name in self.parts}
+        found = ((name, getattr(self, name)) for name in self.parts)
+        return {name: value.detach() for name, value in found if value is not None}
 
     def options(self) -> dict:
         """JSON-plain constructor arguments beside shape and tensors."""
@@ -109,9 +123,9 @@ class LowRankDelta(Delta):
         return self.up.shape[1]
 
     def own(self) -> Tensor:
-        return self.factors().dense().view(self.shape)
+        return self.own_product().dense().view(self.shape)
 
-    def factors(self) -> LowRankFactors:
+    def own_product(self) -> LowRankFactors:
         return LowRankFactors(self.up.float(), self.down.float())
 
 
@@ -131,9 +145,9 @@ class SpectralDelta(Delta):
         super().__init__(shape, up=up, sigma=sigma, down=down)
 
     def own(self) -> Tensor:
-        return self.factors().dense().view(self.shape)
+        return self.own_product().dense().view(self.shape)
 
-    def factors(self) -> LowRankFactors:
+    def own_product(self) -> LowRankFactors:
         up, sigma, down = (t.float() for t in (self.up, self.sigma, self.down))
         return LowRankFactors(up * sigma, down)
 

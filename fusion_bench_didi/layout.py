@@ -18,8 +18,11 @@ from .lowrank import (
 from .precision import Precision, precisions, vector_dtype
 from .task_vectors import Scan, TaskVectors, matrix_shape
 
-Normalisation = Literal["none", "task", "root", "matrix", "sensitivity"]
+Normalisation = Literal[
+    "none", "task", "root", "matrix", "base", "depth", "sensitivity"
+]
 Residual = Literal["truncated", "full"]
+Shared = Literal["auto", "mean", "task_arithmetic", "ties", "subspaces", "none"]
 VectorPolicy = Literal["expert", "shared", "pretrained"]
 
 
@@ -28,17 +31,21 @@ class MergeSettings:
     """Every choice of the merge; ``config/method/didi.yaml`` says what each does.
 
     Args:
+        shared: what tasks may share: a static merge of the task vectors cut to a rank, common ``subspaces``, either of the
+            mean and these (``auto``), or nothing.
         residual: experts are what is left of the task vector by the shared part as it is stored (``truncated``), or by
             the whole shared matrix (``full``, Eq. 3 of the paper).
         normalisation: weight of a squared error: ``none`` 1 (plain MSE); ``task`` 1 / (energy of the task);
             ``matrix`` 1 / (energy of this matrix of the task), the relative error; ``root`` the geometric mean of
-            ``none`` and ``matrix``; ``sensitivity`` by how much the output reacts to the matrix (``probe.py``).
+            ``none`` and ``matrix``; ``base`` 1 / (energy of the base model's matrix); ``depth`` as ``root``, divided by the
+            number of the block; ``sensitivity`` by how much the output reacts to the matrix (``probe.py``).
         sensitivity: per matrix, for that normalisation; matrices that are missing count like the average one.
+        moments: per matrix, second moments (n, n) of its inputs by which errors are weighed (``metric.py``).
         factor_dtype: one of ``precision.NAMES``.
     """
 
     budget: Budget
-    shared: SharedMerge = "mean"
+    shared: Shared = "auto"
     shared_scale: float = 0.3
     ties_keep: float = 0.2
     residual: Residual = "truncated"
@@ -52,11 +59,11 @@ class MergeSettings:
     refining: RefinementSettings = RefinementSettings()
     factor_memory_gb: float = 4.0
     sensitivity: Mapping[str, float] | None = None
+    moments: Mapping[str, torch.Tensor] | None = None
 
     def __post_init__(self):
         for name, value, allowed in (
-            ("shared", self.shared, ("mean", "task_arithmetic", "ties", "none")),
-            ("shared", self.shared, get_args(SharedMerge)),
+            ("shared", self.shared, get_args(Shared)),
             ("residual", self.residual, get_args(Residual)),
             ("allocation", self.allocation, get_args(Allocation)),
             ("refinement", self.refinement, get_args(Refinement)),
@@ -66,6 +73,17 @@ class MergeSettings:
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}; choose one of {allowed}.")
         precisions(self.factor_dtype, torch.float32)
+
+    @property
+    def static(self) -> SharedMerge:
+        """How the shared matrix is made, if there may be one."""
+        named = {"auto": "mean", "subspaces": "none"}
+        return named.get(self.shared, self.shared)
+
+    @property
+    def in_common(self) -> bool:
+        """Whether matrices may be stored in common subspaces."""
+        return self.shared in ("auto", "subspaces") and self.residual == "truncated"
 
     @property
     def joint(self) -> bool:

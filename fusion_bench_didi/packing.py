@@ -12,11 +12,13 @@ from .lowrank import (
     Matrix,
     Modules,
     as_dense,
+    as_product,
+    cores,
     energy_of,
     subspace_step,
     subtracting,
-    whole,
 )
+from .metric import Metric
 from .precision import Precision
 from .task_vectors import Scan, TaskVectors, matrix_shape
 
@@ -41,7 +43,7 @@ def cut(
     if ranks[0] < full:
         first = decomposition.shared.factors(shared, ranks[0])
     else:
-        first = whole(shared)
+        first = as_product(shared)
     left = subtracting(first if settled else shared)
     experts = tuple(
         None if k >= full else spectrum.factors(left(tau), k)
@@ -69,24 +71,57 @@ def pack(
     full = min(matrix_shape(shape))
     first: Delta | None = None
     if ranks[0] >= full:
-        first = precision.dense(shape, modules.shared.dense().cpu())
+        first, _ = precision.dense(shape, modules.shared.dense())
     elif ranks[0] > 0:
         first = precision.low_rank(shape, modules.shared.to("cpu"), None)
-    left = subtracting(change_of(first))
+    base = change_of(first)
+    left = subtracting(base)
     others: list[Delta | None] = []
     for factors, tau in zip(modules.experts, task_vectors):
         if factors is not None and factors.rank == 0:
             others.append(None)
             continue
-        rest = left(tau.cpu())
         if factors is None:
-            others.append(precision.dense(shape, as_dense(rest)))
+            less = None if base is None else as_dense(base)
+            others.append(precision.dense(shape, as_dense(tau), less=less)[0])
             continue
+        rest = left(tau.cpu())
         factors = factors.to("cpu")
         if precision.rounding and first is not None:
             factors = subspace_step(rest, factors)
         others.append(precision.low_rank(shape, factors, rest))
     return first, others
+
+
+def pack_common(
+    up: Tensor,
+    down: Tensor,
+    task_vectors: Sequence[Matrix],
+    *,
+    shape: tuple[int, ...],
+    precision: Precision,
+    metric: Metric | None = None,
+) -> tuple[Delta, list[Delta | None]]:
+    """Stored forms of one matrix in common subspaces; cores are fitted to the bases *as stored*.
+
+    Args:
+        up, down: (m, p) and (q, n), square for whole sides.
+        task_vectors: T of (m, n).
+        shape: of the tensor.
+        metric: how errors are weighed by direction; alike if None.
+    """
+    first = precision.bases(shape, up.cpu(), down.cpu())
+    stored = zip(first.bases(), (up, down))
+    up, down = (whole.cpu() if kept is None else kept for kept, whole in stored)
+    vectors = [tau.cpu() for tau in task_vectors]
+    if metric is None:
+        fitted = cores(vectors, up, down)
+    else:
+        fitted = cores(metric.weighed(vectors), up, metric.weighed(down))
+    return first, [
+        precision.core(shape, core) if bool(energy_of(tau) > 0) else None
+        for tau, core in zip(vectors, fitted)
+    ]
 
 
 def kept_out(
@@ -109,13 +144,11 @@ def change_of(first: Delta | None, delta: Delta | None = None) -> Matrix | None:
         first: the shared part.
         delta: the task's own.
     """
-    parts = [part for part in (first, delta) if part is not None]
-    if not parts:
+    last, below = (first, None) if delta is None else (delta, first)
+    if last is None:
         return None
-    factors = [part.factors() for part in parts]
-    if None not in factors:
-        return sum(factors[1:], start=factors[0])
-    return (first.change() if delta is None else delta.change(first)).flatten(1)
+    product = last.product(below)
+    return last.change(below).flatten(1) if product is None else product
 
 
 def pack_vectors(

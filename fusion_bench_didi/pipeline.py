@@ -7,9 +7,9 @@ changes a bit of the result.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,18 +17,18 @@ from torch import Tensor
 from .delta_sinks import DeltaSink, InMemory
 from .deltas import Delta
 from .factor_store import FactorStore
-from .first_pass import allocate, first_pass, loss_weights, refined
+from .first_pass import allocate, first_pass, refined
+from .joint_pass import Common, grown
 from .layout import MergeSettings, lay_out, matrix_budget
-from .lowrank import Basis, Decomposition, MatrixSpectra, refine, zero_like
-from .packing import cut, kept_out, pack, pack_vectors
-from .parallel import alone, ordered_map, release_memory, workers_for
+from .lowrank import MatrixSpectra, total_cost
+from .metric import metrics_of
+from .packing import pack_vectors
 from .precision import Precision
+from .second_pass import second_pass
 from .storage import StorageReport, account
 from .task_vectors import Scan, TaskVectors
+from .weighting import loss_weights
 from .work import Progress, Work
-
-#: Stored forms of one matrix: the shared one, and one per task.
-Stored = tuple[Delta | None, list[Delta | None]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class MergeReport:
         energy: per matrix, (T,) squared norms of the task vectors.
         errors: per matrix, (T,) squared norms of what was kept out.
         precision: per matrix, how its modules are stored.
+        common: sizes p and q of the common subspaces of the matrices that are stored in them.
         seconds: per stage.
     """
 
@@ -55,6 +56,7 @@ class MergeReport:
     energy: Mapping[str, Tensor]
     errors: Mapping[str, Tensor]
     precision: Mapping[str, str]
+    common: Mapping[str, tuple[int, int]]
     seconds: Mapping[str, float]
 
     @property
@@ -89,7 +91,8 @@ class Planned:
 
     Args:
         table, ranks: rows and (T + 1,) ranks per matrix.
-        precision: how each matrix is stored.
+        precision: how each of these is stored.
+        common: the other matrices.
     """
 
     work: Work
@@ -97,6 +100,7 @@ class Planned:
     table: tuple[MatrixSpectra, ...]
     ranks: tuple[Tensor, ...]
     precision: Mapping[str, Precision]
+    common: Mapping[str, Common]
     seconds: dict[str, float]
 
     @property
@@ -105,22 +109,30 @@ class Planned:
 
     @property
     def allocation(self) -> RankAllocation:
-        rows = list(zip(self.table, self.ranks))
+        """Ranks; in common subspaces the rank of a core, shared and for every task."""
+        rows = {row.name: k.tolist() for row, k in zip(self.table, self.ranks)}
+        for name, common in self.common.items():
+            rows[name] = [min(common.sizes)] * (len(self.tasks) + 1)
+        rows = {name: rows[name] for name in self.work.layout.matrices}
         return RankAllocation(
-            shared={row.name: int(k[0]) for row, k in rows},
+            shared={name: k[0] for name, k in rows.items()},
             experts={
-                task: {row.name: int(k[t + 1]) for row, k in rows}
+                task: {name: k[t + 1] for name, k in rows.items()}
                 for t, task in enumerate(self.tasks)
             },
         )
 
     def report(self, errors: Mapping[str, Tensor]) -> MergeReport:
-        names = [row.name for row in self.table]
+        names = self.work.layout.matrices
+        stored_as = {n: c.precision for n, c in self.common.items()} | dict(
+            self.precision
+        )
         return MergeReport(
             self.tasks,
             {name: self.scan.energy[name] for name in names},
-            errors,
-            {name: self.precision[name].name for name in names},
+            {name: errors[name] for name in names},
+            {name: stored_as[name].name for name in names},
+            {name: common.sizes for name, common in self.common.items()},
             self.seconds,
         )
 
@@ -143,13 +155,17 @@ def plan(
         settings,
         layout,
         matrix_budget(layout, settings),
-        loss_weights(scan, layout, settings),
+        loss_weights(task_vectors, scan, layout, settings),
         device,
         progress,
         FactorStore(settings.factor_memory_gb),
+        metrics_of(settings.moments),
+        scan.energy,
     )
     with _timed(seconds, "decompose"):
-        table, stored_as = first_pass(work)
+        found = first_pass(work)
+    table, stored_as = found.table, found.stored_as
+    work = replace(work, budget=work.budget - found.common_bits)
     while True:
         with _timed(seconds, "allocate"):
             progress("allocate", 0, 1)
@@ -159,59 +175,10 @@ def plan(
         with _timed(seconds, "decompose"):
             longer = work.extended(table, ranks, stored_as)
         if longer is None:
-            return Planned(work, scan, tuple(rows), tuple(ranks), precision, seconds)
+            break
         table = longer
-
-
-def finish(planned: Planned) -> Iterator[tuple[str, Stored, Tensor]]:
-    """Cut, refine and pack, matrix by matrix: name, stored forms (shared, one per task), and (T,) errors.
-
-    The planned merge is used up.
-    """
-    work, precision = planned.work, planned.precision
-
-    def one(item: tuple[MatrixSpectra, Tensor, tuple]) -> tuple[Stored, Tensor]:
-        with alone(work.task_vectors.large(item[0].name)):
-            return _finished(work, *item, precision=precision[item[0].name])
-
-    items = (
-        (row, k, work.store.pop(row.name))
-        for row, k in zip(planned.table, planned.ranks)
-    )
-    results = ordered_map(one, items, workers=workers_for(work.device))
-    for i, (row, (stored, errors)) in enumerate(zip(planned.table, results)):
-        work.progress("refine", i, len(planned.table))
-        yield row.name, stored, errors
-        del stored, errors  # not kept while the next is waited for
-        release_memory()
-
-
-def _finished(
-    work: Work,
-    row: MatrixSpectra,
-    k: Tensor,
-    bases: tuple[Basis, ...],
-    *,
-    precision: Precision,
-) -> tuple[Stored, Tensor]:
-    """One matrix of :func:`finish`."""
-    vectors, settled = work.read(row.name), row.fixed_shared is not None
-    if settled and not row.fixed_shared:
-        shared = zero_like(vectors[0])
-    else:
-        shared = work.shared(row.name, vectors)
-    parts, ranks = Decomposition(bases[0], bases[1:]), k.tolist()
-    modules = refine(
-        cut(parts, ranks, row.full, shared, vectors, settled=settled),
-        vectors,
-        weights=work.weights[row.name],
-        how=work.settings.refinement,
-        settings=work.settings.refining,
-        settled=settled,
-    )
-    shape = work.task_vectors.infos[row.name].shape
-    stored = pack(modules, ranks, vectors, shape=shape, precision=precision)
-    return stored, kept_out(*stored, vectors)
+    common = grown(found.common, work.budget - total_cost(rows, ranks))
+    return Planned(work, scan, tuple(rows), tuple(ranks), precision, common, seconds)
 
 
 def merge(
@@ -244,7 +211,9 @@ def merge(
             work.task_vectors, planned.scan, work.layout, settings
         ):
             sink.put(*owned)
-        for name, (first, others), errors[name] in finish(planned):
+        for name, (first, others), errors[name] in second_pass(
+            work, planned.table, planned.ranks, planned.precision, planned.common
+        ):
             for task, delta in zip((None, *planned.tasks), (first, *others)):
                 if delta is not None:
                     sink.put(task, name, delta)

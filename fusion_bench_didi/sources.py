@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .errors import CheckpointMismatchError
 
-#: A file is mapped anew after so many bytes read.
-MAPPED_BYTES = 2**23
+#: Files are mapped anew after so many bytes read from a model.
+MAPPED_BYTES = 2**25
 
 #: safetensors' names of floating-point types
 _DTYPES = {
@@ -87,7 +87,7 @@ class SafetensorsSource:
         self._files: dict[str, Path] = {}
         self._infos: dict[str, TensorInfo] = {}
         self._open: dict[Path, Any] = {}
-        self._served: dict[Path, int] = {}
+        self._served, self._touched = 0, set[Path]()
         for file in files:
             try:
                 self._open[file] = handle = safe_open(file, framework="pt")
@@ -119,10 +119,12 @@ class SafetensorsSource:
     def read(self, name: str) -> Tensor:
         file = self._files[name]
         tensor = self._open[file].get_tensor(name)
-        self._served[file] = self._served.get(file, 0) + tensor.nbytes
-        if self._served[file] > MAPPED_BYTES:
-            self._served[file] = 0
-            self._open[file] = safe_open(file, framework="pt")
+        self._touched.add(file)
+        self._served += tensor.nbytes
+        if self._served > MAPPED_BYTES:
+            touched, self._touched, self._served = self._touched, set(), 0
+            for file in tuple(touched):
+                self._open[file] = safe_open(file, framework="pt")
         return tensor
 
 

@@ -21,6 +21,7 @@ from .adapters import AdapterSource
 from .alignment import check_alignment, floating, matches
 from .errors import ModelPoolError, NonFiniteError
 from .lowrank import LowRankFactors, Matrix, energy_of
+from .lowrank.blocks import energy_of_difference
 from .parallel import ordered_map, workers_for
 from .sources import TensorInfo, TensorSource, aligned
 
@@ -142,12 +143,25 @@ class TaskVectors:
         Those of adapters are factors. Those of whole checkpoints are stacked, or read one at a time where they are large.
         """
         shape = matrix_shape(self.infos[name].shape)
-        ranks = self.ranks(name)
-        small = 4 * ranks.count(None) * self.infos[name].numel <= STACK_BYTES
-        if small and ranks.count(None) == len(ranks):
-            return self.read(name, device).view(-1, *shape)
-        one_by_one = _OneByOne(self, name, torch.device(device), shape)
-        return list(one_by_one) if small else one_by_one
+        if self.one_by_one(name):
+            return _OneByOne(self, name, torch.device(device), shape)
+        if any(rank is not None for rank in self.ranks(name)):
+            return list(_OneByOne(self, name, torch.device(device), shape))
+        return self.read(name, device).view(-1, *shape)
+
+    def one_by_one(self, name: str) -> bool:
+        """Whether the task vectors of a tensor are too large to be stacked."""
+        size = 4 * len(self.tasks) * self.infos[name].numel
+        return size > STACK_BYTES and not self.factored(name)
+
+    def terms(self, name: str, task: str) -> tuple[Tensor, Tensor]:
+        """Two matrices (m, n), of the types in which they are stored, whose difference is a task vector."""
+        shape = matrix_shape(self.infos[name].shape)
+        factors = self._factors(name, task)
+        if factors is not None:
+            return factors.dense(), torch.zeros(1, 1).expand(shape)
+        pair = self.read_tuned(name, task), self.read_base(name)
+        return pair[0].reshape(shape), pair[1].reshape(shape)
 
     def large(self, name: str) -> bool:
         """Whether one task vector of the tensor alone takes so much memory that only one is worked on at a time."""
@@ -194,7 +208,7 @@ class TaskVectors:
             ModelPoolError: if no task differs from the base model.
         """
         energies = ordered_map(
-            lambda name: self._energies(name, device),
+            lambda name: self._energies(name, torch.device(device)),
             self.infos,
             workers=workers_for(device),
         )
@@ -216,14 +230,21 @@ class TaskVectors:
             )
         return scan
 
-    def _energies(self, name: str, device) -> Tensor:
-        """(T,) squared norms of the task vectors of one tensor; not finite where something that is read is not."""
-        parts = [energy_of(self._read_one(name, task, device)) for task in self.tasks]
-        energies = torch.stack(parts).cpu()
-        if self.factored(name) and bool(energies.any()):
-            base = self.read_base(name).to(device)  # which no difference was taken to
-            energies += 0 * energy_of(base).cpu()
-        return energies
+    def _energies(self, name: str, device: torch.device) -> Tensor:
+        """(T,) squared norms, not finite where something that is read is not; no task vector is formed."""
+        energies = []
+        for task in self.tasks:
+            factors = self._factors(name, task)
+            if factors is None:
+                tuned, base = (x.to(device) for x in self.terms(name, task))
+                energies.append(energy_of_difference(tuned, base))
+            else:
+                energies.append(energy_of(factors.to(device)))
+        found = torch.stack(energies).cpu()
+        if self.factored(name) and bool(found.any()):
+            # no difference was taken to the base model
+            found += 0 * energy_of(self.read_base(name).to(device)).cpu()
+        return found
 
     def _non_finite(self, name: str) -> list[str]:
         if not bool(self.read_base(name).float().isfinite().all()):

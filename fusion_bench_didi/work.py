@@ -1,7 +1,7 @@
 """The matrices of one merge while they are worked on: read, decomposed as far as the budget reaches, kept for later."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .lowrank import (
     spectra_of,
     whole_from,
 )
+from .metric import Metric
 from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
 from .task_vectors import TaskVectors, matrix_shape
@@ -29,6 +30,8 @@ Progress = Callable[[str, int, int], None]
 
 #: First guess of the largest rank in reach, in multiples of the even share; doubled where it was too small.
 REACH = 2.0
+#: Couplings are kept in float32 up to this size in all, in bfloat16 beyond it.
+COUPLING_BYTES = 2**30
 #: First guess, in parts of the short side, where every matrix may well be stored whole ...
 GLANCE = 0.1
 #: ... which is not looked into further if the directions seen leave out more than this part of the energy.
@@ -37,7 +40,12 @@ SPENT = 0.05
 
 @dataclass(frozen=True)
 class Work:
-    """The matrices of one merge and everything that is fixed while they are worked on."""
+    """The matrices of one merge and everything that is fixed while they are worked on.
+
+    Args:
+        energy: (T,) squared norms of the task vectors, by matrix; what is stored whole is found by decompositions if none
+            are given.
+    """
 
     task_vectors: TaskVectors
     settings: MergeSettings
@@ -47,10 +55,19 @@ class Work:
     device: torch.device | str
     progress: Progress
     store: FactorStore
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    energy: Mapping[str, Tensor] = field(default_factory=dict)
 
     def read(self, name: str) -> Sequence[Matrix]:
-        """Task vectors of one matrix, T of (m, n), those of adapters as factors."""
-        return self.task_vectors.matrices(name, self.device)
+        """Task vectors of one matrix as errors are measured, T of (m, n), those of adapters as factors."""
+        vectors, metric = self.task_vectors.matrices(name, self.device), self.metric(
+            name
+        )
+        return vectors if metric is None else metric.weighed(vectors)
+
+    def metric(self, name: str) -> Metric | None:
+        """How errors of a matrix are weighed by direction; large matrices are measured plainly."""
+        return None if self.task_vectors.one_by_one(name) else self.metrics.get(name)
 
     def shape(self, name: str) -> tuple[int, int]:
         return matrix_shape(self.task_vectors.infos[name].shape)
@@ -58,7 +75,7 @@ class Work:
     def shared(self, name: str, vectors: Sequence[Matrix]) -> Matrix:
         return shared_matrix(
             vectors,
-            how=self.settings.shared,
+            how=self.settings.static,
             weights=self.weights[name],
             scale=self.settings.shared_scale,
             keep=self.settings.ties_keep,
@@ -74,18 +91,18 @@ class Work:
 
     def _factored(self, name: str) -> bool:
         """Whether task vectors, their shared part and what it leaves of them all are of low rank."""
-        return self.task_vectors.factored(name) and self.settings.shared != "ties"
+        return self.task_vectors.factored(name) and self.settings.static != "ties"
 
-    def _share(self, name: str) -> float:
+    def share(self, name: str) -> float:
         """Bits of one expert if every number of every task vector got as many."""
         numel = {n: self.task_vectors.infos[n].numel for n in self.layout.matrices}
         tasks = len(self.task_vectors.tasks)
         return self.budget * numel[name] / sum(numel.values()) / tasks
 
-    def _glanced(self, name: str) -> bool:
+    def glanced(self, name: str) -> bool:
         """Whether the even share is enough to store the matrix whole, in its cheapest precision."""
         price = matrix_price(self.layout, self.task_vectors, name)
-        return self._share(name) >= price.dense
+        return self.share(name) >= price.dense
 
     def first_guess(self, name: str) -> int:
         """The largest rank that a matrix will probably be given: somewhat more than its even share.
@@ -98,8 +115,8 @@ class Work:
             return self.cap(name)
         price = matrix_price(self.layout, self.task_vectors, name)
         cap, kind = self.cap(name), torch.device(self.device).type
-        guess = REACH * self._share(name) / price.per_rank
-        guess = int(GLANCE * min(m, n) if self._glanced(name) else guess) + 8
+        guess = REACH * self.share(name) / price.per_rank
+        guess = int(GLANCE * min(m, n) if self.glanced(name) else guess) + 8
         return guess if guess < cap and sketched((m, n), guess, device=kind) else cap
 
     def over(
@@ -135,6 +152,12 @@ class Work:
             table.append(self._row(name, parts, stored_as[name], fixed[name]))
         return table
 
+    @property
+    def coupling_bytes(self) -> int:
+        """What the couplings of all matrices take in float32, as far as the budget reaches."""
+        reach = (self.cap(name) for name in self.layout.matrices)
+        return 4 * len(self.task_vectors.tasks) * sum(q**2 for q in reach)
+
     def _decompose(self, name: str, reach: int, fixed: int | None) -> Decomposition:
         vectors, settings = self.read(name), self.settings
         if fixed == 0:
@@ -142,7 +165,10 @@ class Work:
         shared = self.shared(name, vectors)
         if fixed is None and settings.allocation == "learned":
             if settings.learning.coupled:
-                return halved(decompose(vectors, shared, max_rank=reach, name=name))
+                whole = decompose(vectors, shared, max_rank=reach, name=name)
+                if self.coupling_bytes > COUPLING_BYTES:
+                    whole = replace(whole, coupling=whole.coupling.reduced())
+                return halved(whole)
         return halves(vectors, shared, shared_rank=fixed, max_rank=reach, name=name)
 
     def _row(
@@ -169,7 +195,8 @@ class Work:
         for row, k in zip(table, ranks):
             known = row.sigma.shape[1]
             if known < self.cap(row.name) and self._beyond(row, k):
-                reach[row.name] = min(2 * known, self.cap(row.name))
+                longer = max(2 * known, self.first_guess(row.name))
+                reach[row.name] = min(longer, self.cap(row.name))
                 fixed[row.name] = row.fixed_shared
         if not reach:
             return None
@@ -181,9 +208,9 @@ class Work:
 
     def _beyond(self, row: MatrixSpectra, ranks: Tensor) -> bool:
         """Whether a longer spectrum might be put to use."""
-        known, glanced = row.sigma.shape[1], self._glanced(row.name)
+        known, glanced = row.sigma.shape[1], self.glanced(row.name)
         for j in row.free:
-            if known <= ranks[j] < row.full:
+            if known <= ranks[j] < row.full and row.tail_energy[j] > 0:
                 return True
             if ranks[j] >= row.full:
                 rest = float(row.tail_energy[j])

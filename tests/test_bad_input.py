@@ -271,10 +271,10 @@ def test_budget_too_small_names_the_smallest_that_works(
         ({"allocation": "best"}, r"allocation='best'; choose one of \('learned',"),
         ({"refinement": "sgd"}, r"refinement='sgd'; choose one of \('alternating',"),
         ({"residual": "x"}, r"residual='x'; choose one of \('truncated', 'full'\)"),
-        ({"shared": "sum"}, r"shared='sum'; choose one of \('mean',"),
+        ({"shared": "sum"}, r"shared='sum'; choose one of \('auto',"),
         ({"vectors": "mean"}, r"vectors='mean'; choose one of \('expert',"),
         ({"normalisation": "x"}, r"normalisation='x'; choose one of \('none',"),
-        ({"factor_dtype": "int2"}, "factor_dtype='int2'; choose one of checkpoint, "),
+        ({"factor_dtype": "int5"}, "factor_dtype='int5'; choose one of checkpoint, "),
     ],
     ids=str,
 )

@@ -65,6 +65,7 @@ def test_every_value_of_the_yaml_reaches_the_settings():
         "as_vectors",
         "task_aliases",
         "dry_run",
+        "metric",
         "probe_samples",
         "output_dir",
         "overwrite",

@@ -124,7 +124,7 @@ def test_a_small_first_guess_changes_no_rank(tiny_clip, monkeypatch, dtype, budg
     settings = merge_settings(budget, factor_dtype=dtype)
     whole = plan(task_vectors(models), settings)
     monkeypatch.setattr(Work, "first_guess", lambda self, name: 1)
-    monkeypatch.setattr(Work, "_glanced", lambda self, name: False)
+    monkeypatch.setattr(Work, "glanced", lambda self, name: False)
     grown = plan(task_vectors(models), settings)
     assert grown.allocation == whole.allocation
 
@@ -177,7 +177,7 @@ def test_ordered_map_hands_on_the_first_error_and_restores_threads():
 def test_number_of_workers_changes_no_bit(tiny_clip, monkeypatch):
     models = tiny_clip.pool_models()
     one = didi(models, budget=0.7)
-    for module in ("work", "pipeline", "task_vectors"):
+    for module in ("work", "second_pass", "task_vectors"):
         monkeypatch.setattr(f"fusion_bench_didi.{module}.workers_for", lambda _: 3)
     three = didi(models, budget=0.7)
     for task in one.tasks:
@@ -239,7 +239,7 @@ def test_a_merge_that_fails_leaves_no_directory(tiny_clip, tmp_path, monkeypatch
     def fail(*_, **__):
         raise RuntimeError("on the way")
 
-    monkeypatch.setattr("fusion_bench_didi.pipeline.pack", fail)
+    monkeypatch.setattr("fusion_bench_didi.second_pass.pack", fail)
     with pytest.raises(RuntimeError, match="on the way"):
         didi(tiny_clip.pool_models(), budget=0.6, output_dir=str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())

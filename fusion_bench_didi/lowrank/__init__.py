@@ -10,7 +10,8 @@ from .allocation import (
     uniform,
     whole_from,
 )
-from .candidates import Candidate, choose, sharing, upgrade, water_level
+from .candidates import Candidate, Offer, choose, sharing, upgrade, water_level
+from .common import CommonOffer, common_spaces, cores, refine_common
 from .decomposition import (
     Decomposition,
     SharedMerge,
@@ -19,7 +20,7 @@ from .decomposition import (
     halves,
     shared_matrix,
 )
-from .factored import all_factored, as_dense, subtracting, whole, zero_like
+from .factored import all_factored, as_dense, as_product, subtracting, zero_like
 from .factors import LowRankFactors, Matrix, Spectrum, energy_of, full_rank
 from .learning import LearningSettings, learn_ranks, truncation_error
 from .refinement import Modules, Refinement, RefinementSettings, refine
@@ -36,12 +37,14 @@ __all__ = [
     "Allocation",
     "Basis",
     "Candidate",
+    "CommonOffer",
     "Decomposition",
     "LearningSettings",
     "LowRankFactors",
     "Matrix",
     "MatrixSpectra",
     "Modules",
+    "Offer",
     "Price",
     "Refinement",
     "RefinementSettings",
@@ -49,7 +52,10 @@ __all__ = [
     "Spectrum",
     "all_factored",
     "as_dense",
+    "as_product",
     "choose",
+    "common_spaces",
+    "cores",
     "decompose",
     "energy_of",
     "full_rank",
@@ -59,6 +65,7 @@ __all__ = [
     "leading",
     "learn_ranks",
     "refine",
+    "refine_common",
     "shared_matrix",
     "sharing",
     "singular_values",
@@ -72,7 +79,6 @@ __all__ = [
     "uniform",
     "upgrade",
     "water_level",
-    "whole",
     "whole_from",
     "zero_like",
 ]

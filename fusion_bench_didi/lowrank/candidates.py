@@ -1,14 +1,16 @@
-"""Choices per matrix that are made together with the ranks: how much is shared, and in how many bits.
+"""Choices per matrix that are made together with the ranks: what is shared, how, and in how many bits.
 
-A candidate fixes the shared module's rank k_0 and the precision of one matrix; its experts are residuals against the
+A candidate is one form of a matrix in one precision. *Experts* fix the shared module's rank k_0 and are residuals against the
 *truncated* shared part, ``tau_t - S_k0``, so that the error is an exact sum of their lost singular values and no cross
-terms remain. For a multiplier ``mu`` (error per bit) every candidate's best expert ranks are known in closed form; the
-best candidate per matrix follows, and ``mu`` is the smallest that meets the budget. ``k_0 = 0`` is always among the
-candidates, so a shared part is only chosen where it pays. Letters: ``T`` tasks, ``q`` kept singular values.
+terms remain; *common subspaces* (``common.py``) have two sizes instead of ranks. For a multiplier ``mu`` (error per bit) the
+best ranks or sizes of every candidate are known in closed form; the best candidate per matrix follows, and ``mu`` is the
+smallest that meets the budget. Experts with ``k_0 = 0`` are always among the candidates, so anything is only shared where it
+pays. Letters: ``T`` tasks, ``q`` kept singular values.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +18,19 @@ from torch import Tensor
 from .allocation import MatrixSpectra, Price, fill, total_cost
 
 
+class Offer(Protocol):
+    """What one candidate can do for a number of bits."""
+
+    #: error per bit above which it stores nothing
+    steepest: float
+
+    def at(self, mu: float) -> tuple[float, float]:
+        """Weighted error and bits where ``error + mu * bits`` is least."""
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store a matrix.
+    """One way to store a matrix as experts on a shared module.
 
     Args:
         shared_rank: k_0.
@@ -50,38 +62,57 @@ class Candidate:
         bits[-1] = self.price.dense
         return weights.double()[:, None] * error, bits
 
+    def offer(self, weights: Tensor) -> Offer:
+        """
+        Args:
+            weights: (T,).
+        """
+        return _Experts(
+            *self.curve(weights), shared=self.shared_rank * self.price.per_rank
+        )
 
-def choose(
-    options: Sequence[Sequence[Candidate]], weights: Sequence[Tensor], budget: int
-) -> list[int]:
-    """Index of the best candidate per matrix under one budget.
+
+@dataclass(frozen=True)
+class _Experts:
+    """Error (T, K) and bits (K,) of each expert, and the bits of the shared module."""
+
+    error: Tensor
+    bits: Tensor
+    shared: int
+
+    @property
+    def steepest(self) -> float:
+        return float((self.error[:, :1] / self.bits[1]).max())
+
+    def at(self, mu: float) -> tuple[float, float]:
+        ranks = (self.error + mu * self.bits).argmin(1)  # (T,)
+        lost = float(self.error.gather(1, ranks[:, None]).sum())
+        return lost, float(self.bits[ranks].sum()) + self.shared
+
+
+def choose(options: Sequence[Sequence[Offer]], budget: int) -> tuple[list[int], float]:
+    """Index of the best offer per matrix under one budget, and the multiplier ``mu`` at which they are the best.
 
     Args:
-        options: candidates per matrix.
-        weights: (T,) per matrix.
+        options: offers per matrix.
         budget: bits.
     """
-    curves = [[c.curve(w) for c in row] for row, w in zip(options, weights)]
 
     def at(mu: float) -> tuple[list[int], float]:
         chosen, total = [], 0.0
-        for row, parts in zip(options, curves):
+        for row in options:
             best = (torch.inf, 0.0, 0)
-            for index, (candidate, (error, bits)) in enumerate(zip(row, parts)):
-                ranks = (error + mu * bits).argmin(1)  # (T,)
-                own = float(bits[ranks].sum())
-                own += candidate.shared_rank * candidate.price.per_rank
-                lost = float(error.gather(1, ranks[:, None]).sum())
-                best = min(best, (lost + mu * own, own, index))
+            for index, offer in enumerate(row):
+                lost, bits = offer.at(mu)
+                best = min(best, (lost + mu * bits, bits, index))
             chosen.append(best[2])
             total += best[1]
         return chosen, total
 
-    high = max(float((e[:, :1] / b[1]).max()) for row in curves for e, b in row)
-    low = 0.0
-    result, spent = at(low)
+    result, spent = at(0.0)
     if spent <= budget:
-        return result
+        return result, 0.0
+    high = max((offer.steepest for row in options for offer in row), default=0.0)
     high = max(high, 1e-300)
     low = high * 2.0**-60
     for _ in range(40):  # bisection on the logarithm
@@ -91,7 +122,7 @@ def choose(
             high, result = middle, chosen
         else:
             low = middle
-    return result
+    return result, high
 
 
 def upgrade(

@@ -49,7 +49,7 @@ def zero_like(matrix: Matrix) -> Matrix:
     return torch.zeros_like(matrix)
 
 
-def whole(matrix: Matrix) -> LowRankFactors:
+def as_product(matrix: Matrix) -> LowRankFactors:
     """The matrix itself as a product, of no more than full rank."""
     m, n = matrix.shape
     if isinstance(matrix, LowRankFactors) and matrix.rank <= min(m, n):
@@ -94,6 +94,13 @@ def all_factored(task_vectors: Sequence[Matrix]) -> bool:
     return all(isinstance(tau, LowRankFactors) for tau in task_vectors)
 
 
+def stacked(task_vectors: Sequence[Matrix]) -> Tensor:
+    """(T, m, n) entries of all of them."""
+    if isinstance(task_vectors, Tensor):
+        return task_vectors
+    return torch.stack([as_dense(tau) for tau in task_vectors])
+
+
 class Densified(Sequence):
     """Task vectors, multiplied out one at a time when they are asked for."""
 
@@ -126,6 +133,10 @@ class Frame:
         columns = torch.cat([matrix.up for matrix in matrices], 1)
         rows = torch.cat([matrix.down for matrix in matrices])
         return cls(torch.linalg.qr(columns).Q, torch.linalg.qr(rows.mT).Q)
+
+    def cores(self, matrices: Iterable[LowRankFactors]) -> Tensor:
+        """The matrices inside, (T, p, p')."""
+        return torch.stack([self.inside(matrix).dense() for matrix in matrices])
 
     def inside(self, matrix: LowRankFactors) -> LowRankFactors:
         """``left^T matrix right``, (p, p')."""

@@ -96,7 +96,7 @@ def refine(
         frame = Frame.around(task_vectors)
         found = refine(
             modules.mapped(frame.inside),
-            torch.stack([frame.inside(tau).dense() for tau in task_vectors]),
+            frame.cores(task_vectors),
             weights=weights,
             how=how,
             settings=settings,

@@ -12,18 +12,22 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fusion_bench import auto_register_config
+from fusion_bench.modelpool import BaseModelPool
 from rich.progress import Progress
+from torch import Tensor, nn
 
 from ..budget import Budget
 from ..checkpoint import whole_directory
 from ..delta_sinks import DeltaSink, OnDisk
 from ..layout import MergeSettings
 from ..lowrank import LearningSettings, RefinementSettings
+from ..metric import input_moments
 from ..models import DiDiModel
 from ..pipeline import MergeResult, merge
 from ..plan import describe_plan
+from ..pool_images import load_images, require_images
 from ..pool_reader import load_backbone, open_pool
-from ..probe import sensitivity
+from ..probe import probe_inputs, sensitivity
 from ..task_vectors import TaskVectors
 from .base import PoolMethod
 
@@ -51,7 +55,7 @@ class DiDiMerging(PoolMethod):
         self,
         budget: float = 1.4,
         budget_includes_backbone: bool = False,
-        shared: str = "mean",
+        shared: str = "auto",
         shared_scale: float = 0.3,
         ties_keep: float = 0.2,
         residual: str = "truncated",
@@ -69,6 +73,7 @@ class DiDiMerging(PoolMethod):
         refine_steps: int = 300,
         refine_lr: float = 0.01,
         normalisation: str = "root",
+        metric: str = "none",
         probe_samples: int = 32,
         vectors: str = "expert",
         as_vectors: Sequence[str] = (),
@@ -125,6 +130,8 @@ class DiDiMerging(PoolMethod):
             the merged model; None after a dry run.
         """
         settings = self.settings()
+        if self.metric not in ("none", "probes", "images"):
+            raise ValueError(f"metric={self.metric!r}; choose none, probes or images.")
         modelpool = self.checked(modelpool)
         choice = {
             "exclude": tuple(self.exclude or ()),
@@ -136,11 +143,7 @@ class DiDiMerging(PoolMethod):
         with self.profile("load backbone"):
             backbone = load_backbone(modelpool)
         task_vectors = open_pool(modelpool, backbone, **choice)
-        if settings.normalisation == "sensitivity":
-            names = [n for n in task_vectors.infos if task_vectors.is_matrix(n)]
-            with self.profile("probe"):
-                found = sensitivity(backbone, names, samples=self.probe_samples)
-            settings = replace(settings, sensitivity=found)
+        settings = self._probed(modelpool, backbone, task_vectors, settings)
         if self.output_dir is None:
             result = self._merge(task_vectors, settings)
             model = self._model(modelpool, backbone, result)
@@ -153,6 +156,40 @@ class DiDiMerging(PoolMethod):
         self.print_profile_summary()
         log.info("relative error %.4f", result.report.relative_error)
         return self.hand_over(model, modelpool)
+
+    def _probed(
+        self,
+        modelpool: BaseModelPool,
+        backbone: nn.Module,
+        task_vectors: TaskVectors,
+        settings: MergeSettings,
+    ) -> MergeSettings:
+        """With what has to be measured by running the base model."""
+        names = [n for n in task_vectors.infos if task_vectors.is_matrix(n)]
+        if settings.normalisation == "sensitivity":
+            with self.profile("probe"):
+                found = sensitivity(backbone, names, samples=self.probe_samples)
+            settings = replace(settings, sensitivity=found)
+        if self.metric != "none":
+            with self.profile("probe"):
+                inputs = self._inputs(modelpool, backbone)
+                found = input_moments(backbone, names, inputs)
+            settings = replace(settings, moments=found)
+        return settings
+
+    def _inputs(self, modelpool: BaseModelPool, backbone: nn.Module) -> list[Tensor]:
+        """For :func:`~fusion_bench_didi.metric.input_moments`, a batch each."""
+        if self.metric == "probes":
+            return probe_inputs(backbone, self.probe_samples)
+        tasks, options = modelpool.model_names, {"aliases": self.task_aliases}
+        require_images(
+            modelpool,
+            **options,
+            purpose="metric=images needs a few unlabelled images per task",
+            otherwise=", or use metric=probes",
+        )
+        count = max(self.probe_samples // len(tasks), 1)
+        return [load_images(modelpool, t, count, seed=0, **options) for t in tasks]
 
     def _merge(
         self,
@@ -187,6 +224,7 @@ class DiDiMerging(PoolMethod):
             "energy_kept": result.report.energy_kept,
             "energy_tasks": list(result.report.tasks),
             "precision": dict(result.report.precision),
+            "common": dict(result.report.common),
         }
         return DiDiModel(
             backbone,

@@ -5,7 +5,6 @@ needs, ``x W_t`` with ``W_t`` (n, m): a task's factors, or its matrix where that
 ``n`` in, ``m`` out, ``r`` rank, ``T`` tasks; task number T is the shared model without an expert.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -14,8 +13,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from ..common_deltas import Core
 from ..deltas import Delta, LowRankDelta, SpectralDelta
-from ..lowrank.quantisation import unpack_nibbles
 from ..quantised import RoundedLowRankDelta
 
 Factors = tuple[Tensor, Tensor]
@@ -187,7 +186,7 @@ def table_of(
     start = laid_out(common)
 
     def kept(delta: Delta | None) -> Factors | Matrix | None:
-        factors = None if delta is None else factors_of(delta)
+        factors = None if delta is None else factors_of(delta, shared)
         if factors is not None and delta.numel >= serving.small:
             size = sum(factor.numel() for factor in factors)
             if size <= serving.dense_above * delta.numel:
@@ -204,15 +203,12 @@ def table_of(
     return MatrixTable(tuple(base.shape), start, tasks, turned=turned)
 
 
-def factors_of(delta: Delta) -> Factors | None:
+def factors_of(delta: Delta, shared: Delta | None) -> Factors | None:
     """(up, down) in float32 of a change that is stored as a product, ``shared + up @ down``."""
+    if isinstance(delta, Core):
+        return shared.factors(delta.core())
     if isinstance(delta, RoundedLowRankDelta):
-        m, n = delta.shape[0], math.prod(delta.shape[1:])
-        up, down = delta.up, delta.down
-        if delta.width == 4:
-            up = unpack_nibbles(up, (m, delta.rank))
-            down = unpack_nibbles(down, (delta.rank, n))
-        return up.float() * delta.scale, down.float()
+        return delta.factors()
     if isinstance(delta, SpectralDelta):
         return delta.up.float() * delta.sigma.float(), delta.down.float()
     if isinstance(delta, LowRankDelta):

@@ -1,0 +1,245 @@
+"""Common subspaces: what several task vectors share although they are orthogonal to one another.
+
+Task vectors of one matrix often use the same few rows and columns in different combinations. Then
+
+    ``tau_t ~ U C_t V``,   U (m, p) and V (q, n) orthonormal and common to all tasks, C_t (p, q) a task's own core,
+
+which is a Tucker-2 decomposition of the stacked task vectors. It costs ``p m + q n + T p q`` numbers where T experts of rank
+r cost ``T r (m + n)``. The start are the leading eigenvectors of ``sum_t w_t tau_t tau_t^T`` and of its mirror image, whose
+leading p and q columns are nested, so that one product gives the error at every (p, q); at the sizes chosen, alternating
+least squares (De Lathauwer, De Moor and Vandewalle 2000, "HOOI") then lowers it.
+
+Letters: ``m`` out, ``n`` in, ``T`` tasks, ``p`` common columns, ``q`` common rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .factored import Frame, all_factored, stacked
+from .factors import Matrix
+from .svd import leading, spectrum
+
+#: The error is tabulated at no more than so many values of p, and of q.
+GRID = 256
+#: Bits that no budget has.
+NEVER = 2.0**62
+
+
+@dataclass(frozen=True)
+class CommonSpaces:
+    """Nested common subspaces of T matrices, and what each pair of sizes keeps.
+
+    Args:
+        up: (m, P) leading common columns, orthonormal.
+        down: (Q, n) leading common rows, orthonormal.
+        sizes_up, sizes_down: values of p and of q, ascending; the last are P and Q.
+        kept: (len(sizes_up), len(sizes_down)) weighted energy kept, float64.
+        energy: weighted energy in all.
+    """
+
+    up: Tensor
+    down: Tensor
+    sizes_up: Tensor
+    sizes_down: Tensor
+    kept: Tensor
+    energy: float
+
+
+def common_spaces(
+    task_vectors: Sequence[Matrix],
+    weights: Tensor,
+    *,
+    max_up: int | None = None,
+    max_down: int | None = None,
+    name: str = "",
+) -> CommonSpaces:
+    """The start, and the error of every cut of it.
+
+    Args:
+        task_vectors: T of (m, n); where all are factored, spaces are looked for in the frame around them.
+        weights: (T,) of the squared errors.
+        max_up, max_down: P and Q; whole sides if None.
+        name: used in log lines only.
+    """
+    if all_factored(task_vectors):
+        frame = Frame.around(task_vectors)
+        cores = frame.cores(task_vectors)
+        found = common_spaces(cores, weights, max_up=max_up, max_down=max_down)
+        up, down = frame.left @ found.up, found.down @ frame.right.mT
+        return replace(found, up=up, down=down)
+    scaled = _scaled(task_vectors, weights)
+    m, n = scaled.shape[1:]
+    up = _columns(scaled, min(max_up or m, m), name)
+    down = _columns(scaled.mT, min(max_down or n, n), name).mT
+    squares = (up.mT @ scaled @ down.mT).square_().sum(0).double()  # (P, Q)
+    sizes_up, sizes_down = _grid(up.shape[1]), _grid(down.shape[0])
+    kept = squares.cumsum(0)[sizes_up - 1].cumsum(1)[:, sizes_down - 1]
+    energy = float(scaled.double().square().sum())
+    return CommonSpaces(up, down, sizes_up, sizes_down, kept.cpu(), energy)
+
+
+def refine_common(
+    task_vectors: Sequence[Matrix],
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    sweeps: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """Alternating least squares at fixed sizes: each side is the best for the other, so the error never rises.
+
+    Args:
+        task_vectors: T of (m, n).
+        weights: (T,).
+        up: (m, p), orthonormal columns.
+        down: (q, n), orthonormal rows.
+        sweeps: at most so many.
+        tolerance: stop when a sweep lowers the error by less than this part of it.
+
+    Returns:
+        (m, p) and (q, n).
+    """
+    if all_factored(task_vectors):
+        frame = Frame.around(task_vectors)
+        up, down = refine_common(
+            frame.cores(task_vectors),
+            weights,
+            frame.left.mT @ up,
+            down @ frame.right,
+            sweeps=sweeps,
+            tolerance=tolerance,
+        )
+        return frame.left @ up, down @ frame.right.mT
+    scaled = _scaled(task_vectors, weights)
+    energy = float(scaled.double().square().sum())
+
+    def left_out(up: Tensor, down: Tensor) -> float:
+        return energy - float((up.mT @ scaled @ down.mT).double().square().sum())
+
+    before = left_out(up, down)
+    for _ in range(sweeps):
+        new_up, new_down = up, down
+        if up.shape[1] < up.shape[0]:
+            new_up = _columns(scaled @ down.mT, up.shape[1])
+        if down.shape[0] < down.shape[1]:
+            new_down = _columns(scaled.mT @ new_up, down.shape[0]).mT
+        error = left_out(new_up, new_down)
+        if error >= before:  # rounding has the last word
+            break
+        up, down = new_up, new_down
+        if before - error <= tolerance * before:
+            break
+        before = error
+    return up, down
+
+
+@dataclass(frozen=True)
+class CommonOffer:
+    """What common subspaces can do for a number of bits; an ``Offer`` of ``candidates.py``.
+
+    Args:
+        sizes_up, sizes_down: values of p and of q.
+        error: (len(sizes_up), len(sizes_down)) weighted.
+        bits: as ``error``.
+    """
+
+    sizes_up: Tensor
+    sizes_down: Tensor
+    error: Tensor
+    bits: Tensor
+
+    @classmethod
+    def of(
+        cls, spaces: CommonSpaces, bits: Tensor, rounding: Tensor, tasks: int
+    ) -> "CommonOffer":
+        """
+        Args:
+            bits: price of every pair of sizes.
+            rounding: relative squared error that rounding adds to what is kept, as ``bits``.
+            tasks: T; more than T q columns are of no use, nor more than T p rows.
+        """
+        p, q = spaces.sizes_up[:, None], spaces.sizes_down
+        m, n = spaces.up.shape[0], spaces.down.shape[1]
+        useless = (p > tasks * q) | (q > tasks * p) | ((p == m) & (q == n))
+        bits = bits.double().masked_fill(useless, NEVER)
+        error = spaces.energy - spaces.kept * (1 - rounding)
+        return cls(spaces.sizes_up, spaces.sizes_down, error.clamp(min=0), bits)
+
+    @property
+    def steepest(self) -> float:
+        return float(self.error.max() / self.bits.min())
+
+    def at(self, mu: float) -> tuple[float, float]:
+        where = self._best(mu)
+        return float(self.error.flatten()[where]), float(self.bits.flatten()[where])
+
+    def sizes(self, mu: float) -> tuple[int, int]:
+        """(p, q) where ``error + mu * bits`` is least."""
+        up, down = divmod(self._best(mu), len(self.sizes_down))
+        return int(self.sizes_up[up]), int(self.sizes_down[down])
+
+    def step(
+        self, sizes: tuple[int, int], left: int
+    ) -> tuple[float, tuple[int, int]] | None:
+        """Gain per bit and sizes of the best step up in one size or in both that costs at most ``left`` bits."""
+        i, j = self._index(sizes)
+        rows, columns = self.error.shape
+        found = None
+        for a, b in ((i + 1, j), (i, j + 1), (i + 1, j + 1)):
+            if a < rows and b < columns:
+                extra = float(self.bits[a, b] - self.bits[i, j])
+                gain = float(self.error[i, j] - self.error[a, b])
+                if 0 < extra <= left and gain > 0:
+                    to = (int(self.sizes_up[a]), int(self.sizes_down[b]))
+                    found = max(found or (0.0, to), (gain / extra, to))
+        return found
+
+    def price(self, sizes: tuple[int, int]) -> int:
+        """Bits at these sizes."""
+        return int(self.bits[self._index(sizes)])
+
+    def _index(self, sizes: tuple[int, int]) -> tuple[int, int]:
+        i = int(torch.searchsorted(self.sizes_up, sizes[0]))
+        return i, int(torch.searchsorted(self.sizes_down, sizes[1]))
+
+    def _best(self, mu: float) -> int:
+        return int((self.error + mu * self.bits).argmin())
+
+
+def cores(task_vectors: Sequence[Matrix], up: Tensor, down: Tensor) -> Tensor:
+    """(T, p, q) that serve bases best which need not be orthonormal, such as rounded ones.
+
+    Args:
+        task_vectors: T of (m, n).
+        up: (m, p).
+        down: (q, n).
+    """
+    left, right = torch.linalg.pinv(up), torch.linalg.pinv(down)
+    return torch.stack([left @ tau @ right for tau in task_vectors])
+
+
+def _scaled(task_vectors: Sequence[Matrix], weights: Tensor) -> Tensor:
+    """(T, m, n) by the roots of their weights."""
+    vectors = stacked(task_vectors)
+    return vectors * weights.to(vectors).sqrt()[:, None, None]
+
+
+def _columns(matrices: Tensor, count: int, name: str = "") -> Tensor:
+    """(m, count) leading left singular vectors of T matrices (T, m, n) side by side."""
+    side_by_side = matrices.transpose(0, 1).flatten(1)  # (m, T n)
+    if side_by_side.shape[0] <= side_by_side.shape[1]:
+        return leading(side_by_side, max_rank=count, name=name).vectors
+    return spectrum(side_by_side, max_rank=count, name=name).U
+
+
+def _grid(size: int) -> Tensor:
+    """At most GRID + 1 whole numbers up to ``size``, which is the last."""
+    step = -(-size // GRID)
+    values = torch.arange(step, size + 1, step)
+    if int(values[-1]) == size:
+        return values
+    return torch.cat([values, values.new_tensor([size])])

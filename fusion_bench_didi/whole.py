@@ -1,0 +1,126 @@
+"""Matrices that are stored whole: known without decomposing them, and rounded without forming their task vectors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .deltas import Delta
+from .lowrank import Candidate, MatrixSpectra, Offer, choose
+from .lowrank.blocks import energy_of_difference
+from .lowrank.sample import optimistic_spectrum, sampled
+from .precision import Precision
+from .task_vectors import TaskVectors
+from .work import SPENT, Work
+
+#: Sides of a sample per direction that is asked about: the short one costs an eigenproblem, the long one a product.
+SHORT, LONG = 2, 6
+#: What spectra in float32 differ from energies in float64 by.
+ROUNDING = 1e-6
+
+
+def certainly_whole(work: Work) -> frozenset[str]:
+    """Matrices for which low rank is no choice, so that nothing has to be decomposed.
+
+    If every matrix is stored whole or not at all, the energies alone tell the best precisions under the budget and the
+    multiplier ``mu`` (error per bit) at which they are the best. A matrix of which even an optimistic spectrum offers
+    nothing better at that multiplier is certain. Asked are only matrices that the budget pays for as a whole on average.
+    """
+    names = [n for n in work.layout.matrices if _asked(work, n)]
+    if not names:
+        return frozenset()
+    nothing = torch.zeros(len(work.task_vectors.tasks), 0)
+    offers = {
+        n: _offers(work, n, nothing, work.energy[n]) for n in work.layout.matrices
+    }
+    _, mu = choose(list(offers.values()), work.budget)
+
+    def certain(name: str) -> bool:
+        sigma, tail = _optimistic(work, name)
+        if bool((tail < SPENT * work.energy[name]).any()):
+            return False
+        best = _least(_offers(work, name, sigma, tail), mu)
+        return best >= (1 - ROUNDING) * _least(offers[name], mu)
+
+    return frozenset(n for n, is_so in work.over("glance", certain, names) if is_so)
+
+
+def row_of_whole(work: Work, name: str, precision: Precision) -> MatrixSpectra:
+    """The table row of a matrix of which nothing but the energy is known."""
+    energy = work.energy[name].float()
+    return MatrixSpectra(
+        name,
+        work.shape(name),
+        sigma=torch.zeros(len(energy) + 1, 0),
+        tail_energy=torch.cat([energy.new_zeros(1), energy]),
+        weights=work.weights[name].cpu(),
+        price=precision.price(*work.shape(name)),
+        fixed_shared=0,
+    )
+
+
+def pack_whole(
+    task_vectors: TaskVectors, name: str, kept: Sequence[bool], precision: Precision
+) -> tuple[tuple[None, list[Delta | None]], Tensor]:
+    """Stored forms of one matrix, rounded straight from the checkpoints, and (T,) squared errors.
+
+    Args:
+        kept: (T,) whether a task's change is stored at all.
+
+    Returns:
+        no shared form and one per task; the errors.
+    """
+    shape = task_vectors.infos[name].shape
+    deltas: list[Delta | None] = []
+    errors = []
+    for task, stored in zip(task_vectors.tasks, kept):
+        tuned, base = task_vectors.terms(name, task)
+        if stored:
+            delta, error = precision.dense(shape, tuned, less=base)
+        else:
+            delta, error = None, energy_of_difference(tuned, base)
+        deltas.append(delta)
+        errors.append(error)
+    return (None, deltas), torch.stack(errors)
+
+
+def _asked(work: Work, name: str) -> bool:
+    """Whether a matrix may well be stored whole, and a decomposition would cost more than a sample's."""
+    known = name in work.energy and work.metric(name) is None
+    return known and work.glanced(name) and work.first_guess(name) < work.cap(name)
+
+
+def _optimistic(work: Work, name: str) -> tuple[Tensor, Tensor]:
+    """(T, q) singular values and (T,) energies beyond them that no task vector can be expected to better."""
+    rank, (m, n) = work.first_guess(name), work.shape(name)
+    sides = (SHORT * rank, LONG * rank) if m <= n else (LONG * rank, SHORT * rank)
+    rows, columns = sampled(m, sides[0])[:, None], sampled(n, sides[1])
+    sigma, tails = [], []
+    for task, energy in zip(work.task_vectors.tasks, work.energy[name].tolist()):
+        terms = work.task_vectors.terms(name, task)
+        tuned, base = (x[rows, columns].float() for x in terms)
+        values, tail = optimistic_spectrum(tuned - base, energy, m * n, rank=rank)
+        sigma.append(values)
+        tails.append(tail)
+    return torch.stack(sigma), torch.tensor(tails)
+
+
+def _offers(work: Work, name: str, sigma: Tensor, tail: Tensor) -> list[Offer]:
+    """Experts only, in every precision allowed."""
+    return [
+        Candidate(
+            0,
+            p.price(*work.shape(name)),
+            p.name,
+            sigma,
+            tail,
+            p.rounding,
+            p.rounding_dense,
+        ).offer(work.weights[name])
+        for p in work.layout.precisions[name]
+    ]
+
+
+def _least(offers: Sequence[Offer], mu: float) -> float:
+    """``error + mu * bits`` of the best offer."""
+    return min(lost + mu * bits for lost, bits in (offer.at(mu) for offer in offers))

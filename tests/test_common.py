@@ -1,0 +1,299 @@
+"""Common subspaces: what the table of sizes says is what is stored, and it is only stored where it pays."""
+
+import copy
+
+import pytest
+import torch
+from helpers import didi, fine_tuned, merge_settings
+from torch import Tensor, nn
+
+from fusion_bench_didi.budget import Budget
+from fusion_bench_didi.checkpoint import read_deltas, write_deltas
+from fusion_bench_didi.common_deltas import (
+    BasesDelta,
+    Core,
+    CoreDelta,
+    RoundedBasesDelta,
+    RoundedCoreDelta,
+)
+from fusion_bench_didi.joint_pass import Common, grown
+from fusion_bench_didi.lowrank import CommonOffer, common_spaces, cores, refine_common
+from fusion_bench_didi.lowrank.common import GRID
+from fusion_bench_didi.models import DiDiModel
+from fusion_bench_didi.models.tables import Serving, factors_of
+from fusion_bench_didi.packing import kept_out, pack_common
+from fusion_bench_didi.pipeline import merge
+from fusion_bench_didi.precision import precisions
+from fusion_bench_didi.sources import ModuleSource
+from fusion_bench_didi.task_vectors import TaskVectors
+
+WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 1.0])
+
+
+def in_common(
+    m: int = 24, n: int = 20, size: int = 4, tasks: int = 4, noise: float = 0.1
+) -> Tensor:
+    """(T, m, n) whose rows and columns are the same few for all tasks, in unrelated combinations."""
+    g = torch.Generator().manual_seed(m * n + size)
+    up, down = torch.randn(m, size, generator=g), torch.randn(size, n, generator=g)
+    own = torch.randn(tasks, size, size, generator=g)
+    return up @ own @ down + noise * torch.randn(tasks, m, n, generator=g)
+
+
+def as_task_vectors(*stacks: Tensor) -> TaskVectors:
+    """One linear layer per stack (T, m, n)."""
+
+    def layers(values) -> nn.ModuleList:
+        made = nn.ModuleList(
+            [nn.Linear(v.shape[1], v.shape[0], bias=False) for v in values]
+        )
+        for layer, value in zip(made, values):
+            layer.weight.data = value.clone()
+        return made
+
+    base = layers([torch.zeros_like(s[0]) for s in stacks])
+    tuned = {
+        f"task{t}": ModuleSource(layers([s[t] for s in stacks]), f"task{t}")
+        for t in range(len(stacks[0]))
+    }
+    return TaskVectors(ModuleSource(base, "base"), tuned)
+
+
+def common_model(base: nn.Module, count: int = 3) -> dict[str, nn.Module]:
+    """Models whose matrices differ from the base model's within common subspaces."""
+    models = {"_pretrained_": base.eval()}
+    for t in range(count):
+        models[f"task{t}"] = fine_tuned(base, t + 1, scale=0.01)
+    with torch.no_grad():
+        for name, value in base.named_parameters():
+            if value.ndim == 2 and min(value.shape) >= 8:
+                change = in_common(*value.shape, tasks=count, noise=0.0)
+                for t in range(count):
+                    tuned = models[f"task{t}"].get_parameter(name)
+                    tuned.copy_(value + 0.02 * change[t])
+    return models
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (20, 24), (3, 40), (40, 3)])
+def test_table_is_the_dense_error_at_every_pair_of_sizes(shape):
+    tau = in_common(*shape, size=2, noise=0.5)
+    spaces = common_spaces(tau, WEIGHTS)
+    for i, p in enumerate(spaces.sizes_up.tolist()):
+        for j, q in enumerate(spaces.sizes_down.tolist()):
+            up, down = spaces.up[:, :p], spaces.down[:q]
+            rest = tau - up @ (up.mT @ tau @ down.mT) @ down
+            error = (WEIGHTS * rest.square().sum((1, 2))).sum()
+            found = spaces.energy - float(spaces.kept[i, j])
+            assert found == pytest.approx(
+                float(error), rel=1e-4, abs=1e-5 * spaces.energy
+            )
+
+
+def test_whole_sides_lose_nothing():
+    tau = in_common()
+    spaces = common_spaces(tau, WEIGHTS)
+    assert float(spaces.kept[-1, -1]) == pytest.approx(spaces.energy, rel=1e-5)
+    core = cores(tau, spaces.up, spaces.down)
+    torch.testing.assert_close(spaces.up @ core @ spaces.down, tau, atol=1e-4, rtol=0)
+
+
+def test_large_sides_are_tabulated_coarsely_up_to_the_end():
+    spaces = common_spaces(in_common(2 * GRID + 3, 8), WEIGHTS)
+    assert len(spaces.sizes_up) <= GRID + 1
+    # more columns than the tasks have rows are none
+    assert int(spaces.sizes_up[-1]) == spaces.up.shape[1] == 4 * 8
+
+
+def test_refinement_never_raises_the_error_and_finds_what_is_there():
+    tau = in_common(noise=0.8)
+    start = common_spaces(tau, WEIGHTS)
+    up, down = start.up[:, :3], start.down[:3]
+
+    def error(up: Tensor, down: Tensor) -> float:
+        rest = tau - up @ cores(tau, up, down) @ down
+        return float((WEIGHTS * rest.square().sum((1, 2))).sum())
+
+    errors = [error(up, down)]
+    for _ in range(6):
+        up, down = refine_common(tau, WEIGHTS, up, down, sweeps=1, tolerance=0.0)
+        errors.append(error(up, down))
+    assert all(b <= a * (1 + 1e-5) for a, b in zip(errors, errors[1:]))
+    assert errors[-1] < errors[0]
+    exact = in_common(noise=0.0)
+    start = common_spaces(exact, WEIGHTS)
+    assert start.energy - float(start.kept[3, 3]) < 1e-5 * start.energy
+
+
+@pytest.mark.parametrize(
+    "name", ["float32", "bfloat16", "int8", "int4", "int3", "int2"]
+)
+@pytest.mark.parametrize("sizes", [(4, 4), (24, 5), (6, 20)])
+def test_stored_bits_are_the_price_and_the_error_is_the_one_expected(name, sizes):
+    tau, (p, q) = in_common(noise=0.05), sizes
+    precision = precisions(name, torch.float32)[0]
+    spaces = common_spaces(tau, torch.ones(4))
+    up = torch.eye(24) if p == 24 else spaces.up[:, :p]
+    down = torch.eye(20) if q == 20 else spaces.down[:q]
+    first, others = pack_common(up, down, tau, shape=(24, 20), precision=precision)
+    at = torch.tensor(p), torch.tensor(q)
+    price = int(precision.common_bits((24, 20), 4, *at))
+    stored = first.bits + sum(d.bits for d in others)
+    # priced are whole bytes per column and row
+    assert stored <= price < 1.05 * stored
+    assert stored == price or name in ("int2", "int3", "int4")
+    kept = float(spaces.kept[p - 1, q - 1])
+    expected = spaces.energy - kept
+    expected += kept * float(precision.common_rounding((24, 20), *at))
+    error = float(kept_out(first, others, tau).sum())
+    assert error <= 1.5 * expected + 1e-4 * spaces.energy
+
+
+def test_a_task_without_change_stores_no_core():
+    tau = in_common()
+    tau[2] = 0
+    spaces = common_spaces(tau, torch.ones(4))
+    precision = precisions("float32", torch.float32)[0]
+    up, down = spaces.up[:, :4], spaces.down[:4]
+    first, others = pack_common(up, down, tau, shape=(24, 20), precision=precision)
+    assert [d is None for d in others] == [False, False, True, False]
+    assert float(kept_out(first, others, tau)[2]) == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_form_is_written_and_read_back(tmp_path, bits):
+    up, down, core = torch.rand(6, 3), torch.rand(2, 5), torch.rand(3, 2)
+    pairs = {
+        "float": (BasesDelta.of((6, 5), up, down), CoreDelta((6, 5), core)),
+        "left": (
+            BasesDelta.of((6, 5), 2 * up, torch.eye(5)),
+            CoreDelta((6, 5), torch.rand(3, 5)),
+        ),
+        "rounded": (
+            RoundedBasesDelta.of((6, 5), up, down, bits),
+            RoundedCoreDelta.of((6, 5), core, bits),
+        ),
+        "right": (
+            RoundedBasesDelta.of((6, 1, 5), torch.eye(6), down, bits),
+            RoundedCoreDelta.of((6, 1, 5), torch.rand(6, 2), bits),
+        ),
+    }
+    shared = {name: pair[0] for name, pair in pairs.items()}
+    own = {"task": {name: pair[1] for name, pair in pairs.items()}}
+    manifest = write_deltas(tmp_path, shared, own)
+    shared_again, experts_again = read_deltas(tmp_path, manifest)
+    for name, (bases, core) in pairs.items():
+        again = experts_again["task"][name].change(shared_again[name])
+        assert torch.equal(again, core.change(bases))
+        assert again.shape == core.shape
+        assert not shared_again[name].change().any()
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 4), (6, 2), (3, 5)])
+def test_factors_are_the_change(sizes):
+    (p, q), g = sizes, torch.Generator().manual_seed(0)
+    up = torch.eye(6) if p == 6 else torch.randn(6, p, generator=g)
+    down = torch.eye(5) if q == 5 else torch.randn(q, 5, generator=g)
+    core = CoreDelta((6, 5), torch.randn(p, q, generator=g))
+    bases = BasesDelta.of((6, 5), up, down)
+    first, last = factors_of(core, bases)
+    torch.testing.assert_close(first @ last, up @ core.core() @ down)
+    torch.testing.assert_close(core.change(bases), first @ last)
+    assert first.shape[1] == min(p, q)
+
+
+def test_a_core_needs_its_bases():
+    with pytest.raises(ValueError, match="needs the common bases"):
+        CoreDelta((2, 2), torch.eye(2)).change(None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.9])
+def test_budget_is_kept_and_nearly_used(budget, dtype):
+    vectors = as_task_vectors(*(in_common(40, 32) for _ in range(3)))
+    settings = merge_settings(budget, shared="auto", factor_dtype=dtype)
+    result = merge(vectors, settings)
+    limit = Budget(budget).bits(result.storage.unit_bits)
+    assert result.storage.excl_bits <= limit
+    alone = merge(vectors, merge_settings(budget, shared="none", factor_dtype=dtype))
+    # rounding to 8 bits is expected to cost somewhat more than it does
+    slack = 2e-4 if dtype == "auto" else 0.0
+    assert result.report.relative_error <= 1.005 * alone.report.relative_error + slack
+    if budget == 0.3 and dtype == "float32":
+        assert result.report.common and set(result.report.common) <= set(vectors.infos)
+        assert result.report.relative_error < 0.5 * alone.report.relative_error
+        assert result.storage.excl_bits > 0.95 * limit
+
+
+def test_unrelated_tasks_share_no_subspace():
+    noise = torch.randn(4, 32, 32, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(noise)
+    steep = (u * torch.logspace(0, -3, 32)) @ v
+    result = merge(as_task_vectors(steep), merge_settings(0.5, shared="auto"))
+    assert not result.report.common
+    assert result.storage.shared_bits == 0
+
+
+def test_what_is_left_is_spent_where_it_gains_most():
+    precision = precisions("float32", torch.float32)[0]
+    found = {}
+    for name, noise in (("clean", 0.0), ("noisy", 1.0)):
+        spaces = common_spaces(in_common(noise=noise), torch.ones(4))
+        p, q = spaces.sizes_up[:, None], spaces.sizes_down
+        offer = CommonOffer.of(
+            spaces,
+            precision.common_bits((24, 20), 4, p, q),
+            precision.common_rounding((24, 20), p, q),
+            4,
+        )
+        found[name] = Common((4, 4), offer, precision)
+    before = sum(c.bits for c in found.values())
+    after = grown(found, 5000)
+    spent = sum(c.bits for c in after.values()) - before
+    assert 0 < spent <= 5000
+    assert after["clean"].sizes == (4, 4)
+    assert grown(found, 0) == found
+
+
+def test_order_of_tasks_changes_no_bit(tiny_clip):
+    models = common_model(copy.deepcopy(tiny_clip.base))
+    base = models.pop("_pretrained_")
+    turned = {"_pretrained_": base, **dict(reversed(models.items()))}
+    one = didi({"_pretrained_": base, **models}, budget=0.3, shared="auto")
+    two = didi(turned, budget=0.3, shared="auto")
+    assert one.info["common"] and one.info["common"] == two.info["common"]
+    for task in models:
+        for left, right in zip(
+            one.materialize(task).parameters(), two.materialize(task).parameters()
+        ):
+            assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("dtype, budget", [("float32", 0.3), ("int4", 0.09)])
+def test_model_in_common_subspaces_saves_switches_and_serves(
+    tiny_clip, tmp_path, dtype, budget
+):
+    models = common_model(copy.deepcopy(tiny_clip.base))
+    model = didi(models, budget=budget, shared="auto", factor_dtype=dtype)
+    cores_in = [d for e in model.modulators.values() for _, d in e.deltas.items()]
+    assert model.info["common"] and any(isinstance(d, Core) for d in cores_in)
+    pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        single = {}
+        for task in model.tasks:
+            model.set_task(task)
+            single[task] = model(pixels)[1]
+        model.unset_task()
+        ids = torch.tensor([0, 1, 2, 2, 1, 0])
+        mixed = model(pixels, task_ids=ids)[1]
+        for i, t in enumerate(ids.tolist()):
+            torch.testing.assert_close(
+                mixed[i], single[model.tasks[t]][i], atol=1e-5, rtol=1e-5
+            )
+        model.save_pretrained(tmp_path / "m")
+        model.serving = Serving(dense_above=10.0, small=0)  # as factors
+        factored = model(pixels, task_ids=ids)[1]
+        torch.testing.assert_close(factored, mixed, atol=1e-5, rtol=1e-5)
+        again = DiDiModel.from_pretrained(tmp_path / "m", tiny_clip.base)
+        assert again.storage.as_dict() == model.storage.as_dict()
+        again.set_task("task1")
+        assert torch.equal(again(pixels)[1], single["task1"])

@@ -1,0 +1,134 @@
+"""Matrices that are known to be stored whole without being decomposed: nothing else is stored for it."""
+
+import pytest
+import torch
+from helpers import merge_settings, same_bits
+from torch import Tensor, nn
+
+from fusion_bench_didi import joint_pass
+from fusion_bench_didi.lowrank.sample import optimistic_spectrum, sampled
+from fusion_bench_didi.pipeline import MergeResult, merge
+from fusion_bench_didi.sources import ModuleSource
+from fusion_bench_didi.task_vectors import TaskVectors
+from fusion_bench_didi.work import Work
+
+TASKS = ("a", "b", "c")
+
+
+def decaying(m: int, n: int, seed: int) -> Tensor:
+    """Squared singular values falling about like 1 / i."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(m, generator=g) + 1
+    return torch.randn(m, n, generator=g) * order.rsqrt()[:, None]
+
+
+def low_rank(m: int, n: int, seed: int, rank: int = 6) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(m, rank, generator=g) @ torch.randn(rank, n, generator=g)
+
+
+def layers(values: list[Tensor]) -> nn.ModuleList:
+    made = nn.ModuleList(nn.Linear(v.shape[1], v.shape[0], bias=False) for v in values)
+    for layer, value in zip(made, values):
+        layer.weight.data = value
+    return made
+
+
+def task_vectors(*makers, still: bool = False) -> TaskVectors:
+    """Layers of 320 x 280 and turned, one per maker; with ``still`` the last task leaves the first alone."""
+    shapes = [(320, 280) if i % 2 == 0 else (280, 320) for i in range(len(makers))]
+    base = [torch.randn(s, generator=torch.Generator().manual_seed(9)) for s in shapes]
+    tuned = {}
+    for t, task in enumerate(TASKS):
+        own = [make(*s, 10 * i + t) for i, (make, s) in enumerate(zip(makers, shapes))]
+        if still and task == TASKS[-1]:
+            own[0] = torch.zeros_like(own[0])
+        weights = layers([b + 0.1 * tau for b, tau in zip(base, own)])
+        tuned[task] = ModuleSource(weights, task)
+    return TaskVectors(ModuleSource(layers(base), "base"), tuned)
+
+
+def stored(result: MergeResult) -> dict[str, Tensor]:
+    return {
+        f"{task}/{name}/{part}": value
+        for task, deltas in result.experts.items()
+        for name, delta in deltas.items()
+        for part, value in delta.tensors().items()
+    }
+
+
+def merged(vectors: TaskVectors, bits: float, **choice) -> MergeResult:
+    """With so many bits per entry of a task vector on average."""
+    settings = merge_settings(bits * len(TASKS) / 32, factor_dtype="auto", **choice)
+    return merge(vectors, settings)
+
+
+@pytest.mark.parametrize("bits", [4.5, 6.0, 9.0, 40.0])
+def test_what_is_stored_is_what_decompositions_would_have_chosen(monkeypatch, bits):
+    vectors = task_vectors(decaying, decaying, still=True)
+    decomposed = []
+    whole = Work._decompose
+
+    def counted(self, name, *args):
+        decomposed.append(name)
+        return whole(self, name, *args)
+
+    monkeypatch.setattr(Work, "_decompose", counted)
+    found = merged(vectors, bits)
+    assert not decomposed
+    monkeypatch.setattr(joint_pass, "certainly_whole", lambda work: frozenset())
+    expected = merged(vectors, bits)
+    assert decomposed
+    assert found.ranks == expected.ranks
+    assert found.report.precision == expected.report.precision
+    assert same_bits(stored(found), stored(expected))
+    for name, error in found.report.errors.items():
+        torch.testing.assert_close(error, expected.report.errors[name])
+    assert "0.weight" not in found.experts[TASKS[-1]]
+
+
+def test_task_vectors_of_low_rank_are_still_found(monkeypatch):
+    vectors = task_vectors(low_rank, decaying)
+    found = merged(vectors, 6.0)
+    assert all(found.ranks.experts[task]["0.weight"] < 280 for task in TASKS)
+    assert all(found.ranks.experts[task]["1.weight"] == 280 for task in TASKS)
+    assert found.report.errors["0.weight"].max() < 1e-6
+    monkeypatch.setattr(joint_pass, "certainly_whole", lambda work: frozenset())
+    expected = merged(vectors, 6.0)
+    assert found.ranks == expected.ranks
+    assert same_bits(stored(found), stored(expected))
+
+
+def test_a_budget_for_less_than_whole_matrices_decomposes_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "fusion_bench_didi.whole.optimistic_spectrum", lambda *_, **__: asked.append(0)
+    )
+    merged(task_vectors(decaying, decaying), 2.0)
+    assert not asked
+
+
+@pytest.mark.parametrize("make", [decaying, low_rank])
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
+def test_optimistic_spectrum_keeps_no_less_than_any_directions_do(shape, make):
+    """On average over samples; here over matrices."""
+    rank, kept, true = 20, [], []
+    for seed in range(8):
+        matrix = make(*shape, seed)
+        energy = float(matrix.square().sum())
+        rows, columns = sampled(shape[0], 60), sampled(shape[1], 60)
+        part = matrix[rows[:, None], columns]
+        sigma, tail = optimistic_spectrum(part, energy, matrix.numel(), rank=rank)
+        squares = sigma.double().square()
+        assert float(squares.sum()) + tail == pytest.approx(energy)
+        kept.append(squares.cumsum(0) / energy)
+        true.append(torch.linalg.svdvals(matrix)[:rank].square().cumsum(0) / energy)
+    kept, true = torch.stack(kept).mean(0), torch.stack(true).mean(0)
+    assert bool((kept >= true - 0.02).all())
+    assert make is low_rank or kept[-1] < 0.95
+
+
+def test_samples_depend_on_the_side_alone():
+    assert sampled(50, 10).equal(sampled(50, 10))
+    assert sampled(50, 10).equal(sampled(50, 10).unique())
+    assert sampled(5, 10).equal(torch.arange(5))

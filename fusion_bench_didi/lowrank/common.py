@@ -231,7 +231,9 @@ def _scaled(task_vectors: Sequence[Matrix], weights: Tensor) -> Tensor:
 def _columns(matrices: Tensor, count: int, name: str = "") -> Tensor:
     """(m, count) leading left singular vectors of T matrices (T, m, n) side by side."""
     side_by_side = matrices.transpose(0, 1).flatten(1)  # (m, T n)
-    if side_by_side.shape[0] <= side_by_side.shape[1]:
+    if (
+        side_by_side.shape[0] < side_by_side.shape[1]
+    ):  # of a square one they are the right ones
         return leading(side_by_side, max_rank=count, name=name).vectors
     return spectrum(side_by_side, max_rank=count, name=name).U
 

@@ -10,11 +10,13 @@ from fusion_bench_didi.lowrank import (
     Modules,
     Price,
     RefinementSettings,
+    common_spaces,
     decompose,
     energy_of,
     halves,
     leading,
     refine,
+    refine_common,
     shared_matrix,
     singular_values,
     spectra_of,
@@ -25,6 +27,8 @@ from fusion_bench_didi.lowrank import (
 )
 from fusion_bench_didi.lowrank.allocation import fill
 from fusion_bench_didi.lowrank.factored import Frame, inner, product_svd
+from fusion_bench_didi.packing import kept_out, pack_common
+from fusion_bench_didi.precision import precisions
 
 SHAPES = [(20, 12), (12, 20), (14, 14)]
 
@@ -238,3 +242,24 @@ def test_frame_keeps_norms_and_products():
         torch.testing.assert_close(frame.outside(core_a).dense(), a.dense())
         for b, core_b in zip(vectors, cores):
             torch.testing.assert_close(inner(core_a, core_b), inner(a, b))
+
+
+# --- common subspaces -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("sizes", [(3, 4), (6, 2), (1, 1)])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+def test_common_subspaces_of_adapters_are_those_of_their_entries(shape, sizes, name):
+    vectors, weights = adapters(*shape), torch.tensor([1.0, 2.0, 0.5, 1.0])
+    precision, (p, q) = precisions(name, torch.float32)[0], sizes
+    errors = []
+    for given in (vectors, entries(vectors)):
+        spaces = common_spaces(given, weights, max_up=8, max_down=8)
+        sides = spaces.up[:, :p], spaces.down[:q]
+        sides = refine_common(given, weights, *sides, sweeps=50, tolerance=1e-9)
+        stored = pack_common(*sides, given, shape=shape, precision=precision)
+        assert stored[1][2] is None  # the task that changes nothing
+        errors.append(kept_out(*stored, given))
+    scale = float(energy_of(vectors[1]))
+    torch.testing.assert_close(*errors, rtol=0.02, atol=1e-3 * scale)

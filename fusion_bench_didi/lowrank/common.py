@@ -231,9 +231,8 @@ def _scaled(task_vectors: Sequence[Matrix], weights: Tensor) -> Tensor:
 def _columns(matrices: Tensor, count: int, name: str = "") -> Tensor:
     """(m, count) leading left singular vectors of T matrices (T, m, n) side by side."""
     side_by_side = matrices.transpose(0, 1).flatten(1)  # (m, T n)
-    if (
-        side_by_side.shape[0] < side_by_side.shape[1]
-    ):  # of a square one they are the right ones
+    # the short side's; of a square one the right ones
+    if side_by_side.shape[0] < side_by_side.shape[1]:
         return leading(side_by_side, max_rank=count, name=name).vectors
     return spectrum(side_by_side, max_rank=count, name=name).U
 

@@ -26,7 +26,6 @@ from fusion_bench_didi.lowrank import (
     total_cost,
     truncation_error,
     uniform,
-    water_level,
 )
 from fusion_bench_didi.lowrank.codes import ends
 from fusion_bench_didi.lowrank.learning import _Group
@@ -437,15 +436,6 @@ def test_curve_of_a_candidate_is_the_error_of_its_experts():
             assert float(error[t, k]) == pytest.approx(float(weights[t] * left), 1e-4)
             assert int(bits[k]) == k * 32 * 29
     assert bits[-1] == 32 * 180 and bool((error[:, -1] == 0).all())
-
-
-def test_water_level_is_the_worth_of_the_last_component_that_fits():
-    sigma = torch.tensor([[3.0, 1.0], [2.0, 0.5]])
-    price = Price(per_rank=10, dense=1000)
-    level = water_level([sigma], [torch.tensor([1.0, 4.0])], [price], 20)
-    # worth 9, 1 and 16, 1: the second best is 9
-    assert level == pytest.approx(0.9)
-    assert water_level([sigma], [torch.ones(2)], [price], 40) == 0.0
 
 
 # --- few bits -------------------------------------------------------------------

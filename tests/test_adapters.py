@@ -207,6 +207,18 @@ def test_presets_store_every_adapter_exactly_and_no_more(kind, shared, allocatio
     assert model.storage.excl_bits <= needed
 
 
+def test_generous_budget_of_many_adapters_is_spent_on_nothing_but_their_ranks(tmp_path):
+    """Common subspaces would hold them too, with larger cores than the experts are."""
+    tasks = tuple("abcdefgh")
+    models = family(tmp_path, llama, tasks, target_modules=ATTENTION, r=2)
+    pool = pool_of(tmp_path, models[BASE], tasks)
+    model = didi(pool, budget=2.0, factor_dtype="auto")
+    assert not model.info["common"] and not model.storage.shared_bits
+    for ranks in model.info["ranks"]["experts"].values():
+        assert set(ranks.values()) == {2}
+    assert_close(model, models)
+
+
 @pytest.mark.parametrize("residual", ["truncated", "full"])
 @pytest.mark.parametrize("budget", [0.05, 0.12])
 def test_small_budget_cuts_adapters_like_whole_models(kind, budget, residual):

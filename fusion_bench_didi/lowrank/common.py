@@ -24,6 +24,8 @@ from .svd import leading, spectrum
 
 #: The error is tabulated at no more than so many values of p, and of q.
 GRID = 256
+#: Errors below this part of the energy cannot be told from none: the two are sums in float32.
+EXACT = 1e-7
 #: Bits that no budget has.
 NEVER = 2.0**62
 
@@ -167,7 +169,8 @@ class CommonOffer:
         useless = (p > tasks * q) | (q > tasks * p) | ((p == m) & (q == n))
         bits = bits.double().masked_fill(useless, NEVER)
         error = spaces.energy - spaces.kept * (1 - rounding)
-        return cls(spaces.sizes_up, spaces.sizes_down, error.clamp(min=0), bits)
+        error = error.clamp(min=EXACT * spaces.energy)
+        return cls(spaces.sizes_up, spaces.sizes_down, error, bits)
 
     @property
     def steepest(self) -> float:

@@ -21,6 +21,7 @@ CHOICES: tuple[tuple[str, dict], ...] = (
     ("shared: none", {"shared": "none"}),
     ("bits: int8", {"factor_dtype": "int8"}),
     ("bits: int4", {"factor_dtype": "int4"}),
+    ("bits: int3", {"factor_dtype": "int3"}),
     ("bits: float32", FLOAT),
     ("float32, objective: plain MSE", {**FLOAT, "normalisation": "none"}),
     ("float32, objective: relative", {**FLOAT, "normalisation": "matrix"}),

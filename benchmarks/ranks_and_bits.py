@@ -17,7 +17,15 @@ from fusion_bench_didi.task_vectors import matrix_shape
 from .suites import Suite, machine, write_json
 
 BUDGETS = (0.12, 0.16, 0.24, 0.36, 0.5, 0.75, 1.0, 1.24, 1.4, 2.0)
-BITS = {"int4": 4, "int8": 8, "bfloat16": 16, "float16": 16, "float32": 32}
+BITS = {
+    "int2": 2,
+    "int3": 3,
+    "int4": 4,
+    "int8": 8,
+    "bfloat16": 16,
+    "float16": 16,
+    "float32": 32,
+}
 
 
 def main() -> None:
@@ -103,17 +111,18 @@ def _page(rows: list[dict], image: str) -> str:
         "",
         f"![ranks and bits](img/{image})",
         "",
-        "| budget | mean rank, % of full | matrices stored whole | matrices in 4 / 8 / more bits | in common subspaces |",
+        "| budget | mean rank, % of full | matrices stored whole | matrices in 2 / 3 / 4 / 8 / more bits | in common subspaces |",
         "|--:|--:|--:|--:|--:|",
     ]
     for budget in BUDGETS:
         mine = [row for row in rows if row["budget"] == budget]
         rank = mean(100 * row["experts"] / row["full"] for row in mine)
         whole = sum(row["experts"] == row["full"] for row in mine)
-        few, some = (sum(row["bits"] == b for row in mine) for b in (4, 8))
+        counts = [sum(row["bits"] == b for row in mine) for b in (2, 3, 4, 8)]
+        bits = " / ".join(map(str, [*counts, len(mine) - sum(counts)]))
         common = sum(row["common"] for row in mine)
         lines.append(
-            f"| {budget} | {rank:.0f} | {whole} of {len(mine)} | {few} / {some} / {len(mine) - few - some} | {common} |"
+            f"| {budget} | {rank:.0f} | {whole} of {len(mine)} | {bits} | {common} |"
         )
     return "\n".join(lines) + "\n"
 

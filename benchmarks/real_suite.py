@@ -43,7 +43,7 @@ def configurations() -> list[tuple[str, dict]]:
         rows.append(("default, no subspaces", {**at, **MEAN}))
     for budget in BUDGETS:
         at = {"budget": budget}
-        for dtype in ("int8", "int4"):
+        for dtype in ("int8", "int4", "int3"):
             rows.append((f"default, {dtype}", {**at, "factor_dtype": dtype}))
         rows.append(("paper", {**at, **PAPER}))
         for allocation, refinement in itertools.product(ALLOCATIONS, REFINEMENTS):
@@ -128,7 +128,7 @@ def plot(rows: list[dict], path: Path) -> None:
             point = (row["x_excl"], 100 * row["retention"])
             lines.setdefault(label, []).append(point)
     shown = {
-        "default": ("#0072B2", "o", "default (4 and 8 bits)"),
+        "default": ("#0072B2", "o", "default (2 to 8 bits)"),
         "default, int8": ("#56B4E9", "s", "8 bits"),
         "learned, alternating": ("#009E73", "^", "float32"),
         "no subspaces, learned": ("#CC79A7", "P", "float32, no common subspaces"),
@@ -176,7 +176,7 @@ def _page(suite: Suite, rows: list[dict], arguments: argparse.Namespace) -> str:
         f"`python -m benchmarks.real_suite{option}`",
         "",
         "x_excl: stored beyond the backbone, in fine-tuned models. error: energy of the task vectors kept out. retention:",
-        "mean over tasks of accuracy / fine-tuned accuracy, per cent. `default` chooses 4 bits, 8 bits or float32 per matrix; other rows are float32 unless they say otherwise.",
+        "mean over tasks of accuracy / fine-tuned accuracy, per cent. `default` chooses 2, 3, 4, 8 bits or float32 per matrix; other rows are float32 unless they say otherwise.",
         "One set of models and one run: differences under half a point are noise.",
         "",
         "| " + " | ".join(head) + " |",

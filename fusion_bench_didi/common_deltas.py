@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .deltas import Delta
-from .lowrank.quantisation import pack_nibbles, round_rows, unpack_nibbles
+from .lowrank.codes import levels, pack_codes
+from .lowrank.quantisation import round_rows
 
 
 class Bases(Delta):
@@ -72,9 +73,9 @@ class RoundedBasesDelta(Bases):
     """Bases as integer codes with one float32 scale per column of U and row of V.
 
     Args:
-        up, down: codes of U's transpose (p, m) and of V (q, n); int8, or flat and two to a byte when ``bits`` is 4.
+        up, down: codes of U's transpose (p, m) and of V (q, n), stored as ``lowrank/codes.py`` says.
         up_scale, down_scale: (p,) and (q,).
-        bits: 8 or 4.
+        bits: of a code.
 
     All of a whole side are None.
     """
@@ -107,7 +108,7 @@ class RoundedBasesDelta(Bases):
                 parts += [None, None]
                 continue
             codes, scale = round_rows(rows, bits)
-            parts += [pack_nibbles(codes) if bits == 4 else codes, scale]
+            parts += [pack_codes(codes, bits), scale]
         return cls(shape, *parts, bits)
 
     def options(self) -> dict:
@@ -123,9 +124,7 @@ class RoundedBasesDelta(Bases):
     ) -> Tensor | None:
         if codes is None:
             return None
-        if self.width == 4:
-            codes = unpack_nibbles(codes, (len(scale), width))
-        return codes.float() * scale[:, None]
+        return levels(codes, self.width, (len(scale), width)) * scale[:, None]
 
 
 class Core(Delta):
@@ -162,9 +161,9 @@ class RoundedCoreDelta(Core):
     """Integer codes with one float32 scale per row.
 
     Args:
-        codes: (p, q) int8; flat and two to a byte when ``bits`` is 4.
+        codes: (p, q), stored as ``lowrank/codes.py`` says.
         scale: (p,).
-        bits: 8 or 4.
+        bits: of a code.
         columns: q.
     """
 
@@ -185,17 +184,14 @@ class RoundedCoreDelta(Core):
     @classmethod
     def of(cls, shape: tuple[int, ...], core: Tensor, bits: int) -> "RoundedCoreDelta":
         codes, scale = round_rows(core, bits)
-        codes = pack_nibbles(codes) if bits == 4 else codes
-        return cls(shape, codes, scale, bits, core.shape[1])
+        return cls(shape, pack_codes(codes, bits), scale, bits, core.shape[1])
 
     def options(self) -> dict:
         return {"bits": self.width, "columns": self.columns}
 
     def core(self) -> Tensor:
-        codes = self.codes
-        if self.width == 4:
-            codes = unpack_nibbles(codes, (len(self.scale), self.columns))
-        return codes.float() * self.scale[:, None]
+        shape = len(self.scale), self.columns
+        return levels(self.codes, self.width, shape) * self.scale[:, None]
 
 
 def _without_whole(*bases: Tensor) -> list[Tensor | None]:

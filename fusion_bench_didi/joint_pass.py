@@ -18,18 +18,16 @@ from .lowrank import (
     choose,
     common_spaces,
     energy_of,
+    full_rank,
     greedy,
     leading,
     sharing,
     singular_values,
-    water_level,
 )
 from .precision import Precision
-from .whole import certainly_whole, row_of_whole
+from .whole import WORTH_SHARING, certainly_whole, row_of_whole
 from .work import REACH, Work
 
-#: Sharing is looked into where the leading shared directions hold this much more than unrelated tasks would give.
-WORTH_SHARING = 1.5
 #: Common subspaces are looked into where the even share is below this part of what a matrix costs whole.
 WORTH_COMMON = 0.35
 
@@ -88,37 +86,28 @@ def joint_pass(work: Work) -> FirstPass:
     """Choose how each matrix is stored, then decompose against what was chosen."""
     names = work.layout.matrices
     cheapest = {n: work.layout.precisions[n][0] for n in names}
-    alone = dict.fromkeys(names, 0)
     whole = certainly_whole(work)
     reach = {name: work.first_guess(name) for name in names if name not in whole}
-    rows = work.rows("decompose", reach, cheapest, alone)
+    rows = work.rows("decompose", reach, cheapest, dict.fromkeys(names, 0))
     rows += [row_of_whole(work, name, cheapest[name]) for name in whole]
     table = sorted(rows, key=lambda row: row.name)
     while longer := work.extended(table, greedy(table, work.budget), cheapest):
         table = longer
-    candidates = {row.name: [_candidate(work, row)] for row in table}
-    unsettled = [n for n in names if n not in whole]
-    if work.settings.residual == "truncated" and work.settings.static != "none":
-        own = {n: c[0] for n, c in candidates.items()}
-        level = water_level(
-            [c.sigma for c in own.values()],
-            [work.weights[n] for n in names],
-            [c.price for c in own.values()],
-            work.budget,
-        )
-        if level > 0:
-            look = lambda n: _shared_too(work, n, own[n], level)  # noqa: E731
-            for name, more in work.over("share", look, unsettled):
-                candidates[name] += more
-    options = {
-        n: [o for c in candidates[n] for o in _in_all_precisions(work, n, c)]
-        for n in names
-    }
+    own = {row.name: _candidate(work, row) for row in table}
+    options = {n: list(_in_all_precisions(work, n, own[n])) for n in names}
+    picks, mu = _chosen(work, options)
+    sharable = work.settings.residual == "truncated" and mu > 0
+    unsettled = [n for n in names if n not in whole and sharable]
+    alone = {n: options[n][i].candidate for n, i in zip(names, picks)}
+    look = lambda n: _shared_too(work, n, alone[n], mu)  # noqa: E731
+    if work.settings.static != "none":
+        for name, more in work.over("share", look, unsettled):
+            options[name] += [
+                o for c in more for o in _in_all_precisions(work, name, c)
+            ]
     for name, offers in work.over("share", lambda n: _common(work, n), unsettled):
         options[name] += offers
-    picks, mu = choose(
-        [[o.offer for o in row] for row in options.values()], work.budget
-    )
+    picks, mu = _chosen(work, options)
     chosen = {n: options[n][i] for n, i in zip(names, picks)}
     common = {
         n: Common(o.offer.sizes(mu), o.offer, o.precision)
@@ -137,6 +126,12 @@ def joint_pass(work: Work) -> FirstPass:
         replace(rows[n], price=p.price(*work.shape(n))) for n, p in stored_as.items()
     ]
     return FirstPass(rows, stored_as, common)
+
+
+def _chosen(
+    work: Work, options: Mapping[str, list[_Option]]
+) -> tuple[list[int], float]:
+    return choose([[o.offer for o in row] for row in options.values()], work.budget)
 
 
 def grown(common: Mapping[str, Common], left: int) -> dict[str, Common]:
@@ -188,20 +183,25 @@ def _in_all_precisions(
 
 
 def _shared_too(work: Work, name: str, own: Candidate, level: float) -> list[Candidate]:
-    """What might pay beside experts only, in the same precision."""
+    """What might pay beside experts only, at so much error per bit.
+
+    Args:
+        own: experts only, in the precision in which they are best.
+    """
     vectors, weights = work.read(name), work.weights[name]
-    q = own.sigma.shape[1]
+    q, full = own.sigma.shape[1], full_rank(*work.shape(name))
     shared = work.shared(name, vectors)
     found = leading(shared, max_rank=q, name=name)
     mean = found.S.cpu()
     gain = weights.sum() * mean.square() / own.price.per_rank
     # a shared component gains at most this much per bit; where it gains T levels, every expert would hold it too
     ranks = {int((gain >= level * times).sum()) for times in (1, len(weights))}
+    ranks = {full if k >= min(q, own.price.cap) else k for k in ranks}
     candidates = []
     for k in sorted(ranks - {0}):
         if sharing(mean, own.sigma, weights, k) < WORTH_SHARING:
             continue
-        cut = found.factors(shared, k).dense()
+        cut = shared if k == full else found.factors(shared, k).dense()
         sigma, tails = [], []
         for tau in vectors:
             rest = tau - cut

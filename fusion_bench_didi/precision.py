@@ -16,6 +16,7 @@ from .common_deltas import (
 from .deltas import Delta, DenseDelta, LowRankDelta
 from .lowrank import LowRankFactors, Price
 from .lowrank.blocks import cast_difference
+from .lowrank.codes import WIDTHS
 from .lowrank.quantisation import RELATIVE_ERROR, round_factors, round_matrix
 from .quantised import RoundedDenseDelta, RoundedLowRankDelta
 
@@ -27,7 +28,8 @@ _FLOATS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-NAMES = ("checkpoint", *_FLOATS, "int8", "int4", "auto")
+_CODES = {f"int{bits}": bits for bits in WIDTHS}
+NAMES = ("checkpoint", *_FLOATS, *reversed(_CODES), "auto")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Precision:
     """One way to write numbers down.
 
     Args:
-        name: a floating type, ``int8`` or ``int4``.
+        name: a floating type, or ``int2`` to ``int8``.
         bits: per value.
         dtype: of floating storage; None for integer codes.
     """
@@ -48,7 +50,7 @@ class Precision:
     def rounding(self) -> float:
         """Expected squared error of a stored product relative to its energy.
 
-        The second factor is refitted to the rounded first, which leaves little more than one rounding.
+        The factors are refitted to one another as rounded, which leaves little more than one rounding.
         """
         return RELATIVE_ERROR[self.bits] * 1.5 if self.dtype is None else 0.0
 
@@ -57,24 +59,27 @@ class Precision:
         """Expected squared error of a matrix stored whole, relative to its energy."""
         return RELATIVE_ERROR[self.bits] if self.dtype is None else 0.0
 
+    def whole(self, numel: Tensor | int) -> Tensor | int:
+        """Bits of so many numbers, in whole bytes."""
+        return -(-self.bits * numel // 8) * 8
+
     def price(self, m: int, n: int) -> Price:
-        """Integer codes carry one scale per direction, or per row where dense."""
-        if self.dtype is not None:
-            return Price(per_rank=self.bits * (m + n), dense=self.bits * m * n)
+        """At most what is stored; integer codes carry one scale per direction, or per row where dense."""
+        scale = 0 if self.dtype is not None else SCALE_BITS
         return Price(
-            per_rank=self.bits * (m + n) + SCALE_BITS,
-            dense=self.bits * m * n + SCALE_BITS * m,
+            per_rank=self.whole(m) + self.whole(n) + scale,
+            dense=self.whole(m * n) + scale * m,
         )
 
     def common_bits(
         self, shape: tuple[int, int], tasks: int, p: Tensor, q: Tensor
     ) -> Tensor:
-        """What common bases of p columns and q rows of an (m, n) matrix cost with the cores of all tasks.
+        """What common bases of p columns and q rows of an (m, n) matrix cost at most with the cores of all tasks.
 
         A whole side needs no basis; integer codes carry one scale per column, row and row of a core.
         """
         (m, n), up, down = shape, p * (p < shape[0]), q * (q < shape[1])
-        bits = self.bits * (m * up + n * down + tasks * p * q)
+        bits = self.whole(m) * up + self.whole(n) * down + tasks * self.whole(p * q)
         scales = 0 if self.dtype is not None else SCALE_BITS
         return bits + scales * (up + down + tasks * p)
 
@@ -132,10 +137,10 @@ def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:
     if name in _FLOATS:
         dtype = _FLOATS[name]
         return (Precision(name, torch.finfo(dtype).bits, dtype),)
-    if name in ("int8", "int4"):
-        return (Precision(name, int(name[3:])),)
+    if name in _CODES:
+        return (Precision(name, _CODES[name]),)
     if name == "auto":
-        return Precision("int4", 4), Precision("int8", 8), as_is
+        return (*(Precision(code, bits) for code, bits in _CODES.items()), as_is)
     raise ValueError(f"factor_dtype={name!r}; choose one of {', '.join(NAMES)}.")
 
 

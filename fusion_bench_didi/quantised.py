@@ -6,21 +6,17 @@ import torch
 from torch import Tensor
 
 from .deltas import Delta
-from .lowrank.quantisation import (
-    RoundedFactors,
-    RoundedMatrix,
-    pack_nibbles,
-    unpack_nibbles,
-)
+from .lowrank.codes import levels, pack_codes
+from .lowrank.quantisation import RoundedFactors, RoundedMatrix
 
 
 class RoundedLowRankDelta(Delta):
     """A low-rank product with integer factors and one float32 scale per direction: ``shared + (up * scale) @ down``.
 
     Args:
-        up, down: (m, r) and (r, n) codes; int8, or two to a byte when ``bits`` is 4.
+        up, down: (m, r) and (r, n) codes, stored as ``lowrank/codes.py`` says.
         scale: (r,).
-        bits: 8 or 4.
+        bits: of a code.
     """
 
     kind = "rounded_low_rank"
@@ -36,10 +32,9 @@ class RoundedLowRankDelta(Delta):
     def of(
         cls, shape: tuple[int, ...], factors: RoundedFactors
     ) -> "RoundedLowRankDelta":
-        up, down = factors.up, factors.down
-        if factors.bits == 4:
-            up, down = pack_nibbles(up), pack_nibbles(down)
-        return cls(shape, up, down, factors.scale, factors.bits)
+        bits = factors.bits
+        up, down = (pack_codes(codes, bits) for codes in (factors.up, factors.down))
+        return cls(shape, up, down, factors.scale, bits)
 
     @property
     def rank(self) -> int:
@@ -48,22 +43,24 @@ class RoundedLowRankDelta(Delta):
     def options(self) -> dict:
         return {"bits": self.width}
 
-    def own(self) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(m, r) and (r, n) in float32."""
         m, n = self.shape[0], math.prod(self.shape[1:])
-        up, down = self.up, self.down
-        if self.width == 4:
-            up = unpack_nibbles(up, (m, self.rank))
-            down = unpack_nibbles(down, (self.rank, n))
-        return ((up.float() * self.scale) @ down.float()).view(self.shape)
+        up = levels(self.up, self.width, (m, self.rank))
+        return up * self.scale, levels(self.down, self.width, (self.rank, n))
+
+    def own(self) -> Tensor:
+        up, down = self.factors()
+        return (up @ down).view(self.shape)
 
 
 class RoundedDenseDelta(Delta):
-    """Every entry as an integer code with one float32 scale per row of the matrix: ``shared + codes * scale``.
+    """Every entry as an integer code with one float32 scale per row of the matrix: ``shared + level * scale``.
 
     Args:
-        codes: of the tensor's shape, int8; flat and two to a byte when ``bits`` is 4.
+        codes: of the tensor's shape, stored as ``lowrank/codes.py`` says.
         scale: (m,).
-        bits: 8 or 4.
+        bits: of a code.
     """
 
     kind = "rounded_dense"
@@ -77,18 +74,16 @@ class RoundedDenseDelta(Delta):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], rounded: RoundedMatrix) -> "RoundedDenseDelta":
-        codes = rounded.codes if rounded.bits == 4 else rounded.codes.view(shape)
+        codes = rounded.codes if rounded.bits < 8 else rounded.codes.view(shape)
         return cls(shape, codes, rounded.scale, rounded.bits)
 
     def options(self) -> dict:
         return {"bits": self.width}
 
     def own(self) -> Tensor:
-        codes = self.codes
-        if self.width == 4:
-            codes = unpack_nibbles(codes, self.shape)
-        rows = codes.flatten(1).float().mul_(self.scale[:, None])
-        return rows.view(self.shape)
+        value = levels(self.codes, self.width, self.shape)
+        value.flatten(1).mul_(self.scale[:, None])
+        return value
 
 
 class AffineDelta(Delta):

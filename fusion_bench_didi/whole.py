@@ -15,6 +15,8 @@ from .work import SPENT, Work
 
 #: Sides of a sample per direction that is asked about: the short one costs an eigenproblem, the long one a product.
 SHORT, LONG = 2, 6
+#: Sharing may pay where the mean task vector holds this much more than that of unrelated tasks.
+WORTH_SHARING = 1.5
 #: What spectra in float32 differ from energies in float64 by.
 ROUNDING = 1e-6
 
@@ -24,7 +26,7 @@ def certainly_whole(work: Work) -> frozenset[str]:
 
     If every matrix is stored whole or not at all, the energies alone tell the best precisions under the budget and the
     multiplier ``mu`` (error per bit) at which they are the best. A matrix of which even an optimistic spectrum offers
-    nothing better at that multiplier is certain. Asked are only matrices that the budget pays for as a whole on average.
+    nothing better at that multiplier is certain, unless tasks have so much in common that sharing may pay. Asked are only matrices that the budget pays for as a whole on average.
     """
     names = [n for n in work.layout.matrices if _asked(work, n)]
     if not names:
@@ -36,7 +38,9 @@ def certainly_whole(work: Work) -> frozenset[str]:
     _, mu = choose(list(offers.values()), work.budget)
 
     def certain(name: str) -> bool:
-        sigma, tail = _optimistic(work, name)
+        sigma, tail, alike = _optimistic(work, name)
+        if work.settings.static != "none" and alike > WORTH_SHARING:
+            return False
         if bool((tail < SPENT * work.energy[name]).any()):
             return False
         best = _least(_offers(work, name, sigma, tail), mu)
@@ -90,19 +94,26 @@ def _asked(work: Work, name: str) -> bool:
     return known and work.glanced(name) and work.first_guess(name) < work.cap(name)
 
 
-def _optimistic(work: Work, name: str) -> tuple[Tensor, Tensor]:
-    """(T, q) singular values and (T,) energies beyond them that no task vector can be expected to better."""
+def _optimistic(work: Work, name: str) -> tuple[Tensor, Tensor, float]:
+    """(T, q) singular values and (T,) energies beyond them that no task vector can be expected to better, from samples.
+
+    Last, how alike the samples are: their mean's energy over what it would be if they were unrelated, 1 to T.
+    """
     rank, (m, n) = work.first_guess(name), work.shape(name)
     sides = (SHORT * rank, LONG * rank) if m <= n else (LONG * rank, SHORT * rank)
     rows, columns = sampled(m, sides[0])[:, None], sampled(n, sides[1])
-    sigma, tails = [], []
-    for task, energy in zip(work.task_vectors.tasks, work.energy[name].tolist()):
+    sigma, tails, seen, total = [], [], 0.0, torch.zeros(())
+    tasks = work.task_vectors.tasks
+    for task, energy in zip(tasks, work.energy[name].tolist()):
         terms = work.task_vectors.terms(name, task)
         tuned, base = (x[rows, columns].float() for x in terms)
-        values, tail = optimistic_spectrum(tuned - base, energy, m * n, rank=rank)
+        sample = tuned - base
+        values, tail = optimistic_spectrum(sample, energy, m * n, rank=rank)
         sigma.append(values)
         tails.append(tail)
-    return torch.stack(sigma), torch.tensor(tails)
+        seen, total = seen + float(sample.square().sum()), total + sample
+    alike = float(total.square().sum()) / max(seen, 1e-300)
+    return torch.stack(sigma), torch.tensor(tails), alike
 
 
 def _offers(work: Work, name: str, sigma: Tensor, tail: Tensor) -> list[Offer]:

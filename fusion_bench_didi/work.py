@@ -29,6 +29,8 @@ Progress = Callable[[str, int, int], None]
 
 #: First guess of the largest rank in reach, in multiples of the even share; doubled where it was too small.
 REACH = 2.0
+#: Couplings are kept in float32 up to this size in all, in bfloat16 beyond it.
+COUPLING_BYTES = 2**30
 #: First guess, in parts of the short side, where every matrix may well be stored whole ...
 GLANCE = 0.1
 #: ... which is not looked into further if the directions seen leave out more than this part of the energy.
@@ -141,6 +143,12 @@ class Work:
             table.append(self._row(name, parts, stored_as[name], fixed[name]))
         return table
 
+    @property
+    def coupling_bytes(self) -> int:
+        """What the couplings of all matrices take in float32, as far as the budget reaches."""
+        reach = (self.cap(name) for name in self.layout.matrices)
+        return 4 * len(self.task_vectors.tasks) * sum(q**2 for q in reach)
+
     def _decompose(self, name: str, reach: int, fixed: int | None) -> Decomposition:
         vectors, settings = self.read(name), self.settings
         if fixed == 0:
@@ -148,7 +156,10 @@ class Work:
         shared = self.shared(name, vectors)
         if fixed is None and settings.allocation == "learned":
             if settings.learning.coupled:
-                return halved(decompose(vectors, shared, max_rank=reach, name=name))
+                whole = decompose(vectors, shared, max_rank=reach, name=name)
+                if self.coupling_bytes > COUPLING_BYTES:
+                    whole = replace(whole, coupling=whole.coupling.reduced())
+                return halved(whole)
         return halves(vectors, shared, shared_rank=fixed, max_rank=reach, name=name)
 
     def _row(

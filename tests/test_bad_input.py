@@ -274,7 +274,7 @@ def test_budget_too_small_names_the_smallest_that_works(
         ({"shared": "sum"}, r"shared='sum'; choose one of \('auto',"),
         ({"vectors": "mean"}, r"vectors='mean'; choose one of \('expert',"),
         ({"normalisation": "x"}, r"normalisation='x'; choose one of \('none',"),
-        ({"factor_dtype": "int2"}, "factor_dtype='int2'; choose one of checkpoint, "),
+        ({"factor_dtype": "int5"}, "factor_dtype='int5'; choose one of checkpoint, "),
     ],
     ids=str,
 )

@@ -6,15 +6,20 @@ import torch
 from fusion_bench_didi.deltas import DenseDelta
 from fusion_bench_didi.lowrank import blocks, energy_of
 from fusion_bench_didi.lowrank.blocks import blocks_of_rows, energy_of_difference
-from fusion_bench_didi.lowrank.quantisation import (
-    pack_nibbles,
-    round_matrix,
-    round_rows,
-    unpack_nibbles,
+from fusion_bench_didi.lowrank.codes import (
+    WIDTHS,
+    ends,
+    levels,
+    offset,
+    pack_codes,
+    packed_size,
+    unpack_codes,
 )
+from fusion_bench_didi.lowrank.quantisation import round_matrix, round_rows
 from fusion_bench_didi.precision import Precision, precisions
 
-SHAPES = [(1, 1), (7, 5), (6, 8), (40, 3), (3, 90)]
+CODES = [f"int{bits}" for bits in WIDTHS]
+SHAPES = [(1, 1), (7, 5), (6, 8), (40, 3), (3, 90), (30, 11)]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +36,7 @@ def pair(shape, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
 def test_blocks_cover_all_rows_once_and_begin_at_whole_bytes(shape):
     rows = list(blocks_of_rows(torch.zeros(shape)))
     assert [i for r in rows for i in range(r.start, r.stop)] == list(range(shape[0]))
-    assert all(r.start * shape[1] % 2 == 0 for r in rows)
+    assert all(r.start % 8 == 0 for r in rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,19 +57,20 @@ def test_energy_is_zero_only_where_nothing_differs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rounding_by_blocks_is_rounding_by_rows(shape, bits, dtype):
     a, b = pair(shape, dtype)
     rest = a.float() - b.float()
     codes, scale = round_rows(rest, bits)
     found = round_matrix(a, bits, less=b)
-    assert found.codes.equal(pack_nibbles(codes) if bits == 4 else codes)
+    assert found.codes.equal(pack_codes(codes, bits))
     assert found.scale.equal(scale)
-    assert found.error.equal(energy_of(codes.float() * scale[:, None] - rest))
+    meant = levels(found.codes, bits, rest.shape) * scale[:, None]
+    assert found.error.equal(energy_of(meant - rest))
 
 
-@pytest.mark.parametrize("name", ["int4", "int8", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", [*CODES, "bfloat16", "float32"])
 def test_error_of_a_dense_delta_is_that_of_what_it_stands_for(name):
     (precision,) = precisions(name, torch.float32)
     a, b = pair((6, 35))
@@ -82,11 +88,29 @@ def test_dense_delta_shares_no_memory_with_what_it_was_made_of():
     assert delta.value.untyped_storage().data_ptr() != a.untyped_storage().data_ptr()
 
 
-def test_every_pair_of_codes_shares_a_byte():
-    codes = torch.cartesian_prod(torch.arange(-8, 8), torch.arange(-8, 8)).to(
-        torch.int8
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (4, 4), (0, 3), (7,), (16, 3)])
+def test_codes_come_back(shape, bits):
+    low, high = ends(bits)
+    g = torch.Generator().manual_seed(9)
+    codes = torch.randint(low, high + 1, shape, generator=g, dtype=torch.int8)
+    packed = pack_codes(codes, bits)
+    assert packed.nbytes == packed_size(codes.numel(), bits)
+    assert unpack_codes(packed, bits, shape).equal(codes)
+    assert levels(packed, bits, shape).equal(codes + offset(bits))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codes_lie_side_by_side_low_bits_first(bits):
+    codes = torch.arange(*ends(bits), dtype=torch.int8)
+    number = sum(
+        (int(c) + 2 ** (bits - 1)) << (bits * i) for i, c in enumerate(codes.tolist())
     )
-    packed = pack_nibbles(codes)
-    assert len(packed.unique()) == 256
-    assert unpack_nibbles(packed, (256, 2)).equal(codes)
-    assert packed.equal(((codes[:, 0] + 8) + 16 * (codes[:, 1] + 8)).to(torch.uint8))
+    size = packed_size(len(codes), bits)
+    assert bytes(pack_codes(codes, bits).tolist()) == number.to_bytes(size, "little")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_are_as_many_on_both_sides_of_zero(bits):
+    low, high = ends(bits)
+    assert low + offset(bits) == -(high + offset(bits))

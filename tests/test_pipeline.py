@@ -367,7 +367,9 @@ def test_smaller_factors_buy_more_rank(tiny_clip):
     assert half.info["relative_error"] < whole.info["relative_error"]
 
 
-@pytest.mark.parametrize("factor_dtype", ["float16", "int8", "int4", "auto"])
+@pytest.mark.parametrize(
+    "factor_dtype", ["float16", "int8", "int4", "int3", "int2", "auto"]
+)
 def test_budget_counts_the_bits_that_are_stored(tiny_clip, factor_dtype):
     model = didi(tiny_clip.pool_models(), budget=0.2, factor_dtype=factor_dtype)
     assert model.storage.unit_bits == 32 * sum(
@@ -383,7 +385,7 @@ def test_budget_counts_the_bits_that_are_stored(tiny_clip, factor_dtype):
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 1.24, 2.5])
-@pytest.mark.parametrize("factor_dtype", ["int8", "int4", "auto"])
+@pytest.mark.parametrize("factor_dtype", ["int8", "int4", "int3", "int2", "auto"])
 def test_budget_is_never_exceeded_with_few_bits(tiny_clip, factor_dtype, ratio):
     choice = {"budget": ratio, "factor_dtype": factor_dtype, "vectors": "shared"}
     for allocation in ("learned", "greedy", "uniform"):
@@ -560,3 +562,13 @@ def test_dry_run_works_on_live_models(tiny_clip, capsys):
     models = copy.deepcopy(tiny_clip.pool_models())
     assert didi(models, budget=1.4, dry_run=True) is None
     assert "layers.0.self_attn.q_proj.weight" in capsys.readouterr().out
+
+
+def test_large_couplings_are_kept_in_half_the_memory(tiny_clip, monkeypatch):
+    choice = {"budget": 0.4, "residual": "full", "shared": "mean"}
+    plain = didi(tiny_clip.pool_models(), **choice)
+    monkeypatch.setattr("fusion_bench_didi.work.COUPLING_BYTES", 0)
+    reduced = didi(tiny_clip.pool_models(), **choice)
+    assert reduced.storage.x_excl <= 0.4
+    error = plain.info["relative_error"]
+    assert reduced.info["relative_error"] == pytest.approx(error, rel=0.02)

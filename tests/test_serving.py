@@ -48,7 +48,7 @@ def merged(tiny_clip) -> DynamicModel:
 
 @pytest.mark.parametrize("hold", [True, False])
 @pytest.mark.parametrize("dense_above", [0.0, 0.25, math.inf])
-@pytest.mark.parametrize("dtype", ["float32", "int8", "int4", "auto"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4", "int3", "auto"])
 def test_factors_and_matrices_give_what_materialised_models_give(
     tiny_clip, dense_above, dtype, hold
 ):

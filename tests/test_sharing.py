@@ -8,12 +8,11 @@ from fusion_bench_didi.budget import Budget
 from fusion_bench_didi.layout import MergeSettings
 from fusion_bench_didi.lowrank import LowRankFactors, choose, spectrum
 from fusion_bench_didi.lowrank.candidates import Candidate
+from fusion_bench_didi.lowrank.codes import WIDTHS, ends, offset
 from fusion_bench_didi.lowrank.quantisation import (
     RELATIVE_ERROR,
-    pack_nibbles,
     round_factors,
     round_rows,
-    unpack_nibbles,
 )
 from fusion_bench_didi.pipeline import merge
 from fusion_bench_didi.precision import Precision
@@ -48,16 +47,18 @@ def test_choice_with_equal_candidates_takes_experts_only():
     assert choose([offers], 10 * price.per_rank)[0] == [0]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_rounding_error_is_what_the_allocation_expects(bits):
     rows = torch.randn(64, 400, generator=torch.Generator().manual_seed(0))
     codes, scale = round_rows(rows, bits)
-    assert int(codes.abs().max()) <= 2 ** (bits - 1) - 1
-    error = (codes * scale[:, None] - rows).square().sum() / rows.square().sum()
+    low, high = ends(bits)
+    assert low <= int(codes.min()) and int(codes.max()) <= high
+    meant = (codes + offset(bits)) * scale[:, None]
+    error = (meant - rows).square().sum() / rows.square().sum()
     assert error < 1.3 * RELATIVE_ERROR[bits]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_refitting_the_second_factor_helps(bits):
     generator = torch.Generator().manual_seed(1)
     target = torch.randn(40, 60, generator=generator)
@@ -65,16 +66,15 @@ def test_refitting_the_second_factor_helps(bits):
     fitted = round_factors(factors, bits=bits, target=target)
     up, a = round_rows(factors.up.mT, bits)
     down, b = round_rows(factors.down, bits)
-    naive = (up * a[:, None]).mT @ (down * b[:, None])
+    half = offset(bits)
+    naive = ((up + half) * a[:, None]).mT @ ((down + half) * b[:, None])
     loss = (fitted.dense() - target).square().sum()
     assert loss < (naive - target).square().sum()
 
 
-def test_rank_zero_and_odd_sizes_survive_packing():
+def test_rank_zero_survives_rounding():
     empty = round_factors(LowRankFactors.zeros(3, 5, like=torch.zeros(1)), bits=4)
     assert empty.dense().shape == (3, 5)
-    codes = torch.arange(-7, 8, dtype=torch.int8).view(3, 5)
-    assert torch.equal(unpack_nibbles(pack_nibbles(codes), (3, 5)), codes)
 
 
 def test_auto_takes_coarse_numbers_when_poor_and_exact_ones_when_rich():
@@ -88,7 +88,7 @@ def test_auto_takes_coarse_numbers_when_poor_and_exact_ones_when_rich():
         )
         return set(result.report.precision.values())
 
-    assert precision(0.2) == {"int4"}
+    assert precision(0.2) <= {"int2", "int3", "int4"}
     assert precision(float("inf")) == {"float32"}
 
 

@@ -99,6 +99,17 @@ def test_task_vectors_of_low_rank_are_still_found(monkeypatch):
     assert same_bits(stored(found), stored(expected))
 
 
+def test_what_tasks_have_in_common_is_still_shared():
+    """At a budget that pays for whole matrices, one whole shared one and small experts are better."""
+    alike = lambda m, n, seed: decaying(m, n, 0) + 0.2 * decaying(
+        m, n, seed
+    )  # noqa: E731
+    both = merged(task_vectors(alike), 4.5, shared="auto")
+    alone = merged(task_vectors(alike), 4.5, shared="none")
+    assert both.storage.shared_bits > 0
+    assert both.report.relative_error < 0.5 * alone.report.relative_error
+
+
 def test_a_budget_for_less_than_whole_matrices_decomposes_them(monkeypatch):
     asked = []
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ from .allocation import (
     uniform,
     whole_from,
 )
-from .candidates import Candidate, Offer, choose, sharing, upgrade, water_level
+from .candidates import Candidate, Offer, choose, sharing, upgrade
 from .common import CommonOffer, common_spaces, cores, refine_common
 from .decomposition import (
     Decomposition,
@@ -72,6 +72,5 @@ __all__ = [
     "truncation_error",
     "uniform",
     "upgrade",
-    "water_level",
     "whole_from",
 ]

@@ -10,9 +10,9 @@ BLOCK = 2**18
 
 
 def blocks_of_rows(matrix: Tensor) -> Iterator[slice]:
-    """Slices that cover the rows of (m, n); of an even number of rows, but for the last. One on an accelerator."""
+    """Slices that cover the rows of (m, n); of a multiple of eight rows, but for the last. One on an accelerator."""
     m, n = matrix.shape
-    step = 2 * max(BLOCK // max(n, 1) // 2, 1)
+    step = 8 * max(BLOCK // max(n, 1) // 8, 1)
     if matrix.device.type != "cpu":
         step = max(m, 1)
     for start in range(0, m, step):

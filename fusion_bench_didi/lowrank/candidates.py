@@ -67,9 +67,8 @@ class Candidate:
         Args:
             weights: (T,).
         """
-        return _Experts(
-            *self.curve(weights), shared=self.shared_rank * self.price.per_rank
-        )
+        shared = min(self.shared_rank * self.price.per_rank, self.price.dense)
+        return _Experts(*self.curve(weights), shared)
 
 
 @dataclass(frozen=True)
@@ -163,30 +162,6 @@ def upgrade(
             return rows, ranks
         rows[i] = replace(rows[i], price=price)
         ranks = fill(rows, ranks, budget)
-
-
-def water_level(
-    sigmas: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    prices: Sequence[Price],
-    budget: int,
-) -> float:
-    """Gain per bit of the last component that fits, when only the experts' components compete.
-
-    Args:
-        sigmas: (T, q) per matrix.
-    """
-    slopes, costs = [], []
-    for sigma, w, price in zip(sigmas, weights, prices):
-        slope = w[:, None].double() * sigma.double().square() / price.per_rank
-        slopes.append(slope.flatten())
-        costs.append(torch.full_like(slopes[-1], float(price.per_rank)))
-    slope, cost = torch.cat(slopes), torch.cat(costs)
-    order = slope.argsort(descending=True)
-    fits = cost[order].cumsum(0) <= budget
-    if bool(fits.all()):
-        return 0.0
-    return float(slope[order][fits].min()) if bool(fits.any()) else float(slope.max())
 
 
 def sharing(mean: Tensor, sigma: Tensor, weights: Tensor, rank: int) -> float:

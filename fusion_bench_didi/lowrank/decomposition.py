@@ -5,7 +5,7 @@ Letters: ``m`` out, ``n`` in, ``T`` tasks, ``q`` kept singular values; ``tau_t``
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -81,6 +81,10 @@ class Coupling:
     shared_tail: Tensor  # (T, q)
     expert_tail: Tensor  # (T, q)
     tail: Tensor  # (T,)
+
+    def reduced(self) -> "Coupling":
+        """With its large part in bfloat16: half the memory, cross terms to about 0.4 %."""
+        return replace(self, head=self.head.bfloat16())
 
 
 @dataclass(frozen=True)

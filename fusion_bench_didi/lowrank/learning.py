@@ -135,7 +135,7 @@ class _Group:
         parts = None
         if coupled and all(row.coupling is not None for row in rows):
             parts = tuple(
-                torch.stack([getattr(row.coupling, part).float() for row in rows]).to(
+                torch.stack([getattr(row.coupling, part) for row in rows]).to(
                     first.sigma.device
                 )
                 for part in ("head", "shared_tail", "expert_tail", "tail")
@@ -183,7 +183,8 @@ def _quadratic(group: _Group, lost: Tensor, exact: Tensor | None = None) -> Tens
     error = error + tails[:, :1] + tails[:, 1:]
     if group.coupling is not None:
         head, shared_tail, expert_tail, tail = group.coupling
-        cross = torch.einsum("gi,gtij,gtj->gt", shared, head, experts)
+        pair = shared.to(head.dtype), experts.to(head.dtype)
+        cross = torch.einsum("gi,gtij,gtj->gt", pair[0], head, pair[1]).float()
         cross = cross + tailed[:, 1:] * torch.einsum("gi,gti->gt", shared, shared_tail)
         cross = cross + tailed[:, :1] * (experts * expert_tail).sum(-1)
         cross = cross + tailed[:, :1] * tailed[:, 1:] * tail

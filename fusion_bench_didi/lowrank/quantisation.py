@@ -1,34 +1,38 @@
-"""Symmetric rounding of factors to few bits, one scale per direction.
+"""Rounding of matrices and factors to few bits, one scale per row or direction.
 
-``x ~ codes * scale``, codes integers in ``[-(2^(b-1) - 1), 2^(b-1) - 1]``. In a product ``up @ down`` only the product of
-the two scales of a direction counts, so a rank-r module stores r scales. Letters: ``m`` out, ``n`` in, ``r`` rank.
+``x ~ level * scale`` with the levels of ``codes.py``. In a product ``up @ down`` only the product of the two scales of a
+direction counts, so a rank-r module stores r scales. Letters: ``m`` out, ``n`` in, ``r`` rank.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .blocks import blocks_of_rows, difference
+from .codes import ends, offset, pack_codes, packed_size
 from .factors import LowRankFactors
 
 #: Mean squared rounding error of one Gaussian factor relative to its energy, by bits (optimal uniform step).
-RELATIVE_ERROR = {4: 1.2e-2, 8: 1.2e-4}
-#: Entries of a row that are looked at, and fractions of the largest that are tried as the end of the range.
+RELATIVE_ERROR = {2: 0.12, 3: 3.8e-2, 4: 1.2e-2, 8: 1.2e-4}
+#: That step, in root mean squares; tried are multiples of it.
+_STEP = {2: 0.996, 3: 0.586, 4: 0.335}
+_MULTIPLES = (0.8, 0.9, 1.0, 1.12, 1.25, 1.4)
+#: Entries of a row that are looked at for that.
 _SAMPLE = 256
-_CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
+#: How often the two factors of a product are refitted to one another.
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class RoundedFactors:
-    """``(up * scale) @ down`` with integer factors.
+    """``(up * scale) @ down`` in levels.
 
     Args:
-        up: (m, r) int8.
-        down: (r, n) int8.
+        up: (m, r) int8 codes.
+        down: (r, n) int8 codes.
         scale: (r,) float32.
-        bits: 8 or 4.
+        bits: of a code.
     """
 
     up: Tensor
@@ -37,13 +41,15 @@ class RoundedFactors:
     bits: int
 
     def dense(self) -> Tensor:
-        return (self.up.float() * self.scale) @ self.down.float()  # (m, n)
+        half = offset(self.bits)
+        up, down = self.up.float() + half, self.down.float() + half
+        return (up * self.scale) @ down  # (m, n)
 
 
 def round_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes (r, n) int8 and scales (r,); for few bits with the least squared error over a few clipping ranges.
+    """Codes (r, n) int8 and scales (r,); for few bits with the least squared error over a few scales.
 
-    The range is chosen on at most :data:`_SAMPLE` entries of a row.
+    The scale is chosen on at most :data:`_SAMPLE` entries of a row.
 
     Args:
         x: (r, n).
@@ -54,33 +60,41 @@ def round_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _coded(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """:func:`round_rows` with the codes (r, n) and steps (r, 1) still in the type of ``x``."""
-    top = 2 ** (bits - 1) - 1
-    largest = x.abs().amax(1, keepdim=True)  # many times as fast as the norm
-    step = largest.clamp_(min=torch.finfo(x.dtype).tiny).div_(top)
-    if bits < 8:
-        step.mul_(_best_clip(x[:, :: -(-x.shape[1] // _SAMPLE)] / step, top))
-    return torch.div(x, step).round_().clamp_(-top, top), step
+    low, high = ends(bits)
+    smallest = torch.finfo(x.dtype).tiny
+    if bits == 8:
+        largest = x.abs().amax(1, keepdim=True)  # many times as fast as the norm
+        step = largest.clamp_(min=smallest).div_(high)
+        return torch.div(x, step).round_().clamp_(low, high), step
+    some = x[:, :: -(-x.shape[1] // _SAMPLE)]
+    size = torch.linalg.vector_norm(some, dim=1, keepdim=True)
+    step = size.mul_(_STEP[bits] / max(some.shape[1], 1) ** 0.5)
+    # a row whose sample is all zero
+    step = torch.where(step > 0, step, x.abs().amax(1, keepdim=True) / (high + 0.5))
+    step = step.clamp_(min=smallest)
+    step.mul_(_best_multiple(some / step, bits))
+    return torch.div(x, step).sub_(0.5).round_().clamp_(low, high), step
 
 
-def _best_clip(x: Tensor, top: int) -> Tensor:
-    """(r, 1) which fraction of the range leaves the least squared error in rows (r, n) that fill ``[-top, top]``."""
-    errors, coded = [], torch.empty_like(x)
-    for clip in _CLIPS:
-        torch.mul(x, 1 / clip, out=coded).round_().clamp_(-top, top).mul_(clip)
-        errors.append(torch.linalg.vector_norm(coded.sub_(x), dim=1))
-    # the first of equals: as few entries as possible are clipped
+def _best_multiple(x: Tensor, bits: int) -> Tensor:
+    """(r, 1) which multiple of the step leaves the least squared error in rows (r, n) in units of it."""
+    (low, high), errors = ends(bits), []
+    for multiple in _MULTIPLES:
+        level = torch.mul(x, 1 / multiple).sub_(0.5).round_().clamp_(low, high)
+        rest = level.add_(0.5).mul_(multiple).sub_(x)
+        errors.append(torch.linalg.vector_norm(rest, dim=1))
     best = torch.stack(errors).argmin(0)
-    return torch.tensor(_CLIPS, dtype=x.dtype, device=x.device)[best][:, None]
+    return torch.tensor(_MULTIPLES, dtype=x.dtype, device=x.device)[best][:, None]
 
 
 @dataclass(frozen=True)
 class RoundedMatrix:
-    """``codes * scale``, row by row.
+    """``level * scale``, row by row.
 
     Args:
-        codes: (m, n) int8; flat and two to a byte for 4 bits.
+        codes: as stored, see ``codes.py``.
         scale: (m,) float32.
-        bits: 8 or 4.
+        bits: of a code.
         error: squared norm of what rounding lost, float64.
     """
 
@@ -102,62 +116,78 @@ def round_matrix(
         matrix, less: (m, n) of any floating type; the difference is taken in float32.
     """
     m, n = matrix.shape
-    packed = bits == 4
-    shape, dtype = ((-(-m * n // 2),), torch.uint8) if packed else ((m, n), torch.int8)
-    codes = torch.empty(shape, dtype=dtype, device=matrix.device)
+    codes = torch.empty(m, n, dtype=torch.int8, device=matrix.device)
+    if bits < 8:
+        codes = codes.new_empty(packed_size(m * n, bits), dtype=torch.uint8)
     scale = torch.empty(m, device=matrix.device)
     lost = torch.empty_like(scale)  # norms of rows
     for rows in blocks_of_rows(matrix):
         x = difference(matrix, less, rows)
         coded, step = _coded(x, bits)
-        if packed:
-            place = slice(rows.start * n // 2, -(-rows.stop * n // 2))
-            codes[place] = pack_nibbles(coded.to(torch.int8))
-        else:
-            codes[rows] = coded
+        place = rows
+        if bits < 8:
+            begin, end = (packed_size(row * n, bits) for row in (rows.start, rows.stop))
+            place = slice(begin, end)
+        codes[place] = pack_codes(coded.to(torch.int8), bits)
         scale[rows] = step[:, 0]
-        lost[rows] = torch.linalg.vector_norm(coded.mul_(step).sub_(x), dim=1)
+        rest = coded.add_(offset(bits)).mul_(step).sub_(x)
+        lost[rows] = torch.linalg.vector_norm(rest, dim=1)
     return RoundedMatrix(codes, scale, bits, lost.double().square().sum())
 
 
 def round_factors(
     factors: LowRankFactors, *, bits: int, target: Tensor | None = None
 ) -> RoundedFactors:
-    """Round a low-rank module; the second factor is first refitted to the already rounded one.
+    """Round a low-rank module; each factor in turn is refitted to the other as rounded, and the best pair is kept.
 
     Args:
         factors: the module, its directions orthogonal (as truncated SVDs are).
         target: (m, n) what the module should reproduce; the product itself if None.
     """
     if factors.rank == 0:
-        empty = torch.int8
-        return RoundedFactors(
-            factors.up.to(empty), factors.down.to(empty), factors.up.new_zeros(0), bits
-        )
-    codes, scale = round_rows(factors.up.mT, bits)
-    up = (codes * scale[:, None]).mT  # (m, r) as it will be read
-    target_rows = (
-        up.mT @ target if target is not None else up.mT @ factors.up @ factors.down
-    )
-    gram = up.mT @ up
-    ridge = 1e-6 * gram.diagonal().mean()
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    down = torch.linalg.solve(gram + ridge * eye, target_rows)  # (r, n)
-    down_codes, down_scale = round_rows(down, bits)
-    return RoundedFactors(codes.mT, down_codes, scale * down_scale, bits)
+        up, down = factors.up.to(torch.int8), factors.down.to(torch.int8)
+        return RoundedFactors(up, down, factors.up.new_zeros(0), bits)
+    target = factors.dense() if target is None else target
+    left = _Side.of(factors.up.mT, bits)
+    best, found = torch.inf, None
+    for _ in range(ROUNDS if bits < 8 else 1):
+        right, error = left.partner(target)
+        if error < best:
+            scale = left.step * right.step
+            best, found = error, (left.codes.mT, right.codes, scale)
+        left, _ = right.partner(target.mT)
+    return RoundedFactors(*found, bits)
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """Two signed 4-bit codes per byte, (ceil(numel / 2),) uint8; the first of the two in the low bits."""
-    flat = codes.reshape(-1) + 8
-    flat = torch.nn.functional.pad(flat, (0, flat.numel() % 2))
-    pairs = flat.view(torch.int16)  # the first in the low byte
-    return (pairs | (pairs >> 4)).to(torch.uint8)
+@dataclass(frozen=True)
+class _Side:
+    """One rounded factor as rows.
 
+    Args:
+        codes: (r, n).
+        step: (r,).
+        values: (r, n) what they stand for.
+    """
 
-def unpack_nibbles(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The int8 codes that :func:`pack_nibbles` was given."""
-    pairs = packed.to(torch.int16)
-    pairs = (pairs | (pairs << 4)) & 0x0F0F
-    both = pairs.view(torch.int8) - 8
-    return both[: math.prod(shape)].view(shape)
+    codes: Tensor
+    step: Tensor
+    values: Tensor
+    bits: int
+
+    @classmethod
+    def of(cls, rows: Tensor, bits: int) -> "_Side":
+        codes, step = round_rows(rows, bits)
+        return cls(codes, step, (codes + offset(bits)) * step[:, None], bits)
+
+    def partner(self, target: Tensor) -> tuple["_Side", float]:
+        """The rounded factor that serves this one best, and the squared error of the pair less ``||target||^2``.
+
+        Args:
+            target: (m, n) with m the columns of this side.
+        """
+        gram, rows = self.values @ self.values.mT, self.values @ target  # (r, n)
+        ridge = 1e-6 * gram.diagonal().mean()
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        other = _Side.of(torch.linalg.solve(gram + ridge * eye, rows), self.bits)
+        error = (gram @ other.values - 2 * rows).mul_(other.values).sum()
+        return other, float(error)

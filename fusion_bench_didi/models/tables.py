@@ -5,7 +5,6 @@ needs, ``x W_t`` with ``W_t`` (n, m): a task's factors, or its matrix where that
 ``n`` in, ``m`` out, ``r`` rank, ``T`` tasks; task number T is the shared model without an expert.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from ..common_deltas import Core
 from ..deltas import Delta, LowRankDelta, SpectralDelta
-from ..lowrank.quantisation import unpack_nibbles
 from ..quantised import RoundedLowRankDelta
 
 Factors = tuple[Tensor, Tensor]
@@ -210,12 +208,7 @@ def factors_of(delta: Delta, shared: Delta | None) -> Factors | None:
     if isinstance(delta, Core):
         return shared.factors(delta.core())
     if isinstance(delta, RoundedLowRankDelta):
-        m, n = delta.shape[0], math.prod(delta.shape[1:])
-        up, down = delta.up, delta.down
-        if delta.width == 4:
-            up = unpack_nibbles(up, (m, delta.rank))
-            down = unpack_nibbles(down, (delta.rank, n))
-        return up.float() * delta.scale, down.float()
+        return delta.factors()
     if isinstance(delta, SpectralDelta):
         return delta.up.float() * delta.sigma.float(), delta.down.float()
     if isinstance(delta, LowRankDelta):

@@ -1,0 +1,62 @@
+"""Numbers of few bits: what an integer code stands for, and how codes lie in bytes.
+
+A b-bit code c in ``[-2^(b-1), 2^(b-1) - 1]`` stands for the level ``c + 1/2``: as many levels above zero as below, which
+matters where there are but four. Codes of 8 bits stand for themselves, ``-127 ... 127``, and are kept as int8 in their
+shape; fewer bits are packed without gaps, low bits first, and kept flat as uint8 (on a little-endian machine).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+#: Numbers of bits that codes may have.
+WIDTHS = (2, 3, 4, 8)
+
+
+def offset(bits: int) -> float:
+    """Level less code."""
+    return 0.0 if bits == 8 else 0.5
+
+
+def ends(bits: int) -> tuple[int, int]:
+    """Smallest and largest code."""
+    top = 2 ** (bits - 1)
+    return (-127, 127) if bits == 8 else (-top, top - 1)
+
+
+def packed_size(numel: int, bits: int) -> int:
+    """Bytes of so many codes."""
+    return -(-numel * bits // 8)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """int8 codes as they are stored: (packed_size,) uint8, or as they are for 8 bits."""
+    if bits == 8:
+        return codes
+    flat = codes.reshape(-1) + 2 ** (bits - 1)
+    groups = F.pad(flat, (0, -len(flat) % 8)).view(torch.int64)  # eight codes each
+    mask, packed = 2**bits - 1, torch.zeros_like(groups)
+    for i in range(8):
+        packed |= (groups >> ((8 - bits) * i)) & (mask << (bits * i))
+    size = packed_size(len(flat), bits)
+    return packed.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[:size]
+
+
+def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The int8 codes that :func:`pack_codes` was given."""
+    if bits == 8:
+        return packed.view(shape)
+    flat = F.pad(packed, (0, -len(packed) % bits)).view(-1, bits)
+    groups = F.pad(flat, (0, 8 - bits)).view(torch.int64).squeeze(1)
+    mask, codes = 2**bits - 1, torch.zeros_like(groups)
+    for i in range(8):
+        codes |= (groups & (mask << (bits * i))) << ((8 - bits) * i)
+    whole = codes.view(torch.int8) - 2 ** (bits - 1)
+    return whole[: math.prod(shape)].view(shape)
+
+
+def levels(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """What stored codes stand for, in float32, but for their scale."""
+    return unpack_codes(packed, bits, shape).float().add_(offset(bits))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .deltas import Delta
+from .lowrank import LowRankFactors
 from .lowrank.codes import levels, pack_codes
 from .lowrank.quantisation import round_rows
 
@@ -23,6 +24,9 @@ class Bases(Delta):
 
     def own(self) -> Tensor:
         return torch.zeros(self.shape, device=next(self.parameters()).device)
+
+    def own_product(self) -> LowRankFactors:
+        return LowRankFactors.zeros(*self.sides, like=torch.empty(0))
 
     def factors(self, core: Tensor) -> tuple[Tensor, Tensor] | None:
         """Two factors (m, r) and (r, n) of ``U core V``, r the smaller of p and q; None for whole sides."""
@@ -138,6 +142,10 @@ class Core(Delta):
         if not isinstance(shared, Bases):
             raise ValueError("A core needs the common bases that it is written in.")
         return shared.spread(self.core())
+
+    def product(self, shared: Delta | None = None) -> LowRankFactors | None:
+        factors = shared.factors(self.core())
+        return None if factors is None else LowRankFactors(*factors)
 
 
 class CoreDelta(Core):

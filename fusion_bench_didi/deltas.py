@@ -52,6 +52,18 @@ class Delta(nn.Module):
         own = self.own()
         return own if shared is None else own + shared.change()
 
+    def own_product(self) -> LowRankFactors | None:
+        """:meth:`own` as a product (m, r) (r, n) in float32; None where it is not stored as one."""
+        return None
+
+    def product(self, shared: "Delta | None" = None) -> LowRankFactors | None:
+        """:meth:`change` as a product; None where some of it is not stored as one."""
+        own = self.own_product()
+        if own is None or shared is None:
+            return own
+        other = shared.product()
+        return None if other is None else own + other
+
     def tensors(self) -> dict[str, Tensor]:
         """What is written to the file, by part."""
         found = ((name, getattr(self, name)) for name in self.parts)
@@ -111,7 +123,10 @@ class LowRankDelta(Delta):
         return self.up.shape[1]
 
     def own(self) -> Tensor:
-        return (self.up.float() @ self.down.float()).view(self.shape)
+        return self.own_product().dense().view(self.shape)
+
+    def own_product(self) -> LowRankFactors:
+        return LowRankFactors(self.up.float(), self.down.float())
 
 
 class SpectralDelta(Delta):
@@ -130,8 +145,11 @@ class SpectralDelta(Delta):
         super().__init__(shape, up=up, sigma=sigma, down=down)
 
     def own(self) -> Tensor:
+        return self.own_product().dense().view(self.shape)
+
+    def own_product(self) -> LowRankFactors:
         up, sigma, down = (t.float() for t in (self.up, self.sigma, self.down))
-        return ((up * sigma) @ down).view(self.shape)
+        return LowRankFactors(up * sigma, down)
 
 
 class MaskedDelta(Delta):

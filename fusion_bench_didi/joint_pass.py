@@ -23,6 +23,7 @@ from .lowrank import (
     leading,
     sharing,
     singular_values,
+    subtracting,
 )
 from .precision import Precision
 from .whole import WORTH_SHARING, certainly_whole, row_of_whole
@@ -197,15 +198,16 @@ def _shared_too(work: Work, name: str, own: Candidate, level: float) -> list[Can
     gain = weights.sum() * mean.square() / own.price.per_rank
     # a shared component gains at most this much per bit; where it gains T levels, every expert would hold it too
     ranks = {int((gain >= level * times).sum()) for times in (1, len(weights))}
-    ranks = {full if k >= min(q, own.price.cap) else k for k in ranks}
+    most = min(q, own.price.cap) if found.tail_energy > 0 else own.price.cap
+    ranks = {full if k >= most else k for k in ranks}
     candidates = []
     for k in sorted(ranks - {0}):
         if sharing(mean, own.sigma, weights, k) < WORTH_SHARING:
             continue
-        cut = shared if k == full else found.factors(shared, k).dense()
+        left = subtracting(shared if k == full else found.factors(shared, k))
         sigma, tails = [], []
         for tau in vectors:
-            rest = tau - cut
+            rest = left(tau)
             values = singular_values(rest, max_rank=q).cpu()
             energy = energy_of(rest)
             tails.append(max(float(energy) - float(values.double().square().sum()), 0))
@@ -255,7 +257,7 @@ def _common(work: Work, name: str) -> list[_Option]:
             bases = (spaces.up, spaces.down.mT)
             work.store.put(common_key(name), tuple(Basis(b, empty, 0.0) for b in bases))
         p, q = spaces.sizes_up[:, None], spaces.sizes_down
-        tasks = int((vectors != 0).flatten(1).any(1).sum())
+        tasks = sum(bool(energy_of(tau) > 0) for tau in vectors)
         offer = CommonOffer.of(
             spaces,
             precision.common_bits(shape, tasks, p, q),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .lowrank import LowRankFactors, Modules
+from .lowrank import LowRankFactors, Matrix, Modules
 
 #: Added to the eigenvalues of a second moment of mean eigenvalue 1: how much of the plain error is kept.
 DAMPING = 1.0
@@ -41,9 +41,18 @@ class Metric:
             ((vectors / values.sqrt()) @ vectors.mT).float(),
         )
 
-    def weighed(self, task_vectors: Tensor) -> Tensor:
-        """``tau R`` of (T, m, n)."""
-        return task_vectors @ self.root.to(task_vectors)
+    def weighed(self, task_vectors: Sequence[Matrix]) -> Sequence[Matrix]:
+        """``tau R`` of T (m, n)."""
+        if isinstance(task_vectors, Tensor):
+            return task_vectors @ self.root.to(task_vectors)
+        return [
+            (
+                replace(tau, down=tau.down @ self.root.to(tau.down))
+                if isinstance(tau, LowRankFactors)
+                else tau @ self.root.to(tau)
+            )
+            for tau in task_vectors
+        ]
 
     def plain(self, modules: Modules) -> Modules:
         """The same modules for ``tau`` itself."""

@@ -9,11 +9,14 @@ from .deltas import Delta, DenseDelta
 from .layout import Layout, MergeSettings
 from .lowrank import (
     Decomposition,
-    LowRankFactors,
+    Matrix,
     Modules,
+    as_dense,
+    as_product,
     cores,
     energy_of,
     subspace_step,
+    subtracting,
 )
 from .metric import Metric
 from .precision import Precision
@@ -24,8 +27,8 @@ def cut(
     decomposition: Decomposition,
     ranks: Sequence[int],
     full: int,
-    shared: Tensor,
-    task_vectors: Sequence[Tensor],
+    shared: Matrix,
+    task_vectors: Sequence[Matrix],
     *,
     settled: bool = False,
 ) -> Modules:
@@ -40,14 +43,10 @@ def cut(
     if ranks[0] < full:
         first = decomposition.shared.factors(shared, ranks[0])
     else:
-        m, n = shared.shape
-        eye = torch.eye(min(m, n), dtype=shared.dtype, device=shared.device)
-        first = LowRankFactors(*((shared, eye) if m >= n else (eye, shared)))
-    base = shared
-    if settled:
-        base = first.dense() if first.rank else None
+        first = as_product(shared)
+    left = subtracting(first if settled else shared)
     experts = tuple(
-        None if k >= full else spectrum.factors(tau if base is None else tau - base, k)
+        None if k >= full else spectrum.factors(left(tau), k)
         for tau, spectrum, k in zip(task_vectors, decomposition.experts, ranks[1:])
     )
     return Modules(first, experts)
@@ -56,7 +55,7 @@ def cut(
 def pack(
     modules: Modules,
     ranks: Sequence[int],
-    task_vectors: Sequence[Tensor],
+    task_vectors: Sequence[Matrix],
     *,
     shape: tuple[int, ...],
     precision: Precision,
@@ -66,7 +65,7 @@ def pack(
     Where numbers are rounded to few bits, the experts are fitted to what the *stored* shared part leaves.
 
     Args:
-        task_vectors: T of (m, n).
+        task_vectors: T of (m, n); multiplied out only for an expert that is stored dense.
         shape: of the tensor.
     """
     full = min(matrix_shape(shape))
@@ -75,18 +74,20 @@ def pack(
         first, _ = precision.dense(shape, modules.shared.dense())
     elif ranks[0] > 0:
         first = precision.low_rank(shape, modules.shared.to("cpu"), None)
-    base = None if first is None else first.change().flatten(1)
+    base = change_of(first)
+    left = subtracting(base)
     others: list[Delta | None] = []
     for factors, tau in zip(modules.experts, task_vectors):
         if factors is not None and factors.rank == 0:
             others.append(None)
             continue
         if factors is None:
-            others.append(precision.dense(shape, tau, less=base)[0])
+            less = None if base is None else as_dense(base)
+            others.append(precision.dense(shape, as_dense(tau), less=less)[0])
             continue
-        rest = tau.cpu() if base is None else tau.cpu() - base
+        rest = left(tau.cpu())
         factors = factors.to("cpu")
-        if precision.rounding and base is not None:
+        if precision.rounding and first is not None:
             factors = subspace_step(rest, factors)
         others.append(precision.low_rank(shape, factors, rest))
     return first, others
@@ -95,7 +96,7 @@ def pack(
 def pack_common(
     up: Tensor,
     down: Tensor,
-    task_vectors: Tensor,
+    task_vectors: Sequence[Matrix],
     *,
     shape: tuple[int, ...],
     precision: Precision,
@@ -105,20 +106,20 @@ def pack_common(
 
     Args:
         up, down: (m, p) and (q, n), square for whole sides.
-        task_vectors: (T, m, n).
+        task_vectors: T of (m, n).
         shape: of the tensor.
         metric: how errors are weighed by direction; alike if None.
     """
     first = precision.bases(shape, up.cpu(), down.cpu())
     stored = zip(first.bases(), (up, down))
     up, down = (whole.cpu() if kept is None else kept for kept, whole in stored)
-    vectors = task_vectors.cpu()
+    vectors = [tau.cpu() for tau in task_vectors]
     if metric is None:
         fitted = cores(vectors, up, down)
     else:
         fitted = cores(metric.weighed(vectors), up, metric.weighed(down))
     return first, [
-        precision.core(shape, core) if bool(tau.any()) else None
+        precision.core(shape, core) if bool(energy_of(tau) > 0) else None
         for tau, core in zip(vectors, fitted)
     ]
 
@@ -126,18 +127,28 @@ def pack_common(
 def kept_out(
     first: Delta | None,
     others: Sequence[Delta | None],
-    task_vectors: Sequence[Tensor],
+    task_vectors: Sequence[Matrix],
 ) -> Tensor:
     """(T,) squared errors of what was really stored."""
-    shared = None if first is None else first.change()
     errors = []
     for delta, tau in zip(others, task_vectors):
-        change = shared if delta is None else delta.change(first)
-        rest = tau.cpu()
-        if change is not None:
-            rest = rest - change.view_as(rest)
-        errors.append(energy_of(rest))
+        change = change_of(first, delta)
+        errors.append(energy_of(tau.cpu() if change is None else tau.cpu() - change))
     return torch.stack(errors)
+
+
+def change_of(first: Delta | None, delta: Delta | None = None) -> Matrix | None:
+    """What is stored for one task, (m, n): factored where all of it is, None where nothing is.
+
+    Args:
+        first: the shared part.
+        delta: the task's own.
+    """
+    last, below = (first, None) if delta is None else (delta, first)
+    if last is None:
+        return None
+    product = last.product(below)
+    return last.change(below).flatten(1) if product is None else product
 
 
 def pack_vectors(

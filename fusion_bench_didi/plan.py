@@ -1,7 +1,7 @@
 """What a merge would do, from headers alone."""
 
-from .layout import MergeSettings, lay_out, matrix_budget, matrix_price
-from .lowrank import full_rank
+from .budget import dtype_bits
+from .layout import Layout, MergeSettings, lay_out, matrix_budget, matrix_price
 from .task_vectors import TaskVectors, matrix_shape
 
 
@@ -30,10 +30,11 @@ def describe_plan(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     for name in layout.matrices:
         m, n = matrix_shape(task_vectors.infos[name].shape)
         even = int(share * m * n / prices[name].per_rank)
+        even = min(even, task_vectors.joint_rank(name))
         rank = "dense" if even > prices[name].cap else str(even)
         cost = prices[name].per_rank // 8
         lines.append(f"{name:<60} {f'{m} x {n}':>14} {cost:>11} {rank:>10}")
-    read = (len(task_vectors.tasks) + 1) * layout.unit_bits / 8e9
+    read = _read_gb(task_vectors, layout)
     peak = _peak_gb(task_vectors, layout, settings, left)
     lines += [
         "",
@@ -42,12 +43,30 @@ def describe_plan(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     return "\n".join(lines)
 
 
+def _read_gb(task_vectors: TaskVectors, layout: Layout) -> float:
+    """All fine-tuned tensors, and the base model's where it is subtracted from them; an adapter's factors."""
+    bits = 0
+    for name in (*layout.matrices, *layout.vectors):
+        ranks, info = task_vectors.ranks(name), task_vectors.infos[name]
+        sides = sum(matrix_shape(info.shape))
+        whole = ranks.count(None)
+        numbers = (whole + (whole > 0)) * info.numel + sides * sum(
+            r or 0 for r in ranks
+        )
+        bits += numbers * dtype_bits(task_vectors.tuned_dtype(name))
+    return bits / 8e9
+
+
 def _peak_gb(task_vectors, layout, settings, left) -> float:
     """Backbone twice (live and pristine), stored modules, kept factors up to their limit, one matrix of all models."""
-    sizes = [matrix_shape(task_vectors.infos[n].shape) for n in layout.matrices]
     tasks = len(task_vectors.tasks)
-    # float32 task vectors, residuals, and the float64 work space of one decomposition
-    working = max((4 * m * n * (2 * tasks + 6) for m, n in sizes), default=0)
-    kept = sum(4 * (tasks + 1) * full_rank(m, n) // 2 * (m + n) for m, n in sizes)
+    working = kept = 0
+    for name in layout.matrices:
+        m, n = matrix_shape(task_vectors.infos[name].shape)
+        rank = task_vectors.joint_rank(name)
+        # float32 task vectors, residuals, and the float64 work space of one decomposition
+        numbers = rank * (m + n) if task_vectors.factored(name) else m * n
+        working = max(working, 4 * numbers * (2 * tasks + 6))
+        kept += 4 * (tasks + 1) * rank // 2 * (m + n)
     kept = min(kept, settings.factor_memory_gb * 2**30)
     return (2 * layout.unit_bits / 8 + left / 8 + kept + working) / 1e9

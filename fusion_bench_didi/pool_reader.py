@@ -1,6 +1,7 @@
 """From a host model pool to aligned task vectors, without loading the T models where files can be read directly."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ from fusion_bench.utils.modelscope import resolve_repo_path
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .adapters import AdapterSource, fan_in_first
 from .errors import ModelPoolError
+from .lora_settings import CONFIG
 from .naming import normalised
 from .sources import (
     ModuleSource,
     PickleSource,
     SafetensorsSource,
+    TensorInfo,
     TensorSource,
     aligned,
 )
@@ -58,7 +62,12 @@ def check_pool(modelpool: BaseModelPool) -> None:
 
 
 def load_backbone(modelpool: BaseModelPool) -> nn.Module:
-    """The base model, independent of what the pool holds."""
+    """The base model, independent of what the pool holds.
+
+    Raises:
+        ModelPoolError: if it is an adapter.
+    """
+    _refuse_adapter(modelpool)
     if isinstance(modelpool._models[BASE], nn.Module):
         import copy
 
@@ -93,21 +102,12 @@ def open_pool(
     Raises:
         CheckpointMismatchError: listing all faults of all checkpoints.
     """
-    stored = _file_source(modelpool, BASE)
-    ignored: frozenset[str] = frozenset()
-    if backbone is not None:
-        base: TensorSource = ModuleSource(backbone, BASE)
-        if stored is not None:
-            names = set(base.infos())
-            ignored = frozenset(set(aligned(stored, names).infos()) - names)
-    elif stored is not None:
-        base = stored
-    else:
-        base = ModuleSource(modelpool.load_pretrained_model(), BASE)
+    base, known, ignored = base_of(modelpool, backbone)
     return TaskVectors(
         base,
         {
-            name: _file_source(modelpool, name)
+            name: adapter_source(modelpool, name, known, backbone)
+            or _file_source(modelpool, name)
             or ModuleSource(_load(modelpool, name), name)
             for name in modelpool.model_names
         },
@@ -117,13 +117,86 @@ def open_pool(
     )
 
 
+def base_of(
+    modelpool: BaseModelPool, backbone: nn.Module | None = None
+) -> tuple[TensorSource, dict[str, TensorInfo], frozenset[str]]:
+    """The base model's tensors.
+
+    Args:
+        backbone: the base model that was loaded; its checkpoint's header stands for it if None.
+
+    Returns:
+        the source; all tensors as the checkpoint stores them; the names of those that the model does not load.
+
+    Raises:
+        ModelPoolError: if it is an adapter.
+    """
+    _refuse_adapter(modelpool)
+    stored = _file_source(modelpool, BASE)
+    if backbone is not None:
+        base: TensorSource = ModuleSource(backbone, BASE)
+    elif stored is not None:
+        base = stored
+    else:
+        base = ModuleSource(modelpool.load_pretrained_model(), BASE)
+    names = dict(base.infos())
+    if stored is None:
+        return base, names, frozenset()
+    found = aligned(stored, names).infos()
+    return base, {**names, **found}, frozenset(set(found) - set(names))
+
+
+def _refuse_adapter(modelpool: BaseModelPool) -> None:
+    """A base model must be whole."""
+    if directory := adapter_directory(modelpool, BASE):
+        raise ModelPoolError(
+            f"The base model {BASE!r} is an adapter: {directory} holds {CONFIG}, expected the weights of a model. Give "
+            f"the model that the adapters were trained on as modelpool.models.{BASE}."
+        )
+
+
 def _load(modelpool: BaseModelPool, name: str) -> nn.Module:
     log.info("%s is not a directory of safetensors files; loading the model.", name)
     return modelpool.load_model(name)
 
 
+def adapter_source(
+    modelpool: BaseModelPool,
+    name: str,
+    known: Mapping[str, TensorInfo],
+    backbone: nn.Module | None = None,
+) -> AdapterSource | None:
+    """The adapter behind a pool entry, or None if it is something else.
+
+    Args:
+        known: the base model's tensors.
+        backbone: its modules, where they are known.
+    """
+    directory = adapter_directory(modelpool, name)
+    if directory is None:
+        return None
+    turned = None if backbone is None else fan_in_first(backbone)
+    return AdapterSource.of_directory(directory, name, known, turned)
+
+
+def adapter_directory(modelpool: BaseModelPool, name: str) -> Path | None:
+    """Where the adapter behind a pool entry lies; with both in a directory, transformers too takes the adapter."""
+    directory = _directory(modelpool, name)
+    return directory if directory and (directory / CONFIG).is_file() else None
+
+
 def _file_source(modelpool: BaseModelPool, name: str) -> TensorSource | None:
     """The safetensors (or weights-only pickle) behind a pool entry, or None if there is no such file."""
+    directory = _directory(modelpool, name)
+    if directory is None:
+        return None
+    source = SafetensorsSource.of_directory(directory, name)
+    if source is None and (directory / "pytorch_model.bin").is_file():
+        source = PickleSource(directory / "pytorch_model.bin", name)
+    return source
+
+
+def _directory(modelpool: BaseModelPool, name: str) -> Path | None:
     repo = _repository(modelpool._models[name])
     if repo is None:
         return None
@@ -131,12 +204,7 @@ def _file_source(modelpool: BaseModelPool, name: str) -> TensorSource | None:
     directory = Path(
         resolve_repo_path(repo_id=repo, repo_type="model", platform=platform)
     )
-    if not directory.is_dir():
-        return None
-    source = SafetensorsSource.of_directory(directory, name)
-    if source is None and (directory / "pytorch_model.bin").is_file():
-        source = PickleSource(directory / "pytorch_model.bin", name)
-    return source
+    return directory if directory.is_dir() else None
 
 
 def _repository(entry: Any) -> str | None:

@@ -14,7 +14,7 @@ from .common_deltas import (
     RoundedCoreDelta,
 )
 from .deltas import Delta, DenseDelta, LowRankDelta
-from .lowrank import LowRankFactors, Price
+from .lowrank import LowRankFactors, Matrix, Price
 from .lowrank.blocks import cast_difference
 from .lowrank.codes import WIDTHS
 from .lowrank.quantisation import RELATIVE_ERROR, round_factors, round_matrix
@@ -101,7 +101,7 @@ class Precision:
         return RoundedCoreDelta.of(shape, core, self.bits)
 
     def low_rank(
-        self, shape: tuple[int, ...], factors: LowRankFactors, target: Tensor | None
+        self, shape: tuple[int, ...], factors: LowRankFactors, target: Matrix | None
     ) -> Delta:
         """Store a product; integer codes are fitted to ``target`` (m, n) if given."""
         if self.dtype is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .deltas import Delta
+from .lowrank import LowRankFactors
 from .lowrank.codes import levels, pack_codes
 from .lowrank.quantisation import RoundedFactors, RoundedMatrix
 
@@ -52,6 +53,9 @@ class RoundedLowRankDelta(Delta):
     def own(self) -> Tensor:
         up, down = self.factors()
         return (up @ down).view(self.shape)
+
+    def own_product(self) -> LowRankFactors:
+        return LowRankFactors(*self.factors())
 
 
 class RoundedDenseDelta(Delta):

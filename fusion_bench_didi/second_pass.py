@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .deltas import Delta
 from .joint_pass import Common, common_key
-from .lowrank import Decomposition, MatrixSpectra, refine, refine_common
+from .lowrank import Decomposition, MatrixSpectra, refine, refine_common, zero_like
 from .packing import cut, kept_out, pack, pack_common
 from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
@@ -54,14 +54,15 @@ def _experts(
     work: Work, row: MatrixSpectra, k: Tensor, precision: Precision
 ) -> tuple[Stored, Tensor]:
     """One matrix as experts on a shared module."""
-    if row.fixed_shared == 0 and bool(((k == 0) | (k == row.full))[1:].all()):
+    whole = row.fixed_shared == 0 and bool(((k == 0) | (k == row.full))[1:].all())
+    if whole and not work.task_vectors.factored(row.name):
         work.store.drop(row.name)
         kept = (k[1:] > 0).tolist()
         return pack_whole(work.task_vectors, row.name, kept, precision)
     bases = work.store.pop(row.name)
     vectors, settled = work.read(row.name), row.fixed_shared is not None
     if settled and not row.fixed_shared:
-        shared = vectors[0].new_zeros(row.shape)
+        shared = zero_like(vectors[0])
     else:
         shared = work.shared(row.name, vectors)
     parts, ranks = Decomposition(bases[0], bases[1:]), k.tolist()
@@ -85,10 +86,10 @@ def _experts(
 def _in_common(work: Work, name: str, common: Common) -> tuple[Stored, Tensor]:
     """One matrix in common subspaces."""
     vectors, (m, n), (p, q) = work.read(name), work.shape(name), common.sizes
-    left, right = (b.vectors.to(vectors) for b in work.store.pop(common_key(name)))
-    eye = torch.eye(max(m, n)).to(vectors)
-    up = eye[:m, :m] if p == m else left[:, :p]
-    down = eye[:n, :n] if q == n else right[:, :q].mT
+    kept = work.store.pop(common_key(name))
+    left, right = (b.vectors.to(work.device) for b in kept)
+    up = torch.eye(m).to(left) if p == m else left[:, :p]
+    down = torch.eye(n).to(right) if q == n else right[:, :q].mT
     if work.settings.refinement != "none":
         refining = work.settings.refining
         up, down = refine_common(

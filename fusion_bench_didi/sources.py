@@ -144,29 +144,36 @@ class RenamedSource:
 
 
 def aligned(source: TensorSource, reference: Iterable[str]) -> TensorSource:
-    """The source under the reference's names, if a prefix added or dropped makes more of them meet.
+    """The source under the reference's names, if a prefix added or dropped makes more of them meet."""
+    found = source.infos()
+    names = renaming(found, reference)
+    if all(new == old for new, old in names.items()) and len(names) == len(found):
+        return source
+    return RenamedSource(source, names)
+
+
+def renaming(found: Iterable[str], reference: Iterable[str]) -> dict[str, str]:
+    """The names found, by what the reference calls them: with the prefix added or dropped that makes most of them meet.
 
     transformers writes ``vision_model.`` in front of a CLIP tower's names in some versions and not in others; a
     checkpoint of a whole CLIPModel also holds the text tower.
     """
-    wanted = set(reference)
-    found = list(source.infos())
+    found, wanted = list(found), set(reference)
 
     def meeting(names: Mapping[str, str]) -> int:
         return len(wanted & set(names))
 
     best = {name: name for name in found}
-    if meeting(best) == len(wanted):
-        return source
-    some_wanted = sorted(wanted)
-    prefixes = {name.split(".", 1)[0] + "." for name in (*found, *some_wanted)}
+    if meeting(best) == min(len(wanted), len(found)):
+        return best
+    prefixes = {name.split(".", 1)[0] + "." for name in (*found, *sorted(wanted))}
     for prefix in sorted(prefixes):
         dropped = {
             name.removeprefix(prefix): name for name in found if name.startswith(prefix)
         }
         added = {prefix + name: name for name in found}
         best = max(best, dropped, added, key=meeting)
-    return RenamedSource(source, best)
+    return best
 
 
 class PickleSource(ModuleSource):

@@ -1,23 +1,26 @@
 """Aligned, lazy, checked reading of a base model and its T fine-tuned models, one tensor at a time.
 
 A *source* (``sources.py``) gives tensors by the names of the base model's parameters. ``TaskVectors`` lines T sources up with the base,
-finds every fault from shapes and dtypes alone, and sorts the tensors into classes:
+finds every fault from shapes and dtypes alone, and sorts the tensors into classes (adapters, ``adapters.py``, are sources
+of what they change, as factors where they can):
 
 - ``matrices``: two sides of at least 2 (a convolution is viewed as out x (in * kh * kw));
 - ``vectors``: everything else that some task changed (biases, norms, class embeddings);
 - ``untouched``: what no task changed; costs nothing.
 """
 
-import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .errors import CheckpointMismatchError, ModelPoolError, NonFiniteError
+from .adapters import AdapterSource
+from .alignment import check_alignment, floating, matches
+from .errors import ModelPoolError, NonFiniteError
+from .lowrank import LowRankFactors, Matrix, energy_of
 from .lowrank.blocks import energy_of_difference
 from .parallel import ordered_map, workers_for
 from .sources import TensorInfo, TensorSource, aligned
@@ -48,7 +51,7 @@ class TaskVectors:
 
     Args:
         base: source of the base model.
-        tuned: source per task.
+        tuned: source per task; what an adapter does not hold is as in the base model.
         exclude: glob patterns of tensors left at the base model's value.
         as_vectors: glob patterns of 2-D tensors stored whole like vectors.
         ignored: tensors that the base checkpoint holds but the base model does not load (the text tower of a whole
@@ -73,12 +76,13 @@ class TaskVectors:
                 f"Merging needs at least two fine-tuned models, the pool has {len(self.tuned)}: "
                 f"{list(self.tuned)}. Add models to modelpool.models."
             )
-        reference = self._floating(self.base)
+        reference = floating(self.base)
         sources = {
-            task: aligned(source, reference) for task, source in self.tuned.items()
+            task: s if isinstance(s, AdapterSource) else aligned(s, reference)
+            for task, s in self.tuned.items()
         }
         object.__setattr__(self, "_sources", sources)
-        self._check(reference)
+        check_alignment(self.base, sources, exclude=self.exclude, ignored=self.ignored)
 
     @property
     def tasks(self) -> list[str]:
@@ -90,8 +94,8 @@ class TaskVectors:
         held = set().union(*(source.infos() for source in self._sources.values()))
         return {
             name: info
-            for name, info in sorted(self._floating(self.base).items())
-            if name in held and not _matches(name, self.exclude)
+            for name, info in sorted(floating(self.base).items())
+            if name in held and not matches(name, self.exclude)
         }
 
     def ordered(self, tasks: Sequence[str]) -> "TaskVectors":
@@ -108,46 +112,91 @@ class TaskVectors:
 
     def is_matrix(self, name: str) -> bool:
         m, n = matrix_shape(self.infos[name].shape)
-        return min(m, n) >= 2 and not _matches(name, self.as_vectors)
+        return min(m, n) >= 2 and not matches(name, self.as_vectors)
 
     def read_base(self, name: str) -> Tensor:
         return self.base.read(name)
 
     def read_tuned(self, name: str, task: str) -> Tensor:
-        return self._sources[task].read(name)
+        source = self._sources[task]
+        if isinstance(source, AdapterSource):
+            return source.applied(name, self.read_base(name))
+        return source.read(name)
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """All task vectors of one tensor in float32, (T, *shape)."""
         base = self.base.read(name).to(device, torch.float32)
         stack = base.new_empty(len(self.tasks), *base.shape)
         for tau, task in zip(stack, self.tasks):
-            torch.sub(self.read_tuned(name, task).to(device), base, out=tau)
+            factors = self._factors(name, task)
+            if factors is None:
+                torch.sub(self.read_tuned(name, task).to(device), base, out=tau)
+            else:
+                tau.copy_(factors.to(device).dense().view(tau.shape))
         return stack
 
     def matrices(
         self, name: str, device: torch.device | str = "cpu"
-    ) -> "Sequence[Tensor]":
-        """The T task vectors of one tensor as float32 matrices; stacked unless they are large, then read one at a time."""
+    ) -> "Sequence[Matrix]":
+        """The T task vectors of one tensor as float32 matrices.
+
+        Those of adapters are factors. Those of whole checkpoints are stacked, or read one at a time where they are large.
+        """
         shape = matrix_shape(self.infos[name].shape)
         if self.one_by_one(name):
             return _OneByOne(self, name, torch.device(device), shape)
+        if any(rank is not None for rank in self.ranks(name)):
+            return list(_OneByOne(self, name, torch.device(device), shape))
         return self.read(name, device).view(-1, *shape)
 
     def one_by_one(self, name: str) -> bool:
         """Whether the task vectors of a tensor are too large to be stacked."""
-        return 4 * len(self.tasks) * self.infos[name].numel > STACK_BYTES
+        size = 4 * len(self.tasks) * self.infos[name].numel
+        return size > STACK_BYTES and not self.factored(name)
 
     def terms(self, name: str, task: str) -> tuple[Tensor, Tensor]:
-        """The two matrices (m, n), of the types in which they are stored, whose difference is a task vector."""
+        """Two matrices (m, n), of the types in which they are stored, whose difference is a task vector."""
         shape = matrix_shape(self.infos[name].shape)
+        factors = self._factors(name, task)
+        if factors is not None:
+            return factors.dense(), torch.zeros(1, 1).expand(shape)
         pair = self.read_tuned(name, task), self.read_base(name)
         return pair[0].reshape(shape), pair[1].reshape(shape)
 
     def large(self, name: str) -> bool:
         """Whether one task vector of the tensor alone takes so much memory that only one is worked on at a time."""
-        return 4 * self.infos[name].numel > STACK_BYTES // 2
+        return 4 * self.infos[name].numel > STACK_BYTES // 2 and not self.factored(name)
 
-    def _read_one(self, name: str, task: str, device) -> Tensor:
+    def ranks(self, name: str) -> list[int | None]:
+        """Per task, of the factors that a task vector is given as; None where it is the difference of two tensors."""
+        return [
+            source.rank(name) if isinstance(source, AdapterSource) else None
+            for source in map(self._sources.get, self.tasks)
+        ]
+
+    def factored(self, name: str) -> bool:
+        """Whether no task changes the tensor but by an adapter's factors."""
+        return None not in self.ranks(name)
+
+    def joint_rank(self, name: str) -> int:
+        """The largest rank that a sum of task vectors can have."""
+        full, ranks = min(matrix_shape(self.infos[name].shape)), self.ranks(name)
+        return full if None in ranks else min(sum(ranks), full)
+
+    def _factors(self, name: str, task: str) -> LowRankFactors | None:
+        """A task vector that is given as factors, as a matrix; None where it is the difference of two tensors."""
+        source = self._sources[task]
+        rank = source.rank(name) if isinstance(source, AdapterSource) else None
+        if rank == 0:
+            m, n = matrix_shape(self.infos[name].shape)
+            return LowRankFactors.zeros(m, n, like=torch.empty(0))
+        return None if rank is None else source.factors(name)
+
+    def _read_one(self, name: str, task: str, device) -> Tensor | LowRankFactors:
+        """A task vector, of the tensor's shape, or as factors of the matrix."""
+        factors = self._factors(name, task)
+        if factors is not None:
+            return factors.to(device)
         tuned = self.read_tuned(name, task).to(device, torch.float32, copy=True)
         return tuned.sub_(self.read_base(name).to(device))
 
@@ -182,75 +231,35 @@ class TaskVectors:
         return scan
 
     def _energies(self, name: str, device: torch.device) -> Tensor:
-        """(T,) squared norms; no task vector is formed."""
-        pairs = (self.terms(name, task) for task in self.tasks)
-        energies = [energy_of_difference(w.to(device), b.to(device)) for w, b in pairs]
-        return torch.stack(energies).cpu()
+        """(T,) squared norms, not finite where something that is read is not; no task vector is formed."""
+        energies = []
+        for task in self.tasks:
+            factors = self._factors(name, task)
+            if factors is None:
+                tuned, base = (x.to(device) for x in self.terms(name, task))
+                energies.append(energy_of_difference(tuned, base))
+            else:
+                energies.append(energy_of(factors.to(device)))
+        found = torch.stack(energies).cpu()
+        if self.factored(name) and bool(found.any()):
+            # no difference was taken to the base model
+            found += 0 * energy_of(self.read_base(name).to(device)).cpu()
+        return found
 
     def _non_finite(self, name: str) -> list[str]:
         if not bool(self.read_base(name).float().isfinite().all()):
             return [f"the base model {self.base.label}: {name}"]
         faults = []
         for task in self.tasks:
-            bad = ~self.read_tuned(name, task).float().isfinite()
-            if bool(bad.any()):
-                faults.append(f"{task}: {name} ({int(bad.sum())} entries)")
+            factors = self._factors(name, task)
+            if factors is None:
+                read, where = [self.read_tuned(name, task)], ""
+            else:
+                read, where = [factors.up, factors.down], " of lora_A and lora_B"
+            bad = sum(int((~part.float().isfinite()).sum()) for part in read)
+            if bad:
+                faults.append(f"{task}: {name} ({bad} entries{where})")
         return faults or [f"{name}: differences to the base model overflow float32"]
-
-    @staticmethod
-    def _floating(source: TensorSource) -> dict[str, TensorInfo]:
-        return {n: i for n, i in source.infos().items() if i.dtype is not None}
-
-    def _check(self, reference: Mapping[str, TensorInfo]) -> None:
-        infos = {task: s.infos() for task, s in self._sources.items()}
-        # what no checkpoint holds is untouched by every task
-        expected = set(reference) & set().union(*infos.values())
-        if not expected:
-            raise CheckpointMismatchError(
-                f"No tensor of {self.base.label} appears in any fine-tuned checkpoint: expected names like "
-                f"{_some(reference)}, found {_some(set().union(*infos.values()))}. The models are of another architecture."
-            )
-        faults = [
-            f"{task}: {fault}"
-            for task, found in infos.items()
-            for fault in self._faults(expected, reference, found)
-        ]
-        if faults:
-            raise CheckpointMismatchError(
-                "The fine-tuned models do not line up with the base model:\n  "
-                + "\n  ".join(faults)
-                + "\nUse models of one architecture, or leave tensors out with method.exclude=[...]."
-            )
-
-    def _faults(
-        self,
-        expected: set[str],
-        reference: Mapping[str, TensorInfo],
-        found: Mapping[str, TensorInfo],
-    ) -> Iterator[str]:
-        missing = {n for n in expected - set(found) if not _matches(n, self.exclude)}
-        extra = {
-            name
-            for name, info in found.items()
-            if info.dtype is not None
-            and name not in reference
-            and name not in self.ignored
-            and not _matches(name, self.exclude)
-        }
-        if missing:
-            yield f"{len(missing)} tensors missing: {_some(missing)}"
-        if extra:
-            yield (
-                f"{len(extra)} tensors that the base model {self.base.label} does not have: {_some(extra)}"
-            )
-        for name in sorted(expected & set(found)):
-            have, want = found[name], reference[name]
-            if _matches(name, self.exclude):
-                continue
-            if have.shape != want.shape:
-                yield f"{name} is {have.shape}, the base model has {want.shape}"
-            elif have.dtype is None:
-                yield f"{name} is of an integer type, the base model has {want.dtype}"
 
 
 @dataclass(frozen=True)
@@ -265,10 +274,10 @@ class _OneByOne(Sequence):
     def __len__(self) -> int:
         return len(self.task_vectors.tasks)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Matrix:
         task = self.task_vectors.tasks[index]
         tau = self.task_vectors._read_one(self.name, task, self.device)
-        return tau.view(self.shape)
+        return tau if isinstance(tau, LowRankFactors) else tau.view(self.shape)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -276,13 +285,3 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
-
-
-def _some(names: Iterable[str], count: int = 4) -> str:
-    names = sorted(names)
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest

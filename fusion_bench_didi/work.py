@@ -10,6 +10,7 @@ from .factor_store import FactorStore
 from .layout import Layout, MergeSettings, matrix_price
 from .lowrank import (
     Decomposition,
+    Matrix,
     MatrixSpectra,
     decompose,
     full_rank,
@@ -57,8 +58,8 @@ class Work:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     energy: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def read(self, name: str) -> Sequence[Tensor]:
-        """Task vectors of one matrix as errors are measured, T of (m, n)."""
+    def read(self, name: str) -> Sequence[Matrix]:
+        """Task vectors of one matrix as errors are measured, T of (m, n), those of adapters as factors."""
         vectors, metric = self.task_vectors.matrices(name, self.device), self.metric(
             name
         )
@@ -71,7 +72,7 @@ class Work:
     def shape(self, name: str) -> tuple[int, int]:
         return matrix_shape(self.task_vectors.infos[name].shape)
 
-    def shared(self, name: str, vectors: Sequence[Tensor]) -> Tensor:
+    def shared(self, name: str, vectors: Sequence[Matrix]) -> Matrix:
         return shared_matrix(
             vectors,
             how=self.settings.static,
@@ -81,10 +82,16 @@ class Work:
         )
 
     def cap(self, name: str) -> int:
-        """The largest rank that the price and the budget allow for a matrix."""
+        """The largest rank that the price, the budget and the task vectors' own ranks allow for a matrix."""
         price = matrix_price(self.layout, self.task_vectors, name)
         full = full_rank(*self.shape(name))
+        if self._factored(name):
+            full = min(full, self.task_vectors.joint_rank(name))
         return max(min(price.cap, full, self.budget // price.per_rank), 1)
+
+    def _factored(self, name: str) -> bool:
+        """Whether task vectors, their shared part and what it leaves of them all are of low rank."""
+        return self.task_vectors.factored(name) and self.settings.static != "ties"
 
     def share(self, name: str) -> float:
         """Bits of one expert if every number of every task vector got as many."""
@@ -100,10 +107,12 @@ class Work:
     def first_guess(self, name: str) -> int:
         """The largest rank that a matrix will probably be given: somewhat more than its even share.
 
-        Where the exact decomposition is as cheap, its whole reach. Where the even share is enough to store the matrix
-        whole, a glance that finds task vectors of low rank.
+        Where the exact decomposition is as cheap, or all task vectors are factored, its whole reach. Where the even
+        share is enough to store the matrix whole, a glance that finds task vectors of low rank.
         """
         m, n = self.shape(name)
+        if self._factored(name):
+            return self.cap(name)
         price = matrix_price(self.layout, self.task_vectors, name)
         cap, kind = self.cap(name), torch.device(self.device).type
         guess = REACH * self.share(name) / price.per_rank

@@ -124,6 +124,19 @@ def test_refinement_never_raises_the_error_and_finds_what_is_there():
     assert start.energy - float(start.kept[3, 3]) < 1e-5 * start.energy
 
 
+def test_a_stack_as_high_as_wide_is_refined_like_any_other():
+    """Four rows of three task vectors side by side are as many columns as the matrix has rows; a row of zeros more is not."""
+    tau, weights = in_common(12, 20, tasks=3, noise=2.0), torch.ones(3)
+    errors = []
+    for vectors in (tau, torch.cat([tau, torch.zeros(3, 1, 20)], 1)):
+        start = common_spaces(vectors, weights)
+        sides = start.up[:, :6], start.down[:4]
+        up, down = refine_common(vectors, weights, *sides, sweeps=9, tolerance=0.0)
+        kept = [(up.mT @ v @ down.mT).square().sum() for v in vectors]
+        errors.append(start.energy - float(sum(kept)))
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "name", ["float32", "bfloat16", "int8", "int4", "int3", "int2"]
 )

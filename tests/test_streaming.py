@@ -10,6 +10,8 @@ from fusion_bench_didi import DiDiMerging, DiDiModel
 from fusion_bench_didi import task_vectors as reading
 from fusion_bench_didi.factor_store import FactorStore
 from fusion_bench_didi.lowrank import (
+    decompose,
+    halved,
     leading,
     sharing,
     singular_values,
@@ -75,6 +77,22 @@ def test_half_a_decomposition_is_enough_to_cut(monkeypatch):
                 atol=1e-5,
                 rtol=1e-4,
             )
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (12, 12)])
+def test_half_of_a_coupled_decomposition_cuts_like_the_whole(shape):
+    vectors = [decaying(*shape, seed) for seed in range(3)]
+    whole = decompose(vectors, sum(vectors) / 3, max_rank=5)
+    half = halved(whole)
+    parts = zip((half.shared, *half.experts), (whole.shared, *whole.experts))
+    residuals = [sum(vectors) / 3, *(v - sum(vectors) / 3 for v in vectors)]
+    for (basis, spectrum), matrix in zip(parts, residuals):
+        torch.testing.assert_close(
+            basis.factors(matrix, 5).dense(),
+            spectrum.cut(5).dense(),
+            atol=1e-5,
+            rtol=1e-4,
+        )
 
 
 def test_eigensolver_that_fails_in_float32_is_tried_in_float64(monkeypatch, caplog):

@@ -20,7 +20,8 @@ from .decomposition import (
     halves,
     shared_matrix,
 )
-from .factors import LowRankFactors, Spectrum, energy_of, full_rank
+from .factored import all_factored, as_dense, as_product, subtracting, zero_like
+from .factors import LowRankFactors, Matrix, Spectrum, energy_of, full_rank
 from .learning import LearningSettings, learn_ranks, truncation_error
 from .refinement import Modules, Refinement, RefinementSettings, refine
 from .subspace import subspace_step
@@ -40,6 +41,7 @@ __all__ = [
     "Decomposition",
     "LearningSettings",
     "LowRankFactors",
+    "Matrix",
     "MatrixSpectra",
     "Modules",
     "Offer",
@@ -48,6 +50,9 @@ __all__ = [
     "RefinementSettings",
     "SharedMerge",
     "Spectrum",
+    "all_factored",
+    "as_dense",
+    "as_product",
     "choose",
     "common_spaces",
     "cores",
@@ -68,9 +73,11 @@ __all__ = [
     "spectra_of",
     "spectrum",
     "subspace_step",
+    "subtracting",
     "total_cost",
     "truncation_error",
     "uniform",
     "upgrade",
     "whole_from",
+    "zero_like",
 ]

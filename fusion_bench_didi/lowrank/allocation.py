@@ -68,6 +68,12 @@ class MatrixSpectra:
         return min(self.price.cap, self.full - 1, self.sigma.shape[1])
 
     @property
+    def needed(self) -> Tensor:
+        """(T + 1,) the rank at which a module is exact: that of its matrix where it is known, full rank otherwise."""
+        known = (self.sigma > 0).sum(1)
+        return torch.where(self.tail_energy > 0, self.full, known)
+
+    @property
     def free(self) -> range:
         """The modules whose rank is to be allocated."""
         return range(0 if self.fixed_shared is None else 1, self.sigma.shape[0])
@@ -202,8 +208,8 @@ def scale_to_budget(
 
 
 def _snap(row: MatrixSpectra, ranks: Tensor) -> Tensor:
-    """Ranks past the cap become full (stored dense); a fixed shared rank stays what it is."""
-    ranks = ranks.clamp(min=0).long()
+    """Never more than a module needs; past the cap ranks become full (stored dense); a fixed shared rank stays."""
+    ranks = torch.minimum(ranks.clamp(min=0).long(), row.needed)
     ranks = torch.where(ranks > row.cap, torch.full_like(ranks, row.full), ranks)
     if row.fixed_shared is not None:
         ranks[0] = row.fixed_shared

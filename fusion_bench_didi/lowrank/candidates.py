@@ -54,8 +54,10 @@ class Candidate:
         energy = self.sigma.double().square()
         whole = energy.sum(1) + self.tail_energy.double()
         cap = min((self.price.dense - 1) // self.price.per_rank, energy.shape[1])
-        kept = torch.cat([energy.new_zeros(len(energy), 1), energy.cumsum(1)], 1)
-        left = (whole[:, None] - kept[:, : cap + 1]).clamp(min=0)
+        # summed from the end, so that nothing is left where nothing is
+        left = energy.flip(1).cumsum(1).flip(1)
+        left = torch.cat([left, energy.new_zeros(len(energy), 1)], 1)[:, : cap + 1]
+        left = left + self.tail_energy.double()[:, None]
         error = left + self.rounding * (whole[:, None] - left)
         error = torch.cat([error, self.rounding_dense * whole[:, None]], 1)
         bits = torch.arange(cap + 2, dtype=torch.float64) * self.price.per_rank

@@ -12,15 +12,20 @@ least squares (De Lathauwer, De Moor and Vandewalle 2000, "HOOI") then lowers it
 Letters: ``m`` out, ``n`` in, ``T`` tasks, ``p`` common columns, ``q`` common rows.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .factored import Frame, all_factored, stacked
+from .factors import Matrix
 from .svd import leading, spectrum
 
 #: The error is tabulated at no more than so many values of p, and of q.
 GRID = 256
+#: Errors below this part of the energy cannot be told from none: the two are sums in float32.
+EXACT = 1e-7
 #: Bits that no budget has.
 NEVER = 2.0**62
 
@@ -46,7 +51,7 @@ class CommonSpaces:
 
 
 def common_spaces(
-    task_vectors: Tensor,
+    task_vectors: Sequence[Matrix],
     weights: Tensor,
     *,
     max_up: int | None = None,
@@ -56,12 +61,18 @@ def common_spaces(
     """The start, and the error of every cut of it.
 
     Args:
-        task_vectors: (T, m, n).
+        task_vectors: T of (m, n); where all are factored, spaces are looked for in the frame around them.
         weights: (T,) of the squared errors.
         max_up, max_down: P and Q; whole sides if None.
         name: used in log lines only.
     """
-    scaled = task_vectors * weights.to(task_vectors).sqrt()[:, None, None]
+    if all_factored(task_vectors):
+        frame = Frame.around(task_vectors)
+        cores = frame.cores(task_vectors)
+        found = common_spaces(cores, weights, max_up=max_up, max_down=max_down)
+        up, down = frame.left @ found.up, found.down @ frame.right.mT
+        return replace(found, up=up, down=down)
+    scaled = _scaled(task_vectors, weights)
     m, n = scaled.shape[1:]
     up = _columns(scaled, min(max_up or m, m), name)
     down = _columns(scaled.mT, min(max_down or n, n), name).mT
@@ -73,7 +84,7 @@ def common_spaces(
 
 
 def refine_common(
-    task_vectors: Tensor,
+    task_vectors: Sequence[Matrix],
     weights: Tensor,
     up: Tensor,
     down: Tensor,
@@ -84,7 +95,7 @@ def refine_common(
     """Alternating least squares at fixed sizes: each side is the best for the other, so the error never rises.
 
     Args:
-        task_vectors: (T, m, n).
+        task_vectors: T of (m, n).
         weights: (T,).
         up: (m, p), orthonormal columns.
         down: (q, n), orthonormal rows.
@@ -94,7 +105,18 @@ def refine_common(
     Returns:
         (m, p) and (q, n).
     """
-    scaled = task_vectors * weights.to(task_vectors).sqrt()[:, None, None]
+    if all_factored(task_vectors):
+        frame = Frame.around(task_vectors)
+        up, down = refine_common(
+            frame.cores(task_vectors),
+            weights,
+            frame.left.mT @ up,
+            down @ frame.right,
+            sweeps=sweeps,
+            tolerance=tolerance,
+        )
+        return frame.left @ up, down @ frame.right.mT
+    scaled = _scaled(task_vectors, weights)
     energy = float(scaled.double().square().sum())
 
     def left_out(up: Tensor, down: Tensor) -> float:
@@ -147,7 +169,8 @@ class CommonOffer:
         useless = (p > tasks * q) | (q > tasks * p) | ((p == m) & (q == n))
         bits = bits.double().masked_fill(useless, NEVER)
         error = spaces.energy - spaces.kept * (1 - rounding)
-        return cls(spaces.sizes_up, spaces.sizes_down, error.clamp(min=0), bits)
+        error = error.clamp(min=EXACT * spaces.energy)
+        return cls(spaces.sizes_up, spaces.sizes_down, error, bits)
 
     @property
     def steepest(self) -> float:
@@ -190,21 +213,29 @@ class CommonOffer:
         return int((self.error + mu * self.bits).argmin())
 
 
-def cores(task_vectors: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def cores(task_vectors: Sequence[Matrix], up: Tensor, down: Tensor) -> Tensor:
     """(T, p, q) that serve bases best which need not be orthonormal, such as rounded ones.
 
     Args:
-        task_vectors: (T, m, n).
+        task_vectors: T of (m, n).
         up: (m, p).
         down: (q, n).
     """
-    return torch.linalg.pinv(up) @ task_vectors @ torch.linalg.pinv(down)
+    left, right = torch.linalg.pinv(up), torch.linalg.pinv(down)
+    return torch.stack([left @ tau @ right for tau in task_vectors])
+
+
+def _scaled(task_vectors: Sequence[Matrix], weights: Tensor) -> Tensor:
+    """(T, m, n) by the roots of their weights."""
+    vectors = stacked(task_vectors)
+    return vectors * weights.to(vectors).sqrt()[:, None, None]
 
 
 def _columns(matrices: Tensor, count: int, name: str = "") -> Tensor:
     """(m, count) leading left singular vectors of T matrices (T, m, n) side by side."""
     side_by_side = matrices.transpose(0, 1).flatten(1)  # (m, T n)
-    if side_by_side.shape[0] <= side_by_side.shape[1]:
+    # the short side's; of a square one the right ones
+    if side_by_side.shape[0] < side_by_side.shape[1]:
         return leading(side_by_side, max_rank=count, name=name).vectors
     return spectrum(side_by_side, max_rank=count, name=name).U
 

@@ -11,20 +11,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .factors import Spectrum
+from .factored import Densified, accumulated, inner, subtracting, zero_like
+from .factors import Matrix, Spectrum
 from .svd import Basis, leading, spectrum
 
 SharedMerge = Literal["mean", "task_arithmetic", "ties", "none"]
 
 
 def shared_matrix(
-    task_vectors: Sequence[Tensor],
+    task_vectors: Sequence[Matrix],
     *,
     how: SharedMerge = "mean",
     weights: Tensor | None = None,
     scale: float = 0.3,
     keep: float = 0.2,
-) -> Tensor:
+) -> Matrix:
     """A static merge of the task vectors of one matrix, Eq. 2.
 
     Args:
@@ -37,7 +38,7 @@ def shared_matrix(
         keep: for ``ties``, a fraction of this matrix's entries.
 
     Returns:
-        (m, n).
+        (m, n); factored where all task vectors are, but for ``ties``, which looks at entries.
     """
     tasks = len(task_vectors)
     if how == "mean":
@@ -47,24 +48,25 @@ def shared_matrix(
     if how == "task_arithmetic":
         return _weighted_sum(task_vectors, [scale] * tasks)
     if how == "ties":
-        flat = torch.stack([tau.flatten() for tau in task_vectors])  # (T, mn)
+        dense = Densified(task_vectors)
+        flat = torch.stack([tau.flatten() for tau in dense])  # (T, mn)
         count = max(1, round(keep * flat.shape[1]))
         threshold = flat.abs().topk(count, dim=1).values[:, -1:]
         trimmed = torch.where(flat.abs() >= threshold, flat, 0.0)
         agree = (trimmed * trimmed.sum(0).sign()) > 0
         merged = (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
-        return merged.view_as(task_vectors[0])
+        return merged.view(task_vectors[0].shape)
     if how == "none":
-        return torch.zeros_like(task_vectors[0])
+        return zero_like(task_vectors[0])
     raise ValueError(
         f"shared={how!r} is not a static merge; choose mean, task_arithmetic, ties or none."
     )
 
 
-def _weighted_sum(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total: Tensor | None = None
+def _weighted_sum(matrices: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
+    total: Matrix | None = None
     for matrix, weight in zip(matrices, weights):
-        total = matrix * weight if total is None else total.add_(matrix, alpha=weight)
+        total = accumulated(total, matrix, weight)
     return total
 
 
@@ -97,8 +99,8 @@ class Decomposition:
 
 
 def decompose(
-    task_vectors: Sequence[Tensor],
-    shared: Tensor,
+    task_vectors: Sequence[Matrix],
+    shared: Matrix,
     *,
     max_rank: int | None = None,
     coupled: bool = True,
@@ -126,8 +128,8 @@ def decompose(
 
 
 def halves(
-    task_vectors: Sequence[Tensor],
-    shared: Tensor | None,
+    task_vectors: Sequence[Matrix],
+    shared: Matrix | None,
     *,
     shared_rank: int | None = None,
     max_rank: int | None = None,
@@ -142,19 +144,18 @@ def halves(
     like = task_vectors[0]
     q = min(like.shape) if max_rank is None else min(max_rank, *like.shape)
     if shared is None or shared_rank == 0:
-        first = Basis(like.new_zeros(min(like.shape), q), like.new_zeros(q), 0.0)
+        zeros = torch.zeros(q, device=like.device)
+        first = Basis(zeros.new_zeros(min(like.shape), 0), zeros, 0.0)
         shared = None
     else:
         first = leading(shared, max_rank=max(q, shared_rank or 0), name=name)
         if shared_rank is not None:
-            shared = first.factors(shared, shared_rank).dense()
+            shared = first.factors(shared, shared_rank)
             first = Basis(first.vectors, first.S[:q], first.tail_energy)
+    left = subtracting(shared)
     return Decomposition(
         first,
-        tuple(
-            leading(tau if shared is None else tau - shared, max_rank=q, name=name)
-            for tau in task_vectors
-        ),
+        tuple(leading(left(tau), max_rank=q, name=name) for tau in task_vectors),
     )
 
 
@@ -162,7 +163,7 @@ def halved(whole: Decomposition) -> Decomposition:
     """Of full spectra, what :func:`halves` keeps."""
 
     def half(s: Spectrum) -> Basis:
-        short = s.U if s.U.shape[0] <= s.Vh.shape[1] else s.Vh.mT
+        short = s.U if s.U.shape[0] < s.Vh.shape[1] else s.Vh.mT  # as ``leading`` does
         return Basis(short, s.S, s.tail_energy)
 
     return Decomposition(
@@ -171,7 +172,7 @@ def halved(whole: Decomposition) -> Decomposition:
 
 
 def _couple(
-    first: Spectrum, expert: Spectrum, shared: Tensor, residual: Tensor
+    first: Spectrum, expert: Spectrum, shared: Matrix, residual: Matrix
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of :class:`Coupling` for one task."""
     head = (first.U.mT @ expert.U) * (first.Vh @ expert.Vh.mT)  # (q, q)
@@ -180,7 +181,7 @@ def _couple(
     shared_tail = on_shared - head @ expert.S
     expert_tail = on_expert - first.S @ head
     tail = (
-        (shared * residual).sum()
+        inner(shared, residual)
         - first.S @ head @ expert.S
         - first.S @ shared_tail
         - expert_tail @ expert.S

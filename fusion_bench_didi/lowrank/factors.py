@@ -11,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRankFactors:
-    """``up @ down``, PEFT's B and A.
+    """``up @ down``, PEFT's B and A: a matrix that is never multiplied out unless :meth:`dense` is called.
+
+    It takes part in products, sums and differences like the matrix that it stands for. A sum is factored where both
+    terms are, of the sum of their ranks, and dense where one of them is.
 
     Args:
         up: (m, r).
@@ -43,6 +46,51 @@ class LowRankFactors:
     def rank(self) -> int:
         return self.up.shape[1]
 
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.up.shape[0], self.down.shape[1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.up.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.up.device
+
+    @property
+    def mT(self) -> "LowRankFactors":
+        return LowRankFactors(self.down.mT, self.up.mT)
+
+    def __matmul__(self, right: Tensor) -> Tensor:
+        return self.up @ (self.down @ right)
+
+    def __rmatmul__(self, left: Tensor) -> Tensor:
+        return (left @ self.up) @ self.down
+
+    def __mul__(self, scale: float) -> "LowRankFactors":
+        return LowRankFactors(self.up * scale, self.down)
+
+    def __add__(self, other: "Tensor | LowRankFactors") -> "Tensor | LowRankFactors":
+        if isinstance(other, Tensor):
+            return self.dense().add_(other)
+        return LowRankFactors(
+            torch.cat([self.up, other.up], 1), torch.cat([self.down, other.down])
+        )
+
+    def __sub__(self, other: "Tensor | LowRankFactors") -> "Tensor | LowRankFactors":
+        if isinstance(other, Tensor):
+            return self.dense().sub_(other)
+        return self + other * -1.0
+
+    def __rsub__(self, other: Tensor) -> Tensor:
+        return other - self.dense()
+
+    def energy(self) -> Tensor:
+        """Squared Frobenius norm in float64 (scalar), by two r x r Gram matrices."""
+        up, down = self.up.double(), self.down.double()
+        return ((up.mT @ up) * (down @ down.mT)).sum().clamp(min=0)
+
     def dense(self) -> Tensor:
         return self.up @ self.down  # (m, n)
 
@@ -50,6 +98,13 @@ class LowRankFactors:
         return LowRankFactors(
             self.up.to(*args, **kwargs), self.down.to(*args, **kwargs)
         )
+
+    def cpu(self) -> "LowRankFactors":
+        return self.to("cpu")
+
+
+#: A matrix as its entries, or as a product that is not multiplied out.
+Matrix = Tensor | LowRankFactors
 
 
 @dataclass(frozen=True)
@@ -79,7 +134,7 @@ class Spectrum:
         root = self.S[:rank].sqrt()
         return LowRankFactors(self.U[:, :rank] * root, root[:, None] * self.Vh[:rank])
 
-    def factors(self, matrix: Tensor, rank: int) -> LowRankFactors:
+    def factors(self, matrix: Matrix, rank: int) -> LowRankFactors:
         """:meth:`cut`; as of a ``Basis``, which needs the matrix."""
         return self.cut(rank)
 
@@ -93,11 +148,13 @@ def full_rank(m: int, n: int) -> int:
     return min(m, n)
 
 
-def energy_of(matrix: Tensor) -> Tensor:
+def energy_of(matrix: Matrix) -> Tensor:
     """Squared Frobenius norm in float64 (scalar), rows in the matrix's type: half the cost of float64 throughout.
 
     Zero only for a zero matrix, also where the squares underflow.
     """
+    if isinstance(matrix, LowRankFactors):
+        return matrix.energy()
     rows = torch.linalg.vector_norm(matrix, dim=-1).double()
     if not bool(rows.any()) and bool(matrix.any()):
         rows = torch.linalg.vector_norm(matrix.double(), dim=-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .blocks import blocks_of_rows, difference
 from .codes import ends, offset, pack_codes, packed_size
-from .factors import LowRankFactors
+from .factors import LowRankFactors, Matrix
 
 #: Mean squared rounding error of one Gaussian factor relative to its energy, by bits (optimal uniform step).
 RELATIVE_ERROR = {2: 0.12, 3: 3.8e-2, 4: 1.2e-2, 8: 1.2e-4}
@@ -138,18 +138,18 @@ def round_matrix(
 
 
 def round_factors(
-    factors: LowRankFactors, *, bits: int, target: Tensor | None = None
+    factors: LowRankFactors, *, bits: int, target: Matrix | None = None
 ) -> RoundedFactors:
     """Round a low-rank module; each factor in turn is refitted to the other as rounded, and the best pair is kept.
 
     Args:
         factors: the module, its directions orthogonal (as truncated SVDs are).
-        target: (m, n) what the module should reproduce; the product itself if None.
+        target: (m, n) what the module should reproduce, never multiplied out; the product itself if None.
     """
     if factors.rank == 0:
         up, down = factors.up.to(torch.int8), factors.down.to(torch.int8)
         return RoundedFactors(up, down, factors.up.new_zeros(0), bits)
-    target = factors.dense() if target is None else target
+    target = factors if target is None else target
     left = _Side.of(factors.up.mT, bits)
     best, found = torch.inf, None
     for _ in range(ROUNDS if bits < 8 else 1):
@@ -181,7 +181,7 @@ class _Side:
         codes, step = round_rows(rows, bits)
         return cls(codes, step, (codes + offset(bits)) * step[:, None], bits)
 
-    def partner(self, target: Tensor) -> tuple["_Side", float]:
+    def partner(self, target: Matrix) -> tuple["_Side", float]:
         """The rounded factor that serves this one best, and the squared error of the pair less ``||target||^2``.
 
         Args:

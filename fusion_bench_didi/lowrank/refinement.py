@@ -4,14 +4,15 @@ The objective ``sum_t w_t ||B_0 A_0 + B_t A_t - tau_t||_F^2`` splits per matrix.
 A module is ``None`` where it is stored dense: an exact expert is whatever the shared module leaves over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .factors import LowRankFactors, energy_of
+from .factored import Densified, Frame, all_factored
+from .factors import LowRankFactors, Matrix, energy_of
 from .subspace import Subspace
 from .svd import leading
 
@@ -45,6 +46,11 @@ class Modules:
     shared: LowRankFactors
     experts: tuple[LowRankFactors | None, ...]
 
+    def mapped(self, function: Callable[[LowRankFactors], LowRankFactors]) -> "Modules":
+        """The same with every low-rank module put through a function."""
+        experts = (None if e is None else function(e) for e in self.experts)
+        return Modules(function(self.shared), tuple(experts))
+
     def errors(self, task_vectors: Sequence[Tensor]) -> Tensor:
         """(T,) squared errors of Eq. 16, unweighted."""
         dense = self.shared.dense()
@@ -62,7 +68,7 @@ class Modules:
 
 def refine(
     modules: Modules,
-    task_vectors: Sequence[Tensor],
+    task_vectors: Sequence[Matrix],
     *,
     weights: Tensor,
     how: Refinement = "alternating",
@@ -73,7 +79,8 @@ def refine(
 
     Args:
         modules: truncated SVDs.
-        task_vectors: T of (m, n); read one at a time, but for ``adam``.
+        task_vectors: T of (m, n); read one at a time, but for ``adam``. Where all are factored, all of it happens in
+            the frame around them.
         weights: (T,) weights of the squared errors.
         how: ``alternating``: each module in turn is refitted to what the others leave, by one step of subspace iteration
             from where it is; the best sweep is returned, so the loss never rises;
@@ -83,6 +90,21 @@ def refine(
     """
     if how == "none":
         return modules
+    if how == "alternating" and settled and not modules.shared.rank:
+        return modules  # nothing couples the tasks
+    if all_factored(task_vectors):
+        frame = Frame.around(task_vectors)
+        found = refine(
+            modules.mapped(frame.inside),
+            frame.cores(task_vectors),
+            weights=weights,
+            how=how,
+            settings=settings,
+            settled=settled,
+        )
+        return found.mapped(frame.outside)
+    if not isinstance(task_vectors, Tensor):
+        task_vectors = Densified(task_vectors)
     if how == "alternating":
         return _alternate(modules, task_vectors, weights, settings, settled)
     if how == "adam":
@@ -99,8 +121,6 @@ def _alternate(
 ) -> Modules:
     shared, experts = modules.shared, list(modules.experts)
     low_rank = [t for t, e in enumerate(experts) if e is not None]
-    if settled and not shared.rank:
-        return modules  # nothing couples the tasks
     if not shared.rank:
         for t in low_rank:
             found = leading(task_vectors[t], max_rank=experts[t].rank)

@@ -8,6 +8,7 @@ side, ``s`` the short one and ``q`` directions:
 - Block Krylov range finder (Musco and Musco 2015), where q is well below s: random directions of a fixed seed, taken
   :data:`BLOCKS` times through ``a^T a``, ``6 l s p`` operations for p = 1.9 q in all, and an eigenproblem of size p. The
   blocks together find slowly decaying spectra much better than a power iteration at the same cost.
+- A matrix that is given as a product is decomposed by its factors (``factored.py``), all of its directions at once.
 
 What is left out is never estimated: it is the energy of the matrix less the energy of its projection, so that
 reconstruction errors stay exact whichever way was taken; cut at any rank up to q the range finder's are within about 1 %
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .factors import LowRankFactors, Spectrum, energy_of
+from .factored import product_svd
+from .factors import LowRankFactors, Matrix, Spectrum, energy_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Basis:
     """Half a singular value decomposition: all that is needed, beside the matrix itself, to cut it to any rank.
 
     Args:
-        vectors: (s, q) leading singular vectors of the short side.
+        vectors: (s, q) leading singular vectors of the short side; fewer where the matrix is of lower rank.
         S: (q,) singular values, descending.
         tail_energy: squared Frobenius norm of what the q directions leave out.
     """
@@ -50,14 +52,14 @@ class Basis:
     S: Tensor
     tail_energy: float
 
-    def factors(self, matrix: Tensor, rank: int) -> LowRankFactors:
+    def factors(self, matrix: Matrix, rank: int) -> LowRankFactors:
         """The matrix projected on its leading ``rank`` directions, split evenly as in Eq. 14's start.
 
         Args:
             matrix: (m, n) the one that was decomposed.
         """
         tall = matrix.shape[0] >= matrix.shape[1]
-        vectors = self.vectors[:, :rank].to(matrix)  # (s, r)
+        vectors = self.vectors[:, :rank].to(matrix.device, matrix.dtype)  # (s, r)
         scaled = (matrix if tall else matrix.mT) @ vectors  # (l, r)
         root = scaled.norm(dim=0).clamp(min=torch.finfo(matrix.dtype).tiny).sqrt()
         long, short = scaled / root, vectors * root
@@ -65,7 +67,7 @@ class Basis:
 
 
 def leading(
-    matrix: Tensor,
+    matrix: Matrix,
     *,
     max_rank: int | None = None,
     exact: bool = False,
@@ -82,6 +84,8 @@ def leading(
     Raises:
         torch.linalg.LinAlgError: if neither the eigensolver nor its float64 fall-back converges.
     """
+    if isinstance(matrix, LowRankFactors):
+        return _half_of_product(matrix, max_rank)
     work = matrix.to(torch.float32)
     a = work if work.shape[0] >= work.shape[1] else work.mT  # (l, s)
     side = a.shape[1]
@@ -94,7 +98,7 @@ def leading(
 
 
 def spectrum(
-    matrix: Tensor,
+    matrix: Matrix,
     *,
     max_rank: int | None = None,
     exact: bool = False,
@@ -113,6 +117,8 @@ def spectrum(
     Raises:
         torch.linalg.LinAlgError: as :func:`leading`.
     """
+    if isinstance(matrix, LowRankFactors):
+        return _whole_of_product(matrix, max_rank)
     found = leading(matrix, max_rank=max_rank, exact=exact, name=name)
     work = matrix.to(torch.float32)
     tall = work.shape[0] >= work.shape[1]
@@ -123,15 +129,14 @@ def spectrum(
     diagonal = r.diagonal()
     long = (long * torch.where(diagonal < 0, -1.0, 1.0).to(long)).to(work.dtype)
     U, V = (long, found.vectors) if tall else (found.vectors, long)
-    if U.numel():
-        pivot = U.gather(0, U.abs().argmax(0, keepdim=True))[0]  # (q,)
-        sign = torch.where(pivot < 0, -1.0, 1.0).to(U)
-        U, V = U * sign, V * sign
-    return Spectrum(U, found.S, V.mT, found.tail_energy)
+    sign = _sign(U)
+    return Spectrum(U * sign, found.S, (V * sign).mT, found.tail_energy)
 
 
-def singular_values(matrix: Tensor, *, max_rank: int | None = None) -> Tensor:
+def singular_values(matrix: Matrix, *, max_rank: int | None = None) -> Tensor:
     """The (q,) leading singular values, descending, without vectors where that is cheaper."""
+    if isinstance(matrix, LowRankFactors):
+        return leading(matrix, max_rank=max_rank).S
     a = matrix.to(torch.float32)
     a = a if a.shape[0] >= a.shape[1] else a.mT
     side = a.shape[1]
@@ -197,8 +202,37 @@ def _eigh(gram: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return values.to(gram.dtype), vectors.to(gram.dtype)
 
 
+def _half_of_product(matrix: LowRankFactors, max_rank: int | None) -> Basis:
+    """:func:`leading` of a product: beyond its rank there are no vectors, and zeros for singular values."""
+    q = min(matrix.shape) if max_rank is None else min(max_rank, *matrix.shape)
+    U, S, V = product_svd(matrix)
+    vectors = (V if matrix.shape[0] >= matrix.shape[1] else U)[:, :q].to(matrix.dtype)
+    tail = float(S[q:].square().sum())
+    return Basis(_with_sign(vectors), _padded(S[:q].to(matrix.dtype), q), tail)
+
+
+def _whole_of_product(matrix: LowRankFactors, max_rank: int | None) -> Spectrum:
+    """:func:`spectrum` of a product: beyond its rank singular values and vectors are zero."""
+    q = min(matrix.shape) if max_rank is None else min(max_rank, *matrix.shape)
+    U, S, V = product_svd(matrix)
+    sign = _sign(U[:, :q])
+    U, V = U[:, :q] * sign, V[:, :q] * sign
+    parts = [_padded(part.to(matrix.dtype), q) for part in (U, S[:q], V)]
+    return Spectrum(parts[0], parts[1], parts[2].mT, float(S[q:].square().sum()))
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
+    """Zeros up to the given size of the last side."""
+    return torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+
+
 def _with_sign(vectors: Tensor) -> Tensor:
+    return vectors * _sign(vectors)
+
+
+def _sign(vectors: Tensor) -> Tensor:
+    """(q,) by which the entry of largest size in each vector becomes positive."""
     if vectors.numel() == 0:
-        return vectors
+        return vectors.new_ones(vectors.shape[1])
     pivot = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))[0]
-    return vectors * torch.where(pivot < 0, -1.0, 1.0).to(vectors)
+    return torch.where(pivot < 0, -1.0, 1.0).to(vectors)

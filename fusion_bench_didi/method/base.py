@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from rich.progress import track
 from torch import nn
 
+from ..adapted_pool import adapted
 from ..budget import dtype_bits
 from ..deltas import Delta
 from ..models import DynamicModel
@@ -55,7 +56,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         if taskpool is not None:
             asked = pool_tasks(taskpool)
             check_tasks(asked, modelpool.model_names, self.task_aliases)
-        return modelpool
+        return adapted(modelpool)
 
     def opened(self, modelpool: BaseModelPool) -> tuple[nn.Module, TaskVectors]:
         """The base model and the task vectors, tasks in :meth:`order`.

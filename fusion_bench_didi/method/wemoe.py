@@ -26,6 +26,8 @@ from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from ..adapted_pool import adapted
+
 
 class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
     """Weight-ensembling mixture of experts on CLIP vision towers.
@@ -43,6 +45,7 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
         Raises:
             ValueError: if neither the model pool nor the task pool has test images.
         """
+        modelpool = adapted(modelpool)
         taskpool = getattr(self._program, "taskpool", None)
         if not modelpool.has_test_dataset:
             datasets = getattr(taskpool, "_test_datasets", None)

@@ -14,6 +14,7 @@ from fusion_bench.programs import FabricModelFusionProgram
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from ..adapted_pool import adapted
 from ..checkpoint import versions, write_json
 from ..naming import check_tasks
 from ..pool_reader import check_pool, load_backbone
@@ -109,7 +110,7 @@ class ComparisonProgram(FabricModelFusionProgram):
 
     def fresh_modelpool(self) -> Any:
         """A model pool that no earlier method has touched."""
-        self.modelpool = self._instantiate_and_setup(self._modelpool)
+        self.modelpool = adapted(self._instantiate_and_setup(self._modelpool))
         return self.modelpool
 
     def _prepare(self) -> None:

@@ -27,7 +27,7 @@ from .lowrank import (
 )
 from .precision import Precision
 from .whole import WORTH_SHARING, certainly_whole, row_of_whole
-from .work import REACH, Work
+from .work import REACH, SPENT, Work
 
 #: Common subspaces are looked into where the even share is below this part of what a matrix costs whole.
 WORTH_COMMON = 0.35
@@ -108,7 +108,8 @@ def joint_pass(work: Work) -> FirstPass:
             ]
     for name, offers in work.over("share", lambda n: _common(work, n), unsettled):
         options[name] += offers
-    picks, mu = _chosen(work, options)
+    if any(len(options[n]) > len(work.layout.precisions[n]) for n in names):
+        picks, mu = _chosen(work, options)
     chosen = {n: options[n][i] for n, i in zip(names, picks)}
     common = {
         n: Common(o.offer.sizes(mu), o.offer, o.precision)
@@ -223,12 +224,21 @@ def _shared_too(work: Work, name: str, own: Candidate, level: float) -> list[Can
 
 
 def _common(work: Work, name: str) -> list[_Option]:
-    """Common subspaces in every precision in which they may pay; their bases go to the store."""
+    """Common subspaces in every precision in which they may pay; their bases go to the store.
+
+    None where the even share pays for the whole matrix in a precision that loses little: finer ones do not compete then.
+    """
     shape, vectors = work.shape(name), None
     options: list[_Option] = []
-    if not work.settings.in_common or work.task_vectors.one_by_one(name):
+    precisions = work.layout.precisions[name]
+    held = any(
+        p.rounding_dense < SPENT and work.share(name) >= p.price(*shape).dense
+        for p in precisions
+    )
+    one_by_one = work.task_vectors.one_by_one(name)
+    if held or one_by_one or not work.settings.in_common:
         return options
-    for precision in work.layout.precisions[name]:
+    for precision in precisions:
         share = work.share(name) / precision.price(*shape).dense
         if share > WORTH_COMMON:
             continue

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .deltas import Delta
 from .lowrank import Candidate, MatrixSpectra, Offer, choose
-from .lowrank.blocks import energy_of_difference
+from .lowrank.blocks import blocks_of_rows, difference, energy_of_difference
 from .lowrank.sample import optimistic_spectrum, sampled
 from .precision import Precision
 from .task_vectors import TaskVectors
@@ -26,7 +26,8 @@ def certainly_whole(work: Work) -> frozenset[str]:
 
     If every matrix is stored whole or not at all, the energies alone tell the best precisions under the budget and the
     multiplier ``mu`` (error per bit) at which they are the best. A matrix of which even an optimistic spectrum offers
-    nothing better at that multiplier is certain, unless tasks have so much in common that sharing may pay. Asked are only matrices that the budget pays for as a whole on average.
+    nothing better at that multiplier is certain, unless tasks have so much in common that sharing may pay. Asked are only
+    matrices that the budget pays for as a whole on average.
     """
     names = [n for n in work.layout.matrices if _asked(work, n)]
     if not names:
@@ -40,7 +41,9 @@ def certainly_whole(work: Work) -> frozenset[str]:
     def certain(name: str) -> bool:
         sigma, tail, alike = _optimistic(work, name)
         if work.settings.static != "none" and alike > WORTH_SHARING:
-            return False
+            # a few rows that hold much may have told this
+            if _alike(work, name) > WORTH_SHARING:
+                return False
         if bool((tail < SPENT * work.energy[name]).any()):
             return False
         best = _least(_offers(work, name, sigma, tail), mu)
@@ -103,17 +106,29 @@ def _optimistic(work: Work, name: str) -> tuple[Tensor, Tensor, float]:
     sides = (SHORT * rank, LONG * rank) if m <= n else (LONG * rank, SHORT * rank)
     rows, columns = sampled(m, sides[0])[:, None], sampled(n, sides[1])
     sigma, tails, seen, total = [], [], 0.0, torch.zeros(())
-    tasks = work.task_vectors.tasks
-    for task, energy in zip(tasks, work.energy[name].tolist()):
-        terms = work.task_vectors.terms(name, task)
-        tuned, base = (x[rows, columns].float() for x in terms)
-        sample = tuned - base
+    base = work.task_vectors.terms(name, work.task_vectors.tasks[0])[1]
+    base = base[rows, columns].float()
+    for task, energy in zip(work.task_vectors.tasks, work.energy[name].tolist()):
+        tuned, _ = work.task_vectors.terms(name, task)
+        sample = tuned[rows, columns].float() - base
         values, tail = optimistic_spectrum(sample, energy, m * n, rank=rank)
         sigma.append(values)
         tails.append(tail)
         seen, total = seen + float(sample.square().sum()), total + sample
     alike = float(total.square().sum()) / max(seen, 1e-300)
     return torch.stack(sigma), torch.tensor(tails), alike
+
+
+def _alike(work: Work, name: str) -> float:
+    """The energy of the mean task vector over what it would be if tasks were unrelated, 1 to T."""
+    terms = [work.task_vectors.terms(name, t) for t in work.task_vectors.tasks]
+    energy = 0.0
+    for rows in blocks_of_rows(terms[0][0]):
+        total = torch.zeros(())
+        for tuned, base in terms:
+            total = total + difference(tuned, base, rows)
+        energy += float(total.norm().double().square())
+    return energy / float(work.energy[name].sum())
 
 
 def _offers(work: Work, name: str, sigma: Tensor, tail: Tensor) -> list[Offer]:

@@ -33,7 +33,7 @@ from fusion_bench_didi.lowrank.quantisation import (
     round_factors,
 )
 from fusion_bench_didi.lowrank.refinement import _factored_gradient
-from fusion_bench_didi.lowrank.subspace import balanced, subspace_step
+from fusion_bench_didi.lowrank.subspace import Subspace, balanced, subspace_step
 from fusion_bench_didi.lowrank.truncation import gate, hard_gate
 
 SHAPES = [(12, 12), (20, 9), (6, 30)]
@@ -510,6 +510,44 @@ def test_adam_never_ends_above_its_start(ranks, lr):
     assert shapes(done) == shapes(start)
     if ranks == RANKS[0] and lr < 1:
         assert loss(done, tau) < 0.999 * loss(start, tau), "nothing was refined"
+
+
+@pytest.mark.parametrize("ranks", [[8, 4, 4, 4, 4], [3, 8, 2, 5, 0]], ids=str)
+def test_alternating_reaches_the_loss_of_three_hundred_adam_steps(ranks):
+    tau, weights = random_tasks(48, 40, decay=0.95, tasks=4), torch.ones(4)
+    start = truncated(tau, ranks)
+    losses = {
+        how: float(refine(start, tau, weights=weights, how=how).errors(tau).sum())
+        for how in ("alternating", "adam")
+    }
+    assert losses["alternating"] <= 1.001 * losses["adam"], losses
+
+
+def test_a_followed_subspace_converges_even_where_columns_are_dependent():
+    g = torch.Generator().manual_seed(12)
+    thin = torch.randn(30, 3, generator=g) @ torch.randn(3, 24, generator=g)
+    for matrix in (thin, thin.mT, torch.randn(30, 24, generator=g)):
+        shape = matrix.shape
+        start = LowRankFactors(torch.zeros(shape[0], 5), torch.zeros(5, shape[1]))
+        followed, kept = Subspace(start, following=1.5), [0.0]
+        for _ in range(40):
+            factors, energy = followed.step(matrix)
+            kept.append(energy)
+            assert factors.rank == 5
+        error = float((matrix - factors.dense()).square().sum())
+        whole = float(matrix.square().sum())
+        assert all(b >= a - 1e-5 * whole for a, b in zip(kept, kept[1:]))
+        assert error == pytest.approx(whole - kept[-1], abs=1e-5 * whole)
+        best = spectrum(matrix, max_rank=5).tail_energy
+        assert error == pytest.approx(best, rel=1e-2, abs=1e-5 * whole)
+
+
+def test_a_followed_subspace_of_nothing_is_nothing():
+    nothing = LowRankFactors(torch.zeros(9, 2), torch.zeros(2, 7))
+    followed = Subspace(nothing, following=1.5)
+    for _ in range(2):
+        factors, kept = followed.step(torch.zeros(9, 7))
+        assert not factors.dense().any() and kept < 1e-30
 
 
 def test_factored_gradient_equals_autograd():

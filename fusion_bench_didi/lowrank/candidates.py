@@ -99,31 +99,36 @@ def choose(options: Sequence[Sequence[Offer]], budget: int) -> tuple[list[int], 
         budget: bits.
     """
 
-    def at(mu: float) -> tuple[list[int], float]:
-        chosen, total = [], 0.0
-        for row in options:
-            best = (torch.inf, 0.0, 0)
-            for index, offer in enumerate(row):
-                lost, bits = offer.at(mu)
-                best = min(best, (lost + mu * bits, bits, index))
-            chosen.append(best[2])
-            total += best[1]
-        return chosen, total
+    def best(row: Sequence[Offer], mu: float) -> tuple[float, int]:
+        """Bits and index."""
+        found = (torch.inf, 0.0, 0)
+        for index, offer in enumerate(row):
+            lost, bits = offer.at(mu)
+            found = min(found, (lost + mu * bits, bits, index))
+        return found[1:]
 
-    result, spent = at(0.0)
-    if spent <= budget:
-        return result, 0.0
+    def spent(chosen: Sequence[tuple[float, int]]) -> float:
+        return sum(bits for bits, _ in chosen)
+
+    generous = [best(row, 0.0) for row in options]
+    if spent(generous) <= budget:
+        return [index for _, index in generous], 0.0
     high = max((offer.steepest for row in options for offer in row), default=0.0)
     high = max(high, 1e-300)
     low = high * 2.0**-60
+    frugal = [best(row, high) for row in options]
     for _ in range(40):  # bisection on the logarithm
         middle = (low * high) ** 0.5
-        chosen, spent = at(middle)
-        if spent <= budget:
-            high, result = middle, chosen
+        # bits never rise with mu: what is the same at both ends is the same between them
+        chosen = [
+            f if f == g else best(row, middle)
+            for row, f, g in zip(options, frugal, generous)
+        ]
+        if spent(chosen) <= budget:
+            high, frugal = middle, chosen
         else:
-            low = middle
-    return result, high
+            low, generous = middle, chosen
+    return [index for _, index in frugal], high
 
 
 def upgrade(

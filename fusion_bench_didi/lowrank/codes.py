@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 #: Numbers of bits that codes may have.
 WIDTHS = (2, 3, 4, 8)
+_INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 def offset(bits: int) -> float:
@@ -36,25 +37,36 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     flat = codes.reshape(-1) + 2 ** (bits - 1)
-    groups = F.pad(flat, (0, -len(flat) % 8)).view(torch.int64)  # eight codes each
-    mask, packed = 2**bits - 1, torch.zeros_like(groups)
-    for i in range(8):
-        packed |= (groups >> ((8 - bits) * i)) & (mask << (bits * i))
-    size = packed_size(len(flat), bits)
-    return packed.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[:size]
+    size, fields = packed_size(len(flat), bits), F.pad(flat, (0, -len(flat) % 8))
+    for lane, width in _lanes(bits):
+        fields = fields.view(_INTEGERS[2 * lane])
+        fields = (fields | (fields >> (lane - width))) & (2 ** (2 * width) - 1)
+    if bits != 3:
+        return fields.to(torch.uint8)[:size]  # a field is a byte
+    return fields.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[:size]
 
 
 def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """The int8 codes that :func:`pack_codes` was given."""
     if bits == 8:
         return packed.view(shape)
-    flat = F.pad(packed, (0, -len(packed) % bits)).view(-1, bits)
-    groups = F.pad(flat, (0, 8 - bits)).view(torch.int64).squeeze(1)
-    mask, codes = 2**bits - 1, torch.zeros_like(groups)
-    for i in range(8):
-        codes |= (groups & (mask << (bits * i))) << ((8 - bits) * i)
-    whole = codes.view(torch.int8) - 2 ** (bits - 1)
-    return whole[: math.prod(shape)].view(shape)
+    if bits != 3:
+        fields = packed.to(_INTEGERS[64 // bits])
+    else:
+        flat = F.pad(packed, (0, -len(packed) % bits)).view(-1, bits)
+        fields = F.pad(flat, (0, 8 - bits)).view(torch.int64).squeeze(1)
+    for lane, width in reversed(_lanes(bits)):
+        low = 2**width - 1
+        fields = (fields | (fields << (lane - width))) & (low | (low << lane))
+        fields = fields.view(_INTEGERS[lane])
+    codes = fields - 2 ** (bits - 1)
+    return codes[: math.prod(shape)].view(shape)
+
+
+def _lanes(bits: int) -> list[tuple[int, int]]:
+    """Neighbours are joined in pairs until a whole number of bytes is full: bits from one to the next, bits that are used."""
+    rounds = {4: 1, 2: 2, 3: 3}[bits]
+    return [(8 << i, bits << i) for i in range(rounds)]
 
 
 def levels(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:

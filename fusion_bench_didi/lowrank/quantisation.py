@@ -69,20 +69,22 @@ def _coded(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     some = x[:, :: -(-x.shape[1] // _SAMPLE)]
     size = torch.linalg.vector_norm(some, dim=1, keepdim=True)
     step = size.mul_(_STEP[bits] / max(some.shape[1], 1) ** 0.5)
-    # a row whose sample is all zero
-    step = torch.where(step > 0, step, x.abs().amax(1, keepdim=True) / (high + 0.5))
+    if not bool((step > 0).all()):  # a row whose sample is all zero
+        step = torch.where(step > 0, step, x.abs().amax(1, keepdim=True) / (high + 0.5))
     step = step.clamp_(min=smallest)
     step.mul_(_best_multiple(some / step, bits))
-    return torch.div(x, step).sub_(0.5).round_().clamp_(low, high), step
+    return torch.div(x, step).floor_().clamp_(low, high), step
 
 
 def _best_multiple(x: Tensor, bits: int) -> Tensor:
     """(r, 1) which multiple of the step leaves the least squared error in rows (r, n) in units of it."""
     (low, high), errors = ends(bits), []
+    scaled, codes = torch.empty_like(x), torch.empty_like(x)
     for multiple in _MULTIPLES:
-        level = torch.mul(x, 1 / multiple).sub_(0.5).round_().clamp_(low, high)
-        rest = level.add_(0.5).mul_(multiple).sub_(x)
-        errors.append(torch.linalg.vector_norm(rest, dim=1))
+        torch.mul(x, 1 / multiple, out=scaled)
+        torch.floor(scaled, out=codes).clamp_(low, high)
+        rest = scaled.sub_(codes).sub_(0.5)
+        errors.append(torch.linalg.vector_norm(rest, dim=1).mul_(multiple))
     best = torch.stack(errors).argmin(0)
     return torch.tensor(_MULTIPLES, dtype=x.dtype, device=x.device)[best][:, None]
 

@@ -18,8 +18,8 @@ from .svd import leading
 
 Refinement = Literal["alternating", "adam", "none"]
 
-#: How far ``alternating`` goes on in the direction of its last step, while that pays.
-MOMENTUM = 0.7
+#: Directions that ``alternating`` follows per direction kept: more of the shared module, on which all others wait.
+FOLLOWING_SHARED, FOLLOWING_OWN = 2.5, 1.3
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RefinementSettings:
     """
 
     sweeps: int = 20
-    tolerance: float = 1e-4
+    tolerance: float = 3e-5
     steps: int = 300
     lr: float = 1e-2
 
@@ -131,27 +131,50 @@ def _alternate(
     total = sum(say.values())
     if total <= 0:
         return modules
-    left = torch.zeros_like(task_vectors[0])  # what the experts leave to be shared
+    share = {t: w / total for t, w in say.items()}
+    mean = torch.zeros_like(task_vectors[0])
     for t in low_rank:
-        rest = torch.addmm(task_vectors[t], experts[t].up, experts[t].down, alpha=-1)
-        left.add_(rest, alpha=say[t] / total)
-    common = Subspace(shared)
-    own = {t: Subspace(experts[t]) for t in low_rank}
-    best = before = float((weights.to(left) * modules.errors(task_vectors)).sum())
-    result, earlier, push = modules, left, 0.0
+        mean.add_(task_vectors[t], alpha=share[t])
+    # matrices made anew in the loop would cost as much time as products
+    earlier, left, dense, rest = (torch.empty_like(mean) for _ in range(4))
+
+    def leave(out: Tensor) -> Tensor:
+        """What the experts leave to be shared."""
+        up = torch.cat([experts[t].up * share[t] for t in low_rank], 1)
+        down = torch.cat([experts[t].down for t in low_rank])
+        return torch.addmm(mean, up, down, alpha=-1, out=out)
+
+    def unshared(t: int) -> Tensor:
+        return torch.sub(task_vectors[t], dense, out=rest)
+
+    earlier.copy_(leave(left))
+    torch.mm(shared.up, shared.down, out=dense)
+    best = before = sum(
+        say[t] * float(energy_of(unshared(t).addmm_(e.up, e.down, alpha=-1)))
+        for t, e in ((t, experts[t]) for t in low_rank)
+    )
+    result, falls = modules, 0
+    common = Subspace(shared, following=FOLLOWING_SHARED)
+    own = {
+        t: Subspace(experts[t], following=FOLLOWING_OWN)
+        for t in low_rank
+        if experts[t].rank
+    }
     for _ in range(settings.sweeps):
-        shared, _ = common.step(left + push * (left - earlier))
-        earlier, left, error = left, torch.zeros_like(left), 0.0
-        dense = shared.dense()
+        # on in the direction of the last step, the further the longer the loss has been falling
+        ahead = torch.lerp(earlier, left, 1 + falls / (falls + 1), out=rest)
+        shared, _ = common.step(ahead)
+        torch.mm(shared.up, shared.down, out=dense)
+        error = 0.0
         for t in low_rank:
-            rest = task_vectors[t] - dense
-            experts[t], kept = own[t].step(rest)
-            error += say[t] * max(float(energy_of(rest)) - kept, 0.0)
-            rest.addmm_(experts[t].up, experts[t].down, alpha=-1).add_(dense)
-            left.add_(rest, alpha=say[t] / total)
+            kept, target = 0.0, unshared(t)
+            if t in own:
+                experts[t], kept = own[t].step(target)
+            error += say[t] * max(float(energy_of(target)) - kept, 0.0)
+        earlier, left = left, leave(earlier)
         if error < best:
             best, result = error, Modules(shared, tuple(experts))
-        push = MOMENTUM if error < before else 0.0
+        falls = falls + 1 if error < before else 0
         if abs(before - error) <= settings.tolerance * before:
             break
         before = error

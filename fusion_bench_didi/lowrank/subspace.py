@@ -6,8 +6,10 @@ from torch import Tensor
 from .factors import LowRankFactors
 from .svd import spectrum
 
-#: Directions followed per direction kept: the error of the kept ones falls by the gap to the first one left out.
-FOLLOWED = 1.8
+#: Products of other widths than multiples of this are slower than those of the next larger multiple.
+WIDTH = 16
+#: Least sine of the angle between a direction and those before it at which a Cholesky factor is trusted.
+INDEPENDENT = 0.1
 
 
 class Subspace:
@@ -16,37 +18,50 @@ class Subspace:
     Args:
         start: its row and column space are the first guess, and its rank is kept; random directions of a fixed seed are
             added to follow.
+        following: directions followed per direction kept: the error of the kept ones falls by the gap to the first one
+            that is not followed.
     """
 
-    def __init__(self, start: LowRankFactors):
+    def __init__(self, start: LowRankFactors, *, following: float):
         m, n = start.up.shape[0], start.down.shape[1]
         self._tall, self._rank = m >= n, start.rank
         known = start.down.mT if self._tall else start.up  # (s, r)
         side = known.shape[0]
-        more = min(int(FOLLOWED * self._rank) + 1, side) - self._rank
+        followed = min(-(-int(following * self._rank) // WIDTH) * WIDTH, side)
+        more = max(followed - self._rank, 0)
         seed = torch.Generator().manual_seed(side)
         fresh = torch.randn(side, more, generator=seed).to(known)
         self._vectors = torch.linalg.qr(torch.cat([known, fresh], 1)).Q
 
     def step(self, matrix: Tensor) -> tuple[LowRankFactors, float]:
-        """One iteration towards the matrix (m, n).
+        """One iteration towards the matrix (m, n): two products with it.
 
         Returns:
-            its projection, the factors as in Eq. 14's start, and the squared norm of that projection; repeated for the
-            same matrix the latter never falls.
+            its projection on the best of the long sides of what is followed, the factors as in Eq. 14's start, and the
+            squared norm of that projection; repeated for the same matrix the latter never falls.
         """
         a = matrix if self._tall else matrix.mT  # (l, s)
-        vectors = torch.linalg.qr(a.mT @ (a @ self._vectors)).Q  # (s, p)
-        long = a @ vectors
-        values, turn = torch.linalg.eigh(long.mT @ long)
-        turn = turn.flip(-1)
-        self._vectors = vectors @ turn
-        k = self._rank
-        sigma = values.flip(-1)[:k].clamp(min=torch.finfo(a.dtype).tiny).sqrt()
-        root = sigma.sqrt()
-        scaled, rows = (long @ turn[:, :k]) / root, (self._vectors[:, :k] * root).mT
-        factors = (scaled, rows) if self._tall else (rows.mT, scaled.mT)
-        return LowRankFactors(*factors), float(sigma.double().square().sum())
+        tiny = torch.finfo(a.dtype).tiny
+        long = _orthonormal(a @ self._vectors)  # (l, p)
+        short = long.mT @ a  # (p, s)
+        self._vectors = (short / short.norm(dim=1, keepdim=True).clamp(min=tiny)).mT
+        values, turn = torch.linalg.eigh(short @ short.mT)  # ascending
+        kept = values.flip(-1)[: self._rank].clamp(min=tiny)
+        turn, root = turn.flip(-1)[:, : self._rank], kept.sqrt().sqrt()
+        far, near = (long @ turn) * root, (turn.mT @ short) / root[:, None]
+        factors = (far, near) if self._tall else (near.mT, far.mT)
+        return LowRankFactors(*factors), float(kept.double().sum())
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """A basis (l, p) of the columns, by their Gram matrix where they are far from dependent: three times as fast."""
+    gram = columns.mT @ columns
+    size = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+    root, failed = torch.linalg.cholesky_ex(gram * size * size[:, None])
+    if bool(failed) or float(root.diagonal().min()) < INDEPENDENT:
+        return torch.linalg.qr(columns).Q
+    turn = torch.linalg.solve_triangular(root, size.diag(), upper=False).mT
+    return columns @ turn
 
 
 def subspace_step(

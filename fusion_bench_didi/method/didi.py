@@ -70,7 +70,7 @@ class DiDiMerging(PoolMethod):
         coupling: bool = True,
         refinement: str = "alternating",
         refine_sweeps: int = 20,
-        refine_tolerance: float = 1e-4,
+        refine_tolerance: float = 3e-5,
         refine_steps: int = 300,
         refine_lr: float = 0.01,
         normalisation: str = "root",

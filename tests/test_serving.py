@@ -200,17 +200,19 @@ def test_product_by_task_is_a_product_per_task():
     ranks = [2, 0, 0, 1]
     firsts, lasts = [draw(6, r) for r in ranks], [draw(r, 5) for r in ranks]
     counts = torch.tensor([2, 0, 3, 1])
-    x, bias = draw(6, 4, 6), draw(6, 5)
-    tasks = torch.arange(4).repeat_interleave(counts).tolist()
-    for offset in (None, bias, bias[:1]):
-        found = product_by_task(x, counts, offset, matrices, firsts, lasts)
-        for i, t in enumerate(tasks):
-            expected = x[i] @ (matrices[t] + firsts[t] @ lasts[t])
-            if offset is not None:
-                expected = expected + offset[min(i, len(offset) - 1)]
-            torch.testing.assert_close(found[i], expected)
+    alone = [draw(6, 5) for _ in ranks]
+    x, bias = draw(6, 4, 6), draw(4, 5)
+    tasks = torch.arange(4).repeat_interleave(counts)
     before = bias.clone()
-    product_by_task(draw(6, 6), counts, bias, matrices, firsts, lasts)
+    for kept in (matrices, alone):
+        for biases in (None, bias, bias[:1].expand(4, -1)):
+            found = product_by_task(x, tasks, counts, biases, kept, firsts, lasts)
+            for i, t in enumerate(tasks.tolist()):
+                expected = x[i] @ (kept[t] + firsts[t] @ lasts[t])
+                if biases is not None:
+                    expected = expected + biases[t]
+                torch.testing.assert_close(found[i], expected)
+            product_by_task(draw(6, 6), tasks, counts, biases, kept, firsts, lasts)
     assert bias.equal(before), "an input was written to"
 
 

@@ -108,7 +108,7 @@ class MixedForward:
         """One pass per distinct row of weights."""
 
         def run(piece: Mix, args: tuple, kwargs: dict) -> Any:
-            tensors = {n: t.mixed(piece.row) for n, t in self.tables.items()}
+            tensors = {n: piece.value(t) for n, t in self.tables.items()}
             return functional_call(self.backbone, tensors, args, kwargs)
 
         return _in_pieces(list(mix.groups()), run, args, kwargs)

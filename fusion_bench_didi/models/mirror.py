@@ -1,0 +1,25 @@
+"""Second networks over the tensors of a backbone: trees of modules that share everything but the modules themselves."""
+
+import copy
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+#: what is done to the copy of a module
+Change = Callable[[nn.Module], None]
+
+
+def mirrored(module: nn.Module, changes: Mapping[nn.Module, Change]) -> nn.Module:
+    """A copy that shares tensors, hooks and configurations; copies of the modules in ``changes`` are changed."""
+    made: dict[nn.Module, nn.Module] = {}
+
+    def twin_of(module: nn.Module) -> nn.Module:
+        if module not in made:
+            twin = made[module] = copy.copy(module)
+            children = module._modules.items()
+            twin._modules = {name: child and twin_of(child) for name, child in children}
+            if module in changes:
+                changes[module](twin)
+        return made[module]
+
+    return twin_of(module)

@@ -218,6 +218,11 @@ def over(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(len(rows), *(1,) * (like.ndim - 2), -1)
 
 
+def batch_size(args: tuple, kwargs: dict) -> int:
+    """First side of the first tensor."""
+    return next(len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+
+
 def regrouped(value: Any, index: Tensor, size: int) -> Any:
     """Rows ``index`` of every tensor whose first side is ``size``, in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):

@@ -15,7 +15,7 @@ with a task per image ("mixed"), and with tasks found by the projection router (
 on the same batch in the same data type. Calls are taken in turns, figures are medians (of processor time on a CPU, since
 other work ran on the machine). Tasks are drawn at random, so that their numbers of images differ; random pixels all look
 like one task to a router, so its weights are replaced by the same tasks after it has run. All of it takes seven minutes of
-one processor, checkpoints and merges among them.
+one processor, merges among them; checkpoints of a shape are made once.
 """
 
 

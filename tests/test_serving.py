@@ -186,6 +186,52 @@ def test_layers_that_are_used_otherwise_are_found_out(how, tokens, caplog):
         torch.testing.assert_close(found[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
 
+class Attends(nn.Module):
+    """Queries, keys and values of one input, of two inputs, or of one that is changed in between."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for name in ("q_proj", "k_proj", "v_proj"):
+                self.add_module(name, nn.Linear(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 0
+        other = x.flip(1) if self.how == "two inputs" else x
+        query = self.q_proj(x)
+        key = self.k_proj(x.mul_(2) if self.how == "changed" else other)
+        return (query @ key.mT).softmax(-1) @ self.v_proj(other)
+
+
+@pytest.mark.parametrize("how", ["one input", "two inputs", "changed"])
+def test_neighbours_that_multiply_together_give_what_they_give_alone(how, caplog):
+    model = didi(family(Attends(how)), budget=9.0).eval()
+    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([1, 0, 0, 1, 0, 1])
+    for _ in range(2):
+        found = model(x, task_ids=ids)
+        for i, task in enumerate(ids.tolist()):
+            alone = model.materialize(model.tasks[task])(x[i : i + 1])
+            torch.testing.assert_close(found[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+    if how == "changed":
+        assert model.mixed.network is None and "group by group" in caplog.text
+    else:
+        network = model.mixed.network
+        assert network.q_proj.joint is network.v_proj.joint is not None
+        assert network.q_proj.joint.x is None or how == "two inputs"
+
+
+def test_the_shared_model_is_the_model_of_no_task(merged):
+    pixels = images(4)
+    expected = merged(pixels, task_ids=torch.full((4,), 3)).pooler_output
+    for mode in (merged.train, merged.eval):
+        mode()
+        found = merged.mixed.shared(pixels).pooler_output
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 # --- the product --------------------------------------------------------------------
 
 
@@ -200,17 +246,19 @@ def test_product_by_task_is_a_product_per_task():
     ranks = [2, 0, 0, 1]
     firsts, lasts = [draw(6, r) for r in ranks], [draw(r, 5) for r in ranks]
     counts = torch.tensor([2, 0, 3, 1])
-    x, bias = draw(6, 4, 6), draw(6, 5)
-    tasks = torch.arange(4).repeat_interleave(counts).tolist()
-    for offset in (None, bias, bias[:1]):
-        found = product_by_task(x, counts, offset, matrices, firsts, lasts)
-        for i, t in enumerate(tasks):
-            expected = x[i] @ (matrices[t] + firsts[t] @ lasts[t])
-            if offset is not None:
-                expected = expected + offset[min(i, len(offset) - 1)]
-            torch.testing.assert_close(found[i], expected)
+    alone = [draw(6, 5) for _ in ranks]
+    x, bias = draw(6, 4, 6), draw(4, 5)
+    tasks = torch.arange(4).repeat_interleave(counts)
     before = bias.clone()
-    product_by_task(draw(6, 6), counts, bias, matrices, firsts, lasts)
+    for kept in (matrices, alone):
+        for biases in (None, bias, bias[:1].expand(4, -1)):
+            found = product_by_task(x, tasks, counts, biases, kept, firsts, lasts)
+            for i, t in enumerate(tasks.tolist()):
+                expected = x[i] @ (kept[t] + firsts[t] @ lasts[t])
+                if biases is not None:
+                    expected = expected + biases[t]
+                torch.testing.assert_close(found[i], expected)
+            product_by_task(draw(6, 6), tasks, counts, biases, kept, firsts, lasts)
     assert bias.equal(before), "an input was written to"
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .mixing import ByTask, Mix, mix_of, regrouped
+from .mirror import network_with
+from .mixing import ByTask, Mix, batch_size, mix_of, regrouped
 from .per_sample import (
     Current,
     Product,
@@ -75,6 +76,9 @@ class MixedForward:
                 )
             self.current = Current()
             self.network = per_sample_network(self.backbone, self.tables, self.current)
+            self.common = self.network and network_with(
+                self.backbone, {n: t.value(self.count) for n, t in self.tables.items()}
+            )
         self.trusted, self.limit = False, PROBES
 
     @torch.no_grad()
@@ -92,15 +96,23 @@ class MixedForward:
         """As above for one task per sample, (B,) in 0 ... T; T is the shared model."""
         return self._run(ByTask.of(task_ids, self.count), args, kwargs)
 
+    @torch.no_grad()
+    def shared(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the shared model, for all samples."""
+        if self.network is None:
+            device = next(self.backbone.parameters()).device
+            none = torch.full((batch_size(args, kwargs),), self.count, device=device)
+            return self.by_task(none, *args, **kwargs)
+        return _following(self.backbone, self.common)(*args, **kwargs)
+
     def layered(self, mix: Mix, args: tuple, kwargs: dict) -> Any:
         """The whole batch at once, or on a CPU in pieces whose activations stay in its cache."""
-        if self.network.training != self.backbone.training:
-            self.network.train(self.backbone.training)
+        network = _following(self.backbone, self.network)
         whole = torch.compiler.is_compiling() or mix.order.device.type != "cpu"
 
         def run(piece: Mix, args: tuple, kwargs: dict) -> Any:
             self.current.mix = piece
-            return self.network(*args, **kwargs)
+            return network(*args, **kwargs)
 
         return _in_pieces([mix] if whole else mix.pieces(self.limit), run, args, kwargs)
 
@@ -108,7 +120,7 @@ class MixedForward:
         """One pass per distinct row of weights."""
 
         def run(piece: Mix, args: tuple, kwargs: dict) -> Any:
-            tensors = {n: t.mixed(piece.row) for n, t in self.tables.items()}
+            tensors = {n: piece.value(t) for n, t in self.tables.items()}
             return functional_call(self.backbone, tensors, args, kwargs)
 
         return _in_pieces(list(mix.groups()), run, args, kwargs)
@@ -149,6 +161,13 @@ class MixedForward:
     def _give_up(self, reason: Any) -> None:
         log.warning("Mixed batches are run group by group: %s.", reason)
         self.network = None
+
+
+def _following(backbone: nn.Module, network: nn.Module) -> nn.Module:
+    """A mirrored network, in the backbone's mode."""
+    if network.training != backbone.training:
+        network.train(backbone.training)
+    return network
 
 
 @contextmanager

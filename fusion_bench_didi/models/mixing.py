@@ -1,7 +1,7 @@
 """What a batch is mixed by: a task per sample, or weights over the tasks per sample.
 
-Both offer the same three operations on tables, per sample: :meth:`rows` of a small tensor, a :meth:`product` with a
-matrix, and a :meth:`lookup` of rows of a matrix.
+Both offer the same operations on tables, per sample: :meth:`rows` of a small tensor, a :meth:`product` with a matrix, and
+a :meth:`lookup` of rows of a matrix; and the :meth:`value` of a table where all samples see one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .products import product_by_task
-from .tables import MatrixTable, ValueTable
+from .tables import MatrixTable, Table, ValueTable
 
 #: values of the matrices that are mixed at a time
 BLOCK = 2**22
@@ -85,10 +85,9 @@ class ByTask:
         tasks, order = (torch.cat(pair) for pair in both)
         return ByTask(tasks, self.counts + other.counts, order)
 
-    @property
-    def row(self) -> Tensor:
-        """(T,) the weights of the first sample."""
-        return (torch.arange(len(self.counts) - 1) == int(self.tasks[0])).float()
+    def value(self, table: Table) -> Tensor:
+        """A tensor as the first sample sees it."""
+        return table.value(int(self.tasks[0]))
 
     def rows(self, table: ValueTable) -> Tensor:
         """(B, *shape)."""
@@ -98,10 +97,12 @@ class ByTask:
         """(B, R) weights of directions that belong to the tasks ``owner`` (R,)."""
         return self.tasks[:, None] == owner
 
-    def product(self, x: Tensor, table: MatrixTable, offset: Tensor | None) -> Tensor:
-        """``x_i W_i + offset_i`` for x (B, ..., n) and offset (B or 1, m); (B, ..., m)."""
+    def product(self, x: Tensor, table: MatrixTable, bias: ValueTable | None) -> Tensor:
+        """``x_i W_i + b_i`` for x (B, ..., n); (B, ..., m)."""
+        biases = None if bias is None else bias.values
+        factors = table.firsts, table.lasts
         return product_by_task(
-            x, self.counts, offset, table.matrices, table.firsts, table.lasts
+            x, self.tasks, self.counts, biases, table.matrices, *factors
         )
 
     def lookup(self, positions: Tensor, values: Tensor) -> Tensor:
@@ -134,9 +135,8 @@ class ByWeight:
     def size(self) -> int:
         return len(self.weights)
 
-    @property
-    def row(self) -> Tensor:
-        return self.weights[0]
+    def value(self, table: Table) -> Tensor:
+        return table.mixed(self.weights[0])
 
     def groups(self) -> Iterator["ByWeight"]:
         """The samples of equal weights each."""
@@ -156,7 +156,7 @@ class ByWeight:
         changes = table.values[:-1] - common
         return common + torch.tensordot(self.weights.to(common), changes, 1)
 
-    def product(self, x: Tensor, table: MatrixTable, offset: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, table: MatrixTable, bias: ValueTable | None) -> Tensor:
         weights = self.weights.to(x)
         if table.dense:
             own = weights[:, table.dense]
@@ -168,7 +168,7 @@ class ByWeight:
         if len(table.owner):
             scale = over(weights[:, table.owner], x)
             y = y + ((x @ table.first) * scale) @ table.last
-        return y if offset is None else y + over(offset, y)
+        return y if bias is None else y + over(self.rows(bias), y)
 
     def lookup(self, positions: Tensor, values: Tensor) -> Tensor:
         y = common = F.embedding(positions, values[-1])
@@ -218,10 +218,16 @@ def over(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(len(rows), *(1,) * (like.ndim - 2), -1)
 
 
+def batch_size(args: tuple, kwargs: dict) -> int:
+    """First side of the first tensor."""
+    return next(len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+
+
 def regrouped(value: Any, index: Tensor, size: int) -> Any:
     """Rows ``index`` of every tensor whose first side is ``size``, in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
-        return value[index] if value.ndim and len(value) == size else value
+        rows = value.ndim and len(value) == size
+        return value.index_select(0, index) if rows else value
     if isinstance(value, Mapping):
         picked = {key: regrouped(v, index, size) for key, v in value.items()}
         return type(value)(**picked)

@@ -1,10 +1,9 @@
 """A backbone whose changed layers run every sample under its own weights.
 
 The network is a second set of modules over the same tensors: leaf modules that own changed tensors become a subclass with
-another forward, all others are shallow copies. What the batch is mixed by is put into :class:`Current` before a call.
+another forward. What the batch is mixed by is put into :class:`Current` before a call.
 """
 
-import copy
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .joint import Joint, join
+from .mirror import Change, mirrored
 from .mixing import Mix, over
-from .tables import AnyTable
+from .tables import AnyTable, ValueTable
 
 #: bare parameters (n,) that broadcast in their module's forward, which then takes them per sample as (B, 1, n)
 BROADCAST = {"CLIPVisionEmbeddings": "class_embedding", "LlamaRMSNorm": "weight"}
@@ -55,18 +56,23 @@ class PerSample:
 class Product(PerSample):
     """``x W + b``: linear layers, and the (n, m) ones of GPT-2."""
 
+    joint: Joint | None = None
+    place = 0
+
+    def prepare(self) -> None:
+        self.biases = self.tables.get("bias")
+        if self.biases is None and self.bias is not None:
+            tasks = self.tables["weight"].tasks
+            self.biases = ValueTable(self.bias.expand(tasks + 1, -1))
+
     def forward(self, x: Tensor) -> Tensor:
         mix = self.mix_for(x)
+        if self.joint is not None:
+            return self.joint.part(self.place, x, mix)
         if "weight" in self.tables:
-            return mix.product(x, self.tables["weight"], self.offset(mix))
+            return mix.product(x, self.tables["weight"], self.biases)
         y = super().forward(x)
-        return y + over(mix.rows(self.tables["bias"]) - self.bias, y)
-
-    def offset(self, mix: Mix) -> Tensor | None:
-        """The bias per sample (B, m), or of all (1, m)."""
-        if "bias" in self.tables:
-            return mix.rows(self.tables["bias"])
-        return None if self.bias is None else self.bias[None]
+        return y + over(mix.rows(self.biases) - self.bias, y)
 
 
 class Patches(Product):
@@ -76,9 +82,9 @@ class Patches(Product):
         mix = self.mix_for(x)
         if "weight" not in self.tables:
             y = nn.Conv2d.forward(self, x)
-            return y + (mix.rows(self.tables["bias"]) - self.bias)[:, :, None, None]
+            return y + (mix.rows(self.biases) - self.bias)[:, :, None, None]
         rows = patches(x, self.kernel_size)
-        y = mix.product(rows, self.tables["weight"], self.offset(mix))
+        y = mix.product(rows, self.tables["weight"], self.biases)
         return y.mT.unflatten(2, (-1, x.shape[3] // self.kernel_size[1]))
 
 
@@ -93,7 +99,7 @@ class Norm(PerSample):
         mix = self.mix_for(x)
         y = F.layer_norm(x, self.normalized_shape, *self.plain, self.eps)
         weight, bias = self.rows("weight", mix, x), self.rows("bias", mix, x)
-        return y * weight if bias is None else torch.addcmul(bias, y, weight)
+        return y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight, out=y)
 
     def rows(self, leaf: str, mix: Mix, x: Tensor) -> Tensor | None:
         if leaf not in self.tables:
@@ -173,15 +179,28 @@ def per_sample_network(
     uses: dict[int, int] = {}
     for _, parameter in backbone.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    forms: dict[nn.Module, tuple[type, dict[str, AnyTable]]] = {}
+    changes: dict[nn.Module, Change] = {}
     for owner, leaves in by_module.items():
         module = backbone.get_submodule(owner)
         tied = any(uses.get(id(getattr(module, leaf)), 1) > 1 for leaf in leaves)
         form = None if tied else form_of(module, leaves)
         if form is None:
             return None
-        forms[module] = (form, leaves)
-    return _mirrored(backbone, forms, current, {})
+        changes[module] = _turned_into(form, leaves, current)
+    network = mirrored(backbone, changes)
+    join(network)
+    return network
+
+
+def _turned_into(
+    form: type, tables: Mapping[str, AnyTable], current: Current
+) -> Change:
+    def change(twin: nn.Module) -> None:
+        twin.__dict__.update(tables=tables, current=current)
+        twin.__class__ = _combined(form, type(twin))
+        twin.prepare()
+
+    return change
 
 
 def patches(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -200,28 +219,6 @@ def apart(module: nn.Conv2d) -> bool:
         and module.dilation == (1, 1)
         and module.groups == 1
     )
-
-
-def _mirrored(
-    module: nn.Module,
-    forms: Mapping[nn.Module, tuple[type, dict[str, AnyTable]]],
-    current: Current,
-    made: dict[nn.Module, nn.Module],
-) -> nn.Module:
-    """A copy of a tree of modules that shares everything but the modules themselves: tensors, hooks, configurations."""
-    if module in made:
-        return made[module]
-    twin = made[module] = copy.copy(module)
-    twin._modules = {
-        name: child and _mirrored(child, forms, current, made)
-        for name, child in module._modules.items()
-    }
-    if module in forms:
-        form, twin.__dict__["tables"] = forms[module]
-        twin.__dict__["current"] = current
-        twin.__class__ = _combined(form, type(module))
-        twin.prepare()
-    return twin
 
 
 @lru_cache(maxsize=None)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 def _product(
     x: Tensor,
+    tasks: Tensor,
     counts: Tensor,
-    offset: Tensor | None,
+    biases: Tensor | None,
     matrices: Sequence[Tensor],
     firsts: Sequence[Tensor],
     lasts: Sequence[Tensor],
@@ -25,17 +26,21 @@ def _product(
     if sum(sizes) != rows.shape[0]:
         raise IndexError(f"A task number is not in 0 ... {len(matrices) - 1}.")
     y = x.new_empty(rows.shape[0], m)
-    if offset is not None:
-        y.view(batch, per_sample, m).copy_(offset[:, None])
-    keep = 0 if offset is None else 1
-    tasks, lengths = _runs(matrices, sizes)
-    for part, out, task in zip(rows.split(lengths), y.split(lengths), tasks):
-        out.addmm_(part, matrices[task], beta=keep)
-    ranks = [last.shape[0] for last in lasts]
-    if any(ranks):
-        parts = zip(rows.split(sizes), y.split(sizes), firsts, lasts, sizes, ranks)
-        for part, out, first, last, size, rank in parts:
-            if size and rank:
+    owners, lengths = _runs(matrices, sizes)
+    parts = zip(rows.split_with_sizes(lengths), y.split_with_sizes(lengths), owners)
+    if biases is not None and len(owners) == sum(map(bool, sizes)):
+        own = biases.unbind()
+        for part, out, task in parts:
+            torch.addmm(own[task], part, matrices[task], out=out)
+    else:
+        if biases is not None:
+            y.view(batch, per_sample, m).copy_(biases.index_select(0, tasks)[:, None])
+        for part, out, task in parts:
+            out.addmm_(part, matrices[task], beta=0 if biases is None else 1)
+    if any(last.shape[0] for last in lasts):
+        parts = zip(rows.split_with_sizes(sizes), y.split_with_sizes(sizes))
+        for (part, out), first, last in zip(parts, firsts, lasts):
+            if len(part) and len(last):
                 out.addmm_(part @ first, last)
     return y.view(*x.shape[:-1], m)
 
@@ -43,46 +48,49 @@ def _product(
 def _runs(matrices: Sequence[Tensor], sizes: list[int]) -> tuple[list[int], list[int]]:
     """Where neighbours have one matrix: the first task of each run, and its rows; nothing that is made on use is made."""
     kept = getattr(matrices, "kept", matrices)
-    tasks: list[int] = []
+    owners: list[int] = []
     lengths: list[int] = []
     for task, size in enumerate(sizes):
         if not size:
             continue
-        if tasks and kept[task] is kept[tasks[-1]]:
+        if owners and kept[task] is kept[owners[-1]]:
             lengths[-1] += size
         else:
-            tasks.append(task)
+            owners.append(task)
             lengths.append(size)
-    return tasks, lengths
+    return owners, lengths
 
 
 _operator = torch.library.custom_op(
     "fusion_bench_didi::product_by_task",
     _product,
     mutates_args=(),
-    schema="(Tensor x, Tensor counts, Tensor? offset, Tensor[] matrices, Tensor[] firsts, Tensor[] lasts) -> Tensor",
+    schema="(Tensor x, Tensor tasks, Tensor counts, Tensor? biases, Tensor[] matrices, Tensor[] firsts, Tensor[] lasts)"
+    " -> Tensor",
 )
 
 
 @_operator.register_fake
-def _(x, counts, offset, matrices, firsts, lasts):
+def _(x, tasks, counts, biases, matrices, firsts, lasts):
     return x.new_empty(*x.shape[:-1], lasts[0].shape[1])
 
 
 def product_by_task(
     x: Tensor,
+    tasks: Tensor,
     counts: Tensor,
-    offset: Tensor | None,
+    biases: Tensor | None,
     matrices: Sequence[Tensor],
     firsts: Sequence[Tensor],
     lasts: Sequence[Tensor],
 ) -> Tensor:
-    """``x_t W_t + (x_t A_t) B_t + offset`` for the samples x_t of each task.
+    """``x_t W_t + (x_t A_t) B_t + b_t`` for the samples x_t of each task.
 
     Args:
         x: (B, ..., n), sorted by task.
+        tasks: (B,) the task of each sample.
         counts: samples per task, on the CPU.
-        offset: (B, m), or (1, m) for all.
+        biases: ``b_t`` (m,) per task.
         matrices: ``W_t`` (n, m) per task; neighbours that are one tensor are multiplied in one product.
         firsts, lasts: ``A_t`` (n, r) and ``B_t`` (r, m) per task, r = 0 for none.
 
@@ -93,5 +101,5 @@ def product_by_task(
         IndexError: if the counts leave samples out.
     """
     if torch.compiler.is_compiling():
-        return _operator(x, counts, offset, [*matrices], [*firsts], [*lasts])
-    return _product(x, counts, offset, matrices, firsts, lasts)
+        return _operator(x, tasks, counts, biases, [*matrices], [*firsts], [*lasts])
+    return _product(x, tasks, counts, biases, matrices, firsts, lasts)

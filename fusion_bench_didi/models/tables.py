@@ -128,6 +128,11 @@ class MatrixTable(Table):
         self.__init__(self.shape, whole[-1], list(whole[:-1]), turned=self.turned)
         return whole
 
+    @property
+    def held(self) -> bool:
+        """Every task has a matrix of its own, at hand."""
+        return len(self.dense) == self.tasks and isinstance(self.matrices, list)
+
     def _parts(self):
         return zip(self.matrices, self.firsts, self.lasts)
 
@@ -144,6 +149,16 @@ class Matrices(Sequence):
 
     def __len__(self) -> int:
         return len(self.kept)
+
+
+def side_by_side(tables: Sequence[MatrixTable]) -> MatrixTable:
+    """All columns of tables that are :attr:`~MatrixTable.held`, which from now on hold parts of it."""
+    wide = [torch.cat(matrices, 1) for matrices in zip(*(t.matrices for t in tables))]
+    parts = [matrix.split([t.common.shape[1] for t in tables], 1) for matrix in wide]
+    for table, own in zip(tables, zip(*parts)):
+        table.__init__(table.shape, own[-1], own[:-1], turned=table.turned)
+    n, m = wide[-1].shape
+    return MatrixTable((m, n), wide[-1], wide[:-1], turned=True)
 
 
 AnyTable = Union[ValueTable, MatrixTable]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..models.mixing import batch_size
+
 if TYPE_CHECKING:
     from ..models import DynamicModel
 
@@ -64,9 +66,10 @@ def record(
     try:
         if tensors is not None:
             functional_call(model.backbone, dict(tensors), args, kwargs)
+        elif weights is None:
+            forward.shared(*args, **kwargs)
         else:
-            row = torch.zeros(len(model.tasks)) if weights is None else weights
-            rows = row.expand(batch_size(args, kwargs), -1)
+            rows = weights.expand(batch_size(args, kwargs), -1)
             forward(rows, *args, **kwargs)
     except _Done:
         return found
@@ -75,11 +78,6 @@ def record(
             handle.remove()
     missing = (set(inputs_of) | set(outputs_of)) - set(found)
     raise ValueError(f"The backbone's forward does not call {sorted(missing)}.")
-
-
-def batch_size(args: tuple, kwargs: dict) -> int:
-    """First side of the first tensor."""
-    return next(len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
 
 
 def blocks(backbone: nn.Module) -> list[str]:

@@ -34,11 +34,11 @@ def responses(x: Tensor, basis: Tensor) -> Tensor:
         basis: (K, n) orthonormal rows per task.
 
     Returns:
-        (B, K + 1); the last column is the energy.
+        (B, K + 1) in float32; the last column is the energy.
     """
-    rows = x.flatten(0, 1)
-    inner = (rows @ basis.mT).square_().view(*x.shape[:2], -1).mean(1)  # (B, K)
-    energy = x.square().sum(-1).mean(1, keepdim=True)  # (B, 1)
+    inner = (x.flatten(0, 1) @ basis.mT).square_().view(*x.shape[:2], -1)
+    inner = inner.mean(1, dtype=torch.float32)  # (B, K)
+    energy = x.square().sum(-1, dtype=torch.float32).mean(1, keepdim=True)  # (B, 1)
     return torch.cat([inner, energy], 1).add(EPS).log()
 
 
@@ -85,14 +85,14 @@ class ProjectionRouter(Router):
             x = rows_of(model.backbone.get_submodule(name), found[name])
             basis = self._buffers[f"basis_{i}"].to(x)
             parts.append(responses(x, basis))
-        return torch.cat(parts, 1).float()
+        return torch.cat(parts, 1)
 
     def plain_scores(self, features: Tensor) -> Tensor:
         count, scores = len(self.tasks), 0.0
         sizes = [len(self._buffers[f"basis_{i}"]) for i in range(len(self.names))]
-        for part in features.split([size + 1 for size in sizes], 1):
-            inner = part[:, :-1].view(len(part), count, -1)
-            scores = scores + inner.logsumexp(2) - part[:, -1:]
+        for part in features.exp().split([size + 1 for size in sizes], 1):
+            inner = part[:, :-1].view(len(part), count, -1).sum(2)
+            scores = scores + (inner / part[:, -1:]).log()
         return scores
 
     def _layers(self, model: "DynamicModel") -> list[str]:

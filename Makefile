@@ -1,10 +1,11 @@
 # make demo    the main job on the embedded default, in a virtual environment that is made when missing
 # make test    linters, then every test
 #
-# VENV may name an existing environment, PYTHON the interpreter that makes a new one, PYTEST_ARGS more options.
+# VENV may name an existing environment, PYTHON the interpreter that makes a new one, PYTEST_ARGS other options than those
+# for all cores.
 VENV ?= .venv
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --numprocesses auto --dist loadfile
 
 BIN := $(VENV)/bin
 # Written after an install that succeeded, older than setup.cfg when the dependencies may have changed.

@@ -1,5 +1,6 @@
 """From a host model pool to aligned task vectors, without loading the T models where files can be read directly."""
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -200,11 +201,14 @@ def _directory(modelpool: BaseModelPool, name: str) -> Path | None:
     repo = _repository(modelpool._models[name])
     if repo is None:
         return None
-    platform = getattr(modelpool, "_platform", "hf")
-    directory = Path(
-        resolve_repo_path(repo_id=repo, repo_type="model", platform=platform)
-    )
+    directory = _resolved(repo, getattr(modelpool, "_platform", "hf"))
     return directory if directory.is_dir() else None
+
+
+@functools.cache
+def _resolved(repo: str, platform: str) -> Path:
+    """Asked several times of each entry, and the hub is slow to answer."""
+    return Path(resolve_repo_path(repo_id=repo, repo_type="model", platform=platform))
 
 
 def _repository(entry: Any) -> str | None:

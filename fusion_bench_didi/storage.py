@@ -5,7 +5,10 @@ Counted is what is stored beyond the text heads, in bits, and given in units of 
 ``x = bits / unit_bits``, ``unit_bits`` = the changed tensors of one fine-tuned model in the data type of its checkpoint.
 
 ``x_excl`` leaves the backbone out, ``x_incl`` counts it once. A tensor that no task changed costs nothing and is not
-in the unit either. Bits are those of the stored tensors (masks packed, indices included), not of the parameters.
+in the unit either. A LoRA adapter counts as the fine-tuned model that it makes: the unit holds the *dense* tensors that
+adapters change, so that T adapters of rank r on (m, n) are ``T r (m + n) / (m n)``, and budgets far below 1 are usual.
+
+Bits are those of the stored tensors (masks packed, indices included), not of the parameters.
 """
 
 from collections.abc import Mapping

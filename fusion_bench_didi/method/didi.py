@@ -40,6 +40,7 @@ class DiDiMerging(PoolMethod):
 
     ``W_t = W_0 + B_0 A_0 + B_t A_t``: the shared matrix is a static merge of the task vectors, experts are residuals
     (Eq. 2-3), both are cut to ranks chosen without data (Eq. 7-13) and refitted to the stored task vectors (Eq. 14-16).
+    Entries of the pool may be LoRA adapters, whose task vectors stay factored throughout (``lowrank/factored.py``).
     The paper's settings are not published; ``config/method/didi.yaml`` says what each key does.
 
     Args: as the keys of ``config/method/didi.yaml``.

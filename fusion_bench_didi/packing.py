@@ -71,7 +71,7 @@ def pack(
     full = min(matrix_shape(shape))
     first: Delta | None = None
     if ranks[0] >= full:
-        first, _ = precision.dense(shape, modules.shared.dense())
+        (first,), _ = precision.dense(shape, [(modules.shared.dense().cpu(), None)])
     elif ranks[0] > 0:
         first = precision.low_rank(shape, modules.shared.to("cpu"), None)
     base = change_of(first)
@@ -83,7 +83,7 @@ def pack(
             continue
         if factors is None:
             less = None if base is None else as_dense(base)
-            others.append(precision.dense(shape, as_dense(tau), less=less)[0])
+            others += precision.dense(shape, [(as_dense(tau).cpu(), less)])[0]
             continue
         rest = left(tau.cpu())
         factors = factors.to("cpu")

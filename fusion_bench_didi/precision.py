@@ -1,5 +1,6 @@
 """In what type modules and vectors are stored, and what that costs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,9 @@ from .common_deltas import (
 )
 from .deltas import Delta, DenseDelta, LowRankDelta
 from .lowrank import LowRankFactors, Matrix, Price
-from .lowrank.blocks import cast_difference
+from .lowrank.blocks import Terms, cast
 from .lowrank.codes import WIDTHS
-from .lowrank.quantisation import RELATIVE_ERROR, round_factors, round_matrix
+from .lowrank.quantisation import RELATIVE_ERROR, round_factors, round_matrices
 from .quantised import RoundedDenseDelta, RoundedLowRankDelta
 
 #: Bits of a rounding scale.
@@ -110,15 +111,17 @@ class Precision:
         return RoundedLowRankDelta.of(shape, rounded)
 
     def dense(
-        self, shape: tuple[int, ...], matrix: Tensor, *, less: Tensor | None = None
-    ) -> tuple[Delta, Tensor]:
-        """Store every entry of ``matrix - less`` (m, n), on the CPU; with the squared norm of what that loses."""
-        matrix, less = matrix.cpu(), None if less is None else less.cpu()
+        self,
+        shape: tuple[int, ...],
+        terms: Sequence[Terms],
+    ) -> tuple[list[Delta], Tensor]:
+        """Store every entry of differences (m, n), on the CPU; with (T,) squared norms of what that loses."""
         if self.dtype is not None:
-            value, error = cast_difference(matrix, less, self.dtype)
-            return DenseDelta(shape, value), error
-        rounded = round_matrix(matrix, self.bits, less=less)
-        return RoundedDenseDelta.of(shape, rounded), rounded.error
+            values, errors = cast(terms, self.dtype)
+            return [DenseDelta(shape, value) for value in values], errors
+        made = round_matrices(terms, self.bits)
+        errors = torch.stack([rounded.error for rounded in made])
+        return [RoundedDenseDelta.of(shape, rounded) for rounded in made], errors
 
 
 def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:

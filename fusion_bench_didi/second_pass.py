@@ -58,7 +58,7 @@ def _experts(
     if whole and not work.task_vectors.factored(row.name):
         work.store.drop(row.name)
         kept = (k[1:] > 0).tolist()
-        return pack_whole(work.task_vectors, row.name, kept, precision)
+        return pack_whole(work, row.name, kept, precision)
     bases = work.store.pop(row.name)
     vectors, settled = work.read(row.name), row.fixed_shared is not None
     if settled and not row.fixed_shared:

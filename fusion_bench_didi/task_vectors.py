@@ -21,7 +21,7 @@ from .adapters import AdapterSource
 from .alignment import check_alignment, floating, matches
 from .errors import ModelPoolError, NonFiniteError
 from .lowrank import LowRankFactors, Matrix, energy_of
-from .lowrank.blocks import energy_of_difference
+from .lowrank.blocks import Terms, energies_of
 from .parallel import ordered_map, workers_for
 from .sources import TensorInfo, TensorSource, aligned
 
@@ -154,14 +154,24 @@ class TaskVectors:
         size = 4 * len(self.tasks) * self.infos[name].numel
         return size > STACK_BYTES and not self.factored(name)
 
-    def terms(self, name: str, task: str) -> tuple[Tensor, Tensor]:
-        """Two matrices (m, n), of the types in which they are stored, whose difference is a task vector."""
-        shape = matrix_shape(self.infos[name].shape)
-        factors = self._factors(name, task)
-        if factors is not None:
-            return factors.dense(), torch.zeros(1, 1).expand(shape)
-        pair = self.read_tuned(name, task), self.read_base(name)
-        return pair[0].reshape(shape), pair[1].reshape(shape)
+    def terms(
+        self, name: str, tasks: Sequence[str], device: torch.device | str = "cpu"
+    ) -> list[Terms]:
+        """Task vectors as differences of matrices (m, n), of the types in which they are stored; the base is one object."""
+        shape, terms = matrix_shape(self.infos[name].shape), []
+        base = self.read_base(name).to(device).reshape(shape)
+        for task in tasks:
+            factors = self._factors(name, task)
+            if factors is not None:
+                terms.append((factors.to(device).dense(), None))
+            else:
+                tuned = self.read_tuned(name, task).to(device)
+                terms.append((tuned.reshape(shape), base))
+        return terms
+
+    def together(self, name: str) -> list[list[str]]:
+        """Tasks whose checkpoints of a tensor are worked on side by side."""
+        return [[task] for task in self.tasks] if self.large(name) else [self.tasks]
 
     def large(self, name: str) -> bool:
         """Whether one task vector of the tensor alone takes so much memory that only one is worked on at a time."""
@@ -232,15 +242,16 @@ class TaskVectors:
 
     def _energies(self, name: str, device: torch.device) -> Tensor:
         """(T,) squared norms, not finite where something that is read is not; no task vector is formed."""
-        energies = []
-        for task in self.tasks:
-            factors = self._factors(name, task)
-            if factors is None:
-                tuned, base = (x.to(device) for x in self.terms(name, task))
-                energies.append(energy_of_difference(tuned, base))
-            else:
-                energies.append(energy_of(factors.to(device)))
-        found = torch.stack(energies).cpu()
+        energies = {}
+        for task, rank in zip(self.tasks, self.ranks(name)):
+            if rank is not None:
+                energies[task] = energy_of(self._factors(name, task).to(device))
+        for tasks in self.together(name):
+            others = [task for task in tasks if task not in energies]
+            if others:
+                terms = self.terms(name, others, device)
+                energies.update(zip(others, energies_of(terms)))
+        found = torch.stack([energies[task] for task in self.tasks]).cpu()
         if self.factored(name) and bool(found.any()):
             # no difference was taken to the base model
             found += 0 * energy_of(self.read_base(name).to(device)).cpu()

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from .deltas import Delta
 from .lowrank import Candidate, MatrixSpectra, Offer, choose
-from .lowrank.blocks import blocks_of_rows, difference, energy_of_difference
+from .lowrank.blocks import differences
 from .lowrank.sample import optimistic_spectrum, sampled
 from .precision import Precision
-from .task_vectors import TaskVectors
 from .work import SPENT, Work
 
 #: Sides of a sample per direction that is asked about: the short one costs an eigenproblem, the long one a product.
@@ -67,7 +66,7 @@ def row_of_whole(work: Work, name: str, precision: Precision) -> MatrixSpectra:
 
 
 def pack_whole(
-    task_vectors: TaskVectors, name: str, kept: Sequence[bool], precision: Precision
+    work: Work, name: str, kept: Sequence[bool], precision: Precision
 ) -> tuple[tuple[None, list[Delta | None]], Tensor]:
     """Stored forms of one matrix, rounded straight from the checkpoints, and (T,) squared errors.
 
@@ -77,23 +76,26 @@ def pack_whole(
     Returns:
         no shared form and one per task; the errors.
     """
-    shape = task_vectors.infos[name].shape
-    deltas: list[Delta | None] = []
-    errors = []
-    for task, stored in zip(task_vectors.tasks, kept):
-        tuned, base = task_vectors.terms(name, task)
-        if stored:
-            delta, error = precision.dense(shape, tuned, less=base)
-        else:
-            delta, error = None, energy_of_difference(tuned, base)
-        deltas.append(delta)
-        errors.append(error)
-    return (None, deltas), torch.stack(errors)
+    vectors = work.task_vectors
+    stored = {task for task, keep in zip(vectors.tasks, kept) if keep}
+    deltas: dict[str, Delta] = {}
+    errors = dict(zip(vectors.tasks, work.energy[name]))
+    for tasks in vectors.together(name):
+        some = [task for task in tasks if task in stored]
+        if some:
+            terms = vectors.terms(name, some)
+            made, lost = precision.dense(vectors.infos[name].shape, terms)
+            deltas.update(zip(some, made))
+            errors.update(zip(some, lost))
+    forms = [deltas.get(task) for task in vectors.tasks]
+    return (None, forms), torch.stack([errors[task] for task in vectors.tasks])
 
 
 def _asked(work: Work, name: str) -> bool:
     """Whether a matrix may well be stored whole, and a decomposition would cost more than a sample's."""
     known = name in work.energy and work.metric(name) is None
+    # an adapter's factors are decomposed at once
+    known = known and all(rank is None for rank in work.task_vectors.ranks(name))
     return known and work.glanced(name) and work.first_guess(name) < work.cap(name)
 
 
@@ -105,12 +107,13 @@ def _optimistic(work: Work, name: str) -> tuple[Tensor, Tensor, float]:
     rank, (m, n) = work.first_guess(name), work.shape(name)
     sides = (SHORT * rank, LONG * rank) if m <= n else (LONG * rank, SHORT * rank)
     rows, columns = sampled(m, sides[0])[:, None], sampled(n, sides[1])
+    terms = work.task_vectors.terms(name, work.task_vectors.tasks)
+    last = block = None
     sigma, tails, seen, total = [], [], 0.0, torch.zeros(())
-    base = work.task_vectors.terms(name, work.task_vectors.tasks[0])[1]
-    base = base[rows, columns].float()
-    for task, energy in zip(work.task_vectors.tasks, work.energy[name].tolist()):
-        tuned, _ = work.task_vectors.terms(name, task)
-        sample = tuned[rows, columns].float() - base
+    for (tuned, base), energy in zip(terms, work.energy[name].tolist()):
+        if base is not last:
+            last, block = base, base[rows, columns].float()
+        sample = tuned[rows, columns].float() - block
         values, tail = optimistic_spectrum(sample, energy, m * n, rank=rank)
         sigma.append(values)
         tails.append(tail)
@@ -121,13 +124,11 @@ def _optimistic(work: Work, name: str) -> tuple[Tensor, Tensor, float]:
 
 def _alike(work: Work, name: str) -> float:
     """The energy of the mean task vector over what it would be if tasks were unrelated, 1 to T."""
-    terms = [work.task_vectors.terms(name, t) for t in work.task_vectors.tasks]
-    energy = 0.0
-    for rows in blocks_of_rows(terms[0][0]):
-        total = torch.zeros(())
-        for tuned, base in terms:
-            total = total + difference(tuned, base, rows)
-        energy += float(total.norm().double().square())
+    tasks, energy = work.task_vectors.tasks, 0.0
+    for t, _, x in differences(work.task_vectors.terms(name, tasks)):
+        total = x if t == 0 else total + x
+        if t == len(tasks) - 1:
+            energy += float(total.norm().double().square())
     return energy / float(work.energy[name].sum())
 
 

@@ -5,7 +5,7 @@ import torch
 
 from fusion_bench_didi.deltas import DenseDelta
 from fusion_bench_didi.lowrank import blocks, energy_of
-from fusion_bench_didi.lowrank.blocks import blocks_of_rows, energy_of_difference
+from fusion_bench_didi.lowrank.blocks import blocks_of_rows, differences, energies_of
 from fusion_bench_didi.lowrank.codes import (
     WIDTHS,
     ends,
@@ -15,7 +15,7 @@ from fusion_bench_didi.lowrank.codes import (
     packed_size,
     unpack_codes,
 )
-from fusion_bench_didi.lowrank.quantisation import round_matrix, round_rows
+from fusion_bench_didi.lowrank.quantisation import round_matrices, round_rows
 from fusion_bench_didi.precision import Precision, precisions
 
 CODES = [f"int{bits}" for bits in WIDTHS]
@@ -44,16 +44,28 @@ def test_blocks_cover_all_rows_once_and_begin_at_whole_bytes(shape):
 def test_energy_of_a_difference(shape, dtype):
     a, b = pair(shape, dtype)
     expected = energy_of(a.float() - b.float())
-    assert energy_of_difference(a, b).equal(expected)
-    assert energy_of_difference(a, a) == 0
+    found = energies_of([(a, b), (a, a), (a, None), (b, a)])
+    assert found.equal(
+        torch.stack([expected, 0 * expected, energy_of(a.float()), expected])
+    )
 
 
 def test_energy_is_zero_only_where_nothing_differs():
     a, b = torch.zeros(3, 4), torch.zeros(3, 4)
     a[1, 2] = 1e-30  # its square underflows
-    assert 0 < energy_of_difference(a, b) < 1e-59
+    assert 0 < energies_of([(a, b)]) < 1e-59
+    assert 0 < energies_of([(a, None)]) < 1e-59
     a[1, 2] = torch.nan
-    assert energy_of_difference(a, b).isnan()
+    assert energies_of([(a, b)]).isnan()
+
+
+def test_differences_take_turns_and_each_is_its_own():
+    a, b = pair((40, 3))
+    terms = [(a, b), (b, None), (b, a), (a, a)]
+    found = torch.full((4, 40, 3), torch.nan)
+    for t, rows, x in differences(terms):
+        found[t, rows] = x
+    assert found.equal(torch.stack([a - b, b, b - a, a - a]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,20 +73,20 @@ def test_energy_is_zero_only_where_nothing_differs():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rounding_by_blocks_is_rounding_by_rows(shape, bits, dtype):
     a, b = pair(shape, dtype)
-    rest = a.float() - b.float()
-    codes, scale = round_rows(rest, bits)
-    found = round_matrix(a, bits, less=b)
-    assert found.codes.equal(pack_codes(codes, bits))
-    assert found.scale.equal(scale)
-    meant = levels(found.codes, bits, rest.shape) * scale[:, None]
-    assert found.error.equal(energy_of(meant - rest))
+    rests = [a.float() - b.float(), b.float()]
+    for rest, found in zip(rests, round_matrices([(a, b), (b, None)], bits)):
+        codes, scale = round_rows(rest, bits)
+        assert found.codes.equal(pack_codes(codes, bits))
+        assert found.scale.equal(scale)
+        meant = levels(found.codes, bits, rest.shape) * scale[:, None]
+        assert found.error.equal(energy_of(meant - rest))
 
 
 @pytest.mark.parametrize("name", [*CODES, "bfloat16", "float32"])
 def test_error_of_a_dense_delta_is_that_of_what_it_stands_for(name):
     (precision,) = precisions(name, torch.float32)
     a, b = pair((6, 35))
-    delta, error = precision.dense((6, 5, 7), a, less=b)
+    (delta,), (error,) = precision.dense((6, 5, 7), [(a, b)])
     lost = energy_of(delta.change().flatten(1) - (a - b))
     assert error == pytest.approx(float(lost))
     assert delta.bits == precision.price(6, 35).dense
@@ -83,7 +95,8 @@ def test_error_of_a_dense_delta_is_that_of_what_it_stands_for(name):
 
 def test_dense_delta_shares_no_memory_with_what_it_was_made_of():
     a, _ = pair((4, 4))
-    delta, _ = Precision("float32", 32, torch.float32).dense((4, 4), a)
+    as_is = Precision("float32", 32, torch.float32)
+    (delta,), _ = as_is.dense((4, 4), [(a, None)])
     assert isinstance(delta, DenseDelta)
     assert delta.value.untyped_storage().data_ptr() != a.untyped_storage().data_ptr()
 

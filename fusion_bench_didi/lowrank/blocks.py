@@ -1,10 +1,12 @@
 """Large matrices a few rows at a time, so that several passes over the same entries find them in the cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+#: Two matrices (m, n) of any floating type whose difference is meant; nothing is subtracted where the second is None.
+Terms = tuple[Tensor, Tensor | None]
 #: Entries of a block, a megabyte in float32: some of these fit a core's caches, and each pays for the call on it.
 BLOCK = 2**18
 
@@ -19,46 +21,45 @@ def blocks_of_rows(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, m))
 
 
-def difference(matrix: Tensor, less: Tensor | None, rows: slice) -> Tensor:
-    """Rows of ``matrix - less`` in float32, ``less`` zero if None."""
-    x = matrix[rows].float()
-    return x if less is None else torch.sub(x, less[rows].float())
+def differences(terms: Sequence[Terms]) -> Iterator[tuple[int, slice, Tensor]]:
+    """Blocks of ``matrix - less`` in float32: of which terms, which rows, and what they are.
 
-
-def energy_of_difference(matrix: Tensor, less: Tensor) -> Tensor:
-    """Squared Frobenius norm of ``matrix - less`` in float64 (scalar); difference and norms of rows in float32.
-
-    Zero only where the two are equal, also where the squares underflow.
-
-    Args:
-        matrix, less: (m, n) of any floating type.
+    Matrices take turns block by block, so that a ``less`` that they have in common comes from memory once. Blocks may be
+    views where nothing is subtracted.
     """
-
-    def norms(dtype: torch.dtype) -> Tensor:
-        found = torch.empty(len(matrix), dtype=dtype, device=matrix.device)
-        for rows in blocks_of_rows(matrix):
-            x = difference(matrix, less, rows).to(dtype)
-            found[rows] = torch.linalg.vector_norm(x, dim=1)
-        return found.double()
-
-    found = norms(torch.float32)
-    if not bool(found.any()) and not torch.equal(matrix, less):
-        found = norms(torch.float64)
-    return found.square().sum()
+    for rows in blocks_of_rows(terms[0][0]):
+        last = block = None
+        for t, (matrix, less) in enumerate(terms):
+            if less is not last:
+                last, block = less, None if less is None else less[rows].float()
+            x = matrix[rows].float()
+            yield t, rows, x if block is None else x - block
 
 
-def cast_difference(
-    matrix: Tensor, less: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """``matrix - less`` (m, n) in a floating type, and the squared norm of what the cast lost, float64.
+def energies_of(terms: Sequence[Terms]) -> Tensor:
+    """(T,) squared Frobenius norms in float64 of differences in float32; rows are summed in float32.
 
-    Args:
-        matrix, less: (m, n) of any floating type; the difference is taken in float32.
+    Zero only where nothing differs, also where the squares underflow.
     """
-    value = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-    lost = torch.empty(len(matrix), device=matrix.device)
-    for rows in blocks_of_rows(matrix):
-        x = difference(matrix, less, rows)
-        value[rows] = x
-        lost[rows] = torch.linalg.vector_norm(value[rows].float() - x, dim=1)
-    return value, lost.double().square().sum()
+    like = terms[0][0]
+    norms = torch.empty(len(terms), len(like), device=like.device)
+    for t, rows, x in differences(terms):
+        norms[t, rows] = torch.linalg.vector_norm(x, dim=1)
+    energies = norms.double().square().sum(1)
+    for t in (energies == 0).nonzero().flatten().tolist():
+        matrix, less = terms[t]
+        rest = matrix.double() if less is None else matrix.double() - less.double()
+        energies[t] = rest.square().sum()
+    return energies
+
+
+def cast(terms: Sequence[Terms], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Differences in a floating type, and (T,) squared norms of what that loses, float64."""
+    like = terms[0][0]
+    values = [torch.empty(m.shape, dtype=dtype, device=m.device) for m, _ in terms]
+    lost = torch.empty(len(terms), len(like), device=like.device)
+    for t, rows, x in differences(terms):
+        values[t][rows] = x
+        rest = values[t][rows].float() - x
+        lost[t, rows] = torch.linalg.vector_norm(rest, dim=1)
+    return values, lost.double().square().sum(1)

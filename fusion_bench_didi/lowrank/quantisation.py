@@ -4,12 +4,13 @@
 direction counts, so a rank-r module stores r scales. Letters: ``m`` out, ``n`` in, ``r`` rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .blocks import blocks_of_rows, difference
+from .blocks import Terms, differences
 from .codes import ends, offset, pack_codes, packed_size
 from .factors import LowRankFactors, Matrix
 
@@ -66,7 +67,7 @@ def _coded(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         largest = x.abs().amax(1, keepdim=True)  # many times as fast as the norm
         step = largest.clamp_(min=smallest).div_(high)
         return torch.div(x, step).round_().clamp_(low, high), step
-    some = x[:, :: -(-x.shape[1] // _SAMPLE)]
+    some = x[:, :: -(-x.shape[1] // _SAMPLE)].contiguous()
     size = torch.linalg.vector_norm(some, dim=1, keepdim=True)
     step = size.mul_(_STEP[bits] / max(some.shape[1], 1) ** 0.5)
     if not bool((step > 0).all()):  # a row whose sample is all zero
@@ -106,35 +107,32 @@ class RoundedMatrix:
     error: Tensor
 
 
-def round_matrix(
-    matrix: Tensor, bits: int, *, less: Tensor | None = None
-) -> RoundedMatrix:
-    """:func:`round_rows` of ``matrix - less``, packed, and what it lost.
+def round_matrices(terms: Sequence[Terms], bits: int) -> list[RoundedMatrix]:
+    """:func:`round_rows` of differences, packed, and what each lost.
 
     Blocks of rows go through all of it while they are in the cache: every entry is read from memory once, and neither
-    the difference nor what the codes stand for is ever held whole.
-
-    Args:
-        matrix, less: (m, n) of any floating type; the difference is taken in float32.
+    the differences nor what the codes stand for are ever held whole.
     """
-    m, n = matrix.shape
-    codes = torch.empty(m, n, dtype=torch.int8, device=matrix.device)
+    (m, n), device = terms[0][0].shape, terms[0][0].device
+    shape, dtype = (m, n), torch.int8
     if bits < 8:
-        codes = codes.new_empty(packed_size(m * n, bits), dtype=torch.uint8)
-    scale = torch.empty(m, device=matrix.device)
-    lost = torch.empty_like(scale)  # norms of rows
-    for rows in blocks_of_rows(matrix):
-        x = difference(matrix, less, rows)
+        shape, dtype = (packed_size(m * n, bits),), torch.uint8
+    codes = [torch.empty(shape, dtype=dtype, device=device) for _ in terms]
+    scales = torch.empty(len(terms), m, device=device)
+    lost = torch.empty_like(scales)  # norms of rows
+    for t, rows, x in differences(terms):
         coded, step = _coded(x, bits)
         place = rows
         if bits < 8:
             begin, end = (packed_size(row * n, bits) for row in (rows.start, rows.stop))
             place = slice(begin, end)
-        codes[place] = pack_codes(coded.to(torch.int8), bits)
-        scale[rows] = step[:, 0]
+        codes[t][place] = pack_codes(coded.to(torch.int8), bits)
+        scales[t, rows] = step[:, 0]
         rest = coded.add_(offset(bits)).mul_(step).sub_(x)
-        lost[rows] = torch.linalg.vector_norm(rest, dim=1)
-    return RoundedMatrix(codes, scale, bits, lost.double().square().sum())
+        lost[t, rows] = torch.linalg.vector_norm(rest, dim=1)
+    errors = lost.double().square().sum(1)
+    made = zip(codes, scales, errors)
+    return [RoundedMatrix(code, scale, bits, error) for code, scale, error in made]
 
 
 def round_factors(

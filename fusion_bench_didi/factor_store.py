@@ -44,23 +44,25 @@ class FactorStore:
         save_file(tensors, file)
         self._files[name] = file
 
-    def pop(self, name: str) -> tuple[Basis, ...]:
-        """What was put there; it is forgotten here.
+    def get(self, name: str) -> tuple[Basis, ...]:
+        """What was put there.
 
         Raises:
             KeyError: if there is nothing of that name.
         """
         if name in self._held:
-            bases = self._held.pop(name)
-            self._left += _bytes(bases)
-            return bases
+            return self._held[name]
         tensors = load_file(self._files[name])
-        bases = tuple(
+        return tuple(
             Basis(
                 tensors[f"{i}.vectors"], tensors[f"{i}.S"], float(tensors[f"{i}.tail"])
             )
             for i in range(len(tensors) // 3)
         )
+
+    def pop(self, name: str) -> tuple[Basis, ...]:
+        """As :meth:`get`; it is forgotten here."""
+        bases = self.get(name)
         self.drop(name)
         return bases
 

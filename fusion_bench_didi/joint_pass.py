@@ -24,6 +24,7 @@ from .lowrank import (
     sharing,
     singular_values,
     subtracting,
+    togetherness,
 )
 from .precision import Precision
 from .whole import WORTH_SHARING, certainly_whole, row_of_whole
@@ -31,6 +32,8 @@ from .work import REACH, SPENT, Work
 
 #: Common subspaces are looked into where the even share is below this part of what a matrix costs whole.
 WORTH_COMMON = 0.35
+#: ... and the leading directions of all tasks together hold this much more than those of unrelated tasks.
+WORTH_TOGETHER = 1.05
 
 Table = list[MatrixSpectra]
 StoredAs = dict[str, Precision]
@@ -237,6 +240,9 @@ def _common(work: Work, name: str) -> list[_Option]:
     )
     one_by_one = work.task_vectors.one_by_one(name)
     if held or one_by_one or not work.settings.in_common:
+        return options
+    bases = work.store.get(name)[1:]
+    if togetherness(bases, work.weights[name]) < WORTH_TOGETHER:
         return options
     for precision in precisions:
         share = work.share(name) / precision.price(*shape).dense

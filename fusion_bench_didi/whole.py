@@ -14,6 +14,8 @@ from .work import SPENT, Work
 
 #: Sides of a sample per direction that is asked about: the short one costs an eigenproblem, the long one a product.
 SHORT, LONG = 2, 6
+#: Where such a sample does not tell, one of so many times the sides is asked.
+ZOOMS = (1, 2)
 #: Sharing may pay where the mean task vector holds this much more than that of unrelated tasks.
 WORTH_SHARING = 1.5
 #: What spectra in float32 differ from energies in float64 by.
@@ -38,15 +40,17 @@ def certainly_whole(work: Work) -> frozenset[str]:
     _, mu = choose(list(offers.values()), work.budget)
 
     def certain(name: str) -> bool:
-        sigma, tail, alike = _optimistic(work, name)
-        if work.settings.static != "none" and alike > WORTH_SHARING:
-            # a few rows that hold much may have told this
-            if _alike(work, name) > WORTH_SHARING:
-                return False
-        if bool((tail < SPENT * work.energy[name]).any()):
-            return False
-        best = _least(_offers(work, name, sigma, tail), mu)
-        return best >= (1 - ROUNDING) * _least(offers[name], mu)
+        for zoom in ZOOMS:
+            sigma, tail, alike = _optimistic(work, name, zoom)
+            if work.settings.static != "none" and alike > WORTH_SHARING:
+                # a few rows that hold much may have told this
+                if _alike(work, name) > WORTH_SHARING:
+                    return False
+            best = _least(_offers(work, name, sigma, tail), mu)
+            spread = bool((tail >= SPENT * work.energy[name]).all())
+            if spread and best >= (1 - ROUNDING) * _least(offers[name], mu):
+                return True
+        return False
 
     return frozenset(n for n, is_so in work.over("glance", certain, names) if is_so)
 
@@ -99,13 +103,14 @@ def _asked(work: Work, name: str) -> bool:
     return known and work.glanced(name) and work.first_guess(name) < work.cap(name)
 
 
-def _optimistic(work: Work, name: str) -> tuple[Tensor, Tensor, float]:
+def _optimistic(work: Work, name: str, zoom: int) -> tuple[Tensor, Tensor, float]:
     """(T, q) singular values and (T,) energies beyond them that no task vector can be expected to better, from samples.
 
     Last, how alike the samples are: their mean's energy over what it would be if they were unrelated, 1 to T.
     """
     rank, (m, n) = work.first_guess(name), work.shape(name)
-    sides = (SHORT * rank, LONG * rank) if m <= n else (LONG * rank, SHORT * rank)
+    short, long = zoom * SHORT * rank, zoom * LONG * rank
+    sides = (short, long) if m <= n else (long, short)
     rows, columns = sampled(m, sides[0])[:, None], sampled(n, sides[1])
     terms = work.task_vectors.terms(name, work.task_vectors.tasks)
     last = block = None

@@ -17,7 +17,14 @@ from fusion_bench_didi.common_deltas import (
     RoundedCoreDelta,
 )
 from fusion_bench_didi.joint_pass import Common, grown
-from fusion_bench_didi.lowrank import CommonOffer, common_spaces, cores, refine_common
+from fusion_bench_didi.lowrank import (
+    CommonOffer,
+    common_spaces,
+    cores,
+    leading,
+    refine_common,
+    togetherness,
+)
 from fusion_bench_didi.lowrank.common import GRID
 from fusion_bench_didi.models import DiDiModel
 from fusion_bench_didi.models.tables import Serving, factors_of
@@ -38,6 +45,20 @@ def in_common(
     up, down = torch.randn(m, size, generator=g), torch.randn(size, n, generator=g)
     own = torch.randn(tasks, size, size, generator=g)
     return up @ own @ down + noise * torch.randn(tasks, m, n, generator=g)
+
+
+def test_togetherness_tells_common_directions_from_unrelated_ones():
+    g = torch.Generator().manual_seed(3)
+    alone = torch.randn(4, 60, 50, generator=g) * torch.arange(1, 61).rsqrt()[:, None]
+    mixed = torch.stack([tau[torch.randperm(60, generator=g)] for tau in alone])
+
+    def found(stack: Tensor) -> float:
+        return togetherness([leading(tau) for tau in stack], WEIGHTS)
+
+    assert found(mixed) == pytest.approx(1.0, abs=0.07)
+    assert found(in_common(60, 50, 5)) > 1.2
+    assert found(in_common(50, 60, 5)) > 1.2
+    assert found(in_common(60, 50, 5, noise=1.0)) > 1.2
 
 
 def as_task_vectors(*stacks: Tensor) -> TaskVectors:

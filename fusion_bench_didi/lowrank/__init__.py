@@ -11,7 +11,7 @@ from .allocation import (
     whole_from,
 )
 from .candidates import Candidate, Offer, choose, sharing, upgrade
-from .common import CommonOffer, common_spaces, cores, refine_common
+from .common import CommonOffer, common_spaces, cores, refine_common, togetherness
 from .decomposition import (
     Decomposition,
     SharedMerge,
@@ -74,6 +74,7 @@ __all__ = [
     "spectrum",
     "subspace_step",
     "subtracting",
+    "togetherness",
     "total_cost",
     "truncation_error",
     "uniform",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .factored import Frame, all_factored, stacked
 from .factors import Matrix
-from .svd import leading, spectrum
+from .svd import Basis, leading, singular_values, spectrum
 
 #: The error is tabulated at no more than so many values of p, and of q.
 GRID = 256
@@ -48,6 +48,36 @@ class CommonSpaces:
     sizes_down: Tensor
     kept: Tensor
     energy: float
+
+
+def togetherness(
+    bases: Sequence[Basis], weights: Tensor, *, part: float = 0.1
+) -> float:
+    """How much more the leading short-side directions of all tasks together hold than if tasks used unrelated ones.
+
+    Unrelated are the same directions with their entries shuffled, task by task: the spectra stay, what is common goes.
+
+    Args:
+        bases: T of equal shape.
+        weights: (T,) of the squared errors.
+        part: how many directions are looked at, in parts of the side; no more than every task has.
+    """
+    side = bases[0].vectors.shape[0]
+    known = min(basis.vectors.shape[1] for basis in bases)
+    count = min(max(int(part * side), 2), max(known, 1))
+    seed = torch.Generator().manual_seed(side)
+    own, shuffled = [], []
+    for basis, weight in zip(bases, weights.tolist()):
+        vectors = basis.vectors[:, :count]
+        own.append(weight**0.5 * vectors * basis.S[:count])
+        order = torch.randperm(side, generator=seed).to(basis.vectors.device)
+        shuffled.append(own[-1][order])
+
+    def held(parts: list[Tensor]) -> float:
+        stack = torch.cat(parts, 1)
+        return float(singular_values(stack, max_rank=count).square().sum())
+
+    return held(own) / max(held(shuffled), 1e-300)
 
 
 def common_spaces(

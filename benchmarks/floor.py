@@ -1,21 +1,28 @@
 """What this machine can do at most: the floor under a merge's time."""
 
+import math
+import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fusion_bench.modelpool import BaseModelPool
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
-from fusion_bench_didi.factor_store import FactorStore
-from fusion_bench_didi.layout import MergeSettings, lay_out, matrix_budget
 from fusion_bench_didi.lowrank import sketched
 from fusion_bench_didi.lowrank.svd import EIGEN_COST, searched
-from fusion_bench_didi.pool_reader import open_pool
-from fusion_bench_didi.work import Work
+
+#: Subtract the base and add up squares; subtract again, scale, round and clamp.
+PASSES = 6
+#: Additions of one block that are timed together.
+ADDITIONS = 2000
+
+#: A matrix that was decomposed: its shape, the rank reached, and how many such (tasks, and their shared matrix).
+Decomposed = tuple[tuple[int, int], int, int]
 
 
 @dataclass(frozen=True)
@@ -24,80 +31,106 @@ class Machine:
 
     Args:
         flops: float32 multiply-adds of a 2048^3 product, two operations each, per second.
-        read, write: bytes per second; reading from the system's cache, writing until it is on disk.
+        elementwise: float32 additions of blocks that stay in the cache, per second.
+        read, write: bytes per second; reading from the system's cache or from the disk, writing to the system.
     """
 
     flops: float
+    elementwise: float
     read: float
     write: float
 
     @classmethod
-    def measured(cls, directory: Path) -> "Machine":
-        """By a matrix product, one checkpoint of ``directory`` and a file of 512 MB beside it."""
+    def measured(cls, directory: Path, *, cold: bool = False) -> "Machine":
+        """By matrix products, additions, one checkpoint of ``directory`` and a file of 512 MB beside it.
+
+        Args:
+            cold: whether the checkpoint is read from the disk.
+        """
         a = torch.randn(2048, 2048)
         product = min(_timed(lambda: a @ a) for _ in range(5))
+        block = torch.randn(2**16)
+        addition = min(_timed(lambda: _additions(block)) for _ in range(5))
         file = max(directory.glob("*.safetensors"), key=lambda f: f.stat().st_size)
-        read = min(_timed(lambda: _copies(file)) for _ in range(3))
+        reads = []
+        for _ in range(3):
+            if cold:
+                _forget(file)
+            reads.append(_timed(lambda: _copies(file)))
         with tempfile.TemporaryFile(dir=directory) as out:
-            block = bytes(2**24)
+            chunk = bytes(2**24)
 
             def write() -> None:
                 for _ in range(32):
-                    out.write(block)
+                    out.write(chunk)
                 out.flush()
 
             written = _timed(write)
-        return cls(2 * 2048**3 / product, file.stat().st_size / read, 2**29 / written)
+        return cls(
+            flops=2 * 2048**3 / product,
+            elementwise=ADDITIONS * block.numel() / addition,
+            read=file.stat().st_size / min(reads),
+            write=2**29 / written,
+        )
 
 
-def floor(pool: Mapping[str, str], settings: MergeSettings, written: float) -> dict:
+def floor(
+    pool: Mapping[str, str], decomposed: Sequence[Decomposed], written: float
+) -> dict:
     """Operations and bytes that a merge of these checkpoints cannot do without.
 
-    Counted are the decompositions (products, orthogonalisations, eigenproblems at their usual operation count), one read
-    of every file, and the bytes written.
+    Counted are the decompositions that it made (products, orthogonalisations, eigenproblems at their usual operation
+    count), :data:`PASSES` elementwise operations on every number of the task vectors, one read of every file, and the
+    bytes written. Refinement, sampling and packing are not.
     """
-    vectors = open_pool(BaseModelPool(dict(pool)))
-    layout = lay_out(vectors, settings, None)
-    work = Work(
-        vectors,
-        settings,
-        layout,
-        matrix_budget(layout, settings),
-        {},
-        "cpu",
-        lambda *_: None,
-        FactorStore(0),
-    )
     operations = 0.0
-    for name in layout.matrices:
-        side, long = sorted(work.shape(name))
-        q = work.first_guess(name)
-        if sketched((side, long), q):
-            p = searched(q, side)
+    for shape, rank, matrices in decomposed:
+        side, long = sorted(shape)
+        if sketched((side, long), rank):
+            p = searched(rank, side)
             one = 6 * long * side * p + 4 * side * p**2 + EIGEN_COST["cpu"] * p**3
         else:
             one = 2 * long * side**2 + EIGEN_COST["cpu"] * side**3
-        operations += one * (len(vectors.tasks) + 1)
-    files = [f for d in pool.values() for f in Path(d).glob("*.safetensors")]
+        operations += one * matrices
+    files = {n: list(Path(d).glob("*.safetensors")) for n, d in pool.items()}
+    tuned = [f for name, some in files.items() for f in some if name != "_pretrained_"]
     return {
         "operations": operations,
-        "read": sum(f.stat().st_size for f in files),
+        "elementwise": PASSES * sum(_numbers(f) for f in tuned),
+        "read": sum(f.stat().st_size for some in files.values() for f in some),
         "written": written,
     }
+
+
+def _numbers(file: Path) -> int:
+    with safe_open(file, "pt") as f:
+        return sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())
 
 
 def seconds(needs: Mapping[str, float], machine: Machine) -> float:
     """The floor on this machine."""
     return (
         needs["operations"] / machine.flops
+        + needs["elementwise"] / machine.elementwise
         + needs["read"] / machine.read
         + needs["written"] / machine.write
     )
 
 
+def _additions(block: Tensor) -> None:
+    out = torch.empty_like(block)
+    for _ in range(ADDITIONS):
+        torch.add(block, block, out=out)
+
+
 def _copies(file: Path) -> None:
     for tensor in load_file(file).values():
         tensor.clone()
+
+
+def _forget(file: Path) -> None:
+    with open(file, "rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _timed(function) -> float:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from .checkpoints import SHAPES, pool_of
+from .floor import Decomposed, Machine, floor, seconds
 from .suites import machine, write_json
 
 WUDI_STEPS = 300
@@ -102,6 +103,7 @@ def child(method: str, arguments: argparse.Namespace) -> dict:
     from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool
     from omegaconf import DictConfig
 
+    decomposed = _recorded()
     directories = pool_of(arguments.shape, arguments.tasks)
     where = Path(directories["_pretrained_"]).parent
     language = arguments.shape.startswith("llama")
@@ -127,8 +129,25 @@ def child(method: str, arguments: argparse.Namespace) -> dict:
             "written": written,
             "stages": info.get("seconds"),
             "relative_error": info.get("relative_error"),
+            "decomposed": decomposed,
         }
     return result
+
+
+def _recorded() -> list[Decomposed]:
+    """A list of what DiDi decomposes from here on."""
+    from fusion_bench_didi.work import Work
+
+    found: list[Decomposed] = []
+    decompose = Work._decompose
+
+    def recorded(work, name: str, reach: int, fixed: int | None):
+        matrices = len(work.task_vectors.tasks) + (fixed != 0)
+        found.append((work.shape(name), reach, matrices))
+        return decompose(work, name, reach, fixed)
+
+    Work._decompose = recorded
+    return found
 
 
 def measure(method: str, shape: str, tasks: int, arguments) -> dict:
@@ -146,7 +165,8 @@ def measure(method: str, shape: str, tasks: int, arguments) -> dict:
     result = json.loads(done.stdout.strip().splitlines()[-1])
     if method == "wudi":
         result["seconds"] *= WUDI_STEPS / arguments.wudi_steps
-    print(method, shape, tasks, result, flush=True)
+    shown = {key: value for key, value in result.items() if key != "decomposed"}
+    print(method, shape, tasks, shown, flush=True)
     return result
 
 
@@ -160,8 +180,6 @@ def medians(runs: list[dict]) -> dict:
 
 def side_by_side(arguments: argparse.Namespace) -> dict:
     """Every method at one shape, taken in turns; the floor of the same machine."""
-    from .floor import Machine, floor, seconds
-
     shape, tasks = arguments.shape, arguments.tasks
     pool = pool_of(shape, tasks)
     found: dict[str, list[dict]] = {name: [] for name in arguments.only}
@@ -172,19 +190,13 @@ def side_by_side(arguments: argparse.Namespace) -> dict:
     rows = {name: medians(runs) for name, runs in found.items()}
     speed = Machine.measured(Path(pool["_pretrained_"]))
     for name, row in rows.items():
+        decomposed = row.pop("decomposed")
         if name.startswith("didi"):
-            row["floor"] = seconds(floor(pool, _settings(name), row["written"]), speed)
+            row["floor"] = seconds(floor(pool, decomposed, row["written"]), speed)
     rates = {"GFLOP/s": speed.flops / 1e9}
+    rates |= {"elementwise G/s": speed.elementwise / 1e9}
     rates |= {"read GB/s": speed.read / 1e9, "write GB/s": speed.write / 1e9}
     return {"shape": shape, "tasks": tasks, "rates": rates, "rows": rows}
-
-
-def _settings(name: str):
-    from fusion_bench_didi.budget import Budget
-    from fusion_bench_didi.layout import MergeSettings
-
-    dtype = "checkpoint" if "float" in name else "auto"
-    return MergeSettings(Budget(1.4), factor_dtype=dtype)
 
 
 def growth(arguments: argparse.Namespace) -> dict:
@@ -198,6 +210,7 @@ def growth(arguments: argparse.Namespace) -> dict:
         pool_of(shape, tasks)
         runs = [measure("didi", shape, tasks, arguments) for _ in range(arguments.runs)]
         rows.append({"shape": shape, "tasks": tasks, **medians(runs)})
+        rows[-1].pop("decomposed")
     in_tasks = rows[: len(counts)]
     exponent = _slope([r["tasks"] for r in in_tasks], [r["seconds"] for r in in_tasks])
     eight = [r for r in rows if r["tasks"] == 8]

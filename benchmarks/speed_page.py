@@ -54,22 +54,32 @@ def _peers(found: Mapping[str, Any]) -> list[str]:
 
 
 def _growth(found: Mapping[str, Any]) -> list[str]:
+    from .speed import METHODS
+
     lines = [
         "## Growth",
         "",
-        f"`python -m benchmarks.speed growth`, DiDi-M; {_text(found['machine'])}.",
+        f"`python -m benchmarks.speed growth`; {_text(found['machine'])}.",
         "",
-        "| shape | tasks | seconds | peak GB |",
-        "|---|--:|--:|--:|",
+        "| method | shape | tasks | runs | seconds | matrices decomposed | peak GB |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in found["rows"]:
         lines.append(
-            f"| {row['shape']} | {row['tasks']} | {row['seconds']:.1f} | {row['peak_gb']:.2f} |"
+            f"| {METHODS[row['method']][0]} | {row['shape']} | {row['tasks']} | {row['runs']} | {row['seconds']:.1f} | "
+            f"{row['decomposed']} | {row['peak_gb']:.2f} |"
         )
-    law = f"Time grows as tasks^{found['exponent in tasks']:.2f}"
-    if "exponent in size" in found:
-        law += f" and as parameters^{found['exponent in size']:.2f}"
-    return [*lines, "", law + ".", ""]
+    lines.append("")
+    for method, exponents in found["exponents"].items():
+        law = " and ".join(f"{name}^{value:.2f}" for name, value in exponents.items())
+        lines.append(f"- {METHODS[method][0]}: time grows as {law}.")
+    return [
+        *lines,
+        "",
+        "The default decomposes nothing where the budget stores most matrices whole in a few bits, as it does up to eight tasks;",
+        "at sixteen low rank begins to pay and everything is decomposed. Its exponent is of two kinds of work.",
+        "",
+    ]
 
 
 def _text(machine: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Merging from files to a saved model: seconds and peak memory of DiDi beside the host's methods.
 
     python -m benchmarks.speed                    # ViT-B/32, eight tasks: DiDi, TSV-M, EMR, SMILE, WUDI
-    python -m benchmarks.speed growth             # DiDi-M over numbers of tasks (--counts, with 8), and over --sizes
+    python -m benchmarks.speed growth             # DiDi over numbers of tasks (--counts, with 8), and over --sizes
     python -m benchmarks.speed --device cuda --only didi didi_float tsv_m
 
 Every run is a process of its own, imports not counted. Medians over ``--runs`` (peers of many minutes run once). WUDI is
@@ -28,13 +28,29 @@ from .suites import machine, write_json
 
 WUDI_STEPS = 300
 ONCE = ("wudi", "smile", "didi_exact", "didi_float_exact")
-GROWING = ("didi", "didi_float")
+PEERS = (
+    "didi",
+    "didi_disk",
+    "didi_exact",
+    "didi_float",
+    "didi_float_exact",
+    "tsv_m",
+    "emr",
+    "smile",
+    "wudi",
+)
+GROWING = ("didi", "didi_per_task", "didi_float")
 TASKS, SIZES = (2, 4, 8, 16, 20), ("vit-b-32", "vit-l-14")
 
 Merge = Callable[..., object]
 
 
-def _didi(exact: bool = False, to_disk: bool = False, **settings) -> Merge:
+def _didi(
+    exact: bool = False,
+    to_disk: bool = False,
+    per_task: float | None = None,
+    **settings,
+) -> Merge:
     def run(pool, out: Path, **_):
         from fusion_bench_didi.lowrank import svd
         from fusion_bench_didi.method import DiDiMerging
@@ -42,7 +58,8 @@ def _didi(exact: bool = False, to_disk: bool = False, **settings) -> Merge:
         if exact:
             svd.SKETCH_SIDE = sys.maxsize
         place = str(out) if to_disk else None
-        model = DiDiMerging(budget=1.4, output_dir=place, **settings).run(pool)
+        budget = per_task * len(pool.model_names) if per_task else 1.4
+        model = DiDiMerging(budget=budget, output_dir=place, **settings).run(pool)
         if not to_disk:
             model.save_pretrained(out)
         return model
@@ -88,6 +105,7 @@ METHODS: dict[str, tuple[str, Merge]] = {
         _didi(to_disk=True, factor_memory_gb=0.1),
     ),
     "didi_exact": ("DiDi-M, exact decompositions", _didi(exact=True)),
+    "didi_per_task": ("DiDi, 0.175 per task", _didi(per_task=1.4 / 8)),
     "didi_float": ("DiDi-M, float factors", _didi(factor_dtype="checkpoint")),
     "didi_float_exact": (
         "DiDi-M, float factors, exact decompositions",
@@ -185,9 +203,10 @@ def side_by_side(arguments: argparse.Namespace) -> dict:
     """Every method at one shape, taken in turns; the floor of the same machine."""
     shape, tasks = arguments.shape, arguments.tasks
     pool = pool_of(shape, tasks)
-    found: dict[str, list[dict]] = {name: [] for name in arguments.only}
+    names = arguments.only or PEERS
+    found: dict[str, list[dict]] = {name: [] for name in names}
     for run in range(arguments.runs):
-        for name in arguments.only:
+        for name in names:
             if run == 0 or name not in ONCE:
                 found[name].append(measure(name, shape, tasks, arguments))
     rows = {name: medians(runs) for name, runs in found.items()}
@@ -202,16 +221,22 @@ def side_by_side(arguments: argparse.Namespace) -> dict:
     return {"shape": shape, "tasks": tasks, "rates": rates, "rows": rows}
 
 
-def growth(arguments: argparse.Namespace) -> dict:
+def growth(arguments: argparse.Namespace, before: dict) -> dict:
     """DiDi-M over numbers of tasks at the first size, and over sizes at eight tasks; with fitted exponents.
 
     With float factors every matrix is decomposed at every number of tasks. The default decomposes nothing where the budget
-    stores matrices whole in a few bits, as it does for few tasks: its exponent is of two kinds of work.
+    stores matrices whole in a few bits, as it does for few tasks at a fixed budget (its exponent is of two kinds of work)
+    and for any number of them at a fixed budget per task.
+
+    Args:
+        before: what was found earlier; kept for methods that are not measured now.
     """
     counts, sizes = arguments.counts, arguments.sizes
     cells = [(sizes[0], t) for t in counts] + [(size, 8) for size in sizes[1:]]
-    rows, exponents = [], {}
-    for method in GROWING:
+    chosen = arguments.only or GROWING
+    rows = [row for row in before.get("rows", ()) if row["method"] not in chosen]
+    exponents = dict(before.get("exponents", {}))
+    for method in chosen:
         times: dict[tuple[str, int], float] = {}
         for shape, tasks in cells:
             pool_of(shape, tasks)
@@ -250,7 +275,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("peers", "growth"), default="peers")
     parser.add_argument("--shape", choices=SHAPES, default="vit-b-32")
     parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--only", nargs="+", choices=METHODS)
     parser.add_argument("--counts", nargs="+", type=int, default=TASKS)
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=SIZES)
     parser.add_argument("--runs", type=int, default=3)
@@ -266,7 +291,10 @@ def main() -> None:
 
     file = arguments.out / "speed.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
-    found = (side_by_side if arguments.what == "peers" else growth)(arguments)
+    if arguments.what == "peers":
+        found = side_by_side(arguments)
+    else:
+        found = growth(arguments, record.get("growth", {}))
     record[arguments.what] = {"machine": machine(), "device": arguments.device, **found}
     write_json(file, record)
     write_page(record, arguments.out / "speed.md")

@@ -39,12 +39,16 @@ CHOICES: tuple[tuple[str, dict], ...] = (
 )
 
 
+#: Retentions, one per seed, by label and budget.
+Found = dict[tuple[str, float], list[float]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
-    found: dict[tuple[str, float], list[float]] = {}
+    found: Found = {}
     for seed in arguments.seeds:
         suite = Suite(str(build_suite(seed=seed)))
         reference = suite.individuals()
@@ -56,14 +60,18 @@ def main() -> None:
                 kept = retention(suite.accuracy(model), reference)
                 found.setdefault((label, budget), []).append(kept)
                 print(seed, budget, label, f"{100 * kept:.2f}", flush=True)
+    write_page(found, arguments.seeds, arguments.out)
+
+
+def write_page(found: Found, seeds: list[int], out: Path) -> None:
+    """ablation.md and .json."""
     labels = list(dict.fromkeys(label for label, _ in found if label != "base model"))
-    base = found["base model", 0.0]
     lines = [
         "# Ablation on the embedded suite",
         "",
-        f"`python -m benchmarks.ablation`: {len(arguments.seeds)} re-trainings (seeds {arguments.seeds}), retention in per cent,",
+        f"`python -m benchmarks.ablation`: {len(seeds)} re-trainings (seeds {seeds}), retention in per cent,",
         "mean and, in brackets, largest minus smallest. Each row changes the default in what it names. The base model",
-        f"keeps {_cell(base)}.",
+        f"keeps {_cell(found['base model', 0.0])}.",
         "",
         "| setting | " + " | ".join(f"budget {b}" for b in BUDGETS) + " |",
         "|---" * (len(BUDGETS) + 1) + "|",
@@ -72,9 +80,9 @@ def main() -> None:
         cells = " | ".join(_cell(found[label, b]) for b in BUDGETS)
         lines.append(f"| {label} | {cells} |")
     print("\n".join(lines))
-    (arguments.out / "ablation.md").write_text("\n".join(lines) + "\n")
+    (out / "ablation.md").write_text("\n".join(lines) + "\n")
     rows = [[label, budget, values] for (label, budget), values in found.items()]
-    write_json(arguments.out / "ablation.json", {"machine": machine(), "rows": rows})
+    write_json(out / "ablation.json", {"machine": machine(), "rows": rows})
 
 
 def _cell(values: list[float]) -> str:

@@ -30,7 +30,7 @@ def path(exact: bool) -> Iterator[None]:
     side, certain = svd.SKETCH_SIDE, joint_pass.certainly_whole
     svd.SKETCH_SIDE = NEVER if exact else FORCED
     if exact:
-        joint_pass.certainly_whole = lambda work: frozenset()
+        joint_pass.certainly_whole = lambda work: {}
     try:
         yield
     finally:

@@ -164,7 +164,8 @@ def _recorded() -> list[Decomposed]:
 
     def recorded(work, name: str, reach: int, fixed: int | None):
         matrices = len(work.task_vectors.tasks) + (fixed != 0)
-        found.append((work.shape(name), reach, matrices))
+        if reach:
+            found.append((work.shape(name), reach, matrices))
         return decompose(work, name, reach, fixed)
 
     Work._decompose = recorded
@@ -225,8 +226,7 @@ def growth(arguments: argparse.Namespace, before: dict) -> dict:
     """DiDi-M over numbers of tasks at the first size, and over sizes at eight tasks; with fitted exponents.
 
     With float factors every matrix is decomposed at every number of tasks. The default decomposes nothing where the budget
-    stores matrices whole in a few bits, as it does for few tasks at a fixed budget (its exponent is of two kinds of work)
-    and for any number of them at a fixed budget per task.
+    stores matrices whole in a few bits, as a fixed budget does for few tasks: its exponent is of two kinds of work.
 
     Args:
         before: what was found earlier; kept for methods that are not measured now.
@@ -244,7 +244,7 @@ def growth(arguments: argparse.Namespace, before: dict) -> dict:
                 measure(method, shape, tasks, arguments) for _ in range(arguments.runs)
             ]
             row = {"method": method, "shape": shape, "tasks": tasks, **medians(runs)}
-            row["decomposed"] = sum(count for *_, count in row["decomposed"])
+            del row["decomposed"]
             rows.append(row)
             times[shape, tasks] = row["seconds"]
         exponents[method] = {

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from .lowrank import (
     Basis,
@@ -27,7 +28,13 @@ from .lowrank import (
     togetherness,
 )
 from .precision import Precision
-from .whole import WORTH_SHARING, certainly_whole, row_of_whole
+from .whole import (
+    WORTH_SHARING,
+    certainly_whole,
+    no_choice,
+    row_of_whole,
+    sample_places,
+)
 from .work import REACH, SPENT, Work
 
 #: Common subspaces are looked into where the even share is below this part of what a matrix costs whole.
@@ -101,14 +108,15 @@ def joint_pass(work: Work) -> FirstPass:
     options = {n: list(_in_all_precisions(work, n, own[n])) for n in names}
     picks, mu = _chosen(work, options)
     sharable = work.settings.residual == "truncated" and mu > 0
-    unsettled = [n for n in names if n not in whole and sharable]
+    sharers = [n for n in names if sharable and whole.get(n, True)]
     alone = {n: options[n][i].candidate for n, i in zip(names, picks)}
-    look = lambda n: _shared_too(work, n, alone[n], mu)  # noqa: E731
+    look = lambda n: _shared_too(work, n, alone[n], mu, n in whole)  # noqa: E731
     if work.settings.static != "none":
-        for name, more in work.over("share", look, unsettled):
+        for name, more in work.over("share", look, sharers):
             options[name] += [
                 o for c in more for o in _in_all_precisions(work, name, c)
             ]
+    unsettled = [n for n in sharers if n not in whole]
     for name, offers in work.over("share", lambda n: _common(work, n), unsettled):
         options[name] += offers
     if any(len(options[n]) > len(work.layout.precisions[n]) for n in names):
@@ -187,14 +195,18 @@ def _in_all_precisions(
         yield _Option(priced.offer(work.weights[name]), p, priced)
 
 
-def _shared_too(work: Work, name: str, own: Candidate, level: float) -> list[Candidate]:
+def _shared_too(
+    work: Work, name: str, own: Candidate, level: float, whole: bool
+) -> list[Candidate]:
     """What might pay beside experts only, at so much error per bit.
 
     Args:
         own: experts only, in the precision in which they are best.
+        whole: low rank is no choice for them, and ``own`` has no singular values.
     """
     vectors, weights = work.read(name), work.weights[name]
-    q, full = own.sigma.shape[1], full_rank(*work.shape(name))
+    full = full_rank(*work.shape(name))
+    q = work.first_guess(name) if whole else own.sigma.shape[1]
     shared = work.shared(name, vectors)
     found = leading(shared, max_rank=q, name=name)
     mean = found.S.cpu()
@@ -205,23 +217,23 @@ def _shared_too(work: Work, name: str, own: Candidate, level: float) -> list[Can
     ranks = {full if k >= most else k for k in ranks}
     candidates = []
     for k in sorted(ranks - {0}):
-        if sharing(mean, own.sigma, weights, k) < WORTH_SHARING:
+        if not whole and sharing(mean, own.sigma, weights, k) < WORTH_SHARING:
             continue
         left = subtracting(shared if k == full else found.factors(shared, k))
-        sigma, tails = [], []
-        for tau in vectors:
-            rest = left(tau)
-            values = singular_values(rest, max_rank=q).cpu()
-            energy = energy_of(rest)
-            tails.append(max(float(energy) - float(values.double().square().sum()), 0))
-            sigma.append(values)
-        candidates.append(
-            replace(
-                own,
-                shared_rank=k,
-                sigma=torch.stack(sigma),
-                tail_energy=torch.tensor(tails),
+        energy = torch.stack([energy_of(left(tau)) for tau in vectors]).cpu()
+        sigma = torch.zeros(len(vectors), 0)
+
+        def sample(zoom: int) -> list[Tensor]:
+            places = sample_places(work, name, zoom)
+            return [left(tau)[places].cpu() for tau in vectors]
+
+        if not (whole and no_choice(work, name, sample, energy, level)):
+            sigma = torch.stack(
+                [singular_values(left(tau), max_rank=q).cpu() for tau in vectors]
             )
+        tail = (energy - sigma.double().square().sum(1)).clamp(min=0)
+        candidates.append(
+            replace(own, shared_rank=k, sigma=sigma, tail_energy=tail.float())
         )
     return candidates
 

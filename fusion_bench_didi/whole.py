@@ -1,6 +1,7 @@
 """Matrices that are stored whole: known without decomposing them, and rounded without forming their task vectors."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,37 +23,72 @@ WORTH_SHARING = 1.5
 ROUNDING = 1e-6
 
 
-def certainly_whole(work: Work) -> frozenset[str]:
-    """Matrices for which low rank is no choice, so that nothing has to be decomposed.
+def certainly_whole(work: Work) -> dict[str, bool]:
+    """Matrices for which low rank is no choice, so that no expert has to be decomposed; whether sharing may pay for them.
 
     If every matrix is stored whole or not at all, the energies alone tell the best precisions under the budget and the
     multiplier ``mu`` (error per bit) at which they are the best. A matrix of which even an optimistic spectrum offers
-    nothing better at that multiplier is certain, unless tasks have so much in common that sharing may pay. Asked are only
-    matrices that the budget pays for as a whole on average.
+    nothing better at that multiplier is certain. Asked are only matrices that the budget pays for as a whole on average.
     """
     names = [n for n in work.layout.matrices if _asked(work, n)]
     if not names:
-        return frozenset()
-    nothing = torch.zeros(len(work.task_vectors.tasks), 0)
-    offers = {
-        n: _offers(work, n, nothing, work.energy[n]) for n in work.layout.matrices
-    }
-    _, mu = choose(list(offers.values()), work.budget)
+        return {}
+    offers = [_whole(work, n, work.energy[n]) for n in work.layout.matrices]
+    _, mu = choose(offers, work.budget)
 
-    def certain(name: str) -> bool:
-        for zoom in ZOOMS:
-            sigma, tail, alike = _optimistic(work, name, zoom)
-            if work.settings.static != "none" and alike > WORTH_SHARING:
-                # a few rows that hold much may have told this
-                if _alike(work, name) > WORTH_SHARING:
-                    return False
-            best = _least(_offers(work, name, sigma, tail), mu)
-            spread = bool((tail >= SPENT * work.energy[name]).all())
-            if spread and best >= (1 - ROUNDING) * _least(offers[name], mu):
-                return True
-        return False
+    def certain(name: str) -> bool | None:
+        """None if it is not."""
+        terms = work.task_vectors.terms(name, work.task_vectors.tasks)
 
-    return frozenset(n for n, is_so in work.over("glance", certain, names) if is_so)
+        @functools.cache
+        def sample(zoom: int) -> list[Tensor]:
+            places, last, block = sample_places(work, name, zoom), None, None
+            found = []
+            for tuned, base in terms:
+                if base is not last:
+                    last, block = base, base[places].float()
+                found.append(tuned[places].float() - block)
+            return found
+
+        if not no_choice(work, name, sample, work.energy[name], mu):
+            return None
+        if work.settings.static == "none":
+            return False
+        # a few rows that hold much may tell this
+        few = sample(ZOOMS[0])
+        alike = sum(few).square().sum() / sum(x.square().sum() for x in few)
+        return bool(alike > WORTH_SHARING) and _alike(work, name) > WORTH_SHARING
+
+    found = work.over("glance", certain, names)
+    return {name: shares for name, shares in found if shares is not None}
+
+
+def no_choice(
+    work: Work,
+    name: str,
+    sample: Callable[[int], Sequence[Tensor]],
+    energy: Tensor,
+    mu: float,
+) -> bool:
+    """Whether low rank offers nothing better at ``mu`` than whole or nothing, for matrices of which samples are given.
+
+    Args:
+        sample: entries (T, a, b) of the task vectors, or of what is left of them, at :func:`sample_places` of a zoom.
+        energy: (T,) squared norms.
+    """
+    m, n = work.shape(name)
+    for zoom in ZOOMS:
+        spectra = [
+            optimistic_spectrum(part, e, m * n, rank=work.first_guess(name))
+            for part, e in zip(sample(zoom), energy.tolist())
+        ]
+        sigma = torch.stack([values for values, _ in spectra])
+        tail = torch.tensor([rest for _, rest in spectra])
+        best = _least(_offers(work, name, sigma, tail), mu)
+        spread = bool((tail >= SPENT * energy).all())
+        if spread and best >= (1 - ROUNDING) * _least(_whole(work, name, energy), mu):
+            return True
+    return False
 
 
 def row_of_whole(work: Work, name: str, precision: Precision) -> MatrixSpectra:
@@ -103,28 +139,12 @@ def _asked(work: Work, name: str) -> bool:
     return known and work.glanced(name) and work.first_guess(name) < work.cap(name)
 
 
-def _optimistic(work: Work, name: str, zoom: int) -> tuple[Tensor, Tensor, float]:
-    """(T, q) singular values and (T,) energies beyond them that no task vector can be expected to better, from samples.
-
-    Last, how alike the samples are: their mean's energy over what it would be if they were unrelated, 1 to T.
-    """
+def sample_places(work: Work, name: str, zoom: int) -> tuple[Tensor, Tensor]:
+    """Rows (a, 1) and columns (b,) of a sample."""
     rank, (m, n) = work.first_guess(name), work.shape(name)
     short, long = zoom * SHORT * rank, zoom * LONG * rank
     sides = (short, long) if m <= n else (long, short)
-    rows, columns = sampled(m, sides[0])[:, None], sampled(n, sides[1])
-    terms = work.task_vectors.terms(name, work.task_vectors.tasks)
-    last = block = None
-    sigma, tails, seen, total = [], [], 0.0, torch.zeros(())
-    for (tuned, base), energy in zip(terms, work.energy[name].tolist()):
-        if base is not last:
-            last, block = base, base[rows, columns].float()
-        sample = tuned[rows, columns].float() - block
-        values, tail = optimistic_spectrum(sample, energy, m * n, rank=rank)
-        sigma.append(values)
-        tails.append(tail)
-        seen, total = seen + float(sample.square().sum()), total + sample
-    alike = float(total.square().sum()) / max(seen, 1e-300)
-    return torch.stack(sigma), torch.tensor(tails), alike
+    return sampled(m, sides[0])[:, None], sampled(n, sides[1])
 
 
 def _alike(work: Work, name: str) -> float:
@@ -151,6 +171,11 @@ def _offers(work: Work, name: str, sigma: Tensor, tail: Tensor) -> list[Offer]:
         ).offer(work.weights[name])
         for p in work.layout.precisions[name]
     ]
+
+
+def _whole(work: Work, name: str, energy: Tensor) -> list[Offer]:
+    """Whole or not at all."""
+    return _offers(work, name, torch.zeros(len(energy), 0), energy)
 
 
 def _least(offers: Sequence[Offer], mu: float) -> float:

@@ -76,7 +76,7 @@ def test_what_is_stored_is_what_decompositions_would_have_chosen(monkeypatch, bi
     monkeypatch.setattr(Work, "_decompose", counted)
     found = merged(vectors, bits)
     assert not decomposed
-    monkeypatch.setattr(joint_pass, "certainly_whole", lambda work: frozenset())
+    monkeypatch.setattr(joint_pass, "certainly_whole", lambda work: {})
     expected = merged(vectors, bits)
     assert decomposed
     assert found.ranks == expected.ranks
@@ -93,7 +93,7 @@ def test_task_vectors_of_low_rank_are_still_found(monkeypatch):
     assert all(found.ranks.experts[task]["0.weight"] < 280 for task in TASKS)
     assert all(found.ranks.experts[task]["1.weight"] == 280 for task in TASKS)
     assert found.report.errors["0.weight"].max() < 1e-6
-    monkeypatch.setattr(joint_pass, "certainly_whole", lambda work: frozenset())
+    monkeypatch.setattr(joint_pass, "certainly_whole", lambda work: {})
     expected = merged(vectors, 6.0)
     assert found.ranks == expected.ranks
     assert same_bits(stored(found), stored(expected))
@@ -108,6 +108,34 @@ def test_what_tasks_have_in_common_is_still_shared():
     alone = merged(task_vectors(alike), 4.5, shared="none")
     assert both.storage.shared_bits > 0
     assert both.report.relative_error < 0.5 * alone.report.relative_error
+
+
+@pytest.mark.parametrize("bits", [3.2, 4.5])
+def test_sharing_beside_whole_experts_needs_no_decomposition_of_them(monkeypatch, bits):
+    """A few directions are common to all tasks; experts are whole with and without them."""
+
+    def somewhat_alike(m: int, n: int, seed: int) -> Tensor:
+        return decaying(m, n, seed) + 0.1 * low_rank(m, n, 0, rank=3)
+
+    vectors = task_vectors(somewhat_alike, somewhat_alike)
+    reaches = []
+    whole = Work._decompose
+
+    def noted(self, name, reach, fixed):
+        reaches.append((reach, fixed))
+        return whole(self, name, reach, fixed)
+
+    monkeypatch.setattr(Work, "_decompose", noted)
+    found = merged(vectors, bits)
+    assert reaches and all(reach == 0 and fixed > 0 for reach, fixed in reaches)
+    assert found.storage.shared_bits > 0
+    monkeypatch.setattr(joint_pass, "certainly_whole", lambda work: {})
+    expected = merged(vectors, bits)
+    assert found.ranks == expected.ranks
+    assert found.report.precision == expected.report.precision
+    assert found.report.relative_error == pytest.approx(
+        expected.report.relative_error, rel=1e-4
+    )
 
 
 def test_a_budget_for_less_than_whole_matrices_decomposes_them(monkeypatch):

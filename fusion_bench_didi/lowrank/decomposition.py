@@ -141,12 +141,14 @@ def halves(
         shared: (m, n); None for experts only.
         shared_rank: experts are residuals to S cut to this rank, ``tau_t - S_k``; to the whole of S if None.
     """
-    like = task_vectors[0]
-    q = min(like.shape) if max_rank is None else min(max_rank, *like.shape)
+    like, side = task_vectors[0], min(task_vectors[0].shape)
+    q = side if max_rank is None else min(max_rank, side)
+    zeros = torch.zeros(q, device=like.device)
+    none = Basis(zeros.new_zeros(side, 0), zeros, 0.0)
     if shared is None or shared_rank == 0:
-        zeros = torch.zeros(q, device=like.device)
-        first = Basis(zeros.new_zeros(min(like.shape), 0), zeros, 0.0)
-        shared = None
+        first, shared = none, None
+    elif shared_rank == side and q == 0:
+        first = none  # nothing is cut, and no direction is asked for
     else:
         first = leading(shared, max_rank=max(q, shared_rank or 0), name=name)
         if shared_rank is not None:

@@ -90,6 +90,8 @@ def leading(
     a = work if work.shape[0] >= work.shape[1] else work.mT  # (l, s)
     side = a.shape[1]
     q = side if max_rank is None else min(max_rank, side)
+    if q == 0:
+        return Basis(a.new_zeros(side, 0), a.new_zeros(0), float(energy_of(a)))
     sketch = not exact and sketched(a.shape, q, device=a.device.type)
     way = _range_finder if sketch else _gram
     vectors, S = way(a, q, name)

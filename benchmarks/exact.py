@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fusion_bench_didi import joint_pass
 from fusion_bench_didi.lowrank import svd
 from fusion_bench_didi.method import DiDiMerging
 
@@ -20,21 +19,19 @@ from .suites import Suite, machine, mean, write_json
 
 BUDGETS = (0.24, 0.5, 1.24, 1.4)
 DTYPES = ("auto", "checkpoint")
-#: Side from which the range finder is used.
+#: Side from which the range finder is used, and samples instead of decompositions.
 FORCED, NEVER = 16, sys.maxsize
 
 
 @contextlib.contextmanager
 def path(exact: bool) -> Iterator[None]:
     """Merges in here go one way."""
-    side, certain = svd.SKETCH_SIDE, joint_pass.certainly_whole
+    side = svd.SKETCH_SIDE
     svd.SKETCH_SIDE = NEVER if exact else FORCED
-    if exact:
-        joint_pass.certainly_whole = lambda work: {}
     try:
         yield
     finally:
-        svd.SKETCH_SIDE, joint_pass.certainly_whole = side, certain
+        svd.SKETCH_SIDE = side
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fusion_bench_didi.lowrank import sketched
-from fusion_bench_didi.lowrank.svd import EIGEN_COST, searched
+from fusion_bench_didi.lowrank.svd import operations
 
 #: Subtract the base and add up squares; subtract again, scale, round and clamp.
 PASSES = 6
@@ -83,19 +83,14 @@ def floor(
     count), :data:`PASSES` elementwise operations on every number of the task vectors, one read of every file, and the
     bytes written. Refinement, sampling and packing are not.
     """
-    operations = 0.0
+    total = 0.0
     for shape, rank, matrices in decomposed:
-        side, long = sorted(shape)
-        if sketched((side, long), rank):
-            p = searched(rank, side)
-            one = 6 * long * side * p + 4 * side * p**2 + EIGEN_COST["cpu"] * p**3
-        else:
-            one = 2 * long * side**2 + EIGEN_COST["cpu"] * side**3
-        operations += one * matrices
+        gram, krylov = operations(shape, rank)
+        total += matrices * (krylov if sketched(shape, rank) else gram)
     files = {n: list(Path(d).glob("*.safetensors")) for n, d in pool.items()}
     tuned = [f for name, some in files.items() for f in some if name != "_pretrained_"]
     return {
-        "operations": operations,
+        "operations": total,
         "elementwise": PASSES * sum(_numbers(f) for f in tuned),
         "read": sum(f.stat().st_size for some in files.values() for f in some),
         "written": written,

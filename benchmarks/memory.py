@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .checkpoints import SHAPES, pool_of
 from .floor import Machine, floor, seconds
-from .suites import machine, write_json
+from .suites import in_words, machine, write_json
 
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
@@ -97,7 +97,7 @@ def main() -> None:
     stages = ", ".join(f"{name} {value:.0f}" for name, value in row["stages"].items())
     text = f"""# A language model merged in little memory
 
-`python -m benchmarks.memory` on {', '.join(f'{k} {v}' for k, v in machine().items())}.
+`python -m benchmarks.memory` on {in_words(machine())}.
 
 {arguments.shape}, {arguments.tasks} experts, {size:.1f} GB of sharded bfloat16 files, merged at 1.4 into a directory of
 {row['written'] / 2**30:.1f} GB under a limit of {arguments.limit_gb} GB set on the process's control group, the files' cached

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .suites import in_words
+
 
 def write_page(record: Mapping[str, Any], file: Path) -> None:
     """Tables of what was measured; sections that were not run are left out."""
@@ -25,7 +27,7 @@ def _peers(found: Mapping[str, Any]) -> list[str]:
         f"## {found['shape']}, {found['tasks']} tasks, files to saved model",
         "",
         f"`python -m benchmarks.speed --shape {found['shape']} --tasks {found['tasks']}` on {found['device']}; "
-        f"{_text(found['machine'])}; {rates}.",
+        f"{in_words(found['machine'])}; {rates}.",
         "",
         "| method | runs | seconds | of TSV-M | over floor | peak GB | of TSV-M | relative error |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -59,7 +61,7 @@ def _growth(found: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Growth",
         "",
-        f"`python -m benchmarks.speed growth`; {_text(found['machine'])}.",
+        f"`python -m benchmarks.speed growth`; {in_words(found['machine'])}.",
         "",
         "| method | shape | tasks | runs | seconds | peak GB |",
         "|---|---|--:|--:|--:|--:|",
@@ -73,18 +75,5 @@ def _growth(found: Mapping[str, Any]) -> list[str]:
     for method, exponents in found["exponents"].items():
         law = " and ".join(f"{name}^{value:.2f}" for name, value in exponents.items())
         lines.append(f"- {METHODS[method][0]}: time grows as {law}.")
-    return [
-        *lines,
-        "",
-        "The default decomposes nothing where the budget stores matrices whole in a few bits, as 1.4 does up to eight tasks here.",
-        "At sixteen what tasks have in common (5 % of their energy) may be worth sharing, which takes a decomposition of the shared",
-        "matrix and more passes; at twenty 1.4 no longer pays for whole matrices, so that all experts are decomposed. Exponents of",
-        "the default are therefore of several kinds of work; that of float factors is of one. Decompositions cost more per",
-        "parameter the larger the sides are: products and eigenproblems alone grow as about parameters^1.2 from ViT-B/32 to",
-        "ViT-L/14.",
-        "",
-    ]
-
-
-def _text(machine: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in machine.items())
+    notes = Path(__file__).with_name("speed_notes.md")
+    return [*lines, "", notes.read_text()]

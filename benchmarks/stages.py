@@ -28,7 +28,7 @@ from fusion_bench_didi.lowrank.learning import _Group
 from fusion_bench_didi.lowrank.truncation import gate
 
 from .checkpoints import COMMON, _task_vector
-from .suites import machine, write_json
+from .suites import in_words, machine, write_json
 
 TASKS = 8
 SHAPES = ((768, 768), (3072, 768))
@@ -173,7 +173,7 @@ def main() -> None:
     lines = [
         "# Rank stage and refinement against their naive forms",
         "",
-        f"`python -m benchmarks.stages`, {TASKS} tasks, budget {BUDGET}, float32; {machine()}.",
+        f"`python -m benchmarks.stages`, {TASKS} tasks, budget {BUDGET}, float32; {in_words(machine())}.",
         "",
         "## One step of the rank stage",
         "",

@@ -90,6 +90,11 @@ def machine() -> dict[str, str | int]:
     }
 
 
+def in_words(found: dict[str, str | int]) -> str:
+    """What :func:`machine` found, for a page."""
+    return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
 def write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1) + "\n")

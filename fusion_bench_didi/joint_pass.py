@@ -4,7 +4,7 @@ Offered are, in every precision allowed: experts only; experts beside a truncate
 than unrelated tasks would give; and common subspaces, where the budget is small enough for them to pay.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from .lowrank import (
     Basis,
     Candidate,
     CommonOffer,
+    Matrix,
     MatrixSpectra,
     Offer,
     choose,
@@ -31,9 +32,8 @@ from .precision import Precision
 from .whole import (
     WORTH_SHARING,
     certainly_whole,
-    no_choice,
     row_of_whole,
-    sample_places,
+    still_whole,
 )
 from .work import REACH, SPENT, Work
 
@@ -220,22 +220,23 @@ def _shared_too(
         if not whole and sharing(mean, own.sigma, weights, k) < WORTH_SHARING:
             continue
         left = subtracting(shared if k == full else found.factors(shared, k))
-        energy = torch.stack([energy_of(left(tau)) for tau in vectors]).cpu()
-        sigma = torch.zeros(len(vectors), 0)
-
-        def sample(zoom: int) -> list[Tensor]:
-            places = sample_places(work, name, zoom)
-            return [left(tau)[places].cpu() for tau in vectors]
-
-        if not (whole and no_choice(work, name, sample, energy, level)):
-            sigma = torch.stack(
-                [singular_values(left(tau), max_rank=q).cpu() for tau in vectors]
-            )
-        tail = (energy - sigma.double().square().sum(1)).clamp(min=0)
-        candidates.append(
-            replace(own, shared_rank=k, sigma=sigma, tail_energy=tail.float())
-        )
+        spectra = None
+        if whole:
+            spectra = still_whole(work, name, map(left, vectors), level)
+        sigma, tail = spectra or _spectra(map(left, vectors), q)
+        candidates.append(replace(own, shared_rank=k, sigma=sigma, tail_energy=tail))
     return candidates
+
+
+def _spectra(matrices: Iterable[Matrix], rank: int) -> tuple[Tensor, Tensor]:
+    """(T, q) leading singular values and (T,) energies beyond them."""
+    sigma, tails = [], []
+    for matrix in matrices:
+        values = singular_values(matrix, max_rank=rank).cpu()
+        energy = float(energy_of(matrix))
+        tails.append(max(energy - float(values.double().square().sum()), 0))
+        sigma.append(values)
+    return torch.stack(sigma), torch.tensor(tails)
 
 
 def _common(work: Work, name: str) -> list[_Option]:

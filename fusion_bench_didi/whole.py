@@ -1,13 +1,13 @@
 """Matrices that are stored whole: known without decomposing them, and rounded without forming their task vectors."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .deltas import Delta
-from .lowrank import Candidate, MatrixSpectra, Offer, choose
+from .lowrank import Candidate, MatrixSpectra, Offer, choose, energy_of
 from .lowrank.blocks import differences
 from .lowrank.sample import optimistic_spectrum, sampled
 from .precision import Precision
@@ -42,7 +42,7 @@ def certainly_whole(work: Work) -> dict[str, bool]:
 
         @functools.cache
         def sample(zoom: int) -> list[Tensor]:
-            places, last, block = sample_places(work, name, zoom), None, None
+            places, last, block = _places(work, name, zoom), None, None
             found = []
             for tuned, base in terms:
                 if base is not last:
@@ -50,7 +50,7 @@ def certainly_whole(work: Work) -> dict[str, bool]:
                 found.append(tuned[places].float() - block)
             return found
 
-        if not no_choice(work, name, sample, work.energy[name], mu):
+        if not _no_choice(work, name, sample, work.energy[name], mu):
             return None
         if work.settings.static == "none":
             return False
@@ -63,7 +63,27 @@ def certainly_whole(work: Work) -> dict[str, bool]:
     return {name: shares for name, shares in found if shares is not None}
 
 
-def no_choice(
+def still_whole(
+    work: Work, name: str, rests: Iterable[Tensor], mu: float
+) -> tuple[Tensor, Tensor] | None:
+    """Singular values, none, and (T,) energies of what a shared part leaves of experts that were whole without it.
+
+    None if low rank may be a choice at ``mu`` for what is left.
+    """
+    places = {zoom: _places(work, name, zoom) for zoom in ZOOMS}
+    samples: dict[int, list[Tensor]] = {zoom: [] for zoom in ZOOMS}
+    energies = []
+    for rest in rests:
+        energies.append(energy_of(rest).cpu())
+        for zoom, where in places.items():
+            samples[zoom].append(rest[where].cpu())
+    energy = torch.stack(energies)
+    if _no_choice(work, name, samples.__getitem__, energy, mu):
+        return torch.zeros(len(energy), 0), energy.float()
+    return None
+
+
+def _no_choice(
     work: Work,
     name: str,
     sample: Callable[[int], Sequence[Tensor]],
@@ -73,7 +93,7 @@ def no_choice(
     """Whether low rank offers nothing better at ``mu`` than whole or nothing, for matrices of which samples are given.
 
     Args:
-        sample: entries (T, a, b) of the task vectors, or of what is left of them, at :func:`sample_places` of a zoom.
+        sample: entries (T, a, b) of the task vectors, or of what is left of them, at :func:`_places` of a zoom.
         energy: (T,) squared norms.
     """
     m, n = work.shape(name)
@@ -139,7 +159,7 @@ def _asked(work: Work, name: str) -> bool:
     return known and work.glanced(name) and work.first_guess(name) < work.cap(name)
 
 
-def sample_places(work: Work, name: str, zoom: int) -> tuple[Tensor, Tensor]:
+def _places(work: Work, name: str, zoom: int) -> tuple[Tensor, Tensor]:
     """Rows (a, 1) and columns (b,) of a sample."""
     rank, (m, n) = work.first_guess(name), work.shape(name)
     short, long = zoom * SHORT * rank, zoom * LONG * rank

@@ -151,13 +151,19 @@ def singular_values(matrix: Matrix, *, max_rank: int | None = None) -> Tensor:
 
 def sketched(shape: Sequence[int], rank: int, *, device: str = "cpu") -> bool:
     """Whether the range finder is the cheaper way to ``rank`` directions of an (m, n) matrix on a type of device."""
+    gram, krylov = operations(shape, rank, device=device)
+    return min(shape) >= SKETCH_SIDE and krylov < gram
+
+
+def operations(
+    shape: Sequence[int], rank: int, *, device: str = "cpu"
+) -> tuple[float, float]:
+    """What ``rank`` directions of an (m, n) matrix cost by its Gram matrix and by the range finder, in operations of products."""
     side, long = sorted(shape)
-    if side < SKETCH_SIDE:
-        return False
     p = searched(rank, side)
     eigen = EIGEN_COST.get(device, EIGEN_COST["cuda"])
-    sketch = 6 * long * side * p + 4 * side * p**2 + eigen * p**3
-    return sketch < 2 * long * side**2 + eigen * side**3
+    krylov = 6 * long * side * p + 4 * side * p**2 + eigen * p**3
+    return 2 * long * side**2 + eigen * side**3, krylov
 
 
 def searched(rank: int, side: int) -> int:

@@ -1,6 +1,5 @@
 """The first pass over the matrices: decompose, decide how each is stored, allocate ranks."""
 
-import torch
 from torch import Tensor
 
 from .joint_pass import FirstPass, joint_pass

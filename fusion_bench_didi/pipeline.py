@@ -18,7 +18,7 @@ from .delta_sinks import DeltaSink, InMemory
 from .deltas import Delta
 from .factor_store import FactorStore
 from .first_pass import allocate, first_pass, refined
-from .joint_pass import Common, grown
+from .in_common import Common, grown
 from .layout import MergeSettings, lay_out, matrix_budget
 from .lowrank import MatrixSpectra, total_cost
 from .metric import metrics_of

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from .deltas import Delta
-from .joint_pass import Common, common_key
-from .lowrank import Decomposition, MatrixSpectra, refine, refine_common, zero_like
+from .in_common import Common, common_key
+from .lowrank import (
+    Basis,
+    Decomposition,
+    MatrixSpectra,
+    refine,
+    refine_common,
+    zero_like,
+)
 from .packing import cut, kept_out, pack, pack_common
 from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
@@ -41,7 +48,7 @@ def second_pass(
         with alone(work.task_vectors.large(name)):
             return jobs[name]()
 
-    names = sorted(jobs)
+    names = work.large_first(jobs)
     results = ordered_map(one, names, workers=workers_for(work.device))
     for i, (name, (stored, errors)) in enumerate(zip(names, results)):
         work.progress("refine", i, len(names))
@@ -54,12 +61,15 @@ def _experts(
     work: Work, row: MatrixSpectra, k: Tensor, precision: Precision
 ) -> tuple[Stored, Tensor]:
     """One matrix as experts on a shared module."""
-    whole = row.fixed_shared == 0 and bool(((k == 0) | (k == row.full))[1:].all())
-    if whole and not work.task_vectors.factored(row.name):
+    full, plain = k == row.full, work.metric(row.name) is None
+    plain = plain and not work.task_vectors.factored(row.name)
+    if plain and row.fixed_shared == 0 and bool(((k == 0) | full)[1:].all()):
         work.store.drop(row.name)
-        kept = (k[1:] > 0).tolist()
-        return pack_whole(work, row.name, kept, precision)
+        return pack_whole(work, row.name, (k[1:] > 0).tolist(), precision)
     bases = work.store.pop(row.name)
+    if plain and row.fixed_shared and bool(full[1:].all()):
+        first = _shared_beside_whole(work, row, bases[0], precision)
+        return pack_whole(work, row.name, full[1:].tolist(), precision, first)
     vectors, settled = work.read(row.name), row.fixed_shared is not None
     if settled and not row.fixed_shared:
         shared = zero_like(vectors[0])
@@ -81,6 +91,19 @@ def _experts(
     shape = work.task_vectors.infos[row.name].shape
     stored = pack(modules, ranks, vectors, shape=shape, precision=precision)
     return stored, kept_out(*stored, vectors)
+
+
+def _shared_beside_whole(
+    work: Work, row: MatrixSpectra, basis: Basis, precision: Precision
+) -> Delta:
+    """The shared form of experts that are whole: they take what it leaves, and have no say in it."""
+    vectors, rank = work.task_vectors, row.fixed_shared
+    shape = vectors.infos[row.name].shape
+    terms = vectors.terms(row.name, vectors.tasks, work.device)
+    shared = work.shared_of(row.name, terms)
+    if rank == row.full:
+        return precision.dense(shape, [(shared.cpu(), None)])[0][0]
+    return precision.low_rank(shape, basis.factors(shared, rank).to("cpu"), None)
 
 
 def _in_common(work: Work, name: str, common: Common) -> tuple[Stored, Tensor]:

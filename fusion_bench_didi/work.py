@@ -1,6 +1,6 @@
 """The matrices of one merge while they are worked on: read, decomposed as far as the budget reaches, kept for later."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +12,7 @@ from .lowrank import (
     Decomposition,
     Matrix,
     MatrixSpectra,
+    as_dense,
     decompose,
     full_rank,
     halved,
@@ -21,6 +22,7 @@ from .lowrank import (
     spectra_of,
     whole_from,
 )
+from .lowrank.blocks import Terms, formed, mean_of
 from .metric import Metric
 from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
@@ -81,6 +83,12 @@ class Work:
             keep=self.settings.ties_keep,
         )
 
+    def shared_of(self, name: str, terms: Sequence[Terms]) -> Tensor:
+        """As :meth:`shared`, of differences that are formed a few rows at a time where that will do."""
+        if self.settings.static == "mean":
+            return mean_of(terms, self.weights[name])
+        return as_dense(self.shared(name, [formed(pair) for pair in terms]))
+
     def cap(self, name: str) -> int:
         """The largest rank that the price, the budget and the task vectors' own ranks allow for a matrix."""
         price = matrix_price(self.layout, self.task_vectors, name)
@@ -119,15 +127,21 @@ class Work:
         guess = int(GLANCE * min(m, n) if self.glanced(name) else guess) + 8
         return guess if guess < cap and sketched((m, n), guess, device=kind) else cap
 
+    def large_first(self, names: Iterable[str]) -> list[str]:
+        """So that no core waits for a large matrix while the others are done with theirs; sorted within a size."""
+        size = self.task_vectors.infos
+        return sorted(names, key=lambda name: (-size[name].numel, name))
+
     def over(
         self, stage: str, function: Callable, names: Sequence[str]
     ) -> Iterator[tuple[str, object]]:
-        """Names and results, in order, with progress."""
+        """Names and results, large matrices first, with progress."""
 
         def one(name: str):
             with alone(self.task_vectors.large(name)):
                 return function(name)
 
+        names = self.large_first(names)
         results = ordered_map(one, names, workers=workers_for(self.device))
         for i, (name, result) in enumerate(zip(names, results)):
             self.progress(stage, i, len(names))
@@ -189,11 +203,19 @@ class Work:
         table: list[MatrixSpectra],
         ranks: Sequence[Tensor],
         stored_as: Mapping[str, Precision],
+        *,
+        but: Container[str] = (),
     ) -> list[MatrixSpectra] | None:
-        """The table with longer spectra where the ranks came to the end of them; None if they nowhere did."""
+        """The table with longer spectra where the ranks came to the end of them; None if they nowhere did.
+
+        Args:
+            but: matrices that are left as they are.
+        """
         reach, fixed = {}, {}
         for row, k in zip(table, ranks):
             known = row.sigma.shape[1]
+            if row.name in but:
+                continue
             if known < self.cap(row.name) and self._beyond(row, k):
                 longer = max(2 * known, self.first_guess(row.name))
                 reach[row.name] = min(longer, self.cap(row.name))

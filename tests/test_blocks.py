@@ -5,7 +5,14 @@ import torch
 
 from fusion_bench_didi.deltas import DenseDelta
 from fusion_bench_didi.lowrank import blocks, energy_of
-from fusion_bench_didi.lowrank.blocks import blocks_of_rows, differences, energies_of
+from fusion_bench_didi.lowrank.blocks import (
+    blocks_of_rows,
+    differences,
+    energies_of,
+    formed,
+    less,
+    mean_of,
+)
 from fusion_bench_didi.lowrank.codes import (
     WIDTHS,
     ends,
@@ -48,6 +55,28 @@ def test_energy_of_a_difference(shape, dtype):
     assert found.equal(
         torch.stack([expected, 0 * expected, energy_of(a.float()), expected])
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mean_of_differences(shape, dtype):
+    (a, b), weights = pair(shape, dtype), torch.tensor([1.0, 0.0, 3.0])
+    x, y = a.float() - b.float(), a.float()
+    expected = 0.25 * x + 0.75 * y
+    torch.testing.assert_close(mean_of([(a, b), (b, a), (a, None)], weights), expected)
+    both = mean_of([(a, b), (a, None)], torch.zeros(2))
+    torch.testing.assert_close(both, (x + y) / 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_part_is_taken_away_as_well(shape):
+    a, b = pair(shape)
+    part = torch.ones(shape)
+    rest = less([(a, b), (b, b), (a, None)], part)
+    assert rest[0][1] is rest[1][1]  # still read from memory once
+    for found, (x, y) in zip(rest, [(a, b), (b, b), (a, None)]):
+        torch.testing.assert_close(formed(found), formed((x, y)) - part)
+    assert less([(a, b)], None) == [(a, b)]
 
 
 def test_energy_is_zero_only_where_nothing_differs():

@@ -16,7 +16,7 @@ from fusion_bench_didi.common_deltas import (
     RoundedBasesDelta,
     RoundedCoreDelta,
 )
-from fusion_bench_didi.joint_pass import Common, grown
+from fusion_bench_didi.in_common import Common, grown
 from fusion_bench_didi.lowrank import (
     CommonOffer,
     common_spaces,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fusion_bench_didi import joint_pass
 from fusion_bench_didi.lowrank.sample import optimistic_spectrum, sampled
+from fusion_bench_didi.outlook import WORTH, Outlook
 from fusion_bench_didi.pipeline import MergeResult, merge
 from fusion_bench_didi.sources import ModuleSource
 from fusion_bench_didi.task_vectors import TaskVectors
@@ -76,7 +77,7 @@ def test_what_is_stored_is_what_decompositions_would_have_chosen(monkeypatch, bi
     monkeypatch.setattr(Work, "_decompose", counted)
     found = merged(vectors, bits)
     assert not decomposed
-    monkeypatch.setattr(joint_pass, "certainly_whole", lambda work: {})
+    monkeypatch.setattr(joint_pass, "outlook", lambda work: Outlook())
     expected = merged(vectors, bits)
     assert decomposed
     assert found.ranks == expected.ranks
@@ -90,13 +91,15 @@ def test_what_is_stored_is_what_decompositions_would_have_chosen(monkeypatch, bi
 def test_task_vectors_of_low_rank_are_still_found(monkeypatch):
     vectors = task_vectors(low_rank, decaying)
     found = merged(vectors, 6.0)
-    assert all(found.ranks.experts[task]["0.weight"] < 280 for task in TASKS)
     assert all(found.ranks.experts[task]["1.weight"] == 280 for task in TASKS)
     assert found.report.errors["0.weight"].max() < 1e-6
-    monkeypatch.setattr(joint_pass, "certainly_whole", lambda work: {})
+    monkeypatch.setattr(joint_pass, "outlook", lambda work: Outlook())
     expected = merged(vectors, 6.0)
-    assert found.ranks == expected.ranks
-    assert same_bits(stored(found), stored(expected))
+    assert found.report.precision == expected.report.precision
+    for task in TASKS:
+        # beyond the sixth direction there is nothing but rounding
+        assert 6 <= found.ranks.experts[task]["0.weight"] < 280
+        assert expected.ranks.experts[task]["1.weight"] == 280
 
 
 def test_what_tasks_have_in_common_is_still_shared():
@@ -127,21 +130,18 @@ def test_sharing_beside_whole_experts_needs_no_decomposition_of_them(monkeypatch
 
     monkeypatch.setattr(Work, "_decompose", noted)
     found = merged(vectors, bits)
-    assert reaches and all(reach == 0 and fixed > 0 for reach, fixed in reaches)
+    assert not reaches
     assert found.storage.shared_bits > 0
-    monkeypatch.setattr(joint_pass, "certainly_whole", lambda work: {})
+    monkeypatch.setattr(joint_pass, "outlook", lambda work: Outlook())
     expected = merged(vectors, bits)
-    assert found.ranks == expected.ranks
-    assert found.report.precision == expected.report.precision
-    assert found.report.relative_error == pytest.approx(
-        expected.report.relative_error, rel=1e-4
-    )
+    assert found.report.relative_error < 1.001 * expected.report.relative_error
 
 
 def test_a_budget_for_less_than_whole_matrices_decomposes_them(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "fusion_bench_didi.whole.optimistic_spectrum", lambda *_, **__: asked.append(0)
+        "fusion_bench_didi.outlook.optimistic_spectrum",
+        lambda *_, **__: asked.append(0),
     )
     merged(task_vectors(decaying, decaying), 2.0)
     assert not asked
@@ -171,3 +171,61 @@ def test_samples_depend_on_the_side_alone():
     assert sampled(50, 10).equal(sampled(50, 10))
     assert sampled(50, 10).equal(sampled(50, 10).unique())
     assert sampled(5, 10).equal(torch.arange(5))
+
+
+def steep(m: int, n: int, seed: int) -> Tensor:
+    """Squared singular values falling about like 1 / i^2."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(m, generator=g) + 1.0
+    mixed = torch.linalg.qr(torch.randn(m, m, generator=g)).Q
+    return mixed @ (torch.randn(m, n, generator=g) / order[:, None])
+
+
+@pytest.mark.parametrize("bits", [2.6, 3.2, 4.5])
+def test_only_what_one_task_finds_of_low_rank_is_decomposed(monkeypatch, bits):
+    vectors = task_vectors(steep, decaying, decaying, steep)
+    decomposed = set()
+    whole = Work._decompose
+
+    def noted(self, name, *args):
+        decomposed.add(name)
+        return whole(self, name, *args)
+
+    monkeypatch.setattr(Work, "_decompose", noted)
+    found = merged(vectors, bits)
+    assert decomposed == {"0.weight", "3.weight"}
+    monkeypatch.setattr(joint_pass, "outlook", lambda work: Outlook())
+    expected = merged(vectors, bits)
+    assert found.report.relative_error < 1.02 * expected.report.relative_error
+
+
+@pytest.mark.parametrize("bits", [2.2, 2.6, 3.0, 3.4, 5.0, 7.0])
+def test_what_is_not_looked_into_costs_no_more_than_is_said(monkeypatch, bits):
+    vectors = task_vectors(decaying, decaying, decaying, decaying)
+    found = merged(vectors, bits)
+    monkeypatch.setattr(joint_pass, "outlook", lambda work: Outlook())
+    expected = merged(vectors, bits)
+    most = 1 / (1 - WORTH) + 0.02
+    assert found.report.relative_error < most * expected.report.relative_error
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_errors_beside_a_shared_part_are_those_of_what_is_stored(few):
+    """Rounded straight from the checkpoints, experts take what the stored shared part leaves."""
+
+    def alike(m: int, n: int, seed: int) -> Tensor:
+        common = 0.1 * low_rank(m, n, 0, rank=3) if few else decaying(m, n, 0)
+        return decaying(m, n, seed) + common
+
+    vectors = task_vectors(alike, alike)
+    found = merged(vectors, 4.5)
+    shared = found.ranks.shared.values()
+    assert any(0 < k < 280 for k in shared) if few else 280 in shared
+    assert all(k == 280 for e in found.ranks.experts.values() for k in e.values())
+    for name, errors in found.report.errors.items():
+        rest = [
+            tau - found.experts[task][name].change(found.shared.get(name))
+            for task, tau in zip(TASKS, vectors.read(name))
+        ]
+        expected = torch.stack([x.double().square().sum() for x in rest])
+        torch.testing.assert_close(errors, expected, rtol=1e-4, atol=0)

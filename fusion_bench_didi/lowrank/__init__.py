@@ -11,7 +11,13 @@ from .allocation import (
     whole_from,
 )
 from .candidates import Candidate, Offer, choose, sharing, upgrade
-from .common import CommonOffer, common_spaces, cores, refine_common, togetherness
+from .common import (
+    CommonOffer,
+    common_spaces,
+    cores,
+    refine_common,
+    togetherness,
+)
 from .decomposition import (
     Decomposition,
     SharedMerge,
@@ -20,7 +26,7 @@ from .decomposition import (
     halves,
     shared_matrix,
 )
-from .factored import all_factored, as_dense, as_product, subtracting, zero_like
+from .factored import all_factored, as_dense, as_product, inner, subtracting, zero_like
 from .factors import LowRankFactors, Matrix, Spectrum, energy_of, full_rank
 from .learning import LearningSettings, learn_ranks, truncation_error
 from .refinement import Modules, Refinement, RefinementSettings, refine
@@ -60,6 +66,7 @@ __all__ = [
     "energy_of",
     "full_rank",
     "greedy",
+    "inner",
     "halved",
     "halves",
     "leading",

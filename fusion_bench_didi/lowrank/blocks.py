@@ -5,6 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .factored import as_dense
+from .factors import Matrix
+
 #: Two matrices (m, n) of any floating type whose difference is meant; nothing is subtracted where the second is None.
 Terms = tuple[Tensor, Tensor | None]
 #: Entries of a block, a megabyte in float32: some of these fit a core's caches, and each pays for the call on it.
@@ -36,6 +39,12 @@ def differences(terms: Sequence[Terms]) -> Iterator[tuple[int, slice, Tensor]]:
             yield t, rows, x if block is None else x - block
 
 
+def formed(terms: Terms) -> Tensor:
+    """One difference (m, n) in float32, whole."""
+    matrix, less = terms
+    return matrix.float() if less is None else matrix.float() - less.float()
+
+
 def energies_of(terms: Sequence[Terms]) -> Tensor:
     """(T,) squared Frobenius norms in float64 of differences in float32; rows are summed in float32.
 
@@ -51,6 +60,33 @@ def energies_of(terms: Sequence[Terms]) -> Tensor:
         rest = matrix.double() if less is None else matrix.double() - less.double()
         energies[t] = rest.square().sum()
     return energies
+
+
+def less(terms: Sequence[Terms], part: Matrix | None) -> list[Terms]:
+    """Differences of which a matrix (m, n) is taken away as well; the same where it is None."""
+    if part is None:
+        return list(terms)
+    dense, found, last, both = as_dense(part), [], None, None
+    for matrix, other in terms:
+        if other is not None and other is not last:
+            last, both = other, other.float() + dense
+        found.append((matrix, dense if other is None else both))
+    return found
+
+
+def mean_of(terms: Sequence[Terms], weights: Tensor) -> Tensor:
+    """``sum_t w_t x_t / sum_t w_t`` of differences x_t, (m, n) float32; equal weights where all are zero.
+
+    Args:
+        weights: (T,).
+    """
+    if not bool((weights > 0).any()):
+        weights = torch.ones_like(weights)
+    share = (weights / weights.sum()).tolist()
+    total = torch.zeros(terms[0][0].shape, device=terms[0][0].device)
+    for t, rows, x in differences(terms):
+        total[rows].add_(x, alpha=share[t])
+    return total
 
 
 def cast(terms: Sequence[Terms], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:

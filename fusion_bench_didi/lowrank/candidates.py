@@ -64,6 +64,16 @@ class Candidate:
         bits[-1] = self.price.dense
         return weights.double()[:, None] * error, bits
 
+    def ranks(self, weights: Tensor, mu: float, full: int) -> Tensor:
+        """(T,) of the experts where ``error + mu * bits`` is least; ``full`` where they are whole.
+
+        Args:
+            weights: (T,).
+        """
+        error, bits = self.curve(weights)
+        best = (error + mu * bits).argmin(1)
+        return torch.where(best == len(bits) - 1, full, best)
+
     def offer(self, weights: Tensor) -> Offer:
         """
         Args:

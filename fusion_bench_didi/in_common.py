@@ -1,0 +1,96 @@
+"""Matrices that are stored in common subspaces (``lowrank/common.py``): where they may pay, and how large they are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .lowrank import Basis, CommonOffer, common_spaces, svd, togetherness
+from .precision import Precision
+from .work import REACH, SPENT, Work
+
+#: Common subspaces are looked into where the even share is below this part of what a matrix costs whole ...
+WORTH_COMMON = 0.35
+#: ... and the leading directions of all tasks together hold this much more than those of unrelated tasks.
+WORTH_TOGETHER = 1.05
+
+
+@dataclass(frozen=True)
+class Common:
+    """A matrix that is stored in common subspaces.
+
+    Args:
+        sizes: p and q.
+        offer: what other sizes would do.
+        precision: of bases and cores.
+    """
+
+    sizes: tuple[int, int]
+    offer: CommonOffer
+    precision: Precision
+
+    @property
+    def bits(self) -> int:
+        return self.offer.price(self.sizes)
+
+
+def common_offers(work: Work, name: str) -> list[tuple[CommonOffer, Precision]]:
+    """Common subspaces in every precision in which they may pay; their bases go to the store.
+
+    None where the even share pays for the whole matrix in a precision that loses little: finer ones do not compete then.
+    """
+    shape, share = work.shape(name), work.share(name)
+    whole = {p: p.price(*shape).dense for p in work.layout.precisions[name]}
+    held = any(p.rounding_dense < SPENT and share >= bits for p, bits in whole.items())
+    allowed = [p for p, bits in whole.items() if share <= WORTH_COMMON * bits]
+    one_by_one = work.task_vectors.one_by_one(name)
+    if held or one_by_one or not allowed or not work.settings.in_common:
+        return []
+    bases, weights = work.store.get(name)[1:], work.weights[name]
+    if togetherness(bases, weights) < WORTH_TOGETHER:
+        return []
+    # bases alone cannot take more than what the matrix is likely to be given
+    most = REACH * share * len(bases) / allowed[0].bits
+    spaces = common_spaces(
+        work.read(name),
+        weights,
+        bases=bases if min(shape) >= svd.SKETCH_SIDE else None,
+        max_up=max(int(most / shape[0]), 1),
+        max_down=max(int(most / shape[1]), 1),
+        name=name,
+    )
+    empty = spaces.up.new_zeros(0)
+    found = (spaces.up, spaces.down.mT)
+    work.store.put(common_key(name), tuple(Basis(b, empty, 0.0) for b in found))
+    p, q = spaces.sizes_up[:, None], spaces.sizes_down
+    tasks = sum(b.tail_energy > 0 or bool(b.S.any()) for b in bases)
+    return [
+        (
+            CommonOffer.of(
+                spaces,
+                precision.common_bits(shape, tasks, p, q),
+                precision.common_rounding(shape, p, q),
+                tasks,
+            ),
+            precision,
+        )
+        for precision in allowed
+    ]
+
+
+def grown(common: Mapping[str, Common], left: int) -> dict[str, Common]:
+    """What is left of the budget, in bits, spent on larger subspaces, one step at a time where it gains most per bit."""
+    common = dict(common)
+    while True:
+        steps = ((c.offer.step(c.sizes, left), name) for name, c in common.items())
+        gain, sizes, name = max(
+            ((*step, name) for step, name in steps if step), default=(0.0, None, "")
+        )
+        if sizes is None:
+            return common
+        larger = replace(common[name], sizes=sizes)
+        left -= larger.bits - common[name].bits
+        common[name] = larger
+
+
+def common_key(name: str) -> str:
+    """Where a matrix has its common bases in the store."""
+    return f"{name}/common"

@@ -87,19 +87,16 @@ def _may_pay(
         own: of all tasks, without sharing.
         beside: of that task, with it.
     """
-
-    def cost(candidate: Candidate) -> float:
-        lost, bits = candidate.offer(weights[task : task + 1]).at(level)
-        return lost + level * bits
-
     one = slice(task, task + 1)
     alone = replace(own, sigma=own.sigma[one], tail_energy=own.tail_energy[one])
-    shared = level * beside.shared_rank * own.price.per_rank
-    gain = cost(alone) - (cost(beside) - min(shared, level * own.price.dense))
-    energy = weights * (own.sigma.square().sum(1) + own.tail_energy)
-    return gain * float(energy.sum() / energy[task]) > min(
-        shared, level * own.price.dense
+    (before, most), (after, bits) = (
+        candidate.offer(weights[one]).at(level)
+        for candidate in (alone, replace(beside, shared_rank=0))
     )
+    gain = before + level * most - (after + level * bits)
+    energy = weights * (own.sigma.square().sum(1) + own.tail_energy)
+    shared = min(beside.shared_rank * own.price.per_rank, own.price.dense)
+    return gain * float(energy.sum() / energy[task]) > level * shared
 
 
 def _shared_ranks(

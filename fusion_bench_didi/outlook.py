@@ -37,7 +37,8 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Outlook:
-    """
+    """What is expected of matrices.
+
     Args:
         whole: matrices whose experts are stored whole or not at all; whether something may be shared beside them.
         reach: ranks up to which others will be needed.
@@ -72,14 +73,13 @@ def outlook(work: Work) -> Outlook:
         gain, lost = _by_sharing(work, name, picks[name], mu, held)
         return gain > WORTH * max(lost, usual * _energy(work, name))
 
-    alike = [
-        name
-        for name in whole
-        if work.settings.static != "none"
-        and mu > 0
-        and seen[name].alike > WORTH_SHARING
-        and gains(name, torch.tensor([seen[name].alike / len(work.energy[name])]))
-    ]
+    def all_of_mean(name: str) -> Tensor:
+        return torch.tensor([seen[name].alike / len(work.energy[name])])
+
+    alike = [n for n in whole if seen[n].alike > WORTH_SHARING and mu > 0]
+    if work.settings.static == "none":
+        alike = []
+    alike = [name for name in alike if gains(name, all_of_mean(name))]
     found = work.over("pilot", lambda n: gains(n, _held_by_mean(work, n)), alike)
     shares = {name for name, gained in found if gained}
     return Outlook({name: name in shares for name in whole}, reach)

@@ -53,7 +53,7 @@ def pack_whole(
     base = change_of(first)
     stored = {task for task, keep in zip(vectors.tasks, kept) if keep}
     deltas: dict[str, Delta] = {}
-    errors = {} if first else dict(zip(vectors.tasks, work.energy[name]))
+    errors = {} if first is not None else dict(zip(vectors.tasks, work.energy[name]))
     for tasks in vectors.together(name):
         some = [task for task in tasks if task in stored]
         others = [task for task in tasks if task not in stored]
@@ -61,7 +61,7 @@ def pack_whole(
             made, lost = precision.dense(shape, less(vectors.terms(name, some), base))
             deltas.update(zip(some, made))
             errors.update(zip(some, lost))
-        if others and first:
+        if others and first is not None:
             rest = less(vectors.terms(name, others), base)
             errors.update(zip(others, energies_of(rest)))
     forms = [deltas.get(task) for task in vectors.tasks]

@@ -164,8 +164,7 @@ def _recorded() -> list[Decomposed]:
 
     def recorded(work, name: str, reach: int, fixed: int | None):
         matrices = len(work.task_vectors.tasks) + (fixed != 0)
-        if reach:
-            found.append((work.shape(name), reach, matrices))
+        found.append((work.shape(name), reach, matrices))
         return decompose(work, name, reach, fixed)
 
     Work._decompose = recorded

@@ -74,6 +74,7 @@ def outlook(work: Work) -> Outlook:
         return gain > WORTH * max(lost, usual * _energy(work, name))
 
     def all_of_mean(name: str) -> Tensor:
+        """At the price of one direction: no rank gains more."""
         return torch.tensor([seen[name].alike / len(work.energy[name])])
 
     alike = [n for n in whole if seen[n].alike > WORTH_SHARING and mu > 0]
@@ -132,9 +133,8 @@ def _most_doubtful(
 ) -> tuple[int, bool]:
     """The task whose matrix looks most like low rank, and whether low rank may be the better choice for any."""
     known = [_optimistic(work, name, x, e) for x, e in zip(samples, energy.tolist())]
-    sigma, tail = torch.stack([s for s, _ in known]), torch.tensor(
-        [t for _, t in known]
-    )
+    sigma = torch.stack([values for values, _ in known])
+    tail = torch.tensor([rest for _, rest in known])
     at_best = least(work, name, in_all_precisions(work, name, 0, sigma, tail), mu)
     whole = least(work, name, as_whole(work, name, energy), mu)
     spread = bool((tail >= SPENT * energy).all())

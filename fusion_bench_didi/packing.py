@@ -68,12 +68,7 @@ def pack(
         task_vectors: T of (m, n); multiplied out only for an expert that is stored dense.
         shape: of the tensor.
     """
-    full = min(matrix_shape(shape))
-    first: Delta | None = None
-    if ranks[0] >= full:
-        (first,), _ = precision.dense(shape, [(modules.shared.dense().cpu(), None)])
-    elif ranks[0] > 0:
-        first = precision.low_rank(shape, modules.shared.to("cpu"), None)
+    first = pack_shared(modules.shared, ranks[0], shape=shape, precision=precision)
     base = change_of(first)
     left = subtracting(base)
     others: list[Delta | None] = []
@@ -91,6 +86,19 @@ def pack(
             factors = subspace_step(rest, factors)
         others.append(precision.low_rank(shape, factors, rest))
     return first, others
+
+
+def pack_shared(
+    shared: Matrix, rank: int, *, shape: tuple[int, ...], precision: Precision
+) -> Delta | None:
+    """Stored form of a shared module: whole at full rank, None at rank zero.
+
+    Args:
+        shared: (m, n), factored below full rank.
+    """
+    if rank >= min(matrix_shape(shape)):
+        return precision.dense(shape, [(as_dense(shared).cpu(), None)])[0][0]
+    return precision.low_rank(shape, shared.to("cpu"), None) if rank else None
 
 
 def pack_common(

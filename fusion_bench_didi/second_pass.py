@@ -16,7 +16,7 @@ from .lowrank import (
     refine_common,
     zero_like,
 )
-from .packing import cut, kept_out, pack, pack_common
+from .packing import cut, kept_out, pack, pack_common, pack_shared
 from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
 from .whole import pack_whole
@@ -101,9 +101,9 @@ def _shared_beside_whole(
     shape = vectors.infos[row.name].shape
     terms = vectors.terms(row.name, vectors.tasks, work.device)
     shared = work.shared_of(row.name, terms)
-    if rank == row.full:
-        return precision.dense(shape, [(shared.cpu(), None)])[0][0]
-    return precision.low_rank(shape, basis.factors(shared, rank).to("cpu"), None)
+    if rank < row.full:
+        shared = basis.factors(shared, rank)
+    return pack_shared(shared, rank, shape=shape, precision=precision)
 
 
 def _in_common(work: Work, name: str, common: Common) -> tuple[Stored, Tensor]:

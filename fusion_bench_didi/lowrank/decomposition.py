@@ -147,8 +147,6 @@ def halves(
     none = Basis(zeros.new_zeros(side, 0), zeros, 0.0)
     if shared is None or shared_rank == 0:
         first, shared = none, None
-    elif shared_rank == side and q == 0:
-        first = none  # nothing is cut, and no direction is asked for
     else:
         first = leading(shared, max_rank=max(q, shared_rank or 0), name=name)
         if shared_rank is not None:

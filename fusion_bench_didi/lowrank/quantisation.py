@@ -149,8 +149,9 @@ def round_factors(
         return RoundedFactors(up, down, factors.up.new_zeros(0), bits)
     target = factors if target is None else target
     left, best, found = _Side.of(factors.up.mT, bits), torch.inf, None
-    energy = float(energy_of(target))
-    for last in range(ROUNDS if bits < 8 else 1, 0, -1):
+    rounds = ROUNDS if bits < 8 else 1
+    energy = float(energy_of(target)) if rounds > 1 else 0.0
+    for last in range(rounds, 0, -1):
         right, less = left.partner(target)
         before, error = best, energy + less
         if error < best:

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusion_bench_didi.lowrank import sketched
 from fusion_bench_didi.lowrank.svd import operations
 
 #: Subtract the base and add up squares; subtract again, scale, round and clamp.
@@ -85,8 +84,7 @@ def floor(
     """
     total = 0.0
     for shape, rank, matrices in decomposed:
-        gram, krylov = operations(shape, rank)
-        total += matrices * (krylov if sketched(shape, rank) else gram)
+        total += matrices * operations(shape, rank)
     files = {n: list(Path(d).glob("*.safetensors")) for n, d in pool.items()}
     tuned = [f for name, some in files.items() for f in some if name != "_pretrained_"]
     return {

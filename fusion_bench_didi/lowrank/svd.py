@@ -3,11 +3,11 @@
 All ways first find the singular vectors of the *short* side; the long side follows by one product. With ``l`` the long
 side, ``s`` the short one and ``q`` directions:
 
-- Gram: eigenvectors of the s x s Gram matrix, ``2 l s^2`` operations and an eigenproblem of size s. In float64 up to
+- Gram: eigenvectors of the s x s Gram matrix, ``l s^2`` operations and an eigenproblem of size s. In float64 up to
   :data:`DOUBLE_SIDE`; in float32 beyond it, where singular values under 3e-4 of the largest, 1e-7 of its energy, are noise.
-- Block Krylov range finder (Musco and Musco 2015), where q is well below s: random directions of a fixed seed, taken
-  :data:`BLOCKS` times through ``a^T a``, ``6 l s p`` operations for p = 1.9 q in all, and an eigenproblem of size p. The
-  blocks together find slowly decaying spectra much better than a power iteration at the same cost.
+- Block Krylov range finder (``krylov.py``), where q is well below s: ``6 l s p`` operations for p = 1.9 q directions
+  searched, and an eigenproblem of size p.
+- The same within the Gram matrix, where the long side is much longer: ``l s^2 + 6 s^2 p`` for p = 1.5 q.
 - A matrix that is given as a product is decomposed by its factors (``factored.py``), all of its directions at once.
 
 What is left out is never estimated: it is the energy of the matrix less the energy of its projection, so that
@@ -17,7 +17,7 @@ that results do not depend on the driver or on the order in which tasks arrive.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .factored import product_svd
 from .factors import LowRankFactors, Matrix, Spectrum, energy_of
+from .krylov import Search
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,10 @@ log = logging.getLogger(__name__)
 DOUBLE_SIDE = 384
 #: The range finder is for matrices whose short side is at least this.
 SKETCH_SIDE = 256
-#: Directions searched per direction wanted, a few more, and the number of blocks they come in.
-OVERSAMPLING, EXTRA, BLOCKS = 1.9, 8, 4
+#: Through ``a^T a`` by two products with the matrix, and through its Gram matrix, where products cost less.
+DIRECT, WITHIN_GRAM = Search(1.9, blocks=4, times=1), Search(1.5, blocks=3, times=2)
+#: Gram matrices are formed in so many strips, each from its diagonal block on.
+STRIPS = 4
 #: What an eigenproblem of size s costs, in multiples of s^3 operations of a matrix product, by type of device.
 EIGEN_COST = {"cpu": 9.0, "cuda": 60.0}
 #: What the range finder's thin products and orthogonalisations take beyond their operations, against square products.
@@ -94,8 +97,7 @@ def leading(
     q = side if max_rank is None else min(max_rank, side)
     if q == 0:
         return Basis(a.new_zeros(side, 0), a.new_zeros(0), float(energy_of(a)))
-    sketch = not exact and sketched(a.shape, q, device=a.device.type)
-    way = _range_finder if sketch else _gram
+    way = _gram if exact else _cheapest(a.shape, q, a.device.type)
     vectors, S = way(a, q, name)
     tail = float(energy_of(a)) - float(S.double().square().sum()) if q < side else 0.0
     return Basis(_with_sign(vectors), S, max(tail, 0.0))
@@ -145,62 +147,94 @@ def singular_values(matrix: Matrix, *, max_rank: int | None = None) -> Tensor:
     a = a if a.shape[0] >= a.shape[1] else a.mT
     side = a.shape[1]
     q = side if max_rank is None else min(max_rank, side)
-    if sketched(a.shape, q, device=a.device.type):
-        return _range_finder(a, q, "")[1]
+    way = _cheapest(a.shape, q, a.device.type)
+    if way is not _gram:
+        return way(a, q, "")[1]
     values = torch.linalg.eigvalsh(_gram_matrix(a)).flip(-1)[:q]
     return values.clamp(min=0).sqrt().to(a.dtype)
 
 
 def sketched(shape: Sequence[int], rank: int, *, device: str = "cpu") -> bool:
-    """Whether the range finder is the cheaper way to ``rank`` directions of an (m, n) matrix on a type of device."""
-    gram, krylov = operations(shape, rank, device=device)
-    return min(shape) >= SKETCH_SIDE and THIN * krylov < gram
+    """Whether a range finder is the cheaper way to ``rank`` directions of an (m, n) matrix on a type of device."""
+    return _cheapest(shape, rank, device) is not _gram
 
 
-def operations(
-    shape: Sequence[int], rank: int, *, device: str = "cpu"
-) -> tuple[float, float]:
-    """What ``rank`` directions of an (m, n) matrix cost by its Gram matrix and by the range finder, in operations of products."""
+def operations(shape: Sequence[int], rank: int) -> float:
+    """What ``rank`` directions of an (m, n) matrix cost on a CPU by the way that is taken, in operations of products."""
+    formed, searched = _operations(shape, rank, "cpu")[_cheapest(shape, rank, "cpu")]
+    return formed + searched
+
+
+#: (l, s) matrix, q and name -> (s, q) vectors and (q,) values.
+_Way = Callable[[Tensor, int, str], tuple[Tensor, Tensor]]
+
+
+def _cheapest(shape: Sequence[int], rank: int, device: str) -> _Way:
+    if min(shape) < SKETCH_SIDE:
+        return _gram
+    costs = _operations(shape, rank, device)
+    thin = {_gram: 1.0, _within_gram: THIN, _direct: THIN}
+    return min(costs, key=lambda way: costs[way][0] + thin[way] * costs[way][1])
+
+
+def _operations(
+    shape: Sequence[int], rank: int, device: str
+) -> dict[_Way, tuple[float, float]]:
+    """By way: operations to form the Gram matrix, if it is, and those that follow."""
     side, long = sorted(shape)
-    p = searched(rank, side)
     eigen = EIGEN_COST.get(device, EIGEN_COST["cuda"])
-    krylov = 6 * long * side * p + 4 * side * p**2 + eigen * p**3
-    return 2 * long * side**2 + eigen * side**3, krylov
+    gram = long * side**2 * (1 + 1 / STRIPS)
 
+    def search(how: Search, rows: int) -> float:
+        p = how.directions(rank, side)
+        return 6 * rows * side * p + 4 * side * p**2 + eigen * p**3
 
-def searched(rank: int, side: int) -> int:
-    """How many directions the range finder looks at to get ``rank`` of them right."""
-    width = -(-(int(OVERSAMPLING * rank) + EXTRA) // BLOCKS)
-    return min(width * BLOCKS, side)
+    return {
+        _gram: (gram, eigen * side**3),
+        _within_gram: (gram, search(WITHIN_GRAM, side)),
+        _direct: (0.0, search(DIRECT, long)),
+    }
 
 
 def _gram_matrix(a: Tensor) -> Tensor:
+    """``a^T a`` of (l, s), each entry off the diagonal blocks formed once."""
     work = a.double() if a.shape[1] <= DOUBLE_SIDE else a
-    return work.mT @ work
+    side = work.shape[1]
+    gram, width = work.new_empty(side, side), max(-(-side // STRIPS), 1)
+    for begin in range(0, side, width):
+        end = begin + width
+        strip = work[:, begin:end].mT @ work[:, begin:]
+        gram[begin:end, begin:] = strip
+        gram[end:, begin:end] = strip[:, width:].mT
+    return gram
 
 
 def _gram(a: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
-    """Vectors (s, q) and values (q,) by the Gram matrix of the columns of ``a`` (l, s)."""
-    values, vectors = _eigh(_gram_matrix(a), name)  # ascending
-    S = values.flip(-1)[:q].clamp(min=0).sqrt()
-    return vectors.flip(-1)[:, :q].to(a.dtype).contiguous(), S.to(a.dtype)
+    """By all eigenvectors of the Gram matrix of the columns of ``a``."""
+    vectors, S = _leading_of(_gram_matrix(a), q, name)
+    return vectors.to(a.dtype).contiguous(), S.to(a.dtype)
 
 
-def _range_finder(a: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
-    """As :func:`_gram`, within the block Krylov space of ``a^T a``."""
-    side = a.shape[1]
-    width = -(-searched(q, side) // BLOCKS)
-    seed = torch.Generator().manual_seed(side)
-    block = torch.randn(side, width, generator=seed).to(a)
-    blocks = []
-    for _ in range(BLOCKS):
-        block = torch.linalg.qr(a.mT @ (a @ block)).Q
-        blocks.append(block)
-    rows = torch.linalg.qr(torch.cat(blocks, 1)[:, :side]).Q  # (s, p)
+def _within_gram(a: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
+    """As :func:`_gram`, within the block Krylov space of the Gram matrix."""
+    gram = _gram_matrix(a).to(a.dtype)
+    rows = WITHIN_GRAM.space(lambda x: gram @ x, q, a)  # (s, p)
+    vectors, S = _leading_of(rows.mT @ (gram @ rows), q, name)
+    return rows @ vectors, S
+
+
+def _direct(a: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
+    """As :func:`_within_gram`, by products with the matrix itself."""
+    rows = DIRECT.space(lambda x: a.mT @ (a @ x), q, a)  # (s, p)
     inside = a @ rows  # (l, p)
-    values, turn = _eigh(inside.mT @ inside, name)
-    S = values.flip(-1)[:q].clamp(min=0).sqrt()
-    return rows @ turn.flip(-1)[:, :q], S
+    vectors, S = _leading_of(inside.mT @ inside, q, name)
+    return rows @ vectors, S
+
+
+def _leading_of(gram: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
+    """Leading eigenvectors (s, q) of a Gram matrix, and (q,) roots of its eigenvalues."""
+    values, vectors = _eigh(gram, name)  # ascending
+    return vectors.flip(-1)[:, :q], values.flip(-1)[:q].clamp(min=0).sqrt()
 
 
 def _eigh(gram: Tensor, name: str) -> tuple[Tensor, Tensor]:

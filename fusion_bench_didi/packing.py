@@ -59,8 +59,8 @@ def pack(
     *,
     shape: tuple[int, ...],
     precision: Precision,
-) -> tuple[Delta | None, list[Delta | None]]:
-    """Stored forms of one matrix: the shared one and one per task, None where the rank is zero.
+) -> tuple[tuple[Delta | None, list[Delta | None]], Tensor]:
+    """Stored forms of one matrix: the shared one and one per task, None where the rank is zero; (T,) squared errors.
 
     Where numbers are rounded to few bits, the experts are fitted to what the *stored* shared part leaves.
 
@@ -72,20 +72,24 @@ def pack(
     base = change_of(first)
     left = subtracting(base)
     others: list[Delta | None] = []
+    errors = []
     for factors, tau in zip(modules.experts, task_vectors):
-        if factors is not None and factors.rank == 0:
-            others.append(None)
-            continue
+        tau = tau.cpu()
         if factors is None:
             less = None if base is None else as_dense(base)
-            others += precision.dense(shape, [(as_dense(tau).cpu(), less)])[0]
-            continue
-        rest = left(tau.cpu())
-        factors = factors.to("cpu")
-        if precision.rounding and first is not None:
-            factors = subspace_step(rest, factors)
-        others.append(precision.low_rank(shape, factors, rest))
-    return first, others
+            (delta,), (error,) = precision.dense(shape, [(as_dense(tau), less)])
+        elif factors.rank == 0:
+            delta, error = None, energy_of(left(tau))
+        else:
+            rest, factors = left(tau), factors.to("cpu")
+            if precision.rounding and first is not None:
+                factors = subspace_step(rest, factors)
+            delta, error = precision.low_rank(shape, factors, rest)
+            if error is None:
+                error = _kept_out(first, delta, tau)
+        others.append(delta)
+        errors.append(torch.as_tensor(error, dtype=torch.float64))
+    return (first, others), torch.stack(errors)
 
 
 def pack_shared(
@@ -98,7 +102,7 @@ def pack_shared(
     """
     if rank >= min(matrix_shape(shape)):
         return precision.dense(shape, [(as_dense(shared).cpu(), None)])[0][0]
-    return precision.low_rank(shape, shared.to("cpu"), None) if rank else None
+    return precision.low_rank(shape, shared.to("cpu"), None)[0] if rank else None
 
 
 def pack_common(
@@ -109,8 +113,8 @@ def pack_common(
     shape: tuple[int, ...],
     precision: Precision,
     metric: Metric | None = None,
-) -> tuple[Delta, list[Delta | None]]:
-    """Stored forms of one matrix in common subspaces; cores are fitted to the bases *as stored*.
+) -> tuple[tuple[Delta, list[Delta | None]], Tensor]:
+    """Stored forms of one matrix in common subspaces, and (T,) squared errors; cores are fitted to the bases *as stored*.
 
     Args:
         up, down: (m, p) and (q, n), square for whole sides.
@@ -126,23 +130,18 @@ def pack_common(
         fitted = cores(vectors, up, down)
     else:
         fitted = cores(metric.weighed(vectors), up, metric.weighed(down))
-    return first, [
+    others = [
         precision.core(shape, core) if bool(energy_of(tau) > 0) else None
         for tau, core in zip(vectors, fitted)
     ]
+    errors = [_kept_out(first, delta, tau) for delta, tau in zip(others, vectors)]
+    return (first, others), torch.stack(errors)
 
 
-def kept_out(
-    first: Delta | None,
-    others: Sequence[Delta | None],
-    task_vectors: Sequence[Matrix],
-) -> Tensor:
-    """(T,) squared errors of what was really stored."""
-    errors = []
-    for delta, tau in zip(others, task_vectors):
-        change = change_of(first, delta)
-        errors.append(energy_of(tau.cpu() if change is None else tau.cpu() - change))
-    return torch.stack(errors)
+def _kept_out(first: Delta | None, delta: Delta | None, tau: Matrix) -> Tensor:
+    """Squared error of what was really stored."""
+    change = change_of(first, delta)
+    return energy_of(tau if change is None else tau - change)
 
 
 def change_of(first: Delta | None, delta: Delta | None = None) -> Matrix | None:

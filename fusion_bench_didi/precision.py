@@ -103,12 +103,12 @@ class Precision:
 
     def low_rank(
         self, shape: tuple[int, ...], factors: LowRankFactors, target: Matrix | None
-    ) -> Delta:
-        """Store a product; integer codes are fitted to ``target`` (m, n) if given."""
+    ) -> tuple[Delta, float | None]:
+        """Store a product; integer codes are fitted to ``target`` (m, n) if given, and their squared error is known."""
         if self.dtype is not None:
-            return LowRankDelta.of(shape, factors, self.dtype)
+            return LowRankDelta.of(shape, factors, self.dtype), None
         rounded = round_factors(factors, bits=self.bits, target=target)
-        return RoundedLowRankDelta.of(shape, rounded)
+        return RoundedLowRankDelta.of(shape, rounded), rounded.error
 
     def dense(
         self,

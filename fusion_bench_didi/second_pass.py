@@ -16,7 +16,7 @@ from .lowrank import (
     refine_common,
     zero_like,
 )
-from .packing import cut, kept_out, pack, pack_common, pack_shared
+from .packing import cut, pack, pack_common, pack_shared
 from .parallel import alone, ordered_map, release_memory, workers_for
 from .precision import Precision
 from .whole import pack_whole
@@ -89,8 +89,7 @@ def _experts(
         vectors = work.task_vectors.matrices(row.name, work.device)
         modules = metric.plain(modules)
     shape = work.task_vectors.infos[row.name].shape
-    stored = pack(modules, ranks, vectors, shape=shape, precision=precision)
-    return stored, kept_out(*stored, vectors)
+    return pack(modules, ranks, vectors, shape=shape, precision=precision)
 
 
 def _shared_beside_whole(
@@ -128,7 +127,6 @@ def _in_common(work: Work, name: str, common: Common) -> tuple[Stored, Tensor]:
         vectors = work.task_vectors.matrices(name, work.device)
         down = down if q == n else down @ metric.inverse.to(down)
     shape = work.task_vectors.infos[name].shape
-    stored = pack_common(
+    return pack_common(
         up, down, vectors, shape=shape, precision=common.precision, metric=metric
     )
-    return stored, kept_out(*stored, vectors)

@@ -5,7 +5,7 @@ direction counts, so a rank-r module stores r scales. Letters: ``m`` out, ``n`` 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ _STEP = {2: 0.996, 3: 0.586, 4: 0.335}
 _MULTIPLES = (0.8, 0.9, 1.0, 1.12, 1.25, 1.4)
 #: Entries of a row that are looked at for that.
 _SAMPLE = 256
-#: How often at most the two factors of a product are refitted to one another, while that lowers the error by such a part.
-ROUNDS, GAIN = 3, 0.015
+#: How often the two factors of a product are refitted to one another where rounding is all that is lost.
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class RoundedFactors:
         down: (r, n) int8 codes.
         scale: (r,) float32.
         bits: of a code.
+        error: squared error against the target.
     """
 
     up: Tensor
     down: Tensor
     scale: Tensor
     bits: int
+    error: float
 
     def dense(self) -> Tensor:
         half = offset(self.bits)
@@ -138,7 +140,10 @@ def round_matrices(terms: Sequence[Terms], bits: int) -> list[RoundedMatrix]:
 def round_factors(
     factors: LowRankFactors, *, bits: int, target: Matrix | None = None
 ) -> RoundedFactors:
-    """Round a low-rank module; each factor in turn is refitted to the other as rounded, and the best pair is kept.
+    """Round a low-rank module: each factor is refitted to the other as rounded, the last one to the target.
+
+    The rounds before the last see the module only, where they cost ``O(r^2 (m + n))``; there are as many as the expected
+    part of rounding in the error deserves, and the best is kept.
 
     Args:
         factors: the module, its directions orthogonal (as truncated SVDs are).
@@ -146,21 +151,21 @@ def round_factors(
     """
     if factors.rank == 0:
         up, down = factors.up.to(torch.int8), factors.down.to(torch.int8)
-        return RoundedFactors(up, down, factors.up.new_zeros(0), bits)
-    target = factors if target is None else target
-    left, best, found = _Side.of(factors.up.mT, bits), torch.inf, None
-    rounds = ROUNDS if bits < 8 else 1
-    energy = float(energy_of(target)) if rounds > 1 else 0.0
-    for last in range(rounds, 0, -1):
-        right, less = left.partner(target)
-        before, error = best, energy + less
-        if error < best:
-            scale = left.step * right.step
-            best, found = error, (left.codes.mT, right.codes, scale)
-        if last == 1 or error > (1 - GAIN) * before:
-            break
-        left, _ = right.partner(target.mT)
-    return RoundedFactors(*found, bits)
+        none, error = factors.up.new_zeros(0), 0.0
+        if target is not None:
+            error = float(energy_of(target))
+        return RoundedFactors(up, down, none, bits, error)
+    goal = factors if target is None else target
+    if factors.shape[0] > factors.shape[1]:  # the long side last: its rounds cost most
+        turned = round_factors(factors.mT, bits=bits, target=goal.mT)
+        return replace(turned, up=turned.down.mT, down=turned.up.mT)
+    energy = float(energy_of(goal))
+    left = _best_side(factors, bits, energy)
+    rows = left.values @ goal  # (r, n)
+    right = _Side.of(left.inverse() @ rows, bits)
+    gained = 2 * (right.values * rows).sum() - (left.gram * right.gram).sum()
+    scale, error = left.step * right.step, max(energy - float(gained), 0.0)
+    return RoundedFactors(left.codes.mT, right.codes, scale, bits, error)
 
 
 @dataclass(frozen=True)
@@ -171,29 +176,46 @@ class _Side:
         codes: (r, n).
         step: (r,).
         values: (r, n) what they stand for.
+        gram: (r, r) inner products of these.
     """
 
     codes: Tensor
     step: Tensor
     values: Tensor
-    bits: int
+    gram: Tensor
 
     @classmethod
     def of(cls, rows: Tensor, bits: int) -> "_Side":
         codes, step = round_rows(rows, bits)
-        return cls(codes, step, (codes + offset(bits)) * step[:, None], bits)
+        values = (codes + offset(bits)) * step[:, None]
+        return cls(codes, step, values, values @ values.mT)
 
-    def partner(self, target: Matrix) -> tuple["_Side", float]:
-        """The rounded factor that serves this one best, and the squared error of the pair less ``||target||^2``.
+    def inverse(self) -> Tensor:
+        """(r, r) of the slightly lifted Gram matrix: many times as fast as solving for so many columns."""
+        eye = torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
+        ridge = 1e-6 * float(self.gram.diagonal().mean())
+        return torch.linalg.inv(self.gram.double() + ridge * eye).to(self.gram.dtype)
 
-        Args:
-            target: (m, n) with m the columns of this side.
-        """
-        gram, rows = self.values @ self.values.mT, self.values @ target  # (r, n)
-        ridge = 1e-6 * gram.diagonal().mean()
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        # many times as fast as solving for so many columns
-        inverse = torch.linalg.inv(gram.double().add_(eye, alpha=float(ridge)))
-        other = _Side.of(inverse.to(rows.dtype) @ rows, self.bits)
-        error = (gram @ other.values - 2 * rows).mul_(other.values).sum()
-        return other, float(error)
+
+def _best_side(factors: LowRankFactors, bits: int, energy: float) -> _Side:
+    """The left factor rounded, after some rounds within the product of both.
+
+    Args:
+        energy: of what the product should reproduce, at least that of the product.
+    """
+    up, down = factors.up.mT, factors.down  # (r, m), (r, n)
+    left = best = _Side.of(up, bits)
+    own = float(((up @ up.mT) * (down @ down.mT)).sum())
+    lost = 2 * RELATIVE_ERROR[bits] * own
+    rounds = round(ROUNDS * lost / max(lost + energy - own, lost, 1e-300))
+    least = torch.inf
+    for _ in range(rounds):
+        right = _Side.of(left.inverse() @ (left.values @ up.mT) @ down, bits)
+        inside = right.values @ down.mT  # (r, r)
+        left = _Side.of(right.inverse() @ inside @ up, bits)
+        gained = (
+            2 * (left.values * (inside @ up)).sum() - (left.gram * right.gram).sum()
+        )
+        if own - float(gained) < least:
+            best, least = left, own - float(gained)
+    return best

@@ -19,6 +19,7 @@ from fusion_bench_didi.lowrank import (
     full_rank,
     greedy,
     learn_ranks,
+    quantisation,
     refine,
     shared_matrix,
     spectra_of,
@@ -29,9 +30,7 @@ from fusion_bench_didi.lowrank import (
 )
 from fusion_bench_didi.lowrank.codes import ends
 from fusion_bench_didi.lowrank.learning import _Group
-from fusion_bench_didi.lowrank.quantisation import (
-    round_factors,
-)
+from fusion_bench_didi.lowrank.quantisation import round_factors
 from fusion_bench_didi.lowrank.refinement import _factored_gradient
 from fusion_bench_didi.lowrank.subspace import Subspace, balanced, subspace_step
 from fusion_bench_didi.lowrank.truncation import gate, hard_gate
@@ -445,14 +444,27 @@ def test_curve_of_a_candidate_is_the_error_of_its_experts():
 def test_rounded_factors_are_as_close_as_their_bits_allow(bits, largest):
     g = torch.Generator().manual_seed(10)
     target = torch.randn(40, 6, generator=g) @ torch.randn(6, 30, generator=g)
-    factors = spectrum(target).cut(6)
-    for goal in (target, None):
-        rounded = round_factors(factors, bits=bits, target=goal)
-        error = (rounded.dense() - target).square().sum() / target.square().sum()
-        assert float(error) < largest
-        low, high = ends(bits)
-        assert low <= int(rounded.up.min()) and int(rounded.up.max()) <= high
-    assert round_factors(factors, bits=bits).dense().shape == (40, 30)
+    energy = float(target.square().sum())
+    for matrix in (target, target.mT):
+        factors = spectrum(matrix).cut(6)
+        for goal in (matrix, None):
+            rounded = round_factors(factors, bits=bits, target=goal)
+            error = float((rounded.dense() - matrix).square().sum())
+            assert error < largest * energy
+            assert rounded.error == pytest.approx(error, rel=1e-3, abs=1e-5 * energy)
+            low, high = ends(bits)
+            assert low <= int(rounded.up.min()) and int(rounded.up.max()) <= high
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rounds_within_the_product_lower_the_error(bits, monkeypatch):
+    target = torch.randn(60, 90, generator=torch.Generator().manual_seed(11))
+    target = spectrum(target).cut(20).dense() + 0.01 * target
+    factors, errors = spectrum(target).cut(20), []
+    for rounds in (0, quantisation.ROUNDS):
+        monkeypatch.setattr(quantisation, "ROUNDS", rounds)
+        errors.append(round_factors(factors, bits=bits, target=target).error)
+    assert errors[1] < 0.95 * errors[0]
 
 
 # --- refinement, law 4 --------------------------------------------------------

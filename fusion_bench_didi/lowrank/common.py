@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .factored import Frame, all_factored, stacked
-from .factors import Matrix
+from .factors import Matrix, energy_of
 from .svd import Basis, leading, singular_values, spectrum
 
 #: The error is tabulated at no more than so many values of p, and of q.
@@ -97,7 +97,8 @@ def common_spaces(
         task_vectors: T of (m, n); where all are factored, spaces are looked for in the frame around them.
         weights: (T,) of the squared errors.
         bases: leading directions of each task vector; spaces are looked for among the first of these, :data:`AMONG` times
-            the short side in all, which is many times as fast on long sides. Among all directions if None.
+            the short side in all, and the energy beyond them counts as spread evenly, which is many times as fast. All
+            directions, and exactly, if None.
         max_up, max_down: P and Q; whole sides if None.
         name: used in log lines only.
     """
@@ -109,25 +110,30 @@ def common_spaces(
         return replace(found, up=up, down=down)
     scaled = _scaled(task_vectors, weights)
     m, n = scaled.shape[1:]
-    left, right = tuple(scaled), tuple(scaled.mT)
-    if bases is not None:
+    P, Q = min(max_up or m, m), min(max_down or n, n)
+    energy = float(sum(map(energy_of, scaled)))
+    if bases is None:
+        up, down = _columns(scaled, P, name), _columns(scaled.mT, Q, name).mT
+        if P * n * (m + Q) < Q * m * (n + P):
+            inside = (up.mT @ scaled) @ down.mT
+        else:
+            inside = up.mT @ (scaled @ down.mT)
+        squares, rest = inside.square_().sum(0).double(), 0.0  # (P, Q)
+    else:
         most = -(-AMONG * min(m, n) // len(bases))
         short = [basis.vectors[:, :most].to(scaled) for basis in bases]  # (s, r)
         long = [(x if m >= n else x.mT) @ v for x, v in zip(scaled, short)]  # (l, r)
-        short = [v * x.norm(dim=0) for v, x in zip(short, long)]
+        heavy = [v * x.norm(dim=0) for v, x in zip(short, long)]
+        up = _columns(long if m >= n else heavy, P, name)
+        down = _columns(heavy if m >= n else long, Q, name).mT
         left, right = (long, short) if m >= n else (short, long)
-    up = _columns(left, min(max_up or m, m), name)
-    down = _columns(right, min(max_down or n, n), name).mT
-    P, Q = up.shape[1], down.shape[0]
-    if P * n * (m + Q) < Q * m * (n + P):
-        inside = (up.mT @ scaled) @ down.mT
-    else:
-        inside = up.mT @ (scaled @ down.mT)
-    squares = inside.square_().sum(0).double()  # (P, Q)
+        inside = ((up.mT @ a) @ (b.mT @ down.mT) for a, b in zip(left, right))
+        squares = sum(core.square_() for core in inside).double()
+        rest = energy - float(sum(map(energy_of, long)))
     sizes_up, sizes_down = _grid(up.shape[1]), _grid(down.shape[0])
-    kept = squares.cumsum(0)[sizes_up - 1].cumsum(1)[:, sizes_down - 1]
-    energy = float(scaled.double().square().sum())
-    return CommonSpaces(up, down, sizes_up, sizes_down, kept.cpu(), energy)
+    kept = squares.cumsum(0)[sizes_up - 1].cumsum(1)[:, sizes_down - 1].cpu()
+    kept += max(rest, 0.0) / (m * n) * sizes_up[:, None] * sizes_down
+    return CommonSpaces(up, down, sizes_up, sizes_down, kept, energy)
 
 
 def refine_common(
@@ -164,7 +170,7 @@ def refine_common(
         )
         return frame.left @ up, down @ frame.right.mT
     scaled = _scaled(task_vectors, weights)
-    energy = float(scaled.double().square().sum())
+    energy = float(sum(map(energy_of, scaled)))
 
     def left_out(up: Tensor, down: Tensor) -> float:
         return energy - float((up.mT @ scaled @ down.mT).double().square().sum())

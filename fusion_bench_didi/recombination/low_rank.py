@@ -16,7 +16,7 @@ from ..lowrank import (
     spectra_of,
     spectrum,
 )
-from ..packing import cut, kept_out, pack
+from ..packing import cut, pack
 from ..precision import Precision
 from ..quantised import AffineDelta
 from ..task_vectors import matrix_shape
@@ -141,14 +141,14 @@ def _low_rank_matrices(matrices, tasks, how: str, budget: int, bits: int, spectr
     for row, ranks in zip(table, greedy(table, budget)):
         v, weights, shared, parts = work[row.name]
         k = ranks.tolist()
-        stored[row.name] = pack(
+        stored[row.name], errors = pack(
             cut(parts, k, row.full, shared, v),
             k,
             v,
             shape=tuple(matrices[row.name].shape[1:]),
             precision=precision,
         )
-        error += float((weights * kept_out(*stored[row.name], v)).sum())
+        error += float((weights * errors).sum())
     return error, stored
 
 

@@ -19,8 +19,8 @@ RELATIVE_ERROR = {2: 0.12, 3: 3.8e-2, 4: 1.2e-2, 8: 1.2e-4}
 #: That step, in root mean squares; tried are multiples of it.
 _STEP = {2: 0.996, 3: 0.586, 4: 0.335}
 _MULTIPLES = (0.8, 0.9, 1.0, 1.12, 1.25, 1.4)
-#: Entries of a row that are looked at for that.
-_SAMPLE = 256
+#: Entries of a row that are looked at for that, and what the mean over rows counts for the entries that are not.
+_SAMPLE, _OTHERS = 192, 0.5
 #: How often the two factors of a product are refitted to one another where rounding is all that is lost.
 ROUNDS = 5
 
@@ -52,7 +52,7 @@ class RoundedFactors:
 def round_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes (r, n) int8 and scales (r,); for few bits with the least squared error over a few scales.
 
-    The scale is chosen on at most :data:`_SAMPLE` entries of a row.
+    The scale is chosen on some entries of a row, and somewhat as other rows would.
 
     Args:
         x: (r, n).
@@ -69,26 +69,31 @@ def _coded(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         largest = x.abs().amax(1, keepdim=True)  # many times as fast as the norm
         step = largest.clamp_(min=smallest).div_(high)
         return torch.div(x, step).round_().clamp_(low, high), step
-    some = x[:, :: -(-x.shape[1] // _SAMPLE)].contiguous()
-    size = torch.linalg.vector_norm(some, dim=1, keepdim=True)
-    step = size.mul_(_STEP[bits] / max(some.shape[1], 1) ** 0.5)
-    if not bool((step > 0).all()):  # a row whose sample is all zero
-        step = torch.where(step > 0, step, x.abs().amax(1, keepdim=True) / (high + 0.5))
-    step = step.clamp_(min=smallest)
-    step.mul_(_best_multiple(some / step, bits))
+    step = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    step.mul_(_STEP[bits] / max(x.shape[1], 1) ** 0.5)
+    empty, step = step == 0, step.clamp_(min=smallest)
+    some = x[:, :: -(-x.shape[1] // _SAMPLE)] / step
+    unseen = 1 - some.shape[1] / max(x.shape[1], 1)
+    step.mul_(_best_multiple(some, bits, empty, _OTHERS * unseen))
     return torch.div(x, step).floor_().clamp_(low, high), step
 
 
-def _best_multiple(x: Tensor, bits: int) -> Tensor:
-    """(r, 1) which multiple of the step leaves the least squared error in rows (r, n) in units of it."""
+def _best_multiple(x: Tensor, bits: int, empty: Tensor, others: float) -> Tensor:
+    """(r, 1) which multiple of the step leaves the least squared error in rows (r, n) in units of it.
+
+    Args:
+        empty: (r, 1) rows that have no say.
+        others: what the mean over rows counts beside a row's own error.
+    """
     (low, high), errors = ends(bits), []
-    scaled, codes = torch.empty_like(x), torch.empty_like(x)
+    half, codes = x.new_tensor(-0.5), torch.empty_like(x)
     for multiple in _MULTIPLES:
-        torch.mul(x, 1 / multiple, out=scaled)
-        torch.floor(scaled, out=codes).clamp_(low, high)
-        rest = scaled.sub_(codes).sub_(0.5)
-        errors.append(torch.linalg.vector_norm(rest, dim=1).mul_(multiple))
-    best = torch.stack(errors).argmin(0)
+        scaled = torch.add(half, x, alpha=1 / multiple)
+        torch.round(scaled, out=codes).clamp_(low, high)
+        rest = torch.linalg.vector_norm(scaled.sub_(codes), dim=1, keepdim=True)
+        errors.append(rest.mul_(multiple).square_())
+    lost = torch.cat(errors, 1).masked_fill_(empty, 0.0)  # (r, multiples)
+    best = lost.add_(lost.mean(0), alpha=others).argmin(1)
     return torch.tensor(_MULTIPLES, dtype=x.dtype, device=x.device)[best][:, None]
 
 

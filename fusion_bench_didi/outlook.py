@@ -123,18 +123,17 @@ class _Sample:
 def _seen(work: Work, name: str, mu: float) -> _Sample:
     terms = work.task_vectors.terms(name, work.task_vectors.tasks)
     samples = _samples(work, name, terms)
-    alike = sum(samples).square().sum() / sum(x.square().sum() for x in samples)
+    alike = samples.sum(0).square().sum() / samples.square().sum()
     task, doubtful = _most_doubtful(work, name, samples, work.energy[name], mu)
     return _Sample(task, doubtful, float(alike))
 
 
 def _most_doubtful(
-    work: Work, name: str, samples: Sequence[Tensor], energy: Tensor, mu: float
+    work: Work, name: str, samples: Tensor, energy: Tensor, mu: float
 ) -> tuple[int, bool]:
     """The task whose matrix looks most like low rank, and whether low rank may be the better choice for any."""
-    known = [_optimistic(work, name, x, e) for x, e in zip(samples, energy.tolist())]
-    sigma = torch.stack([values for values, _ in known])
-    tail = torch.tensor([rest for _, rest in known])
+    numel, rank = work.task_vectors.infos[name].numel, work.first_guess(name)
+    sigma, tail = optimistic_spectrum(samples, energy, numel, rank=rank)
     at_best = least(work, name, in_all_precisions(work, name, 0, sigma, tail), mu)
     whole = least(work, name, as_whole(work, name, energy), mu)
     spread = bool((tail >= SPENT * energy).all())
@@ -202,8 +201,8 @@ def _asked(work: Work, name: str) -> bool:
     return known and work.glanced(name) and work.first_guess(name) < work.cap(name)
 
 
-def _samples(work: Work, name: str, terms: Sequence[Terms]) -> list[Tensor]:
-    """Entries (a, b) of T differences, at the same places."""
+def _samples(work: Work, name: str, terms: Sequence[Terms]) -> Tensor:
+    """(T, a, b) entries of differences, at the same places."""
     rank, (m, n) = work.first_guess(name), work.shape(name)
     sides = (SHORT * rank, LONG * rank) if m <= n else (LONG * rank, SHORT * rank)
     places = sampled(m, sides[0])[:, None], sampled(n, sides[1])
@@ -213,15 +212,7 @@ def _samples(work: Work, name: str, terms: Sequence[Terms]) -> list[Tensor]:
             last, block = less, None if less is None else less[places].float()
         x = matrix[places].float()
         samples.append((x if block is None else x - block).cpu())
-    return samples
-
-
-def _optimistic(
-    work: Work, name: str, sample: Tensor, energy: float
-) -> tuple[Tensor, float]:
-    """Singular values and the energy beyond them, at best."""
-    numel, rank = work.task_vectors.infos[name].numel, work.first_guess(name)
-    return optimistic_spectrum(sample, energy, numel, rank=rank)
+    return torch.stack(samples)
 
 
 def _energy(work: Work, name: str) -> float:

@@ -152,18 +152,17 @@ def test_a_budget_for_less_than_whole_matrices_decomposes_them(monkeypatch):
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
 def test_optimistic_spectrum_keeps_no_less_than_any_directions_do(shape, make):
     """On average over samples; here over matrices."""
-    rank, kept, true = 20, [], []
-    for seed in range(8):
-        matrix = make(*shape, seed)
-        energy = float(matrix.square().sum())
-        rows, columns = sampled(shape[0], 60), sampled(shape[1], 60)
-        part = matrix[rows[:, None], columns]
-        sigma, tail = optimistic_spectrum(part, energy, matrix.numel(), rank=rank)
-        squares = sigma.double().square()
-        assert float(squares.sum()) + tail == pytest.approx(energy)
-        kept.append(squares.cumsum(0) / energy)
-        true.append(torch.linalg.svdvals(matrix)[:rank].square().cumsum(0) / energy)
-    kept, true = torch.stack(kept).mean(0), torch.stack(true).mean(0)
+    rank, numel = 20, shape[0] * shape[1]
+    matrices = torch.stack([make(*shape, seed) for seed in range(8)])
+    energy = matrices.double().square().sum((1, 2))
+    rows, columns = sampled(shape[0], 60), sampled(shape[1], 60)
+    samples = matrices[:, rows[:, None], columns]
+    sigma, tail = optimistic_spectrum(samples, energy, numel, rank=rank)
+    squares = sigma.double().square()
+    torch.testing.assert_close(squares.sum(1) + tail, energy)
+    held = torch.linalg.svdvals(matrices)[:, :rank].square()
+    kept = (squares.cumsum(1) / energy[:, None]).mean(0)
+    true = (held.cumsum(1) / energy[:, None]).mean(0)
     assert bool((kept >= true - 0.02).all())
     assert make is low_rank or kept[-1] < 0.95
 

@@ -63,7 +63,7 @@ def inner(a: Matrix, b: Matrix) -> Tensor:
     """``sum_ij a_ij b_ij``; one of the two may be multiplied out only where the other is dense."""
     if isinstance(a, LowRankFactors) and isinstance(b, LowRankFactors):
         return ((a.up.mT @ b.up) * (a.down @ b.down.mT)).sum()
-    return (as_dense(a) * as_dense(b)).sum()
+    return torch.dot(as_dense(a).reshape(-1), as_dense(b).reshape(-1))
 
 
 def accumulated(total: Matrix | None, matrix: Matrix, weight: float) -> Matrix:

@@ -20,23 +20,25 @@ def sampled(side: int, count: int) -> Tensor:
 
 
 def optimistic_spectrum(
-    sample: Tensor, energy: float, numel: int, *, rank: int
-) -> tuple[Tensor, float]:
-    """The best that the leading directions of the whole matrix can be expected to keep.
+    samples: Tensor, energy: Tensor, numel: int, *, rank: int
+) -> tuple[Tensor, Tensor]:
+    """The best that the leading directions of whole matrices can be expected to keep.
 
     Args:
-        sample: (a, b) entries of the matrix.
-        energy: squared norm of the matrix.
+        samples: (T, a, b) entries of the matrices.
+        energy: (T,) squared norms of the matrices.
         numel: m n.
-        rank: q, below both sides of the sample.
+        rank: q, below both sides of the samples.
 
     Returns:
-        (q,) singular values of which the first k together hold what k directions may hold at most, and the energy beyond.
+        (T, q) singular values of which the first k together hold what k directions may hold at most, and the (T,) energies
+        beyond.
     """
-    rows = sample.float()
-    rows = rows if rows.shape[0] <= rows.shape[1] else rows.mT
-    held = torch.linalg.eigvalsh(rows @ rows.mT).flip(0).clamp(min=0).double()
-    left = held.sum() - held.cumsum(0)[:rank]
-    kept = (energy - left * (numel / sample.numel())).clamp(min=0).cummax(0).values
-    steps = kept.diff(prepend=kept.new_zeros(1))
-    return steps.sqrt().float(), energy - float(kept[-1])
+    rows = samples.float()
+    rows = rows if rows.shape[1] <= rows.shape[2] else rows.mT
+    held = torch.linalg.eigvalsh(rows @ rows.mT).flip(1).clamp(min=0).double()
+    left = held.sum(1, keepdim=True) - held.cumsum(1)[:, :rank]
+    kept = energy[:, None] - left * (numel / samples[0].numel())
+    kept = kept.clamp(min=0).cummax(1).values
+    steps = kept.diff(dim=1, prepend=kept.new_zeros(len(kept), 1))
+    return steps.sqrt().float(), energy - kept[:, -1]

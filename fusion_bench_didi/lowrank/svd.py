@@ -96,10 +96,10 @@ def leading(
     side = a.shape[1]
     q = side if max_rank is None else min(max_rank, side)
     if q == 0:
-        return Basis(a.new_zeros(side, 0), a.new_zeros(0), float(energy_of(a)))
+        return Basis(a.new_zeros(side, 0), a.new_zeros(0), float(energy_of(work)))
     way = _gram if exact else _cheapest(a.shape, q, a.device.type)
     vectors, S = way(a, q, name)
-    tail = float(energy_of(a)) - float(S.double().square().sum()) if q < side else 0.0
+    tail = float(energy_of(work)) - float(S.double().square().sum()) if q < side else 0.0
     return Basis(_with_sign(vectors), S, max(tail, 0.0))
 
 

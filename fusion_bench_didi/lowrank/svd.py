@@ -36,7 +36,7 @@ SKETCH_SIDE = 256
 #: Through ``a^T a`` by two products with the matrix, and through its Gram matrix, where products cost less.
 DIRECT, WITHIN_GRAM = Search(1.9, blocks=4, times=1), Search(1.5, blocks=3, times=2)
 #: Gram matrices are formed in so many strips, each from its diagonal block on.
-STRIPS = 4
+STRIPS = 8
 #: What an eigenproblem of size s costs, in multiples of s^3 operations of a matrix product, by type of device.
 EIGEN_COST = {"cpu": 9.0, "cuda": 60.0}
 #: What the range finder's thin products and orthogonalisations take beyond their operations, against square products.
@@ -63,12 +63,15 @@ class Basis:
         Args:
             matrix: (m, n) the one that was decomposed.
         """
-        tall = matrix.shape[0] >= matrix.shape[1]
         vectors = self.vectors[:, :rank].to(matrix.device, matrix.dtype)  # (s, r)
-        scaled = (matrix if tall else matrix.mT) @ vectors  # (l, r)
-        root = scaled.norm(dim=0).clamp(min=torch.finfo(matrix.dtype).tiny).sqrt()
-        long, short = scaled / root, vectors * root
-        return LowRankFactors(*((long, short.mT) if tall else (short, long.mT)))
+        tall = matrix.shape[0] >= matrix.shape[1]
+        scaled = matrix @ vectors if tall else vectors.mT @ matrix
+        root = torch.linalg.vector_norm(scaled, dim=0 if tall else 1)  # (r,)
+        root = root.clamp(min=torch.finfo(matrix.dtype).tiny).sqrt()
+        short = vectors * root
+        if tall:
+            return LowRankFactors(scaled.div_(root), short.mT)
+        return LowRankFactors(short, scaled.div_(root[:, None]))
 
 
 def leading(
@@ -99,7 +102,9 @@ def leading(
         return Basis(a.new_zeros(side, 0), a.new_zeros(0), float(energy_of(work)))
     way = _gram if exact else _cheapest(a.shape, q, a.device.type)
     vectors, S = way(a, q, name)
-    tail = float(energy_of(work)) - float(S.double().square().sum()) if q < side else 0.0
+    tail = (
+        float(energy_of(work)) - float(S.double().square().sum()) if q < side else 0.0
+    )
     return Basis(_with_sign(vectors), S, max(tail, 0.0))
 
 

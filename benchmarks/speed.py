@@ -11,7 +11,6 @@ timed for ``--wudi-steps`` of its 300 steps and scaled. Results go to docs/speed
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from fusion_bench_didi.programs.measure import peak_resident
 
 from .checkpoints import SHAPES, pool_of
 from .floor import Decomposed, Machine, floor, seconds
@@ -146,7 +147,7 @@ def child(method: str, arguments: argparse.Namespace) -> dict:
         info = getattr(model, "info", None) or {}
         result = {
             "seconds": taken,
-            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "peak_gb": peak_resident() / 2**30,
             "written": written,
             "stages": info.get("seconds"),
             "relative_error": info.get("relative_error"),

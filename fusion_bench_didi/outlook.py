@@ -30,7 +30,7 @@ WORTH_SHARING = 1.5
 #: Sides of a sample per direction that is asked about: the short one costs an eigenproblem, the long one a product.
 SHORT, LONG = 2, 6
 #: Decompositions reach this much further than one task's does.
-MARGIN = 1.2
+MARGIN = 1.15
 #: What spectra in float32 differ from energies in float64 by.
 ROUNDING = 1e-6
 

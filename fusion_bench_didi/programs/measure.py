@@ -40,7 +40,7 @@ def measured() -> Iterator[Cost]:
         torch.cuda.reset_peak_memory_stats()
     else:
         _forget_peak()
-    before = torch.cuda.memory_allocated() if cuda else _peak_resident()
+    before = torch.cuda.memory_allocated() if cuda else peak_resident()
     start = time.perf_counter()
     try:
         yield cost
@@ -48,7 +48,7 @@ def measured() -> Iterator[Cost]:
         if cuda:
             torch.cuda.synchronize()
         cost.seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if cuda else _peak_resident()
+        peak = torch.cuda.max_memory_allocated() if cuda else peak_resident()
         cost.peak_gb, cost.added_gb = peak / _GB, (peak - before) / _GB
 
 
@@ -68,7 +68,8 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
+    """Bytes that the process had resident at most; on Linux without what a larger parent had when it was started."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -53,6 +53,34 @@ def test_range_finder_is_within_two_percent_of_the_least_error(shape):
     )
 
 
+@pytest.mark.parametrize("way", [svd._direct, svd._within_gram])
+@pytest.mark.parametrize("shape", [(300, 300), (900, 260), (260, 900)])
+def test_every_way_to_search_finds_the_same_directions(shape, way, monkeypatch):
+    matrix, rank = decaying(*shape), 40
+    monkeypatch.setattr(svd, "_cheapest", lambda *_: way)
+    values = torch.linalg.svdvals(matrix)
+    found = leading(matrix, max_rank=rank)
+    torch.testing.assert_close(
+        found.vectors.mT @ found.vectors, torch.eye(rank), atol=1e-4, rtol=0
+    )
+    for k in (10, 20, 40):
+        least = float(values[k:].square().sum())
+        error = float((matrix - found.factors(matrix, k).dense()).square().sum())
+        assert least * (1 - 1e-4) <= error <= 1.02 * least
+
+
+def test_long_matrices_are_searched_within_their_gram_matrix():
+    assert svd._cheapest((1024, 1024), 20, "cpu") is svd._direct
+    assert svd._cheapest((1024, 4096), 250, "cpu") is svd._within_gram
+    assert svd._cheapest((1024, 4096), 900, "cpu") is svd._gram
+
+
+def test_gram_matrix_in_strips_is_the_whole_product():
+    for shape in ((50, 7), (20, 300), (9, 1)):
+        a = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+        torch.testing.assert_close(svd._gram_matrix(a), a.mT.double() @ a.double())
+
+
 def test_exact_means_exact_whatever_the_size():
     matrix = decaying(300, 280)
     values = torch.linalg.svdvals(matrix)[:8]

@@ -60,7 +60,7 @@ def main() -> None:
         "",
         f"`python -m benchmarks.exact`, {suite.label}, {arguments.split} images, average accuracy in % and its difference to "
         "exact",
-        "decompositions, then relative merge errors. As it is: whatever a merge does by itself; on towers this small, exact",
+        "decompositions, then relative merge errors. As it is: whatever a merge does by itself; on towers this small, mostly exact",
         f"decompositions. Forced: the range finder from side {SIDES['forced']} on, and nothing decomposed that is known to be "
         "stored whole.",
         "Exact: every matrix decomposed in full.",

@@ -37,13 +37,18 @@ def beside_low_rank(
     q, full = own.sigma.shape[1], full_rank(*work.shape(name))
     shared = work.shared(name, vectors)
     found = leading(shared, max_rank=q, name=name)
+    ranks = [
+        k
+        for k in _shared_ranks(found, own, full, weights, level)
+        if sharing(found.S.cpu(), own.sigma, weights, k) >= WORTH_SHARING
+    ]
+    if not ranks:
+        return []
     energy = own.sigma.square().sum(1) + own.tail_energy
     alike = torch.stack([inner(tau, shared).cpu() for tau in vectors])
     first = int((alike / energy.clamp(min=1e-300)).argmax())
     candidates = []
-    for k in _shared_ranks(found, own, full, weights, level):
-        if sharing(found.S.cpu(), own.sigma, weights, k) < WORTH_SHARING:
-            continue
+    for k in ranks:
         part = shared if k == full else found.factors(shared, k)
         left = subtracting(part)
         sigma, tail = _spectra([left(vectors[first])], q)

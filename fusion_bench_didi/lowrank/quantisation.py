@@ -166,10 +166,8 @@ def round_factors(
         return replace(turned, up=turned.down.mT, down=turned.up.mT)
     energy = float(energy_of(goal))
     left = _best_side(factors, bits, energy)
-    rows = left.values @ goal  # (r, n)
-    right = _Side.of(left.inverse() @ rows, bits)
-    gained = 2 * (right.values * rows).sum() - (left.gram * right.gram).sum()
-    scale, error = left.step * right.step, max(energy - float(gained), 0.0)
+    right, held = left.partner(left.values @ goal, bits)
+    scale, error = left.step * right.step, max(energy - held, 0.0)
     return RoundedFactors(left.codes.mT, right.codes, scale, bits, error)
 
 
@@ -201,6 +199,16 @@ class _Side:
         ridge = 1e-6 * float(self.gram.diagonal().mean())
         return torch.linalg.inv(self.gram.double() + ridge * eye).to(self.gram.dtype)
 
+    def partner(self, rows: Tensor, bits: int) -> tuple["_Side", float]:
+        """The rounded factor that serves this one best, and by how much the pair lowers the squared error.
+
+        Args:
+            rows: (r, n) this side times the target.
+        """
+        other = _Side.of(self.inverse() @ rows, bits)
+        held = 2 * (other.values * rows).sum() - (self.gram * other.gram).sum()
+        return other, float(held)
+
 
 def _best_side(factors: LowRankFactors, bits: int, energy: float) -> _Side:
     """The left factor rounded, after some rounds within the product of both.
@@ -213,14 +221,10 @@ def _best_side(factors: LowRankFactors, bits: int, energy: float) -> _Side:
     own = float(((up @ up.mT) * (down @ down.mT)).sum())
     lost = 2 * RELATIVE_ERROR[bits] * own
     rounds = round(ROUNDS * lost / max(lost + energy - own, lost, 1e-300))
-    least = torch.inf
+    most = -torch.inf
     for _ in range(rounds):
         right = _Side.of(left.inverse() @ (left.values @ up.mT) @ down, bits)
-        inside = right.values @ down.mT  # (r, r)
-        left = _Side.of(right.inverse() @ inside @ up, bits)
-        gained = (
-            2 * (left.values * (inside @ up)).sum() - (left.gram * right.gram).sum()
-        )
-        if own - float(gained) < least:
-            best, least = left, own - float(gained)
+        left, held = right.partner(right.values @ down.mT @ up, bits)
+        if held > most:
+            best, most = left, held
     return best

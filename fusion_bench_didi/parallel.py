@@ -8,10 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
+import psutil
 import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+#: Bytes by which a process grows before it gives back what it does not use.
+GROWTH = 2**28
 
 
 def workers_for(device: torch.device | str) -> int:
@@ -54,11 +58,20 @@ def alone(condition: bool) -> AbstractContextManager:
     return _ALONE if condition else nullcontext()
 
 
-def release_memory() -> None:
-    """Give freed memory back to the system where the C library can (glibc).
+class Release:
+    """Gives freed memory back to the system where the C library can (glibc), whenever the process has grown by some.
 
-    Results that stay are scattered between large blocks that were used and freed; without this the process keeps them.
+    Results that stay are scattered between large blocks that were used and freed; without this the process keeps them. What
+    is given back after every matrix, though, is taken anew for the next: in a virtual machine that can cost as much time as
+    the arithmetic.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+
+    def __init__(self):
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self._resident = 0
+
+    def __call__(self) -> None:
+        process = psutil.Process()
+        if self._trim and process.memory_info().rss > self._resident + GROWTH:
+            self._trim(0)
+            self._resident = process.memory_info().rss

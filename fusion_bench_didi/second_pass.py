@@ -17,7 +17,7 @@ from .lowrank import (
     zero_like,
 )
 from .packing import cut, pack, pack_common, pack_shared
-from .parallel import alone, ordered_map, release_memory, workers_for
+from .parallel import alone, ordered_map, workers_for
 from .precision import Precision
 from .whole import pack_whole
 from .work import Work
@@ -54,7 +54,7 @@ def second_pass(
         work.progress("refine", i, len(names))
         yield name, stored, errors
         del stored, errors  # not kept while the next is waited for
-        release_memory()
+        work.release()
 
 
 def _experts(

@@ -24,7 +24,7 @@ from .lowrank import (
 )
 from .lowrank.blocks import Terms, formed, mean_of
 from .metric import Metric
-from .parallel import alone, ordered_map, release_memory, workers_for
+from .parallel import Release, alone, ordered_map, workers_for
 from .precision import Precision
 from .task_vectors import TaskVectors, matrix_shape
 
@@ -59,6 +59,7 @@ class Work:
     store: FactorStore
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     energy: Mapping[str, Tensor] = field(default_factory=dict)
+    release: Release = field(default_factory=Release)
 
     def read(self, name: str) -> Sequence[Matrix]:
         """Task vectors of one matrix as errors are measured, T of (m, n), those of adapters as factors."""
@@ -162,7 +163,7 @@ class Work:
         table = []
         for name, parts in self.over(stage, one, list(reach)):
             self.store.put(name, (parts.shared, *parts.experts))
-            release_memory()
+            self.release()
             table.append(self._row(name, parts, stored_as[name], fixed[name]))
         return table
 

@@ -1,6 +1,7 @@
 """What bounds time and memory: the range finder, growing spectra, workers, scratch files, and writing while merging."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fusion_bench_didi.lowrank import (
     spectrum,
     svd,
 )
-from fusion_bench_didi.parallel import ordered_map
+from fusion_bench_didi.parallel import GROWTH, Release, ordered_map
 from fusion_bench_didi.pipeline import merge, plan
 
 
@@ -200,6 +201,21 @@ def test_ordered_map_hands_on_the_first_error_and_restores_threads():
     with pytest.raises(ValueError, match="two"):
         list(results)
     assert torch.get_num_threads() == threads
+
+
+def test_memory_is_given_back_when_the_process_has_grown(monkeypatch):
+    resident, given = [0], []
+
+    class Process:
+        def memory_info(self):
+            return SimpleNamespace(rss=resident[0])
+
+    monkeypatch.setattr("fusion_bench_didi.parallel.psutil.Process", Process)
+    release = Release()
+    release._trim = lambda _: given.append(resident[0])
+    for resident[0] in (GROWTH // 2, 2 * GROWTH, 3 * GROWTH, 3 * GROWTH + 1):
+        release()
+    assert given == [2 * GROWTH, 3 * GROWTH + 1]
 
 
 def test_number_of_workers_changes_no_bit(tiny_clip, monkeypatch):

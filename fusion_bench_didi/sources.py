@@ -15,6 +15,8 @@ from .errors import CheckpointMismatchError
 
 #: Files are mapped anew after so many bytes read from a model.
 MAPPED_BYTES = 2**25
+#: What a tensor may map beyond itself: systems cache files in pages of up to this size, and map them whole.
+PAGE_BYTES = 2**21
 
 #: safetensors' names of floating-point types
 _DTYPES = {
@@ -120,7 +122,7 @@ class SafetensorsSource:
         file = self._files[name]
         tensor = self._open[file].get_tensor(name)
         self._touched.add(file)
-        self._served += tensor.nbytes
+        self._served += tensor.nbytes + PAGE_BYTES
         if self._served > MAPPED_BYTES:
             touched, self._touched, self._served = self._touched, set(), 0
             for file in tuple(touched):

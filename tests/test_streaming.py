@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import didi, floats, merge_settings, same_bits, task_vectors
+from safetensors.torch import save_file
 
-from fusion_bench_didi import DiDiMerging, DiDiModel
+from fusion_bench_didi import DiDiMerging, DiDiModel, sources
 from fusion_bench_didi import task_vectors as reading
 from fusion_bench_didi.factor_store import FactorStore
 from fusion_bench_didi.lowrank import (
@@ -22,6 +23,7 @@ from fusion_bench_didi.lowrank import (
 )
 from fusion_bench_didi.parallel import GROWTH, Release, ordered_map
 from fusion_bench_didi.pipeline import merge, plan
+from fusion_bench_didi.sources import SafetensorsSource
 
 
 def decaying(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -216,6 +218,22 @@ def test_memory_is_given_back_when_the_process_has_grown(monkeypatch):
     for resident[0] in (GROWTH // 2, 2 * GROWTH, 3 * GROWTH, 3 * GROWTH + 1):
         release()
     assert given == [2 * GROWTH, 3 * GROWTH + 1]
+
+
+@pytest.mark.parametrize("numel, most", [(4, 16), (2**21, 5)])
+def test_small_tensors_are_let_go_like_large_ones(tmp_path, monkeypatch, numel, most):
+    """A few bytes of a file map a whole page of the system's cache, of up to 2 MB."""
+    names = [f"w{i:02d}" for i in range(32)]
+    save_file({name: torch.ones(numel) for name in names}, tmp_path / "a.safetensors")
+    source = SafetensorsSource([tmp_path / "a.safetensors"], "a")
+    opened = []
+    real = sources.safe_open
+    monkeypatch.setattr(
+        sources, "safe_open", lambda *a, **k: opened.append(a) or real(*a, **k)
+    )
+    for name in names:
+        assert bool((source.read(name) == 1).all())
+    assert len(opened) >= len(names) // most
 
 
 def test_number_of_workers_changes_no_bit(tiny_clip, monkeypatch):

@@ -2,10 +2,11 @@
 
 import math
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -71,6 +72,12 @@ class Machine:
             read=file.stat().st_size / min(reads),
             write=2**29 / written,
         )
+
+    @classmethod
+    def median(cls, measured: Sequence["Machine"]) -> "Machine":
+        """Of each rate."""
+        rates = [astuple(machine) for machine in measured]
+        return cls(*map(statistics.median, zip(*rates)))
 
 
 def floor(

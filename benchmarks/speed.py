@@ -207,12 +207,14 @@ def side_by_side(arguments: argparse.Namespace) -> dict:
     _read_once(pool)
     names = arguments.only or PEERS
     found: dict[str, list[dict]] = {name: [] for name in names}
+    speeds: list[Machine] = []
     for run in range(arguments.runs):
+        speeds.append(Machine.measured(Path(pool["_pretrained_"])))
         for name in names:
             if run == 0 or name not in ONCE:
                 found[name].append(measure(name, shape, tasks, arguments))
     rows = {name: medians(runs) for name, runs in found.items()}
-    speed = Machine.measured(Path(pool["_pretrained_"]))
+    speed = Machine.median(speeds)
     for name, row in rows.items():
         decomposed = row.pop("decomposed")
         if name.startswith("didi"):

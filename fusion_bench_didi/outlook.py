@@ -205,12 +205,17 @@ def _samples(work: Work, name: str, terms: Sequence[Terms]) -> Tensor:
     """(T, a, b) entries of differences, at the same places."""
     rank, (m, n) = work.first_guess(name), work.shape(name)
     sides = (SHORT * rank, LONG * rank) if m <= n else (LONG * rank, SHORT * rank)
-    places = sampled(m, sides[0])[:, None], sampled(n, sides[1])
+    rows, columns = sampled(m, sides[0]), sampled(n, sides[1])
+
+    def part(matrix: Tensor) -> Tensor:
+        some = matrix.index_select(0, rows.to(matrix.device))
+        return some.index_select(1, columns.to(matrix.device)).float()
+
     samples, last, block = [], None, None
     for matrix, less in terms:
         if less is not last:
-            last, block = less, None if less is None else less[places].float()
-        x = matrix[places].float()
+            last, block = less, None if less is None else part(less)
+        x = part(matrix)
         samples.append((x if block is None else x - block).cpu())
     return torch.stack(samples)
 

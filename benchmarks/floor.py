@@ -55,7 +55,7 @@ class Machine:
         reads = []
         for _ in range(3):
             if cold:
-                _forget(file)
+                forget(file)
             reads.append(_timed(lambda: _copies(file)))
         with tempfile.TemporaryFile(dir=directory) as out:
             chunk = bytes(2**24)
@@ -128,7 +128,8 @@ def _copies(file: Path) -> None:
         tensor.clone()
 
 
-def _forget(file: Path) -> None:
+def forget(file: Path) -> None:
+    """Drop a file from the system's cache, so that it is read from the disk."""
     with open(file, "rb") as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -1,6 +1,7 @@
 """Merging from files to a saved model: seconds and peak memory of DiDi beside the host's methods.
 
     python -m benchmarks.speed                    # ViT-B/32, eight tasks: DiDi, TSV-M, EMR, SMILE, WUDI
+    python -m benchmarks.speed --cold --only didi tsv_m  # files and floor from the disk instead of the system's cache
     python -m benchmarks.speed growth             # DiDi over numbers of tasks (--counts, with 8), and over --sizes
     python -m benchmarks.speed --device cuda --only didi didi_float tsv_m
 
@@ -24,7 +25,7 @@ import torch
 from fusion_bench_didi.programs.measure import peak_resident
 
 from .checkpoints import SHAPES, pool_of
-from .floor import Decomposed, Machine, floor, seconds
+from .floor import Decomposed, Machine, floor, forget, seconds
 from .suites import machine, write_json
 
 WUDI_STEPS = 300
@@ -203,15 +204,18 @@ def medians(runs: list[dict]) -> dict:
 def side_by_side(arguments: argparse.Namespace) -> dict:
     """Every method at one shape, taken in turns; the floor of the same machine."""
     shape, tasks = arguments.shape, arguments.tasks
-    pool = pool_of(shape, tasks)
-    _read_once(pool)
+    pool, cold = pool_of(shape, tasks), arguments.cold
+    if not cold:
+        _read_once(pool)
     names = arguments.only or PEERS
     found: dict[str, list[dict]] = {name: [] for name in names}
     speeds: list[Machine] = []
     for run in range(arguments.runs):
-        speeds.append(Machine.measured(Path(pool["_pretrained_"])))
+        speeds.append(Machine.measured(Path(pool["_pretrained_"]), cold=cold))
         for name in names:
             if run == 0 or name not in ONCE:
+                if cold:
+                    _forget(pool)
                 found[name].append(measure(name, shape, tasks, arguments))
     rows = {name: medians(runs) for name, runs in found.items()}
     speed = Machine.median(speeds)
@@ -269,6 +273,12 @@ def _read_once(pool: Mapping[str, str]) -> None:
                     pass
 
 
+def _forget(pool: Mapping[str, str]) -> None:
+    for directory in pool.values():
+        for file in Path(directory).glob("*.safetensors"):
+            forget(file)
+
+
 def _parameters(shape: str) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in SHAPES[shape].build().parameters())
@@ -293,6 +303,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--wudi-steps", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -307,7 +318,8 @@ def main() -> None:
         found = side_by_side(arguments)
     else:
         found = growth(arguments, record.get("growth", {}))
-    record[arguments.what] = {"machine": machine(), "device": arguments.device, **found}
+    what = "cold" if arguments.cold else arguments.what
+    record[what] = {"machine": machine(), "device": arguments.device, **found}
     write_json(file, record)
     write_page(record, arguments.out / "speed.md")
 

@@ -12,21 +12,23 @@ def write_page(record: Mapping[str, Any], file: Path) -> None:
     lines = ["# Speed and memory of a merge", ""]
     if "peers" in record:
         lines += _peers(record["peers"])
+    if "cold" in record:
+        lines += _peers(record["cold"], cold=True)
     if "growth" in record:
         lines += _growth(record["growth"])
     file.write_text("\n".join(lines) + "\n")
 
 
-def _peers(found: Mapping[str, Any]) -> list[str]:
+def _peers(found: Mapping[str, Any], *, cold: bool = False) -> list[str]:
     from .speed import METHODS
 
     rows = found["rows"]
     peer = rows.get("tsv_m")
     rates = ", ".join(f"{name} {value:.1f}" for name, value in found["rates"].items())
     lines = [
-        f"## {found['shape']}, {found['tasks']} tasks, files to saved model",
+        f"## {found['shape']}, {found['tasks']} tasks, files {'on disk' if cold else 'in the cache'} to saved model",
         "",
-        f"`python -m benchmarks.speed --shape {found['shape']} --tasks {found['tasks']}` on {found['device']}; "
+        f"`python -m benchmarks.speed --shape {found['shape']} --tasks {found['tasks']}{' --cold' if cold else ''}` on {found['device']}; "
         f"{in_words(found['machine'])}; {rates}.",
         "",
         "| method | runs | seconds | of TSV-M | over floor | peak GB | of TSV-M | relative error |",

@@ -214,8 +214,8 @@ def side_by_side(arguments: argparse.Namespace) -> dict:
         speeds.append(Machine.measured(Path(pool["_pretrained_"]), cold=cold))
         for name in names:
             if run == 0 or name not in ONCE:
-                if cold:
-                    _forget(pool)
+                for file in _files(pool) if cold else ():
+                    forget(file)
                 found[name].append(measure(name, shape, tasks, arguments))
     rows = {name: medians(runs) for name, runs in found.items()}
     speed = Machine.median(speeds)
@@ -266,17 +266,14 @@ def growth(arguments: argparse.Namespace, before: dict) -> dict:
 
 def _read_once(pool: Mapping[str, str]) -> None:
     """So that the first run finds the files in memory as the others do."""
-    for directory in pool.values():
-        for file in Path(directory).glob("*.safetensors"):
-            with file.open("rb") as opened:
-                while opened.read(2**24):
-                    pass
+    for file in _files(pool):
+        with file.open("rb") as opened:
+            while opened.read(2**24):
+                pass
 
 
-def _forget(pool: Mapping[str, str]) -> None:
-    for directory in pool.values():
-        for file in Path(directory).glob("*.safetensors"):
-            forget(file)
+def _files(pool: Mapping[str, str]) -> list[Path]:
+    return [f for d in pool.values() for f in Path(d).glob("*.safetensors")]
 
 
 def _parameters(shape: str) -> int:
@@ -303,13 +300,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--wudi-steps", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cold", action="store_true")
+    parser.add_argument(
+        "--cold", action="store_true", help="read files from the disk; peers only"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(arguments.child, arguments)))
         return
+    if arguments.cold and arguments.what == "growth":
+        parser.error("--cold is for the methods side by side, not for growth")
     from .speed_page import write_page
 
     file = arguments.out / "speed.json"

@@ -20,15 +20,18 @@ def write_page(record: Mapping[str, Any], file: Path) -> None:
 
 
 def _peers(found: Mapping[str, Any], *, cold: bool = False) -> list[str]:
-    from .speed import METHODS
+    from .speed import METHODS, PEERS
 
     rows = found["rows"]
+    options = " --cold" if cold else ""
+    if tuple(rows) != PEERS:
+        options += " --only " + " ".join(rows)
     peer = rows.get("tsv_m")
     rates = ", ".join(f"{name} {value:.1f}" for name, value in found["rates"].items())
     lines = [
         f"## {found['shape']}, {found['tasks']} tasks, files {'on disk' if cold else 'in the cache'} to saved model",
         "",
-        f"`python -m benchmarks.speed --shape {found['shape']} --tasks {found['tasks']}{' --cold' if cold else ''}` on {found['device']}; "
+        f"`python -m benchmarks.speed --shape {found['shape']} --tasks {found['tasks']}{options}` on {found['device']}; "
         f"{in_words(found['machine'])}; {rates}.",
         "",
         "| method | runs | seconds | of TSV-M | over floor | peak GB | of TSV-M | relative error |",

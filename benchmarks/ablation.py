@@ -8,10 +8,9 @@ Mean and spread (largest minus smallest) of the retention over the seeds, on tes
 import argparse
 from pathlib import Path
 
-from fusion_bench_didi.demo import build_suite
-from fusion_bench_didi.method import DiDiMerging
-
-from .suites import Suite, machine, retention, write_json
+from benchmarks.suites import Suite, machine, retention, write_json
+from fusion_bench_didi.demo.suite import build_suite
+from fusion_bench_didi.method.didi import DiDiMerging
 
 BUDGETS = (0.12, 0.25, 0.5, 1.24)
 FLOAT = {"factor_dtype": "float32"}

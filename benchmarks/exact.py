@@ -12,10 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.suites import Suite, machine, mean, write_json
 from fusion_bench_didi.lowrank import svd
-from fusion_bench_didi.method import DiDiMerging
-
-from .suites import Suite, machine, mean, write_json
+from fusion_bench_didi.method.didi import DiDiMerging
 
 BUDGETS = (0.24, 0.5, 1.24, 1.4)
 DTYPES = ("auto", "checkpoint")

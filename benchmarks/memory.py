@@ -16,9 +16,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from .checkpoints import SHAPES, pool_of
-from .floor import Machine, floor, seconds
-from .suites import in_words, machine, write_json
+from benchmarks.checkpoints import SHAPES, pool_of
+from benchmarks.floor import Machine, floor, seconds
+from benchmarks.suites import in_words, machine, write_json
 
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 

@@ -22,30 +22,29 @@ import torch
 from fusion_bench.method import SimpleAverageAlgorithm
 from torch import nn
 
-from fusion_bench_didi.checkpoint import write_json
+from fusion_bench_didi.checkpoint.directory import write_json
 from fusion_bench_didi.demo.folder_pools import (
     FolderCLIPVisionModelPool,
     FolderCLIPVisionModelTaskPool,
 )
-from fusion_bench_didi.method import DiDiMerging, EMRMerging, TSVCompression
-from fusion_bench_didi.pool_reader import load_backbone, open_pool
-from fusion_bench_didi.recombination import (
-    ComponentReader,
-    Evaluation,
-    Evaluator,
-    Library,
-    RecombinedModel,
-    SearchSettings,
-    Space,
-    components,
+from fusion_bench_didi.method.baselines.emr import EMRMerging
+from fusion_bench_didi.method.baselines.tsv_c import TSVCompression
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.pools.opening import load_backbone, open_pool
+from fusion_bench_didi.recombination import components
+from fusion_bench_didi.recombination.components import ComponentReader
+from fusion_bench_didi.recombination.evolution import SearchSettings
+from fusion_bench_didi.recombination.front import (
     hypervolume,
     hypervolume_trace,
     named_picks,
-    nsga2,
     pareto_front,
     plot_front,
-    random_search,
 )
+from fusion_bench_didi.recombination.library import Library
+from fusion_bench_didi.recombination.model import RecombinedModel
+from fusion_bench_didi.recombination.objectives import Evaluation, Evaluator, Space
+from fusion_bench_didi.recombination.search import nsga2, random_search
 from fusion_bench_didi.recombination.validation import scorer_from_pools
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,7 +301,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.suite == "demo":
-        from fusion_bench_didi.demo import build_suite
+        from fusion_bench_didi.demo.suite import build_suite
 
         args.suite = build_suite()
     bench = Bench(Path(args.suite or DEFAULT), args.samples)

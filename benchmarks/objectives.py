@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusion_bench_didi.lowrank import MatrixSpectra, Price, greedy
-from fusion_bench_didi.method import DiDiMerging
-from fusion_bench_didi.pool_reader import open_pool
-from fusion_bench_didi.probe import output_gradients, probe_inputs
-from fusion_bench_didi.task_vectors import TaskVectors, matrix_shape
-
-from .suites import Suite, machine, retention, write_json
+from benchmarks.suites import Suite, machine, retention, write_json
+from fusion_bench_didi.allocation.spectra import MatrixSpectra, Price
+from fusion_bench_didi.allocation.water_filling import greedy
+from fusion_bench_didi.merging.probe import output_gradients, probe_inputs
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.pools.opening import open_pool
+from fusion_bench_didi.task_vectors.reader import TaskVectors, matrix_shape
 
 BUDGETS = (0.24, 0.5, 1.24)
 FEW_BITS = (0.12, 0.24)

@@ -16,13 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fusion_bench_didi.budget import Budget
-from fusion_bench_didi.layout import MergeSettings
-from fusion_bench_didi.pipeline import MergeResult, merge
-from fusion_bench_didi.sources import ModuleSource
-from fusion_bench_didi.task_vectors import TaskVectors
-
-from .suites import machine, write_json
+from benchmarks.suites import machine, write_json
+from fusion_bench_didi.merging.pipeline import merge
+from fusion_bench_didi.merging.results import MergeResult
+from fusion_bench_didi.merging.settings import Budget, MergeSettings
+from fusion_bench_didi.task_vectors.reader import TaskVectors
+from fusion_bench_didi.task_vectors.sources import ModuleSource
 
 OVERLAPS = (0.0, 0.25, 0.5, 0.9, 1.0)
 ERRORS = (0.2, 0.1, 0.05)

@@ -10,11 +10,10 @@ from statistics import mean
 import matplotlib
 from matplotlib import pyplot as plt
 
-from fusion_bench_didi.method import DiDiMerging
-from fusion_bench_didi.pool_reader import open_pool
-from fusion_bench_didi.task_vectors import matrix_shape
-
-from .suites import Suite, machine, write_json
+from benchmarks.suites import Suite, machine, write_json
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.pools.opening import open_pool
+from fusion_bench_didi.task_vectors.reader import matrix_shape
 
 BUDGETS = (0.12, 0.16, 0.24, 0.36, 0.5, 0.75, 1.0, 1.24, 1.4, 2.0)
 BITS = {

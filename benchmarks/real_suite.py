@@ -14,9 +14,8 @@ from pathlib import Path
 
 from fusion_bench.method import SimpleAverageAlgorithm
 
-from fusion_bench_didi.method import DiDiMerging
-
-from .suites import Suite, machine, mean, retention, write_json
+from benchmarks.suites import Suite, machine, mean, retention, write_json
+from fusion_bench_didi.method.didi import DiDiMerging
 
 BUDGETS = (0.24, 0.5, 1.0, 1.24, 1.4, 2.0)
 SMALLEST = (0.08, 0.12, 0.16, 0.2, 0.3, 0.36, 0.42)  # few bits only: where 99 % is lost

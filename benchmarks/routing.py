@@ -20,19 +20,22 @@ import torch
 from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
 from torch import Tensor, nn
 
-from fusion_bench_didi import DiDiMerging
-from fusion_bench_didi.demo import build_suite
+from benchmarks.suites import DEFAULT, machine, write_json
 from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
 from fusion_bench_didi.demo.mixed_pools import MixedFolderTaskPool
-from fusion_bench_didi.method import SEMerging
+from fusion_bench_didi.demo.suite import build_suite
+from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.method.routed import fit_router_to
-from fusion_bench_didi.models import DynamicModel
-from fusion_bench_didi.pool_images import load_images
-from fusion_bench_didi.routers import RepresentationRouter, make_router
-from fusion_bench_didi.routers.probes import blocks
-from fusion_bench_didi.routers.representation import DISTANCES, distance
-
-from .suites import DEFAULT, machine, write_json
+from fusion_bench_didi.method.se_merging import SEMerging
+from fusion_bench_didi.models.dynamic import DynamicModel
+from fusion_bench_didi.pools.images import load_images
+from fusion_bench_didi.routers.capture import blocks
+from fusion_bench_didi.routers.files import make_router
+from fusion_bench_didi.routers.representation import (
+    DISTANCES,
+    RepresentationRouter,
+    distance,
+)
 
 HERE = Path(__file__).resolve().parent
 BATCH = 64
@@ -301,7 +304,7 @@ def main() -> None:
     torch.set_num_threads(1)
     file = HERE / "results" / f"routing_{label}.json"
     write_json(file, measure(root, label))
-    from .routing_page import write_page
+    from benchmarks.routing_page import write_page
 
     write_page(
         [json.loads(f.read_text()) for f in sorted(file.parent.glob("routing_*.json"))]

@@ -19,10 +19,9 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from fusion_bench_didi.probe import probe_inputs
+from benchmarks.suites import Suite, machine, write_json
+from fusion_bench_didi.merging.probe import probe_inputs
 from fusion_bench_didi.routers.projection import rows_of
-
-from .suites import Suite, machine, write_json
 
 DIRECTIONS = (16, 48)
 CLUSTERS = (8, 32, 128)

@@ -28,17 +28,16 @@ import torch
 from fusion_bench.modelpool import CLIPVisionModelPool
 from torch import Tensor, nn
 
-from fusion_bench_didi import DiDiMerging, DiDiModel
+from benchmarks.checkpoints import SHAPES, pool_of
+from benchmarks.clock import Call, Clock, Rows, floor_of, keep_heap
+from benchmarks.serving_page import write_page
+from benchmarks.suites import DEFAULT, machine, write_json
 from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
-from fusion_bench_didi.models import DynamicModel, Serving
-from fusion_bench_didi.models.mixed import MixedForward
-from fusion_bench_didi.models.tables import MatrixTable, ValueTable
-from fusion_bench_didi.routers import make_router
-
-from .checkpoints import SHAPES, pool_of
-from .clock import Call, Clock, Rows, floor_of, keep_heap
-from .serving_page import write_page
-from .suites import DEFAULT, machine, write_json
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
+from fusion_bench_didi.routers.files import make_router
+from fusion_bench_didi.serving.banks import MatrixTable, Serving, ValueTable
+from fusion_bench_didi.serving.forward import MixedForward
 
 RESULTS = Path(__file__).resolve().parent / "results" / "serving.json"
 #: working copies that are not the default, measured on small towers

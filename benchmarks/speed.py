@@ -22,11 +22,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.checkpoints import SHAPES, pool_of
+from benchmarks.floor import Decomposed, Machine, floor, forget, seconds
+from benchmarks.suites import machine, write_json
 from fusion_bench_didi.programs.measure import peak_resident
-
-from .checkpoints import SHAPES, pool_of
-from .floor import Decomposed, Machine, floor, forget, seconds
-from .suites import machine, write_json
 
 WUDI_STEPS = 300
 ONCE = ("wudi", "smile", "didi_exact", "didi_float_exact")
@@ -55,7 +54,7 @@ def _didi(
 ) -> Merge:
     def run(pool, out: Path, **_):
         from fusion_bench_didi.lowrank import svd
-        from fusion_bench_didi.method import DiDiMerging
+        from fusion_bench_didi.method.didi import DiDiMerging
 
         if exact:
             svd.SKETCH_SIDE = sys.maxsize
@@ -95,7 +94,7 @@ def _smile(pool, out: Path, device: str, **_):
 
 
 def _emr(pool, out: Path, **_):
-    from fusion_bench_didi.method import EMRMerging
+    from fusion_bench_didi.method.baselines.emr import EMRMerging
 
     EMRMerging().run(pool).save_pretrained(out)
 
@@ -159,7 +158,7 @@ def child(method: str, arguments: argparse.Namespace) -> dict:
 
 def _recorded() -> list[Decomposed]:
     """A list of what DiDi decomposes from here on."""
-    from fusion_bench_didi.work import Work
+    from fusion_bench_didi.merging.context import Work
 
     found: list[Decomposed] = []
     decompose = Work._decompose
@@ -311,7 +310,7 @@ def main() -> None:
         return
     if arguments.cold and arguments.what == "growth":
         parser.error("--cold is for the methods side by side, not for growth")
-    from .speed_page import write_page
+    from benchmarks.speed_page import write_page
 
     file = arguments.out / "speed.json"
     record = json.loads(file.read_text()) if file.is_file() else {}

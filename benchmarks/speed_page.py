@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .suites import in_words
+from benchmarks.suites import in_words
 
 
 def write_page(record: Mapping[str, Any], file: Path) -> None:
@@ -20,7 +20,7 @@ def write_page(record: Mapping[str, Any], file: Path) -> None:
 
 
 def _peers(found: Mapping[str, Any], *, cold: bool = False) -> list[str]:
-    from .speed import METHODS, PEERS
+    from benchmarks.speed import METHODS, PEERS
 
     rows = found["rows"]
     options = " --cold" if cold else ""
@@ -61,7 +61,7 @@ def _peers(found: Mapping[str, Any], *, cold: bool = False) -> list[str]:
 
 
 def _growth(found: Mapping[str, Any]) -> list[str]:
-    from .speed import METHODS
+    from benchmarks.speed import METHODS
 
     lines = [
         "## Growth",

@@ -15,20 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusion_bench_didi.lowrank import (
-    Modules,
-    Price,
-    RefinementSettings,
-    decompose,
-    refine,
-    shared_matrix,
-    spectra_of,
-)
-from fusion_bench_didi.lowrank.learning import _Group
-from fusion_bench_didi.lowrank.truncation import gate
-
-from .checkpoints import COMMON, _task_vector
-from .suites import in_words, machine, write_json
+from benchmarks.checkpoints import COMMON, _task_vector
+from benchmarks.suites import in_words, machine, write_json
+from fusion_bench_didi.allocation.learned import _Group, gate
+from fusion_bench_didi.allocation.spectra import Price, spectra_of
+from fusion_bench_didi.lowrank.decomposition import decompose
+from fusion_bench_didi.lowrank.refinement import Modules, RefinementSettings, refine
+from fusion_bench_didi.lowrank.static_merge import shared_matrix
 
 TASKS = 8
 SHAPES = ((768, 768), (3072, 768))

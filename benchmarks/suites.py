@@ -14,7 +14,7 @@ from fusion_bench_didi.demo.folder_pools import (
     FolderCLIPVisionModelPool,
     FolderCLIPVisionModelTaskPool,
 )
-from fusion_bench_didi.taskpool import attach
+from fusion_bench_didi.taskpool import task_switching as attach
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "suite" / "real8"
 
@@ -29,7 +29,7 @@ class Suite:
 
     def __init__(self, name: str | None, *, split: str = "test"):
         if name == "demo":
-            from fusion_bench_didi.demo import build_suite
+            from fusion_bench_didi.demo.suite import build_suite
 
             root = build_suite()
         else:

@@ -7,11 +7,11 @@ start of any Hydra program. The public names are loaded at first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fusion_bench_didi import compat
+from . import compat
 
 if TYPE_CHECKING:
-    from fusion_bench_didi.method import DiDiMerging
-    from fusion_bench_didi.models import DiDiModel
+    from .method.didi import DiDiMerging
+    from .models.dynamic import DiDiModel
 
 __version__ = "0.1.0"
 __all__ = ["DiDiMerging", "DiDiModel", "__version__"]

@@ -21,12 +21,13 @@ from transformers import (
 )
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-from fusion_bench_didi import DiDiMerging, DiDiModel
-from fusion_bench_didi.budget import Budget
-from fusion_bench_didi.layout import MergeSettings
-from fusion_bench_didi.lowrank import LearningSettings, RefinementSettings
-from fusion_bench_didi.sources import ModuleSource
-from fusion_bench_didi.task_vectors import TaskVectors
+from fusion_bench_didi.allocation.learned import LearningSettings
+from fusion_bench_didi.lowrank.refinement import RefinementSettings
+from fusion_bench_didi.merging.settings import Budget, MergeSettings
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.task_vectors.reader import TaskVectors
+from fusion_bench_didi.task_vectors.sources import ModuleSource
 
 BASE = "_pretrained_"
 # Enough for the tests that are not about learning or refining well.

@@ -9,14 +9,12 @@ from fusion_bench.models.we_moe import WeightEnsemblingMoE
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fusion_bench_didi import account_shapes as shapes_alone
-from fusion_bench_didi.host_models import host_storage
-from fusion_bench_didi.method import (
-    EMRMerging,
-    FreeMerging,
-    TSVCompression,
-    TwinMerging,
-)
+from benchmarks import published_storage as shapes_alone
+from fusion_bench_didi.artifacts.host_moe import host_storage
+from fusion_bench_didi.method.baselines.emr import EMRMerging
+from fusion_bench_didi.method.baselines.free import FreeMerging
+from fusion_bench_didi.method.baselines.tsv_c import TSVCompression
+from fusion_bench_didi.method.baselines.twin import TwinMerging
 
 TASKS = tuple("abcdefgh")
 P = 87_456_000

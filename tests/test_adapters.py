@@ -24,22 +24,22 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fusion_bench_didi import DiDiModel
-from fusion_bench_didi.adapted_pool import adapted
 from fusion_bench_didi.errors import (
     CheckpointMismatchError,
     ModelPoolError,
     NonFiniteError,
 )
-from fusion_bench_didi.lowrank import LowRankFactors
-from fusion_bench_didi.method.emr import EMRMerging
-from fusion_bench_didi.method.free import FreeMerging
-from fusion_bench_didi.method.tall_mask import TallMaskMerging
-from fusion_bench_didi.method.tsv_c import TSVCompression
-from fusion_bench_didi.method.twin import TwinMerging
-from fusion_bench_didi.pipeline import merge
-from fusion_bench_didi.pool_reader import open_pool
-from fusion_bench_didi.sources import SafetensorsSource
+from fusion_bench_didi.lowrank.factors import LowRankFactors
+from fusion_bench_didi.merging.pipeline import merge
+from fusion_bench_didi.method.baselines.emr import EMRMerging
+from fusion_bench_didi.method.baselines.free import FreeMerging
+from fusion_bench_didi.method.baselines.tall_mask import TallMaskMerging
+from fusion_bench_didi.method.baselines.tsv_c import TSVCompression
+from fusion_bench_didi.method.baselines.twin import TwinMerging
+from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.pools.merged_adapters import adapted
+from fusion_bench_didi.pools.opening import open_pool
+from fusion_bench_didi.task_vectors.sources import SafetensorsSource
 
 # PEFT on what it saves beside the adapter, and on layouts that it corrects itself.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -339,12 +339,12 @@ def test_no_product_is_formed(
 MEMORY = """
     import resource, sys, torch
     torch.set_num_threads(1)
-    from fusion_bench_didi.adapters import AdapterSource
-    from fusion_bench_didi.budget import Budget
-    from fusion_bench_didi.layout import MergeSettings
-    from fusion_bench_didi.pipeline import merge
-    from fusion_bench_didi.sources import TensorInfo
-    from fusion_bench_didi.task_vectors import TaskVectors
+    from fusion_bench_didi.task_vectors.lora_adapter import AdapterSource
+    from fusion_bench_didi.merging.settings import Budget
+    from fusion_bench_didi.merging.settings import MergeSettings
+    from fusion_bench_didi.merging.pipeline import merge
+    from fusion_bench_didi.task_vectors.sources import TensorInfo
+    from fusion_bench_didi.task_vectors.reader import TaskVectors
 
     side, rank, tasks = 8192, 8, "abcd"
 

@@ -13,12 +13,13 @@ from helpers import Oddities, didi, family, floats, same_bits
 from omegaconf import OmegaConf
 from torch import nn
 
-from fusion_bench_didi.artefact import load_artefact, save_artefact, written
-from fusion_bench_didi.demo import build_suite
+from fusion_bench_didi.artifacts.host_moe import host_storage
+from fusion_bench_didi.artifacts.saving import load_artefact, save_artefact, written
+from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.errors import CheckpointMismatchError
-from fusion_bench_didi.host_models import host_storage
-from fusion_bench_didi.models import DynamicModel
-from fusion_bench_didi.programs import ComparisonProgram, entry_run
+from fusion_bench_didi.models.dynamic import DynamicModel
+from fusion_bench_didi.programs import entry_run
+from fusion_bench_didi.programs.compare import ComparisonProgram
 from fusion_bench_didi.programs.sizes import pool_facts
 
 pytestmark = pytest.mark.filterwarnings(

@@ -11,8 +11,7 @@ from helpers import BASE, QUICK, OpenClipLike, didi, family, task_vectors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import fusion_bench_didi.pipeline as pipeline
-from fusion_bench_didi import DiDiMerging
+import fusion_bench_didi.merging.pipeline as pipeline
 from fusion_bench_didi.errors import (
     BudgetError,
     CheckpointMismatchError,
@@ -22,6 +21,7 @@ from fusion_bench_didi.errors import (
     UnknownTaskError,
 )
 from fusion_bench_didi.lowrank import svd
+from fusion_bench_didi.method.didi import DiDiMerging
 
 FIRST = "vision_model.encoder.layers.0.mlp.fc1.weight"
 LAST = "vision_model.post_layernorm.bias"
@@ -117,7 +117,7 @@ def test_no_model_of_the_bases_architecture(tiny_clip):
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_all_faults_of_all_files_come_in_one_error(files, no_svd, dry_run, monkeypatch):
-    from fusion_bench_didi.sources import SafetensorsSource
+    from fusion_bench_didi.task_vectors.sources import SafetensorsSource
 
     monkeypatch.setattr(SafetensorsSource, "read", lambda *_: 1 / 0)
     rewrite(files, "mnist", lambda t: t.pop(FIRST))

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from fusion_bench_didi import baselines
 from fusion_bench_didi import method as methods
 from fusion_bench_didi.errors import ModelPoolError, UnknownTaskError
-from fusion_bench_didi.models import DynamicModel
+from fusion_bench_didi.method import baselines
+from fusion_bench_didi.models.dynamic import DynamicModel
 
 CONFIGS = Path(__file__).parent.parent / "config" / "method" / "didi"
 DYNAMIC = {

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from fusion_bench_didi.deltas import DenseDelta
-from fusion_bench_didi.lowrank import blocks, energy_of
-from fusion_bench_didi.lowrank.blocks import (
+from fusion_bench_didi.deltas.plain import DenseDelta
+from fusion_bench_didi.deltas.precision import Precision, precisions
+from fusion_bench_didi.lowrank import row_blocks as blocks
+from fusion_bench_didi.lowrank.factors import energy_of
+from fusion_bench_didi.lowrank.row_blocks import (
     blocks_of_rows,
     differences,
     energies_of,
@@ -13,7 +15,7 @@ from fusion_bench_didi.lowrank.blocks import (
     less,
     mean_of,
 )
-from fusion_bench_didi.lowrank.codes import (
+from fusion_bench_didi.quantization.codes import (
     WIDTHS,
     ends,
     levels,
@@ -22,8 +24,7 @@ from fusion_bench_didi.lowrank.codes import (
     packed_size,
     unpack_codes,
 )
-from fusion_bench_didi.lowrank.quantisation import round_matrices, round_rows
-from fusion_bench_didi.precision import Precision, precisions
+from fusion_bench_didi.quantization.rounding import round_matrices, round_rows
 
 CODES = [f"int{bits}" for bits in WIDTHS]
 SHAPES = [(1, 1), (7, 5), (6, 8), (40, 3), (3, 90), (30, 11)]

@@ -1,6 +1,7 @@
 """Saved models: equal bits and logits back (law 8), the account in bytes (law 5), whole or not at all."""
 
 import json
+import os
 import shutil
 import struct
 
@@ -11,9 +12,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CLIPVisionModel
 
-import fusion_bench_didi.checkpoint as checkpoint
-from fusion_bench_didi import DiDiModel
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
+from fusion_bench_didi.models.dynamic import DiDiModel
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 CHOICES = [
@@ -118,7 +118,7 @@ def test_a_saved_model_can_be_saved_again(saved, tiny_clip, tmp_path):
 
 
 def test_large_models_are_written_in_shards(model, tiny_clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MAX_SHARD", "50KB")
+    monkeypatch.setattr("fusion_bench_didi.checkpoint.tensors.MAX_SHARD", "50KB")
     model.save_pretrained(tmp_path / "merged")
     files = list((tmp_path / "merged").glob("*.safetensors"))
     assert len(files) > 1
@@ -196,9 +196,9 @@ class Interrupted(BaseException):
 @pytest.mark.parametrize(
     "step",
     [
-        "checkpoint.save_torch_state_dict",
+        "checkpoint.tensors.save_torch_state_dict",
         "models.saving.model_card",
-        "checkpoint.file_digest",
+        "checkpoint.tensors.file_digest",
     ],
 )
 def test_interrupted_write_leaves_nothing(model, tmp_path, monkeypatch, step):
@@ -217,14 +217,17 @@ def test_interrupted_write_leaves_nothing(model, tmp_path, monkeypatch, step):
 def test_interrupted_overwrite_leaves_the_old_model(
     model, saved, tiny_clip, tmp_path, monkeypatch, step
 ):
-    rename = checkpoint.os.rename
+    rename = os.rename
 
     def interrupt(*arguments, **_):
         if step == "rename" and not str(arguments[0]).endswith(".tmp"):
             return rename(*arguments)
         raise Interrupted
 
-    target = "os.rename" if step == "rename" else "save_torch_state_dict"
+    target = {
+        "write": "tensors.save_torch_state_dict",
+        "rename": "directory.os.rename",
+    }[step]
     monkeypatch.setattr(f"fusion_bench_didi.checkpoint.{target}", interrupt)
     with pytest.raises(Interrupted):
         model.save_pretrained(saved, overwrite=True)

@@ -11,7 +11,7 @@ import pytest
 from helpers import pictures, write_clip
 from omegaconf import OmegaConf
 
-from fusion_bench_didi import DiDiModel
+from fusion_bench_didi.models.dynamic import DiDiModel
 
 pytestmark = pytest.mark.slow
 TASKS = ("mnist", "svhn", "eurosat")
@@ -104,7 +104,7 @@ def test_command_merges_saves_evaluates_and_reports(workplace, tiny_clip):
     assert model.tasks == list(TASKS)
 
     # the report is of each task's own expert: the saved model gives the same losses
-    from fusion_bench_didi.taskpool import TaskAwareCLIPVisionModelTaskPool
+    from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskPool
 
     pool = TaskAwareCLIPVisionModelTaskPool(
         test_datasets={t: pictures(i) for i, t in enumerate(TASKS)},

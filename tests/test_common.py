@@ -7,32 +7,26 @@ import torch
 from helpers import didi, fine_tuned, merge_settings
 from torch import Tensor, nn
 
-from fusion_bench_didi.budget import Budget
-from fusion_bench_didi.checkpoint import read_deltas, write_deltas
-from fusion_bench_didi.common_deltas import (
+from fusion_bench_didi.allocation.tucker_curve import CommonOffer
+from fusion_bench_didi.checkpoint.deltas import read_deltas, write_deltas
+from fusion_bench_didi.deltas.precision import precisions
+from fusion_bench_didi.deltas.tucker import (
     BasesDelta,
     Core,
     CoreDelta,
     RoundedBasesDelta,
     RoundedCoreDelta,
 )
-from fusion_bench_didi.in_common import Common, grown
-from fusion_bench_didi.lowrank import (
-    CommonOffer,
-    common_spaces,
-    cores,
-    leading,
-    refine_common,
-    togetherness,
-)
-from fusion_bench_didi.lowrank.common import GRID
-from fusion_bench_didi.models import DiDiModel
-from fusion_bench_didi.models.tables import Serving, factors_of
-from fusion_bench_didi.packing import pack_common
-from fusion_bench_didi.pipeline import merge
-from fusion_bench_didi.precision import precisions
-from fusion_bench_didi.sources import ModuleSource
-from fusion_bench_didi.task_vectors import TaskVectors
+from fusion_bench_didi.lowrank.overlap import togetherness
+from fusion_bench_didi.lowrank.svd import leading
+from fusion_bench_didi.lowrank.tucker import GRID, common_spaces, cores, refine_common
+from fusion_bench_didi.merging.forms.tucker import Common, grown, pack_common
+from fusion_bench_didi.merging.pipeline import merge
+from fusion_bench_didi.merging.settings import Budget
+from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.serving.banks import Serving, factors_of
+from fusion_bench_didi.task_vectors.reader import TaskVectors
+from fusion_bench_didi.task_vectors.sources import ModuleSource
 
 WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 1.0])
 

@@ -13,9 +13,9 @@ import pytest
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from omegaconf import OmegaConf
 
-from fusion_bench_didi.demo import build_suite
-from fusion_bench_didi.programs import ComparisonProgram, entry_run
-from fusion_bench_didi.programs.compare import Scorer
+from fusion_bench_didi.demo.suite import build_suite
+from fusion_bench_didi.programs import entry_run
+from fusion_bench_didi.programs.compare import ComparisonProgram
 from fusion_bench_didi.programs.entries import (
     ComparisonError,
     Entry,
@@ -24,6 +24,7 @@ from fusion_bench_didi.programs.entries import (
 )
 from fusion_bench_didi.programs.results import retention
 from fusion_bench_didi.programs.rows import RowStore, differences
+from fusion_bench_didi.programs.scoring import Scorer
 from fusion_bench_didi.programs.sizes import Size
 
 pytestmark = pytest.mark.filterwarnings(

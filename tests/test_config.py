@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from fusion_bench_didi import DiDiMerging
+from fusion_bench_didi.method.didi import DiDiMerging
 
 CONFIG = Path(__file__).resolve().parent.parent / "config" / "method"
 

@@ -4,31 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion_bench_didi.lowrank import (
-    LowRankFactors,
-    MatrixSpectra,
-    Modules,
-    Price,
-    RefinementSettings,
-    common_spaces,
-    decompose,
-    energy_of,
-    halves,
-    leading,
-    refine,
-    refine_common,
-    shared_matrix,
-    singular_values,
-    spectra_of,
-    spectrum,
-    subtracting,
-    truncation_error,
-    uniform,
-)
-from fusion_bench_didi.lowrank.allocation import fill
-from fusion_bench_didi.lowrank.factored import Frame, inner, product_svd
-from fusion_bench_didi.packing import pack_common
-from fusion_bench_didi.precision import precisions
+from fusion_bench_didi.allocation.learned import truncation_error
+from fusion_bench_didi.allocation.spectra import MatrixSpectra, Price, spectra_of
+from fusion_bench_didi.allocation.water_filling import fill, uniform
+from fusion_bench_didi.deltas.precision import precisions
+from fusion_bench_didi.lowrank.decomposition import decompose, halves
+from fusion_bench_didi.lowrank.factored import Frame, inner, product_svd, subtracting
+from fusion_bench_didi.lowrank.factors import LowRankFactors, energy_of
+from fusion_bench_didi.lowrank.refinement import Modules, RefinementSettings, refine
+from fusion_bench_didi.lowrank.static_merge import shared_matrix
+from fusion_bench_didi.lowrank.svd import leading, singular_values, spectrum
+from fusion_bench_didi.lowrank.tucker import common_spaces, refine_common
+from fusion_bench_didi.merging.forms.tucker import pack_common
 
 SHAPES = [(20, 12), (12, 20), (14, 14)]
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
-from fusion_bench_didi import DiDiMerging
 from fusion_bench_didi import method as methods
+from fusion_bench_didi.method.didi import DiDiMerging
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 

@@ -6,34 +6,41 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion_bench_didi.lowrank import (
-    Candidate,
+from fusion_bench_didi.allocation.experts_curve import Candidate
+from fusion_bench_didi.allocation.lagrangian import choose
+from fusion_bench_didi.allocation.learned import (
     LearningSettings,
-    LowRankFactors,
-    MatrixSpectra,
-    Modules,
-    Price,
-    RefinementSettings,
-    choose,
-    decompose,
-    full_rank,
-    greedy,
+    _Group,
+    gate,
+    hard_gate,
     learn_ranks,
-    quantisation,
-    refine,
-    shared_matrix,
-    spectra_of,
-    spectrum,
-    total_cost,
     truncation_error,
-    uniform,
 )
-from fusion_bench_didi.lowrank.codes import ends
-from fusion_bench_didi.lowrank.learning import _Group
-from fusion_bench_didi.lowrank.quantisation import round_factors
-from fusion_bench_didi.lowrank.refinement import _factored_gradient
-from fusion_bench_didi.lowrank.subspace import Subspace, balanced, subspace_step
-from fusion_bench_didi.lowrank.truncation import gate, hard_gate
+from fusion_bench_didi.allocation.spectra import (
+    MatrixSpectra,
+    Price,
+    spectra_of,
+    total_cost,
+)
+from fusion_bench_didi.allocation.water_filling import greedy, uniform
+from fusion_bench_didi.lowrank.decomposition import decompose
+from fusion_bench_didi.lowrank.factors import LowRankFactors, full_rank
+from fusion_bench_didi.lowrank.refinement import (
+    Modules,
+    RefinementSettings,
+    _factored_gradient,
+    refine,
+)
+from fusion_bench_didi.lowrank.static_merge import shared_matrix
+from fusion_bench_didi.lowrank.subspace_iteration import (
+    Subspace,
+    balanced,
+    subspace_step,
+)
+from fusion_bench_didi.lowrank.svd import spectrum
+from fusion_bench_didi.quantization import rounding as quantisation
+from fusion_bench_didi.quantization.codes import ends
+from fusion_bench_didi.quantization.rounding import round_factors
 
 SHAPES = [(12, 12), (20, 9), (6, 30)]
 

@@ -10,33 +10,16 @@ from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from helpers import BASE, pictures, task_vectors, write_clip
 
-from fusion_bench_didi.deltas import DenseDelta
+from fusion_bench_didi.deltas.plain import DenseDelta
+from fusion_bench_didi.deltas.quantized import AffineDelta, shrunk_range
 from fusion_bench_didi.errors import DiDiError, ModelPoolError
 from fusion_bench_didi.method.merge import MERGE
 from fusion_bench_didi.method.routed import fit_router_to
-from fusion_bench_didi.pool_reader import load_backbone
-from fusion_bench_didi.quantised import AffineDelta, shrunk_range
-from fusion_bench_didi.recombination import (
-    ComponentReader,
-    Evaluator,
-    Library,
-    OperatorSettings,
-    RecombinedModel,
-    ReconstructionScorer,
-    SearchSettings,
-    Space,
-    components,
-    execution_keys,
-    group_by_chain,
-    hypervolume,
-    load_modules,
-    named_picks,
-    nsga2,
-    pareto_front,
-    random_search,
-    rate_of,
-)
-from fusion_bench_didi.recombination.components import component_of
+from fusion_bench_didi.pools.opening import load_backbone
+from fusion_bench_didi.recombination import components
+from fusion_bench_didi.recombination.components import ComponentReader, component_of
+from fusion_bench_didi.recombination.evolution import SearchSettings
+from fusion_bench_didi.recombination.front import hypervolume, named_picks, pareto_front
 from fusion_bench_didi.recombination.genome import (
     canonical,
     crossover,
@@ -47,8 +30,21 @@ from fusion_bench_didi.recombination.genome import (
     one_group,
     random_genome,
 )
-from fusion_bench_didi.recombination.objectives import Evaluation
-from fusion_bench_didi.routers import make_router
+from fusion_bench_didi.recombination.library import Library, load_modules
+from fusion_bench_didi.recombination.model import (
+    RecombinedModel,
+    execution_keys,
+    group_by_chain,
+)
+from fusion_bench_didi.recombination.objectives import (
+    Evaluation,
+    Evaluator,
+    ReconstructionScorer,
+    Space,
+)
+from fusion_bench_didi.recombination.operators import OperatorSettings, rate_of
+from fusion_bench_didi.recombination.search import nsga2, random_search
+from fusion_bench_didi.routers.files import make_router
 
 OPERATORS = ("average", "task_arithmetic", "ties", "didi@0.1", "didi@0.3")
 QUICK = {

@@ -9,10 +9,11 @@ from test_common import as_task_vectors, in_common
 from torch import nn
 
 from fusion_bench_didi.errors import ModelPoolError
-from fusion_bench_didi.lowrank import LowRankFactors, Modules
-from fusion_bench_didi.metric import Metric, input_moments
-from fusion_bench_didi.pipeline import merge
-from fusion_bench_didi.weighting import block_of
+from fusion_bench_didi.lowrank.factors import LowRankFactors
+from fusion_bench_didi.lowrank.refinement import Modules
+from fusion_bench_didi.merging.loss_weights import block_of
+from fusion_bench_didi.merging.metric import Metric, input_moments
+from fusion_bench_didi.merging.pipeline import merge
 
 
 def moment(n: int, seed: int = 0) -> torch.Tensor:

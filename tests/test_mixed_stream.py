@@ -7,11 +7,10 @@ from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from helpers import didi, pictures, write_clip
 
-from fusion_bench_didi.routers import OracleRouter, make_router
-from fusion_bench_didi.taskpool import (
-    MixedStreamCLIPVisionModelTaskPool,
-    TaskAwareCLIPVisionModelTaskPool,
-)
+from fusion_bench_didi.routers.features import OracleRouter
+from fusion_bench_didi.routers.files import make_router
+from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskPool
+from fusion_bench_didi.taskpool.mixed_stream import MixedStreamCLIPVisionModelTaskPool
 
 TASKS = ("mnist", "svhn", "eurosat")
 

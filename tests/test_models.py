@@ -8,9 +8,9 @@ from fusion_bench.models.modulator import ModulatedModel, TaskModulator
 from helpers import BASE, OpenClipLike, didi, family, floats, same_bits
 from transformers import CLIPVisionModel
 
-from fusion_bench_didi.deltas import DenseDelta, LowRankDelta
+from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
 from fusion_bench_didi.errors import UnknownTaskError
-from fusion_bench_didi.models import TaskExpert
+from fusion_bench_didi.models.experts import TaskExpert
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2Model
 
-from fusion_bench_didi import DiDiMerging
-from fusion_bench_didi.budget import Budget
-from fusion_bench_didi.deltas import DenseDelta, LowRankDelta
-from fusion_bench_didi.lowrank import RefinementSettings
-from fusion_bench_didi.pipeline import merge
-from fusion_bench_didi.sources import SafetensorsSource
+from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
+from fusion_bench_didi.lowrank.refinement import RefinementSettings
+from fusion_bench_didi.merging.pipeline import merge
+from fusion_bench_didi.merging.settings import Budget
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.task_vectors.sources import SafetensorsSource
 
 
 def gpt2() -> GPT2Model:
@@ -567,7 +567,7 @@ def test_dry_run_works_on_live_models(tiny_clip, capsys):
 def test_large_couplings_are_kept_in_half_the_memory(tiny_clip, monkeypatch):
     choice = {"budget": 0.4, "residual": "full", "shared": "mean"}
     plain = didi(tiny_clip.pool_models(), **choice)
-    monkeypatch.setattr("fusion_bench_didi.work.COUPLING_BYTES", 0)
+    monkeypatch.setattr("fusion_bench_didi.merging.context.COUPLING_BYTES", 0)
     reduced = didi(tiny_clip.pool_models(), **choice)
     assert reduced.storage.x_excl <= 0.4
     error = plain.info["relative_error"]

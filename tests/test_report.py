@@ -18,13 +18,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from fusion_bench_didi.report import Comparison, labels, plots, tables  # noqa: E402
-from fusion_bench_didi.report.comparison import best_two  # noqa: E402
-from fusion_bench_didi.report.modules import (  # noqa: E402
-    Place,
-    RankTable,
-    energy_lines,
-)
+from fusion_bench_didi.report import labels, plots, tables
+from fusion_bench_didi.report.comparison import Comparison, best_two
+from fusion_bench_didi.report.modules import Place, RankTable, energy_lines
 
 TASKS = ["digits", "signs_100%", "faces"]
 TENSORS = [

@@ -8,14 +8,17 @@ from fusion_bench.modelpool import BaseModelPool
 from helpers import QUICK, OpenClipLike, didi, family
 from transformers import GPT2Config, GPT2Model
 
-from fusion_bench_didi import DiDiMerging, DiDiModel
 from fusion_bench_didi.errors import ModelPoolError, UnknownTaskError
-from fusion_bench_didi.method import EMRMerging, RoutedMethod, TwinMerging
-from fusion_bench_didi.method.routed import fit_router_to
-from fusion_bench_didi.models import Serving
-from fusion_bench_didi.models.mixing import ByWeight
-from fusion_bench_didi.routers import make_router, weights_from
+from fusion_bench_didi.method.baselines.emr import EMRMerging
+from fusion_bench_didi.method.baselines.twin import TwinMerging
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.method.routed import RoutedMethod, fit_router_to
+from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.routers.base import weights_from
+from fusion_bench_didi.routers.files import make_router
 from fusion_bench_didi.routers.heads import HEADS
+from fusion_bench_didi.serving.banks import Serving
+from fusion_bench_didi.serving.mixtures import ByWeight
 from fusion_bench_didi.taskpool import attach
 
 

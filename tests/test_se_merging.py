@@ -12,10 +12,10 @@ from fusion_bench.method import (
 from fusion_bench.modelpool import BaseModelPool
 from helpers import QUICK
 
-from fusion_bench_didi.method import SEMerging
-from fusion_bench_didi.models import DynamicModel
-from fusion_bench_didi.models.mixing import ByWeight
+from fusion_bench_didi.method.se_merging import SEMerging
+from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.routers.representation import distance, normalised
+from fusion_bench_didi.serving.mixtures import ByWeight
 
 
 def pool_of(tiny):

@@ -11,10 +11,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaModel
 
-from fusion_bench_didi.models import DynamicModel, Serving
-from fusion_bench_didi.models.mixing import ByTask, ByWeight, mix_of
-from fusion_bench_didi.models.products import product_by_task
-from fusion_bench_didi.models.tables import MatrixTable
+from fusion_bench_didi.models.dynamic import DynamicModel
+from fusion_bench_didi.serving.banks import MatrixTable, Serving
+from fusion_bench_didi.serving.grouped_matmul import product_by_task
+from fusion_bench_didi.serving.mixtures import ByTask, ByWeight, mix_of
 
 
 def images(count: int = 12, seed: int = 0) -> torch.Tensor:
@@ -343,7 +343,7 @@ def test_compiled_tasks_share_one_graph(merged):
 
 @pytest.mark.parametrize("weights", [None, "soft"])
 def test_compiled_routing_equals_eager(merged, weights):
-    from fusion_bench_didi.routers import make_router
+    from fusion_bench_didi.routers.files import make_router
 
     merged.attach_router(make_router("projection", merged.tasks, hard=weights is None))
     torch._dynamo.reset()

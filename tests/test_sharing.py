@@ -4,19 +4,20 @@ import pytest
 import torch
 
 from benchmarks.overlap import constructed, merged
-from fusion_bench_didi.budget import Budget
-from fusion_bench_didi.layout import MergeSettings
-from fusion_bench_didi.lowrank import LowRankFactors, choose, spectrum
-from fusion_bench_didi.lowrank.candidates import Candidate
-from fusion_bench_didi.lowrank.codes import WIDTHS, ends, offset
-from fusion_bench_didi.lowrank.quantisation import (
+from fusion_bench_didi.allocation.experts_curve import Candidate
+from fusion_bench_didi.allocation.lagrangian import choose
+from fusion_bench_didi.deltas.precision import Precision
+from fusion_bench_didi.lowrank.factors import LowRankFactors
+from fusion_bench_didi.lowrank.svd import spectrum
+from fusion_bench_didi.merging.pipeline import merge
+from fusion_bench_didi.merging.probe import sensitivity
+from fusion_bench_didi.merging.settings import Budget, MergeSettings
+from fusion_bench_didi.quantization.codes import WIDTHS, ends, offset
+from fusion_bench_didi.quantization.rounding import (
     RELATIVE_ERROR,
     round_factors,
     round_rows,
 )
-from fusion_bench_didi.pipeline import merge
-from fusion_bench_didi.precision import Precision
-from fusion_bench_didi.probe import sensitivity
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0, 2.5])

@@ -8,22 +8,18 @@ import torch
 from helpers import didi, floats, merge_settings, same_bits, task_vectors
 from safetensors.torch import save_file
 
-from fusion_bench_didi import DiDiMerging, DiDiModel, sources
-from fusion_bench_didi import task_vectors as reading
-from fusion_bench_didi.factor_store import FactorStore
-from fusion_bench_didi.lowrank import (
-    decompose,
-    halved,
-    leading,
-    sharing,
-    singular_values,
-    sketched,
-    spectrum,
-    svd,
-)
+from fusion_bench_didi.lowrank import svd
+from fusion_bench_didi.lowrank.decomposition import decompose, halved
+from fusion_bench_didi.lowrank.overlap import sharing
+from fusion_bench_didi.lowrank.svd import leading, singular_values, sketched, spectrum
+from fusion_bench_didi.merging.basis_store import FactorStore
+from fusion_bench_didi.merging.pipeline import merge, plan
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.parallel import GROWTH, Release, ordered_map
-from fusion_bench_didi.pipeline import merge, plan
-from fusion_bench_didi.sources import SafetensorsSource
+from fusion_bench_didi.task_vectors import reader as reading
+from fusion_bench_didi.task_vectors import sources
+from fusion_bench_didi.task_vectors.sources import SafetensorsSource
 
 
 def decaying(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -149,7 +145,7 @@ def test_eigensolver_that_fails_in_float32_is_tried_in_float64(monkeypatch, capl
 @pytest.mark.parametrize("dtype", ["auto", "float32", "int4"])
 @pytest.mark.parametrize("budget", [0.3, 0.9, 1.6])
 def test_a_small_first_guess_changes_no_rank(tiny_clip, monkeypatch, dtype, budget):
-    from fusion_bench_didi.work import Work
+    from fusion_bench_didi.merging.context import Work
 
     models = tiny_clip.pool_models()
     settings = merge_settings(budget, factor_dtype=dtype)
@@ -239,7 +235,7 @@ def test_small_tensors_are_let_go_like_large_ones(tmp_path, monkeypatch, numel, 
 def test_number_of_workers_changes_no_bit(tiny_clip, monkeypatch):
     models = tiny_clip.pool_models()
     one = didi(models, budget=0.7)
-    for module in ("work", "second_pass", "task_vectors"):
+    for module in ("merging.context", "merging.encoding", "task_vectors.reader"):
         monkeypatch.setattr(f"fusion_bench_didi.{module}.workers_for", lambda _: 3)
     three = didi(models, budget=0.7)
     for task in one.tasks:
@@ -292,7 +288,7 @@ def test_merge_written_while_it_runs_equals_the_one_in_memory(tiny_clip, tmp_pat
 
 
 def test_shards_are_written_as_they_fill(tiny_clip, tmp_path, monkeypatch):
-    monkeypatch.setattr("fusion_bench_didi.delta_sinks.SHARD_BYTES", 2**12)
+    monkeypatch.setattr("fusion_bench_didi.checkpoint.stream.SHARD_BYTES", 2**12)
     didi(tiny_clip.pool_models(), budget=0.6, output_dir=str(tmp_path / "out"))
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
 
@@ -301,7 +297,7 @@ def test_a_merge_that_fails_leaves_no_directory(tiny_clip, tmp_path, monkeypatch
     def fail(*_, **__):
         raise RuntimeError("on the way")
 
-    monkeypatch.setattr("fusion_bench_didi.second_pass.pack", fail)
+    monkeypatch.setattr("fusion_bench_didi.merging.forms.experts.pack", fail)
     with pytest.raises(RuntimeError, match="on the way"):
         didi(tiny_clip.pool_models(), budget=0.6, output_dir=str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())

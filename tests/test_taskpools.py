@@ -18,13 +18,13 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
-from fusion_bench_didi import DiDiMerging
 from fusion_bench_didi.errors import UnknownTaskError
-from fusion_bench_didi.naming import check_tasks, normalised, resolve_task
-from fusion_bench_didi.taskpool import (
-    TaskAwareCLIPVisionModelTaskPool,
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.pools.task_names import check_tasks, normalised, resolve_task
+from fusion_bench_didi.taskpool import attach
+from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskPool
+from fusion_bench_didi.taskpool.openclip_vision import (
     TaskAwareOpenCLIPVisionModelTaskPool,
-    attach,
 )
 
 TASKS = ("mnist", "svhn", "eurosat")

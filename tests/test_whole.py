@@ -5,13 +5,14 @@ import torch
 from helpers import merge_settings, same_bits
 from torch import Tensor, nn
 
-from fusion_bench_didi import joint_pass
-from fusion_bench_didi.lowrank.sample import optimistic_spectrum, sampled
-from fusion_bench_didi.outlook import WORTH, Outlook
-from fusion_bench_didi.pipeline import MergeResult, merge
-from fusion_bench_didi.sources import ModuleSource
-from fusion_bench_didi.task_vectors import TaskVectors
-from fusion_bench_didi.work import Work
+from fusion_bench_didi.lowrank.spectrum_bounds import optimistic_spectrum, sampled
+from fusion_bench_didi.merging.context import Work
+from fusion_bench_didi.merging.forms import choice as joint_pass
+from fusion_bench_didi.merging.forms.early_decision import WORTH, Outlook
+from fusion_bench_didi.merging.pipeline import merge
+from fusion_bench_didi.merging.results import MergeResult
+from fusion_bench_didi.task_vectors.reader import TaskVectors
+from fusion_bench_didi.task_vectors.sources import ModuleSource
 
 TASKS = ("a", "b", "c")
 
@@ -141,7 +142,7 @@ def test_sharing_beside_whole_experts_needs_no_decomposition_of_them(
 def test_a_budget_for_less_than_whole_matrices_decomposes_them(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "fusion_bench_didi.outlook.optimistic_spectrum",
+        "fusion_bench_didi.merging.forms.early_decision.optimistic_spectrum",
         lambda *_, **__: asked.append(0),
     )
     merged(task_vectors(decaying, decaying), 2.0)

@@ -18,8 +18,8 @@ from fusion_bench.utils.hydra_utils import initialize_hydra_config  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from ..taskpool import attach  # noqa: E402
-from .pools import DemoCLIPVisionModelPool, DemoCLIPVisionModelTaskPool  # noqa: E402
+from ..taskpool import task_switching as attach
+from .pools import DemoCLIPVisionModelPool, DemoCLIPVisionModelTaskPool
 
 METHODS = (
     ("weight average", ["method=simple_average"]),

@@ -5,88 +5,14 @@ Letters: ``m`` out, ``n`` in, ``T`` tasks, ``q`` kept singular values; ``tau_t``
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from .factored import Densified, accumulated, inner, subtracting, zero_like
+from .coupling import Coupling, _couple
+from .factored import subtracting
 from .factors import Matrix, Spectrum
 from .svd import Basis, leading, spectrum
-
-SharedMerge = Literal["mean", "task_arithmetic", "ties", "none"]
-
-
-def shared_matrix(
-    task_vectors: Sequence[Matrix],
-    *,
-    how: SharedMerge = "mean",
-    weights: Tensor | None = None,
-    scale: float = 0.3,
-    keep: float = 0.2,
-) -> Matrix:
-    """A static merge of the task vectors of one matrix, Eq. 2.
-
-    Args:
-        task_vectors: T of (m, n); read one at a time for ``mean`` and ``task_arithmetic``.
-        how: ``mean``: ``sum_t w_t tau_t / sum_t w_t``; ``task_arithmetic``: ``scale * sum_t tau_t``;
-            ``ties``: keep the largest ``keep`` of each task's entries by size, elect the sign of their sum, average
-            the entries that agree; ``none``: zero (experts carry everything).
-        weights: (T,) for ``mean``; equal if None.
-        scale: for ``task_arithmetic``.
-        keep: for ``ties``, a fraction of this matrix's entries.
-
-    Returns:
-        (m, n); factored where all task vectors are, but for ``ties``, which looks at entries.
-    """
-    tasks = len(task_vectors)
-    if how == "mean":
-        if weights is None or not bool((weights > 0).any()):
-            weights = torch.ones(tasks)
-        return _weighted_sum(task_vectors, (weights / weights.sum()).tolist())
-    if how == "task_arithmetic":
-        return _weighted_sum(task_vectors, [scale] * tasks)
-    if how == "ties":
-        dense = Densified(task_vectors)
-        flat = torch.stack([tau.flatten() for tau in dense])  # (T, mn)
-        count = max(1, round(keep * flat.shape[1]))
-        threshold = flat.abs().topk(count, dim=1).values[:, -1:]
-        trimmed = torch.where(flat.abs() >= threshold, flat, 0.0)
-        agree = (trimmed * trimmed.sum(0).sign()) > 0
-        merged = (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
-        return merged.view(task_vectors[0].shape)
-    if how == "none":
-        return zero_like(task_vectors[0])
-    raise ValueError(
-        f"shared={how!r} is not a static merge; choose mean, task_arithmetic, ties or none."
-    )
-
-
-def _weighted_sum(matrices: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
-    total: Matrix | None = None
-    for matrix, weight in zip(matrices, weights):
-        total = accumulated(total, matrix, weight)
-    return total
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """Inner products between the directions of ``S`` and of each ``E_t``.
-
-    With ``u, v`` singular vectors: ``head[t, i, j] = (u0_i . ut_j)(v0_i . vt_j)``; ``shared_tail[t, i] = u0_i^T E_t' v0_i``
-    and ``expert_tail[t, j] = ut_j^T S' vt_j`` where a prime marks the part beyond the kept directions;
-    ``tail[t] = <S', E_t'>``.
-    """
-
-    head: Tensor  # (T, q, q)
-    shared_tail: Tensor  # (T, q)
-    expert_tail: Tensor  # (T, q)
-    tail: Tensor  # (T,)
-
-    def reduced(self) -> "Coupling":
-        """With its large part in bfloat16: half the memory, cross terms to about 0.4 %."""
-        return replace(self, head=self.head.bfloat16())
 
 
 @dataclass(frozen=True)
@@ -169,21 +95,3 @@ def halved(whole: Decomposition) -> Decomposition:
     return Decomposition(
         half(whole.shared), tuple(map(half, whole.experts)), whole.coupling
     )
-
-
-def _couple(
-    first: Spectrum, expert: Spectrum, shared: Matrix, residual: Matrix
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of :class:`Coupling` for one task."""
-    head = (first.U.mT @ expert.U) * (first.Vh @ expert.Vh.mT)  # (q, q)
-    on_shared = ((first.U.mT @ residual) * first.Vh).sum(1)  # u0_i^T E v0_i
-    on_expert = ((expert.U.mT @ shared) * expert.Vh).sum(1)  # ut_j^T S vt_j
-    shared_tail = on_shared - head @ expert.S
-    expert_tail = on_expert - first.S @ head
-    tail = (
-        inner(shared, residual)
-        - first.S @ head @ expert.S
-        - first.S @ shared_tail
-        - expert_tail @ expert.S
-    )
-    return head, shared_tail, expert_tail, tail

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .factored import Densified, Frame, all_factored
 from .factors import LowRankFactors, Matrix, energy_of
-from .subspace import Subspace
+from .subspace_iteration import Subspace
 from .svd import leading
 
 Refinement = Literal["alternating", "adam", "none"]

@@ -1,14 +1,14 @@
 """The classes that YAML instantiates; they hold configuration, not mathematics."""
 
-from .cat import CATMerging
+from .baselines.cat import CATMerging
+from .baselines.emr import EMRMerging
+from .baselines.free import FreeMerging
+from .baselines.tall_mask import TallMaskMerging
+from .baselines.tsv_c import TSVCompression
+from .baselines.twin import TwinMerging
 from .didi import DiDiMerging
-from .emr import EMRMerging
-from .free import FreeMerging
 from .routed import RoutedMethod
 from .se_merging import SEMerging
-from .tall_mask import TallMaskMerging
-from .tsv_c import TSVCompression
-from .twin import TwinMerging
 
 __all__ = [
     "CATMerging",

@@ -13,22 +13,21 @@ from omegaconf import OmegaConf
 from rich.progress import track
 from torch import nn
 
-from ..adapted_pool import adapted
-from ..budget import dtype_bits
-from ..deltas import Delta
-from ..models import DynamicModel
-from ..naming import check_tasks
-from ..pool_reader import (
+from ..deltas.base import Delta
+from ..deltas.storage import dtype_bits, folded_backbone_bits
+from ..models.dynamic import DynamicModel
+from ..models.pool_saving import attach_saving
+from ..pools.merged_adapters import adapted
+from ..pools.opening import (
     as_pool,
     backbone_reference,
     check_pool,
     load_backbone,
     open_pool,
 )
-from ..storage import folded_backbone_bits
-from ..task_vectors import TaskVectors
-from ..taskpool.attach import attach, pool_tasks
-from .saving import attach_saving
+from ..pools.task_names import check_tasks, pool_tasks
+from ..task_vectors.reader import TaskVectors
+from ..taskpool.task_switching import attach
 
 log = logging.getLogger(__name__)
 

@@ -16,19 +16,21 @@ from fusion_bench.modelpool import BaseModelPool
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ..budget import Budget
-from ..checkpoint import whole_directory
-from ..delta_sinks import DeltaSink, OnDisk
-from ..layout import MergeSettings
-from ..lowrank import LearningSettings, RefinementSettings
-from ..metric import input_moments
-from ..models import DiDiModel
-from ..pipeline import MergeResult, merge
-from ..plan import describe_plan
-from ..pool_images import load_images, require_images
-from ..pool_reader import load_backbone, open_pool
-from ..probe import probe_inputs, sensitivity
-from ..task_vectors import TaskVectors
+from ..allocation.learned import LearningSettings
+from ..checkpoint.directory import whole_directory
+from ..checkpoint.stream import OnDisk
+from ..deltas.sink import DeltaSink
+from ..lowrank.refinement import RefinementSettings
+from ..merging.dry_run import describe_plan
+from ..merging.metric import input_moments
+from ..merging.pipeline import merge
+from ..merging.probe import probe_inputs, sensitivity
+from ..merging.results import MergeResult
+from ..merging.settings import Budget, MergeSettings
+from ..models.dynamic import DiDiModel
+from ..pools.images import load_images, require_images
+from ..pools.opening import load_backbone, open_pool
+from ..task_vectors.reader import TaskVectors
 from .base import PoolMethod
 
 log = logging.getLogger(__name__)

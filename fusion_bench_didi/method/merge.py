@@ -15,28 +15,22 @@ import numpy as np
 from fusion_bench import auto_register_config
 from rich.progress import Progress
 
-from ..checkpoint import write_json
+from ..checkpoint.directory import write_json
 from ..errors import DiDiError
-from ..recombination import (
-    PATTERNS,
-    PICKS,
-    ComponentReader,
+from ..recombination import components
+from ..recombination.components import PATTERNS, ComponentReader
+from ..recombination.evolution import SearchSettings
+from ..recombination.front import PICKS, named_picks, pareto_front, plot_front
+from ..recombination.library import Library, save_modules
+from ..recombination.model import RecombinedModel
+from ..recombination.objectives import (
     Evaluation,
     Evaluator,
-    Library,
-    OperatorSettings,
-    RecombinedModel,
     ReconstructionScorer,
-    SearchSettings,
     Space,
-    components,
-    named_picks,
-    nsga2,
-    pareto_front,
-    plot_front,
-    rate_of,
-    save_modules,
 )
+from ..recombination.operators import OperatorSettings, rate_of
+from ..recombination.search import nsga2
 from ..recombination.validation import check_pools, scorer_from_pools
 from .base import PoolMethod
 

@@ -16,10 +16,11 @@ from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.utils import instantiate
 from torch import Tensor
 
-from ..models import DynamicModel
-from ..pool_images import load_images, require_images
-from ..routers import Router, make_router
-from ..taskpool.attach import attach
+from ..models.dynamic import DynamicModel
+from ..pools.images import load_images, require_images
+from ..routers.base import Router
+from ..routers.files import make_router
+from ..taskpool.task_switching import attach
 from .base import PoolMethod
 
 log = logging.getLogger(__name__)

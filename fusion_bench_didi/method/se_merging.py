@@ -16,11 +16,11 @@ from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 
-from ..budget import dtype_bits
-from ..deltas import DenseDelta
-from ..models import DynamicModel
-from ..pool_reader import load_backbone, open_pool
-from ..routers import RepresentationRouter
+from ..deltas.plain import DenseDelta
+from ..deltas.storage import dtype_bits
+from ..models.dynamic import DynamicModel
+from ..pools.opening import load_backbone, open_pool
+from ..routers.representation import RepresentationRouter
 from .base import PoolMethod
 from .didi import DiDiMerging
 from .routed import attach_router, check_head, instantiated

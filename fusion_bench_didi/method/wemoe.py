@@ -26,7 +26,7 @@ from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ..adapted_pool import adapted
+from ..pools.merged_adapters import adapted
 
 
 class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):

@@ -1,7 +1,7 @@
 """Merged models on the host's ``ModulatedModel`` and ``TaskModulator``."""
 
+from ..serving.banks import Serving
 from .dynamic import DiDiModel, DynamicModel
 from .experts import TaskExpert
-from .tables import Serving
 
 __all__ = ["DiDiModel", "DynamicModel", "Serving", "TaskExpert"]

@@ -11,17 +11,17 @@ import torch
 from fusion_bench.models.modulator import ModulatedModel
 from torch import Tensor, nn
 
-from ..deltas import Delta
+from ..deltas.base import Delta
+from ..deltas.storage import StorageReport, account
 from ..errors import UnknownTaskError
-from ..storage import StorageReport, account
+from ..serving.banks import Serving
+from ..serving.forward import MixedForward
 from .experts import DeltaDict, NamedModules, TaskExpert
-from .mixed import MixedForward
 from .saving import Saving
-from .tables import Serving
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from ..routers import Router
+    from ..routers.base import Router
 
 
 class DynamicModel(Saving, Weights, ModulatedModel):

@@ -7,7 +7,7 @@ import torch
 from fusion_bench.models.modulator import TaskModulator
 from torch import nn
 
-from ..deltas import Delta
+from ..deltas.base import Delta
 
 if TYPE_CHECKING:
     from .dynamic import DynamicModel

@@ -6,17 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .. import backbones
-from ..checkpoint import (
-    CONFIG,
-    FORMAT,
-    read_config,
-    read_deltas,
-    versions,
-    whole_directory,
-    write_deltas,
-    write_json,
-)
+from ..checkpoint import backbone as backbones
+from ..checkpoint.deltas import FORMAT, read_config, read_deltas, versions, write_deltas
+from ..checkpoint.directory import CONFIG, whole_directory, write_json
 from .model_card import model_card
 
 if TYPE_CHECKING:
@@ -56,7 +48,7 @@ class Saving:
             **parts,
         }
         if self.router is not None:
-            from ..routers import write_router
+            from ..routers.files import write_router
 
             config["router"] = write_router(directory, self.router)
         write_json(directory / CONFIG, config)
@@ -94,7 +86,7 @@ class Saving:
         )
         backbones.check(directory, config["backbone"], model.base_tensors())
         if "router" in config:
-            from ..routers import read_router
+            from ..routers.files import read_router
 
             model.attach_router(read_router(Path(directory), config["router"]))
         return model

@@ -14,10 +14,11 @@ from fusion_bench.programs import FabricModelFusionProgram
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from ..adapted_pool import adapted
-from ..checkpoint import versions, write_json
-from ..naming import check_tasks
-from ..pool_reader import check_pool, load_backbone
+from ..checkpoint.deltas import versions
+from ..checkpoint.directory import write_json
+from ..pools.merged_adapters import adapted
+from ..pools.opening import check_pool, load_backbone
+from ..pools.task_names import check_tasks
 from .entries import declared, read_entries
 from .entry_run import EntryRun, summary
 from .progress import Watch, quiet, terminal

@@ -10,9 +10,9 @@ import lightning as L
 from omegaconf import OmegaConf
 from torch import nn
 
-from ..artefact import save_artefact
-from ..naming import resolve_task
-from ..pool_reader import backbone_reference, load_backbone
+from ..artifacts.saving import save_artefact
+from ..pools.opening import backbone_reference, load_backbone
+from ..pools.task_names import resolve_task
 from .entries import ComparisonError, Entry, method_config
 from .measure import free_memory, measured
 from .progress import Watch

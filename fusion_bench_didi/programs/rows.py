@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_json
+from ..checkpoint.directory import write_json
 from .entries import ComparisonError
 
 SETTINGS, ROWS = "settings.json", "rows"

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..taskpool.attach import HOOKS, attach, pool_tasks
+from ..pools.task_names import pool_tasks
+from ..taskpool.task_switching import HOOKS, attach
 from .entries import ComparisonError
 
 #: where the host's pools keep what they iterate over

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..budget import dtype_bits
-from ..host_models import host_storage
-from ..models import DynamicModel
-from ..pool_reader import open_pool
+from ..artifacts.host_moe import host_storage
+from ..deltas.storage import dtype_bits
+from ..models.dynamic import DynamicModel
+from ..pools.opening import open_pool
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """MERGE (Qiu et al., arXiv 2602.06552): which tasks share what, per component, as a search over two objectives."""
 
 from .components import PATTERNS, Component, ComponentReader, components
+from .evolution import SearchSettings
 from .front import (
     PICKS,
     hypervolume,
@@ -13,7 +14,7 @@ from .library import Library, Module, load_modules, module_id, save_modules
 from .model import RecombinedModel, execution_keys, group_by_chain
 from .objectives import Evaluation, Evaluator, ReconstructionScorer, Space, stored_bits
 from .operators import OperatorSettings, rate_of
-from .search import SearchSettings, nsga2, random_search
+from .search import nsga2, random_search
 
 __all__ = [
     "Component",

@@ -16,8 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..budget import dtype_bits
-from ..task_vectors import TaskVectors
+from ..deltas.storage import dtype_bits
+from ..task_vectors.reader import TaskVectors
 
 REST = "rest"
 #: part -> regular expression searched for in what follows the block's name; tried in order

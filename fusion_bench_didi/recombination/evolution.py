@@ -6,6 +6,7 @@ pymoo is imported where it is used: it is an extra.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,39 @@ from .genome import Genome, canonical, crossover, mutate
 
 if TYPE_CHECKING:
     from .objectives import Space
-    from .search import SearchSettings
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long and how hard to search.
+
+    Args:
+        population: decisions kept, and evaluated per generation.
+        evaluations: real ones in all, the first population included.
+        seed: of everything that is drawn.
+        surrogate_generations: of the inner NSGA-II.
+        trees: of the forest.
+        mutation_rate: expected number of components that a mutation touches beyond the first.
+    """
+
+    population: int = 20
+    evaluations: int = 300
+    seed: int = 0
+    surrogate_generations: int = 15
+    trees: int = 100
+    mutation_rate: float = 1.0
+
+    def __post_init__(self):
+        for name, least in (
+            ("population", 4),
+            ("evaluations", 1),
+            ("surrogate_generations", 1),
+            ("trees", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}; give at least {least}."
+                )
 
 
 def survivors(costs: np.ndarray, count: int) -> list[int]:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint import read_deltas, write_deltas, write_json
-from ..deltas import Delta
+from ..checkpoint.deltas import read_deltas, write_deltas
+from ..checkpoint.directory import write_json
+from ..deltas.base import Delta
 from ..errors import CheckpointMismatchError
 from .components import Component, ComponentReader
 from .low_rank import Spectra

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..deltas import Delta
-from ..lowrank import (
-    Decomposition,
-    decompose,
-    greedy,
-    shared_matrix,
-    spectra_of,
-    spectrum,
-)
-from ..packing import cut, pack
-from ..precision import Precision
-from ..quantised import AffineDelta
-from ..task_vectors import matrix_shape
+from ..allocation.spectra import spectra_of
+from ..allocation.water_filling import greedy
+from ..deltas.base import Delta
+from ..deltas.precision import Precision
+from ..deltas.quantized import AffineDelta
+from ..lowrank.decomposition import Decomposition, decompose
+from ..lowrank.static_merge import shared_matrix
+from ..lowrank.svd import spectrum
+from ..merging.forms.experts import cut, pack
+from ..task_vectors.reader import matrix_shape
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..deltas import Delta
-from ..models import DynamicModel
-from ..storage import StorageReport, account
+from ..deltas.base import Delta
+from ..deltas.storage import StorageReport, account
+from ..models.dynamic import DynamicModel
 from .library import Module, load_modules, save_modules
 
 Key = TypeVar("Key", bound=Hashable)

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..lowrank import shared_matrix
-from ..quantised import AffineDelta
+from ..deltas.quantized import AffineDelta
+from ..lowrank.static_merge import shared_matrix
 from .low_rank import Parts, Spectra, low_rank
 
 STATIC = ("average", "task_arithmetic", "ties")

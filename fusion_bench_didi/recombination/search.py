@@ -12,61 +12,23 @@ to the result of an unbroken one.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import write_json
+from ..checkpoint.directory import write_json
 from ..errors import DiDiError
-from .evolution import evolve, survivors
-from .genome import (
-    Genome,
-    canonical,
-    mutate,
-    no_merging,
-    one_group,
-    random_genome,
-)
+from .evolution import SearchSettings, evolve, survivors
+from .genome import Genome, canonical, mutate, no_merging, one_group, random_genome
 from .objectives import Evaluation, Space
 from .surrogate import Surrogate
 
 Evaluate = Callable[[Genome], Evaluation]
+
+
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How long and how hard to search.
-
-    Args:
-        population: decisions kept, and evaluated per generation.
-        evaluations: real ones in all, the first population included.
-        seed: of everything that is drawn.
-        surrogate_generations: of the inner NSGA-II.
-        trees: of the forest.
-        mutation_rate: expected number of components that a mutation touches beyond the first.
-    """
-
-    population: int = 20
-    evaluations: int = 300
-    seed: int = 0
-    surrogate_generations: int = 15
-    trees: int = 100
-    mutation_rate: float = 1.0
-
-    def __post_init__(self):
-        for name, least in (
-            ("population", 4),
-            ("evaluations", 1),
-            ("surrogate_generations", 1),
-            ("trees", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}; give at least {least}."
-                )
 
 
 def first_population(space: Space, size: int, rng: np.random.Generator) -> list:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DiDiError, ModelPoolError, UnknownTaskError
-from ..naming import resolve_task
-from ..task_vectors import TaskVectors
-from ..taskpool.attach import pool_tasks
+from ..pools.task_names import pool_tasks, resolve_task
+from ..task_vectors.reader import TaskVectors
 from .objectives import Chain
 
 

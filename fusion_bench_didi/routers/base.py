@@ -15,7 +15,7 @@ from ..errors import UnknownTaskError
 from .heads import HEADS, fit_head
 
 if TYPE_CHECKING:
-    from ..models import DynamicModel
+    from ..models.dynamic import DynamicModel
 
 
 def weights_from(

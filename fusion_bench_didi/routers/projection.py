@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..lowrank.svd import spectrum
-from ..models.per_sample import apart, patches
+from ..serving.layers import apart, patches
 from .base import Router
-from .probes import blocks, layer_names, record
+from .capture import blocks, layer_names, record
 
 if TYPE_CHECKING:
-    from ..models import DynamicModel
+    from ..models.dynamic import DynamicModel
 
 EPS = 1e-6
 

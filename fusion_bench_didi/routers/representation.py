@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .base import Router
-from .probes import layer_names, pooled, record
+from .capture import layer_names, pooled, record
 
 if TYPE_CHECKING:
-    from ..models import DynamicModel
+    from ..models.dynamic import DynamicModel
 
 DISTANCES = ("l2", "cosine")
 NORMALISATIONS = ("none", "mean", "minmax")

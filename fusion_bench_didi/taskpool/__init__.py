@@ -5,7 +5,7 @@ Pools are imported on first use: each needs the libraries of its own family.
 
 from typing import TYPE_CHECKING
 
-from .attach import attach
+from .task_switching import attach
 
 if TYPE_CHECKING:
     from .clip_vision import TaskAwareCLIPVisionModelTaskPool

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 
-from .attach import attach
+from .task_switching import attach
 
 
 class TaskAwareCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):

@@ -14,10 +14,10 @@ from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models import DynamicModel
-from ..naming import resolve_task
-from ..routers import OracleRouter
-from .attach import dynamic_model_in
+from ..models.dynamic import DynamicModel
+from ..pools.task_names import resolve_task
+from ..routers.features import OracleRouter
+from .task_switching import dynamic_model_in
 
 
 class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):

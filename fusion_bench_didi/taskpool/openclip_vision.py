@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ..compat import apply as _apply_workarounds
-from .attach import attach
+from .task_switching import attach
 
 _apply_workarounds()
 

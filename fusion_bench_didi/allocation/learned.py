@@ -1,0 +1,212 @@
+"""Smooth truncation of singular values, Eq. 8."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .spectra import MatrixSpectra
+from .water_filling import scale_to_budget
+
+
+def gate(rank: Tensor, size: int, *, beta: float) -> Tensor:
+    """``w_i(k) = 0.5 tanh(beta (k - i)) + 0.5`` for i = 1..size, shifted by half a rank.
+
+    The paper's index starts at 1, which puts the middle of the step on component k itself: with large beta half
+    of the k-th singular value is lost. The half-rank shift makes w(k) pass through 1/2 between the components k
+    and k + 1, so that an integer k keeps exactly k of them. As beta grows it becomes the hard truncation.
+
+    Args:
+        rank: (...) continuous ranks k.
+        size: number of singular values q.
+        beta: steepness, per rank.
+
+    Returns:
+        (..., q) weights in [0, 1].
+    """
+    index = torch.arange(1, size + 1, device=rank.device, dtype=rank.dtype)
+    return 0.5 * torch.tanh(beta * (rank[..., None] + 0.5 - index)) + 0.5
+
+
+def hard_gate(rank: Tensor, size: int) -> Tensor:
+    """The limit of :func:`gate` for beta to infinity at integer ranks: 1 for i <= k, else 0."""
+    index = torch.arange(1, size + 1, device=rank.device, dtype=torch.float32)
+    return (index <= rank[..., None]).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class LearningSettings:
+    """Settings of the rank stage.
+
+    Args:
+        steps: Adam steps.
+        lr: Adam's step in units of a matrix's full rank; decays to zero by a cosine.
+        beta_start, beta_end: steepness of the truncation, annealed geometrically; per rank.
+        penalty: lambda of Eq. 13 on ``|R - R_target|`` beside the energy-normalised loss.
+        coupled: keep the cross terms between shared and experts.
+    """
+
+    steps: int = 300
+    lr: float = 0.01
+    beta_start: float = 0.5
+    beta_end: float = 10.0
+    penalty: float = 10.0
+    coupled: bool = True
+
+
+def truncation_error(row: MatrixSpectra, ranks: Tensor) -> Tensor:
+    """(T,) squared error of each task at integer ranks (T + 1,), unweighted and exact."""
+    q = row.sigma.shape[1]
+    lost = (1 - hard_gate(ranks, q)) * row.sigma
+    return _quadratic(_Group.of([row]), lost[None], (ranks >= row.full)[None])[0]
+
+
+def learn_ranks(
+    table: Sequence[MatrixSpectra],
+    budget: int,
+    *,
+    start: Sequence[Tensor],
+    settings: LearningSettings = LearningSettings(),
+    unit: int | None = None,
+) -> list[Tensor]:
+    """Learn a continuous rank for every module, then scale all to the exact budget.
+
+    The smooth loss is blind between the break-even rank and full rank (where a module is stored dense), so the start,
+    scaled alike, is returned where it serves the exact objective better.
+
+    Args:
+        budget: bits.
+        start: (T + 1,) ranks per matrix to start from.
+        unit: bits in which R of Eq. 12-13 is measured; the dense size of all matrices if None.
+
+    Returns:
+        (T + 1,) integer ranks per matrix, never above the budget.
+    """
+    unit = unit or sum(row.price.dense for row in table)
+    groups = _grouped(table, settings.coupled)
+    fractions = [
+        torch.stack([start[i] / table[i].full for i in g.members])
+        .clamp(0.0, 1.0)
+        .requires_grad_(True)
+        for g in groups
+    ]
+    energy = sum(float(g.weighted_energy()) for g in groups)
+    optimiser = torch.optim.Adam(fractions, lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
+    for step in range(settings.steps):
+        progress = step / max(settings.steps - 1, 1)
+        beta = settings.beta_start * (settings.beta_end / settings.beta_start) ** (
+            progress
+        )
+        optimiser.zero_grad()
+        loss, cost = torch.zeros(()), torch.zeros(())
+        for group, fraction in zip(groups, fractions):
+            k = fraction * group.full  # (G, T + 1)
+            loss = loss + group.error(k, beta=beta)
+            cost = cost + (k * group.per_rank).clamp(max=group.dense).sum()
+        ratio = cost / unit
+        (loss / energy + settings.penalty * (ratio - budget / unit).abs()).backward()
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            for group, fraction in zip(groups, fractions):
+                fraction.clamp_(0.0, 1.0)
+                fixed = group.fixed_shared
+                fraction[fixed >= 0, 0] = fixed[fixed >= 0] / group.full
+    learned: list[Tensor] = [torch.empty(0)] * len(table)
+    for group, fraction in zip(groups, fractions):
+        for i, k in zip(group.members, (fraction.detach() * group.full).unbind()):
+            learned[i] = k
+    learned = scale_to_budget(table, learned, budget)
+    warm = scale_to_budget(table, start, budget)
+    return min(learned, warm, key=lambda ranks: objective(table, ranks))
+
+
+def objective(table: Sequence[MatrixSpectra], ranks: Sequence[Tensor]) -> float:
+    """Eq. 11 at integer ranks: the weighted squared error, exact."""
+    errors = zip(table, ranks)
+    return sum(float(row.weights @ truncation_error(row, k)) for row, k in errors)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Matrices of equal shape, stacked."""
+
+    members: tuple[int, ...]
+    full: int
+    cap: int
+    per_rank: int
+    dense: int
+    sigma: Tensor  # (G, T + 1, q)
+    tail_energy: Tensor  # (G, T + 1)
+    weights: Tensor  # (G, T)
+    fixed_shared: Tensor  # (G,) rank, -1 where it is learned
+    coupling: tuple[Tensor, Tensor, Tensor, Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[MatrixSpectra],
+        members: Sequence[int] = (),
+        coupled: bool = True,
+    ) -> "_Group":
+        first = rows[0]
+        parts = None
+        if coupled and all(row.coupling is not None for row in rows):
+            parts = tuple(
+                torch.stack([getattr(row.coupling, part) for row in rows]).to(
+                    first.sigma.device
+                )
+                for part in ("head", "shared_tail", "expert_tail", "tail")
+            )
+        return cls(
+            members=tuple(members),
+            full=first.full,
+            cap=first.cap,
+            per_rank=first.price.per_rank,
+            dense=first.price.dense,
+            sigma=torch.stack([row.sigma for row in rows]),
+            tail_energy=torch.stack([row.tail_energy for row in rows]),
+            weights=torch.stack([row.weights for row in rows]),
+            fixed_shared=torch.tensor(
+                [-1 if r.fixed_shared is None else r.fixed_shared for r in rows]
+            ),
+            coupling=parts,
+        )
+
+    def weighted_energy(self) -> Tensor:
+        """``sum w_t ||tau_t||^2`` by the quadratic form at rank 0, which keeps nothing."""
+        return (self.weights * _quadratic(self, self.sigma)).sum()
+
+    def error(self, k: Tensor, *, beta: float) -> Tensor:
+        """Weighted squared error at continuous ranks k (G, T + 1), Eq. 11."""
+        lost = (1 - gate(k, self.sigma.shape[-1], beta=beta)) * self.sigma
+        return (self.weights * _quadratic(self, lost)).sum()
+
+
+def _grouped(table: Sequence[MatrixSpectra], coupled: bool) -> list[_Group]:
+    by_shape: dict[tuple, list[int]] = {}
+    for i, row in enumerate(table):
+        by_shape.setdefault((row.shape, row.price, row.sigma.shape), []).append(i)
+    return [_Group.of([table[i] for i in m], m, coupled) for m in by_shape.values()]
+
+
+def _quadratic(group: _Group, lost: Tensor, exact: Tensor | None = None) -> Tensor:
+    """(G, T) error from the lost singular values (G, T + 1, q); modules marked exact (G, T + 1) lose no tail either."""
+    tailed = torch.ones_like(group.tail_energy)
+    if exact is not None:
+        tailed = tailed * ~exact
+    tails = group.tail_energy * tailed
+    shared, experts = lost[:, 0], lost[:, 1:]
+    error = shared.square().sum(-1)[:, None] + experts.square().sum(-1)
+    error = error + tails[:, :1] + tails[:, 1:]
+    if group.coupling is not None:
+        head, shared_tail, expert_tail, tail = group.coupling
+        pair = shared.to(head.dtype), experts.to(head.dtype)
+        cross = torch.einsum("gi,gtij,gtj->gt", pair[0], head, pair[1]).float()
+        cross = cross + tailed[:, 1:] * torch.einsum("gi,gti->gt", shared, shared_tail)
+        cross = cross + tailed[:, :1] * (experts * expert_tail).sum(-1)
+        cross = cross + tailed[:, :1] * tailed[:, 1:] * tail
+        error = error + 2 * cross
+    return error

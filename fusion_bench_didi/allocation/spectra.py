@@ -1,0 +1,112 @@
+"""Who gets how much rank under one budget: greedy (water-filling), uniform, and the last step of every method.
+
+A module is one low-rank product: per matrix one shared module (index 0) and one expert per task (1..T). A module of
+rank k costs ``k * per_rank``; at full rank it is stored dense for ``dense``, so ranks between the break-even point and
+full rank are never used. Letters: ``T`` tasks, ``q`` kept singular values, ``k`` rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..lowrank.coupling import Coupling
+from ..lowrank.decomposition import Decomposition
+from ..lowrank.factors import full_rank
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a module of one matrix costs, in bits: per unit of rank, and stored dense."""
+
+    per_rank: int
+    dense: int
+
+    @property
+    def cap(self) -> int:
+        """The largest rank that costs less than the dense form."""
+        return max((self.dense - 1) // self.per_rank, 0)
+
+    def of(self, rank: int, full: int) -> int:
+        return self.dense if rank >= full else rank * self.per_rank
+
+
+@dataclass(frozen=True)
+class MatrixSpectra:
+    """All that the rank stage knows of one matrix.
+
+    Args:
+        shape: (m, n).
+        sigma: (T + 1, q) singular values, row 0 the shared matrix.
+        tail_energy: (T + 1,) energy beyond the kept values.
+        weights: (T,) weight of each task's squared error in the objective.
+        price: bits per rank, and dense.
+        coupling: cross terms; None to leave them out.
+        fixed_shared: rank of the shared module where it is not to be allocated; 0 for experts only.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sigma: Tensor
+    tail_energy: Tensor
+    weights: Tensor
+    price: Price
+    coupling: Coupling | None = None
+    fixed_shared: int | None = None
+
+    @property
+    def full(self) -> int:
+        return full_rank(*self.shape)
+
+    @property
+    def cap(self) -> int:
+        """The largest rank worth storing as factors, and known from the spectra."""
+        return min(self.price.cap, self.full - 1, self.sigma.shape[1])
+
+    @property
+    def needed(self) -> Tensor:
+        """(T + 1,) the rank at which a module is exact: that of its matrix where it is known, full rank otherwise."""
+        known = (self.sigma > 0).sum(1)
+        return torch.where(self.tail_energy > 0, self.full, known)
+
+    @property
+    def free(self) -> range:
+        """The modules whose rank is to be allocated."""
+        return range(0 if self.fixed_shared is None else 1, self.sigma.shape[0])
+
+    @property
+    def module_weights(self) -> Tensor:
+        """(T + 1,): an error in the shared module hurts every task."""
+        return torch.cat([self.weights.sum()[None], self.weights])
+
+    def cost(self, ranks: Tensor) -> int:
+        return sum(self.price.of(int(k), self.full) for k in ranks)
+
+
+def spectra_of(
+    name: str,
+    decomposition: Decomposition,
+    *,
+    weights: Tensor,
+    price: Price,
+    shape: tuple[int, int],
+    fixed_shared: int | None = None,
+) -> MatrixSpectra:
+    """The table row of one decomposed matrix."""
+    parts = (decomposition.shared, *decomposition.experts)
+    return MatrixSpectra(
+        name=name,
+        shape=shape,
+        sigma=torch.stack([p.S for p in parts]).cpu(),
+        tail_energy=torch.tensor([p.tail_energy for p in parts]),
+        weights=weights.cpu().float(),
+        price=price,
+        coupling=decomposition.coupling,
+        fixed_shared=fixed_shared,
+    )
+
+
+def total_cost(table: Sequence[MatrixSpectra], ranks: Sequence[Tensor]) -> int:
+    """Bits of all modules."""
+    return sum(row.cost(k) for row, k in zip(table, ranks))

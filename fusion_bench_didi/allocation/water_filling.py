@@ -1,0 +1,163 @@
+"""Who gets how much rank under one budget: greedy (water-filling), uniform, and the last step of every method.
+
+A module is one low-rank product: per matrix one shared module (index 0) and one expert per task (1..T). A module of
+rank k costs ``k * per_rank``; at full rank it is stored dense for ``dense``, so ranks between the break-even point and
+full rank are never used. Letters: ``T`` tasks, ``q`` kept singular values, ``k`` rank.
+"""
+
+import heapq
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .spectra import MatrixSpectra, total_cost
+
+Allocation = Literal["learned", "greedy", "uniform"]
+
+
+def greedy(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
+    """Water-filling on the singular values: the optimum of the truncation error without cross terms.
+
+    Component i of an expert is worth ``w_t sigma_i^2`` per ``per_rank`` bits, of the shared module
+    ``sum_t w_t sigma_i^2``; the dense form enters as the last edge of each module's lower convex hull.
+
+    Returns:
+        one (T + 1,) integer tensor per matrix.
+    """
+    steps = [_hull_steps(index, row) for index, row in enumerate(table)]
+    slope, module, matrix, target, cost = (
+        torch.cat([s[i] for s in steps]) for i in range(5)
+    )
+    useful = slope > 0
+    slope, module, matrix, target, cost = (
+        x[useful] for x in (slope, module, matrix, target, cost)
+    )
+    ranks = [_snap(row, torch.zeros(row.sigma.shape[0])) for row in table]
+    order = torch.sort(slope, descending=True, stable=True).indices
+    left = budget - total_cost(table, ranks)
+    taken = order[torch.cumsum(cost[order], 0) <= left]
+    for i, j, k in zip(
+        matrix[taken].tolist(), module[taken].tolist(), target[taken].tolist()
+    ):
+        ranks[i][j] = max(int(ranks[i][j]), k)
+    return fill(table, ranks, budget)
+
+
+def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
+    """Gain per bit, module, matrix, rank reached and bits of every edge of the convex error-cost curves."""
+    out: list[tuple[Tensor, ...]] = []
+    per_rank, dense = row.price.per_rank, row.price.dense
+    weights = row.module_weights.tolist()
+    for j in row.free:
+        weight = weights[j]
+        last, jump = whole_from(row, j)
+        energy = row.sigma[j, :last].double().square()
+        gain = torch.cat([energy / per_rank, torch.tensor([jump]).double()])
+        reached = torch.cat([torch.arange(1, last + 1), torch.tensor([row.full])])
+        bits = torch.full((last + 1,), per_rank, dtype=torch.long)
+        bits[-1] = dense - last * per_rank
+        same = torch.ones(last + 1, dtype=torch.long)
+        out.append((weight * gain, same * j, same * index, reached, bits))
+    return tuple(torch.cat([o[i] for o in out]) for i in range(5))
+
+
+def whole_from(row: MatrixSpectra, module: int) -> tuple[int, float]:
+    """The rank from which the dense form is the next edge of the hull, and its gain per bit, unweighted."""
+    energy = row.sigma[module].double().square()  # (q,)
+    left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    left = left[: row.cap + 1] + float(row.tail_energy[module])  # kept out at rank i
+    jump = left / (row.price.dense - torch.arange(row.cap + 1) * row.price.per_rank)
+    rank = int(jump.argmin())
+    return rank, float(jump[rank])
+
+
+def uniform(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
+    """Every module of every matrix at the same compression ratio k (m + n) / (m n), Eq. 12."""
+    shares = []
+    for row in table:
+        m, n = row.shape
+        shares.append(torch.full((row.sigma.shape[0],), m * n / (m + n)))
+    return scale_to_budget(table, shares, budget)
+
+
+def scale_to_budget(
+    table: Sequence[MatrixSpectra], continuous: Sequence[Tensor], budget: int
+) -> list[Tensor]:
+    """One global factor on continuous ranks, rounded, as large as the budget allows; the rest is filled greedily.
+
+    Args:
+        continuous: one (T + 1,) float tensor per matrix.
+    """
+
+    def rounded(factor: float) -> list[Tensor]:
+        return [
+            _snap(row, torch.floor(k * factor + 0.5))
+            for row, k in zip(table, continuous)
+        ]
+
+    low, high = 0.0, 1.0
+    while total_cost(table, rounded(high)) <= budget and high < 2**20:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        if total_cost(table, rounded(middle)) <= budget:
+            low = middle
+        else:
+            high = middle
+    return fill(table, rounded(low), budget)
+
+
+def _snap(row: MatrixSpectra, ranks: Tensor) -> Tensor:
+    """Never more than a module needs; past the cap ranks become full (stored dense); a fixed shared rank stays."""
+    ranks = torch.minimum(ranks.clamp(min=0).long(), row.needed)
+    ranks = torch.where(ranks > row.cap, torch.full_like(ranks, row.full), ranks)
+    if row.fixed_shared is not None:
+        ranks[0] = row.fixed_shared
+    return ranks
+
+
+def fill(
+    table: Sequence[MatrixSpectra], ranks: Sequence[Tensor], budget: int
+) -> list[Tensor]:
+    """Spend what is left on the single steps worth most per bit, until none that helps fits.
+
+    Raises:
+        ValueError: if ``ranks`` already cost more than the budget.
+    """
+    ranks = [k.clone() for k in ranks]
+    left = budget - total_cost(table, ranks)
+    if left < 0:
+        raise ValueError(f"the ranks given exceed the budget by {-left} bits.")
+    heap: list[tuple[float, int, int]] = []
+
+    def push(i: int, j: int) -> None:
+        gain, bits, _ = _next_step(table[i], j, int(ranks[i][j]))
+        if gain > 0 and bits <= left:
+            heapq.heappush(heap, (-gain / bits, i, j))
+
+    for i, row in enumerate(table):
+        for j in row.free:
+            push(i, j)
+    while heap:
+        _, i, j = heapq.heappop(heap)
+        _, bits, target = _next_step(table[i], j, int(ranks[i][j]))
+        if bits > left:
+            continue
+        ranks[i][j] = target
+        left -= bits
+        push(i, j)
+    return ranks
+
+
+def _next_step(row: MatrixSpectra, j: int, k: int) -> tuple[float, int, int]:
+    """Gain, bits and rank of the next larger form of module j; gain 0 if there is none or nothing is missing."""
+    if k >= row.full:
+        return 0.0, 1, k
+    weight = float(row.module_weights[j])
+    if k < row.cap:
+        return weight * float(row.sigma[j, k]) ** 2, row.price.per_rank, k + 1
+    missing = float(row.sigma[j, k:].double().square().sum() + row.tail_energy[j])
+    bits = max(row.price.dense - k * row.price.per_rank, 1)
+    return weight * missing, bits, row.full

@@ -1,0 +1,151 @@
+"""Any merged model as files of exactly the size that its account says, and back.
+
+::
+
+    <directory>/config.json
+    <directory>/model.safetensors               what lies beyond the backbone
+    <directory>/experts/<i>/model.safetensors   individuals: one per task
+    <directory>/backbone/model.safetensors      only where the merge overwrote the backbone itself (WEMoE)
+
+Dynamic models of this package are written by their own ``save_pretrained``. A static merge is the tensors that some task
+changed, once; individuals are the same per task; SMILE is its low-rank factors, biases and gates, WEMoE its task vectors
+and routers. The base model is referred to, not contained.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import backbone as backbones
+from ..checkpoint.deltas import FORMAT, read_config, versions
+from ..checkpoint.directory import CONFIG, whole_directory, write_json
+from ..errors import CheckpointMismatchError
+from ..models.dynamic import DynamicModel
+from .forms import (
+    BACKBONE,
+    READERS,
+    Types,
+    tensors_of,
+    write_individuals,
+    write_mixtures,
+    write_static,
+)
+from .host_moe import take_apart
+
+
+@dataclass(frozen=True)
+class Written:
+    """Bytes of a saved artefact.
+
+    Args:
+        beyond: of the tensors beyond the backbone.
+        backbone: of the values that take the backbone's place, 0 where the base model's own are used.
+        headers: what the files beyond the backbone hold beside tensors.
+    """
+
+    beyond: int
+    backbone: int
+    headers: int
+
+
+def save_artefact(
+    model: nn.Module | Iterable[tuple[str, nn.Module]],
+    directory: str | Path,
+    *,
+    base: nn.Module,
+    types: Types,
+    known: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Written:
+    """Write a merged model in the form that its account assumes; the directory appears whole or not at all.
+
+    Args:
+        model: what a method returned, or the individuals as (task, model), one after the other.
+        base: the base model, as the pool gives it.
+        types: tensors that some task changed and the data type that the account has them in, the checkpoints' own; none
+            for the base model itself.
+        known: where the base model lies, from :func:`.pool_reader.backbone_reference`; without it the base model has to be
+            given again to load the artefact.
+
+    Raises:
+        FileExistsError: if the directory exists and ``overwrite`` is false.
+        TypeError: for a model of unknown form.
+        CheckpointMismatchError: if the model differs from the base model where no task does, so that it could not be
+            loaded again.
+    """
+    directory = Path(directory)
+    if isinstance(model, DynamicModel):
+        model.save_pretrained(directory, overwrite=overwrite)
+        return written(directory)
+    with whole_directory(directory, overwrite=overwrite) as place:
+        state = tensors_of(base)
+        config = {
+            "format": FORMAT,
+            "names": list(types),
+            "backbone": backbones.describe(
+                base, {n: state[n] for n in types}, known or {}
+            ),
+            "versions": versions(),
+        }
+        if not isinstance(model, nn.Module):
+            config |= write_individuals(place, model, state, types)
+        elif parts := take_apart(model):
+            config |= write_mixtures(place, parts, state, types)
+        else:
+            config |= write_static(place, model, state, types)
+        write_json(place / CONFIG, config)
+    return written(directory)
+
+
+def load_artefact(
+    directory: str | Path, backbone: nn.Module | None = None
+) -> nn.Module | dict[str, nn.Module]:
+    """The model again; individuals as a dictionary of models.
+
+    Args:
+        backbone: the base model, which is taken over; loaded from where the merge took it if None.
+
+    Raises:
+        CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
+    """
+    config = read_config(directory)
+    if "model_class" in config:
+        return _dynamic_class(config["model_class"]).from_pretrained(
+            directory, backbone
+        )
+    if backbone is None:
+        backbone = backbones.load_backbone(config["backbone"])
+    state = tensors_of(backbone)
+    lacking = [name for name in config["names"] if name not in state]
+    if lacking:
+        raise CheckpointMismatchError(
+            f"The backbone ({type(backbone).__name__}) has no tensor {lacking[0]!r}, which {directory} changes. Pass the "
+            "base model of the merge."
+        )
+    named = {name: state[name] for name in config["names"]}
+    backbones.check(directory, config["backbone"], named)
+    return READERS[config["kind"]](Path(directory), config, backbone)
+
+
+def written(directory: str | Path) -> Written:
+    """Bytes of what lies there, from the headers of the files."""
+    beyond = backbone = headers = 0
+    for file in Path(directory).rglob("*.safetensors"):
+        with file.open("rb") as opened:
+            header = 8 + int.from_bytes(opened.read(8), "little")
+        size = file.stat().st_size - header
+        if file.parent.name == BACKBONE:
+            backbone += size
+        else:
+            beyond += size
+            headers += header
+    return Written(beyond, backbone, headers)
+
+
+def _dynamic_class(name: str) -> type[DynamicModel]:
+    from .. import models, recombination
+
+    return getattr(models, name, None) or getattr(recombination, name)

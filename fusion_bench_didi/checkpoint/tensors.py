@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all.
+
+A merged model is a directory: ``model.safetensors`` (in shards above 5 GB, with an index), ``config.json`` and a model
+card. The configuration lists every stored delta, so that nothing is parsed out of tensor names, and the SHA-256 of every
+weight file, so that a damaged file is refused.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointMismatchError
+
+MAX_SHARD = "5GB"
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write tensors as they are; nothing is written for none.
+
+    Returns:
+        SHA-256 by file name, for :func:`open_tensors`.
+    """
+    save_torch_state_dict(
+        {name: independent(value) for name, value in tensors.items()},
+        directory,
+        max_shard_size=MAX_SHARD,
+    )
+    files = sorted(directory.glob("*.safetensors"))
+    return {file.name: file_digest(file) for file in files}
+
+
+def open_tensors(directory: Path, files: Mapping[str, str]) -> dict[str, Any]:
+    """What :func:`write_tensors` wrote: by tensor name the open file, whose ``get_tensor(name)`` reads it.
+
+    Raises:
+        CheckpointMismatchError: for a missing, truncated or altered file.
+    """
+    where: dict[str, Any] = {}
+    for file, digest in files.items():
+        path = directory / file
+        if not path.is_file():
+            raise CheckpointMismatchError(
+                f"{path} is missing; config.json lists it. Copy the whole directory."
+            )
+        try:
+            handle = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointMismatchError(
+                f"{path} is not a whole safetensors file ({error}). Copy or write it again."
+            ) from error
+        if file_digest(path) != digest:
+            raise CheckpointMismatchError(
+                f"{path} was altered after it was written: its SHA-256 differs from config.json's. Copy or write it again."
+            )
+        where.update(dict.fromkeys(handle.keys(), handle))
+    return where
+
+
+def independent(value: Tensor) -> Tensor:
+    """On the CPU, contiguous, and no view: a view of a larger tensor would be written with the whole."""
+    value = value.detach().contiguous().cpu()
+    whole = value.untyped_storage().nbytes() == value.nbytes
+    return value if whole else value.clone()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

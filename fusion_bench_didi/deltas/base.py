@@ -1,0 +1,84 @@
+"""How one task's change of one tensor is stored, and how it is applied.
+
+A delta holds exactly the tensors that are written to the file, so that its cost in bits is the size of those tensors
+and nothing has to be believed. ``change(shared)`` gives the change of the weight, where ``shared`` is the delta that all
+tasks share (None where there is none): most forms add their own to what that one says, some are made of it.
+"""
+
+import math
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..lowrank.factors import LowRankFactors
+
+
+class Delta(nn.Module):
+    """Base of all stored forms.
+
+    Args:
+        shape: of the tensor that is changed.
+    """
+
+    kind: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+    #: parts that may be None
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, shape: tuple[int, ...], **tensors: Tensor | None):
+        super().__init__()
+        self.shape = tuple(shape)
+        for name in self.parts:
+            if name in self.optional and tensors[name] is None:
+                self.register_parameter(name, None)
+                continue
+            value = tensors[name].detach().contiguous()
+            if value.untyped_storage().nbytes() > value.nbytes:
+                # a view would keep, and be written with, the whole
+                value = value.clone()
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def own(self) -> Tensor:
+        """The change in float32, of shape ``self.shape``, that it stands for by itself."""
+        raise NotImplementedError
+
+    def change(self, shared: "Delta | None" = None) -> Tensor:
+        """The task's whole change in float32, of shape ``self.shape``.
+
+        Args:
+            shared: the same tensor's delta of the shared part.
+        """
+        own = self.own()
+        return own if shared is None else own + shared.change()
+
+    def own_product(self) -> LowRankFactors | None:
+        """:meth:`own` as a product (m, r) (r, n) in float32; None where it is not stored as one."""
+        return None
+
+    def product(self, shared: "Delta | None" = None) -> LowRankFactors | None:
+        """:meth:`change` as a product; None where some of it is not stored as one."""
+        own = self.own_product()
+        if own is None or shared is None:
+            return own
+        other = shared.product()
+        return None if other is None else own + other
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written to the file, by part."""
+        found = ((name, getattr(self, name)) for name in self.parts)
+        return {name: value.detach() for name, value in found if value is not None}
+
+    def options(self) -> dict:
+        """JSON-plain constructor arguments beside shape and tensors."""
+        return {}
+
+    @property
+    def bits(self) -> int:
+        return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, bits={self.bits}"

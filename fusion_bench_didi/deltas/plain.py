@@ -1,0 +1,79 @@
+"""How one task's change of one tensor is stored, and how it is applied.
+
+A delta holds exactly the tensors that are written to the file, so that its cost in bits is the size of those tensors
+and nothing has to be believed. ``change(shared)`` gives the change of the weight, where ``shared`` is the delta that all
+tasks share (None where there is none): most forms add their own to what that one says, some are made of it.
+"""
+
+import torch
+from torch import Tensor
+
+from ..lowrank.factors import LowRankFactors
+from .base import Delta
+
+
+class DenseDelta(Delta):
+    """Every entry: ``shared + value``."""
+
+    kind = "dense"
+    parts = ("value",)
+
+    def __init__(self, shape: tuple[int, ...], value: Tensor):
+        super().__init__(shape, value=value.reshape(shape))
+
+    def own(self) -> Tensor:
+        return self.value.float()
+
+
+class LowRankDelta(Delta):
+    """A product of two thin factors: ``shared + up @ down``; rank 0 stores nothing.
+
+    Args:
+        up: (m, r), where m is the first side of ``shape``.
+        down: (r, n), where n is the product of the other sides.
+    """
+
+    kind = "low_rank"
+    parts = ("up", "down")
+
+    def __init__(self, shape: tuple[int, ...], up: Tensor, down: Tensor):
+        super().__init__(shape, up=up, down=down)
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], factors: LowRankFactors, dtype: torch.dtype
+    ) -> "LowRankDelta":
+        return cls(shape, factors.up.to(dtype), factors.down.to(dtype))
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    def own(self) -> Tensor:
+        return self.own_product().dense().view(self.shape)
+
+    def own_product(self) -> LowRankFactors:
+        return LowRankFactors(self.up.float(), self.down.float())
+
+
+class SpectralDelta(Delta):
+    """As :class:`LowRankDelta` with the singular values kept apart: ``shared + (up * sigma) @ down``.
+
+    Args:
+        up: (m, r).
+        sigma: (r,).
+        down: (r, n).
+    """
+
+    kind = "spectral"
+    parts = ("up", "sigma", "down")
+
+    def __init__(self, shape: tuple[int, ...], up: Tensor, sigma: Tensor, down: Tensor):
+        super().__init__(shape, up=up, sigma=sigma, down=down)
+
+    def own(self) -> Tensor:
+        return self.own_product().dense().view(self.shape)
+
+    def own_product(self) -> LowRankFactors:
+        up, sigma, down = (t.float() for t in (self.up, self.sigma, self.down))
+        return LowRankFactors(up * sigma, down)

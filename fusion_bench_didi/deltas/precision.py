@@ -1,0 +1,158 @@
+"""In what type modules and vectors are stored, and what that costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..allocation.spectra import Price
+from ..lowrank.factors import LowRankFactors, Matrix
+from ..lowrank.row_blocks import Terms, cast
+from ..quantization.codes import WIDTHS
+from ..quantization.rounding import RELATIVE_ERROR, round_factors, round_matrices
+from .base import Delta
+from .plain import DenseDelta, LowRankDelta
+from .quantized import RoundedDenseDelta, RoundedLowRankDelta
+from .storage import dtype_bits
+from .tucker import Bases, BasesDelta, CoreDelta, RoundedBasesDelta, RoundedCoreDelta
+
+#: Bits of a rounding scale.
+SCALE_BITS = 32
+
+_FLOATS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_CODES = {f"int{bits}": bits for bits in WIDTHS}
+NAMES = ("checkpoint", *_FLOATS, *reversed(_CODES), "auto")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One way to write numbers down.
+
+    Args:
+        name: a floating type, or ``int2`` to ``int8``.
+        bits: per value.
+        dtype: of floating storage; None for integer codes.
+    """
+
+    name: str
+    bits: int
+    dtype: torch.dtype | None = None
+
+    @property
+    def rounding(self) -> float:
+        """Expected squared error of a stored product relative to its energy.
+
+        The factors are refitted to one another as rounded, which leaves little more than one rounding.
+        """
+        return RELATIVE_ERROR[self.bits] * 1.5 if self.dtype is None else 0.0
+
+    @property
+    def rounding_dense(self) -> float:
+        """Expected squared error of a matrix stored whole, relative to its energy."""
+        return RELATIVE_ERROR[self.bits] if self.dtype is None else 0.0
+
+    def whole(self, numel: Tensor | int) -> Tensor | int:
+        """Bits of so many numbers, in whole bytes."""
+        return -(-self.bits * numel // 8) * 8
+
+    def price(self, m: int, n: int) -> Price:
+        """At most what is stored; integer codes carry one scale per direction, or per row where dense."""
+        scale = 0 if self.dtype is not None else SCALE_BITS
+        return Price(
+            per_rank=self.whole(m) + self.whole(n) + scale,
+            dense=self.whole(m * n) + scale * m,
+        )
+
+    def common_bits(
+        self, shape: tuple[int, int], tasks: int, p: Tensor, q: Tensor
+    ) -> Tensor:
+        """What common bases of p columns and q rows of an (m, n) matrix cost at most with the cores of all tasks.
+
+        A whole side needs no basis; integer codes carry one scale per column, row and row of a core.
+        """
+        (m, n), up, down = shape, p * (p < shape[0]), q * (q < shape[1])
+        bits = self.whole(m) * up + self.whole(n) * down + tasks * self.whole(p * q)
+        scales = 0 if self.dtype is not None else SCALE_BITS
+        return bits + scales * (up + down + tasks * p)
+
+    def common_rounding(self, shape: tuple[int, int], p: Tensor, q: Tensor) -> Tensor:
+        """Expected squared error of ``U C_t V``, each of them rounded, relative to its energy."""
+        rounded = 1 + (p < shape[0]).double() + (q < shape[1]).double()
+        return self.rounding_dense * rounded
+
+    def bases(self, shape: tuple[int, ...], up: Tensor, down: Tensor) -> Bases:
+        """Store common bases (m, p) and (q, n)."""
+        if self.dtype is not None:
+            return BasesDelta.of(shape, up.to(self.dtype), down.to(self.dtype))
+        return RoundedBasesDelta.of(shape, up, down, self.bits)
+
+    def core(self, shape: tuple[int, ...], core: Tensor) -> Delta:
+        """Store a task's coordinates (p, q) in common bases."""
+        if self.dtype is not None:
+            return CoreDelta(shape, core.to(self.dtype))
+        return RoundedCoreDelta.of(shape, core, self.bits)
+
+    def low_rank(
+        self, shape: tuple[int, ...], factors: LowRankFactors, target: Matrix | None
+    ) -> tuple[Delta, float | None]:
+        """Store a product; integer codes are fitted to ``target`` (m, n) if given, and their squared error is known."""
+        if self.dtype is not None:
+            return LowRankDelta.of(shape, factors, self.dtype), None
+        rounded = round_factors(factors, bits=self.bits, target=target)
+        return RoundedLowRankDelta.of(shape, rounded), rounded.error
+
+    def dense(
+        self,
+        shape: tuple[int, ...],
+        terms: Sequence[Terms],
+    ) -> tuple[list[Delta], Tensor]:
+        """Store every entry of differences (m, n), on the CPU; with (T,) squared norms of what that loses."""
+        if self.dtype is not None:
+            values, errors = cast(terms, self.dtype)
+            return [DenseDelta(shape, value) for value in values], errors
+        made = round_matrices(terms, self.bits)
+        errors = torch.stack([rounded.error for rounded in made])
+        return [RoundedDenseDelta.of(shape, rounded) for rounded in made], errors
+
+
+def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:
+    """The precisions that a setting allows for a tensor, cheapest first.
+
+    Args:
+        name: one of ``NAMES``; ``checkpoint`` is the tensor's own type, ``auto`` leaves the choice to the allocation.
+        own: type of the tensor in the checkpoints.
+
+    Raises:
+        ValueError: for another name.
+    """
+    as_is = Precision(str(own).removeprefix("torch."), dtype_bits(own), own)
+    if name == "checkpoint":
+        return (as_is,)
+    if name in _FLOATS:
+        dtype = _FLOATS[name]
+        return (Precision(name, torch.finfo(dtype).bits, dtype),)
+    if name in _CODES:
+        return (Precision(name, _CODES[name]),)
+    if name == "auto":
+        return (*(Precision(code, bits) for code, bits in _CODES.items()), as_is)
+    raise ValueError(f"factor_dtype={name!r}; choose one of {', '.join(NAMES)}.")
+
+
+def vector_dtype(
+    name: str, own: torch.dtype, *, share: float, few: float = 0.02
+) -> torch.dtype:
+    """In what type vectors are stored: never in integer codes, for they are few and outliers rule them.
+
+    Args:
+        share: of the budget that they take in their own type; ``auto`` goes to bfloat16 where that is above ``few``.
+    """
+    if name in _FLOATS:
+        return _FLOATS[name]
+    if name == "checkpoint" or (name == "auto" and share <= few):
+        return own
+    return torch.bfloat16

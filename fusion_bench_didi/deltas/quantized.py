@@ -1,0 +1,134 @@
+"""Deltas of few bits per value."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..lowrank.factors import LowRankFactors
+from ..quantization.codes import levels, pack_codes
+from ..quantization.rounding import RoundedFactors, RoundedMatrix
+from .base import Delta
+
+
+class RoundedLowRankDelta(Delta):
+    """A low-rank product with integer factors and one float32 scale per direction: ``shared + (up * scale) @ down``.
+
+    Args:
+        up, down: (m, r) and (r, n) codes, stored as ``lowrank/codes.py`` says.
+        scale: (r,).
+        bits: of a code.
+    """
+
+    kind = "rounded_low_rank"
+    parts = ("up", "down", "scale")
+
+    def __init__(
+        self, shape: tuple[int, ...], up: Tensor, down: Tensor, scale: Tensor, bits: int
+    ):
+        super().__init__(shape, up=up, down=down, scale=scale)
+        self.width = bits
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], factors: RoundedFactors
+    ) -> "RoundedLowRankDelta":
+        bits = factors.bits
+        up, down = (pack_codes(codes, bits) for codes in (factors.up, factors.down))
+        return cls(shape, up, down, factors.scale, bits)
+
+    @property
+    def rank(self) -> int:
+        return self.scale.shape[0]
+
+    def options(self) -> dict:
+        return {"bits": self.width}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(m, r) and (r, n) in float32."""
+        m, n = self.shape[0], math.prod(self.shape[1:])
+        up = levels(self.up, self.width, (m, self.rank))
+        return up * self.scale, levels(self.down, self.width, (self.rank, n))
+
+    def own(self) -> Tensor:
+        up, down = self.factors()
+        return (up @ down).view(self.shape)
+
+    def own_product(self) -> LowRankFactors:
+        return LowRankFactors(*self.factors())
+
+
+class RoundedDenseDelta(Delta):
+    """Every entry as an integer code with one float32 scale per row of the matrix: ``shared + level * scale``.
+
+    Args:
+        codes: of the tensor's shape, stored as ``lowrank/codes.py`` says.
+        scale: (m,).
+        bits: of a code.
+    """
+
+    kind = "rounded_dense"
+    parts = ("codes", "scale")
+
+    def __init__(
+        self, shape: tuple[int, ...], codes: Tensor, scale: Tensor, bits: int = 8
+    ):
+        super().__init__(shape, codes=codes, scale=scale)
+        self.width = bits
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], rounded: RoundedMatrix) -> "RoundedDenseDelta":
+        codes = rounded.codes if rounded.bits < 8 else rounded.codes.view(shape)
+        return cls(shape, codes, rounded.scale, rounded.bits)
+
+    def options(self) -> dict:
+        return {"bits": self.width}
+
+    def own(self) -> Tensor:
+        value = levels(self.codes, self.width, self.shape)
+        value.flatten(1).mul_(self.scale[:, None])
+        return value
+
+
+class AffineDelta(Delta):
+    """Every entry as an 8-bit code between two ends: ``shared + lo + codes * (hi - lo) / 255``.
+
+    ``q = round((w - lo) / (hi - lo) * 255)``, clamped; an error of at most ``(hi - lo) / 510`` inside the range.
+
+    Args:
+        codes: of the tensor's shape, uint8.
+        ends: (2,) float32, ``lo`` and ``hi``.
+    """
+
+    kind = "affine8"
+    parts = ("codes", "ends")
+
+    def __init__(self, shape: tuple[int, ...], codes: Tensor, ends: Tensor):
+        super().__init__(shape, codes=codes.reshape(shape), ends=ends)
+
+    @classmethod
+    def of(cls, value: Tensor, *, clip: float = 0.0) -> "AffineDelta":
+        """Round a tensor after shrinking its range.
+
+        Args:
+            clip: fraction of the entries that may lie beyond each end; 0 keeps the whole range.
+        """
+        value = value.detach().float().cpu()
+        lo, hi = shrunk_range(value, clip)
+        step = (hi - lo) / 255
+        codes = (value - lo) / step if step > 0 else torch.zeros_like(value)
+        codes = codes.round().clamp(0, 255).to(torch.uint8)
+        return cls(tuple(value.shape), codes, torch.stack([lo, hi]))
+
+    def own(self) -> Tensor:
+        lo, hi = self.ends
+        return lo + self.codes.float() * ((hi - lo) / 255)
+
+
+def shrunk_range(value: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """The entries of rank ``floor(clip n)`` from below and from above."""
+    flat = value.reshape(-1)
+    skip = min(int(clip * len(flat)), (len(flat) - 1) // 2)
+    if skip == 0:
+        return flat.min(), flat.max()
+    return flat.kthvalue(skip + 1).values, flat.kthvalue(len(flat) - skip).values

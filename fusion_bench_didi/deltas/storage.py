@@ -1,0 +1,119 @@
+"""One storage account for every merged model.
+
+Counted is what is stored beyond the text heads, in bits, and given in units of one fine-tuned model:
+
+``x = bits / unit_bits``, ``unit_bits`` = the changed tensors of one fine-tuned model in the data type of its checkpoint.
+
+``x_excl`` leaves the backbone out, ``x_incl`` counts it once. A tensor that no task changed costs nothing and is not
+in the unit either. A LoRA adapter counts as the fine-tuned model that it makes: the unit holds the *dense* tensors that
+adapters change, so that T adapters of rank r on (m, n) are ``T r (m + n) / (m n)``, and budgets far below 1 are usual.
+
+Bits are those of the stored tensors (masks packed, indices included), not of the parameters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from .base import Delta
+from .plain import DenseDelta
+
+
+@dataclass(frozen=True)
+class StorageReport:
+    """Bits by part.
+
+    Args:
+        unit_bits: one fine-tuned model.
+        backbone_bits: the base model's values of the changed tensors; 0 where the shared part is only ever used as
+            base + shared and the sum is stored instead.
+        shared_bits: what all tasks use.
+        expert_bits: per task.
+        routing_bits: the router; 0 when the task is given.
+        layer_bits: shared and experts together, per tensor.
+    """
+
+    unit_bits: int
+    backbone_bits: int
+    shared_bits: int
+    expert_bits: Mapping[str, int]
+    routing_bits: int = 0
+    layer_bits: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.unit_bits <= 0:
+            raise ValueError(f"unit_bits must be positive, got {self.unit_bits}.")
+
+    @property
+    def excl_bits(self) -> int:
+        """Everything beyond the backbone."""
+        return self.shared_bits + sum(self.expert_bits.values()) + self.routing_bits
+
+    @property
+    def x_excl(self) -> float:
+        return self.excl_bits / self.unit_bits
+
+    @property
+    def x_incl(self) -> float:
+        return (self.excl_bits + self.backbone_bits) / self.unit_bits
+
+    def as_dict(self) -> dict:
+        """JSON-plain, with the two ratios."""
+        return {**asdict(self), "x_excl": self.x_excl, "x_incl": self.x_incl}
+
+
+def account(
+    shared: Mapping[str, Delta],
+    experts: Mapping[str, Mapping[str, Delta]],
+    *,
+    unit_bits: int,
+    backbone_bits: int | None = None,
+    routing_bits: int = 0,
+) -> StorageReport:
+    """Add up stored deltas.
+
+    Args:
+        shared: by tensor name.
+        experts: by task, then tensor name.
+        backbone_bits: ``unit_bits`` if None (base and checkpoints are of one type).
+    """
+    layers: dict[str, int] = {}
+    for part in (shared, *experts.values()):
+        for name, delta in part.items():
+            layers[name] = layers.get(name, 0) + delta.bits
+    return StorageReport(
+        unit_bits=unit_bits,
+        backbone_bits=unit_bits if backbone_bits is None else backbone_bits,
+        shared_bits=sum(d.bits for d in shared.values()),
+        expert_bits={
+            task: sum(d.bits for d in deltas.values())
+            for task, deltas in experts.items()
+        },
+        routing_bits=routing_bits,
+        layer_bits=layers,
+    )
+
+
+def folded_backbone_bits(
+    sizes: Mapping[str, int],
+    shared: Mapping[str, Delta],
+    experts: Mapping[str, Mapping[str, Delta]],
+) -> int:
+    """What is left of the backbone when *base + shared* is stored instead of the two.
+
+    The base's value of a tensor is still needed where nothing is shared and some task does not store it whole.
+
+    Args:
+        sizes: bits per tensor of one fine-tuned model.
+    """
+    return sum(
+        bits
+        for name, bits in sizes.items()
+        if name not in shared
+        and not all(isinstance(e.get(name), DenseDelta) for e in experts.values())
+    )
+
+
+def dtype_bits(dtype: torch.dtype) -> int:
+    return 8 * torch.empty((), dtype=dtype).element_size()

@@ -1,0 +1,207 @@
+"""Deltas in common subspaces: shared bases U and V, and per task a core C_t, for a change ``U C_t V``.
+
+The bases are the shared part of a tensor; by themselves they change nothing. A whole side needs no basis, the side's own
+coordinates are used then. Letters: ``m`` out, ``n`` in, ``p`` and ``q`` sizes of a core.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..lowrank.factors import LowRankFactors
+from ..quantization.codes import levels, pack_codes
+from ..quantization.rounding import round_rows
+from .base import Delta
+
+
+class Bases(Delta):
+    """Base of the shared forms."""
+
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        """U (m, p) and V (q, n) in float32; None for a whole side."""
+        raise NotImplementedError
+
+    def own(self) -> Tensor:
+        return torch.zeros(self.shape, device=next(self.parameters()).device)
+
+    def own_product(self) -> LowRankFactors:
+        return LowRankFactors.zeros(*self.sides, like=torch.empty(0))
+
+    def factors(self, core: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Two factors (m, r) and (r, n) of ``U core V``, r the smaller of p and q; None for whole sides."""
+        up, down = self.bases()
+        if down is None or (up is not None and core.shape[0] <= core.shape[1]):
+            return None if up is None else (up, core if down is None else core @ down)
+        return core if up is None else up @ core, down
+
+    def spread(self, core: Tensor) -> Tensor:
+        """``U core V`` of the tensor's shape."""
+        factors = self.factors(core)
+        dense = core if factors is None else factors[0] @ factors[1]
+        return dense.view(self.shape)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """m and n."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+
+class BasesDelta(Bases):
+    """Bases in a floating type.
+
+    Args:
+        up: (m, p), None for a whole side.
+        down: (q, n), or None.
+    """
+
+    kind = "bases"
+    parts = optional = ("up", "down")
+
+    def __init__(self, shape: tuple[int, ...], up: Tensor | None, down: Tensor | None):
+        super().__init__(shape, up=up, down=down)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], up: Tensor, down: Tensor) -> "BasesDelta":
+        """From square ones for whole sides."""
+        return cls(shape, *_without_whole(up, down))
+
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        up, down = self.up, self.down
+        return None if up is None else up.float(), (
+            None if down is None else down.float()
+        )
+
+
+class RoundedBasesDelta(Bases):
+    """Bases as integer codes with one float32 scale per column of U and row of V.
+
+    Args:
+        up, down: codes of U's transpose (p, m) and of V (q, n), stored as ``lowrank/codes.py`` says.
+        up_scale, down_scale: (p,) and (q,).
+        bits: of a code.
+
+    All of a whole side are None.
+    """
+
+    kind = "rounded_bases"
+    parts = optional = ("up", "up_scale", "down", "down_scale")
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        up: Tensor | None,
+        up_scale: Tensor | None,
+        down: Tensor | None,
+        down_scale: Tensor | None,
+        bits: int,
+    ):
+        super().__init__(
+            shape, up=up, up_scale=up_scale, down=down, down_scale=down_scale
+        )
+        self.width = bits
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], up: Tensor, down: Tensor, bits: int
+    ) -> "RoundedBasesDelta":
+        """From square ones for whole sides."""
+        parts: list[Tensor | None] = []
+        for rows in _without_whole(up.mT, down):
+            if rows is None:
+                parts += [None, None]
+                continue
+            codes, scale = round_rows(rows, bits)
+            parts += [pack_codes(codes, bits), scale]
+        return cls(shape, *parts, bits)
+
+    def options(self) -> dict:
+        return {"bits": self.width}
+
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        m, n = self.sides
+        up = self._rows(self.up, self.up_scale, m)
+        return None if up is None else up.mT, self._rows(self.down, self.down_scale, n)
+
+    def _rows(
+        self, codes: Tensor | None, scale: Tensor | None, width: int
+    ) -> Tensor | None:
+        if codes is None:
+            return None
+        return levels(codes, self.width, (len(scale), width)) * scale[:, None]
+
+
+class Core(Delta):
+    """Base of a task's coordinates in the common bases."""
+
+    def core(self) -> Tensor:
+        """C_t (p, q) in float32."""
+        raise NotImplementedError
+
+    def change(self, shared: Delta | None = None) -> Tensor:
+        if not isinstance(shared, Bases):
+            raise ValueError("A core needs the common bases that it is written in.")
+        return shared.spread(self.core())
+
+    def product(self, shared: Delta | None = None) -> LowRankFactors | None:
+        factors = shared.factors(self.core())
+        return None if factors is None else LowRankFactors(*factors)
+
+
+class CoreDelta(Core):
+    """In a floating type.
+
+    Args:
+        value: (p, q).
+    """
+
+    kind = "core"
+    parts = ("value",)
+
+    def __init__(self, shape: tuple[int, ...], value: Tensor):
+        super().__init__(shape, value=value)
+
+    def core(self) -> Tensor:
+        return self.value.float()
+
+
+class RoundedCoreDelta(Core):
+    """Integer codes with one float32 scale per row.
+
+    Args:
+        codes: (p, q), stored as ``lowrank/codes.py`` says.
+        scale: (p,).
+        bits: of a code.
+        columns: q.
+    """
+
+    kind = "rounded_core"
+    parts = ("codes", "scale")
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        codes: Tensor,
+        scale: Tensor,
+        bits: int,
+        columns: int,
+    ):
+        super().__init__(shape, codes=codes, scale=scale)
+        self.width, self.columns = bits, columns
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], core: Tensor, bits: int) -> "RoundedCoreDelta":
+        codes, scale = round_rows(core, bits)
+        return cls(shape, pack_codes(codes, bits), scale, bits, core.shape[1])
+
+    def options(self) -> dict:
+        return {"bits": self.width, "columns": self.columns}
+
+    def core(self) -> Tensor:
+        shape = len(self.scale), self.columns
+        return levels(self.codes, self.width, shape) * self.scale[:, None]
+
+
+def _without_whole(*bases: Tensor) -> list[Tensor | None]:
+    """None for the square ones."""
+    return [None if b.shape[0] == b.shape[1] else b for b in bases]

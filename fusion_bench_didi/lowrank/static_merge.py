@@ -1,0 +1,68 @@
+"""Shared matrix, experts and the exact quadratic form of their truncation, Eq. 2-6 and 11.
+
+Letters: ``m`` out, ``n`` in, ``T`` tasks, ``q`` kept singular values; ``tau_t`` task vectors, ``S`` the shared matrix,
+``E_t = tau_t - S`` the experts.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .factored import Densified, accumulated, zero_like
+from .factors import Matrix
+
+SharedMerge = Literal["mean", "task_arithmetic", "ties", "none"]
+
+
+def shared_matrix(
+    task_vectors: Sequence[Matrix],
+    *,
+    how: SharedMerge = "mean",
+    weights: Tensor | None = None,
+    scale: float = 0.3,
+    keep: float = 0.2,
+) -> Matrix:
+    """A static merge of the task vectors of one matrix, Eq. 2.
+
+    Args:
+        task_vectors: T of (m, n); read one at a time for ``mean`` and ``task_arithmetic``.
+        how: ``mean``: ``sum_t w_t tau_t / sum_t w_t``; ``task_arithmetic``: ``scale * sum_t tau_t``;
+            ``ties``: keep the largest ``keep`` of each task's entries by size, elect the sign of their sum, average
+            the entries that agree; ``none``: zero (experts carry everything).
+        weights: (T,) for ``mean``; equal if None.
+        scale: for ``task_arithmetic``.
+        keep: for ``ties``, a fraction of this matrix's entries.
+
+    Returns:
+        (m, n); factored where all task vectors are, but for ``ties``, which looks at entries.
+    """
+    tasks = len(task_vectors)
+    if how == "mean":
+        if weights is None or not bool((weights > 0).any()):
+            weights = torch.ones(tasks)
+        return _weighted_sum(task_vectors, (weights / weights.sum()).tolist())
+    if how == "task_arithmetic":
+        return _weighted_sum(task_vectors, [scale] * tasks)
+    if how == "ties":
+        dense = Densified(task_vectors)
+        flat = torch.stack([tau.flatten() for tau in dense])  # (T, mn)
+        count = max(1, round(keep * flat.shape[1]))
+        threshold = flat.abs().topk(count, dim=1).values[:, -1:]
+        trimmed = torch.where(flat.abs() >= threshold, flat, 0.0)
+        agree = (trimmed * trimmed.sum(0).sign()) > 0
+        merged = (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
+        return merged.view(task_vectors[0].shape)
+    if how == "none":
+        return zero_like(task_vectors[0])
+    raise ValueError(
+        f"shared={how!r} is not a static merge; choose mean, task_arithmetic, ties or none."
+    )
+
+
+def _weighted_sum(matrices: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
+    total: Matrix | None = None
+    for matrix, weight in zip(matrices, weights):
+        total = accumulated(total, matrix, weight)
+    return total

@@ -1,0 +1,73 @@
+"""What a merge would do, from headers alone."""
+
+from ..deltas.storage import dtype_bits
+from ..task_vectors.reader import TaskVectors, matrix_shape
+from .inventory import Layout, lay_out, matrix_budget, matrix_price
+from .settings import MergeSettings
+
+
+def describe_plan(task_vectors: TaskVectors, settings: MergeSettings) -> str:
+    """A table of the matrices, what a rank costs in each, the ranks of an even split, and the cost of the run.
+
+    Nothing but headers is read, so every tensor counts as changed.
+
+    Raises:
+        BudgetError: if the budget cannot hold the vectors.
+    """
+    layout = lay_out(task_vectors, settings, None)
+    left = matrix_budget(layout, settings)
+    modules = len(task_vectors.tasks) + (settings.shared != "none")
+    prices = {n: matrix_price(layout, task_vectors, n) for n in layout.matrices}
+    sizes = {n: task_vectors.infos[n].numel for n in layout.matrices}
+    share = left / (modules * sum(sizes.values())) if sizes else 0.0
+    lines = [
+        f"{len(task_vectors.tasks)} tasks: {', '.join(task_vectors.tasks)}",
+        f"{len(layout.matrices)} matrices, {len(layout.vectors)} vectors; one fine-tuned model is "
+        f"{layout.unit_bits / 8e6:.1f} MB, the budget {settings.budget.ratio} leaves {left / 8e6:.1f} MB for "
+        f"low-rank modules after {layout.vector_bits / 8e6:.2f} MB of vectors.",
+        "",
+        f"{'matrix':<60} {'shape':>14} {'bytes/rank':>11} {'even rank':>10}",
+    ]
+    for name in layout.matrices:
+        m, n = matrix_shape(task_vectors.infos[name].shape)
+        even = int(share * m * n / prices[name].per_rank)
+        even = min(even, task_vectors.joint_rank(name))
+        rank = "dense" if even > prices[name].cap else str(even)
+        cost = prices[name].per_rank // 8
+        lines.append(f"{name:<60} {f'{m} x {n}':>14} {cost:>11} {rank:>10}")
+    read = _read_gb(task_vectors, layout)
+    peak = _peak_gb(task_vectors, layout, settings, left)
+    lines += [
+        "",
+        f"to read: {read:.2f} GB per pass; predicted peak memory: {peak:.2f} GB",
+    ]
+    return "\n".join(lines)
+
+
+def _read_gb(task_vectors: TaskVectors, layout: Layout) -> float:
+    """All fine-tuned tensors, and the base model's where it is subtracted from them; an adapter's factors."""
+    bits = 0
+    for name in (*layout.matrices, *layout.vectors):
+        ranks, info = task_vectors.ranks(name), task_vectors.infos[name]
+        sides = sum(matrix_shape(info.shape))
+        whole = ranks.count(None)
+        numbers = (whole + (whole > 0)) * info.numel + sides * sum(
+            r or 0 for r in ranks
+        )
+        bits += numbers * dtype_bits(task_vectors.tuned_dtype(name))
+    return bits / 8e9
+
+
+def _peak_gb(task_vectors, layout, settings, left) -> float:
+    """Backbone twice (live and pristine), stored modules, kept factors up to their limit, one matrix of all models."""
+    tasks = len(task_vectors.tasks)
+    working = kept = 0
+    for name in layout.matrices:
+        m, n = matrix_shape(task_vectors.infos[name].shape)
+        rank = task_vectors.joint_rank(name)
+        # float32 task vectors, residuals, and the float64 work space of one decomposition
+        numbers = rank * (m + n) if task_vectors.factored(name) else m * n
+        working = max(working, 4 * numbers * (2 * tasks + 6))
+        kept += 4 * (tasks + 1) * rank // 2 * (m + n)
+    kept = min(kept, settings.factor_memory_gb * 2**30)
+    return (2 * layout.unit_bits / 8 + left / 8 + kept + working) / 1e9

@@ -1,0 +1,69 @@
+"""The whole merge, from task vectors to stored deltas: scan, decompose, allocate, refine.
+
+Two passes over the matrices, one matrix of all T models at a time. The first leaves singular values, couplings and,
+while they fit ``factor_memory_gb``, the leading factors; ranks are chosen from these small tables; the second cuts,
+refines and packs. Tasks are worked on in sorted order and matrices by sorted name, so that neither order of the pool
+changes a bit of the result.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..deltas.base import Delta
+from ..deltas.storage import StorageReport
+
+
+@dataclass(frozen=True)
+class RankAllocation:
+    """Rank per matrix of the shared module, and per task of the experts."""
+
+    shared: Mapping[str, int]
+    experts: Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What the merge did.
+
+    Args:
+        tasks: sorted; the order of all (T,) tensors.
+        energy: per matrix, (T,) squared norms of the task vectors.
+        errors: per matrix, (T,) squared norms of what was kept out.
+        precision: per matrix, how its modules are stored.
+        common: sizes p and q of the common subspaces of the matrices that are stored in them.
+        seconds: per stage.
+    """
+
+    tasks: tuple[str, ...]
+    energy: Mapping[str, Tensor]
+    errors: Mapping[str, Tensor]
+    precision: Mapping[str, str]
+    common: Mapping[str, tuple[int, int]]
+    seconds: Mapping[str, float]
+
+    @property
+    def relative_error(self) -> float:
+        """Energy kept out over energy, all matrices and tasks."""
+        lost = sum(float(e.sum()) for e in self.errors.values())
+        return lost / max(sum(float(e.sum()) for e in self.energy.values()), 1e-300)
+
+    @property
+    def energy_kept(self) -> dict[str, list[float]]:
+        """Per matrix, the fraction of each task's energy that is reproduced."""
+        return {
+            name: (1 - self.errors[name] / energy.clamp(min=1e-300)).tolist()
+            for name, energy in self.energy.items()
+        }
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Stored deltas by tensor name, and how they came about."""
+
+    shared: Mapping[str, Delta]
+    experts: Mapping[str, Mapping[str, Delta]]
+    ranks: RankAllocation
+    storage: StorageReport
+    report: MergeReport

@@ -1,0 +1,48 @@
+"""Truncated singular value decompositions in the form in which they are stored (TSV-C, Twin-Merging)."""
+
+import torch
+from torch import Tensor
+
+from ...deltas.base import Delta
+from ...deltas.plain import DenseDelta, LowRankDelta, SpectralDelta
+from ...lowrank.svd import spectrum
+from ...task_vectors.reader import matrix_shape
+
+
+def rank_of(shape: tuple[int, ...], fraction: float) -> int:
+    """``floor(min(m, n) * fraction)``, safe against ``49 * (1 / 49) < 1``."""
+    return int(min(matrix_shape(shape)) * fraction + 1e-9)
+
+
+def stored_dense(shape: tuple[int, ...], rank: int, *, fold_sigma: bool = True) -> bool:
+    """Whether the factors would take at least the room of the matrix."""
+    m, n = matrix_shape(shape)
+    return rank * (m + n + (not fold_sigma)) >= m * n
+
+
+def truncated(
+    tensor: Tensor,
+    rank: int,
+    *,
+    dtype: torch.dtype,
+    fold_sigma: bool = True,
+    name: str = "",
+) -> Delta | None:
+    """The best approximation of ``rank``, as factors or, where that is smaller, dense; None for rank 0.
+
+    Args:
+        tensor: viewed as out x everything else.
+        fold_sigma: multiply the singular values into the factors, r (m + n) values; otherwise r (m + n + 1).
+    """
+    shape = tuple(tensor.shape)
+    if rank <= 0:
+        return None
+    found = spectrum(
+        tensor.view(matrix_shape(shape)), max_rank=rank, exact=True, name=name
+    )
+    if stored_dense(shape, rank, fold_sigma=fold_sigma):
+        return DenseDelta(shape, found.head().to(dtype).cpu())
+    if fold_sigma:
+        return LowRankDelta.of(shape, found.cut(rank).to("cpu"), dtype)
+    parts = {"up": found.U, "sigma": found.S, "down": found.Vh}
+    return SpectralDelta(shape, **{k: v.to(dtype).cpu() for k, v in parts.items()})

@@ -1,0 +1,51 @@
+"""Whole fine-tuned models from a pool whose entries are adapters, for methods that run the models or merge modules."""
+
+from typing import Any
+
+import torch
+from fusion_bench.modelpool import BaseModelPool
+from torch import nn
+
+from ..task_vectors.alignment import check_alignment
+from .opening import adapter_directory, adapter_source, base_of, load_backbone
+
+
+def adapted(modelpool: BaseModelPool) -> BaseModelPool:
+    """The pool itself; if it has adapters, ``load_model`` gives the base model with the adapter put in for them.
+
+    The host's pools give a model with adapter layers in it, whose tensors have other names than the base model's, or none.
+    """
+    names = [n for n in modelpool.model_names if adapter_directory(modelpool, n)]
+    cls = type(modelpool)
+    if names and not issubclass(cls, _Adapted):
+        same = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        modelpool.__class__ = type(cls.__name__, (_Adapted, cls), same)
+    return modelpool
+
+
+class _Adapted:
+    """What :func:`adapted` puts in front of the pool's class; a copy of the pool then loads from the copy."""
+
+    def load_model(self, name: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        known = isinstance(name, str) and name in self.model_names
+        if known and adapter_directory(self, name):
+            return tuned_model(self, name)
+        return super().load_model(name, *args, **kwargs)
+
+
+@torch.no_grad()
+def tuned_model(modelpool: BaseModelPool, name: str) -> nn.Module:
+    """The base model with an adapter put in.
+
+    Raises:
+        CheckpointMismatchError: if the adapter is none of this base model, or not a plain LoRA.
+    """
+    model = load_backbone(modelpool)
+    base, known, ignored = base_of(modelpool, model)
+    source = adapter_source(modelpool, name, known, model)
+    check_alignment(base, {name: source}, ignored=ignored)
+    live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for tensor in source.infos():
+        if tensor in live:
+            live[tensor].copy_(source.applied(tensor, live[tensor]))
+    return model

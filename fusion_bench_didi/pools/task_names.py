@@ -1,0 +1,67 @@
+"""When two task names mean the same task.
+
+The rule, first match wins: what the user's map says (``method.task_aliases``: task pool name -> model name); the same
+string; equal in lower case with ``-`` and ``/`` as ``_`` and without ``glue_`` in front.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import UnknownTaskError
+
+
+def normalised(name: str) -> str:
+    return name.lower().replace("-", "_").replace("/", "_").removeprefix("glue_")
+
+
+def resolve_task(
+    name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> str:
+    """The known task that ``name`` means.
+
+    Raises:
+        UnknownTaskError: naming what was asked for and what there is.
+    """
+    known = list(known)
+    if aliases and name in aliases:
+        name = aliases[name]
+    if name in known:
+        return name
+    same = [task for task in known if normalised(task) == normalised(name)]
+    if len(same) == 1:
+        return same[0]
+    raise UnknownTaskError(
+        f"Task {name!r} is not in the merged model, which holds {known}. "
+        "Map it with method.task_aliases={pool_name: model_name}, or take it out of the task pool."
+    )
+
+
+def check_tasks(
+    asked: Iterable[str], known: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> None:
+    """Every task of a task pool must be known.
+
+    Raises:
+        UnknownTaskError: naming both lists.
+    """
+    asked, known = list(asked), list(known)
+    unknown = []
+    for name in asked:
+        try:
+            resolve_task(name, known, aliases)
+        except UnknownTaskError:
+            unknown.append(name)
+    if unknown:
+        raise UnknownTaskError(
+            f"The task pool has tasks that no merged model covers: {unknown}. Task pool: {asked}; models: {known}. "
+            "Map names with method.task_aliases={pool_name: model_name}, or take these tasks out of the task pool."
+        )
+
+
+def pool_tasks(taskpool: Any) -> list[str]:
+    """The names of the tasks that a host pool will evaluate; empty if it does not tell."""
+    for attribute in ("_test_datasets", "test_datasets", "_tasks"):
+        value = getattr(taskpool, attribute, None)
+        if isinstance(value, Mapping) or hasattr(value, "keys"):
+            return [str(key) for key in value.keys()]
+    return []

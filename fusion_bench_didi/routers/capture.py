@@ -1,0 +1,133 @@
+"""What goes into, and comes out of, layers of a dynamic model; the forward stops once everything asked for is there."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..serving.mixtures import batch_size
+
+if TYPE_CHECKING:
+    from ..models.dynamic import DynamicModel
+
+
+class _Done(Exception):
+    """Everything asked for was seen."""
+
+
+@torch.no_grad()
+def record(
+    model: "DynamicModel",
+    args: tuple,
+    kwargs: dict,
+    *,
+    weights: Tensor | None = None,
+    shared_scale: float = 1.0,
+    tensors: Mapping[str, Tensor] | None = None,
+    inputs_of: Sequence[str] = (),
+    outputs_of: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Inputs and outputs of layers when all samples run under the same weights.
+
+    Args:
+        weights: (T,) for all samples; None for the shared model.
+        shared_scale: factor on the shared part.
+        tensors: run the backbone with these in place of its own instead.
+        inputs_of, outputs_of: module names; a module in both appears with its output.
+
+    Returns:
+        first tensor given or returned, by module name.
+    """
+    found: dict[str, Tensor] = {}
+    wanted = len(set(inputs_of) | set(outputs_of))
+
+    def keep(name: str, value: Any) -> None:
+        found[name] = value if isinstance(value, Tensor) else value[0]
+        if len(found) == wanted:
+            raise _Done
+
+    forward = model.mixed_at(shared_scale)
+    if tensors is None:
+        forward.verify(batch_size(args, kwargs), args, kwargs)  # before it is watched
+    handles = []
+    for name in inputs_of:
+        module = model.backbone.get_submodule(name)
+        handles.append(
+            module.register_forward_pre_hook(lambda _, a, n=name: keep(n, a[0]))
+        )
+    for name in outputs_of:
+        module = model.backbone.get_submodule(name)
+        handles.append(
+            module.register_forward_hook(lambda _, a, out, n=name: keep(n, out))
+        )
+    try:
+        if tensors is not None:
+            functional_call(model.backbone, dict(tensors), args, kwargs)
+        elif weights is None:
+            forward.shared(*args, **kwargs)
+        else:
+            rows = weights.expand(batch_size(args, kwargs), -1)
+            forward(rows, *args, **kwargs)
+    except _Done:
+        return found
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = (set(inputs_of) | set(outputs_of)) - set(found)
+    raise ValueError(f"The backbone's forward does not call {sorted(missing)}.")
+
+
+def blocks(backbone: nn.Module) -> list[str]:
+    """Names of the modules of the longest ``nn.ModuleList``: the blocks of a transformer.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    lists = [
+        (name, module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
+    ]
+    if not lists:
+        raise ValueError(
+            f"{type(backbone).__name__} has no list of blocks; give the names of layers."
+        )
+    name, longest = max(lists, key=lambda pair: len(pair[1]))
+    return [f"{name}.{i}" if name else str(i) for i in range(len(longest))]
+
+
+def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
+    """Module names from positions among the :func:`blocks`, names, or patterns of names.
+
+    Raises:
+        ValueError: for one that matches nothing.
+    """
+    names = [name for name, _ in backbone.named_modules()]
+    found: list[str] = []
+    for layer in layers:
+        if isinstance(layer, int):
+            chain = blocks(backbone)
+            if not -len(chain) <= layer < len(chain):
+                raise ValueError(f"There is no block {layer}; there are {len(chain)}.")
+            found.append(chain[layer])
+        else:
+            matches = [name for name in names if fnmatch(name, layer)]
+            if not matches:
+                raise ValueError(f"No layer is called {layer!r}.")
+            found.extend(matches)
+    return list(dict.fromkeys(found))
+
+
+def pooled(states: Tensor, how: Literal["cls", "mean", "both"]) -> Tensor:
+    """(B, n) from token states (B, N, n); ``both``: mean and standard deviation over tokens beside the first token."""
+    if states.ndim == 2:
+        return states
+    states = states.flatten(1, -2)
+    if how == "cls":
+        return states[:, 0]
+    if how == "mean":
+        return states.mean(1)
+    return torch.cat([states[:, 0], states.mean(1), states.std(1)], 1)

@@ -1,0 +1,158 @@
+"""A backbone whose changed layers run every sample under its own weights.
+
+The network is a second set of modules over the same tensors: leaf modules that own changed tensors become a subclass with
+another forward. What the batch is mixed by is put into :class:`Current` before a call.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .banks import AnyTable, ValueTable
+from .fused_linears import Joint
+from .mixtures import Mix, over
+
+
+class UnsupportedShape(Exception):
+    """An input whose first side is not the batch; says which."""
+
+
+class Current:
+    """What the batch under way is mixed by."""
+
+    mix: Mix | None = None
+
+
+class PerSample:
+    """What the subclasses below have beside the module they extend.
+
+    Attributes:
+        tables: of the changed tensors, by their name in the module.
+        current: shared by the whole network.
+    """
+
+    tables: Mapping[str, AnyTable]
+    current: Current
+
+    def prepare(self) -> None:
+        """Working copies, before the first call."""
+
+    def mix_for(self, x: Tensor) -> Mix:
+        """The current mix, if it is of as many samples as the input."""
+        mix = self.current.mix
+        if x.ndim < 2 or len(x) != mix.size:
+            raise UnsupportedShape(f"{type(self).__name__} is given {tuple(x.shape)}")
+        return mix
+
+
+class Product(PerSample):
+    """``x W + b``: linear layers, and the (n, m) ones of GPT-2."""
+
+    joint: Joint | None = None
+    place = 0
+
+    def prepare(self) -> None:
+        self.biases = self.tables.get("bias")
+        if self.biases is None and self.bias is not None:
+            tasks = self.tables["weight"].tasks
+            self.biases = ValueTable(self.bias.expand(tasks + 1, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mix = self.mix_for(x)
+        if self.joint is not None:
+            return self.joint.part(self.place, x, mix)
+        if "weight" in self.tables:
+            return mix.product(x, self.tables["weight"], self.biases)
+        y = super().forward(x)
+        return y + over(mix.rows(self.biases) - self.bias, y)
+
+
+class Patches(Product):
+    """A convolution whose kernels do not overlap: a linear layer on patches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mix = self.mix_for(x)
+        if "weight" not in self.tables:
+            y = nn.Conv2d.forward(self, x)
+            return y + (mix.rows(self.biases) - self.bias)[:, :, None, None]
+        rows = patches(x, self.kernel_size)
+        y = mix.product(rows, self.tables["weight"], self.biases)
+        return y.mT.unflatten(2, (-1, x.shape[3] // self.kernel_size[1]))
+
+
+class Norm(PerSample):
+    """Layer norm."""
+
+    def prepare(self) -> None:
+        # without weight and bias torch takes a path that is half as fast on a CPU
+        self.plain = torch.ones_like(self.weight), torch.zeros_like(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mix = self.mix_for(x)
+        y = F.layer_norm(x, self.normalized_shape, *self.plain, self.eps)
+        weight, bias = self.rows("weight", mix, x), self.rows("bias", mix, x)
+        return y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight, out=y)
+
+    def rows(self, leaf: str, mix: Mix, x: Tensor) -> Tensor | None:
+        if leaf not in self.tables:
+            return getattr(self, leaf)
+        rows = mix.rows(self.tables[leaf])
+        missing = x.ndim - rows.ndim
+        return rows.view(len(rows), *(1,) * missing, *rows.shape[1:])
+
+
+class Lookup(PerSample):
+    """An embedding; ids (1, N) are the same for all samples."""
+
+    def prepare(self) -> None:
+        table = self.tables["weight"]
+        self.values = table.stacked() if table.dense else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        size, table = self.current.mix.size, self.tables["weight"]
+        if ids.ndim > 1 and len(ids) == 1:
+            ids = ids.expand(size, *ids.shape[1:])
+        mix = self.mix_for(ids)
+        if self.values is not None:
+            return mix.lookup(ids, self.values)
+        inner = F.embedding(ids, table.first)
+        own = inner * over(mix.scale(table.owner).to(inner), inner)
+        return F.embedding(ids, table.common) + own @ table.last
+
+
+@lru_cache(maxsize=None)
+def broadcast_form(leaf: str) -> type:
+    """A module that sees its parameter once per sample."""
+
+    def rows(self: PerSample) -> Tensor:
+        return self.current.mix.rows(self.tables[leaf])[:, None]
+
+    return type("Broadcast", (PerSample,), {leaf: property(rows)})
+
+
+def is_turned(module: nn.Module, leaf: str) -> bool | None:
+    """How :func:`~.tables.table_of` lays a tensor out for the module that owns it."""
+    if getattr(module, leaf).ndim < 2:
+        return None
+    return isinstance(module, (nn.Linear, nn.Conv2d))
+
+
+def patches(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The vectors that a convolution without overlap multiplies, (B, N, c h w) of (B, c, H, W)."""
+    rows, columns = (side // step for side, step in zip(x.shape[2:], size))
+    x = x[:, :, : rows * size[0], : columns * size[1]]
+    x = x.unflatten(3, (columns, size[1])).unflatten(2, (rows, size[0]))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def apart(module: nn.Conv2d) -> bool:
+    """Whether the kernels of a convolution do not overlap, as :func:`patches` supposes."""
+    return (
+        module.kernel_size == module.stride
+        and module.padding in (0, (0, 0), "valid")
+        and module.dilation == (1, 1)
+        and module.groups == 1
+    )

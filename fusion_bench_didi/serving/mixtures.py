@@ -1,0 +1,236 @@
+"""What a batch is mixed by: a task per sample, or weights over the tasks per sample.
+
+Both offer the same operations on tables, per sample: :meth:`rows` of a small tensor, a :meth:`product` with a matrix, and
+a :meth:`lookup` of rows of a matrix; and the :meth:`value` of a table where all samples see one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Union
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .banks import MatrixTable, Table, ValueTable
+from .grouped_matmul import product_by_task
+
+#: values of the matrices that are mixed at a time
+BLOCK = 2**22
+
+
+@dataclass
+class ByTask:
+    """One task per sample; the batch is sorted so that equal tasks lie side by side.
+
+    Args:
+        tasks: (B,) sorted; T stands for the shared model.
+        counts: (T + 1,) samples per task, on the CPU.
+        order: (B,) where the samples are in the batch as given.
+    """
+
+    uniform: ClassVar[bool] = False
+    tasks: Tensor
+    counts: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, task_ids: Tensor, count: int) -> "ByTask":
+        """Sorts the batch.
+
+        Args:
+            task_ids: (B,) in 0 ... T.
+            count: T.
+
+        Raises:
+            IndexError: for other numbers.
+        """
+        tasks, order = task_ids.sort(stable=True)
+        numbers = torch.arange(count + 1, device=tasks.device)
+        counts = (tasks[:, None] == numbers).sum(0).cpu()
+        # compiled, product_by_task finds it out
+        if not torch.compiler.is_compiling() and int(counts.sum()) != len(tasks):
+            raise IndexError(
+                f"task_ids {task_ids.tolist()} are not all in 0 ... {count}."
+            )
+        return cls(tasks, counts, order)
+
+    @property
+    def size(self) -> int:
+        return len(self.tasks)
+
+    def groups(self) -> Iterator["ByTask"]:
+        """The samples of one task each."""
+        start = 0
+        for task, count in enumerate(self.counts.tolist()):
+            if count:
+                counts = torch.zeros_like(self.counts)
+                counts[task] = count
+                part = slice(start, start + count)
+                yield ByTask(self.tasks[part], counts, self.order[part])
+            start += count
+
+    def pieces(self, limit: int) -> list["ByTask"]:
+        """Batches of at most ``limit`` samples, or of one task."""
+        pieces: list[ByTask] = []
+        for group in self.groups():
+            if pieces and pieces[-1].size + group.size <= limit:
+                pieces[-1] = pieces[-1] + group
+            else:
+                pieces.append(group)
+        return pieces
+
+    def __add__(self, other: "ByTask") -> "ByTask":
+        both = zip((self.tasks, self.order), (other.tasks, other.order))
+        tasks, order = (torch.cat(pair) for pair in both)
+        return ByTask(tasks, self.counts + other.counts, order)
+
+    def value(self, table: Table) -> Tensor:
+        """A tensor as the first sample sees it."""
+        return table.value(int(self.tasks[0]))
+
+    def rows(self, table: ValueTable) -> Tensor:
+        """(B, *shape)."""
+        return table.values.index_select(0, self.tasks)
+
+    def scale(self, owner: Tensor) -> Tensor:
+        """(B, R) weights of directions that belong to the tasks ``owner`` (R,)."""
+        return self.tasks[:, None] == owner
+
+    def product(self, x: Tensor, table: MatrixTable, bias: ValueTable | None) -> Tensor:
+        """``x_i W_i + b_i`` for x (B, ..., n); (B, ..., m)."""
+        biases = None if bias is None else bias.values
+        factors = table.firsts, table.lasts
+        return product_by_task(
+            x, self.tasks, self.counts, biases, table.matrices, *factors
+        )
+
+    def lookup(self, positions: Tensor, values: Tensor) -> Tensor:
+        """Rows ``positions`` (B, ...) of each sample's own matrix, out of (T + 1, n, m)."""
+        shift = self.tasks.view(-1, *(1,) * (positions.ndim - 1)) * values.shape[1]
+        return F.embedding(positions + shift, values.flatten(0, 1))
+
+
+@dataclass
+class ByWeight:
+    """Weights over the tasks per sample.
+
+    Args:
+        weights: (B, T).
+        order: (B,) where the samples are in the batch as given.
+        uniform: all rows are equal.
+    """
+
+    weights: Tensor
+    order: Tensor
+    uniform: bool = False
+
+    @classmethod
+    def of(cls, weights: Tensor) -> "ByWeight":
+        order = torch.arange(len(weights), device=weights.device)
+        uniform = bool((weights == weights[0]).all())
+        return cls(weights, order, uniform)
+
+    @property
+    def size(self) -> int:
+        return len(self.weights)
+
+    def value(self, table: Table) -> Tensor:
+        return table.mixed(self.weights[0])
+
+    def groups(self) -> Iterator["ByWeight"]:
+        """The samples of equal weights each."""
+        _, which = self.weights.unique(dim=0, return_inverse=True)
+        for group in range(int(which.max()) + 1):
+            index = (which == group).nonzero().squeeze(1)
+            yield ByWeight(self.weights[index], self.order[index], True)
+
+    def pieces(self, limit: int) -> list["ByWeight"]:
+        return [self]
+
+    def scale(self, owner: Tensor) -> Tensor:
+        return self.weights[:, owner]
+
+    def rows(self, table: ValueTable) -> Tensor:
+        common = table.values[-1]
+        changes = table.values[:-1] - common
+        return common + torch.tensordot(self.weights.to(common), changes, 1)
+
+    def product(self, x: Tensor, table: MatrixTable, bias: ValueTable | None) -> Tensor:
+        weights = self.weights.to(x)
+        if table.dense:
+            own = weights[:, table.dense]
+            weights_of = torch.cat([own, 1 - own.sum(1, keepdim=True)], 1)
+            matrices = [*(table.matrices[task] for task in table.dense), table.common]
+            y = _mixed_product(x, weights_of, matrices)
+        else:
+            y = x @ table.common
+        if len(table.owner):
+            scale = over(weights[:, table.owner], x)
+            y = y + ((x @ table.first) * scale) @ table.last
+        return y if bias is None else y + over(self.rows(bias), y)
+
+    def lookup(self, positions: Tensor, values: Tensor) -> Tensor:
+        y = common = F.embedding(positions, values[-1])
+        for task in range(len(values) - 1):
+            scale = over(self.weights[:, task : task + 1].to(values), common)
+            y = y + scale * (F.embedding(positions, values[task]) - common)
+        return y
+
+
+def _mixed_product(x: Tensor, weights: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """``x_i (sum_d w_id M_d)``: a matrix per sample costs less than a product per task where samples have many rows.
+
+    Args:
+        x: (B, ..., n).
+        weights: (B, D).
+        matrices: D of (n, m).
+    """
+    n, m = matrices[0].shape
+    flat = torch.stack([*matrices]).flatten(1)  # (D, n m)
+    step = max(1, BLOCK // flat.shape[1])
+    rows = x.reshape(len(x), -1, n)
+    parts = zip(rows.split(step), weights.split(step))
+    y = torch.cat([part @ (row @ flat).view(-1, n, m) for part, row in parts])
+    return y.view(*x.shape[:-1], m)
+
+
+Mix = Union[ByTask, ByWeight]
+
+
+@torch.compiler.disable
+def mix_of(weights: Tensor) -> Mix:
+    """By task where every row is one-hot or zero, else by weight.
+
+    Args:
+        weights: (B, T).
+    """
+    largest, tasks = weights.max(1)
+    count = weights.shape[1]
+    alone = (weights != 0).sum(1) == (largest != 0)
+    if bool((alone & ((largest == 1) | (largest == 0))).all()):
+        return ByTask.of(torch.where(largest == 1, tasks, count), count)
+    return ByWeight.of(weights)
+
+
+def over(rows: Tensor, like: Tensor) -> Tensor:
+    """(B, c) laid out to broadcast over (B, ..., c)."""
+    return rows.view(len(rows), *(1,) * (like.ndim - 2), -1)
+
+
+def batch_size(args: tuple, kwargs: dict) -> int:
+    """First side of the first tensor."""
+    return next(len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+
+
+def regrouped(value: Any, index: Tensor, size: int) -> Any:
+    """Rows ``index`` of every tensor whose first side is ``size``, in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        rows = value.ndim and len(value) == size
+        return value.index_select(0, index) if rows else value
+    if isinstance(value, Mapping):
+        picked = {key: regrouped(v, index, size) for key, v in value.items()}
+        return type(value)(**picked)
+    if isinstance(value, (tuple, list)):
+        return type(value)(regrouped(v, index, size) for v in value)
+    return value

@@ -1,0 +1,126 @@
+"""To be described."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from .banks import AnyTable, ValueTable, side_by_side
+from .fused_linears import Joint
+from .layers import (
+    Current,
+    Lookup,
+    Norm,
+    Patches,
+    PerSample,
+    Product,
+    apart,
+    broadcast_form,
+)
+from .shadow import Change, mirrored
+
+#: bare parameters (n,) that broadcast in their module's forward, which then takes them per sample as (B, 1, n)
+BROADCAST = {"CLIPVisionEmbeddings": "class_embedding", "LlamaRMSNorm": "weight"}
+
+
+def form_of(module: nn.Module, leaves: Mapping[str, Any]) -> type | None:
+    """The per-sample form of a module, or None for kinds not known here.
+
+    Args:
+        leaves: its changed tensors by their name in the module.
+    """
+    kind = type(module)
+    leaf = BROADCAST.get(kind.__name__)
+    if leaf is not None and set(leaves) == {leaf}:
+        return broadcast_form(leaf)
+    if not set(leaves) <= {"weight", "bias"}:
+        return None
+    if kind is nn.Linear or kind.__name__ == "Conv1D":
+        return Product
+    if kind is nn.Conv2d and apart(module):
+        return Patches
+    if kind is nn.LayerNorm and module.weight is not None:
+        return Norm
+    if kind is nn.Embedding and module.max_norm is None:
+        return Lookup
+    return None
+
+
+def per_sample_network(
+    backbone: nn.Module, tables: Mapping[str, AnyTable], current: Current
+) -> nn.Module | None:
+    """The network; None if a changed tensor belongs to a module without a per-sample form, or to several modules."""
+    by_module: dict[str, dict[str, AnyTable]] = {}
+    for name, table in tables.items():
+        owner, _, leaf = name.rpartition(".")
+        by_module.setdefault(owner, {})[leaf] = table
+    uses: dict[int, int] = {}
+    for _, parameter in backbone.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    changes: dict[nn.Module, Change] = {}
+    for owner, leaves in by_module.items():
+        module = backbone.get_submodule(owner)
+        tied = any(uses.get(id(getattr(module, leaf)), 1) > 1 for leaf in leaves)
+        form = None if tied else form_of(module, leaves)
+        if form is None:
+            return None
+        changes[module] = _turned_into(form, leaves, current)
+    network = mirrored(backbone, changes)
+    join(network)
+    return network
+
+
+def _turned_into(
+    form: type, tables: Mapping[str, AnyTable], current: Current
+) -> Change:
+    def change(twin: nn.Module) -> None:
+        twin.__dict__.update(tables=tables, current=current)
+        twin.__class__ = _combined(form, type(twin))
+        twin.prepare()
+
+    return change
+
+
+@lru_cache(maxsize=None)
+def _combined(form: type, kind: type) -> type:
+    return type(f"PerSample{kind.__name__}", (form, kind), {})
+
+
+#: names of neighbours that most architectures give one input; where one does not, results are the same, only slower
+TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+)
+
+
+def join(network: nn.Module) -> None:
+    """Let neighbours of a per-sample network that every task has matrices for multiply together."""
+    for module in network.modules():
+        for names in TOGETHER:
+            layers = [getattr(module, name, None) for name in names]
+            if all(map(_joinable, layers)) and len({_kind(l) for l in layers}) == 1:
+                _join(layers)
+
+
+def _joinable(layer: nn.Module | None) -> bool:
+    if not isinstance(layer, nn.Linear):
+        return False
+    table = getattr(layer, "tables", {}).get("weight")
+    return table is not None and table.held
+
+
+def _kind(layer: "Product") -> tuple:
+    return layer.in_features, layer.biases is None
+
+
+def _join(layers: Sequence["Product"]) -> None:
+    table = side_by_side([layer.tables["weight"] for layer in layers])
+    biases = None
+    if layers[0].biases is not None:
+        biases = ValueTable(torch.cat([layer.biases.values for layer in layers], 1))
+    joint = Joint(table, biases, [layer.out_features for layer in layers])
+    for place, layer in enumerate(layers):
+        layer.joint, layer.place = joint, place

@@ -1,0 +1,226 @@
+"""LoRA adapters in place of fine-tuned checkpoints: what they change of the base model, described by their headers.
+
+An adapter is a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``), as PEFT writes it.
+Two tensors ``lora_A`` (r, ...) and ``lora_B`` (m, r) of a module change its weight by ``scale * B A``, which is never
+multiplied out here; biases and ``modules_to_save`` are there as a whole. Everything else is as in the base model.
+
+``B A`` has the layout of ``nn.Linear``, (out, in). It is transposed for weights that are (in, out), as those of
+transformers' ``Conv1D``; for a convolution it is (out, in * kh * kw), which is how a convolution is viewed anyway.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointMismatchError
+from ..lowrank.factors import LowRankFactors
+from .lora_config import CONFIG, LoraSettings, read_config, variants
+from .sources import PickleSource, SafetensorsSource, TensorInfo, TensorSource, renaming
+
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+#: What PEFT puts around the names of the base model.
+_PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
+_PAIR = re.compile(r".+\.lora_([AB])\.weight")
+
+#: For the end of the error that lists what is wrong with adapters.
+WAY_OUT = (
+    "An adapter that cannot be read as plain LoRA can be put into its base model with peft (merge_and_unload) and saved "
+    "as a whole model."
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two tensors that change one weight.
+
+    Args:
+        a, b: their names in the file, of ``lora_A`` and ``lora_B``.
+        turned: the weight is (in, out), ``(scale * B A)^T``.
+    """
+
+    a: str
+    b: str
+    rank: int
+    scale: float
+    turned: bool
+
+
+class AdapterSource:
+    """The tensors of the base model that an adapter changes; a :class:`~.sources.TensorSource` of those it holds whole.
+
+    Args:
+        source: the adapter's tensors by their names in the file.
+        config: of the adapter.
+        base: the base model's tensors as its checkpoint stores them.
+        fan_in_first: names of weights that are (in, out); None where the modules are not known, shapes and configuration
+            then tell.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        config: Mapping,
+        base: Mapping[str, TensorInfo],
+        fan_in_first: frozenset[str] | None = None,
+    ):
+        self.label = source.label
+        #: What cannot be merged, by name of the base model's tensor, or "" where it is about the whole adapter.
+        self.faults: dict[str, str] = {}
+        self._source, self._base = source, base
+        self._settings, self._fan_in_first = LoraSettings.of(config), fan_in_first
+        self._pairs: dict[str, Pair] = {}
+        self._whole: dict[str, str] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        if found := variants(config):
+            self.faults[""] = "; ".join(found)
+        else:
+            self._sort()
+
+    @classmethod
+    def of_directory(
+        cls,
+        directory: Path,
+        label: str,
+        base: Mapping[str, TensorInfo],
+        fan_in_first: frozenset[str] | None = None,
+    ) -> "AdapterSource":
+        """The adapter in a directory.
+
+        Raises:
+            CheckpointMismatchError: if one of its files is missing or broken.
+        """
+        config = read_config(directory, label)
+        file = next((f for n in FILES if (f := directory / n).is_file()), None)
+        if file is None:
+            raise CheckpointMismatchError(
+                f"{label}: {directory} has {CONFIG} but neither {FILES[0]} nor {FILES[1]}. Download or write it again."
+            )
+        if file.suffix == ".bin":
+            source: TensorSource = PickleSource(file, label)
+        else:
+            source = SafetensorsSource([file], label)
+        return cls(source, config, base, fan_in_first)
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """The tensors that it changes."""
+        return self._infos
+
+    def read(self, name: str) -> Tensor:
+        """The fine-tuned value of a tensor that it holds whole."""
+        return self._source.read(self._whole[name])
+
+    def rank(self, name: str) -> int | None:
+        """Of its change of a tensor: 0 for none, None where it holds the tensor whole."""
+        if name in self._pairs:
+            return self._pairs[name].rank
+        return None if name in self._whole else 0
+
+    def factors(self, name: str) -> LowRankFactors:
+        """Its change of a matrix in float32, ``(m, r) (r, n)``; not for tensors that it holds whole."""
+        pair = self._pairs[name]
+        up = self._source.read(pair.b).flatten(1).float() * pair.scale
+        product = LowRankFactors(up, self._source.read(pair.a).flatten(1).float())
+        return product.mT if pair.turned else product
+
+    def applied(self, name: str, base: Tensor) -> Tensor:
+        """The fine-tuned value of a tensor whose value in the base model is ``base``; sums in the base model's type."""
+        rank = self.rank(name)
+        if rank is None:
+            return self.read(name)
+        if not rank:
+            return base
+        change = self.factors(name).to(base.device).dense()
+        return (base.float() + change.view(base.shape)).to(base.dtype)
+
+    def _sort(self) -> None:
+        """Which tensor of the file belongs to which of the base model."""
+        halves: dict[str, dict[str, str]] = {}
+        whole: dict[str, str] = {}
+        for key in sorted(self._source.infos()):
+            name = key.removeprefix(_PREFIX)
+            owner, lora, _ = name.partition(".lora_")
+            if ".original_module." in name:
+                continue  # the base model's value beside the one that was trained
+            if not lora:
+                whole[_WRAPPERS.sub("", name)] = key
+            elif ".base_layer." in owner:
+                self.faults.setdefault(
+                    owner.partition(".base_layer.")[0] + ".weight",
+                    f"{key} belongs to an nn.MultiheadAttention, whose output projection PEFT may add twice; expected "
+                    "nn.Linear, Conv1D or a convolution",
+                )
+            elif found := _PAIR.fullmatch(name):
+                halves.setdefault(f"{owner}.weight", {})[found[1]] = key
+            else:
+                self.faults.setdefault(
+                    f"{owner}.weight",
+                    f"{key} is not of plain LoRA, expected lora_A.weight and lora_B.weight",
+                )
+        for name in self.faults:
+            halves.pop(name, None)
+        # A targeted embedding or head is stored beside its pair, as it was in the base model.
+        whole = {name: key for name, key in whole.items() if name not in halves}
+        for name, old in self._renamed((*halves, *whole)).items():
+            if old in whole:
+                self._whole[name] = whole[old]
+                self._infos[name] = self._source.infos()[whole[old]]
+            else:
+                self._add(name, old.removesuffix(".weight"), halves[old])
+
+    def _renamed(self, names: Iterable[str]) -> dict[str, str]:
+        """Names as above by those of the base model; what has no such name keeps its own."""
+        names = list(names)
+        known = renaming(names, self._base)
+        return known | {name: name for name in names if name not in known.values()}
+
+    def _add(self, name: str, module: str, keys: Mapping[str, str]) -> None:
+        """Take a pair, or note what is wrong with it."""
+        if len(keys) < 2:
+            (key,) = keys.values()
+            self.faults[name] = (
+                f"{key} stands alone, expected lora_A.weight and lora_B.weight"
+            )
+            return
+        a, b = (self._source.infos()[keys[half]] for half in "AB")
+        rank = self._settings.rank_of(module)
+        ones = (1,) * (len(b.shape) - 2)  # a convolution's kernel is all in lora_A
+        if a.shape[:1] != (rank,) or b.shape[1:] != (rank, *ones):
+            self.faults[name] = (
+                f"{keys['A']} is {a.shape} and {keys['B']} {b.shape}, expected rank {rank} of {CONFIG}"
+            )
+            return
+        shape, want = (b.shape[0], *a.shape[1:]), self._base.get(name)
+        turned = want is not None and self._turned(name, shape, want.shape)
+        shape = shape[::-1] if turned else shape
+        # the fine-tuned model would be saved in the base model's type
+        dtype = (want or a).dtype if a.dtype and b.dtype else None
+        self._infos[name] = TensorInfo(shape, dtype)
+        self._pairs[name] = Pair(
+            keys["A"], keys["B"], rank, self._settings.scale_of(module), turned
+        )
+
+    def _turned(self, name: str, shape: tuple, want: tuple) -> bool:
+        """Whether the base model's weight is (in, out); ``shape`` is (out, in)."""
+        if len(shape) != 2 or shape[::-1] != want:
+            return False
+        if shape != want:
+            return True
+        if self._fan_in_first is None:
+            return self._settings.fan_in_first
+        return name in self._fan_in_first
+
+
+def fan_in_first(model: nn.Module) -> frozenset[str]:
+    """The weights that are (in, out), those of transformers' ``Conv1D``."""
+    from transformers.pytorch_utils import Conv1D
+
+    return frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D)
+    )

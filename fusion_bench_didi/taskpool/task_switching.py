@@ -1,0 +1,126 @@
+"""How a dynamic model learns which task is being evaluated.
+
+The host has no such signal, but its program builds the task pool before the method runs, and every pool calls one method
+per task with the task's name. :func:`attach` wraps that method on the *instance*, so that unmodified stock pools evaluate
+any model with ``set_task`` (ours and the host's EMR) on the right expert.
+"""
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..models.dynamic import DynamicModel
+from ..pools.task_names import check_tasks, pool_tasks, resolve_task
+
+log = logging.getLogger(__name__)
+
+
+#: per-task methods of the host's pools, in the order in which they are looked for
+HOOKS = ("on_task_evaluation_begin", "evaluate_single_task", "load_task", "_evaluate")
+
+
+_ALIASES = "_didi_aliases"
+
+
+def attach(
+    taskpool: Any,
+    *,
+    known: list[str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> None:
+    """Make a task pool tell dynamic models their task before each evaluation, and report their storage.
+
+    Models without ``set_task`` are evaluated as before. Attaching again only adds aliases.
+
+    Args:
+        taskpool: a host task pool.
+        known: tasks of the model to come; checked at once if given, and again for every model evaluated.
+        aliases: task pool name -> model name.
+
+    Raises:
+        UnknownTaskError: naming both lists, if the pool has a task that the model lacks.
+    """
+    tasks = pool_tasks(taskpool)
+    if known is not None and tasks:
+        check_tasks(tasks, known, aliases)
+    attached = getattr(taskpool, _ALIASES, None)
+    if attached is not None:
+        attached.update(aliases or {})
+        return
+    aliases = dict(aliases or {})
+    setattr(taskpool, _ALIASES, aliases)
+    for hook in HOOKS:
+        if callable(getattr(taskpool, hook, None)):
+            setattr(taskpool, hook, _telling(getattr(taskpool, hook), aliases))
+            break
+    else:
+        log.warning(
+            "%s has no per-task method (%s): a dynamic model must be given its task by hand.",
+            type(taskpool).__name__,
+            ", ".join(HOOKS),
+        )
+    if callable(getattr(taskpool, "evaluate", None)):
+        taskpool.evaluate = _reporting(taskpool.evaluate, tasks, aliases)
+
+
+def _telling(method, aliases):
+    """Call ``set_task`` on the dynamic model among the arguments, then the method."""
+
+    @functools.wraps(method)
+    def wrapper(*args, **kwargs):
+        values = (*args, *kwargs.values())
+        name = kwargs.get("task_name")
+        if name is None:
+            name = next((v for v in values if isinstance(v, str)), None)
+        model = next(filter(None, map(dynamic_model_in, values)), None)
+        if model is None:
+            model = wrapper.model
+        if model is not None and name is not None and not _routes(model):
+            model.set_task(resolve_task(name, model.modulators, aliases))
+        return method(*args, **kwargs)
+
+    wrapper.model = None
+    return wrapper
+
+
+def _reporting(evaluate, tasks: list[str], aliases):
+    """Check names before, add the account after."""
+
+    @functools.wraps(evaluate)
+    def wrapper(model, *args, **kwargs):
+        dynamic = dynamic_model_in(model)
+        if dynamic is not None:
+            check_tasks(tasks, dynamic.modulators, aliases)
+            if _routes(dynamic):
+                dynamic.unset_task()
+                dynamic.router.reset()
+            for hook in HOOKS:
+                method = getattr(evaluate.__self__, hook, None)
+                if hasattr(method, "model"):
+                    method.model = dynamic
+        report = evaluate(model, *args, **kwargs)
+        if isinstance(dynamic, DynamicModel) and isinstance(report, dict):
+            report["didi"] = {"storage": dynamic.storage.as_dict(), **dynamic.info}
+            if _routes(dynamic):
+                report["didi"]["router"] = dynamic.router.report()
+        return report
+
+    return wrapper
+
+
+def _routes(model: nn.Module) -> bool:
+    """Whether the model finds each sample's task by itself."""
+    return isinstance(model, DynamicModel) and model.router is not None
+
+
+def dynamic_model_in(value: Any) -> nn.Module | None:
+    """The model with ``set_task`` and ``modulators`` inside a module, a classifier or a Fabric wrapper."""
+    if not isinstance(value, nn.Module):
+        return None
+    for module in value.modules():
+        if hasattr(type(module), "set_task") and hasattr(module, "modulators"):
+            return module
+    return None

@@ -168,7 +168,7 @@ def on_test(bench: Bench, methods: dict[str, Models]) -> dict:
 def plot_hypervolume(traces: dict[str, list], directory: Path) -> None:
     from matplotlib.figure import Figure
 
-    from fusion_bench_didi.report.style import colour, look
+    from fusion_bench_didi.report.style import color, look
 
     with look():
         figure = Figure(figsize=(6.4, 3.6))
@@ -177,9 +177,9 @@ def plot_hypervolume(traces: dict[str, list], directory: Path) -> None:
             length = min(map(len, runs))
             table = np.array([run[:length] for run in runs])
             x = np.arange(1, length + 1)
-            axes.plot(x, table.mean(0), color=colour(kind), label=name)
+            axes.plot(x, table.mean(0), color=color(kind), label=name)
             axes.fill_between(
-                x, table.min(0), table.max(0), color=colour(kind), alpha=0.2, lw=0
+                x, table.min(0), table.max(0), color=color(kind), alpha=0.2, lw=0
             )
         axes.set_xlabel("evaluations")
         axes.set_ylabel("dominated share of the corner")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.suites import Suite, machine, retention, write_json
-from fusion_bench_didi.allocation.spectra import MatrixSpectra, Price
+from fusion_bench_didi.allocation.spectra import MatrixSpectra, Rate
 from fusion_bench_didi.allocation.water_filling import greedy
 from fusion_bench_didi.merging.probe import output_gradients, probe_inputs
 from fusion_bench_didi.method.didi import DiDiMerging
@@ -29,12 +29,12 @@ FEW_BITS = (0.12, 0.24)
 POWERS = {"plain MSE": 0.0, "1 / norm (root)": 0.5, "1 / energy (relative)": 1.0}
 OPTIONS: dict[str, dict] = {
     "root: 1 / norm of the task vector (default)": {},
-    "none: plain MSE": {"normalisation": "none"},
-    "matrix: 1 / energy (relative)": {"normalisation": "matrix"},
-    "task: 1 / energy of the task": {"normalisation": "task"},
-    "base: 1 / energy of the base's matrix": {"normalisation": "base"},
-    "depth: root / number of the block": {"normalisation": "depth"},
-    "sensitivity: reaction to pink noise": {"normalisation": "sensitivity"},
+    "none: plain MSE": {"normalization": "none"},
+    "matrix: 1 / energy (relative)": {"normalization": "matrix"},
+    "task: 1 / energy of the task": {"normalization": "task"},
+    "base: 1 / energy of the base's matrix": {"normalization": "base"},
+    "depth: root / number of the block": {"normalization": "depth"},
+    "sensitivity: reaction to pink noise": {"normalization": "sensitivity"},
     "root, directions by pink noise": {"metric": "probes"},
     "root, directions by 32 training images": {"metric": "images"},
     "root, directions by 256 training images": {
@@ -69,11 +69,11 @@ class Problem:
             m, n = self.tau[name].shape[1:]
             sigma = torch.stack([p[1] for p in parts])
             sigma = torch.cat([torch.zeros_like(sigma[:1]), sigma])
-            price = Price(per_rank=m + n, dense=m * n)
+            rate = Rate(per_rank=m + n, dense=m * n)
             tail = torch.zeros(len(sigma))
             rows.append(
                 MatrixSpectra(
-                    name, (m, n), sigma, tail, weights[name], price, fixed_shared=0
+                    name, (m, n), sigma, tail, weights[name], rate, shared_rank=0
                 )
             )
             factors[name] = parts
@@ -110,7 +110,7 @@ def _weighted_svd(tau: Tensor, left, right) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _root(moment: Tensor, *, power: float = 0.25, damping: float = 0.1):
-    """``(C + damping)^power`` and its inverse, for the second moment of normalised size."""
+    """``(C + damping)^power`` and its inverse, for the second moment of normalized size."""
     values, vectors = torch.linalg.eigh(moment.double())
     values = values.clamp(min=0)
     values = values / values.mean() + damping

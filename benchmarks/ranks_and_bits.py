@@ -77,7 +77,7 @@ def _plot(names: list[str], rows: list[dict]):
         middle = max(map(max, cells)) / 2
         for y, line in enumerate(cells):
             for x, value in enumerate(line):
-                colour = "black" if value > middle else "white"
+                color = "black" if value > middle else "white"
                 axes.text(
                     x,
                     y,
@@ -85,7 +85,7 @@ def _plot(names: list[str], rows: list[dict]):
                     ha="center",
                     va="center",
                     fontsize=7,
-                    color=colour,
+                    color=color,
                 )
         axes.set_xticks(range(len(BUDGETS)), BUDGETS)
         axes.set_xlabel("budget (fine-tuned models beyond the backbone)")

@@ -28,7 +28,7 @@ PAPER = {
     **MEAN,
     "warm_start": False,
     "refinement": "adam",
-    "normalisation": "none",
+    "normalization": "none",
     **PLAIN,
 }
 
@@ -49,7 +49,7 @@ def configurations() -> list[tuple[str, dict]]:
             chosen = {"allocation": allocation, "refinement": refinement}
             rows.append((f"{allocation}, {refinement}", {**at, **chosen, **PLAIN}))
         for objective in ("none", "matrix"):
-            chosen = {"allocation": "greedy", "normalisation": objective}
+            chosen = {"allocation": "greedy", "normalization": objective}
             rows.append((f"greedy, objective {objective}", {**at, **chosen, **PLAIN}))
         only = {"shared": "none", **PLAIN}
         rows.append(("experts only, uniform", {**at, **only, "allocation": "uniform"}))
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Retention against storage, one line per setting, the ones to tell apart in colour."""
+    """Retention against storage, one line per setting, the ones to tell apart in color."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,10 +140,10 @@ def plot(rows: list[dict], path: Path) -> None:
     }
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     for label, points in lines.items():
-        colour, marker, text = shown.get(label, ("#bbbbbb", ".", None))
+        color, marker, text = shown.get(label, ("#bbbbbb", ".", None))
         order = 3 if text else 1
         axes.plot(
-            *zip(*sorted(points)), marker=marker, color=colour, label=text, zorder=order
+            *zip(*sorted(points)), marker=marker, color=color, label=text, zorder=order
         )
     axes.plot([], [], color="#bbbbbb", marker=".", label="other float32 settings")
     axes.axhline(100, color="black", linewidth=0.8, linestyle=":")

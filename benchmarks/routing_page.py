@@ -106,12 +106,12 @@ def plot(result: dict[str, Any], file: Path) -> None:
         axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
         for i, j in np.ndindex(shares.shape):
             if shares[i, j] >= 0.05:
-                colour = "white" if shares[i, j] > 0.5 else "black"
+                color = "white" if shares[i, j] > 0.5 else "black"
                 axis.text(
                     j,
                     i,
                     f"{100 * shares[i, j]:.0f}",
-                    color=colour,
+                    color=color,
                     ha="center",
                     va="center",
                     fontsize=8,

@@ -36,7 +36,7 @@ from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.routers.files import make_router
-from fusion_bench_didi.serving.banks import MatrixTable, Serving, ValueTable
+from fusion_bench_didi.serving.banks import MatrixBank, Serving, ValueBank
 from fusion_bench_didi.serving.forward import MixedForward
 
 RESULTS = Path(__file__).resolve().parent / "results" / "serving.json"
@@ -64,8 +64,8 @@ def held(forward: MixedForward) -> int:
     return sum(seen.values())
 
 
-def _tensors(table: ValueTable | MatrixTable) -> Iterable[Tensor]:
-    if isinstance(table, ValueTable):
+def _tensors(table: ValueBank | MatrixBank) -> Iterable[Tensor]:
+    if isinstance(table, ValueBank):
         return [table.values]
     kept = getattr(table.matrices, "kept", table.matrices)
     matrices = [matrix for matrix in kept if isinstance(matrix, Tensor)]

@@ -18,9 +18,9 @@ from torch import Tensor
 from benchmarks.checkpoints import COMMON, _task_vector
 from benchmarks.suites import in_words, machine, write_json
 from fusion_bench_didi.allocation.learned import _Group, gate
-from fusion_bench_didi.allocation.spectra import Price, spectra_of
+from fusion_bench_didi.allocation.spectra import Rate, spectra_of
 from fusion_bench_didi.lowrank.decomposition import decompose
-from fusion_bench_didi.lowrank.refinement import Modules, RefinementSettings, refine
+from fusion_bench_didi.lowrank.refinement import FactorSet, RefinementSettings, refine
 from fusion_bench_didi.lowrank.static_merge import shared_matrix
 
 TASKS = 8
@@ -46,15 +46,13 @@ def rank_steps(tau: Tensor) -> dict[str, Callable[[], float]]:
     """One gradient step of the rank stage in several forms; each returns its loss."""
     m, n = tau.shape[1:]
     even = BUDGET / TASKS * m * n / (m + n)
-    price = Price(per_rank=32 * (m + n), dense=32 * m * n)
+    rate = Rate(per_rank=32 * (m + n), dense=32 * m * n)
     shared = shared_matrix(tau)
     k = torch.full((1, TASKS + 1), even, requires_grad=True)
 
     def group(q: int, coupled: bool) -> _Group:
         parts = decompose(tau, shared, max_rank=q, coupled=coupled)
-        row = spectra_of(
-            "w", parts, weights=torch.ones(TASKS), price=price, shape=(m, n)
-        )
+        row = spectra_of("w", parts, weights=torch.ones(TASKS), rate=rate, shape=(m, n))
         return _Group.of([row], coupled=coupled)
 
     def by_form(q: int, coupled: bool) -> Callable[[], float]:
@@ -93,12 +91,12 @@ def refinements(tau: Tensor, steps: int) -> list[tuple[str, float, float]]:
     m, n = tau.shape[1:]
     rank = int(BUDGET / (TASKS + 1) * m * n / (m + n))
     parts = decompose(tau, shared_matrix(tau), max_rank=rank, coupled=False)
-    start = Modules(
+    start = FactorSet(
         parts.shared.cut(rank), tuple(expert.cut(rank) for expert in parts.experts)
     )
     weights = torch.ones(TASKS)
 
-    def loss(modules: Modules) -> float:
+    def loss(modules: FactorSet) -> float:
         return float(modules.errors(tau).sum())
 
     def timed(how: str, **settings) -> tuple[float, float]:
@@ -122,7 +120,7 @@ def refinements(tau: Tensor, steps: int) -> list[tuple[str, float, float]]:
     return rows
 
 
-def _naive_adam(start: Modules, tau: Tensor, steps: int) -> tuple[float, float]:
+def _naive_adam(start: FactorSet, tau: Tensor, steps: int) -> tuple[float, float]:
     """Eq. 16 as it is written: autograd through the reconstructed matrices."""
     size = tau.square().sum().div(len(tau)).sqrt()
     target, root = tau / size, size.sqrt()
@@ -133,14 +131,14 @@ def _naive_adam(start: Modules, tau: Tensor, steps: int) -> tuple[float, float]:
         for p in (module.up, module.down)
     ]
     begin = time.perf_counter()
-    optimiser = torch.optim.Adam(parameters, lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         made = [up @ down for up, down in zip(parameters[::2], parameters[1::2])]
         loss = sum((made[0] + e - t).square().sum() for e, t in zip(made[1:], target))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (loss / len(tau)).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     seconds = time.perf_counter() - begin
     with torch.no_grad():

@@ -53,12 +53,12 @@ def ordered_map(
 _ALONE = threading.Lock()
 
 
-def alone(condition: bool) -> AbstractContextManager:
+def exclusive_if(condition: bool) -> AbstractContextManager:
     """While the block runs no other block for which the condition held does."""
     return _ALONE if condition else nullcontext()
 
 
-class Release:
+class HeapTrimmer:
     """Gives freed memory back to the system where the C library can (glibc), whenever the process has grown by some.
 
     Results that stay are scattered between large blocks that were used and freed; without this the process keeps them. What

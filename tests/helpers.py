@@ -36,7 +36,7 @@ QUICK = {"rank_steps": 20, "refine_sweeps": 2, "refine_steps": 10}
 PLAIN = {
     "allocation": "greedy",
     "factor_dtype": "checkpoint",
-    "normalisation": "root",
+    "normalization": "root",
 }
 
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fusion_bench_didi.artifacts.host_moe import host_storage
-from fusion_bench_didi.artifacts.saving import load_artefact, save_artefact, written
+from fusion_bench_didi.artifacts.saving import load_artifact, save_artifact, written
 from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.models.dynamic import DynamicModel
@@ -79,7 +79,7 @@ def compared(tmp_path_factory):
         for pool in ("modelpool", "taskpool")
         for key, value in (("cache_dir", cache), ("size", "tiny"))
     ]
-    options = [f"path.log_dir={directory}", "save_artefacts=true", "report=false"]
+    options = [f"path.log_dir={directory}", "save_artifacts=true", "report=false"]
     config = initialize_hydra_config("didi_compare", [*pools, *options])
     entries = OmegaConf.to_container(config.entries, resolve=True)
     for key, entry in entries.items():
@@ -92,10 +92,10 @@ def compared(tmp_path_factory):
             model = list(model)
         plain = dict(model) if isinstance(model, list) else model
         before[place.name] = outputs(plain)
-        return save_artefact(model, place, **options)
+        return save_artifact(model, place, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entry_run, "save_artefact", save)
+        patch.setattr(entry_run, "save_artifact", save)
         program = ComparisonProgram(**{**given, "entries": OmegaConf.create(entries)})
         comparison = program.run()
     return directory, comparison, before
@@ -104,7 +104,7 @@ def compared(tmp_path_factory):
 ARGUMENTS = (
     "modelpool",
     "taskpool",
-    "save_artefacts",
+    "save_artifacts",
     "report",
     "path",
     "seed",
@@ -125,7 +125,7 @@ def test_every_row_is_there(compared):
 def test_files_are_as_large_as_the_account(compared):
     directory, comparison, _ = compared
     for row in comparison["rows"]:
-        place = directory / "artefacts" / row["key"]
+        place = directory / "artifacts" / row["key"]
         files = [f for f in place.rglob("*.safetensors") if f.parent.name != "backbone"]
         headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in files)
         size = sum(f.stat().st_size for f in files)
@@ -142,7 +142,7 @@ def test_files_are_as_large_as_the_account(compared):
 def test_every_model_comes_back(compared):
     directory, comparison, before = compared
     for row in comparison["rows"]:
-        again = load_artefact(directory / "artefacts" / row["key"])
+        again = load_artifact(directory / "artifacts" / row["key"])
         found, expected = outputs(again), before[row["key"]]
         assert found.keys() == expected.keys()
         for task in found:
@@ -178,10 +178,10 @@ def merged(models: dict[str, nn.Module]) -> nn.Module:
 def test_a_static_merge_is_the_changed_tensors_once(tiny_clip, tmp_path):
     models = tiny_clip.pool_models()
     model, types = merged(models), types_of(models)
-    found = save_artefact(model, tmp_path / "a", base=tiny_clip.base, types=types)
+    found = save_artifact(model, tmp_path / "a", base=tiny_clip.base, types=types)
     assert found.beyond == sum(p.numel() * 4 for p in tiny_clip.base.parameters())
     assert found.backbone == 0 and found == written(tmp_path / "a")
-    again = load_artefact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
+    again = load_artifact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
     assert same_bits(floats(again), floats(model))
 
 
@@ -193,9 +193,9 @@ def test_tied_weights_buffers_and_untouched_tensors(tmp_path):
     names = {n for n, _ in base.named_parameters()}
     assert names <= set(types)
     model = merged(models)
-    found = save_artefact(model, tmp_path / "a", base=base, types=types)
+    found = save_artifact(model, tmp_path / "a", base=base, types=types)
     assert found.beyond == sum(4 * base.state_dict()[name].numel() for name in types)
-    again = load_artefact(tmp_path / "a", copy.deepcopy(base))
+    again = load_artifact(tmp_path / "a", copy.deepcopy(base))
     assert same_bits(floats(again), floats(model))
 
 
@@ -208,10 +208,10 @@ def test_smile_comes_back(tiny_clip, tmp_path, rank):
     )
     expected = outputs(model)[""]
     unit = 32 * sum(p.numel() for p in tiny_clip.base.parameters())
-    found = save_artefact(model, tmp_path / "a", base=tiny_clip.base, types=types)
+    found = save_artifact(model, tmp_path / "a", base=tiny_clip.base, types=types)
     report = host_storage(model, tiny_clip.tasks, unit_bits=unit)
     assert 8 * found.beyond == report.excl_bits and found.backbone == 0
-    again = load_artefact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
+    again = load_artifact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
     assert same_bits(again.state_dict(), model.state_dict())
     # The host keeps views of whole decompositions; a product's last bit depends on how its operands lie in memory.
     torch.testing.assert_close(outputs(again)[""], expected, rtol=1e-6, atol=1e-6)
@@ -231,12 +231,12 @@ def test_wemoe_writes_the_backbone_that_it_changed(tiny_clip, tmp_path):
             32, mlps[0], mlps[1:], batch_first=True, router_hidden_layers=1
         )
     types = types_of(tiny_clip.pool_models())
-    found = save_artefact(model, tmp_path / "a", base=tiny_clip.base, types=types)
+    found = save_artifact(model, tmp_path / "a", base=tiny_clip.base, types=types)
     unit = sum(4 * p.numel() for p in tiny_clip.base.parameters())
     report = host_storage(model, tiny_clip.tasks, unit_bits=8 * unit)
     assert 8 * found.beyond == report.excl_bits
     assert 8 * found.backbone == report.backbone_bits == 8 * unit
-    again = load_artefact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
+    again = load_artifact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
     assert torch.equal(outputs(again)[""], outputs(model)[""])
 
 
@@ -244,13 +244,13 @@ def test_what_cannot_come_back_is_refused(tiny_clip, tmp_path):
     models = tiny_clip.pool_models()
     types, base = types_of(models), tiny_clip.base
     options = {"base": base, "types": types}
-    with pytest.raises(TypeError, match="Linear cannot be saved as an artefact"):
-        save_artefact(nn.Linear(2, 2), tmp_path / "a", **options)
+    with pytest.raises(TypeError, match="Linear cannot be saved as an artifact"):
+        save_artifact(nn.Linear(2, 2), tmp_path / "a", **options)
     model = merged(models)
     name = "vision_model.embeddings.class_embedding"
     del types[name]
     with pytest.raises(CheckpointMismatchError, match=f"{name}, which no task changed"):
-        save_artefact(model, tmp_path / "a", **options)
+        save_artifact(model, tmp_path / "a", **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -259,20 +259,20 @@ def test_wrong_backbones_and_damaged_files_are_refused(
 ):
     models = tiny_clip.pool_models()
     options = {"base": tiny_clip.base, "types": types_of(models)}
-    save_artefact(merged(models), tmp_path / "a", **options)
+    save_artifact(merged(models), tmp_path / "a", **options)
     with pytest.raises(CheckpointMismatchError, match="not the one"):
-        load_artefact(tmp_path / "a", make_tiny_clip(seed=1).base)
+        load_artifact(tmp_path / "a", make_tiny_clip(seed=1).base)
     with pytest.raises(CheckpointMismatchError, match="has no tensor"):
-        load_artefact(tmp_path / "a", nn.Linear(2, 2))
+        load_artifact(tmp_path / "a", nn.Linear(2, 2))
     with (tmp_path / "a" / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
     with pytest.raises(CheckpointMismatchError, match="altered"):
-        load_artefact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
+        load_artifact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
 
 
 def test_dynamic_models_are_found_by_their_class(tiny_clip, tmp_path):
     model = didi(tiny_clip.pool_models(), budget=0.9)
-    found = save_artefact(model, tmp_path / "a", base=tiny_clip.base, types={})
+    found = save_artifact(model, tmp_path / "a", base=tiny_clip.base, types={})
     assert 8 * found.beyond == model.storage.excl_bits
-    assert type(load_artefact(tmp_path / "a", tiny_clip.base)) is type(model)
+    assert type(load_artifact(tmp_path / "a", tiny_clip.base)) is type(model)

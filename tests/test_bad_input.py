@@ -273,7 +273,7 @@ def test_budget_too_small_names_the_smallest_that_works(
         ({"residual": "x"}, r"residual='x'; choose one of \('truncated', 'full'\)"),
         ({"shared": "sum"}, r"shared='sum'; choose one of \('auto',"),
         ({"vectors": "mean"}, r"vectors='mean'; choose one of \('expert',"),
-        ({"normalisation": "x"}, r"normalisation='x'; choose one of \('none',"),
+        ({"normalization": "x"}, r"normalization='x'; choose one of \('none',"),
         ({"factor_dtype": "int5"}, "factor_dtype='int5'; choose one of checkpoint, "),
     ],
     ids=str,

@@ -10,10 +10,10 @@ from fusion_bench_didi.lowrank.factors import energy_of
 from fusion_bench_didi.lowrank.row_blocks import (
     blocks_of_rows,
     differences,
-    energies_of,
-    formed,
-    less,
+    materialize,
     mean_of,
+    minus,
+    squared_norms,
 )
 from fusion_bench_didi.quantization.codes import (
     WIDTHS,
@@ -52,7 +52,7 @@ def test_blocks_cover_all_rows_once_and_begin_at_whole_bytes(shape):
 def test_energy_of_a_difference(shape, dtype):
     a, b = pair(shape, dtype)
     expected = energy_of(a.float() - b.float())
-    found = energies_of([(a, b), (a, a), (a, None), (b, a)])
+    found = squared_norms([(a, b), (a, a), (a, None), (b, a)])
     assert found.equal(
         torch.stack([expected, 0 * expected, energy_of(a.float()), expected])
     )
@@ -73,20 +73,20 @@ def test_mean_of_differences(shape, dtype):
 def test_a_part_is_taken_away_as_well(shape):
     a, b = pair(shape)
     part = torch.ones(shape)
-    rest = less([(a, b), (b, b), (a, None)], part)
+    rest = minus([(a, b), (b, b), (a, None)], part)
     assert rest[0][1] is rest[1][1]  # still read from memory once
     for found, (x, y) in zip(rest, [(a, b), (b, b), (a, None)]):
-        torch.testing.assert_close(formed(found), formed((x, y)) - part)
-    assert less([(a, b)], None) == [(a, b)]
+        torch.testing.assert_close(materialize(found), materialize((x, y)) - part)
+    assert minus([(a, b)], None) == [(a, b)]
 
 
 def test_energy_is_zero_only_where_nothing_differs():
     a, b = torch.zeros(3, 4), torch.zeros(3, 4)
     a[1, 2] = 1e-30  # its square underflows
-    assert 0 < energies_of([(a, b)]) < 1e-59
-    assert 0 < energies_of([(a, None)]) < 1e-59
+    assert 0 < squared_norms([(a, b)]) < 1e-59
+    assert 0 < squared_norms([(a, None)]) < 1e-59
     a[1, 2] = torch.nan
-    assert energies_of([(a, b)]).isnan()
+    assert squared_norms([(a, b)]).isnan()
 
 
 def test_differences_take_turns_and_each_is_its_own():
@@ -119,7 +119,7 @@ def test_error_of_a_dense_delta_is_that_of_what_it_stands_for(name):
     (delta,), (error,) = precision.dense((6, 5, 7), [(a, b)])
     lost = energy_of(delta.change().flatten(1) - (a - b))
     assert error == pytest.approx(float(lost))
-    assert delta.bits == precision.price(6, 35).dense
+    assert delta.bits == precision.rate(6, 35).dense
     assert (error == 0) == (name == "float32")
 
 

@@ -7,7 +7,7 @@ import torch
 from helpers import didi, fine_tuned, merge_settings
 from torch import Tensor, nn
 
-from fusion_bench_didi.allocation.tucker_curve import CommonOffer
+from fusion_bench_didi.allocation.tucker_curve import TuckerCurve
 from fusion_bench_didi.checkpoint.deltas import read_deltas, write_deltas
 from fusion_bench_didi.deltas.precision import precisions
 from fusion_bench_didi.deltas.tucker import (
@@ -17,9 +17,9 @@ from fusion_bench_didi.deltas.tucker import (
     RoundedBasesDelta,
     RoundedCoreDelta,
 )
-from fusion_bench_didi.lowrank.overlap import togetherness
-from fusion_bench_didi.lowrank.svd import leading
-from fusion_bench_didi.lowrank.tucker import GRID, common_spaces, cores, refine_common
+from fusion_bench_didi.lowrank.overlap import subspace_overlap
+from fusion_bench_didi.lowrank.svd import half_svd
+from fusion_bench_didi.lowrank.tucker import GRID, cores, refine_tucker, tucker_bases
 from fusion_bench_didi.merging.forms.tucker import Common, grown, pack_common
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.merging.settings import Budget
@@ -47,7 +47,7 @@ def test_togetherness_tells_common_directions_from_unrelated_ones():
     mixed = torch.stack([tau[torch.randperm(60, generator=g)] for tau in alone])
 
     def found(stack: Tensor) -> float:
-        return togetherness([leading(tau) for tau in stack], WEIGHTS)
+        return subspace_overlap([half_svd(tau) for tau in stack], WEIGHTS)
 
     assert found(mixed) == pytest.approx(1.0, abs=0.07)
     assert found(in_common(60, 50, 5)) > 1.2
@@ -92,7 +92,7 @@ def common_model(base: nn.Module, count: int = 3) -> dict[str, nn.Module]:
 @pytest.mark.parametrize("shape", [(24, 20), (20, 24), (3, 40), (40, 3)])
 def test_table_is_the_dense_error_at_every_pair_of_sizes(shape):
     tau = in_common(*shape, size=2, noise=0.5)
-    spaces = common_spaces(tau, WEIGHTS)
+    spaces = tucker_bases(tau, WEIGHTS)
     for i, p in enumerate(spaces.sizes_up.tolist()):
         for j, q in enumerate(spaces.sizes_down.tolist()):
             up, down = spaces.up[:, :p], spaces.down[:q]
@@ -107,8 +107,8 @@ def test_table_is_the_dense_error_at_every_pair_of_sizes(shape):
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
 def test_table_of_leading_directions_is_nearly_the_dense_error(shape):
     tau = in_common(*shape, size=6, noise=2.0)
-    bases = [leading(matrix) for matrix in tau]
-    spaces = common_spaces(tau, WEIGHTS, bases=bases)
+    bases = [half_svd(matrix) for matrix in tau]
+    spaces = tucker_bases(tau, WEIGHTS, bases=bases)
     for i, j in ((3, 3), (5, 9), (20, 30), (40, 30)):
         up, down = spaces.up[:, : i + 1], spaces.down[: j + 1]
         core = up.mT @ tau @ down.mT
@@ -118,14 +118,14 @@ def test_table_of_leading_directions_is_nearly_the_dense_error(shape):
 
 def test_whole_sides_lose_nothing():
     tau = in_common()
-    spaces = common_spaces(tau, WEIGHTS)
+    spaces = tucker_bases(tau, WEIGHTS)
     assert float(spaces.kept[-1, -1]) == pytest.approx(spaces.energy, rel=1e-5)
     core = cores(tau, spaces.up, spaces.down)
     torch.testing.assert_close(spaces.up @ core @ spaces.down, tau, atol=1e-4, rtol=0)
 
 
 def test_large_sides_are_tabulated_coarsely_up_to_the_end():
-    spaces = common_spaces(in_common(2 * GRID + 3, 8), WEIGHTS)
+    spaces = tucker_bases(in_common(2 * GRID + 3, 8), WEIGHTS)
     assert len(spaces.sizes_up) <= GRID + 1
     # more columns than the tasks have rows are none
     assert int(spaces.sizes_up[-1]) == spaces.up.shape[1] == 4 * 8
@@ -133,7 +133,7 @@ def test_large_sides_are_tabulated_coarsely_up_to_the_end():
 
 def test_refinement_never_raises_the_error_and_finds_what_is_there():
     tau = in_common(noise=0.8)
-    start = common_spaces(tau, WEIGHTS)
+    start = tucker_bases(tau, WEIGHTS)
     up, down = start.up[:, :3], start.down[:3]
 
     def error(up: Tensor, down: Tensor) -> float:
@@ -142,12 +142,12 @@ def test_refinement_never_raises_the_error_and_finds_what_is_there():
 
     errors = [error(up, down)]
     for _ in range(6):
-        up, down = refine_common(tau, WEIGHTS, up, down, sweeps=1, tolerance=0.0)
+        up, down = refine_tucker(tau, WEIGHTS, up, down, sweeps=1, tolerance=0.0)
         errors.append(error(up, down))
     assert all(b <= a * (1 + 1e-5) for a, b in zip(errors, errors[1:]))
     assert errors[-1] < errors[0]
     exact = in_common(noise=0.0)
-    start = common_spaces(exact, WEIGHTS)
+    start = tucker_bases(exact, WEIGHTS)
     assert start.energy - float(start.kept[3, 3]) < 1e-5 * start.energy
 
 
@@ -156,9 +156,9 @@ def test_a_stack_as_high_as_wide_is_refined_like_any_other():
     tau, weights = in_common(12, 20, tasks=3, noise=2.0), torch.ones(3)
     errors = []
     for vectors in (tau, torch.cat([tau, torch.zeros(3, 1, 20)], 1)):
-        start = common_spaces(vectors, weights)
+        start = tucker_bases(vectors, weights)
         sides = start.up[:, :6], start.down[:4]
-        up, down = refine_common(vectors, weights, *sides, sweeps=9, tolerance=0.0)
+        up, down = refine_tucker(vectors, weights, *sides, sweeps=9, tolerance=0.0)
         kept = [(up.mT @ v @ down.mT).square().sum() for v in vectors]
         errors.append(start.energy - float(sum(kept)))
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
@@ -171,18 +171,18 @@ def test_a_stack_as_high_as_wide_is_refined_like_any_other():
 def test_stored_bits_are_the_price_and_the_error_is_the_one_expected(name, sizes):
     tau, (p, q) = in_common(noise=0.05), sizes
     precision = precisions(name, torch.float32)[0]
-    spaces = common_spaces(tau, torch.ones(4))
+    spaces = tucker_bases(tau, torch.ones(4))
     up = torch.eye(24) if p == 24 else spaces.up[:, :p]
     down = torch.eye(20) if q == 20 else spaces.down[:q]
     (first, others), errors = pack_common(
         up, down, tau, shape=(24, 20), precision=precision
     )
     at = torch.tensor(p), torch.tensor(q)
-    price = int(precision.common_bits((24, 20), 4, *at))
+    rate = int(precision.common_bits((24, 20), 4, *at))
     stored = first.bits + sum(d.bits for d in others)
     # priced are whole bytes per column and row
-    assert stored <= price < 1.05 * stored
-    assert stored == price or name in ("int2", "int3", "int4")
+    assert stored <= rate < 1.05 * stored
+    assert stored == rate or name in ("int2", "int3", "int4")
     kept = float(spaces.kept[p - 1, q - 1])
     expected = spaces.energy - kept
     expected += kept * float(precision.common_rounding((24, 20), *at))
@@ -195,7 +195,7 @@ def test_stored_bits_are_the_price_and_the_error_is_the_one_expected(name, sizes
 def test_a_task_without_change_stores_no_core():
     tau = in_common()
     tau[2] = 0
-    spaces = common_spaces(tau, torch.ones(4))
+    spaces = tucker_bases(tau, torch.ones(4))
     precision = precisions("float32", torch.float32)[0]
     up, down = spaces.up[:, :4], spaces.down[:4]
     (_, others), errors = pack_common(
@@ -283,9 +283,9 @@ def test_what_is_left_is_spent_where_it_gains_most():
     precision = precisions("float32", torch.float32)[0]
     found = {}
     for name, noise in (("clean", 0.0), ("noisy", 1.0)):
-        spaces = common_spaces(in_common(noise=noise), torch.ones(4))
+        spaces = tucker_bases(in_common(noise=noise), torch.ones(4))
         p, q = spaces.sizes_up[:, None], spaces.sizes_down
-        offer = CommonOffer.of(
+        offer = TuckerCurve.of(
             spaces,
             precision.common_bits((24, 20), 4, p, q),
             precision.common_rounding((24, 20), p, q),

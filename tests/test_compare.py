@@ -185,16 +185,16 @@ def test_routing_is_by_image_not_by_batch(cache, tmp_path):
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
-def test_artefacts_are_held_against_the_account(cache, tmp_path, monkeypatch, scored):
-    options = {"only": ["averaging", "emr"], "save_artefacts": True}
+def test_artifacts_are_held_against_the_account(cache, tmp_path, monkeypatch, scored):
+    options = {"only": ["averaging", "emr"], "save_artifacts": True}
     rows = by_method(compare(cache, tmp_path, **options))
     for row in rows.values():
         assert row["error"] is None
         wrote = row["bytes_written"] - row["bytes_of_headers"]
         assert wrote == row["bytes_excl"] > 0
-    assert {p.name for p in (tmp_path / "artefacts").iterdir()} == set(rows)
+    assert {p.name for p in (tmp_path / "artifacts").iterdir()} == set(rows)
     compare(cache, tmp_path, only=["pretrained"], restart=True)
-    assert not (tmp_path / "artefacts").exists(), "they were of the rows forgotten"
+    assert not (tmp_path / "artifacts").exists(), "they were of the rows forgotten"
 
     monkeypatch.setattr(entry_run, "model_size", lambda *_: Size(1.5, 2.5))
     scored.clear()
@@ -321,7 +321,7 @@ ComparisonProgram(**OmegaConf.create(json.load(open(sys.argv[1])))).run()
     [
         ({"group": "clever"}, "entries.x.group='clever'"),
         ({"uses_data": "all"}, "entries.x.uses_data='all'"),
-        ({"colour": "red"}, r"unknown \['colour'\]"),
+        ({"color": "red"}, r"unknown \['color'\]"),
         ({"method": None, "group": None, "budget_of": "y"}, "group=None"),
         ({"budget_of": "y"}, "budget_of='y' is not among"),
     ],

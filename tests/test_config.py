@@ -55,7 +55,7 @@ def test_every_value_of_the_yaml_reaches_the_settings():
         "refine_tolerance": 0.06,
         "refine_steps": 66,
         "refine_lr": 0.066,
-        "normalisation": "task",
+        "normalization": "task",
         "vectors": "shared",
         "factor_dtype": "bfloat16",
         "factor_memory_gb": 0.5,

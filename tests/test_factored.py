@@ -5,16 +5,21 @@ import torch
 from torch import Tensor
 
 from fusion_bench_didi.allocation.learned import truncation_error
-from fusion_bench_didi.allocation.spectra import MatrixSpectra, Price, spectra_of
+from fusion_bench_didi.allocation.spectra import MatrixSpectra, Rate, spectra_of
 from fusion_bench_didi.allocation.water_filling import fill, uniform
 from fusion_bench_didi.deltas.precision import precisions
-from fusion_bench_didi.lowrank.decomposition import decompose, halves
-from fusion_bench_didi.lowrank.factored import Frame, inner, product_svd, subtracting
+from fusion_bench_didi.lowrank.decomposition import decompose, half_decompose
+from fusion_bench_didi.lowrank.factored import (
+    JointBasis,
+    inner,
+    product_svd,
+    subtracting,
+)
 from fusion_bench_didi.lowrank.factors import LowRankFactors, energy_of
-from fusion_bench_didi.lowrank.refinement import Modules, RefinementSettings, refine
+from fusion_bench_didi.lowrank.refinement import FactorSet, RefinementSettings, refine
 from fusion_bench_didi.lowrank.static_merge import shared_matrix
-from fusion_bench_didi.lowrank.svd import leading, singular_values, spectrum
-from fusion_bench_didi.lowrank.tucker import common_spaces, refine_common
+from fusion_bench_didi.lowrank.svd import half_svd, singular_values, spectrum
+from fusion_bench_didi.lowrank.tucker import refine_tucker, tucker_bases
 from fusion_bench_didi.merging.forms.tucker import pack_common
 
 SHAPES = [(20, 12), (12, 20), (14, 14)]
@@ -86,7 +91,7 @@ def test_a_part_is_subtracted_in_the_form_of_the_task_vector():
 @pytest.mark.parametrize("rank", [1, 4, 9])
 def test_product_is_decomposed_like_its_entries(shape, rank):
     (a,) = adapters(*shape, ranks=(5,))
-    of_factors, of_entries = leading(a, max_rank=rank), leading(
+    of_factors, of_entries = half_svd(a, max_rank=rank), half_svd(
         a.dense(), max_rank=rank
     )
     torch.testing.assert_close(of_factors.S, of_entries.S, atol=1e-6, rtol=1e-5)
@@ -108,8 +113,8 @@ def test_rank_is_that_of_the_matrix_and_not_of_the_factors():
     a, b, *_ = adapters(40, 30)
     for product, rank in ((a, 2), (a - b, 5), (a - a, 0), (a + a * 0.3 - b, 5)):
         assert len(product_svd(product)[1]) == rank
-        assert int((leading(product).S > 0).sum()) == rank
-        assert leading(product).tail_energy == 0.0
+        assert int((half_svd(product).S > 0).sum()) == rank
+        assert half_svd(product).tail_energy == 0.0
 
 
 def test_small_directions_are_kept():
@@ -118,7 +123,7 @@ def test_small_directions_are_kept():
     left, right = (torch.linalg.qr(torch.randn(k, 6, generator=g)).Q for k in (60, 50))
     sizes = torch.logspace(0, -5, 6)
     product = LowRankFactors(1e-3 * left * sizes, 1e3 * right.mT)
-    torch.testing.assert_close(leading(product).S[:6], sizes, rtol=1e-3, atol=0)
+    torch.testing.assert_close(half_svd(product).S[:6], sizes, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -147,7 +152,9 @@ def test_halves_of_adapters_are_those_of_their_entries(shape, shared_rank):
     of = []
     for given in (vectors, entries(vectors), [vectors[0].dense(), *vectors[1:]]):
         of.append(
-            halves(given, shared_matrix(given), shared_rank=shared_rank, max_rank=6)
+            half_decompose(
+                given, shared_matrix(given), shared_rank=shared_rank, max_rank=6
+            )
         )
     for other in of[1:]:
         parts = zip((of[0].shared, *of[0].experts), (other.shared, *other.experts))
@@ -160,11 +167,11 @@ def test_halves_of_adapters_are_those_of_their_entries(shape, shared_rank):
 def test_coupling_of_adapters_is_that_of_their_entries(shape):
     """Tested on the quadratic form, which does not depend on the choice of vectors."""
     vectors = adapters(*shape, ranks=(2, 3, 1))
-    weights, price = torch.ones(3), Price(32 * sum(shape), 32 * shape[0] * shape[1])
+    weights, rate = torch.ones(3), Rate(32 * sum(shape), 32 * shape[0] * shape[1])
     rows = []
     for given in (vectors, entries(vectors)):
         parts = decompose(given, shared_matrix(given), max_rank=5)
-        rows.append(spectra_of("w", parts, weights=weights, price=price, shape=shape))
+        rows.append(spectra_of("w", parts, weights=weights, rate=rate, shape=shape))
     for ranks in ([0, 0, 0, 0], [3, 1, 2, 0], [1, 3, 3, 3], [5, 4, 2, 1]):
         k = torch.tensor(ranks)
         torch.testing.assert_close(
@@ -185,7 +192,7 @@ def test_no_module_gets_more_rank_than_it_needs():
         sigma=torch.tensor([[3.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0] * 4]),
         tail_energy=torch.zeros(3),
         weights=torch.ones(2),
-        price=Price(32 * 50, 32 * 600),
+        rate=Rate(32 * 50, 32 * 600),
     )
     assert row.needed.tolist() == [2, 1, 0]
     for ranks in (uniform([row], 2**40), fill([row], [torch.zeros(3).long()], 2**40)):
@@ -201,14 +208,14 @@ def test_refinement_in_the_frame_reaches_what_it_reaches_outside(shape, how):
     vectors = adapters(*shape, ranks=(3, 3, 3))
     weights = torch.tensor([1.0, 2.0, 0.5])
     shared = shared_matrix(vectors, weights=weights)
-    first = leading(shared).factors(shared, 2)
+    first = half_svd(shared).factors(shared, 2)
     left = subtracting(first)
-    experts = tuple(leading(left(v)).factors(left(v), 2) for v in vectors)
-    start = Modules(first, experts)
+    experts = tuple(half_svd(left(v)).factors(left(v), 2) for v in vectors)
+    start = FactorSet(first, experts)
     settings = RefinementSettings(sweeps=200, tolerance=1e-9, steps=600)
     options = {"weights": weights, "how": how, "settings": settings}
 
-    def loss(modules: Modules) -> float:
+    def loss(modules: FactorSet) -> float:
         return float(weights @ modules.errors(entries(vectors)))
 
     inside = refine(start, vectors, **options)
@@ -222,7 +229,7 @@ def test_refinement_in_the_frame_reaches_what_it_reaches_outside(shape, how):
 
 def test_frame_keeps_norms_and_products():
     vectors = adapters(60, 40)
-    frame = Frame.around(vectors)
+    frame = JointBasis.around(vectors)
     cores = [frame.inside(v) for v in vectors]
     assert cores[0].shape == (6, 6)
     for a, core_a in zip(vectors, cores):
@@ -242,9 +249,9 @@ def test_common_subspaces_of_adapters_are_those_of_their_entries(shape, sizes, n
     precision, (p, q) = precisions(name, torch.float32)[0], sizes
     errors = []
     for given in (vectors, entries(vectors)):
-        spaces = common_spaces(given, weights, max_up=8, max_down=8)
+        spaces = tucker_bases(given, weights, max_up=8, max_down=8)
         sides = spaces.up[:, :p], spaces.down[:q]
-        sides = refine_common(given, weights, *sides, sweeps=50, tolerance=1e-9)
+        sides = refine_tucker(given, weights, *sides, sweeps=50, tolerance=1e-9)
         stored, lost = pack_common(*sides, given, shape=shape, precision=precision)
         assert stored[1][2] is None  # the task that changes nothing
         errors.append(lost)

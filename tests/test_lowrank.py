@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion_bench_didi.allocation.experts_curve import Candidate
+from fusion_bench_didi.allocation.experts_curve import ExpertsCurve
 from fusion_bench_didi.allocation.lagrangian import choose
 from fusion_bench_didi.allocation.learned import (
     LearningSettings,
@@ -18,7 +18,7 @@ from fusion_bench_didi.allocation.learned import (
 )
 from fusion_bench_didi.allocation.spectra import (
     MatrixSpectra,
-    Price,
+    Rate,
     spectra_of,
     total_cost,
 )
@@ -26,7 +26,7 @@ from fusion_bench_didi.allocation.water_filling import greedy, uniform
 from fusion_bench_didi.lowrank.decomposition import decompose
 from fusion_bench_didi.lowrank.factors import LowRankFactors, full_rank
 from fusion_bench_didi.lowrank.refinement import (
-    Modules,
+    FactorSet,
     RefinementSettings,
     _factored_gradient,
     refine,
@@ -75,9 +75,9 @@ def table_row(
         name,
         decompose(tau, shared_matrix(tau, how=how), max_rank=max_rank),
         weights=torch.ones(len(tau)) if weights is None else weights,
-        price=Price(per_rank=32 * (m + n), dense=32 * m * n),
+        rate=Rate(per_rank=32 * (m + n), dense=32 * m * n),
         shape=(m, n),
-        fixed_shared=0 if how == "none" else None,
+        shared_rank=0 if how == "none" else None,
     )
 
 
@@ -128,7 +128,7 @@ def test_signs_of_singular_vectors_do_not_depend_on_the_sign_of_a_driver():
 
 def test_rank_cap_is_the_last_rank_cheaper_than_dense():
     for m, n in [(2, 2), (3, 3), (12, 12), (20, 9), (6, 30), (1, 7)]:
-        cap = Price(per_rank=m + n, dense=m * n).cap
+        cap = Rate(per_rank=m + n, dense=m * n).cap
         assert cap * (m + n) < m * n or cap == 0
         assert (cap + 1) * (m + n) >= m * n
 
@@ -281,7 +281,7 @@ def allocate(how: str, table, budget: int):
 @pytest.mark.parametrize("allocation", ["learned", "greedy", "uniform"])
 def test_budget_is_kept_and_used_up_to_one_rank(allocation, share, decay):
     table = mixed_table(decay)
-    budget = int(share * sum(row.price.dense for row in table))
+    budget = int(share * sum(row.rate.dense for row in table))
     ranks = allocate(allocation, table, budget)
     rest = budget - total_cost(table, ranks)
     assert 0 <= rest
@@ -289,7 +289,7 @@ def test_budget_is_kept_and_used_up_to_one_rank(allocation, share, decay):
         between = (k > row.cap) & (k < row.full)
         assert not between.any(), "a rank dearer than the dense form"
     if not all(bool((k >= row.full).all()) for row, k in zip(table, ranks)):
-        assert rest < max(row.price.per_rank for row in table)
+        assert rest < max(row.rate.per_rank for row in table)
 
 
 @pytest.mark.parametrize("allocation", ["learned", "greedy", "uniform"])
@@ -307,7 +307,7 @@ def test_greedy_keeps_the_singular_values_worth_most():
         for s in range(3)
     ]
     count = 17
-    ranks = greedy(table, count * table[0].price.per_rank)
+    ranks = greedy(table, count * table[0].rate.per_rank)
     worth = [row.module_weights[:, None] * row.sigma.square() for row in table]
     best = torch.cat([w.flatten() for w in worth]).topk(count).values.sum()
     kept = sum(w[j, : int(k[j])].sum() for w, k in zip(worth, ranks) for j in range(4))
@@ -342,7 +342,7 @@ def oracle_table() -> list[MatrixSpectra]:
 )
 def test_learned_ranks_reach_the_greedy_oracle(share, oracle_table):
     """From 1.0 on the oracle stores some shared modules dense."""
-    budget = int(share * sum(row.price.dense for row in oracle_table))
+    budget = int(share * sum(row.rate.dense for row in oracle_table))
     oracle = greedy(oracle_table, budget)
     learned = learn_ranks(oracle_table, budget, start=oracle)
     best = objective(oracle_table, oracle)
@@ -351,7 +351,7 @@ def test_learned_ranks_reach_the_greedy_oracle(share, oracle_table):
 
 
 def test_learning_finds_good_ranks_from_uniform_ones(oracle_table):
-    budget = int(0.24 * sum(row.price.dense for row in oracle_table))
+    budget = int(0.24 * sum(row.rate.dense for row in oracle_table))
     start = uniform(oracle_table, budget)
     learned = learn_ranks(oracle_table, budget, start=start)
     best = objective(oracle_table, greedy(oracle_table, budget))
@@ -362,7 +362,7 @@ def test_learning_finds_good_ranks_from_uniform_ones(oracle_table):
 @pytest.mark.parametrize("allocation", ["learned", "greedy", "uniform"])
 def test_no_shared_rank_where_no_shared_module_is_offered(allocation):
     table = mixed_table(how="none")
-    budget = int(0.6 * sum(row.price.dense for row in table))
+    budget = int(0.6 * sum(row.rate.dense for row in table))
     ranks = allocate(allocation, table, budget)
     assert all(int(k[0]) == 0 for k in ranks)
     assert any(bool((k[1:] > 0).any()) for k in ranks)
@@ -372,8 +372,8 @@ def test_no_shared_rank_where_no_shared_module_is_offered(allocation):
 def test_truncated_spectra_give_ranks_that_are_known(allocation):
     """The first pass keeps only as many directions as the budget can reach."""
     table = mixed_table()
-    budget = 3 * table[0].price.per_rank
-    reach = [budget // row.price.per_rank for row in table]
+    budget = 3 * table[0].rate.per_rank
+    reach = [budget // row.rate.per_rank for row in table]
     short = [
         table_row((1 + i) * random_tasks(*row.shape, seed=i), name=row.name, max_rank=r)
         for i, (row, r) in enumerate(zip(table, reach))
@@ -389,13 +389,13 @@ def test_truncated_spectra_give_ranks_that_are_known(allocation):
 
 @pytest.mark.parametrize("allocation", ["learned", "greedy", "uniform"])
 def test_fixed_shared_rank_stays_and_is_paid_for(allocation):
-    table = [replace(row, fixed_shared=2, coupling=None) for row in mixed_table()]
-    paid = sum(2 * row.price.per_rank for row in table)
-    budget = paid + int(0.5 * sum(row.price.dense for row in table))
+    table = [replace(row, shared_rank=2, coupling=None) for row in mixed_table()]
+    paid = sum(2 * row.rate.per_rank for row in table)
+    budget = paid + int(0.5 * sum(row.rate.dense for row in table))
     ranks = allocate(allocation, table, budget)
     assert all(int(k[0]) == 2 for k in ranks)
     rest = budget - total_cost(table, ranks)
-    assert 0 <= rest < max(row.price.per_rank for row in table)
+    assert 0 <= rest < max(row.rate.per_rank for row in table)
 
 
 # --- shared rank and precision per matrix ---------------------------------------
@@ -407,9 +407,9 @@ def candidates_of(tau: Tensor, ranks=(0, 1, 2, 4), rounding: float = 0.0):
     for k in ranks:
         rest = tau - spectrum(tau.mean(0)).cut(k).dense()
         sigma = torch.stack([spectrum(r).S for r in rest])
-        price = Price(per_rank=32 * (m + n), dense=32 * m * n)
+        rate = Rate(per_rank=32 * (m + n), dense=32 * m * n)
         nothing = torch.zeros(len(tau))
-        row.append(Candidate(k, price, "float32", sigma, nothing, rounding))
+        row.append(ExpertsCurve(k, rate, "float32", sigma, nothing, rounding))
     return row
 
 
@@ -424,7 +424,7 @@ def test_sharing_is_chosen_only_where_it_pays():
         ]
     )
     options = [candidates_of(alike), candidates_of(alone)]
-    budget = 16 * options[0][0].price.per_rank
+    budget = 16 * options[0][0].rate.per_rank
     offers = [[c.offer(torch.ones(4)) for c in row] for row in options]
     picks, _ = choose(offers, budget)
     assert options[0][picks[0]].shared_rank == 2
@@ -477,11 +477,11 @@ def test_rounds_within_the_product_lower_the_error(bits, monkeypatch):
 # --- refinement, law 4 --------------------------------------------------------
 
 
-def truncated(tau: Tensor, ranks: list[int | None]) -> Modules:
+def truncated(tau: Tensor, ranks: list[int | None]) -> FactorSet:
     """Truncated SVDs; None is a dense expert."""
     shared = shared_matrix(tau)
     parts = decompose(tau, shared, coupled=False)
-    return Modules(
+    return FactorSet(
         parts.shared.cut(ranks[0]),
         tuple(
             None if k is None else s.cut(k) for s, k in zip(parts.experts, ranks[1:])
@@ -493,7 +493,7 @@ RANKS = [[3, 2, 2, 2], [0, 1, 4, 2], [3, 0, 0, 0], [2, 3, None, 0], [1, None, 2,
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
 
 
-def loss(modules: Modules, tau: Tensor) -> float:
+def loss(modules: FactorSet, tau: Tensor) -> float:
     return float((WEIGHTS * modules.errors(tau)).sum())
 
 
@@ -513,7 +513,7 @@ def test_alternating_never_raises_the_loss(shape, ranks):
         assert losses[-1] < 0.999 * losses[0], "nothing was refined"
 
 
-def shapes(modules: Modules) -> list:
+def shapes(modules: FactorSet) -> list:
     parts = (modules.shared, *modules.experts)
     return [p and (tuple(p.up.shape), tuple(p.down.shape)) for p in parts]
 

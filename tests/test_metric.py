@@ -10,7 +10,7 @@ from torch import nn
 
 from fusion_bench_didi.errors import ModelPoolError
 from fusion_bench_didi.lowrank.factors import LowRankFactors
-from fusion_bench_didi.lowrank.refinement import Modules
+from fusion_bench_didi.lowrank.refinement import FactorSet
 from fusion_bench_didi.merging.loss_weights import block_of
 from fusion_bench_didi.merging.metric import Metric, input_moments
 from fusion_bench_didi.merging.pipeline import merge
@@ -38,7 +38,7 @@ def test_modules_come_back_from_the_weighed_task_vectors():
     metric, g = Metric.of(moment(6)), torch.Generator().manual_seed(1)
     up, down = torch.randn(4, 2, generator=g), torch.randn(2, 6, generator=g)
     weighed = LowRankFactors(up, metric.weighed(down))
-    back = metric.plain(Modules(weighed, (None, weighed)))
+    back = metric.plain(FactorSet(weighed, (None, weighed)))
     torch.testing.assert_close(back.shared.dense(), up @ down)
     assert back.experts[0] is None
     torch.testing.assert_close(back.experts[1].dense(), up @ down)
@@ -98,10 +98,10 @@ def test_images_are_asked_for_by_name(tiny_clip):
         didi(models, metric="x")
 
 
-@pytest.mark.parametrize("normalisation", ["base", "depth", "task", "matrix", "none"])
-def test_every_weighting_keeps_the_budget(tiny_clip, normalisation):
+@pytest.mark.parametrize("normalization", ["base", "depth", "task", "matrix", "none"])
+def test_every_weighting_keeps_the_budget(tiny_clip, normalization):
     models = copy.deepcopy(tiny_clip.pool_models())
-    model = didi(models, budget=0.5, normalisation=normalisation)
+    model = didi(models, budget=0.5, normalization=normalization)
     assert 0.45 < model.storage.x_excl <= 0.5
 
 

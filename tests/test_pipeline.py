@@ -148,7 +148,7 @@ def test_more_budget_and_refinement_lower_the_error(tiny_clip):
     assert error(0.6, refinement="alternating", residual="full") < plain
 
 
-def test_normalisation_decides_which_task_is_served():
+def test_normalization_decides_which_task_is_served():
     """One task changed ten times as much as the other."""
     base = OpenClipLike()
     models = {
@@ -157,9 +157,9 @@ def test_normalisation_decides_which_task_is_served():
         "quiet": fine_tuned(base, 2, scale=0.05),
     }
 
-    def ranks_of_quiet(normalisation: str) -> int:
+    def ranks_of_quiet(normalization: str) -> int:
         # experts alone: those of a shared mean of two tasks are equal up to their sign
-        settings = merge_settings(1.0, shared="none", normalisation=normalisation)
+        settings = merge_settings(1.0, shared="none", normalization=normalization)
         result = merge(task_vectors(models), settings)
         return sum(result.ranks.experts["quiet"].values())
 

@@ -14,7 +14,7 @@ from helpers import QUICK
 
 from fusion_bench_didi.method.se_merging import SEMerging
 from fusion_bench_didi.models.dynamic import DynamicModel
-from fusion_bench_didi.routers.representation import distance, normalised
+from fusion_bench_didi.routers.representation import distance, normalized
 from fusion_bench_didi.serving.mixtures import ByWeight
 
 
@@ -33,14 +33,14 @@ def se(tiny, base=None, **options):
     return method.run(pool_of(tiny)).eval()
 
 
-def test_distances_and_their_normalisation():
+def test_distances_and_their_normalization():
     merged = torch.tensor([[1.0, 0.0]])
     expert = torch.tensor([[1.0, 2.0]])
     assert distance(merged, expert, "l2").tolist() == [2.0]
     assert distance(merged, merged, "cosine").item() == pytest.approx(0)
     d = torch.tensor([[1.0, 2.0, 3.0]])
-    assert normalised(d, "minmax").tolist() == [[0, 0.5, 1]]
-    assert normalised(d, "mean").tolist() == [[0.5, 1, 1.5]]
+    assert normalized(d, "minmax").tolist() == [[0, 0.5, 1]]
+    assert normalized(d, "mean").tolist() == [[0.5, 1, 1.5]]
 
 
 def test_hard_with_a_perfect_distance_equals_the_individuals(tiny_clip, monkeypatch):
@@ -70,7 +70,7 @@ def test_batch_equals_one_by_one(tiny_clip, assignment, experts):
 
 
 def test_distances_are_those_of_the_models_themselves(tiny_clip):
-    model = se(tiny_clip, layers=[-1], normalisation="none")
+    model = se(tiny_clip, layers=[-1], normalization="none")
     pixels = images(5)
     merged = SimpleAverageAlgorithm().run(pool_of(tiny_clip))
 

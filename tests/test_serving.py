@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaModel
 
 from fusion_bench_didi.models.dynamic import DynamicModel
-from fusion_bench_didi.serving.banks import MatrixTable, Serving
+from fusion_bench_didi.serving.banks import MatrixBank, Serving
 from fusion_bench_didi.serving.grouped_matmul import product_by_task
 from fusion_bench_didi.serving.mixtures import ByTask, ByWeight, mix_of
 
@@ -56,7 +56,7 @@ def test_factors_and_matrices_give_what_materialised_models_give(
     model.serving = Serving(dense_above, small=0, hold=hold)
     pixels, ids = images(), task_ids()
     found = model(pixels, task_ids=ids).pooler_output
-    kept = [t for t in model.mixed.tables.values() if isinstance(t, MatrixTable)]
+    kept = [t for t in model.mixed.tables.values() if isinstance(t, MatrixBank)]
     assert model.mixed.network is not None
     if dense_above == 0:
         assert not any(table.last.numel() for table in kept)
@@ -206,7 +206,7 @@ class Attends(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["one input", "two inputs", "changed"])
-def test_neighbours_that_multiply_together_give_what_they_give_alone(how, caplog):
+def test_neighbors_that_multiply_together_give_what_they_give_alone(how, caplog):
     model = didi(family(Attends(how)), budget=9.0).eval()
     x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([1, 0, 0, 1, 0, 1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.overlap import constructed, merged
-from fusion_bench_didi.allocation.experts_curve import Candidate
+from fusion_bench_didi.allocation.experts_curve import ExpertsCurve
 from fusion_bench_didi.allocation.lagrangian import choose
 from fusion_bench_didi.deltas.precision import Precision
 from fusion_bench_didi.lowrank.factors import LowRankFactors
@@ -40,12 +40,12 @@ def test_common_directions_are_found_and_halve_the_storage():
 
 
 def test_choice_with_equal_candidates_takes_experts_only():
-    price = Precision("float32", 32, torch.float32).price(16, 16)
+    rate = Precision("float32", 32, torch.float32).rate(16, 16)
     sigma = torch.rand(3, 8).sort(descending=True).values
-    own = Candidate(0, price, "float32", sigma, torch.zeros(3))
-    costlier = Candidate(2, price, "float32", sigma, torch.zeros(3))
+    own = ExpertsCurve(0, rate, "float32", sigma, torch.zeros(3))
+    costlier = ExpertsCurve(2, rate, "float32", sigma, torch.zeros(3))
     offers = [candidate.offer(torch.ones(3)) for candidate in (own, costlier)]
-    assert choose([offers], 10 * price.per_rank)[0] == [0]
+    assert choose([offers], 10 * rate.per_rank)[0] == [0]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

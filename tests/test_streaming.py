@@ -9,14 +9,14 @@ from helpers import didi, floats, merge_settings, same_bits, task_vectors
 from safetensors.torch import save_file
 
 from fusion_bench_didi.lowrank import svd
-from fusion_bench_didi.lowrank.decomposition import decompose, halved
-from fusion_bench_didi.lowrank.overlap import sharing
-from fusion_bench_didi.lowrank.svd import leading, singular_values, sketched, spectrum
+from fusion_bench_didi.lowrank.decomposition import decompose, half_of
+from fusion_bench_didi.lowrank.overlap import mean_overlap
+from fusion_bench_didi.lowrank.svd import half_svd, singular_values, sketched, spectrum
 from fusion_bench_didi.merging.basis_store import FactorStore
 from fusion_bench_didi.merging.pipeline import merge, plan
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
-from fusion_bench_didi.parallel import GROWTH, Release, ordered_map
+from fusion_bench_didi.parallel import GROWTH, HeapTrimmer, ordered_map
 from fusion_bench_didi.task_vectors import reader as reading
 from fusion_bench_didi.task_vectors import sources
 from fusion_bench_didi.task_vectors.sources import SafetensorsSource
@@ -40,7 +40,7 @@ def test_range_finder_is_within_two_percent_of_the_least_error(shape):
     rank = 24
     assert sketched(shape, rank)
     values = torch.linalg.svdvals(matrix)
-    found = leading(matrix, max_rank=rank)
+    found = half_svd(matrix, max_rank=rank)
     for k in (6, 12, 24):
         least = float(values[k:].square().sum())
         error = float((matrix - found.factors(matrix, k).dense()).square().sum())
@@ -58,7 +58,7 @@ def test_every_way_to_search_finds_the_same_directions(shape, way, monkeypatch):
     matrix, rank = decaying(*shape), 40
     monkeypatch.setattr(svd, "_cheapest", lambda *_: way)
     values = torch.linalg.svdvals(matrix)
-    found = leading(matrix, max_rank=rank)
+    found = half_svd(matrix, max_rank=rank)
     torch.testing.assert_close(
         found.vectors.mT @ found.vectors, torch.eye(rank), atol=1e-4, rtol=0
     )
@@ -96,7 +96,7 @@ def test_range_finder_is_for_few_directions_of_large_matrices():
 def test_half_a_decomposition_is_enough_to_cut(monkeypatch):
     for shape in ((20, 12), (12, 20)):
         matrix = decaying(*shape)
-        half, whole = leading(matrix), spectrum(matrix)
+        half, whole = half_svd(matrix), spectrum(matrix)
         for k in (0, 3, 12):
             torch.testing.assert_close(
                 half.factors(matrix, k).dense(),
@@ -110,7 +110,7 @@ def test_half_a_decomposition_is_enough_to_cut(monkeypatch):
 def test_half_of_a_coupled_decomposition_cuts_like_the_whole(shape):
     vectors = [decaying(*shape, seed) for seed in range(3)]
     whole = decompose(vectors, sum(vectors) / 3, max_rank=5)
-    half = halved(whole)
+    half = half_of(whole)
     parts = zip((half.shared, *half.experts), (whole.shared, *whole.experts))
     residuals = [sum(vectors) / 3, *(v - sum(vectors) / 3 for v in vectors)]
     for (basis, spectrum), matrix in zip(parts, residuals):
@@ -163,7 +163,7 @@ def test_sharing_is_one_for_unrelated_tasks_and_t_for_equal_ones():
 
     def found(tau):
         sigma = torch.stack([torch.linalg.svdvals(t) for t in tau])
-        return sharing(torch.linalg.svdvals(tau.mean(0)), sigma, weights, 150)
+        return mean_overlap(torch.linalg.svdvals(tau.mean(0)), sigma, weights, 150)
 
     assert found(own) == pytest.approx(1.0, abs=0.1)
     assert found(own[:1].expand(6, -1, -1)) == pytest.approx(6.0, rel=1e-4)
@@ -209,7 +209,7 @@ def test_memory_is_given_back_when_the_process_has_grown(monkeypatch):
             return SimpleNamespace(rss=resident[0])
 
     monkeypatch.setattr("fusion_bench_didi.parallel.psutil.Process", Process)
-    release = Release()
+    release = HeapTrimmer()
     release._trim = lambda _: given.append(resident[0])
     for resident[0] in (GROWTH // 2, 2 * GROWTH, 3 * GROWTH, 3 * GROWTH + 1):
         release()
@@ -257,7 +257,7 @@ def test_matrices_too_large_to_stack_are_read_one_by_one(tiny_clip, monkeypatch)
 
 
 def test_factors_beyond_the_limit_come_back_from_files_unchanged():
-    bases = tuple(leading(decaying(12, 9, seed), max_rank=4) for seed in range(3))
+    bases = tuple(half_svd(decaying(12, 9, seed), max_rank=4) for seed in range(3))
     store = FactorStore(memory_gb=0)
     store.put("a", bases)
     store.put("b", bases[:1])

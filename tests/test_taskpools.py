@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
 from fusion_bench_didi.errors import UnknownTaskError
 from fusion_bench_didi.method.didi import DiDiMerging
-from fusion_bench_didi.pools.task_names import check_tasks, normalised, resolve_task
+from fusion_bench_didi.pools.task_names import check_tasks, normalized, resolve_task
 from fusion_bench_didi.taskpool import attach
 from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskPool
 from fusion_bench_didi.taskpool.openclip_vision import (
@@ -286,7 +286,7 @@ def test_gpt2_pool_evaluates_each_task_with_its_expert():
     "asked, known", [("a-b", "A_B"), ("glue-cola", "cola"), ("x/y", "x-y"), ("q", "q")]
 )
 def test_rule_of_names(asked, known):
-    assert normalised(asked) == normalised(known)
+    assert normalized(asked) == normalized(known)
     assert resolve_task(asked, ["other", known]) == known
     assert resolve_task(known, ["other", asked]) == asked
 

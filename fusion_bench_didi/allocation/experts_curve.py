@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lagrangian import Offer
-from .spectra import Price
+from .lagrangian import Curve
+from .spectra import Rate
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ExpertsCurve:
     """One way to store a matrix as experts on a shared module.
 
     Args:
@@ -31,7 +31,7 @@ class Candidate:
     """
 
     shared_rank: int
-    price: Price
+    rate: Rate
     precision: str
     sigma: Tensor
     tail_energy: Tensor
@@ -42,15 +42,15 @@ class Candidate:
         """Weighted error (T, K) and bits (K,) of an expert at ranks 0, 1, ..., cap and, last, dense."""
         energy = self.sigma.double().square()
         whole = energy.sum(1) + self.tail_energy.double()
-        cap = min((self.price.dense - 1) // self.price.per_rank, energy.shape[1])
+        cap = min((self.rate.dense - 1) // self.rate.per_rank, energy.shape[1])
         # summed from the end, so that nothing is left where nothing is
         left = energy.flip(1).cumsum(1).flip(1)
         left = torch.cat([left, energy.new_zeros(len(energy), 1)], 1)[:, : cap + 1]
         left = left + self.tail_energy.double()[:, None]
         error = left + self.rounding * (whole[:, None] - left)
         error = torch.cat([error, self.rounding_dense * whole[:, None]], 1)
-        bits = torch.arange(cap + 2, dtype=torch.float64) * self.price.per_rank
-        bits[-1] = self.price.dense
+        bits = torch.arange(cap + 2, dtype=torch.float64) * self.rate.per_rank
+        bits[-1] = self.rate.dense
         return weights.double()[:, None] * error, bits
 
     def ranks(self, weights: Tensor, mu: float, full: int) -> Tensor:
@@ -63,12 +63,12 @@ class Candidate:
         best = (error + mu * bits).argmin(1)
         return torch.where(best == len(bits) - 1, full, best)
 
-    def offer(self, weights: Tensor) -> Offer:
+    def offer(self, weights: Tensor) -> Curve:
         """
         Args:
             weights: (T,).
         """
-        shared = min(self.shared_rank * self.price.per_rank, self.price.dense)
+        shared = min(self.shared_rank * self.rate.per_rank, self.rate.dense)
         return _Experts(*self.curve(weights), shared)
 
 
@@ -81,7 +81,7 @@ class _Experts:
     shared: int
 
     @property
-    def steepest(self) -> float:
+    def zero_rate_multiplier(self) -> float:
         return float((self.error[:, :1] / self.bits[1]).max())
 
     def at(self, mu: float) -> tuple[float, float]:

@@ -14,17 +14,17 @@ from typing import Protocol
 import torch
 
 
-class Offer(Protocol):
+class Curve(Protocol):
     """What one candidate can do for a number of bits."""
 
     #: error per bit above which it stores nothing
-    steepest: float
+    zero_rate_multiplier: float
 
     def at(self, mu: float) -> tuple[float, float]:
         """Weighted error and bits where ``error + mu * bits`` is least."""
 
 
-def choose(options: Sequence[Sequence[Offer]], budget: int) -> tuple[list[int], float]:
+def choose(options: Sequence[Sequence[Curve]], budget: int) -> tuple[list[int], float]:
     """Index of the best offer per matrix under one budget, and the multiplier ``mu`` at which they are the best.
 
     Args:
@@ -32,7 +32,7 @@ def choose(options: Sequence[Sequence[Offer]], budget: int) -> tuple[list[int], 
         budget: bits.
     """
 
-    def best(row: Sequence[Offer], mu: float) -> tuple[float, int]:
+    def best(row: Sequence[Curve], mu: float) -> tuple[float, int]:
         """Bits and index."""
         found = (torch.inf, 0.0, 0)
         for index, offer in enumerate(row):
@@ -46,7 +46,9 @@ def choose(options: Sequence[Sequence[Offer]], budget: int) -> tuple[list[int], 
     generous = [best(row, 0.0) for row in options]
     if spent(generous) <= budget:
         return [index for _, index in generous], 0.0
-    high = max((offer.steepest for row in options for offer in row), default=0.0)
+    high = max(
+        (offer.zero_rate_multiplier for row in options for offer in row), default=0.0
+    )
     high = max(high, 1e-300)
     low = high * 2.0**-60
     frugal = [best(row, high) for row in options]

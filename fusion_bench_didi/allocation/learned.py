@@ -43,7 +43,7 @@ class LearningSettings:
         steps: Adam steps.
         lr: Adam's step in units of a matrix's full rank; decays to zero by a cosine.
         beta_start, beta_end: steepness of the truncation, annealed geometrically; per rank.
-        penalty: lambda of Eq. 13 on ``|R - R_target|`` beside the energy-normalised loss.
+        penalty: lambda of Eq. 13 on ``|R - R_target|`` beside the energy-normalized loss.
         coupled: keep the cross terms between shared and experts.
     """
 
@@ -83,7 +83,7 @@ def learn_ranks(
     Returns:
         (T + 1,) integer ranks per matrix, never above the budget.
     """
-    unit = unit or sum(row.price.dense for row in table)
+    unit = unit or sum(row.rate.dense for row in table)
     groups = _grouped(table, settings.coupled)
     fractions = [
         torch.stack([start[i] / table[i].full for i in g.members])
@@ -92,14 +92,14 @@ def learn_ranks(
         for g in groups
     ]
     energy = sum(float(g.weighted_energy()) for g in groups)
-    optimiser = torch.optim.Adam(fractions, lr=settings.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
+    optimizer = torch.optim.Adam(fractions, lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for step in range(settings.steps):
         progress = step / max(settings.steps - 1, 1)
         beta = settings.beta_start * (settings.beta_end / settings.beta_start) ** (
             progress
         )
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss, cost = torch.zeros(()), torch.zeros(())
         for group, fraction in zip(groups, fractions):
             k = fraction * group.full  # (G, T + 1)
@@ -107,12 +107,12 @@ def learn_ranks(
             cost = cost + (k * group.per_rank).clamp(max=group.dense).sum()
         ratio = cost / unit
         (loss / energy + settings.penalty * (ratio - budget / unit).abs()).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         with torch.no_grad():
             for group, fraction in zip(groups, fractions):
                 fraction.clamp_(0.0, 1.0)
-                fixed = group.fixed_shared
+                fixed = group.shared_rank
                 fraction[fixed >= 0, 0] = fixed[fixed >= 0] / group.full
     learned: list[Tensor] = [torch.empty(0)] * len(table)
     for group, fraction in zip(groups, fractions):
@@ -141,7 +141,7 @@ class _Group:
     sigma: Tensor  # (G, T + 1, q)
     tail_energy: Tensor  # (G, T + 1)
     weights: Tensor  # (G, T)
-    fixed_shared: Tensor  # (G,) rank, -1 where it is learned
+    shared_rank: Tensor  # (G,) rank, -1 where it is learned
     coupling: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
     @classmethod
@@ -164,13 +164,13 @@ class _Group:
             members=tuple(members),
             full=first.full,
             cap=first.cap,
-            per_rank=first.price.per_rank,
-            dense=first.price.dense,
+            per_rank=first.rate.per_rank,
+            dense=first.rate.dense,
             sigma=torch.stack([row.sigma for row in rows]),
             tail_energy=torch.stack([row.tail_energy for row in rows]),
             weights=torch.stack([row.weights for row in rows]),
-            fixed_shared=torch.tensor(
-                [-1 if r.fixed_shared is None else r.fixed_shared for r in rows]
+            shared_rank=torch.tensor(
+                [-1 if r.shared_rank is None else r.shared_rank for r in rows]
             ),
             coupling=parts,
         )
@@ -188,7 +188,7 @@ class _Group:
 def _grouped(table: Sequence[MatrixSpectra], coupled: bool) -> list[_Group]:
     by_shape: dict[tuple, list[int]] = {}
     for i, row in enumerate(table):
-        by_shape.setdefault((row.shape, row.price, row.sigma.shape), []).append(i)
+        by_shape.setdefault((row.shape, row.rate, row.sigma.shape), []).append(i)
     return [_Group.of([table[i] for i in m], m, coupled) for m in by_shape.values()]
 
 

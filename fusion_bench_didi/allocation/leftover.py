@@ -13,14 +13,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from .spectra import MatrixSpectra, Price, total_cost
+from .spectra import MatrixSpectra, Rate, total_cost
 from .water_filling import fill
 
 
-def upgrade(
+def refine_precision(
     table: Sequence[MatrixSpectra],
     ranks: Sequence[Tensor],
-    ladders: Sequence[Sequence[tuple[Price, float]]],
+    ladders: Sequence[Sequence[tuple[Rate, float]]],
     budget: int,
 ) -> tuple[list[MatrixSpectra], list[Tensor]]:
     """Spend what the ranks could not: finer precision, matrix by matrix, where it gains most per bit.
@@ -36,22 +36,22 @@ def upgrade(
     rows, ranks = list(table), fill(table, ranks, budget)
     while True:
         left = budget - total_cost(rows, ranks)
-        best = (0.0, -1, rows[0].price)
+        best = (0.0, -1, rows[0].rate)
         for i, (row, k, ladder) in enumerate(zip(rows, ranks, ladders)):
-            prices = [price for price, _ in ladder]
-            level = prices.index(row.price)
+            rates = [rate for rate, _ in ladder]
+            level = rates.index(row.rate)
             if level + 1 == len(ladder):
                 continue
-            finer = replace(row, price=prices[level + 1])
+            finer = replace(row, rate=rates[level + 1])
             extra = finer.cost(k) - row.cost(k)
             if not 0 < extra <= left:
                 continue
             energy = row.sigma.double().square().sum(1) + row.tail_energy
             kept = float((row.module_weights * energy * (k > 0))[1:].sum())
             gain = (ladder[level][1] - ladder[level + 1][1]) * kept / extra
-            best = max(best, (gain, i, finer.price), key=lambda entry: entry[0])
-        gain, i, price = best
+            best = max(best, (gain, i, finer.rate), key=lambda entry: entry[0])
+        gain, i, rate = best
         if gain <= 0:
             return rows, ranks
-        rows[i] = replace(rows[i], price=price)
+        rows[i] = replace(rows[i], rate=rate)
         ranks = fill(rows, ranks, budget)

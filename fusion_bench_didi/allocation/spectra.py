@@ -17,7 +17,7 @@ from ..lowrank.factors import full_rank
 
 
 @dataclass(frozen=True)
-class Price:
+class Rate:
     """What a module of one matrix costs, in bits: per unit of rank, and stored dense."""
 
     per_rank: int
@@ -51,9 +51,9 @@ class MatrixSpectra:
     sigma: Tensor
     tail_energy: Tensor
     weights: Tensor
-    price: Price
+    rate: Rate
     coupling: Coupling | None = None
-    fixed_shared: int | None = None
+    shared_rank: int | None = None
 
     @property
     def full(self) -> int:
@@ -62,7 +62,7 @@ class MatrixSpectra:
     @property
     def cap(self) -> int:
         """The largest rank worth storing as factors, and known from the spectra."""
-        return min(self.price.cap, self.full - 1, self.sigma.shape[1])
+        return min(self.rate.cap, self.full - 1, self.sigma.shape[1])
 
     @property
     def needed(self) -> Tensor:
@@ -73,7 +73,7 @@ class MatrixSpectra:
     @property
     def free(self) -> range:
         """The modules whose rank is to be allocated."""
-        return range(0 if self.fixed_shared is None else 1, self.sigma.shape[0])
+        return range(0 if self.shared_rank is None else 1, self.sigma.shape[0])
 
     @property
     def module_weights(self) -> Tensor:
@@ -81,7 +81,7 @@ class MatrixSpectra:
         return torch.cat([self.weights.sum()[None], self.weights])
 
     def cost(self, ranks: Tensor) -> int:
-        return sum(self.price.of(int(k), self.full) for k in ranks)
+        return sum(self.rate.of(int(k), self.full) for k in ranks)
 
 
 def spectra_of(
@@ -89,9 +89,9 @@ def spectra_of(
     decomposition: Decomposition,
     *,
     weights: Tensor,
-    price: Price,
+    rate: Rate,
     shape: tuple[int, int],
-    fixed_shared: int | None = None,
+    shared_rank: int | None = None,
 ) -> MatrixSpectra:
     """The table row of one decomposed matrix."""
     parts = (decomposition.shared, *decomposition.experts)
@@ -101,9 +101,9 @@ def spectra_of(
         sigma=torch.stack([p.S for p in parts]).cpu(),
         tail_energy=torch.tensor([p.tail_energy for p in parts]),
         weights=weights.cpu().float(),
-        price=price,
+        rate=rate,
         coupling=decomposition.coupling,
-        fixed_shared=fixed_shared,
+        shared_rank=shared_rank,
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..lowrank.tucker import CommonSpaces
+from ..lowrank.tucker import TuckerBases
 
 #: Errors below this part of the energy cannot be told from none: the two are sums in float32.
 EXACT = 1e-7
@@ -28,8 +28,8 @@ NEVER = 2.0**62
 
 
 @dataclass(frozen=True)
-class CommonOffer:
-    """What common subspaces can do for a number of bits; an ``Offer`` of ``candidates.py``.
+class TuckerCurve:
+    """What common subspaces can do for a number of bits; an ``Curve`` of ``candidates.py``.
 
     Args:
         sizes_up, sizes_down: values of p and of q.
@@ -44,8 +44,8 @@ class CommonOffer:
 
     @classmethod
     def of(
-        cls, spaces: CommonSpaces, bits: Tensor, rounding: Tensor, tasks: int
-    ) -> "CommonOffer":
+        cls, spaces: TuckerBases, bits: Tensor, rounding: Tensor, tasks: int
+    ) -> "TuckerCurve":
         """
         Args:
             bits: price of every pair of sizes.
@@ -61,7 +61,7 @@ class CommonOffer:
         return cls(spaces.sizes_up, spaces.sizes_down, error, bits)
 
     @property
-    def steepest(self) -> float:
+    def zero_rate_multiplier(self) -> float:
         return float(self.error.max() / self.bits.min())
 
     def at(self, mu: float) -> tuple[float, float]:
@@ -89,7 +89,7 @@ class CommonOffer:
                     found = max(found or (0.0, to), (gain / extra, to))
         return found
 
-    def price(self, sizes: tuple[int, int]) -> int:
+    def rate(self, sizes: tuple[int, int]) -> int:
         """Bits at these sizes."""
         return int(self.bits[self._index(sizes)])
 

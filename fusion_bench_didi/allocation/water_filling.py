@@ -48,11 +48,11 @@ def greedy(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
 def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
     """Gain per bit, module, matrix, rank reached and bits of every edge of the convex error-cost curves."""
     out: list[tuple[Tensor, ...]] = []
-    per_rank, dense = row.price.per_rank, row.price.dense
+    per_rank, dense = row.rate.per_rank, row.rate.dense
     weights = row.module_weights.tolist()
     for j in row.free:
         weight = weights[j]
-        last, jump = whole_from(row, j)
+        last, jump = dense_from(row, j)
         energy = row.sigma[j, :last].double().square()
         gain = torch.cat([energy / per_rank, torch.tensor([jump]).double()])
         reached = torch.cat([torch.arange(1, last + 1), torch.tensor([row.full])])
@@ -63,12 +63,12 @@ def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
     return tuple(torch.cat([o[i] for o in out]) for i in range(5))
 
 
-def whole_from(row: MatrixSpectra, module: int) -> tuple[int, float]:
+def dense_from(row: MatrixSpectra, module: int) -> tuple[int, float]:
     """The rank from which the dense form is the next edge of the hull, and its gain per bit, unweighted."""
     energy = row.sigma[module].double().square()  # (q,)
     left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
     left = left[: row.cap + 1] + float(row.tail_energy[module])  # kept out at rank i
-    jump = left / (row.price.dense - torch.arange(row.cap + 1) * row.price.per_rank)
+    jump = left / (row.rate.dense - torch.arange(row.cap + 1) * row.rate.per_rank)
     rank = int(jump.argmin())
     return rank, float(jump[rank])
 
@@ -113,8 +113,8 @@ def _snap(row: MatrixSpectra, ranks: Tensor) -> Tensor:
     """Never more than a module needs; past the cap ranks become full (stored dense); a fixed shared rank stays."""
     ranks = torch.minimum(ranks.clamp(min=0).long(), row.needed)
     ranks = torch.where(ranks > row.cap, torch.full_like(ranks, row.full), ranks)
-    if row.fixed_shared is not None:
-        ranks[0] = row.fixed_shared
+    if row.shared_rank is not None:
+        ranks[0] = row.shared_rank
     return ranks
 
 
@@ -157,7 +157,7 @@ def _next_step(row: MatrixSpectra, j: int, k: int) -> tuple[float, int, int]:
         return 0.0, 1, k
     weight = float(row.module_weights[j])
     if k < row.cap:
-        return weight * float(row.sigma[j, k]) ** 2, row.price.per_rank, k + 1
+        return weight * float(row.sigma[j, k]) ** 2, row.rate.per_rank, k + 1
     missing = float(row.sigma[j, k:].double().square().sum() + row.tail_energy[j])
-    bits = max(row.price.dense - k * row.price.per_rank, 1)
+    bits = max(row.rate.dense - k * row.rate.per_rank, 1)
     return weight * missing, bits, row.full

@@ -71,14 +71,14 @@ def _check_elsewhere(
     """A state must be one of the base model's tensors, and equal to it but for ``types`` and rounding."""
     if {n: v.shape for n, v in state.items()} != {n: v.shape for n, v in base.items()}:
         raise TypeError(
-            f"{what} cannot be saved as an artefact: it is neither a dynamic model of this package nor the host's SMILE or "
+            f"{what} cannot be saved as an artifact: it is neither a dynamic model of this package nor the host's SMILE or "
             "WEMoE, and its tensors are not those of the base model."
         )
     for name in set(base) - set(types):
         given, own = state[name].to(base[name]), base[name]
         if not (torch.equal(given, own) or torch.allclose(given, own)):
             raise CheckpointMismatchError(
-                f"{what} differs from the base model in {name}, which no task changed; as an artefact it would not come "
+                f"{what} differs from the base model in {name}, which no task changed; as an artifact it would not come "
                 "back the same."
             )
 

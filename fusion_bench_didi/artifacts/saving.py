@@ -38,7 +38,7 @@ from .host_moe import take_apart
 
 @dataclass(frozen=True)
 class Written:
-    """Bytes of a saved artefact.
+    """Bytes of a saved artifact.
 
     Args:
         beyond: of the tensors beyond the backbone.
@@ -51,7 +51,7 @@ class Written:
     headers: int
 
 
-def save_artefact(
+def save_artifact(
     model: nn.Module | Iterable[tuple[str, nn.Module]],
     directory: str | Path,
     *,
@@ -68,7 +68,7 @@ def save_artefact(
         types: tensors that some task changed and the data type that the account has them in, the checkpoints' own; none
             for the base model itself.
         known: where the base model lies, from :func:`.pool_reader.backbone_reference`; without it the base model has to be
-            given again to load the artefact.
+            given again to load the artifact.
 
     Raises:
         FileExistsError: if the directory exists and ``overwrite`` is false.
@@ -100,7 +100,7 @@ def save_artefact(
     return written(directory)
 
 
-def load_artefact(
+def load_artifact(
     directory: str | Path, backbone: nn.Module | None = None
 ) -> nn.Module | dict[str, nn.Module]:
     """The model again; individuals as a dictionary of models.

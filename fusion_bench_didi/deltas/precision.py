@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..allocation.spectra import Price
+from ..allocation.spectra import Rate
 from ..lowrank.factors import LowRankFactors, Matrix
-from ..lowrank.row_blocks import Terms, cast
+from ..lowrank.row_blocks import Difference, cast
 from ..quantization.codes import WIDTHS
 from ..quantization.rounding import RELATIVE_ERROR, round_factors, round_matrices
 from .base import Delta
@@ -60,10 +60,10 @@ class Precision:
         """Bits of so many numbers, in whole bytes."""
         return -(-self.bits * numel // 8) * 8
 
-    def price(self, m: int, n: int) -> Price:
+    def rate(self, m: int, n: int) -> Rate:
         """At most what is stored; integer codes carry one scale per direction, or per row where dense."""
         scale = 0 if self.dtype is not None else SCALE_BITS
-        return Price(
+        return Rate(
             per_rank=self.whole(m) + self.whole(n) + scale,
             dense=self.whole(m * n) + scale * m,
         )
@@ -109,7 +109,7 @@ class Precision:
     def dense(
         self,
         shape: tuple[int, ...],
-        terms: Sequence[Terms],
+        terms: Sequence[Difference],
     ) -> tuple[list[Delta], Tensor]:
         """Store every entry of differences (m, n), on the CPU; with (T,) squared norms of what that loses."""
         if self.dtype is not None:

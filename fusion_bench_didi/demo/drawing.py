@@ -38,7 +38,7 @@ BOOK_FONTS = (
 )
 """The fonts of wild pictures; none of them is seen in pre-training."""
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Points = Sequence[tuple[float, float]]
 
 
@@ -56,23 +56,23 @@ def _lettering(text: str, face: str) -> Image.Image:
 
 
 def circle(
-    radius: float = 1.0, centre: tuple[float, float] = (0.0, 0.0), squash: float = 1.0
+    radius: float = 1.0, center: tuple[float, float] = (0.0, 0.0), squash: float = 1.0
 ) -> Points:
     """A circle, or an upright ellipse, as a polygon: all figures are polygons."""
-    return arc(0, 360, radius, centre, squash)
+    return arc(0, 360, radius, center, squash)
 
 
 def arc(
     start: float,
     stop: float,
     radius: float = 1.0,
-    centre: tuple[float, float] = (0.0, 0.0),
+    center: tuple[float, float] = (0.0, 0.0),
     squash: float = 1.0,
 ) -> Points:
     """Points along an arc; degrees run clockwise from the right, as y points down."""
     angles = np.radians(np.linspace(start, stop, 25))
-    x = centre[0] + radius * np.cos(angles)
-    y = centre[1] + radius * squash * np.sin(angles)
+    x = center[0] + radius * np.cos(angles)
+    y = center[1] + radius * squash * np.sin(angles)
     return list(zip(x.tolist(), y.tolist()))
 
 
@@ -94,7 +94,7 @@ def turned(points: Points, degrees: float) -> Points:
 
 
 class Canvas:
-    """A picture in the making: its colours, its pose, and how wild it is."""
+    """A picture in the making: its colors, its pose, and how wild it is."""
 
     def __init__(
         self,
@@ -106,12 +106,12 @@ class Canvas:
     ) -> None:
         self.rng = rng
         self.wildness = wildness
-        self.paper, self.ink = self._contrasting_colours()
+        self.paper, self.ink = self._contrasting_colors()
         self.image = Image.new("RGB", (_CANVAS, _CANVAS), self.paper)
         self._draw = ImageDraw.Draw(self.image)
         self._pose(size, turn)
 
-    def _contrasting_colours(self) -> tuple[Colour, Colour]:
+    def _contrasting_colors(self) -> tuple[Color, Color]:
         """Paper and ink: dark on light when tame; when wild, closer and mostly reversed."""
         rng = self.rng
         gap = rng.uniform(200 - 80 * self.wildness, 225)
@@ -121,7 +121,7 @@ class Canvas:
         paper = dark + gap + rng.uniform(-tint, tint, 3)
         if rng.random() < self.wildness:
             ink, paper = paper, ink
-        return as_colour(paper), as_colour(ink)
+        return as_color(paper), as_color(ink)
 
     def _pose(self, size: float, turn: float) -> None:
         rng, wild = self.rng, self.wildness
@@ -144,11 +144,11 @@ class Canvas:
         placed = np.asarray(list(points)) @ self._matrix.T + self._shift
         return [(x, y) for x, y in placed.tolist()]
 
-    def polygon(self, points: Points, fill: Colour | None = None) -> None:
+    def polygon(self, points: Points, fill: Color | None = None) -> None:
         self._draw.polygon(self.place(points), fill=fill or self.ink)
 
     def line(
-        self, points: Points, width: float = 0.16, fill: Colour | None = None
+        self, points: Points, width: float = 0.16, fill: Color | None = None
     ) -> None:
         """A stroke whose ``width`` is in figure coordinates."""
         pixels = max(2, round(width * self.scale))
@@ -171,7 +171,7 @@ class Canvas:
         *,
         height: float = 1.6,
         at: tuple[float, float] = (0.0, 0.0),
-        fill: Colour | None = None,
+        fill: Color | None = None,
     ) -> None:
         """Text whose capitals are about 0.9 ``height`` high, turned with the pose."""
         mask = _lettering(text, face)
@@ -190,16 +190,16 @@ class Canvas:
         for _ in range(rng.poisson(1.2 * self.wildness)):
             ends = rng.uniform(0, _CANVAS, 4).tolist()
             blend = rng.uniform(0.2, 0.7)
-            colour = np.array(self.paper) * (1 - blend) + np.array(self.ink) * blend
-            self._draw.line(ends, fill=as_colour(colour), width=int(rng.integers(1, 5)))
+            color = np.array(self.paper) * (1 - blend) + np.array(self.ink) * blend
+            self._draw.line(ends, fill=as_color(color), width=int(rng.integers(1, 5)))
 
     def finish(self) -> np.ndarray:
         """Average down to the final size and expose: light, focus and grain."""
         return expose(np.asarray(self.image.reduce(_ZOOM)), self.rng, self.wildness)
 
 
-def as_colour(values: Iterable[float]) -> Colour:
-    """Round to a colour that PIL takes."""
+def as_color(values: Iterable[float]) -> Color:
+    """Round to a color that PIL takes."""
     red, green, blue = (int(min(255, max(0, round(float(v))))) for v in values)
     return red, green, blue
 

@@ -1,4 +1,4 @@
-"""Who paints what: characters, shapes, textures, counts, colours and arrows.
+"""Who paints what: characters, shapes, textures, counts, colors and arrows.
 
 A painter takes ``(rng, label, wildness)`` and returns a (32, 32, 3) uint8 picture of
 the class with that index; see :mod:`.drawing` for what wildness means. The tables
@@ -15,7 +15,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from . import drawing
-from .drawing import SIDE, Canvas, Points, arc, as_colour, circle, regular, turned
+from .drawing import SIDE, Canvas, Points, arc, as_color, circle, regular, turned
 
 NUMBERS = tuple(
     "one two three four five six seven eight nine ten eleven twelve".split()
@@ -29,15 +29,15 @@ GREEK = dict(
 def _glyph(
     rng: Generator, text: str, wildness: float, *, size: float = 0.75
 ) -> np.ndarray:
-    """One character, with its neighbours peeping in as on a street sign."""
+    """One character, with its neighbors peeping in as on a street sign."""
     canvas = Canvas(rng, wildness, size=size, turn=18)
     canvas.clutter()
     fonts = drawing.BOOK_FONTS if wildness > 0.5 else drawing.PRINT_FONTS
     face = fonts[rng.integers(len(fonts))]
     for side in (-1, 1):
         if rng.random() < 0.4 * wildness:
-            neighbour = chr(ord("A") + rng.integers(26))
-            canvas.text(neighbour, face, height=1.3, at=(1.6 * side, 0.0))
+            neighbor = chr(ord("A") + rng.integers(26))
+            canvas.text(neighbor, face, height=1.3, at=(1.6 * side, 0.0))
     canvas.text(text, face, height=1.5)
     return canvas.finish()
 
@@ -49,8 +49,8 @@ def paint_digit(rng: Generator, label: int, wildness: float) -> np.ndarray:
     """
     picture = _glyph(rng, str(label), wildness, size=0.95)
     if rng.random() < 0.5:
-        grey = Image.fromarray(picture).convert("L").reduce(4)
-        near = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        gray = Image.fromarray(picture).convert("L").reduce(4)
+        near = np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
         picture = np.repeat(near[..., None], 3, axis=-1)
         if picture[0].mean() > 128:
             picture = 255 - picture
@@ -138,7 +138,7 @@ def _weave(rng: Generator, name: str, wildness: float) -> np.ndarray:
 
 
 def paint_texture(rng: Generator, label: int, wildness: float) -> np.ndarray:
-    canvas = Canvas(rng, wildness)  # for its colours
+    canvas = Canvas(rng, wildness)  # for its colors
     ink = np.clip(_weave(rng, TEXTURES[label], wildness), -1, 1)[..., None] / 2 + 0.5
     picture = np.array(canvas.paper) * (1 - ink) + np.array(canvas.ink) * ink
     return drawing.expose(picture, rng, wildness)
@@ -148,7 +148,7 @@ COUNTS = NUMBERS[:6]
 
 
 def paint_count(rng: Generator, label: int, wildness: float) -> np.ndarray:
-    """Some blobs that do not touch; wild ones differ in size, form and colour."""
+    """Some blobs that do not touch; wild ones differ in size, form and color."""
     canvas = Canvas(rng, wildness, size=0.92, turn=40)
     form = (
         list(SHAPES.values())[rng.integers(len(SHAPES))]
@@ -166,24 +166,24 @@ def paint_count(rng: Generator, label: int, wildness: float) -> np.ndarray:
     for x, y, radius in placed:
         shade = np.array(canvas.ink) + rng.uniform(-40, 40, 3) * wildness
         canvas.polygon(
-            [(x + radius * a, y + radius * b) for a, b in form], as_colour(shade)
+            [(x + radius * a, y + radius * b) for a, b in form], as_color(shade)
         )
     return canvas.finish()
 
 
-COLOURS = {
+COLORS = {
     **{"red": (215, 40, 40), "green": (40, 165, 60), "blue": (45, 75, 205)},
     **{"yellow": (240, 215, 50), "purple": (140, 50, 170), "orange": (245, 140, 30)},
     **{"white": (245, 245, 245), "black": (15, 15, 15), "pink": (245, 150, 190)},
 }
 
 
-def paint_colour(rng: Generator, label: int, wildness: float) -> np.ndarray:
-    """Any shape in one colour: teaches the tower that form is not everything."""
+def paint_color(rng: Generator, label: int, wildness: float) -> np.ndarray:
+    """Any shape in one color: teaches the tower that form is not everything."""
     canvas = Canvas(rng, wildness, turn=180)
     form = list(SHAPES.values())[rng.integers(len(SHAPES))]
-    pure = np.array(list(COLOURS.values())[label])
-    canvas.polygon(form, as_colour(pure + rng.uniform(-15, 15, 3)))
+    pure = np.array(list(COLORS.values())[label])
+    canvas.polygon(form, as_color(pure + rng.uniform(-15, 15, 3)))
     return canvas.finish()
 
 

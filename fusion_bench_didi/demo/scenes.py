@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.random import Generator
 
-from .drawing import Canvas, Colour, arc, as_colour, circle, regular, turned
+from .drawing import Canvas, Color, arc, as_color, circle, regular, turned
 from .painters import ARROW, NUMBERS, SHAPES
 
 SIGNS = tuple(
@@ -16,14 +16,14 @@ _RED, _BLUE, _YELLOW = (200, 25, 35), (25, 70, 175), (245, 195, 20)
 _WHITE, _BLACK = (240, 240, 240), (20, 20, 20)
 
 
-def _dimmed(colour: Colour, rng: Generator, wildness: float) -> Colour:
-    """A sign's colour after years of sun, or at dusk."""
+def _dimmed(color: Color, rng: Generator, wildness: float) -> Color:
+    """A sign's color after years of sun, or at dusk."""
     light = rng.uniform(1 - 0.65 * wildness, 1)
-    return as_colour(np.array(colour) * light + rng.uniform(-25, 25, 3) * wildness)
+    return as_color(np.array(color) * light + rng.uniform(-25, 25, 3) * wildness)
 
 
 def paint_sign(rng: Generator, label: int, wildness: float) -> np.ndarray:
-    """A traffic sign before a street: sky, wall or leaves, whatever the colours say."""
+    """A traffic sign before a street: sky, wall or leaves, whatever the colors say."""
     canvas = Canvas(rng, wildness, size=0.78, turn=15)
     canvas.clutter()
     red, blue, yellow, white, black = (
@@ -71,10 +71,10 @@ def paint_face(rng: Generator, label: int, wildness: float) -> np.ndarray:
     canvas = Canvas(rng, wildness, size=0.85, turn=25)
     canvas.clutter()
     name = FACES[label]
-    skin = as_colour(
+    skin = as_color(
         np.array((235, 190, 120)) * rng.uniform(1 - 0.45 * wildness, 1.05, 3)
     )
-    dark = as_colour(rng.uniform(10, 30 + 50 * wildness, 3))
+    dark = as_color(rng.uniform(10, 30 + 50 * wildness, 3))
     canvas.polygon(circle(squash=rng.uniform(1 - 0.15 * wildness, 1)), skin)
     if rng.random() < 0.7 * wildness:  # hair, or a cap
         brim = arc(180 + rng.uniform(0, 30), 360 - rng.uniform(0, 30))
@@ -115,7 +115,7 @@ def paint_clock(rng: Generator, label: int, wildness: float) -> np.ndarray:
     """A clock on the hour: the short hand says which, the long one points to twelve."""
     canvas = Canvas(rng, wildness, size=0.85, turn=14)
     canvas.clutter()
-    face = as_colour(np.array(canvas.paper) * 0.75 + np.array(canvas.ink) * 0.25)
+    face = as_color(np.array(canvas.paper) * 0.75 + np.array(canvas.ink) * 0.25)
     if rng.random() < 0.5:
         canvas.polygon(circle(), canvas.ink)
         canvas.polygon(circle(rng.uniform(0.78, 0.92)), face)

@@ -195,7 +195,7 @@ def _make(folder: Path, recipe: Recipe, seed: int, workers: int) -> None:
         towers.save_vision_tower(clip, folder / "vision" / "_pretrained_")
         done("pre-trained the base model")
 
-        def specialise(task: Task) -> dict[str, object]:
+        def specialize(task: Task) -> dict[str, object]:
             ids = processor.tokenizer(
                 task.classnames, padding=True, return_tensors="pt"
             )
@@ -215,7 +215,7 @@ def _make(folder: Path, recipe: Recipe, seed: int, workers: int) -> None:
                 "pictures": {split: len(p) for split, p in splits.items()},
             }
 
-        facts = dict(zip(data, pool.map(specialise, recipe.tasks)))
+        facts = dict(zip(data, pool.map(specialize, recipe.tasks)))
     summary = {"format": FORMAT, "seed": seed, "tasks": facts}
     (folder / "suite.json").write_text(json.dumps(summary, indent=1) + "\n")
 

@@ -60,7 +60,7 @@ TASKS = (
 
 EXTRAS = (
     Task("greek", tuple(painters.GREEK), painters.paint_greek),
-    Task("colours", tuple(painters.COLOURS), painters.paint_colour),
+    Task("colors", tuple(painters.COLORS), painters.paint_color),
     Task("arrows", painters.HEADINGS, painters.paint_arrow),
 )
 """Seen in pre-training only, so that the base knows more than the tasks ask for."""
@@ -112,13 +112,13 @@ def _handwritten(sizes: Mapping[Split, int], seed: int) -> dict[Split, Pictures]
             f"digits: {shares[-1]} pictures asked for, scikit-learn has {len(order)}. "
             "Ask for fewer in the sizes of the suite."
         )
-    grey = (digits.images * (255 / 16)).round().astype(np.uint8)
+    gray = (digits.images * (255 / 16)).round().astype(np.uint8)
     splits: dict[Split, Pictures] = {}
     for split, start, stop in zip(sizes, shares[:-1], shares[1:]):
         chosen = order[start:stop]
         enlarged = [
             np.asarray(
-                Image.fromarray(grey[i]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+                Image.fromarray(gray[i]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             )
             for i in chosen
         ]

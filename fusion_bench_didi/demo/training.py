@@ -88,25 +88,25 @@ def _batches(
         yield pixels, labels[chosen]
 
 
-def _optimise(
+def _optimize(
     parameters: list[nn.Parameter],
     schedule: Schedule,
     gradients: Callable[[int], list[Tensor]],
 ) -> None:
     """AdamW over ``schedule``; ``gradients(step)`` are those of ``parameters``."""
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parameters,
         lr=schedule.rate,
         betas=(0.9, 0.95),
         weight_decay=schedule.decay,
     )
     for step in range(schedule.steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
         for parameter, gradient in zip(parameters, gradients(step)):
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        optimizer.step()
 
 
 def pretrain(
@@ -141,7 +141,7 @@ def pretrain(
         halves = list(pool.map(half, pixels.chunk(2), labels.chunk(2)))
         return [first + second for first, second in zip(*halves)]
 
-    _optimise(parameters, schedule, gradients)
+    _optimize(parameters, schedule, gradients)
     return words.detach()
 
 
@@ -158,7 +158,7 @@ def fine_tune(
         logits = scale * image_features(clip, pixels) @ words.T
         return list(torch.autograd.grad(F.cross_entropy(logits, labels), parameters))
 
-    _optimise(parameters, schedule, gradients)
+    _optimize(parameters, schedule, gradients)
 
 
 @torch.no_grad()

@@ -1,21 +1,21 @@
 """Matrices as factors: decompositions, shared parts and refinement; pure functions on tensors."""
 
-from .decomposition import Decomposition, decompose, halved, halves
+from .decomposition import Decomposition, decompose, half_decompose, half_of
 from .factored import all_factored, as_dense, as_product, inner, subtracting, zero_like
 from .factors import LowRankFactors, Matrix, Spectrum, energy_of, full_rank
-from .overlap import sharing, togetherness
-from .refinement import Modules, Refinement, RefinementSettings, refine
+from .overlap import mean_overlap, subspace_overlap
+from .refinement import FactorSet, Refinement, RefinementSettings, refine
 from .static_merge import SharedMerge, shared_matrix
 from .subspace_iteration import subspace_step
-from .svd import Basis, leading, singular_values, sketched, spectrum
-from .tucker import common_spaces, cores, refine_common
+from .svd import HalfSVD, half_svd, singular_values, sketched, spectrum
+from .tucker import cores, refine_tucker, tucker_bases
 
 __all__ = [
-    "Basis",
+    "HalfSVD",
     "Decomposition",
     "LowRankFactors",
     "Matrix",
-    "Modules",
+    "FactorSet",
     "Refinement",
     "RefinementSettings",
     "SharedMerge",
@@ -23,24 +23,24 @@ __all__ = [
     "all_factored",
     "as_dense",
     "as_product",
-    "common_spaces",
+    "tucker_bases",
     "cores",
     "decompose",
     "energy_of",
     "full_rank",
-    "halved",
-    "halves",
+    "half_of",
+    "half_decompose",
     "inner",
-    "leading",
+    "half_svd",
     "refine",
-    "refine_common",
+    "refine_tucker",
     "shared_matrix",
-    "sharing",
+    "mean_overlap",
     "singular_values",
     "sketched",
     "spectrum",
     "subspace_step",
     "subtracting",
-    "togetherness",
+    "subspace_overlap",
     "zero_like",
 ]

@@ -12,15 +12,15 @@ import torch
 from .coupling import Coupling, _couple
 from .factored import subtracting
 from .factors import Matrix, Spectrum
-from .svd import Basis, leading, spectrum
+from .svd import HalfSVD, half_svd, spectrum
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """One matrix: the shared spectrum, one spectrum per task, and their coupling; spectra may be halves (``Basis``)."""
+    """One matrix: the shared spectrum, one spectrum per task, and their coupling; spectra may be halves (``HalfSVD``)."""
 
-    shared: Spectrum | Basis
-    experts: tuple[Spectrum | Basis, ...]
+    shared: Spectrum | HalfSVD
+    experts: tuple[Spectrum | HalfSVD, ...]
     coupling: Coupling | None = None
 
 
@@ -53,7 +53,7 @@ def decompose(
     return Decomposition(first, experts, Coupling(*map(torch.stack, zip(*parts))))
 
 
-def halves(
+def half_decompose(
     task_vectors: Sequence[Matrix],
     shared: Matrix | None,
     *,
@@ -70,27 +70,27 @@ def halves(
     like, side = task_vectors[0], min(task_vectors[0].shape)
     q = side if max_rank is None else min(max_rank, side)
     zeros = torch.zeros(q, device=like.device)
-    none = Basis(zeros.new_zeros(side, 0), zeros, 0.0)
+    none = HalfSVD(zeros.new_zeros(side, 0), zeros, 0.0)
     if shared is None or shared_rank == 0:
         first, shared = none, None
     else:
-        first = leading(shared, max_rank=max(q, shared_rank or 0), name=name)
+        first = half_svd(shared, max_rank=max(q, shared_rank or 0), name=name)
         if shared_rank is not None:
             shared = first.factors(shared, shared_rank)
-            first = Basis(first.vectors, first.S[:q], first.tail_energy)
+            first = HalfSVD(first.vectors, first.S[:q], first.tail_energy)
     left = subtracting(shared)
     return Decomposition(
         first,
-        tuple(leading(left(tau), max_rank=q, name=name) for tau in task_vectors),
+        tuple(half_svd(left(tau), max_rank=q, name=name) for tau in task_vectors),
     )
 
 
-def halved(whole: Decomposition) -> Decomposition:
-    """Of full spectra, what :func:`halves` keeps."""
+def half_of(whole: Decomposition) -> Decomposition:
+    """Of full spectra, what :func:`half_decompose` keeps."""
 
-    def half(s: Spectrum) -> Basis:
-        short = s.U if s.U.shape[0] < s.Vh.shape[1] else s.Vh.mT  # as ``leading`` does
-        return Basis(short, s.S, s.tail_energy)
+    def half(s: Spectrum) -> HalfSVD:
+        short = s.U if s.U.shape[0] < s.Vh.shape[1] else s.Vh.mT  # as ``half_svd`` does
+        return HalfSVD(short, s.S, s.tail_energy)
 
     return Decomposition(
         half(whole.shared), tuple(map(half, whole.experts)), whole.coupling

@@ -115,7 +115,7 @@ class Densified(Sequence):
 
 
 @dataclass(frozen=True)
-class Frame:
+class JointBasis:
     """Orthonormal bases around factored matrices: inside, they are small dense matrices of the same singular values,
     norms and inner products.
 
@@ -128,7 +128,7 @@ class Frame:
     right: Tensor
 
     @classmethod
-    def around(cls, matrices: Iterable[LowRankFactors]) -> "Frame":
+    def around(cls, matrices: Iterable[LowRankFactors]) -> "JointBasis":
         matrices = list(matrices)
         columns = torch.cat([matrix.up for matrix in matrices], 1)
         rows = torch.cat([matrix.down for matrix in matrices])

@@ -135,7 +135,7 @@ class Spectrum:
         return LowRankFactors(self.U[:, :rank] * root, root[:, None] * self.Vh[:rank])
 
     def factors(self, matrix: Matrix, rank: int) -> LowRankFactors:
-        """:meth:`cut`; as of a ``Basis``, which needs the matrix."""
+        """:meth:`cut`; as of a ``HalfSVD``, which needs the matrix."""
         return self.cut(rank)
 
     def head(self) -> Tensor:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .svd import Basis, singular_values
+from .svd import HalfSVD, singular_values
 
 
-def togetherness(
-    bases: Sequence[Basis], weights: Tensor, *, part: float = 0.1
+def subspace_overlap(
+    bases: Sequence[HalfSVD], weights: Tensor, *, part: float = 0.1
 ) -> float:
     """How much more the leading short-side directions of all tasks together hold than if tasks used unrelated ones.
 
@@ -38,7 +38,7 @@ def togetherness(
     return held(own) / max(held(shuffled), 1e-300)
 
 
-def sharing(mean: Tensor, sigma: Tensor, weights: Tensor, rank: int) -> float:
+def mean_overlap(mean: Tensor, sigma: Tensor, weights: Tensor, rank: int) -> float:
     """How much more the ``rank`` leading directions of the mean hold than those of the average task, per stored number.
 
     ``(sum_t w_t) sum_i s_i^2 / mean_t(w_t sum_i sigma_ti^2)``: about 1 for unrelated tasks, where sharing is no gain, and T

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .factored import Densified, Frame, all_factored
+from .factored import Densified, JointBasis, all_factored
 from .factors import LowRankFactors, Matrix, energy_of
 from .subspace_iteration import Subspace
-from .svd import leading
+from .svd import half_svd
 
 Refinement = Literal["alternating", "adam", "none"]
 
@@ -40,16 +40,18 @@ class RefinementSettings:
 
 
 @dataclass(frozen=True)
-class Modules:
+class FactorSet:
     """The modules of one matrix: shared factors, and per task factors or None for a dense expert."""
 
     shared: LowRankFactors
     experts: tuple[LowRankFactors | None, ...]
 
-    def mapped(self, function: Callable[[LowRankFactors], LowRankFactors]) -> "Modules":
+    def mapped(
+        self, function: Callable[[LowRankFactors], LowRankFactors]
+    ) -> "FactorSet":
         """The same with every low-rank module put through a function."""
         experts = (None if e is None else function(e) for e in self.experts)
-        return Modules(function(self.shared), tuple(experts))
+        return FactorSet(function(self.shared), tuple(experts))
 
     def errors(self, task_vectors: Sequence[Tensor]) -> Tensor:
         """(T,) squared errors of Eq. 16, unweighted."""
@@ -67,14 +69,14 @@ class Modules:
 
 
 def refine(
-    modules: Modules,
+    modules: FactorSet,
     task_vectors: Sequence[Matrix],
     *,
     weights: Tensor,
     how: Refinement = "alternating",
     settings: RefinementSettings = RefinementSettings(),
-    settled: bool = False,
-) -> Modules:
+    residual_to_stored: bool = False,
+) -> FactorSet:
     """Lower the reconstruction error at fixed ranks.
 
     Args:
@@ -90,42 +92,42 @@ def refine(
     """
     if how == "none":
         return modules
-    if how == "alternating" and settled and not modules.shared.rank:
+    if how == "alternating" and residual_to_stored and not modules.shared.rank:
         return modules  # nothing couples the tasks
     if all_factored(task_vectors):
-        frame = Frame.around(task_vectors)
+        frame = JointBasis.around(task_vectors)
         found = refine(
             modules.mapped(frame.inside),
             frame.cores(task_vectors),
             weights=weights,
             how=how,
             settings=settings,
-            settled=settled,
+            residual_to_stored=residual_to_stored,
         )
         return found.mapped(frame.outside)
     if not isinstance(task_vectors, Tensor):
         task_vectors = Densified(task_vectors)
     if how == "alternating":
-        return _alternate(modules, task_vectors, weights, settings, settled)
+        return _alternate(modules, task_vectors, weights, settings, residual_to_stored)
     if how == "adam":
         return _adam(modules, task_vectors, weights, settings)
     raise ValueError(f"refinement={how!r}; choose alternating, adam or none.")
 
 
 def _alternate(
-    modules: Modules,
+    modules: FactorSet,
     task_vectors: Sequence[Tensor],
     weights: Tensor,
     settings: RefinementSettings,
-    settled: bool,
-) -> Modules:
+    residual_to_stored: bool,
+) -> FactorSet:
     shared, experts = modules.shared, list(modules.experts)
     low_rank = [t for t, e in enumerate(experts) if e is not None]
     if not shared.rank:
         for t in low_rank:
-            found = leading(task_vectors[t], max_rank=experts[t].rank)
+            found = half_svd(task_vectors[t], max_rank=experts[t].rank)
             experts[t] = found.factors(task_vectors[t], experts[t].rank)
-        return Modules(shared, tuple(experts))
+        return FactorSet(shared, tuple(experts))
     # a dense expert takes whatever the shared module leaves, so it has no say in the shared module
     say = {t: float(weights[t]) for t in low_rank}
     total = sum(say.values())
@@ -173,7 +175,7 @@ def _alternate(
             error += say[t] * max(float(energy_of(target)) - kept, 0.0)
         earlier, left = left, leave(earlier)
         if error < best:
-            best, result = error, Modules(shared, tuple(experts))
+            best, result = error, FactorSet(shared, tuple(experts))
         falls = falls + 1 if error < before else 0
         if abs(before - error) <= settings.tolerance * before:
             break
@@ -182,11 +184,11 @@ def _alternate(
 
 
 def _adam(
-    modules: Modules,
+    modules: FactorSet,
     task_vectors: Sequence[Tensor],
     weights: Tensor,
     settings: RefinementSettings,
-) -> Modules:
+) -> FactorSet:
     low_rank = [t for t, e in enumerate(modules.experts) if e is not None]
     if not low_rank:
         return modules
@@ -202,12 +204,12 @@ def _adam(
     up, down = up / root, down / root
     parameters = [*shared, up, down]
     parameters = [p.clone() for p in parameters]
-    optimiser = torch.optim.Adam(parameters, lr=settings.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
+    optimizer = torch.optim.Adam(parameters, lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for _ in range(settings.steps):
         for p, g in zip(parameters, _factored_gradient(parameters, targets, w)):
             p.grad = g
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     ranks = [modules.experts[t].rank for t in low_rank]
     experts = list(modules.experts)
@@ -215,7 +217,7 @@ def _adam(
         experts[t] = LowRankFactors(
             parameters[2][i, :, :r] * root, parameters[3][i, :r] * root
         )
-    ended = Modules(
+    ended = FactorSet(
         LowRankFactors(parameters[0] * root, parameters[1] * root), tuple(experts)
     )
     weights = weights.to(targets)

@@ -9,7 +9,7 @@ from .factored import as_dense
 from .factors import Matrix
 
 #: Two matrices (m, n) of any floating type whose difference is meant; nothing is subtracted where the second is None.
-Terms = tuple[Tensor, Tensor | None]
+Difference = tuple[Tensor, Tensor | None]
 #: Entries of a block at most, some megabytes in float32: less fits the caches of a core better, but cores that work side by
 #: side then wait for one another between the many short calls.
 BLOCK = 5 * 2**17
@@ -24,28 +24,28 @@ def blocks_of_rows(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, m))
 
 
-def differences(terms: Sequence[Terms]) -> Iterator[tuple[int, slice, Tensor]]:
-    """Blocks of ``matrix - less`` in float32: of which terms, which rows, and what they are.
+def differences(terms: Sequence[Difference]) -> Iterator[tuple[int, slice, Tensor]]:
+    """Blocks of ``matrix - minus`` in float32: of which terms, which rows, and what they are.
 
-    Matrices take turns block by block, so that a ``less`` that they have in common comes from memory once. Blocks may be
+    Matrices take turns block by block, so that a ``minus`` that they have in common comes from memory once. Blocks may be
     views where nothing is subtracted.
     """
     for rows in blocks_of_rows(terms[0][0]):
         last = block = None
-        for t, (matrix, less) in enumerate(terms):
-            if less is not last:
-                last, block = less, None if less is None else less[rows].float()
+        for t, (matrix, minus) in enumerate(terms):
+            if minus is not last:
+                last, block = minus, None if minus is None else minus[rows].float()
             x = matrix[rows].float()
             yield t, rows, x if block is None else x - block
 
 
-def formed(terms: Terms) -> Tensor:
+def materialize(terms: Difference) -> Tensor:
     """One difference (m, n) in float32, whole."""
-    matrix, less = terms
-    return matrix.float() if less is None else matrix.float() - less.float()
+    matrix, minus = terms
+    return matrix.float() if minus is None else matrix.float() - minus.float()
 
 
-def energies_of(terms: Sequence[Terms]) -> Tensor:
+def squared_norms(terms: Sequence[Difference]) -> Tensor:
     """(T,) squared Frobenius norms in float64 of differences in float32; rows are summed in float32.
 
     Zero only where nothing differs, also where the squares underflow.
@@ -56,13 +56,13 @@ def energies_of(terms: Sequence[Terms]) -> Tensor:
         norms[t, rows] = torch.linalg.vector_norm(x, dim=1)
     energies = norms.double().square().sum(1)
     for t in (energies == 0).nonzero().flatten().tolist():
-        matrix, less = terms[t]
-        rest = matrix.double() if less is None else matrix.double() - less.double()
+        matrix, minus = terms[t]
+        rest = matrix.double() if minus is None else matrix.double() - minus.double()
         energies[t] = rest.square().sum()
     return energies
 
 
-def less(terms: Sequence[Terms], part: Matrix | None) -> list[Terms]:
+def minus(terms: Sequence[Difference], part: Matrix | None) -> list[Difference]:
     """Differences of which a matrix (m, n) is taken away as well; the same where it is None."""
     if part is None:
         return list(terms)
@@ -74,7 +74,7 @@ def less(terms: Sequence[Terms], part: Matrix | None) -> list[Terms]:
     return found
 
 
-def mean_of(terms: Sequence[Terms], weights: Tensor) -> Tensor:
+def mean_of(terms: Sequence[Difference], weights: Tensor) -> Tensor:
     """``sum_t w_t x_t / sum_t w_t`` of differences x_t, (m, n) float32; equal weights where all are zero.
 
     Args:
@@ -89,7 +89,9 @@ def mean_of(terms: Sequence[Terms], weights: Tensor) -> Tensor:
     return total
 
 
-def cast(terms: Sequence[Terms], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def cast(
+    terms: Sequence[Difference], dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
     """Differences in a floating type, and (T,) squared norms of what that loses, float64."""
     like = terms[0][0]
     values = [torch.empty(m.shape, dtype=dtype, device=m.device) for m, _ in terms]

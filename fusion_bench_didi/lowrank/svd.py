@@ -44,7 +44,7 @@ THIN = 1.6
 
 
 @dataclass(frozen=True)
-class Basis:
+class HalfSVD:
     """Half a singular value decomposition: all that is needed, beside the matrix itself, to cut it to any rank.
 
     Args:
@@ -74,13 +74,13 @@ class Basis:
         return LowRankFactors(short, scaled.div_(root[:, None]))
 
 
-def leading(
+def half_svd(
     matrix: Matrix,
     *,
     max_rank: int | None = None,
     exact: bool = False,
     name: str = "",
-) -> Basis:
+) -> HalfSVD:
     """The leading singular values and short-side vectors of a matrix, Eq. 7.
 
     Args:
@@ -99,13 +99,13 @@ def leading(
     side = a.shape[1]
     q = side if max_rank is None else min(max_rank, side)
     if q == 0:
-        return Basis(a.new_zeros(side, 0), a.new_zeros(0), float(energy_of(work)))
+        return HalfSVD(a.new_zeros(side, 0), a.new_zeros(0), float(energy_of(work)))
     way = _gram if exact else _cheapest(a.shape, q, a.device.type)
     vectors, S = way(a, q, name)
     tail = (
         float(energy_of(work)) - float(S.double().square().sum()) if q < side else 0.0
     )
-    return Basis(_with_sign(vectors), S, max(tail, 0.0))
+    return HalfSVD(_with_sign(vectors), S, max(tail, 0.0))
 
 
 def spectrum(
@@ -126,11 +126,11 @@ def spectrum(
         name: used in log lines only.
 
     Raises:
-        torch.linalg.LinAlgError: as :func:`leading`.
+        torch.linalg.LinAlgError: as :func:`half_svd`.
     """
     if isinstance(matrix, LowRankFactors):
         return _whole_of_product(matrix, max_rank)
-    found = leading(matrix, max_rank=max_rank, exact=exact, name=name)
+    found = half_svd(matrix, max_rank=max_rank, exact=exact, name=name)
     work = matrix.to(torch.float32)
     tall = work.shape[0] >= work.shape[1]
     a = work if tall else work.mT
@@ -147,7 +147,7 @@ def spectrum(
 def singular_values(matrix: Matrix, *, max_rank: int | None = None) -> Tensor:
     """The (q,) leading singular values, descending, without vectors where that is cheaper."""
     if isinstance(matrix, LowRankFactors):
-        return leading(matrix, max_rank=max_rank).S
+        return half_svd(matrix, max_rank=max_rank).S
     a = matrix.to(torch.float32)
     a = a if a.shape[0] >= a.shape[1] else a.mT
     side = a.shape[1]
@@ -166,8 +166,10 @@ def sketched(shape: Sequence[int], rank: int, *, device: str = "cpu") -> bool:
 
 def operations(shape: Sequence[int], rank: int) -> float:
     """What ``rank`` directions of an (m, n) matrix cost on a CPU by the way that is taken, in operations of products."""
-    formed, searched = _operations(shape, rank, "cpu")[_cheapest(shape, rank, "cpu")]
-    return formed + searched
+    materialize, searched = _operations(shape, rank, "cpu")[
+        _cheapest(shape, rank, "cpu")
+    ]
+    return materialize + searched
 
 
 #: (l, s) matrix, q and name -> (s, q) vectors and (q,) values.
@@ -251,13 +253,13 @@ def _eigh(gram: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return values.to(gram.dtype), vectors.to(gram.dtype)
 
 
-def _half_of_product(matrix: LowRankFactors, max_rank: int | None) -> Basis:
-    """:func:`leading` of a product: beyond its rank there are no vectors, and zeros for singular values."""
+def _half_of_product(matrix: LowRankFactors, max_rank: int | None) -> HalfSVD:
+    """:func:`half_svd` of a product: beyond its rank there are no vectors, and zeros for singular values."""
     q = min(matrix.shape) if max_rank is None else min(max_rank, *matrix.shape)
     U, S, V = product_svd(matrix)
     vectors = (V if matrix.shape[0] >= matrix.shape[1] else U)[:, :q].to(matrix.dtype)
     tail = float(S[q:].square().sum())
-    return Basis(_with_sign(vectors), _padded(S[:q].to(matrix.dtype), q), tail)
+    return HalfSVD(_with_sign(vectors), _padded(S[:q].to(matrix.dtype), q), tail)
 
 
 def _whole_of_product(matrix: LowRankFactors, max_rank: int | None) -> Spectrum:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .factored import Frame, all_factored, stacked
+from .factored import JointBasis, all_factored, stacked
 from .factors import Matrix, energy_of
-from .svd import Basis, leading, spectrum
+from .svd import HalfSVD, half_svd, spectrum
 
 #: The error is tabulated at no more than so many values of p, and of q.
 GRID = 256
@@ -31,7 +31,7 @@ AMONG = 2
 
 
 @dataclass(frozen=True)
-class CommonSpaces:
+class TuckerBases:
     """Nested common subspaces of T matrices, and what each pair of sizes keeps.
 
     Args:
@@ -50,15 +50,15 @@ class CommonSpaces:
     energy: float
 
 
-def common_spaces(
+def tucker_bases(
     task_vectors: Sequence[Matrix],
     weights: Tensor,
     *,
-    bases: Sequence[Basis] | None = None,
+    bases: Sequence[HalfSVD] | None = None,
     max_up: int | None = None,
     max_down: int | None = None,
     name: str = "",
-) -> CommonSpaces:
+) -> TuckerBases:
     """The start, and the error of every cut of it.
 
     Args:
@@ -71,9 +71,9 @@ def common_spaces(
         name: used in log lines only.
     """
     if all_factored(task_vectors):
-        frame = Frame.around(task_vectors)
+        frame = JointBasis.around(task_vectors)
         cores = frame.cores(task_vectors)
-        found = common_spaces(cores, weights, max_up=max_up, max_down=max_down)
+        found = tucker_bases(cores, weights, max_up=max_up, max_down=max_down)
         up, down = frame.left @ found.up, found.down @ frame.right.mT
         return replace(found, up=up, down=down)
     scaled = _scaled(task_vectors, weights)
@@ -101,10 +101,10 @@ def common_spaces(
     sizes_up, sizes_down = _grid(up.shape[1]), _grid(down.shape[0])
     kept = squares.cumsum(0)[sizes_up - 1].cumsum(1)[:, sizes_down - 1].cpu()
     kept += max(rest, 0.0) / (m * n) * sizes_up[:, None] * sizes_down
-    return CommonSpaces(up, down, sizes_up, sizes_down, kept, energy)
+    return TuckerBases(up, down, sizes_up, sizes_down, kept, energy)
 
 
-def refine_common(
+def refine_tucker(
     task_vectors: Sequence[Matrix],
     weights: Tensor,
     up: Tensor,
@@ -127,8 +127,8 @@ def refine_common(
         (m, p) and (q, n).
     """
     if all_factored(task_vectors):
-        frame = Frame.around(task_vectors)
-        up, down = refine_common(
+        frame = JointBasis.around(task_vectors)
+        up, down = refine_tucker(
             frame.cores(task_vectors),
             weights,
             frame.left.mT @ up,
@@ -183,7 +183,7 @@ def _columns(matrices: Sequence[Tensor], count: int, name: str = "") -> Tensor:
     side_by_side = torch.cat(tuple(matrices), 1)
     # the short side's; of a square one the right ones
     if side_by_side.shape[0] < side_by_side.shape[1]:
-        return leading(side_by_side, max_rank=count, name=name).vectors
+        return half_svd(side_by_side, max_rank=count, name=name).vectors
     return spectrum(side_by_side, max_rank=count, name=name).U
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..lowrank.svd import Basis
+from ..lowrank.svd import HalfSVD
 
 
 class FactorStore:
@@ -20,12 +20,12 @@ class FactorStore:
 
     def __init__(self, memory_gb: float):
         self._left = memory_gb * 2**30
-        self._held: dict[str, tuple[Basis, ...]] = {}
+        self._held: dict[str, tuple[HalfSVD, ...]] = {}
         self._files: dict[str, Path] = {}
         self._count = itertools.count()
         self._directory: tempfile.TemporaryDirectory | None = None
 
-    def put(self, name: str, bases: tuple[Basis, ...]) -> None:
+    def put(self, name: str, bases: tuple[HalfSVD, ...]) -> None:
         """Keep the bases of a matrix, in place of those it may have."""
         self.drop(name)
         size = _bytes(bases)
@@ -44,7 +44,7 @@ class FactorStore:
         save_file(tensors, file)
         self._files[name] = file
 
-    def get(self, name: str) -> tuple[Basis, ...]:
+    def get(self, name: str) -> tuple[HalfSVD, ...]:
         """What was put there.
 
         Raises:
@@ -54,13 +54,13 @@ class FactorStore:
             return self._held[name]
         tensors = load_file(self._files[name])
         return tuple(
-            Basis(
+            HalfSVD(
                 tensors[f"{i}.vectors"], tensors[f"{i}.S"], float(tensors[f"{i}.tail"])
             )
             for i in range(len(tensors) // 3)
         )
 
-    def pop(self, name: str) -> tuple[Basis, ...]:
+    def pop(self, name: str) -> tuple[HalfSVD, ...]:
         """As :meth:`get`; it is forgotten here."""
         bases = self.get(name)
         self.drop(name)
@@ -73,5 +73,5 @@ class FactorStore:
             self._files.pop(name).unlink()
 
 
-def _bytes(bases: tuple[Basis, ...]) -> int:
+def _bytes(bases: tuple[HalfSVD, ...]) -> int:
     return sum(b.vectors.nbytes + b.S.nbytes for b in bases)

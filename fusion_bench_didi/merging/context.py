@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from ..allocation.spectra import MatrixSpectra, spectra_of
-from ..allocation.water_filling import whole_from
+from ..allocation.water_filling import dense_from
 from ..deltas.precision import Precision
-from ..lowrank.decomposition import Decomposition, decompose, halved, halves
+from ..lowrank.decomposition import Decomposition, decompose, half_decompose, half_of
 from ..lowrank.factored import as_dense
 from ..lowrank.factors import Matrix, full_rank
-from ..lowrank.row_blocks import Terms, formed, mean_of
+from ..lowrank.row_blocks import Difference, materialize, mean_of
 from ..lowrank.static_merge import shared_matrix
 from ..lowrank.svd import sketched
-from ..parallel import Release, alone, ordered_map, workers_for
+from ..parallel import HeapTrimmer, exclusive_if, ordered_map, workers_for
 from ..task_vectors.reader import TaskVectors, matrix_shape
 from .basis_store import FactorStore
-from .inventory import Layout, matrix_price
+from .inventory import Inventory, matrix_rate
 from .metric import Metric
 from .settings import MergeSettings
 
@@ -45,7 +45,7 @@ class Work:
 
     task_vectors: TaskVectors
     settings: MergeSettings
-    layout: Layout
+    inventory: Inventory
     budget: int
     weights: Mapping[str, Tensor]
     device: torch.device | str
@@ -53,7 +53,7 @@ class Work:
     store: FactorStore
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     energy: Mapping[str, Tensor] = field(default_factory=dict)
-    release: Release = field(default_factory=Release)
+    release: HeapTrimmer = field(default_factory=HeapTrimmer)
 
     def read(self, name: str) -> Sequence[Matrix]:
         """Task vectors of one matrix as errors are measured, T of (m, n), those of adapters as factors."""
@@ -78,19 +78,19 @@ class Work:
             keep=self.settings.ties_keep,
         )
 
-    def shared_of(self, name: str, terms: Sequence[Terms]) -> Tensor:
+    def shared_of(self, name: str, terms: Sequence[Difference]) -> Tensor:
         """As :meth:`shared`, of differences that are formed a few rows at a time where that will do."""
         if self.settings.static == "mean":
             return mean_of(terms, self.weights[name])
-        return as_dense(self.shared(name, [formed(pair) for pair in terms]))
+        return as_dense(self.shared(name, [materialize(pair) for pair in terms]))
 
     def cap(self, name: str) -> int:
         """The largest rank that the price, the budget and the task vectors' own ranks allow for a matrix."""
-        price = matrix_price(self.layout, self.task_vectors, name)
+        rate = matrix_rate(self.inventory, self.task_vectors, name)
         full = full_rank(*self.shape(name))
         if self._factored(name):
             full = min(full, self.task_vectors.joint_rank(name))
-        return max(min(price.cap, full, self.budget // price.per_rank), 1)
+        return max(min(rate.cap, full, self.budget // rate.per_rank), 1)
 
     def _factored(self, name: str) -> bool:
         """Whether task vectors, their shared part and what it leaves of them all are of low rank."""
@@ -98,14 +98,14 @@ class Work:
 
     def share(self, name: str) -> float:
         """Bits of one expert if every number of every task vector got as many."""
-        numel = {n: self.task_vectors.infos[n].numel for n in self.layout.matrices}
+        numel = {n: self.task_vectors.infos[n].numel for n in self.inventory.matrices}
         tasks = len(self.task_vectors.tasks)
         return self.budget * numel[name] / sum(numel.values()) / tasks
 
     def glanced(self, name: str) -> bool:
         """Whether the even share is enough to store the matrix whole, in its cheapest precision."""
-        price = matrix_price(self.layout, self.task_vectors, name)
-        return self.share(name) >= price.dense
+        rate = matrix_rate(self.inventory, self.task_vectors, name)
+        return self.share(name) >= rate.dense
 
     def first_guess(self, name: str) -> int:
         """The largest rank that a matrix will probably be given: somewhat more than its even share.
@@ -116,9 +116,9 @@ class Work:
         m, n = self.shape(name)
         if self._factored(name):
             return self.cap(name)
-        price = matrix_price(self.layout, self.task_vectors, name)
+        rate = matrix_rate(self.inventory, self.task_vectors, name)
         cap, kind = self.cap(name), torch.device(self.device).type
-        guess = REACH * self.share(name) / price.per_rank
+        guess = REACH * self.share(name) / rate.per_rank
         guess = int(GLANCE * min(m, n) if self.glanced(name) else guess) + 8
         return guess if guess < cap and sketched((m, n), guess, device=kind) else cap
 
@@ -133,7 +133,7 @@ class Work:
         """Names and results, large matrices first, with progress."""
 
         def one(name: str):
-            with alone(self.task_vectors.large(name)):
+            with exclusive_if(self.task_vectors.large(name)):
                 return function(name)
 
         names = self.large_first(names)
@@ -164,21 +164,23 @@ class Work:
     @property
     def coupling_bytes(self) -> int:
         """What the couplings of all matrices take in float32, as far as the budget reaches."""
-        reach = (self.cap(name) for name in self.layout.matrices)
+        reach = (self.cap(name) for name in self.inventory.matrices)
         return 4 * len(self.task_vectors.tasks) * sum(q**2 for q in reach)
 
     def _decompose(self, name: str, reach: int, fixed: int | None) -> Decomposition:
         vectors, settings = self.read(name), self.settings
         if fixed == 0:
-            return halves(vectors, None, max_rank=reach, name=name)
+            return half_decompose(vectors, None, max_rank=reach, name=name)
         shared = self.shared(name, vectors)
         if fixed is None and settings.allocation == "learned":
             if settings.learning.coupled:
                 whole = decompose(vectors, shared, max_rank=reach, name=name)
                 if self.coupling_bytes > COUPLING_BYTES:
                     whole = replace(whole, coupling=whole.coupling.reduced())
-                return halved(whole)
-        return halves(vectors, shared, shared_rank=fixed, max_rank=reach, name=name)
+                return half_of(whole)
+        return half_decompose(
+            vectors, shared, shared_rank=fixed, max_rank=reach, name=name
+        )
 
     def _row(
         self, name: str, parts: Decomposition, precision: Precision, fixed: int | None
@@ -188,9 +190,9 @@ class Work:
             name,
             parts,
             weights=self.weights[name],
-            price=precision.price(*shape),
+            rate=precision.rate(*shape),
             shape=shape,
-            fixed_shared=fixed,
+            shared_rank=fixed,
         )
 
     def extended(
@@ -214,12 +216,12 @@ class Work:
             if known < self.cap(row.name) and self._beyond(row, k):
                 longer = max(2 * known, self.first_guess(row.name))
                 reach[row.name] = min(longer, self.cap(row.name))
-                fixed[row.name] = row.fixed_shared
+                fixed[row.name] = row.shared_rank
         if not reach:
             return None
         longer = {row.name: row for row in self.rows("extend", reach, stored_as, fixed)}
         return [
-            replace(longer[row.name], price=row.price) if row.name in longer else row
+            replace(longer[row.name], rate=row.rate) if row.name in longer else row
             for row in table
         ]
 
@@ -234,6 +236,6 @@ class Work:
                 seen = float(row.sigma[j].double().square().sum())
                 if rest < SPENT * (rest + seen):
                     return True
-                if not glanced and whole_from(row, j)[0] >= known:
+                if not glanced and dense_from(row, j)[0] >= known:
                     return True
         return False

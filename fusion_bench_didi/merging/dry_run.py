@@ -2,11 +2,11 @@
 
 from ..deltas.storage import dtype_bits
 from ..task_vectors.reader import TaskVectors, matrix_shape
-from .inventory import Layout, lay_out, matrix_budget, matrix_price
+from .inventory import Inventory, matrix_budget, matrix_rate, take_inventory
 from .settings import MergeSettings
 
 
-def describe_plan(task_vectors: TaskVectors, settings: MergeSettings) -> str:
+def describe(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     """A table of the matrices, what a rank costs in each, the ranks of an even split, and the cost of the run.
 
     Nothing but headers is read, so every tensor counts as changed.
@@ -14,29 +14,29 @@ def describe_plan(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     Raises:
         BudgetError: if the budget cannot hold the vectors.
     """
-    layout = lay_out(task_vectors, settings, None)
-    left = matrix_budget(layout, settings)
+    inventory = take_inventory(task_vectors, settings, None)
+    left = matrix_budget(inventory, settings)
     modules = len(task_vectors.tasks) + (settings.shared != "none")
-    prices = {n: matrix_price(layout, task_vectors, n) for n in layout.matrices}
-    sizes = {n: task_vectors.infos[n].numel for n in layout.matrices}
+    rates = {n: matrix_rate(inventory, task_vectors, n) for n in inventory.matrices}
+    sizes = {n: task_vectors.infos[n].numel for n in inventory.matrices}
     share = left / (modules * sum(sizes.values())) if sizes else 0.0
     lines = [
         f"{len(task_vectors.tasks)} tasks: {', '.join(task_vectors.tasks)}",
-        f"{len(layout.matrices)} matrices, {len(layout.vectors)} vectors; one fine-tuned model is "
-        f"{layout.unit_bits / 8e6:.1f} MB, the budget {settings.budget.ratio} leaves {left / 8e6:.1f} MB for "
-        f"low-rank modules after {layout.vector_bits / 8e6:.2f} MB of vectors.",
+        f"{len(inventory.matrices)} matrices, {len(inventory.vectors)} vectors; one fine-tuned model is "
+        f"{inventory.unit_bits / 8e6:.1f} MB, the budget {settings.budget.ratio} leaves {left / 8e6:.1f} MB for "
+        f"low-rank modules after {inventory.vector_bits / 8e6:.2f} MB of vectors.",
         "",
         f"{'matrix':<60} {'shape':>14} {'bytes/rank':>11} {'even rank':>10}",
     ]
-    for name in layout.matrices:
+    for name in inventory.matrices:
         m, n = matrix_shape(task_vectors.infos[name].shape)
-        even = int(share * m * n / prices[name].per_rank)
+        even = int(share * m * n / rates[name].per_rank)
         even = min(even, task_vectors.joint_rank(name))
-        rank = "dense" if even > prices[name].cap else str(even)
-        cost = prices[name].per_rank // 8
+        rank = "dense" if even > rates[name].cap else str(even)
+        cost = rates[name].per_rank // 8
         lines.append(f"{name:<60} {f'{m} x {n}':>14} {cost:>11} {rank:>10}")
-    read = _read_gb(task_vectors, layout)
-    peak = _peak_gb(task_vectors, layout, settings, left)
+    read = _read_gb(task_vectors, inventory)
+    peak = _peak_gb(task_vectors, inventory, settings, left)
     lines += [
         "",
         f"to read: {read:.2f} GB per pass; predicted peak memory: {peak:.2f} GB",
@@ -44,10 +44,10 @@ def describe_plan(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     return "\n".join(lines)
 
 
-def _read_gb(task_vectors: TaskVectors, layout: Layout) -> float:
+def _read_gb(task_vectors: TaskVectors, inventory: Inventory) -> float:
     """All fine-tuned tensors, and the base model's where it is subtracted from them; an adapter's factors."""
     bits = 0
-    for name in (*layout.matrices, *layout.vectors):
+    for name in (*inventory.matrices, *inventory.vectors):
         ranks, info = task_vectors.ranks(name), task_vectors.infos[name]
         sides = sum(matrix_shape(info.shape))
         whole = ranks.count(None)
@@ -58,11 +58,11 @@ def _read_gb(task_vectors: TaskVectors, layout: Layout) -> float:
     return bits / 8e9
 
 
-def _peak_gb(task_vectors, layout, settings, left) -> float:
+def _peak_gb(task_vectors, inventory, settings, left) -> float:
     """Backbone twice (live and pristine), stored modules, kept factors up to their limit, one matrix of all models."""
     tasks = len(task_vectors.tasks)
     working = kept = 0
-    for name in layout.matrices:
+    for name in inventory.matrices:
         m, n = matrix_shape(task_vectors.infos[name].shape)
         rank = task_vectors.joint_rank(name)
         # float32 task vectors, residuals, and the float64 work space of one decomposition
@@ -70,4 +70,4 @@ def _peak_gb(task_vectors, layout, settings, left) -> float:
         working = max(working, 4 * numbers * (2 * tasks + 6))
         kept += 4 * (tasks + 1) * rank // 2 * (m + n)
     kept = min(kept, settings.factor_memory_gb * 2**30)
-    return (2 * layout.unit_bits / 8 + left / 8 + kept + working) / 1e9
+    return (2 * inventory.unit_bits / 8 + left / 8 + kept + working) / 1e9

@@ -9,14 +9,13 @@ from ..allocation.spectra import MatrixSpectra
 from ..deltas.base import Delta
 from ..deltas.plain import DenseDelta
 from ..deltas.precision import Precision
-from ..lowrank.refinement import refine
-from ..parallel import alone, ordered_map, workers_for
+from ..parallel import exclusive_if, ordered_map, workers_for
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan
 from .context import Work
 from .forms.experts import _experts
 from .forms.tucker import Common, _in_common
-from .inventory import Layout
+from .inventory import Inventory
 from .reconstruction import Stored
 from .settings import MergeSettings
 
@@ -40,7 +39,7 @@ def second_pass(
         jobs[row.name] = partial(_experts, work, row, k, precision[row.name])
 
     def one(name: str) -> tuple[Stored, Tensor]:
-        with alone(work.task_vectors.large(name)):
+        with exclusive_if(work.task_vectors.large(name)):
             return jobs[name]()
 
     names = work.large_first(jobs)
@@ -55,14 +54,14 @@ def second_pass(
 def pack_vectors(
     task_vectors: TaskVectors,
     scan: Scan,
-    layout: Layout,
+    inventory: Inventory,
     settings: MergeSettings,
 ) -> Iterator[tuple[str | None, str, Delta]]:
     """Biases, norms and the like under the vector policy: task (None for all), name, delta."""
     if settings.vectors == "pretrained":
         return
-    for name in layout.vectors:
-        vectors, dtype = task_vectors.read(name), layout.vector_dtypes[name]
+    for name in inventory.vectors:
+        vectors, dtype = task_vectors.read(name), inventory.vector_dtypes[name]
         shape = task_vectors.infos[name].shape
         if settings.vectors == "shared":
             yield None, name, DenseDelta(shape, vectors.mean(0).to(dtype))

@@ -14,7 +14,7 @@ from .settings import MergeSettings
 
 
 @dataclass(frozen=True)
-class Layout:
+class Inventory:
     """What is to be merged, known after one read of the files.
 
     Args:
@@ -33,9 +33,9 @@ class Layout:
     vector_dtypes: Mapping[str, torch.dtype]
 
 
-def lay_out(
+def take_inventory(
     task_vectors: TaskVectors, settings: MergeSettings, scan: Scan | None
-) -> Layout:
+) -> Inventory:
     """Sort the tensors into classes and price them; without a scan every tensor counts as changed."""
     names = scan.changed if scan else list(task_vectors.infos)
     matrices = [n for n in names if task_vectors.is_matrix(n)]
@@ -55,7 +55,7 @@ def lay_out(
     stored = {
         n: vector_dtype(settings.factor_dtype, own[n], share=share) for n in vectors
     }
-    return Layout(
+    return Inventory(
         matrices=tuple(matrices),
         vectors=tuple(vectors),
         unit_bits=unit_bits,
@@ -65,16 +65,16 @@ def lay_out(
     )
 
 
-def matrix_budget(layout: Layout, settings: MergeSettings) -> int:
+def matrix_budget(inventory: Inventory, settings: MergeSettings) -> int:
     """Bits left for low-rank modules.
 
     Raises:
         BudgetError: with the smallest budget that holds the vectors.
     """
-    left = settings.budget.bits(layout.unit_bits) - layout.vector_bits
+    left = settings.budget.bits(inventory.unit_bits) - inventory.vector_bits
     if left < 0:
         # rounded up, so that the value printed is enough
-        millionths = -(-layout.vector_bits * 10**6 // layout.unit_bits)
+        millionths = -(-inventory.vector_bits * 10**6 // inventory.unit_bits)
         smallest = settings.budget.named(millionths / 1e6)
         raise BudgetError(
             f"budget={settings.budget.ratio} is too small: the vectors (biases, norms, ...) alone take "
@@ -83,8 +83,8 @@ def matrix_budget(layout: Layout, settings: MergeSettings) -> int:
     return left
 
 
-def matrix_price(layout: Layout, task_vectors: TaskVectors, name: str):
+def matrix_rate(inventory: Inventory, task_vectors: TaskVectors, name: str):
     """The price of a matrix in its cheapest precision."""
-    return layout.precisions[name][0].price(
+    return inventory.precisions[name][0].rate(
         *matrix_shape(task_vectors.infos[name].shape)
     )

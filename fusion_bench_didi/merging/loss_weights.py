@@ -8,26 +8,26 @@ from torch import Tensor
 from ..lowrank.factors import energy_of
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan
-from .inventory import Layout
+from .inventory import Inventory
 from .settings import MergeSettings
 
 
 def loss_weights(
-    task_vectors: TaskVectors, scan: Scan, layout: Layout, settings: MergeSettings
+    task_vectors: TaskVectors, scan: Scan, inventory: Inventory, settings: MergeSettings
 ) -> dict[str, Tensor]:
     """(T,) weight of each task's squared error, per matrix; ``MergeSettings`` says what the choices are.
 
     ``root`` weighs by 1 / ||tau||: plain MSE spends everything on the matrices of most energy, the relative error as
     much on those that hardly moved; the mean of the two (in the exponent) kept most accuracy where it was measured.
     """
-    energies = {name: scan.energy[name] for name in layout.matrices}
-    how = settings.normalisation
+    energies = {name: scan.energy[name] for name in inventory.matrices}
+    how = settings.normalization
     if how == "none":
         return {name: torch.ones_like(e).float() for name, e in energies.items()}
     if how == "sensitivity":
         known = settings.sensitivity or {}
         if not known:
-            raise ValueError("normalisation=sensitivity needs settings.sensitivity.")
+            raise ValueError("normalization=sensitivity needs settings.sensitivity.")
         average = sum(known.values()) / len(known)
         return {
             name: torch.full_like(e, known.get(name, average) / average).float()

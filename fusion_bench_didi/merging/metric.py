@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..lowrank.factors import LowRankFactors, Matrix
-from ..lowrank.refinement import Modules
+from ..lowrank.refinement import FactorSet
 
 #: Added to the eigenvalues of a second moment of mean eigenvalue 1: how much of the plain error is kept.
 DAMPING = 1.0
@@ -55,7 +55,7 @@ class Metric:
             for tau in task_vectors
         ]
 
-    def plain(self, modules: Modules) -> Modules:
+    def plain(self, modules: FactorSet) -> FactorSet:
         """The same modules for ``tau`` itself."""
 
         def back(factors: LowRankFactors | None) -> LowRankFactors | None:
@@ -64,7 +64,7 @@ class Metric:
             inverse = self.inverse.to(factors.down)
             return replace(factors, down=factors.down @ inverse)
 
-        return Modules(back(modules.shared), tuple(map(back, modules.experts)))
+        return FactorSet(back(modules.shared), tuple(map(back, modules.experts)))
 
 
 @torch.no_grad()

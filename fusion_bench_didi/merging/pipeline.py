@@ -24,7 +24,7 @@ from .basis_store import FactorStore
 from .context import Progress, Work
 from .encoding import pack_vectors, second_pass
 from .forms.tucker import Common, grown
-from .inventory import lay_out, matrix_budget
+from .inventory import matrix_budget, take_inventory
 from .loss_weights import loss_weights
 from .metric import metrics_of
 from .ranks import allocate, first_pass, refined
@@ -60,7 +60,7 @@ class Planned:
         rows = {row.name: k.tolist() for row, k in zip(self.table, self.ranks)}
         for name, common in self.common.items():
             rows[name] = [min(common.sizes)] * (len(self.tasks) + 1)
-        rows = {name: rows[name] for name in self.work.layout.matrices}
+        rows = {name: rows[name] for name in self.work.inventory.matrices}
         return RankAllocation(
             shared={name: k[0] for name, k in rows.items()},
             experts={
@@ -70,7 +70,7 @@ class Planned:
         )
 
     def report(self, errors: Mapping[str, Tensor]) -> MergeReport:
-        names = self.work.layout.matrices
+        names = self.work.inventory.matrices
         stored_as = {n: c.precision for n, c in self.common.items()} | dict(
             self.precision
         )
@@ -96,13 +96,13 @@ def plan(
     task_vectors = task_vectors.ordered(sorted(task_vectors.tasks))
     with _timed(seconds, "scan"):
         scan = task_vectors.scan(device)
-    layout = lay_out(task_vectors, settings, scan)
+    inventory = take_inventory(task_vectors, settings, scan)
     work = Work(
         task_vectors,
         settings,
-        layout,
-        matrix_budget(layout, settings),
-        loss_weights(task_vectors, scan, layout, settings),
+        inventory,
+        matrix_budget(inventory, settings),
+        loss_weights(task_vectors, scan, inventory, settings),
         device,
         progress,
         FactorStore(settings.factor_memory_gb),
@@ -155,7 +155,7 @@ def merge(
     errors: dict[str, Tensor] = {}
     with _timed(planned.seconds, "refine"):
         for owned in pack_vectors(
-            work.task_vectors, planned.scan, work.layout, settings
+            work.task_vectors, planned.scan, work.inventory, settings
         ):
             sink.put(*owned)
         for name, (first, others), errors[name] in second_pass(
@@ -166,7 +166,7 @@ def merge(
                     sink.put(task, name, delta)
             del first, others, delta
         shared, experts = sink.close()
-    storage = account(shared, experts, unit_bits=work.layout.unit_bits)
+    storage = account(shared, experts, unit_bits=work.inventory.unit_bits)
     report = planned.report(errors)
     return MergeResult(shared, experts, planned.allocation, storage, report)
 

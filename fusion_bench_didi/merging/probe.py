@@ -1,7 +1,7 @@
 """How much the output of a model reacts to each of its matrices, measured without data.
 
 A model is fed synthetic inputs (images with the 1/f amplitude spectrum of natural ones, or random tokens). For a random
-direction v of the normalised output f the gradient G = d(v . f)/dW tells how an error D of the weights moves the output:
+direction v of the normalized output f the gradient G = d(v . f)/dW tells how an error D of the weights moves the output:
 E (v . df)^2 = E <G, D>^2, which for an isotropic D is ``||D||^2 * mean(G^2)``. That mean is the *sensitivity* of the
 matrix, a Gauss-Newton weight with one number per matrix. It works on parameters, so it needs no knowledge of modules.
 """
@@ -42,8 +42,8 @@ def probe_inputs(model: nn.Module, count: int, *, seed: int = 0) -> list[Any]:
         tokens = torch.randint(config.vocab_size, (count, 32), generator=generator)
         return list(tokens.split(1))
     raise ValueError(
-        f"normalisation=sensitivity cannot make inputs for {type(model).__name__}: its config has neither image_size nor "
-        "vocab_size. Use normalisation=root."
+        f"normalization=sensitivity cannot make inputs for {type(model).__name__}: its config has neither image_size nor "
+        "vocab_size. Use normalization=root."
     )
 
 

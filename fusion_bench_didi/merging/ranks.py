@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..allocation.learned import learn_ranks
-from ..allocation.leftover import upgrade
+from ..allocation.leftover import refine_precision
 from ..allocation.spectra import MatrixSpectra
 from ..allocation.water_filling import greedy, uniform
 from .context import Work
@@ -15,8 +15,8 @@ def first_pass(work: Work) -> FirstPass:
     if work.settings.joint:
         return joint_pass(work)
     fixed = 0 if work.settings.static == "none" else None
-    stored_as = {n: work.layout.precisions[n][0] for n in work.layout.matrices}
-    reach = {name: work.first_guess(name) for name in work.layout.matrices}
+    stored_as = {n: work.inventory.precisions[n][0] for n in work.inventory.matrices}
+    reach = {name: work.first_guess(name) for name in work.inventory.matrices}
     table = work.rows("decompose", reach, stored_as, dict.fromkeys(reach, fixed))
     return FirstPass(table, stored_as, {})
 
@@ -31,7 +31,7 @@ def allocate(work: Work, table: list[MatrixSpectra]) -> list[Tensor]:
         return []
     if settings.allocation == "uniform":
         return uniform(table, budget)
-    settled = all(row.fixed_shared is not None for row in table)
+    settled = all(row.shared_rank is not None for row in table)
     if settings.allocation == "greedy" or (settled and settings.warm_start):
         return greedy(table, budget)
     start = (greedy if settings.warm_start else uniform)(table, budget)
@@ -40,22 +40,22 @@ def allocate(work: Work, table: list[MatrixSpectra]) -> list[Tensor]:
         budget,
         start=start,
         settings=settings.learning,
-        unit=work.layout.unit_bits,
+        unit=work.inventory.unit_bits,
     )
 
 
 def refined(work: Work, table: list[MatrixSpectra], ranks: list[Tensor]):
     """Rows, ranks and precisions after what is left was spent on finer precision."""
-    options = [work.layout.precisions[row.name] for row in table]
+    options = [work.inventory.precisions[row.name] for row in table]
     ladders = [
-        [(p.price(*row.shape), p.rounding) for p in allowed]
+        [(p.rate(*row.shape), p.rounding) for p in allowed]
         for row, allowed in zip(table, options)
     ]
     if not table:
         return table, ranks, {}
-    table, ranks = upgrade(table, ranks, ladders, work.budget)
+    table, ranks = refine_precision(table, ranks, ladders, work.budget)
     stored_as = {
-        row.name: next(p for p in allowed if p.price(*row.shape) == row.price)
+        row.name: next(p for p in allowed if p.rate(*row.shape) == row.rate)
         for row, allowed in zip(table, options)
     }
     return table, ranks, stored_as

@@ -14,7 +14,7 @@ from ..errors import BudgetError
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..lowrank.static_merge import SharedMerge
 
-Normalisation = Literal[
+Normalization = Literal[
     "none", "task", "root", "matrix", "base", "depth", "sensitivity"
 ]
 
@@ -76,11 +76,11 @@ class MergeSettings:
             mean and these (``auto``), or nothing.
         residual: experts are what is left of the task vector by the shared part as it is stored (``truncated``), or by
             the whole shared matrix (``full``, Eq. 3 of the paper).
-        normalisation: weight of a squared error: ``none`` 1 (plain MSE); ``task`` 1 / (energy of the task);
+        normalization: weight of a squared error: ``none`` 1 (plain MSE); ``task`` 1 / (energy of the task);
             ``matrix`` 1 / (energy of this matrix of the task), the relative error; ``root`` the geometric mean of
             ``none`` and ``matrix``; ``base`` 1 / (energy of the base model's matrix); ``depth`` as ``root``, divided by the
             number of the block; ``sensitivity`` by how much the output reacts to the matrix (``probe.py``).
-        sensitivity: per matrix, for that normalisation; matrices that are missing count like the average one.
+        sensitivity: per matrix, for that normalization; matrices that are missing count like the average one.
         moments: per matrix, second moments (n, n) of its inputs by which errors are weighed (``metric.py``).
         factor_dtype: one of ``precision.NAMES``.
     """
@@ -92,7 +92,7 @@ class MergeSettings:
     residual: Residual = "truncated"
     allocation: Allocation = "learned"
     refinement: Refinement = "alternating"
-    normalisation: Normalisation = "root"
+    normalization: Normalization = "root"
     vectors: VectorPolicy = "expert"
     factor_dtype: str = "auto"
     learning: LearningSettings = LearningSettings()
@@ -108,7 +108,7 @@ class MergeSettings:
             ("residual", self.residual, get_args(Residual)),
             ("allocation", self.allocation, get_args(Allocation)),
             ("refinement", self.refinement, get_args(Refinement)),
-            ("normalisation", self.normalisation, get_args(Normalisation)),
+            ("normalization", self.normalization, get_args(Normalization)),
             ("vectors", self.vectors, get_args(VectorPolicy)),
         ):
             if value not in allowed:

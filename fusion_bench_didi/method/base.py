@@ -90,7 +90,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """The names, with a progress bar."""
         yield from track(names, f"{self.title}: {stage}", transient=True)
 
-    def hand_over(self, model: DynamicModel, modelpool: BaseModelPool) -> DynamicModel:
+    def connect(self, model: DynamicModel, modelpool: BaseModelPool) -> DynamicModel:
         """Make the program's task pool tell the model its task, and the model pool save it in its own form."""
         log.info(
             "%s: %d tasks, x_excl %.4f, x_incl %.4f",
@@ -159,4 +159,4 @@ class DynamicMethod(PoolMethod):
             backbone_bits=backbone_bits,
             info={**self.facts(modelpool, backbone), "folded": stored.folded},
         )
-        return self.hand_over(model, modelpool)
+        return self.connect(model, modelpool)

@@ -21,7 +21,7 @@ from ..checkpoint.directory import whole_directory
 from ..checkpoint.stream import OnDisk
 from ..deltas.sink import DeltaSink
 from ..lowrank.refinement import RefinementSettings
-from ..merging.dry_run import describe_plan
+from ..merging.dry_run import describe
 from ..merging.metric import input_moments
 from ..merging.pipeline import merge
 from ..merging.probe import probe_inputs, sensitivity
@@ -75,7 +75,7 @@ class DiDiMerging(PoolMethod):
         refine_tolerance: float = 3e-5,
         refine_steps: int = 300,
         refine_lr: float = 0.01,
-        normalisation: str = "root",
+        normalization: str = "root",
         metric: str = "none",
         probe_samples: int = 32,
         vectors: str = "expert",
@@ -120,7 +120,7 @@ class DiDiMerging(PoolMethod):
                 steps=self.refine_steps,
                 lr=self.refine_lr,
             ),
-            normalisation=self.normalisation,
+            normalization=self.normalization,
             vectors=self.vectors,
             factor_dtype=self.factor_dtype,
             factor_memory_gb=self.factor_memory_gb,
@@ -141,7 +141,7 @@ class DiDiMerging(PoolMethod):
             "as_vectors": tuple(self.as_vectors or ()),
         }
         if self.dry_run:
-            print(describe_plan(open_pool(modelpool, **choice), settings))
+            print(describe(open_pool(modelpool, **choice), settings))
             return None
         with self.profile("load backbone"):
             backbone = load_backbone(modelpool)
@@ -158,7 +158,7 @@ class DiDiMerging(PoolMethod):
                 model.write_config(place, sink.manifest)
         self.print_profile_summary()
         log.info("relative error %.4f", result.report.relative_error)
-        return self.hand_over(model, modelpool)
+        return self.connect(model, modelpool)
 
     def _probed(
         self,
@@ -169,7 +169,7 @@ class DiDiMerging(PoolMethod):
     ) -> MergeSettings:
         """With what has to be measured by running the base model."""
         names = [n for n in task_vectors.infos if task_vectors.is_matrix(n)]
-        if settings.normalisation == "sensitivity":
+        if settings.normalization == "sensitivity":
             with self.profile("probe"):
                 found = sensitivity(backbone, names, samples=self.probe_samples)
             settings = replace(settings, sensitivity=found)

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 class MERGE(PoolMethod):
     """Per component (attention and MLP of each block, and the rest) a partition of the tasks and an operator per group.
 
-    Searched by surrogate-assisted NSGA-II for mean normalised validation performance against storage of the distinct
+    Searched by surrogate-assisted NSGA-II for mean normalized validation performance against storage of the distinct
     modules. The front, its modules and the state of the search are left in ``directory``; the model of ``pick`` is
     returned. The task is given, as for every dynamic model here; a router can be put in front.
 
@@ -189,7 +189,7 @@ class MERGE(PoolMethod):
                 "picks": {name: front[i].costs for name, i in picks.items()},
             },
         )
-        return self.hand_over(model, modelpool)
+        return self.connect(model, modelpool)
 
     def _directory(self) -> Path | None:
         """Where front, library and state go; nothing is written without a place."""

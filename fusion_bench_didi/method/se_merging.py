@@ -61,7 +61,7 @@ class SEMerging(PoolMethod):
         layers: Sequence[int | str] = (-1,),
         pooling: str = "cls",
         distance: str = "l2",
-        normalisation: str = "mean",
+        normalization: str = "mean",
         prefer: str = "near",
         assignment: Literal["soft", "hard"] = "soft",
         temperature: float = 0.1,
@@ -107,7 +107,7 @@ class SEMerging(PoolMethod):
             router.anchor(rest)
         attach_router(self, model, router, modelpool)
         self.print_profile_summary()
-        return self.hand_over(model, modelpool)
+        return self.connect(model, modelpool)
 
     def router(self, tasks: Sequence[str]) -> RepresentationRouter:
         """From the configuration."""
@@ -116,7 +116,7 @@ class SEMerging(PoolMethod):
             layers=self.layers,
             pooling=self.pooling,
             distance=self.distance,
-            normalisation=self.normalisation,
+            normalization=self.normalization,
             prefer=self.prefer,
             total_mass=self.total_mass,
             hard=self.assignment == "hard",

@@ -23,7 +23,7 @@ from ..task_vectors.sources import (
     TensorSource,
     aligned,
 )
-from .task_names import normalised
+from .task_names import normalized
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ def check_pool(modelpool: BaseModelPool) -> None:
         )
     seen: dict[str, str] = {}
     for name in names:
-        twin = seen.setdefault(normalised(name), name)
+        twin = seen.setdefault(normalized(name), name)
         if twin != name:
             raise ModelPoolError(
-                f"Duplicate task names: {twin!r} and {name!r} mean the same task ({normalised(name)!r}). Rename one."
+                f"Duplicate task names: {twin!r} and {name!r} mean the same task ({normalized(name)!r}). Rename one."
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UnknownTaskError
 
 
-def normalised(name: str) -> str:
+def normalized(name: str) -> str:
     return name.lower().replace("-", "_").replace("/", "_").removeprefix("glue_")
 
 
@@ -27,7 +27,7 @@ def resolve_task(
         name = aliases[name]
     if name in known:
         return name
-    same = [task for task in known if normalised(task) == normalised(name)]
+    same = [task for task in known if normalized(task) == normalized(name)]
     if len(same) == 1:
         return same[0]
     raise UnknownTaskError(

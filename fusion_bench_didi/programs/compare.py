@@ -35,7 +35,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         entries: key -> :class:`~fusion_bench_didi.programs.entries.Entry`.
         only, skip: keys of entries; all if empty.
         restart: forget the rows in the directory instead of continuing.
-        save_artefacts: write every model that is made, and hold the account against the bytes written.
+        save_artifacts: write every model that is made, and hold the account against the bytes written.
         task_aliases: task pool name -> model name.
         report: write tables, plots and the page at the end.
         **kwargs: the host program's: modelpool, taskpool, fabric, path, seed.
@@ -50,7 +50,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         only: Sequence[str] = (),
         skip: Sequence[str] = (),
         restart: bool = False,
-        save_artefacts: bool = False,
+        save_artifacts: bool = False,
         task_aliases: Mapping[str, str] | None = None,
         report: bool = True,
         **kwargs: Any,
@@ -64,7 +64,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         )
         self.entries = read_entries(entries, list(only or ()), list(skip or ()))
         self.restart, self.report = restart, report
-        self.save_artefacts = save_artefacts
+        self.save_artifacts = save_artifacts
         self.task_aliases = task_aliases
         self.directory = Path(self.path.log_dir)
 

@@ -10,14 +10,14 @@ import lightning as L
 from omegaconf import OmegaConf
 from torch import nn
 
-from ..artifacts.saving import save_artefact
+from ..artifacts.saving import save_artifact
 from ..pools.opening import backbone_reference, load_backbone
 from ..pools.task_names import resolve_task
 from .entries import ComparisonError, Entry, method_config
 from .measure import free_memory, measured
 from .progress import Watch
 from .results import blank_row
-from .rows import ARTEFACTS, RowStore
+from .rows import ARTIFACTS, RowStore
 from .sizes import Size, individuals_size, model_size, pretrained_size
 
 if TYPE_CHECKING:
@@ -145,14 +145,14 @@ class EntryRun:
         self._note(size.note)
 
     def _save(self, model: Any, pool: Any, types: Mapping[str, Any]) -> None:
-        """Write the artefact, if asked to, and hold the account against it."""
-        if not self.program.save_artefacts:
+        """Write the artifact, if asked to, and hold the account against it."""
+        if not self.program.save_artifacts:
             return
         self.watch.stage("saving")
         base = load_backbone(pool)
-        found = save_artefact(
+        found = save_artifact(
             model,
-            self.program.directory / ARTEFACTS / self.entry.key,
+            self.program.directory / ARTIFACTS / self.entry.key,
             base=base,
             types=types,
             known=backbone_reference(pool, base),
@@ -166,7 +166,7 @@ class EntryRun:
         ):
             if wrote != counted:
                 raise ComparisonError(
-                    f"The account of {self.entry.name} is wrong: it has {counted} bytes {what}, its artefact {wrote}."
+                    f"The account of {self.entry.name} is wrong: it has {counted} bytes {what}, its artifact {wrote}."
                 )
         row["bytes_written"] = found.beyond + found.headers
         row["bytes_of_headers"] = found.headers

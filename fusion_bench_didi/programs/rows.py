@@ -5,7 +5,7 @@
     <directory>/settings.json        pools, seed and versions that all rows have in common
     <directory>/rows/<key>.json      one row, written anew after every evaluated task
     <directory>/searches/            what methods that search keep between runs
-    <directory>/artefacts/<key>/     the model of a row, if asked for
+    <directory>/artifacts/<key>/     the model of a row, if asked for
 
 A row is written beside its name and renamed, so that a file is whole whenever the process is killed. Everything else in
 the directory follows from these files.
@@ -21,7 +21,7 @@ from ..checkpoint.directory import write_json
 from .entries import ComparisonError
 
 SETTINGS, ROWS = "settings.json", "rows"
-SEARCHES, ARTEFACTS = "searches", "artefacts"
+SEARCHES, ARTIFACTS = "searches", "artifacts"
 
 
 class RowStore:
@@ -47,7 +47,7 @@ class RowStore:
         self.rows = self.directory / ROWS
         self.settings = _plain(settings)
         if restart:
-            for name in (ROWS, SEARCHES, ARTEFACTS):
+            for name in (ROWS, SEARCHES, ARTIFACTS):
                 shutil.rmtree(self.directory / name, ignore_errors=True)
             (self.directory / SETTINGS).unlink(missing_ok=True)
         self.rows.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.factors import LowRankFactors, Matrix, energy_of
-from ..lowrank.row_blocks import Terms, differences
+from ..lowrank.row_blocks import Difference, differences
 from .codes import ends, offset, pack_codes, packed_size
 
 #: Mean squared rounding error of one Gaussian factor relative to its energy, by bits (optimal uniform step).
@@ -114,7 +114,7 @@ class RoundedMatrix:
     error: Tensor
 
 
-def round_matrices(terms: Sequence[Terms], bits: int) -> list[RoundedMatrix]:
+def round_matrices(terms: Sequence[Difference], bits: int) -> list[RoundedMatrix]:
     """:func:`round_rows` of differences, packed, and what each lost.
 
     Blocks of rows go through all of it while they are in the cache: every entry is read from memory once, and neither

@@ -10,7 +10,7 @@ from .front import (
     pareto_front,
     plot_front,
 )
-from .library import Library, Module, load_modules, module_id, save_modules
+from .library import Library, ModularExpert, load_modules, module_id, save_modules
 from .model import RecombinedModel, execution_keys, group_by_chain
 from .objectives import Evaluation, Evaluator, ReconstructionScorer, Space, stored_bits
 from .operators import OperatorSettings, rate_of
@@ -22,7 +22,7 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "Library",
-    "Module",
+    "ModularExpert",
     "OperatorSettings",
     "PATTERNS",
     "PICKS",

@@ -75,7 +75,7 @@ def plot_front(
     """PNG and SVG of all evaluations, the front, the picks, and other methods as (label, storage, performance)."""
     from matplotlib.figure import Figure
 
-    from ..report.style import colour, look
+    from ..report.style import color, look
 
     front = [evaluations[i] for i in pareto_front(evaluations)]
     with look():
@@ -85,7 +85,7 @@ def plot_front(
             [e.storage for e in evaluations],
             [100 * e.performance for e in evaluations],
             s=8,
-            color=colour("static"),
+            color=color("static"),
             alpha=0.5,
             label="evaluated",
         )
@@ -94,19 +94,19 @@ def plot_front(
             [100 * e.performance for e in front],
             "-o",
             ms=3,
-            color=colour("dynamic"),
+            color=color("dynamic"),
             drawstyle="steps-post",
             label="Pareto front",
         )
         for pick, i in named_picks(front).items():
             at = (front[i].storage, 100 * front[i].performance)
-            axes.plot(*at, "o", ms=9, mfc="none", color=colour("reference"))
+            axes.plot(*at, "o", ms=9, mfc="none", color=color("reference"))
             axes.annotate(
                 pick, at, textcoords="offset points", xytext=(8, -12), fontsize=8
             )
         for label, storage, performance in others:
             at = (storage, 100 * performance)
-            axes.plot(*at, "D", ms=5, color=colour("ours"))
+            axes.plot(*at, "D", ms=5, color=color("ours"))
             axes.annotate(
                 label, at, textcoords="offset points", xytext=(6, 3), fontsize=8
             )

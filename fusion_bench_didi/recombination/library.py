@@ -20,14 +20,14 @@ from ..checkpoint.directory import write_json
 from ..deltas.base import Delta
 from ..errors import CheckpointMismatchError
 from .components import Component, ComponentReader
-from .low_rank import Spectra
+from .low_rank import SVDCache
 from .operators import OperatorSettings, combine
 
 MODULE = "module.json"
 
 
 @dataclass(frozen=True)
-class Module:
+class ModularExpert:
     """One modular expert: a component for a group of tasks.
 
     Args:
@@ -87,13 +87,15 @@ class Library:
         memory_bits: int = 8 * 2**31,
     ):
         self._reader, self._settings = reader, settings
-        self._spectra = Spectra()
+        self._spectra = SVDCache()
         self._memory_bits = memory_bits
-        self._kept: OrderedDict[str, Module] = OrderedDict()
+        self._kept: OrderedDict[str, ModularExpert] = OrderedDict()
         self._held = 0
         self.made = 0
 
-    def get(self, component: Component, tasks: Sequence[str], operator: str) -> Module:
+    def get(
+        self, component: Component, tasks: Sequence[str], operator: str
+    ) -> ModularExpert:
         """The module of a decision."""
         tasks = tuple(sorted(tasks))
         key = module_id(component.name, tasks, operator, self._settings)
@@ -108,7 +110,7 @@ class Library:
             settings=self._settings,
             spectra=self._spectra,
         )
-        module = Module(
+        module = ModularExpert(
             key, component.name, tasks, operator, parts.shared, parts.experts
         )
         self.made += 1
@@ -119,7 +121,7 @@ class Library:
         return module
 
 
-def save_modules(directory: Path, modules: Iterable[Module]) -> list[str]:
+def save_modules(directory: Path, modules: Iterable[ModularExpert]) -> list[str]:
     """Write each distinct module once; those that lie there already are left alone. Returns the ids."""
     distinct = {module.id: module for module in modules}
     for key, module in distinct.items():
@@ -140,7 +142,7 @@ def save_modules(directory: Path, modules: Iterable[Module]) -> list[str]:
     return list(distinct)
 
 
-def load_module(place: Path) -> Module:
+def load_module(place: Path) -> ModularExpert:
     """One module of a library.
 
     Raises:
@@ -152,7 +154,7 @@ def load_module(place: Path) -> Module:
         )
     facts = json.loads((place / MODULE).read_text())
     shared, experts = read_deltas(place, facts)
-    return Module(
+    return ModularExpert(
         facts["id"],
         facts["component"],
         tuple(facts["group"]),
@@ -162,6 +164,6 @@ def load_module(place: Path) -> Module:
     )
 
 
-def load_modules(directory: Path, ids: Iterable[str]) -> dict[str, Module]:
+def load_modules(directory: Path, ids: Iterable[str]) -> dict[str, ModularExpert]:
     """Modules by id."""
     return {key: load_module(directory / key) for key in dict.fromkeys(ids)}

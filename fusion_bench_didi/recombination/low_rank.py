@@ -27,7 +27,7 @@ class Parts:
     experts: Mapping[str, Mapping[str, Delta]]
 
 
-class Spectra:
+class SVDCache:
     """Decompositions of matrices, of which low-rank modules of other sizes and groups need the same again.
 
     Args:
@@ -78,7 +78,7 @@ def low_rank(
     budget: int,
     bits: int,
     clip: float,
-    spectra: Spectra,
+    spectra: SVDCache,
 ) -> Parts:
     """DiDi's modules of one component: greedy ranks, experts refitted to what the stored shared matrix leaves.
 
@@ -129,9 +129,9 @@ def _low_rank_matrices(matrices, tasks, how: str, budget: int, bits: int, spectr
                 name,
                 parts,
                 weights=weights,
-                price=precision.price(*shared.shape),
+                rate=precision.rate(*shared.shape),
                 shape=tuple(shared.shape),
-                fixed_shared=0 if how == "none" else None,
+                shared_rank=0 if how == "none" else None,
             )
         )
     error, stored = 0.0, {}
@@ -150,7 +150,7 @@ def _low_rank_matrices(matrices, tasks, how: str, budget: int, bits: int, spectr
 
 
 def _weights(vectors: Tensor) -> Tensor:
-    """(g,) 1 / ||tau_t||, as in the pipeline's ``normalisation=root``."""
+    """(g,) 1 / ||tau_t||, as in the pipeline's ``normalization=root``."""
     energy = vectors.double().square().sum((1, 2))
     energy = torch.where(energy > 0, energy, energy[energy > 0].mean())
     return energy.rsqrt().float()

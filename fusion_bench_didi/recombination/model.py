@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from ..deltas.base import Delta
 from ..deltas.storage import StorageReport, account
 from ..models.dynamic import DynamicModel
-from .library import Module, load_modules, save_modules
+from .library import ModularExpert, load_modules, save_modules
 
 Key = TypeVar("Key", bound=Hashable)
 MODULES = "modules"
 
 
-class Layered(Delta):
+class StackedDelta(Delta):
     """A task's own delta on top of its group's, seen as one. In memory only, owns no tensors."""
 
     kind = "layered"
@@ -44,7 +44,7 @@ class RecombinedModel(DynamicModel):
     def __init__(
         self,
         backbone: nn.Module,
-        modules: Mapping[str, Module],
+        modules: Mapping[str, ModularExpert],
         chains: Mapping[str, Sequence[str]],
         *,
         unit_bits: int,
@@ -118,12 +118,12 @@ class RecombinedModel(DynamicModel):
         )
 
 
-def _deltas(module: Module, task: str) -> dict[str, Delta]:
+def _deltas(module: ModularExpert, task: str) -> dict[str, Delta]:
     """What a module does for a task, one delta per tensor."""
     own, out = module.experts.get(task, {}), {}
     for name in module.tensors(task):
         if name in own and name in module.shared:
-            out[name] = Layered(module.shared[name], own[name])
+            out[name] = StackedDelta(module.shared[name], own[name])
         else:
             out[name] = own[name] if name in own else module.shared[name]
     return out

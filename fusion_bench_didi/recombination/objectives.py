@@ -1,6 +1,6 @@
 """The two objectives of a decision: how well the tasks do, and what is stored.
 
-``performance`` is the mean over tasks of a normalised score (1 = the fine-tuned model itself), ``storage`` is ``x_excl`` of
+``performance`` is the mean over tasks of a normalized score (1 = the fine-tuned model itself), ``storage`` is ``x_excl`` of
 the distinct modules. The score of a task depends on its chain of modules only, so tasks whose chain occurred before are
 not evaluated again.
 """
@@ -14,10 +14,10 @@ import torch
 
 from .components import Component, ComponentReader
 from .genome import Genome, groups, operator_of_task, together
-from .library import Library, Module
+from .library import Library, ModularExpert
 from .operators import rate_of
 
-Chain = tuple[Module, ...]
+Chain = tuple[ModularExpert, ...]
 
 
 class Scorer(Protocol):
@@ -111,7 +111,7 @@ class Space:
 
     def chains(self, genome: Genome, library: Library) -> dict[str, Chain]:
         """The modules of each task, one per component."""
-        chains: dict[str, list[Module]] = {task: [] for task in self.tasks}
+        chains: dict[str, list[ModularExpert]] = {task: [] for task in self.tasks}
         for component, row in zip(self.components, genome):
             for operator, members in groups(row):
                 names = [self.tasks[t] for t in members]
@@ -174,7 +174,7 @@ class ReconstructionScorer:
         lost = sum(self._error(task, module) for module in chain)
         return 1 - lost / max(self._energy[task], 1e-300)
 
-    def _error(self, task: str, module: Module) -> float:
+    def _error(self, task: str, module: ModularExpert) -> float:
         key = (task, module.id)
         if key not in self._errors:
             vectors = self._reader.read(self._components[module.component], [task])

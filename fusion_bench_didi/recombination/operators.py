@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..deltas.quantized import AffineDelta
 from ..lowrank.static_merge import shared_matrix
-from .low_rank import Parts, Spectra, low_rank
+from .low_rank import Parts, SVDCache, low_rank
 
 STATIC = ("average", "task_arithmetic", "ties")
 LOW_RANK = "didi@"
@@ -73,7 +73,7 @@ def combine(
     *,
     unit_bits: int,
     settings: OperatorSettings,
-    spectra: Spectra,
+    spectra: SVDCache,
 ) -> Parts:
     """Merge the task vectors of one component over one group.
 

@@ -74,7 +74,7 @@ class Comparison:
 
 
 def kind(row: Mapping[str, Any]) -> Kind:
-    """What colour and marker a row has: its group, or that it is ours, or a variant of ours."""
+    """What color and marker a row has: its group, or that it is ours, or a variant of ours."""
     family = row.get("family")
     if family:
         return "ours" if family == OURS else "variant"

@@ -4,9 +4,9 @@ import numpy as np
 from plotly import graph_objects as go
 
 from .comparison import Comparison, kind
-from .modules import KIND_COLOURS, Place, RankTable, energy_lines
+from .modules import KIND_COLORS, Place, RankTable, energy_lines
 from .plots import STORAGE_AXIS, family_label
-from .style import KINDS, RANK_COLOURS, colour
+from .style import KINDS, RANK_COLORS, color
 
 _LOOK = dict(
     template="plotly_white",
@@ -95,7 +95,7 @@ def accuracy_by_task(comparison: Comparison) -> go.Figure | None:
             x=values["average"],
             y=[r["method"] for r in rows],
             orientation="h",
-            marker_color=[colour(kind(r)) for r in rows],
+            marker_color=[color(kind(r)) for r in rows],
             texttemplate="%{x:.1f}",
             hovertemplate="%{y}: %{x:.2f} %<extra></extra>",
         )
@@ -130,7 +130,7 @@ def ranks(comparison: Comparison) -> go.Figure | None:
             z=values.transpose(1, 0, 2).reshape(lines, -1),
             x=[[b for b, _ in places], [_short(p) for _, p in places]],
             y=table.lines,
-            colorscale=RANK_COLOURS,
+            colorscale=RANK_COLORS,
             colorbar=dict(title="rank", thickness=12),
             xgap=1,
             ygap=1,
@@ -163,7 +163,7 @@ def ranks(comparison: Comparison) -> go.Figure | None:
 def _short(place: Place | None) -> str:
     if place is None:
         return " "
-    return f'<span style="color:{KIND_COLOURS[place.kind]}">{place.short}</span>'
+    return f'<span style="color:{KIND_COLORS[place.kind]}">{place.short}</span>'
 
 
 def energy(comparison: Comparison) -> go.Figure | None:
@@ -179,7 +179,7 @@ def energy(comparison: Comparison) -> go.Figure | None:
             y=mean,
             mode="lines+markers",
             name=line.kind,
-            line_color=KIND_COLOURS[line.kind],
+            line_color=KIND_COLORS[line.kind],
             error_y=dict(
                 array=100 * np.array(line.high) - mean,
                 arrayminus=mean - 100 * np.array(line.low),

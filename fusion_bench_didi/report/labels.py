@@ -18,7 +18,7 @@ def place(
     axes: Axes,
     points: Sequence[tuple[float, float]],
     texts: Sequence[str],
-    colours: Sequence[str],
+    colors: Sequence[str],
     *,
     avoid: Sequence[tuple[float, float]] = (),
     size: float = 8,
@@ -65,7 +65,7 @@ def place(
             + _mistaken(box, i, pixels),
         )
         taken[i] = best
-        _draw(axes, points[i], pixels[i], best, texts[i], colours[i], size, weight)
+        _draw(axes, points[i], pixels[i], best, texts[i], colors[i], size, weight)
     return [taken[i] for i in range(len(points))]
 
 
@@ -121,15 +121,15 @@ def _nearest(box: Bbox, point) -> tuple[float, float]:
     )
 
 
-def _draw(axes, point, pixel, box: Bbox, text, colour, size, weight) -> None:
+def _draw(axes, point, pixel, box: Bbox, text, color, size, weight) -> None:
     inverse = axes.transData.inverted()
-    centre = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
+    center = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
     axes.text(
-        *inverse.transform(centre),
+        *inverse.transform(center),
         text,
         ha="center",
         va="center",
-        color=colour,
+        color=color,
         fontsize=size,
         fontweight=weight,
         zorder=6,
@@ -137,4 +137,4 @@ def _draw(axes, point, pixel, box: Bbox, text, colour, size, weight) -> None:
     edge = _nearest(box, pixel)
     if math.hypot(edge[0] - pixel[0], edge[1] - pixel[1]) > 14:
         x, y = inverse.transform(edge)
-        axes.plot([point[0], x], [point[1], y], color=colour, lw=0.5, alpha=0.6)
+        axes.plot([point[0], x], [point[1], y], color=color, lw=0.5, alpha=0.6)

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .comparison import Comparison
-from .modules import KIND_COLOURS, RankTable, energy_lines
-from .style import RANK_COLOURS
+from .modules import KIND_COLORS, RankTable, energy_lines
+from .style import RANK_COLORS
 
 
 def rank_plot(comparison: Comparison) -> Figure | None:
@@ -22,7 +22,7 @@ def rank_plot(comparison: Comparison) -> Figure | None:
         figsize=(max(6.0, 1.8 + 0.2 * blocks * modules), 1.3 + 0.3 * lines)
     )
     most = max(np.nanmax(table.values), 1)
-    colours = plt.get_cmap(RANK_COLOURS)
+    colors = plt.get_cmap(RANK_COLORS)
     for b, block in enumerate(table.blocks):
         left = b * (modules + gap)
         for y in range(lines):
@@ -30,9 +30,9 @@ def rank_plot(comparison: Comparison) -> Figure | None:
             whole = y < lines - _layers(table)
             width = modules if whole else 1
             for x in range(1 if whole else modules):
-                _cell(axes, left + x, y, width, cells[x], most, colours)
+                _cell(axes, left + x, y, width, cells[x], most, colors)
         for x, place in enumerate(table.modules):
-            shade = KIND_COLOURS[place.kind]
+            shade = KIND_COLORS[place.kind]
             axes.add_patch(Rectangle((left + x, -0.42), 1, 0.26, color=shade, lw=0))
             axes.text(
                 left + x + 0.5,
@@ -61,11 +61,11 @@ def rank_plot(comparison: Comparison) -> Figure | None:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, most), colours)
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, most), colors)
     picture.colorbar(scale, ax=axes, label="rank", fraction=0.02, pad=0.01)
     axes.set_title(f"Ranks of {row['method']}", pad=14)
     handles = [
-        Rectangle((0, 0), 1, 1, color=KIND_COLOURS[k], label=k)
+        Rectangle((0, 0), 1, 1, color=KIND_COLORS[k], label=k)
         for k in dict.fromkeys(p.kind for p in table.modules)
     ]
     axes.legend(
@@ -83,12 +83,12 @@ def _layers(table: RankTable) -> int:
     return sum(line.startswith("layer ") for line in table.lines)
 
 
-def _cell(axes, x, y, width, value, most, colours) -> None:
+def _cell(axes, x, y, width, value, most, colors) -> None:
     if np.isnan(value):
         return
     axes.add_patch(
         Rectangle(
-            (x, y), width, 1, facecolor=colours(value / most), edgecolor="white", lw=0.8
+            (x, y), width, 1, facecolor=colors(value / most), edgecolor="white", lw=0.8
         )
     )
     dark = value / most > 0.55
@@ -110,7 +110,7 @@ def energy_plot(comparison: Comparison) -> Figure | None:
         return None
     picture, axes = plt.subplots(figsize=(6.4, 3.6))
     for line in energy_lines(row["energy_kept"]):
-        shade = KIND_COLOURS[line.kind]
+        shade = KIND_COLORS[line.kind]
         x = range(len(line.layers))
         bounds = [[100 * v for v in values] for values in (line.low, line.high)]
         axes.fill_between(x, *bounds, color=shade, alpha=0.15, lw=0)

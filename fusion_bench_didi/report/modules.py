@@ -44,7 +44,7 @@ class Place:
         return leaf.removesuffix("_weight").removesuffix("_proj").removeprefix("c_")
 
 
-KIND_COLOURS = {"attention": ATTENTION, "MLP": MLP, "other": OTHER}
+KIND_COLORS = {"attention": ATTENTION, "MLP": MLP, "other": OTHER}
 _USUAL = (
     "q",
     "k",
@@ -111,7 +111,7 @@ def _modules(places) -> list[Place]:
 
     def order(place: Place):
         usual = _USUAL.index(place.short) if place.short in _USUAL else len(_USUAL)
-        return list(KIND_COLOURS).index(place.kind), usual, place.module
+        return list(KIND_COLORS).index(place.kind), usual, place.module
 
     return sorted(unique.values(), key=order)
 
@@ -137,7 +137,7 @@ def energy_lines(kept: Mapping[str, Any]) -> list[EnergyLine]:
             layers = found.setdefault(place.kind, {})
             layers.setdefault(str(place.layer), []).append(per_task)
     lines = []
-    for kind in KIND_COLOURS:
+    for kind in KIND_COLORS:
         if kind in found:
             layers = sorted(found[kind], key=int)
             tasks = [np.mean(found[kind][layer], axis=0) for layer in layers]

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from . import labels
 from .comparison import Comparison, kind
 from .module_plots import energy_plot, rank_plot
-from .style import KINDS, colour, look
+from .style import KINDS, color, look
 
 
 def write(comparison: Comparison, directory: Path) -> list[Path]:
@@ -83,7 +83,7 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
         ours = kind(family[0]) == "ours"
         axes.plot(
             *zip(*line),
-            color=colour(kind(family[0])),
+            color=color(kind(family[0])),
             lw=1.8 if ours else 1.2,
             ls="-" if ours else (0, (4, 2)),
             zorder=3,
@@ -111,7 +111,7 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
         axes,
         [(r["x_excl"], 100 * r["average"]) for r in rows],
         [short_name(r, comparison) for r in rows],
-        [colour(kind(r)) if kind(r) != "static" else "#5f5f5f" for r in rows],
+        [color(kind(r)) if kind(r) != "static" else "#5f5f5f" for r in rows],
         avoid=avoid,
         weights=["bold" if kind(r) == "ours" else "normal" for r in rows],
     )
@@ -143,7 +143,7 @@ def accuracy_by_task(comparison: Comparison) -> Figure | None:
             100 * (r["average"] if task == "average" else r["accuracy"][task])
             for r in rows
         ]
-        axes.barh(names, values, color=[colour(kind(r)) for r in rows], height=0.78)
+        axes.barh(names, values, color=[color(kind(r)) for r in rows], height=0.78)
         if own:
             axes.axvline(
                 values[rows.index(own)], color="#222222", lw=0.8, ls=(0, (4, 3))

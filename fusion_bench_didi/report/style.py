@@ -1,4 +1,4 @@
-"""One look for all plots: grey, blue, green, orange and vermilion (Okabe and Ito's, safe for colour-blind readers), and a
+"""One look for all plots: grey, blue, green, orange and vermilion (Okabe and Ito's, safe for color-blind readers), and a
 marker each."""
 
 import contextlib
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import matplotlib
 
-#: kind -> (colour, matplotlib marker, plotly symbol, label)
+#: kind -> (color, matplotlib marker, plotly symbol, label)
 KINDS = {
     "reference": ("#222222", "X", "x", "reference"),
     "static": ("#8a8a8a", "s", "square", "static"),
@@ -17,7 +17,7 @@ KINDS = {
 }
 ATTENTION, MLP, OTHER = "#0072b2", "#d55e00", "#8a8a8a"
 #: perceptually even, from white; readable in grey too
-RANK_COLOURS = "YlGnBu"
+RANK_COLORS = "YlGnBu"
 
 _LOOK = {
     "figure.dpi": 110,
@@ -49,5 +49,5 @@ def look() -> Iterator[None]:
         yield
 
 
-def colour(kind: str) -> str:
+def color(kind: str) -> str:
     return KINDS[kind][0]

@@ -90,7 +90,7 @@ class MLP:
         return F.linear(hidden, tensors["out_weight"], tensors["out_bias"])
 
 
-class _Standardised:
+class _Standardized:
     """A head on features of zero mean and unit variance."""
 
     def __init__(self, head: type[Head]):
@@ -106,7 +106,7 @@ class _Standardised:
         return self.head.scores(standard, tensors)
 
 
-HEADS = {"discriminant": _Standardised(Discriminant), "mlp": _Standardised(MLP)}
+HEADS = {"discriminant": _Standardized(Discriminant), "mlp": _Standardized(MLP)}
 
 
 def fit_head(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..models.dynamic import DynamicModel
 
 DISTANCES = ("l2", "cosine")
-NORMALISATIONS = ("none", "mean", "minmax")
+NORMALIZATIONS = ("none", "mean", "minmax")
 _ANCHOR = "anchor:"
 
 
@@ -29,7 +29,7 @@ def distance(merged: Tensor, expert: Tensor, how: str) -> Tensor:
     return (merged - expert).norm(dim=1)
 
 
-def normalised(distances: Tensor, how: str) -> Tensor:
+def normalized(distances: Tensor, how: str) -> Tensor:
     """Distances of one sample to T experts, made comparable between samples and layers.
 
     Args:
@@ -51,7 +51,7 @@ class RepresentationRouter(Router):
         layers: blocks by position, or names of modules; distances are averaged over them.
         pooling: ``cls`` (first token) or ``mean`` over tokens.
         distance: ``l2`` or ``cosine``.
-        normalisation: ``none``, ``mean`` or ``minmax``, over the tasks.
+        normalization: ``none``, ``mean`` or ``minmax``, over the tasks.
         prefer: ``near`` (the published reading) or ``far``: see docs/routing.md for where that is the right sign.
         merged_weight: the merged model is base + ``merged_shared`` * shared + ``merged_weight`` * sum of the experts; 0: the
             shared model.
@@ -69,7 +69,7 @@ class RepresentationRouter(Router):
         layers: Sequence[int | str] = (-1,),
         pooling: Literal["cls", "mean"] = "cls",
         distance: Literal["l2", "cosine"] = "l2",
-        normalisation: Literal["none", "mean", "minmax"] = "mean",
+        normalization: Literal["none", "mean", "minmax"] = "mean",
         prefer: Literal["near", "far"] = "near",
         merged_weight: float | None = None,
         merged_shared: float = 1.0,
@@ -80,21 +80,21 @@ class RepresentationRouter(Router):
         choices = (
             ("pooling", pooling, ("cls", "mean")),
             ("distance", distance, DISTANCES),
-            ("normalisation", normalisation, NORMALISATIONS),
+            ("normalization", normalization, NORMALIZATIONS),
             ("prefer", prefer, ("near", "far")),
         )
         for key, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{key}={value!r}; choose {' or '.join(allowed)}.")
         self.layers, self.pooling, self.distance = list(layers), pooling, distance
-        self.normalisation, self.prefer = normalisation, prefer
+        self.normalization, self.prefer = normalization, prefer
         if merged_weight is None:
             merged_weight = 1 / len(tasks)
         self.merged_weight, self.merged_shared = float(merged_weight), merged_shared
         self.total_mass = float(total_mass)
 
     def options(self) -> dict[str, Any]:
-        names = ("layers", "pooling", "distance", "normalisation", "prefer")
+        names = ("layers", "pooling", "distance", "normalization", "prefer")
         names += ("merged_weight", "merged_shared", "total_mass")
         return {**super().options(), **{name: getattr(self, name) for name in names}}
 
@@ -156,7 +156,7 @@ class RepresentationRouter(Router):
 
     def plain_scores(self, features: Tensor) -> Tensor:
         parts = features.split(len(self.tasks), 1)
-        mean = sum(normalised(part, self.normalisation) for part in parts) / len(parts)
+        mean = sum(normalized(part, self.normalization) for part in parts) / len(parts)
         return mean if self.prefer == "far" else -mean
 
     def scores(self, features: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Tensors of the backbone as each task sees them, in the data type and on the device they are run in.
 
-A :class:`ValueTable` holds a vector, or any small tensor, whole for every task. A :class:`MatrixTable` holds what a product
+A :class:`ValueBank` holds a vector, or any small tensor, whole for every task. A :class:`MatrixBank` holds what a product
 needs, ``x W_t`` with ``W_t`` (n, m): a task's factors, or its matrix where that holds fewer values or is faster. Letters:
 ``n`` in, ``m`` out, ``r`` rank, ``T`` tasks; task number T is the shared model without an expert.
 """
@@ -39,7 +39,7 @@ class Serving:
     hold: bool = True
 
 
-class Table:
+class Bank:
     """One tensor of the backbone under every task.
 
     Args:
@@ -64,7 +64,7 @@ class Table:
         return value
 
 
-class ValueTable(Table):
+class ValueBank(Bank):
     """Every task's tensor, whole.
 
     Args:
@@ -79,7 +79,7 @@ class ValueTable(Table):
         return self.values[task]
 
 
-class MatrixTable(Table):
+class MatrixBank(Bank):
     """``x W_t = x C + (x A_t) B_t``, or ``x D_t`` where the task's matrix is kept.
 
     Args:
@@ -152,21 +152,21 @@ class Matrices(Sequence):
         return len(self.kept)
 
 
-def side_by_side(tables: Sequence[MatrixTable]) -> MatrixTable:
-    """All columns of tables that are :attr:`~MatrixTable.held`, which from now on hold parts of it."""
+def side_by_side(tables: Sequence[MatrixBank]) -> MatrixBank:
+    """All columns of tables that are :attr:`~MatrixBank.held`, which from now on hold parts of it."""
     wide = [torch.cat(matrices, 1) for matrices in zip(*(t.matrices for t in tables))]
     parts = [matrix.split([t.common.shape[1] for t in tables], 1) for matrix in wide]
     for table, own in zip(tables, zip(*parts)):
         table.__init__(table.shape, own[-1], own[:-1], turned=table.turned)
     n, m = wide[-1].shape
-    return MatrixTable((m, n), wide[-1], wide[:-1], turned=True)
+    return MatrixBank((m, n), wide[-1], wide[:-1], turned=True)
 
 
-AnyTable = Union[ValueTable, MatrixTable]
+AnyBank = Union[ValueBank, MatrixBank]
 
 
 @torch.no_grad()
-def table_of(
+def bank_of(
     base: Tensor,
     shared: Delta | None,
     deltas: Sequence[Delta | None],
@@ -174,7 +174,7 @@ def table_of(
     shared_scale: float = 1.0,
     turned: bool | None = None,
     serving: Serving = Serving(),
-) -> AnyTable:
+) -> AnyBank:
     """The table of one tensor, in its data type and on its device, computed in float32.
 
     Args:
@@ -192,7 +192,7 @@ def table_of(
 
     if turned is None:
         values = [common if delta is None else common + own(delta) for delta in deltas]
-        return ValueTable(torch.stack([*values, common]).to(base.dtype))
+        return ValueBank(torch.stack([*values, common]).to(base.dtype))
 
     def laid_out(matrix: Tensor) -> Tensor:
         matrix = matrix.flatten(1)
@@ -216,7 +216,7 @@ def table_of(
         return lambda: start + laid_out(own(delta))
 
     tasks = [kept(delta) for delta in deltas]
-    return MatrixTable(tuple(base.shape), start, tasks, turned=turned)
+    return MatrixBank(tuple(base.shape), start, tasks, turned=turned)
 
 
 def factors_of(delta: Delta, shared: Delta | None) -> Factors | None:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .banks import Serving, table_of
-from .layers import Current, Product, UnsupportedShape, is_turned
+from .banks import Serving, bank_of
+from .layers import Current, PerSampleLinear, UnsupportedShape, is_turned
 from .mixtures import ByTask, Mix, batch_size, mix_of, regrouped
 from .network import per_sample_network
 from .shadow import network_with
@@ -61,7 +61,7 @@ class MixedForward:
             self.tables = {}
             for name in model.touched:
                 owner, _, leaf = name.rpartition(".")
-                self.tables[name] = table_of(
+                self.tables[name] = bank_of(
                     model.base_tensor(name),
                     model.shared.get(name),
                     [model.modulators[task].deltas.get(name) for task in model.tasks],
@@ -173,7 +173,7 @@ def _largest_output(network: nn.Module) -> Iterator[list[int]]:
     def see(_: nn.Module, args: tuple, y: Tensor) -> None:
         sizes.append(y.nbytes // len(y))
 
-    products = [m for m in network.modules() if isinstance(m, Product)]
+    products = [m for m in network.modules() if isinstance(m, PerSampleLinear)]
     handles = [module.register_forward_hook(see) for module in products]
     try:
         yield sizes

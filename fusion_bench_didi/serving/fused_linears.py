@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .banks import MatrixTable, ValueTable
+from .banks import MatrixBank, ValueBank
 from .mixtures import Mix
 
 
-class Joint:
+class FusedLinears:
     """The product of several layers; the first layer that is given an input multiplies for all.
 
     An input is known again by being the same tensor: a model that changes it in place between two layers is found out when
@@ -21,7 +21,7 @@ class Joint:
     """
 
     def __init__(
-        self, table: MatrixTable, biases: ValueTable | None, widths: Sequence[int]
+        self, table: MatrixBank, biases: ValueBank | None, widths: Sequence[int]
     ):
         self.table, self.biases, self.widths = table, biases, list(widths)
         self._forget()

@@ -46,7 +46,7 @@ def _product(
 
 
 def _runs(matrices: Sequence[Tensor], sizes: list[int]) -> tuple[list[int], list[int]]:
-    """Where neighbours have one matrix: the first task of each run, and its rows; nothing that is made on use is made."""
+    """Where neighbors have one matrix: the first task of each run, and its rows; nothing that is made on use is made."""
     kept = getattr(matrices, "kept", matrices)
     owners: list[int] = []
     lengths: list[int] = []
@@ -91,7 +91,7 @@ def product_by_task(
         tasks: (B,) the task of each sample.
         counts: samples per task, on the CPU.
         biases: ``b_t`` (m,) per task.
-        matrices: ``W_t`` (n, m) per task; neighbours that are one tensor are multiplied in one product.
+        matrices: ``W_t`` (n, m) per task; neighbors that are one tensor are multiplied in one product.
         firsts, lasts: ``A_t`` (n, r) and ``B_t`` (r, m) per task, r = 0 for none.
 
     Returns:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .banks import AnyTable, ValueTable
-from .fused_linears import Joint
+from .banks import AnyBank, ValueBank
+from .fused_linears import FusedLinears
 from .mixtures import Mix, over
 
 
@@ -34,7 +34,7 @@ class PerSample:
         current: shared by the whole network.
     """
 
-    tables: Mapping[str, AnyTable]
+    tables: Mapping[str, AnyBank]
     current: Current
 
     def prepare(self) -> None:
@@ -48,17 +48,17 @@ class PerSample:
         return mix
 
 
-class Product(PerSample):
+class PerSampleLinear(PerSample):
     """``x W + b``: linear layers, and the (n, m) ones of GPT-2."""
 
-    joint: Joint | None = None
+    joint: FusedLinears | None = None
     place = 0
 
     def prepare(self) -> None:
         self.biases = self.tables.get("bias")
         if self.biases is None and self.bias is not None:
             tasks = self.tables["weight"].tasks
-            self.biases = ValueTable(self.bias.expand(tasks + 1, -1))
+            self.biases = ValueBank(self.bias.expand(tasks + 1, -1))
 
     def forward(self, x: Tensor) -> Tensor:
         mix = self.mix_for(x)
@@ -70,7 +70,7 @@ class Product(PerSample):
         return y + over(mix.rows(self.biases) - self.bias, y)
 
 
-class Patches(Product):
+class PerSamplePatchConv(PerSampleLinear):
     """A convolution whose kernels do not overlap: a linear layer on patches."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Patches(Product):
         return y.mT.unflatten(2, (-1, x.shape[3] // self.kernel_size[1]))
 
 
-class Norm(PerSample):
+class PerSampleLayerNorm(PerSample):
     """Layer norm."""
 
     def prepare(self) -> None:
@@ -104,7 +104,7 @@ class Norm(PerSample):
         return rows.view(len(rows), *(1,) * missing, *rows.shape[1:])
 
 
-class Lookup(PerSample):
+class PerSampleEmbedding(PerSample):
     """An embedding; ids (1, N) are the same for all samples."""
 
     def prepare(self) -> None:
@@ -134,7 +134,7 @@ def broadcast_form(leaf: str) -> type:
 
 
 def is_turned(module: nn.Module, leaf: str) -> bool | None:
-    """How :func:`~.tables.table_of` lays a tensor out for the module that owns it."""
+    """How :func:`~.tables.bank_of` lays a tensor out for the module that owns it."""
     if getattr(module, leaf).ndim < 2:
         return None
     return isinstance(module, (nn.Linear, nn.Conv2d))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .banks import MatrixTable, Table, ValueTable
+from .banks import Bank, MatrixBank, ValueBank
 from .grouped_matmul import product_by_task
 
 #: values of the matrices that are mixed at a time
@@ -85,11 +85,11 @@ class ByTask:
         tasks, order = (torch.cat(pair) for pair in both)
         return ByTask(tasks, self.counts + other.counts, order)
 
-    def value(self, table: Table) -> Tensor:
+    def value(self, table: Bank) -> Tensor:
         """A tensor as the first sample sees it."""
         return table.value(int(self.tasks[0]))
 
-    def rows(self, table: ValueTable) -> Tensor:
+    def rows(self, table: ValueBank) -> Tensor:
         """(B, *shape)."""
         return table.values.index_select(0, self.tasks)
 
@@ -97,7 +97,7 @@ class ByTask:
         """(B, R) weights of directions that belong to the tasks ``owner`` (R,)."""
         return self.tasks[:, None] == owner
 
-    def product(self, x: Tensor, table: MatrixTable, bias: ValueTable | None) -> Tensor:
+    def product(self, x: Tensor, table: MatrixBank, bias: ValueBank | None) -> Tensor:
         """``x_i W_i + b_i`` for x (B, ..., n); (B, ..., m)."""
         biases = None if bias is None else bias.values
         factors = table.firsts, table.lasts
@@ -135,7 +135,7 @@ class ByWeight:
     def size(self) -> int:
         return len(self.weights)
 
-    def value(self, table: Table) -> Tensor:
+    def value(self, table: Bank) -> Tensor:
         return table.mixed(self.weights[0])
 
     def groups(self) -> Iterator["ByWeight"]:
@@ -151,12 +151,12 @@ class ByWeight:
     def scale(self, owner: Tensor) -> Tensor:
         return self.weights[:, owner]
 
-    def rows(self, table: ValueTable) -> Tensor:
+    def rows(self, table: ValueBank) -> Tensor:
         common = table.values[-1]
         changes = table.values[:-1] - common
         return common + torch.tensordot(self.weights.to(common), changes, 1)
 
-    def product(self, x: Tensor, table: MatrixTable, bias: ValueTable | None) -> Tensor:
+    def product(self, x: Tensor, table: MatrixBank, bias: ValueBank | None) -> Tensor:
         weights = self.weights.to(x)
         if table.dense:
             own = weights[:, table.dense]

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .banks import AnyTable, ValueTable, side_by_side
-from .fused_linears import Joint
+from .banks import AnyBank, ValueBank, side_by_side
+from .fused_linears import FusedLinears
 from .layers import (
     Current,
-    Lookup,
-    Norm,
-    Patches,
     PerSample,
-    Product,
+    PerSampleEmbedding,
+    PerSampleLayerNorm,
+    PerSampleLinear,
+    PerSamplePatchConv,
     apart,
     broadcast_form,
 )
-from .shadow import Change, mirrored
+from .shadow import Change, shadowed
 
 #: bare parameters (n,) that broadcast in their module's forward, which then takes them per sample as (B, 1, n)
 BROADCAST = {"CLIPVisionEmbeddings": "class_embedding", "LlamaRMSNorm": "weight"}
@@ -38,21 +38,21 @@ def form_of(module: nn.Module, leaves: Mapping[str, Any]) -> type | None:
     if not set(leaves) <= {"weight", "bias"}:
         return None
     if kind is nn.Linear or kind.__name__ == "Conv1D":
-        return Product
+        return PerSampleLinear
     if kind is nn.Conv2d and apart(module):
-        return Patches
+        return PerSamplePatchConv
     if kind is nn.LayerNorm and module.weight is not None:
-        return Norm
+        return PerSampleLayerNorm
     if kind is nn.Embedding and module.max_norm is None:
-        return Lookup
+        return PerSampleEmbedding
     return None
 
 
 def per_sample_network(
-    backbone: nn.Module, tables: Mapping[str, AnyTable], current: Current
+    backbone: nn.Module, tables: Mapping[str, AnyBank], current: Current
 ) -> nn.Module | None:
     """The network; None if a changed tensor belongs to a module without a per-sample form, or to several modules."""
-    by_module: dict[str, dict[str, AnyTable]] = {}
+    by_module: dict[str, dict[str, AnyBank]] = {}
     for name, table in tables.items():
         owner, _, leaf = name.rpartition(".")
         by_module.setdefault(owner, {})[leaf] = table
@@ -67,14 +67,12 @@ def per_sample_network(
         if form is None:
             return None
         changes[module] = _turned_into(form, leaves, current)
-    network = mirrored(backbone, changes)
+    network = shadowed(backbone, changes)
     join(network)
     return network
 
 
-def _turned_into(
-    form: type, tables: Mapping[str, AnyTable], current: Current
-) -> Change:
+def _turned_into(form: type, tables: Mapping[str, AnyBank], current: Current) -> Change:
     def change(twin: nn.Module) -> None:
         twin.__dict__.update(tables=tables, current=current)
         twin.__class__ = _combined(form, type(twin))
@@ -88,7 +86,7 @@ def _combined(form: type, kind: type) -> type:
     return type(f"PerSample{kind.__name__}", (form, kind), {})
 
 
-#: names of neighbours that most architectures give one input; where one does not, results are the same, only slower
+#: names of neighbors that most architectures give one input; where one does not, results are the same, only slower
 TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -97,7 +95,7 @@ TOGETHER = (
 
 
 def join(network: nn.Module) -> None:
-    """Let neighbours of a per-sample network that every task has matrices for multiply together."""
+    """Let neighbors of a per-sample network that every task has matrices for multiply together."""
     for module in network.modules():
         for names in TOGETHER:
             layers = [getattr(module, name, None) for name in names]
@@ -112,15 +110,15 @@ def _joinable(layer: nn.Module | None) -> bool:
     return table is not None and table.held
 
 
-def _kind(layer: "Product") -> tuple:
+def _kind(layer: "PerSampleLinear") -> tuple:
     return layer.in_features, layer.biases is None
 
 
-def _join(layers: Sequence["Product"]) -> None:
+def _join(layers: Sequence["PerSampleLinear"]) -> None:
     table = side_by_side([layer.tables["weight"] for layer in layers])
     biases = None
     if layers[0].biases is not None:
-        biases = ValueTable(torch.cat([layer.biases.values for layer in layers], 1))
-    joint = Joint(table, biases, [layer.out_features for layer in layers])
+        biases = ValueBank(torch.cat([layer.biases.values for layer in layers], 1))
+    joint = FusedLinears(table, biases, [layer.out_features for layer in layers])
     for place, layer in enumerate(layers):
         layer.joint, layer.place = joint, place

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Change = Callable[[nn.Module], None]
 
 
-def mirrored(module: nn.Module, changes: Mapping[nn.Module, Change]) -> nn.Module:
+def shadowed(module: nn.Module, changes: Mapping[nn.Module, Change]) -> nn.Module:
     """A copy that shares tensors, hooks and configurations; copies of the modules in ``changes`` are changed."""
     made: dict[nn.Module, nn.Module] = {}
 
@@ -43,4 +43,4 @@ def network_with(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Modul
 
         return put
 
-    return mirrored(backbone, {m: change(leaves) for m, leaves in by_module.items()})
+    return shadowed(backbone, {m: change(leaves) for m, leaves in by_module.items()})

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelPoolError, NonFiniteError
 from ..lowrank.factors import LowRankFactors, Matrix, energy_of
-from ..lowrank.row_blocks import Terms, energies_of
+from ..lowrank.row_blocks import Difference, squared_norms
 from ..parallel import ordered_map, workers_for
 from .alignment import check_alignment, floating, matches
 from .lora_adapter import AdapterSource
@@ -141,7 +141,7 @@ class TaskVectors:
 
     def terms(
         self, name: str, tasks: Sequence[str], device: torch.device | str = "cpu"
-    ) -> list[Terms]:
+    ) -> list[Difference]:
         """Task vectors as differences of matrices (m, n), of the types in which they are stored; the base is one object."""
         shape, terms = matrix_shape(self.infos[name].shape), []
         base = self.read_base(name).to(device).reshape(shape)
@@ -235,7 +235,7 @@ class TaskVectors:
             others = [task for task in tasks if task not in energies]
             if others:
                 terms = self.terms(name, others, device)
-                energies.update(zip(others, energies_of(terms)))
+                energies.update(zip(others, squared_norms(terms)))
         found = torch.stack([energies[task] for task in self.tasks]).cpu()
         if self.factored(name) and bool(found.any()):
             # no difference was taken to the base model

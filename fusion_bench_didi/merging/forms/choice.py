@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...allocation.experts_curve import Candidate
-from ...allocation.lagrangian import Offer, choose
+from ...allocation.experts_curve import ExpertsCurve
+from ...allocation.lagrangian import Curve, choose
 from ...allocation.spectra import MatrixSpectra
 from ...allocation.water_filling import greedy
 from ...deltas.precision import Precision
@@ -48,15 +48,15 @@ class FirstPass:
 class _Option:
     """An offer, the precision that it is in, and the candidate it is made of (None for common subspaces)."""
 
-    offer: Offer
+    offer: Curve
     precision: Precision
-    candidate: Candidate | None = None
+    candidate: ExpertsCurve | None = None
 
 
 def joint_pass(work: Work) -> FirstPass:
     """Choose how each matrix is stored, then decompose against what was chosen."""
-    names = work.layout.matrices
-    cheapest = {n: work.layout.precisions[n][0] for n in names}
+    names = work.inventory.matrices
+    cheapest = {n: work.inventory.precisions[n][0] for n in names}
     expected = outlook(work)
     whole, reach = expected.whole, {n: work.first_guess(n) for n in names}
     reach = {n: q for n, q in {**reach, **expected.reach}.items() if n not in whole}
@@ -74,7 +74,7 @@ def joint_pass(work: Work) -> FirstPass:
     sharers = [n for n in names if sharable and whole.get(n, True)]
     alone = {n: options[n][i].candidate for n, i in zip(names, picks)}
 
-    def look(name: str) -> list[Candidate]:
+    def look(name: str) -> list[ExpertsCurve]:
         beside = beside_whole if name in whole else beside_low_rank
         return beside(work, name, alone[name], mu)
 
@@ -87,7 +87,7 @@ def joint_pass(work: Work) -> FirstPass:
     unsettled = [n for n in sharers if n not in whole]
     for name, offers in work.over("share", lambda n: common_offers(work, n), unsettled):
         options[name] += [_Option(*offer) for offer in offers]
-    if any(len(options[n]) > len(work.layout.precisions[n]) for n in names):
+    if any(len(options[n]) > len(work.inventory.precisions[n]) for n in names):
         picks, mu = _chosen(work, options)
     chosen = {n: options[n][i] for n, i in zip(names, picks)}
     common = {
@@ -108,9 +108,7 @@ def joint_pass(work: Work) -> FirstPass:
         if n not in reach
     ]
     rows = {row.name: row for row in (*table, *with_shared)}
-    rows = [
-        replace(rows[n], price=p.price(*work.shape(n))) for n, p in stored_as.items()
-    ]
+    rows = [replace(rows[n], rate=p.rate(*work.shape(n))) for n, p in stored_as.items()]
     return FirstPass(rows, stored_as, common)
 
 
@@ -123,5 +121,5 @@ def _chosen(
 def _options(work: Work, name: str, shared: int, *spectra: Tensor) -> list[_Option]:
     """Experts of these spectra beside a shared part of some rank."""
     found = in_all_precisions(work, name, shared, *spectra)
-    pairs = zip(found, work.layout.precisions[name])
+    pairs = zip(found, work.inventory.precisions[name])
     return [_Option(c.offer(work.weights[name]), p, c) for c, p in pairs]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...allocation.spectra import MatrixSpectra
 from ...deltas.base import Delta
 from ...deltas.precision import Precision
-from ...lowrank.row_blocks import energies_of, less
+from ...lowrank.row_blocks import minus, squared_norms
 from ..context import Work
 from ..reconstruction import change_of
 
@@ -28,8 +28,8 @@ def row_of_whole(
         sigma=torch.zeros(len(energy) + 1, 0),
         tail_energy=torch.cat([energy.new_zeros(1), energy]),
         weights=work.weights[name].cpu(),
-        price=precision.price(*work.shape(name)),
-        fixed_shared=shared,
+        rate=precision.rate(*work.shape(name)),
+        shared_rank=shared,
     )
 
 
@@ -58,11 +58,11 @@ def pack_whole(
         some = [task for task in tasks if task in stored]
         others = [task for task in tasks if task not in stored]
         if some:
-            made, lost = precision.dense(shape, less(vectors.terms(name, some), base))
+            made, lost = precision.dense(shape, minus(vectors.terms(name, some), base))
             deltas.update(zip(some, made))
             errors.update(zip(some, lost))
         if others and first is not None:
-            rest = less(vectors.terms(name, others), base)
-            errors.update(zip(others, energies_of(rest)))
+            rest = minus(vectors.terms(name, others), base)
+            errors.update(zip(others, squared_norms(rest)))
     forms = [deltas.get(task) for task in vectors.tasks]
     return (first, forms), torch.stack([errors[task] for task in vectors.tasks])

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...allocation.experts_curve import Candidate
+from ...allocation.experts_curve import ExpertsCurve
 from ...lowrank.factors import full_rank
-from ...lowrank.row_blocks import Terms, formed, mean_of
+from ...lowrank.row_blocks import Difference, materialize, mean_of
 from ...lowrank.spectrum_bounds import optimistic_spectrum, sampled
 from ...lowrank.svd import singular_values
 from ..context import SPENT, Work
@@ -52,10 +52,10 @@ class Outlook:
 
 def outlook(work: Work) -> Outlook:
     """Of the matrices that the budget pays for as a whole on average; the others are in neither mapping."""
-    names = [n for n in work.layout.matrices if _asked(work, n)]
+    names = [n for n in work.inventory.matrices if _asked(work, n)]
     if not names:
         return Outlook()
-    options = {n: as_whole(work, n, work.energy[n]) for n in work.layout.matrices}
+    options = {n: as_whole(work, n, work.energy[n]) for n in work.inventory.matrices}
     picks, mu, error = chosen(work, options)
     seen = dict(work.over("glance", lambda n: _seen(work, n, mu), names))
     reach: dict[str, int] = {}
@@ -89,7 +89,7 @@ def outlook(work: Work) -> Outlook:
 
 
 def still_whole(
-    work: Work, name: str, terms: Sequence[Terms], energy: Tensor, mu: float
+    work: Work, name: str, terms: Sequence[Difference], energy: Tensor, mu: float
 ) -> bool:
     """Whether what a shared part leaves of experts that were whole without it gains nothing by low rank.
 
@@ -101,7 +101,9 @@ def still_whole(
     task, doubtful = _most_doubtful(work, name, samples, energy, mu)
     if not doubtful:
         return True
-    low_rank = _like(work, name, singular_values(formed(terms[task])), energy, task)
+    low_rank = _like(
+        work, name, singular_values(materialize(terms[task])), energy, task
+    )
     alone = min(as_whole(work, name, energy), key=lambda c: cost(work, name, c, mu))
     gain = cost(work, name, alone, mu) - least(work, name, low_rank, mu)
     return gain <= WORTH * alone.offer(work.weights[name]).at(mu)[0]
@@ -143,15 +145,17 @@ def _most_doubtful(
     return int(part.argmin()), not spread or at_best < (1 - ROUNDING) * whole
 
 
-def _pilot(work: Work, name: str, task: int) -> list[Candidate]:
+def _pilot(work: Work, name: str, task: int) -> list[ExpertsCurve]:
     """Low rank as far as one task tells."""
     (terms,) = work.task_vectors.terms(
         name, [work.task_vectors.tasks[task]], work.device
     )
-    return _like(work, name, singular_values(formed(terms)), work.energy[name], task)
+    return _like(
+        work, name, singular_values(materialize(terms)), work.energy[name], task
+    )
 
 
-def _reach(work: Work, name: str, pick: Candidate, mu: float) -> int:
+def _reach(work: Work, name: str, pick: ExpertsCurve, mu: float) -> int:
     """The rank up to which experts will be needed, 0 where they are whole or nothing."""
     full = full_rank(*work.shape(name))
     ranks = pick.ranks(work.weights[name], mu, full)
@@ -168,7 +172,7 @@ def _held_by_mean(work: Work, name: str) -> Tensor:
 
 
 def _by_sharing(
-    work: Work, name: str, alone: Candidate, mu: float, held: Tensor
+    work: Work, name: str, alone: ExpertsCurve, mu: float, held: Tensor
 ) -> tuple[float, float]:
     """What whole experts gain by a shared matrix of some rank that takes the same part of the energy of each.
 
@@ -189,7 +193,7 @@ def _by_sharing(
 
 def _like(
     work: Work, name: str, values: Tensor, energy: Tensor, task: int
-) -> list[Candidate]:
+) -> list[ExpertsCurve]:
     """Experts of the spectrum of one task's, each of its own energy."""
     sigma = (energy / energy[task]).sqrt().float()[:, None] * values.cpu()
     return in_all_precisions(work, name, 0, sigma, torch.zeros(len(energy)))
@@ -203,7 +207,7 @@ def _asked(work: Work, name: str) -> bool:
     return known and work.glanced(name) and work.first_guess(name) < work.cap(name)
 
 
-def _samples(work: Work, name: str, terms: Sequence[Terms]) -> Tensor:
+def _samples(work: Work, name: str, terms: Sequence[Difference]) -> Tensor:
     """(T, a, b) entries of differences, at the same places."""
     rank, (m, n) = work.first_guess(name), work.shape(name)
     sides = (SHORT * rank, LONG * rank) if m <= n else (LONG * rank, SHORT * rank)

@@ -11,7 +11,7 @@ from ...deltas.precision import Precision
 from ...lowrank.decomposition import Decomposition
 from ...lowrank.factored import as_dense, as_product, subtracting, zero_like
 from ...lowrank.factors import Matrix, energy_of
-from ...lowrank.refinement import Modules, refine
+from ...lowrank.refinement import FactorSet, refine
 from ...lowrank.subspace_iteration import subspace_step
 from ..context import Work
 from ..reconstruction import Stored, _kept_out, change_of, pack_shared
@@ -25,26 +25,33 @@ def _experts(
     """One matrix as experts on a shared module."""
     full, plain = k == row.full, work.metric(row.name) is None
     plain = plain and not work.task_vectors.factored(row.name)
-    if plain and row.fixed_shared == 0 and bool(((k == 0) | full)[1:].all()):
+    if plain and row.shared_rank == 0 and bool(((k == 0) | full)[1:].all()):
         work.store.drop(row.name)
         return pack_whole(work, row.name, (k[1:] > 0).tolist(), precision)
     bases = work.store.pop(row.name)
-    if plain and row.fixed_shared and bool(full[1:].all()):
+    if plain and row.shared_rank and bool(full[1:].all()):
         first = _shared_beside_whole(work, row, bases[0], precision)
         return pack_whole(work, row.name, full[1:].tolist(), precision, first)
-    vectors, settled = work.read(row.name), row.fixed_shared is not None
-    if settled and not row.fixed_shared:
+    vectors, residual_to_stored = work.read(row.name), row.shared_rank is not None
+    if residual_to_stored and not row.shared_rank:
         shared = zero_like(vectors[0])
     else:
         shared = work.shared(row.name, vectors)
     parts, ranks = Decomposition(bases[0], bases[1:]), k.tolist()
     modules = refine(
-        cut(parts, ranks, row.full, shared, vectors, settled=settled),
+        cut(
+            parts,
+            ranks,
+            row.full,
+            shared,
+            vectors,
+            residual_to_stored=residual_to_stored,
+        ),
         vectors,
         weights=work.weights[row.name],
         how=work.settings.refinement,
         settings=work.settings.refining,
-        settled=settled,
+        residual_to_stored=residual_to_stored,
     )
     metric = work.metric(row.name)
     if metric is not None:
@@ -61,8 +68,8 @@ def cut(
     shared: Matrix,
     task_vectors: Sequence[Matrix],
     *,
-    settled: bool = False,
-) -> Modules:
+    residual_to_stored: bool = False,
+) -> FactorSet:
     """Truncated SVDs, Eq. 5; a full-rank expert is None (dense), a full-rank shared module is S itself.
 
     Args:
@@ -75,16 +82,16 @@ def cut(
         first = decomposition.shared.factors(shared, ranks[0])
     else:
         first = as_product(shared)
-    left = subtracting(first if settled else shared)
+    left = subtracting(first if residual_to_stored else shared)
     experts = tuple(
         None if k >= full else spectrum.factors(left(tau), k)
         for tau, spectrum, k in zip(task_vectors, decomposition.experts, ranks[1:])
     )
-    return Modules(first, experts)
+    return FactorSet(first, experts)
 
 
 def pack(
-    modules: Modules,
+    modules: FactorSet,
     ranks: Sequence[int],
     task_vectors: Sequence[Matrix],
     *,

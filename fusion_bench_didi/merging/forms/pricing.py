@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...allocation.experts_curve import Candidate
+from ...allocation.experts_curve import ExpertsCurve
 from ...allocation.lagrangian import choose
 from ..context import Work
 
 
 def in_all_precisions(
     work: Work, name: str, shared_rank: int, sigma: Tensor, tail_energy: Tensor
-) -> list[Candidate]:
+) -> list[ExpertsCurve]:
     """Experts of known spectra beside a shared part of some rank, cheapest precision first.
 
     Args:
@@ -20,30 +20,30 @@ def in_all_precisions(
         tail_energy: (T,) beyond them.
     """
     return [
-        Candidate(
+        ExpertsCurve(
             shared_rank,
-            p.price(*work.shape(name)),
+            p.rate(*work.shape(name)),
             p.name,
             sigma,
             tail_energy,
             p.rounding,
             p.rounding_dense,
         )
-        for p in work.layout.precisions[name]
+        for p in work.inventory.precisions[name]
     ]
 
 
 def as_whole(
     work: Work, name: str, energy: Tensor, *, shared: int = 0
-) -> list[Candidate]:
+) -> list[ExpertsCurve]:
     """Whole experts, or none, of (T,) squared norms, in every precision allowed."""
     nothing = torch.zeros(len(energy), 0)
     return in_all_precisions(work, name, shared, nothing, energy)
 
 
 def chosen(
-    work: Work, options: Mapping[str, Sequence[Candidate]]
-) -> tuple[dict[str, Candidate], float, float]:
+    work: Work, options: Mapping[str, Sequence[ExpertsCurve]]
+) -> tuple[dict[str, ExpertsCurve], float, float]:
     """The best candidate per matrix, ``mu``, and the error in all."""
     offers = [[c.offer(work.weights[n]) for c in row] for n, row in options.items()]
     picks, mu = choose(offers, work.budget)
@@ -52,12 +52,14 @@ def chosen(
     return best, mu, error
 
 
-def least(work: Work, name: str, candidates: Sequence[Candidate], mu: float) -> float:
+def least(
+    work: Work, name: str, candidates: Sequence[ExpertsCurve], mu: float
+) -> float:
     """``error + mu * bits`` of the best of them."""
     return min(cost(work, name, candidate, mu) for candidate in candidates)
 
 
-def cost(work: Work, name: str, candidate: Candidate, mu: float) -> float:
+def cost(work: Work, name: str, candidate: ExpertsCurve, mu: float) -> float:
     """``error + mu * bits`` where that is least."""
     lost, bits = candidate.offer(work.weights[name]).at(mu)
     return lost + mu * bits

@@ -6,23 +6,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...allocation.experts_curve import Candidate
+from ...allocation.experts_curve import ExpertsCurve
 from ...allocation.spectra import MatrixSpectra
 from ...deltas.base import Delta
 from ...deltas.precision import Precision
 from ...lowrank.factored import inner, subtracting
 from ...lowrank.factors import Matrix, energy_of, full_rank
-from ...lowrank.overlap import sharing
-from ...lowrank.row_blocks import energies_of, formed, less
-from ...lowrank.svd import Basis, leading, singular_values
+from ...lowrank.overlap import mean_overlap
+from ...lowrank.row_blocks import materialize, minus, squared_norms
+from ...lowrank.svd import HalfSVD, half_svd, singular_values
 from ..context import Work
 from ..reconstruction import pack_shared
 from .early_decision import WORTH_SHARING, still_whole
 
 
 def beside_low_rank(
-    work: Work, name: str, own: Candidate, level: float
-) -> list[Candidate]:
+    work: Work, name: str, own: ExpertsCurve, level: float
+) -> list[ExpertsCurve]:
     """Experts beside a shared matrix that might pay at so much error per bit.
 
     Looked into is only what pays if all tasks gain as much as the one that holds most of what is shared.
@@ -33,11 +33,11 @@ def beside_low_rank(
     vectors, weights = work.read(name), work.weights[name]
     q, full = own.sigma.shape[1], full_rank(*work.shape(name))
     shared = work.shared(name, vectors)
-    found = leading(shared, max_rank=q, name=name)
+    found = half_svd(shared, max_rank=q, name=name)
     ranks = [
         k
         for k in _shared_ranks(found, own, full, weights, level)
-        if sharing(found.S.cpu(), own.sigma, weights, k) >= WORTH_SHARING
+        if mean_overlap(found.S.cpu(), own.sigma, weights, k) >= WORTH_SHARING
     ]
     if not ranks:
         return []
@@ -58,30 +58,30 @@ def beside_low_rank(
 
 
 def beside_whole(
-    work: Work, name: str, own: Candidate, level: float
-) -> list[Candidate]:
+    work: Work, name: str, own: ExpertsCurve, level: float
+) -> list[ExpertsCurve]:
     """As :func:`beside_low_rank` for experts that are whole alone, and have no singular values; no expert is formed."""
     vectors = work.task_vectors
     q, full = work.first_guess(name), full_rank(*work.shape(name))
     terms = vectors.terms(name, vectors.tasks, work.device)
     shared = work.shared_of(name, terms)
-    found = leading(shared, max_rank=q, name=name)
+    found = half_svd(shared, max_rank=q, name=name)
     candidates = []
     for k in _shared_ranks(found, own, full, work.weights[name], level):
         part = shared if k == full else found.factors(shared, k)
-        rest = less(terms, part)
-        tail = energies_of(rest).cpu()
+        rest = minus(terms, part)
+        tail = squared_norms(rest).cpu()
         sigma = own.sigma
         if not still_whole(work, name, rest, tail, level):
-            sigma, tail = _spectra(map(formed, rest), q)
+            sigma, tail = _spectra(map(materialize, rest), q)
         candidates.append(replace(own, shared_rank=k, sigma=sigma, tail_energy=tail))
-    nothing = Basis(found.vectors[:, :0], found.S[:0], 0.0)
+    nothing = HalfSVD(found.vectors[:, :0], found.S[:0], 0.0)
     work.store.put(name, (found, *[nothing] * len(terms)))
     return candidates
 
 
 def _may_pay(
-    own: Candidate, beside: Candidate, task: int, weights: Tensor, level: float
+    own: ExpertsCurve, beside: ExpertsCurve, task: int, weights: Tensor, level: float
 ) -> bool:
     """Whether sharing pays if every task gains, in parts of its energy, what one does.
 
@@ -97,22 +97,22 @@ def _may_pay(
     )
     gain = before + level * most - (after + level * bits)
     energy = weights * (own.sigma.square().sum(1) + own.tail_energy)
-    shared = min(beside.shared_rank * own.price.per_rank, own.price.dense)
+    shared = min(beside.shared_rank * own.rate.per_rank, own.rate.dense)
     return gain * float(energy.sum() / energy[task]) > level * shared
 
 
 def _shared_ranks(
-    mean: Basis, own: Candidate, full: int, weights: Tensor, level: float
+    mean: HalfSVD, own: ExpertsCurve, full: int, weights: Tensor, level: float
 ) -> list[int]:
     """Ranks of a shared matrix that might pay at so much error per bit."""
-    q, price = len(mean.S), own.price
-    gain = weights.sum() * mean.S.cpu().square() / price.per_rank
+    q, rate = len(mean.S), own.rate
+    gain = weights.sum() * mean.S.cpu().square() / rate.per_rank
     # a shared component gains at most this much per bit; where it gains T levels, every expert would hold it too
     times = [1, len(weights)]
     if not own.sigma.shape[1] and own.rounding_dense:
         times.append(1 / own.rounding_dense)  # whole experts lose no more of it
     ranks = {int((gain >= level * many).sum()) for many in times}
-    most = min(q, price.cap) if mean.tail_energy > 0 else price.cap
+    most = min(q, rate.cap) if mean.tail_energy > 0 else rate.cap
     return sorted({full if k >= most else k for k in ranks} - {0})
 
 
@@ -128,10 +128,10 @@ def _spectra(matrices: Iterable[Matrix], rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _shared_beside_whole(
-    work: Work, row: MatrixSpectra, basis: Basis, precision: Precision
+    work: Work, row: MatrixSpectra, basis: HalfSVD, precision: Precision
 ) -> Delta:
     """The shared form of experts that are whole: they take what it leaves, and have no say in it."""
-    vectors, rank = work.task_vectors, row.fixed_shared
+    vectors, rank = work.task_vectors, row.shared_rank
     shape = vectors.infos[row.name].shape
     terms = vectors.terms(row.name, vectors.tasks, work.device)
     shared = work.shared_of(row.name, terms)

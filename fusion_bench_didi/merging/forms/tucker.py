@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...allocation.tucker_curve import CommonOffer
+from ...allocation.tucker_curve import TuckerCurve
 from ...deltas.base import Delta
 from ...deltas.precision import Precision
 from ...lowrank import svd
 from ...lowrank.factors import Matrix, energy_of
-from ...lowrank.overlap import togetherness
-from ...lowrank.svd import Basis
-from ...lowrank.tucker import common_spaces, cores, refine_common
+from ...lowrank.overlap import subspace_overlap
+from ...lowrank.svd import HalfSVD
+from ...lowrank.tucker import cores, refine_tucker, tucker_bases
 from ..context import REACH, SPENT, Work
 from ..metric import Metric
 from ..reconstruction import Stored, _kept_out
@@ -38,12 +38,12 @@ class Common:
     """
 
     sizes: tuple[int, int]
-    offer: CommonOffer
+    offer: TuckerCurve
     precision: Precision
 
     @property
     def bits(self) -> int:
-        return self.offer.price(self.sizes)
+        return self.offer.rate(self.sizes)
 
 
 def _in_common(work: Work, name: str, common: Common) -> tuple[Stored, Tensor]:
@@ -55,7 +55,7 @@ def _in_common(work: Work, name: str, common: Common) -> tuple[Stored, Tensor]:
     down = torch.eye(n).to(right) if q == n else right[:, :q].mT
     if work.settings.refinement != "none":
         refining = work.settings.refining
-        up, down = refine_common(
+        up, down = refine_tucker(
             vectors,
             work.weights[name],
             up,
@@ -73,24 +73,24 @@ def _in_common(work: Work, name: str, common: Common) -> tuple[Stored, Tensor]:
     )
 
 
-def common_offers(work: Work, name: str) -> list[tuple[CommonOffer, Precision]]:
+def common_offers(work: Work, name: str) -> list[tuple[TuckerCurve, Precision]]:
     """Common subspaces in every precision in which they may pay; their bases go to the store.
 
     None where the even share pays for the whole matrix in a precision that loses little: finer ones do not compete then.
     """
     shape, share = work.shape(name), work.share(name)
-    whole = {p: p.price(*shape).dense for p in work.layout.precisions[name]}
+    whole = {p: p.rate(*shape).dense for p in work.inventory.precisions[name]}
     held = any(p.rounding_dense < SPENT and share >= bits for p, bits in whole.items())
     allowed = [p for p, bits in whole.items() if share <= WORTH_COMMON * bits]
     one_by_one = work.task_vectors.one_by_one(name)
     if held or one_by_one or not allowed or not work.settings.in_common:
         return []
     bases, weights = work.store.get(name)[1:], work.weights[name]
-    if togetherness(bases, weights) < WORTH_TOGETHER:
+    if subspace_overlap(bases, weights) < WORTH_TOGETHER:
         return []
     # bases alone cannot take more than what the matrix is likely to be given
     most = REACH * share * len(bases) / allowed[0].bits
-    spaces = common_spaces(
+    spaces = tucker_bases(
         work.read(name),
         weights,
         bases=bases if min(shape) >= svd.SKETCH_SIDE else None,
@@ -100,12 +100,12 @@ def common_offers(work: Work, name: str) -> list[tuple[CommonOffer, Precision]]:
     )
     empty = spaces.up.new_zeros(0)
     found = (spaces.up, spaces.down.mT)
-    work.store.put(common_key(name), tuple(Basis(b, empty, 0.0) for b in found))
+    work.store.put(common_key(name), tuple(HalfSVD(b, empty, 0.0) for b in found))
     p, q = spaces.sizes_up[:, None], spaces.sizes_down
     tasks = sum(b.tail_energy > 0 or bool(b.S.any()) for b in bases)
     return [
         (
-            CommonOffer.of(
+            TuckerCurve.of(
                 spaces,
                 precision.common_bits(shape, tasks, p, q),
                 precision.common_rounding(shape, p, q),

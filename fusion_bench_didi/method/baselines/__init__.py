@@ -1,6 +1,6 @@
 """The mathematics of the methods that DiDi is compared with: pure functions on tensors."""
 
-from .cat import normalised_inputs, removal_basis, without_conflicts, without_directions
+from .cat import normalized_inputs, removal_basis, without_conflicts, without_directions
 from .free import compensation, high_pass, ideal_filter, released_filter, top_of_rows
 from .singular import rank_of, stored_dense, truncated
 from .tall_mask import elected_sum, task_mask, trim, trim_threshold
@@ -10,7 +10,7 @@ __all__ = [
     "compensation",
     "high_pass",
     "ideal_filter",
-    "normalised_inputs",
+    "normalized_inputs",
     "rank_of",
     "released_filter",
     "removal_basis",

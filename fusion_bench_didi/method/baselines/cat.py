@@ -129,7 +129,7 @@ def record_inputs(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
     """Inputs of all linear layers and layer norms that are called, by the name of the tensor they are multiplied with.
 
     Returns:
-        weights of linear layers: (N, n) inputs; scales of layer norms: (N, n) normalised inputs; biases: (1, n) ones.
+        weights of linear layers: (N, n) inputs; scales of layer norms: (N, n) normalized inputs; biases: (1, n) ones.
     """
     found: dict[str, Tensor] = {}
 
@@ -137,7 +137,7 @@ def record_inputs(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
         def record(module: nn.Module, args: tuple) -> None:
             rows = args[0].detach().float().flatten(0, -2)  # (N, n)
             if isinstance(module, nn.LayerNorm):
-                rows = normalised_inputs(rows, module.eps)
+                rows = normalized_inputs(rows, module.eps)
             key = f"{prefix}.weight"
             rows = rows if key not in found else torch.cat([found[key], rows])
             found[key] = rows.cpu()
@@ -216,6 +216,6 @@ def without_conflicts(
     return vector.index_fill(0, top.indices[top.values > 0], 0.0)
 
 
-def normalised_inputs(inputs: Tensor, eps: float) -> Tensor:
+def normalized_inputs(inputs: Tensor, eps: float) -> Tensor:
     """What a layer norm multiplies its scale with."""
     return torch.nn.functional.layer_norm(inputs, inputs.shape[-1:], eps=eps)

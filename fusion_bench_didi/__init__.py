@@ -4,8 +4,7 @@ Importing this package loads neither torch nor the host, because the Hydra searc
 start of any Hydra program. The public names are loaded at first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import compat
 
@@ -16,12 +15,5 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["DiDiMerging", "DiDiModel", "__version__"]
 
-_HOME = {"DiDiMerging": "method", "DiDiModel": "models"}
-
 compat.apply()
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = compat.lazy(__name__, {"DiDiMerging": "method", "DiDiModel": "models"})

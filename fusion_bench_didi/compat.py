@@ -1,4 +1,4 @@
-"""What a version pin cannot mend in the released host (FusionBench 0.2.33).
+"""What a version pin cannot mend in the released host (FusionBench 0.2.33), and what was called something else before.
 
 Each workaround has a test in ``tests/test_compat.py`` that fails once it is no longer needed.
 
@@ -6,17 +6,170 @@ Each workaround has a test in ``tests/test_compat.py`` that fails once it is no 
     The host's OpenCLIP, ConvNeXt, DINOv2 and ResNet pools import ``override`` from ``typing``, where it
     exists only since Python 3.12, although the host supports 3.10. ``typing_extensions`` has the same object.
 
+:data:`MOVED`, :data:`RENAMED`, :func:`renamed`
+    Old modules, names and settings work for one release, with a warning that says what to write instead.
+
 The program instantiates the model pool before the method, so importing this package from the method would be
 too late for ``modelpool=OpenCLIPVisionModelPool/...``. Hence :func:`apply` runs when ``fusion_bench_didi`` is
 imported, and the Hydra search-path plugin imports it at every start of Hydra. It must stay cheap: no torch here.
 """
 
+import sys
 import typing
+import warnings
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 import typing_extensions
 
+#: old module -> the modules that hold its contents now; ``taskpool.attach`` is a function of that name as before
+MOVED = {
+    "adapted_pool": "pools.merged_adapters",
+    "adapters": "task_vectors.lora_adapter",
+    "alignment": "task_vectors.alignment",
+    "artefact": "artifacts.saving",
+    "artefact_forms": "artifacts.forms",
+    "backbones": "checkpoint.backbone",
+    "baselines": "method.baselines",
+    "baselines.cat": "method.baselines.cat",
+    "baselines.free": "method.baselines.free",
+    "baselines.masks": "method.baselines.tall_mask",
+    "baselines.singular": "method.baselines.singular",
+    "beside": "merging.forms.shared_mean",
+    "budget": "merging.settings deltas.storage",
+    "common_deltas": "deltas.tucker",
+    "delta_sinks": "checkpoint.stream deltas.sink",
+    "factor_store": "merging.basis_store",
+    "first_pass": "merging.ranks",
+    "host_models": "artifacts.host_moe",
+    "in_common": "merging.forms.tucker",
+    "joint_pass": "merging.forms.choice",
+    "kinds": "deltas.kinds",
+    "layout": "merging.inventory merging.settings",
+    "lora_settings": "task_vectors.lora_config",
+    "lowrank.allocation": "allocation.water_filling allocation.spectra",
+    "lowrank.blocks": "lowrank.row_blocks",
+    "lowrank.candidates": "allocation.lagrangian allocation.experts_curve allocation.leftover lowrank.overlap",
+    "lowrank.codes": "quantization.codes",
+    "lowrank.common": "lowrank.tucker allocation.tucker_curve lowrank.overlap",
+    "lowrank.learning": "allocation.learned",
+    "lowrank.quantisation": "quantization.rounding",
+    "lowrank.sample": "lowrank.spectrum_bounds",
+    "lowrank.subspace": "lowrank.subspace_iteration",
+    "lowrank.truncation": "allocation.learned",
+    "method.cat": "method.baselines.cat",
+    "method.emr": "method.baselines.emr",
+    "method.free": "method.baselines.free",
+    "method.saving": "models.pool_saving",
+    "method.tall_mask": "method.baselines.tall_mask",
+    "method.tsv_c": "method.baselines.tsv_c",
+    "method.twin": "method.baselines.twin",
+    "models.joint": "serving.fused_linears serving.network",
+    "models.mirror": "serving.shadow",
+    "models.mixed": "serving.forward",
+    "models.mixing": "serving.mixtures",
+    "models.per_sample": "serving.layers serving.network",
+    "models.products": "serving.grouped_matmul",
+    "models.tables": "serving.banks",
+    "naming": "pools.task_names",
+    "offers": "merging.forms.pricing",
+    "outlook": "merging.forms.early_decision",
+    "packing": "merging.reconstruction merging.encoding merging.forms.experts merging.forms.tucker",
+    "pipeline": "merging.pipeline merging.results",
+    "plan": "merging.dry_run",
+    "pool_images": "pools.images",
+    "pool_reader": "pools.opening",
+    "precision": "deltas.precision",
+    "quantised": "deltas.quantized",
+    "routers.probes": "routers.capture",
+    "second_pass": "merging.encoding merging.forms.experts merging.forms.shared_mean merging.forms.tucker",
+    "sources": "task_vectors.sources",
+    "storage": "deltas.storage",
+    "weighting": "merging.loss_weights",
+    "whole": "merging.forms.dense",
+    "work": "merging.context",
+}
+#: (old module, old name) -> new name
+RENAMED = {
+    ("artefact", "load_artefact"): "load_artifact",
+    ("artefact", "save_artefact"): "save_artifact",
+}
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+class _OldModules(MetaPathFinder, Loader):
+    """Finds the modules of :data:`MOVED`, whose names are those of the new modules, loaded at first use."""
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> ModuleSpec | None:
+        package, _, old = fullname.partition(".")
+        if package != _PACKAGE or old not in MOVED:
+            return None
+        homes = [f"{_PACKAGE}.{home}" for home in MOVED[old].split()]
+        homes += [f"{name}: {new}" for (o, name), new in RENAMED.items() if o == old]
+        warnings.warn(
+            f"{fullname} is now {', '.join(homes)}; the old name goes with the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        holds_others = any(other.startswith(f"{old}.") for other in MOVED)
+        return ModuleSpec(fullname, self, is_package=holds_others)
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__.partition(".")[2]
+
+        def find(name: str) -> Any:
+            for home in () if name.startswith("__") else MOVED[old].split():
+                found = import_module(f"{_PACKAGE}.{home}")
+                with_new_name = RENAMED.get((old, name), name)
+                if hasattr(found, with_new_name):
+                    return getattr(found, with_new_name)
+            raise AttributeError(
+                f"module {module.__name__!r} has no attribute {name!r}"
+            )
+
+        module.__getattr__ = find
+
+
+_OLD_MODULES = _OldModules()
+
 
 def apply() -> None:
-    """Make the host's modules importable. Safe to call any number of times."""
+    """Make the host's modules importable, and ours by their old names. Safe to call any number of times."""
     if not hasattr(typing, "override"):
         typing.override = typing_extensions.override
+    if _OLD_MODULES not in sys.meta_path:
+        sys.meta_path.append(_OLD_MODULES)
+
+
+def renamed(old: str, given: Any, new: str, value: Any) -> Any:
+    """The value of a setting that may still be given by its old name; None there if it was not."""
+    if given is None:
+        return value
+    warnings.warn(
+        f"{old} is now called {new}; the old name goes with the next release.",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return given
+
+
+def lazy(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package whose public names are loaded at first use.
+
+    Args:
+        package: its name.
+        home: public name -> module within the package.
+    """
+
+    def find(name: str) -> Any:
+        if name in home:
+            return getattr(import_module(f"{package}.{home[name]}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find

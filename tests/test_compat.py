@@ -1,9 +1,12 @@
 """Every workaround works, is light, and is still needed: a test here fails when one can go."""
 
+import importlib
 import sys
 from importlib.metadata import version
 
 import pytest
+
+from fusion_bench_didi.compat import MOVED, RENAMED
 
 # What the host cannot import without typing.override, and we need.
 HOST_OPENCLIP = "import fusion_bench.modelpool.openclip_vision, fusion_bench.taskpool.openclip_vision"
@@ -78,3 +81,53 @@ def test_pin_of_transformers_is_still_needed(run_python):
         "The host's CLIP task pool imports without CLIPVisionTransformer (or fails for "
         f"another reason): try setup.cfg without `transformers<5`. {done.stderr}"
     )
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_old_modules_are_the_new_ones(old, monkeypatch):
+    """Under the old name every name of the new modules, and one warning that says where they are."""
+    name = f"fusion_bench_didi.{old}"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.warns(DeprecationWarning, match=f"^{name} is now") as told:
+        found = importlib.import_module(name)
+    homes = [f"fusion_bench_didi.{home}" for home in MOVED[old].split()]
+    assert all(home in str(told[-1].message) for home in homes)
+    assert told[-1].filename == importlib.__file__, "the importing line is named"
+    modules = list(map(importlib.import_module, homes))
+    for module in modules:
+        for attribute in vars(module):
+            assert attribute.startswith("__") or hasattr(found, attribute)
+    first = [n for n in vars(modules[0]) if not n.startswith("__")]
+    assert all(getattr(found, n) is getattr(modules[0], n) for n in first)
+    with pytest.raises(AttributeError, match=name):
+        found.nothing_of_that_name
+    importlib.import_module(name)
+    assert len([w for w in told if str(w.message).startswith(f"{name} is")]) == 1
+
+
+@pytest.mark.parametrize("old, name", RENAMED)
+@pytest.mark.filterwarnings("ignore:fusion_bench_didi:DeprecationWarning")
+def test_old_names_are_the_new_ones(old, name):
+    module = importlib.import_module(f"fusion_bench_didi.{old}")
+    assert getattr(module, name) is getattr(module, RENAMED[old, name])
+
+
+def test_old_modules_are_not_found_where_others_look():
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("fusion_bench_didi.no_such_module")
+
+
+def test_loading_an_artifact_by_its_old_name(run_python):
+    """What a script of an earlier release says; the package itself stays light until then."""
+    done = run_python(
+        "import sys, warnings\n"
+        "warnings.simplefilter('error', DeprecationWarning)\n"
+        "import fusion_bench_didi\n"
+        "assert 'torch' not in sys.modules\n"
+        "warnings.simplefilter('always')\n"
+        "from fusion_bench_didi.artefact import load_artefact\n"
+        "from fusion_bench_didi.artifacts import load_artifact\n"
+        "assert load_artefact is load_artifact\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "load_artefact: load_artifact" in done.stderr

@@ -346,6 +346,24 @@ def test_shipped_entries_are_sound():
     assert len({e.name for e in entries}) == len(entries)
 
 
+def test_old_name_of_a_setting_still_works(tmp_path):
+    """``save_artefacts=true`` on the command line of an earlier release."""
+    config = initialize_hydra_config(
+        "didi_compare", ["path.log_dir=here", "save_artefacts=true"]
+    )
+    given = {key: config[key] for key in ("save_artifacts", "save_artefacts")}
+
+    def program(**given) -> ComparisonProgram:
+        there = configuration(tmp_path, tmp_path, **given)
+        return ComparisonProgram(**OmegaConf.create(there))
+
+    with pytest.warns(
+        FutureWarning, match="save_artefacts is now called save_artifacts"
+    ):
+        assert program(**given).save_artifacts is True
+    assert program(save_artifacts=True, save_artefacts=None).save_artifacts is True
+
+
 def test_ranks_fit_the_smallest_side():
     fit = {"at": 768, "k": 128, "gate_k": 16}
     assert fitted(fit, 1024) == {"k": 128, "gate_k": 16}

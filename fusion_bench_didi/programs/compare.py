@@ -14,13 +14,14 @@ from fusion_bench.programs import FabricModelFusionProgram
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from .. import compat
 from ..checkpoint.deltas import versions
 from ..checkpoint.directory import write_json
 from ..pools.merged_adapters import adapted
 from ..pools.opening import check_pool, load_backbone
 from ..pools.task_names import check_tasks
 from .entries import declared, read_entries
-from .entry_run import EntryRun, summary
+from .entry_run import Bench, run_entry, summary
 from .progress import Watch, quiet, terminal
 from .results import FORMAT, assemble
 from .rows import RowStore
@@ -38,6 +39,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         save_artifacts: write every model that is made, and hold the account against the bytes written.
         task_aliases: task pool name -> model name.
         report: write tables, plots and the page at the end.
+        save_artefacts: what ``save_artifacts`` was called before.
         **kwargs: the host program's: modelpool, taskpool, fabric, path, seed.
     """
 
@@ -53,6 +55,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         save_artifacts: bool = False,
         task_aliases: Mapping[str, str] | None = None,
         report: bool = True,
+        save_artefacts: bool | None = None,
         **kwargs: Any,
     ):
         super().__init__(
@@ -64,7 +67,9 @@ class ComparisonProgram(FabricModelFusionProgram):
         )
         self.entries = read_entries(entries, list(only or ()), list(skip or ()))
         self.restart, self.report = restart, report
-        self.save_artifacts = save_artifacts
+        self.save_artifacts = compat.renamed(
+            "save_artefacts", save_artefacts, "save_artifacts", save_artifacts
+        )
         self.task_aliases = task_aliases
         self.directory = Path(self.path.log_dir)
 
@@ -78,14 +83,12 @@ class ComparisonProgram(FabricModelFusionProgram):
             ComparisonError: if the directory holds rows of another configuration.
         """
         store = RowStore(self.directory, self._settings(), restart=self.restart)
-        self.declared = {entry.key: declared(entry) for entry in self.entries}
-        for key, asked in self.declared.items():
-            store.check(key, asked)
+        for entry in self.entries:
+            store.check(entry.key, declared(entry))
         console = terminal()
         with quiet(self.directory / "host.log"):
             console.print("reading every checkpoint once ...")
-            self._prepare()
-            comparison = self._run(store, console)
+            comparison = self._run(self._bench(store), console)
             if self.report:
                 from ..report import write_report
 
@@ -93,34 +96,44 @@ class ComparisonProgram(FabricModelFusionProgram):
                     console.print(f"wrote {file}")
         return comparison
 
-    def _run(self, store: RowStore, console: Console) -> dict[str, Any]:
-        rows = {entry.key: store.load(entry.key) for entry in self.entries}
+    def _bench(self, store: RowStore) -> Bench:
+        """The pools of the configuration, checked and read once."""
+        pool = self.new_modelpool()
+        check_pool(pool)
+        self.taskpool = self._instantiate_and_setup(self._taskpool)
+        scorer = Scorer(self.taskpool, self.task_aliases)
+        check_tasks(scorer.tasks, pool.model_names, self.task_aliases)
+        return Bench(
+            new_modelpool=self.new_modelpool,
+            instantiate=self._instantiate_and_setup,
+            scorer=scorer,
+            facts=pool_facts(pool, load_backbone(pool), self.fabric.device),
+            store=store,
+            aliases=self.task_aliases,
+            seed=self.seed,
+            save_artifacts=self.save_artifacts,
+        )
+
+    def _run(self, bench: Bench, console: Console) -> dict[str, Any]:
+        rows = {entry.key: bench.store.load(entry.key) for entry in self.entries}
         had = [key for key, row in rows.items() if row and row["complete"]]
-        methods, tasks = len(self.entries), len(self.scorer.tasks)
-        console.print(f"{methods} methods on {tasks} tasks; rows in {store.rows}")
+        methods, tasks = len(self.entries), len(bench.scorer.tasks)
+        console.print(f"{methods} methods on {tasks} tasks; rows in {bench.store.rows}")
         with Watch(console, methods, 1 + tasks, had=len(had)) as watch:
             for entry in self.entries:
                 if entry.key in had:
                     watch.had(entry.name, summary(rows[entry.key]))
                     continue
                 watch.method(entry.name)
-                rows[entry.key] = EntryRun(self, entry, store, watch, rows).row
+                rows[entry.key] = run_entry(bench, entry, rows, watch)
                 watch.done(summary(rows[entry.key]))
-                self._write(rows)
-        return self._write(rows)
+                self._write(rows, bench)
+        return self._write(rows, bench)
 
-    def fresh_modelpool(self) -> Any:
-        """A model pool that no earlier method has touched."""
+    def new_modelpool(self) -> Any:
+        """A model pool that no earlier method has touched; the program's from now on."""
         self.modelpool = adapted(self._instantiate_and_setup(self._modelpool))
         return self.modelpool
-
-    def _prepare(self) -> None:
-        pool = self.fresh_modelpool()
-        check_pool(pool)
-        self.taskpool = self._instantiate_and_setup(self._taskpool)
-        self.scorer = Scorer(self.taskpool, self.task_aliases)
-        check_tasks(self.scorer.tasks, pool.model_names, self.task_aliases)
-        self.facts = pool_facts(pool, load_backbone(pool), self.fabric.device)
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -133,13 +146,13 @@ class ComparisonProgram(FabricModelFusionProgram):
             "versions": versions(),
         }
 
-    def _write(self, rows: Mapping[str, Any]) -> dict[str, Any]:
+    def _write(self, rows: Mapping[str, Any], bench: Bench) -> dict[str, Any]:
         comparison = assemble(
             [rows[e.key] for e in self.entries if rows.get(e.key)],
             entries=self.entries,
             settings=self._settings(),
-            tasks=self.scorer.tasks,
-            facts=self.facts,
+            tasks=bench.scorer.tasks,
+            facts=bench.facts,
         )
         write_json(self.directory / "comparison.json", comparison)
         return comparison

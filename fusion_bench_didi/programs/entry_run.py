@@ -1,10 +1,11 @@
-"""One row of a comparison in the making."""
+"""One row of a comparison in the making: merge, account, evaluate, and let go of everything."""
 
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 from omegaconf import OmegaConf
@@ -13,183 +14,180 @@ from torch import nn
 from ..artifacts.saving import save_artifact
 from ..pools.opening import backbone_reference, load_backbone
 from ..pools.task_names import resolve_task
-from .entries import ComparisonError, Entry, method_config
+from .entries import ComparisonError, Entry, declared, method_config
 from .measure import free_memory, measured
 from .progress import Watch
 from .results import blank_row
 from .rows import ARTIFACTS, RowStore
-from .sizes import Size, individuals_size, model_size, pretrained_size
-
-if TYPE_CHECKING:
-    from .compare import ComparisonProgram
+from .scoring import Scorer
+from .sizes import PoolFacts, Size, individuals_size, model_size, pretrained_size
 
 log = logging.getLogger(__name__)
 
+Row = dict[str, Any]
+Rows = Mapping[str, Row | None]
 
-class EntryRun:
-    """One entry: merge, account, evaluate the tasks that are missing, and let go of everything.
 
-    ``row`` is what came of it: figures, or the error.
+@dataclass(frozen=True)
+class Bench:
+    """What every entry of a comparison runs on.
 
     Args:
-        program: pools, scorer and settings.
-        store: takes the row after every evaluated task.
-        rows: of the entries before, by key.
+        new_modelpool: makes a model pool that no earlier method has touched.
+        instantiate: makes a method of its configuration, tied to the running program.
+        scorer: evaluates on single tasks.
+        facts: of the model pool.
+        store: takes a row after every evaluated task.
+        aliases: task pool name -> model name.
+        seed: that every entry starts from, or None.
+        save_artifacts: write every model that is made, and hold the account against the bytes.
     """
 
-    def __init__(
-        self,
-        program: "ComparisonProgram",
-        entry: Entry,
-        store: RowStore,
-        watch: Watch,
-        rows: Mapping[str, Any],
+    new_modelpool: Callable[[], Any]
+    instantiate: Callable[[Any], Any]
+    scorer: Scorer
+    facts: PoolFacts
+    store: RowStore
+    aliases: Mapping[str, str] | None = None
+    seed: int | None = None
+    save_artifacts: bool = False
+
+
+def run_entry(bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Row:
+    """Evaluate an entry on the tasks that its row lacks.
+
+    Args:
+        rows: of all entries by key, as far as they are there.
+        watch: is told the stages.
+
+    Returns:
+        the row, with figures or the error.
+    """
+    asked = declared(entry)
+    row = blank_row(entry, asked) | (rows[entry.key] or {})
+    row |= {"entry": asked, "error": None}
+    if bench.seed is not None:
+        L.seed_everything(bench.seed, verbose=False)
+    try:
+        _fill(row, bench, entry, rows, watch)
+    except Exception as error:  # one method that fails is a row, not the end
+        log.exception("%s failed", entry.key)
+        row["error"] = f"{type(error).__name__}: {error}"
+        row["traceback"] = traceback.format_exc().strip().splitlines()[-6:]
+    else:
+        row["complete"] = True
+        row.pop("traceback", None)
+    finally:
+        bench.scorer.release()
+        free_memory()
+    bench.store.save(entry.key, row)
+    return row
+
+
+def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> None:
+    """Everything that an entry may fail at; the row holds what was found until then."""
+    pool, types = bench.new_modelpool(), bench.facts.types
+    if entry.method == "individuals":
+        model, size = None, individuals_size(bench.facts)
+        artifact: Any = ((name, pool.load_model(name)) for name in pool.model_names)
+    elif entry.method == "pretrained":
+        artifact = model = load_backbone(pool)
+        size, types = pretrained_size(), {}
+    else:
+        artifact = model = _merged(row, bench, entry, rows, pool, watch)
+        size = model_size(model, load_backbone(pool), bench.facts)
+    _account(row, size, bench.facts)
+    if bench.save_artifacts:
+        watch.stage("saving")
+        place = bench.store.directory / ARTIFACTS / entry.key
+        _save(row, artifact, place, pool, types)
+    for task in bench.scorer.tasks:
+        if task in row["accuracy"]:  # an earlier run got as far as this
+            continue
+        watch.stage(f"evaluating {task}", done=1 + len(row["accuracy"]))
+        if entry.method == "individuals":
+            name = resolve_task(task, pool.model_names, bench.aliases)
+            model = pool.load_model(name)
+        row["accuracy"][task] = bench.scorer.score(model, task)
+        bench.store.save(entry.key, row)
+
+
+def _merged(
+    row: Row, bench: Bench, entry: Entry, rows: Rows, pool: Any, watch: Watch
+) -> nn.Module:
+    """What the entry's method makes of the pool, measured."""
+    config = method_config(
+        entry,
+        smallest_side=bench.facts.smallest_side,
+        budget=_budget(entry, rows),
+    )
+    row |= {"config": config, "budget": config.get("budget")}
+    if entry.fit_to_side:
+        ranks = (f"{k}={config[k]}" for k in entry.fit_to_side if k != "at")
+        _note(row, f"here {', '.join(ranks)}")
+    method = bench.instantiate(OmegaConf.create(config))
+    watch.stage("merging")
+    with measured() as cost:
+        method.on_run_start()
+        model = method.run(pool)
+        method.on_run_end()
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{entry.name} returned {type(model).__name__}, a comparison needs one model."
+        )
+    info = vars(model).get("info") or {}
+    details = ("ranks", "energy_kept", "relative_error")
+    row |= asdict(cost) | {key: info[key] for key in details if key in info}
+    return model
+
+
+def _budget(entry: Entry, rows: Rows) -> float | None:
+    """The storage of the entry that this one is held against, if any."""
+    if entry.budget_of is None:
+        return None
+    other = rows[entry.budget_of]
+    if other is None or other["x_excl"] is None:
+        raise ComparisonError(
+            f"Its budget is the storage of {entry.budget_of!r}, which has none: {(other or {}).get('error')}"
+        )
+    return other["x_excl"]
+
+
+def _account(row: Row, size: Size, facts: PoolFacts) -> None:
+    unit = facts.unit_bits / 8
+    for part in ("excl", "incl"):
+        row[f"x_{part}"] = getattr(size, f"x_{part}")
+        row[f"bytes_{part}"] = round(row[f"x_{part}"] * unit)
+    _note(row, size.note)
+
+
+def _save(row: Row, artifact: Any, place: Path, pool: Any, types: Mapping) -> None:
+    """Write the artifact, and hold the account against its bytes."""
+    base = load_backbone(pool)
+    found = save_artifact(
+        artifact,
+        place,
+        base=base,
+        types=types,
+        known=backbone_reference(pool, base),
+        overwrite=True,
+    )
+    backbone = row["bytes_incl"] - row["bytes_excl"]
+    for what, wrote, counted in (
+        ("beyond the backbone", found.beyond, row["bytes_excl"]),
+        ("in the backbone's place", found.backbone or backbone, backbone),
     ):
-        self.program, self.entry, self.store, self.watch = program, entry, store, watch
-        asked = program.declared[entry.key]
-        self.row = blank_row(entry, asked) | (store.load(entry.key) or {})
-        self.row |= {"entry": asked, "error": None}
-        if program.seed is not None:
-            L.seed_everything(program.seed, verbose=False)
-        try:
-            self._fill(rows)
-        except Exception as error:  # one method that fails is a row, not the end
-            log.exception("%s failed", entry.key)
-            last = traceback.format_exc().strip().splitlines()[-6:]
-            self.row["error"] = f"{type(error).__name__}: {error}"
-            self.row["traceback"] = last
-        else:
-            self.row["complete"] = True
-            self.row.pop("traceback", None)
-        finally:
-            program.method = None
-            program.scorer.release()
-            free_memory()
-        store.save(entry.key, self.row)
-
-    def _fill(self, rows: Mapping[str, Any]) -> None:
-        if self.entry.method == "pretrained":
-            self._pretrained()
-        elif self.entry.method == "individuals":
-            self._individuals()
-        else:
-            self._method(rows)
-
-    def _pretrained(self) -> None:
-        pool = self.program.modelpool
-        model = load_backbone(pool)
-        self._account(pretrained_size())
-        self._save(model, pool, {})
-        self._evaluate(model)
-
-    def _individuals(self) -> None:
-        self._account(individuals_size(self.program.facts))
-        pool = self.program.fresh_modelpool()
-        models = ((name, pool.load_model(name)) for name in pool.model_names)
-        self._save(models, pool, self.program.facts.types)
-        for task in self.program.scorer.tasks:
-            if task not in self.row["accuracy"]:
-                name = resolve_task(task, pool.model_names, self.program.task_aliases)
-                self._evaluate(pool.load_model(name), [task])
-
-    def _method(self, rows: Mapping[str, Any]) -> None:
-        program, entry = self.program, self.entry
-        config = method_config(
-            entry,
-            smallest_side=program.facts.smallest_side,
-            budget=self._budget(rows),
-        )
-        self.row["config"] = config
-        self.row["budget"] = config.get("budget")
-        if entry.fit_to_side:
-            ranks = ", ".join(
-                f"{k}={config[k]}" for k in entry.fit_to_side if k != "at"
-            )
-            self._note(f"here {ranks}")
-        pool = program.fresh_modelpool()
-        program.method = program._instantiate_and_setup(OmegaConf.create(config))
-        self.watch.stage("merging")
-        with measured() as cost:
-            program.method.on_run_start()
-            model = program.method.run(pool)
-            program.method.on_run_end()
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{entry.name} returned {type(model).__name__}, a comparison needs one model."
-            )
-        self.row.update(asdict(cost))
-        self._account(model_size(model, load_backbone(pool), program.facts))
-        self._save(model, pool, program.facts.types)
-        self._details(model)
-        program.method = None  # some methods hold their models
-        self._evaluate(model)
-
-    def _budget(self, rows: Mapping[str, Any]) -> float | None:
-        if self.entry.budget_of is None:
-            return None
-        other = rows[self.entry.budget_of]
-        if other is None or other["x_excl"] is None:
+        if wrote != counted:
             raise ComparisonError(
-                f"Its budget is the storage of {self.entry.budget_of!r}, which has none: {(other or {}).get('error')}"
+                f"The account of {row['method']} is wrong: it has {counted} bytes {what}, its artifact {wrote}."
             )
-        return other["x_excl"]
+    row["bytes_written"] = found.beyond + found.headers
+    row["bytes_of_headers"] = found.headers
 
-    def _account(self, size: Size) -> None:
-        unit = self.program.facts.unit_bits / 8
-        self.row.update(
-            x_excl=size.x_excl,
-            x_incl=size.x_incl,
-            bytes_excl=round(size.x_excl * unit),
-            bytes_incl=round(size.x_incl * unit),
-        )
-        self._note(size.note)
 
-    def _save(self, model: Any, pool: Any, types: Mapping[str, Any]) -> None:
-        """Write the artifact, if asked to, and hold the account against it."""
-        if not self.program.save_artifacts:
-            return
-        self.watch.stage("saving")
-        base = load_backbone(pool)
-        found = save_artifact(
-            model,
-            self.program.directory / ARTIFACTS / self.entry.key,
-            base=base,
-            types=types,
-            known=backbone_reference(pool, base),
-            overwrite=True,
-        )
-        row = self.row
-        backbone = row["bytes_incl"] - row["bytes_excl"]
-        for what, wrote, counted in (
-            ("beyond the backbone", found.beyond, row["bytes_excl"]),
-            ("in the backbone's place", found.backbone or backbone, backbone),
-        ):
-            if wrote != counted:
-                raise ComparisonError(
-                    f"The account of {self.entry.name} is wrong: it has {counted} bytes {what}, its artifact {wrote}."
-                )
-        row["bytes_written"] = found.beyond + found.headers
-        row["bytes_of_headers"] = found.headers
-
-    def _note(self, text: str) -> None:
-        if text and text not in self.row["notes"]:
-            self.row["notes"].append(text)
-
-    def _details(self, model: nn.Module) -> None:
-        info = vars(model).get("info") or {}
-        for key in ("ranks", "energy_kept", "relative_error"):
-            if key in info:
-                self.row[key] = info[key]
-
-    def _evaluate(self, model: nn.Module, tasks: Sequence[str] | None = None) -> None:
-        tasks = self.program.scorer.tasks if tasks is None else tasks
-        accuracy = self.row["accuracy"]
-        for task in tasks:
-            if task in accuracy:  # an earlier run got as far as this
-                continue
-            self.watch.stage(f"evaluating {task}", done=1 + len(accuracy))
-            accuracy[task] = self.program.scorer.score(model, task)
-            self.store.save(self.entry.key, self.row)
+def _note(row: Row, text: str) -> None:
+    if text and text not in row["notes"]:
+        row["notes"].append(text)
 
 
 def summary(row: Mapping[str, Any]) -> str:

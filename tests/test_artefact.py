@@ -13,8 +13,9 @@ from helpers import Oddities, didi, family, floats, same_bits
 from omegaconf import OmegaConf
 from torch import nn
 
+from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.artifacts.host_moe import host_storage
-from fusion_bench_didi.artifacts.saving import load_artifact, save_artifact, written
+from fusion_bench_didi.artifacts.saving import written
 from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.models.dynamic import DynamicModel
@@ -244,6 +245,7 @@ def test_what_cannot_come_back_is_refused(tiny_clip, tmp_path):
     models = tiny_clip.pool_models()
     types, base = types_of(models), tiny_clip.base
     options = {"base": base, "types": types}
+    assert host_storage(base, tiny_clip.tasks, unit_bits=1) is None
     with pytest.raises(TypeError, match="Linear cannot be saved as an artifact"):
         save_artifact(nn.Linear(2, 2), tmp_path / "a", **options)
     model = merged(models)

@@ -170,7 +170,7 @@ def host_storage(
 
     Args:
         tasks: in the order of the experts.
-        unit_bits: one fine-tuned model, see :class:`~fusion_bench_didi.storage.StorageReport`.
+        unit_bits: one fine-tuned model, see :class:`~fusion_bench_didi.deltas.storage.StorageReport`.
     """
     parts = take_apart(model)
     if parts is None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion_bench.utils import import_object
 from torch import nn
 
 from ..checkpoint import backbone as backbones
@@ -34,6 +35,9 @@ from .forms import (
     write_static,
 )
 from .host_moe import take_apart
+
+#: where dynamic models are that are not among the models
+_HOMES = {"RecombinedModel": "fusion_bench_didi.recombination"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def save_artifact(
         base: the base model, as the pool gives it.
         types: tensors that some task changed and the data type that the account has them in, the checkpoints' own; none
             for the base model itself.
-        known: where the base model lies, from :func:`.pool_reader.backbone_reference`; without it the base model has to be
+        known: where the base model lies, from :func:`.opening.backbone_reference`; without it the base model has to be
             given again to load the artifact.
 
     Raises:
@@ -113,9 +117,9 @@ def load_artifact(
     """
     config = read_config(directory)
     if "model_class" in config:
-        return _dynamic_class(config["model_class"]).from_pretrained(
-            directory, backbone
-        )
+        name = config["model_class"]
+        home = _HOMES.get(name, "fusion_bench_didi.models")
+        return import_object(f"{home}.{name}").from_pretrained(directory, backbone)
     if backbone is None:
         backbone = backbones.load_backbone(config["backbone"])
     state = tensors_of(backbone)
@@ -143,9 +147,3 @@ def written(directory: str | Path) -> Written:
             beyond += size
             headers += header
     return Written(beyond, backbone, headers)
-
-
-def _dynamic_class(name: str) -> type[DynamicModel]:
-    from .. import models, recombination
-
-    return getattr(models, name, None) or getattr(recombination, name)

@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +20,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 import torch
 from fusion_bench.method import SimpleAverageAlgorithm
+from pymoo.indicators.hv import HV
 from torch import nn
 
 from fusion_bench_didi.checkpoint.directory import write_json
@@ -31,12 +32,11 @@ from fusion_bench_didi.method.baselines.emr import EMRMerging
 from fusion_bench_didi.method.baselines.tsv_c import TSVCompression
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.pools.opening import load_backbone, open_pool
+from fusion_bench_didi.programs.scoring import Scorer
 from fusion_bench_didi.recombination import components
 from fusion_bench_didi.recombination.components import ComponentReader
 from fusion_bench_didi.recombination.evolution import SearchSettings
 from fusion_bench_didi.recombination.front import (
-    hypervolume,
-    hypervolume_trace,
     named_picks,
     pareto_front,
     plot_front,
@@ -44,7 +44,12 @@ from fusion_bench_didi.recombination.front import (
 from fusion_bench_didi.recombination.library import Library
 from fusion_bench_didi.recombination.model import RecombinedModel
 from fusion_bench_didi.recombination.objectives import Evaluation, Evaluator, Space
-from fusion_bench_didi.recombination.search import nsga2, random_search
+from fusion_bench_didi.recombination.search import (
+    Evaluate,
+    Progress,
+    first_population,
+    nsga2,
+)
 from fusion_bench_didi.recombination.validation import scorer_from_pools
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +125,34 @@ class Bench:
         )
 
 
+def random_search(
+    space: Space, evaluate: Evaluate, settings: SearchSettings, progress: Progress
+) -> list[Evaluation]:
+    """What the search has to beat: the same first decisions, then random ones of the same distribution."""
+    rng = np.random.default_rng([settings.seed, 0])
+    found = []
+    for genome in first_population(space, settings.evaluations, rng):
+        found.append(evaluate(genome))
+        progress(len(found), settings.evaluations)
+    return found
+
+
+def hypervolume(
+    evaluations: Sequence[Evaluation], *, storage: float, performance: float = 0.0
+) -> float:
+    """Share of the rectangle ``performance..1 x 0..storage`` that is dominated."""
+    costs = np.array([e.costs for e in evaluations])
+    scale = np.array([1 - performance, storage])
+    costs = np.clip(costs / scale, 0, 1)  # above the individuals counts as equal
+    return float(HV(ref_point=np.ones(2))(costs))
+
+
+def hypervolume_trace(evaluations: Sequence[Evaluation], **box: float) -> list[float]:
+    """Hypervolume after each evaluation."""
+    counts = range(1, len(evaluations) + 1)
+    return [hypervolume(evaluations[:count], **box) for count in counts]
+
+
 def cached_random(bench: Bench, settings: SearchSettings, file: Path) -> list:
     """Random search with what an earlier or shorter run has evaluated."""
     kept = json.loads(file.read_text()) if file.is_file() else []
@@ -136,7 +169,7 @@ def cached_random(bench: Bench, settings: SearchSettings, file: Path) -> list:
         if done % 20 == 0 or done == total:
             write_json(file, [e.as_dict() for e in known.values()])
 
-    return random_search(bench.space, evaluate, settings, progress=progress)
+    return random_search(bench.space, evaluate, settings, progress)
 
 
 def tell(done: int, total: int) -> None:
@@ -152,15 +185,9 @@ def on_test(bench: Bench, methods: dict[str, Models]) -> dict:
         decode_once=True,
         dataloader_kwargs={"batch_size": 64},
     )
-    taskpool.setup()
-    loaders = dict(taskpool.test_dataloaders)
-
-    def accuracy(model, task: str) -> float:
-        taskpool.test_dataloaders = {task: loaders[task]}
-        return taskpool.evaluate(model)[task]["accuracy"]
-
+    scorer = Scorer(taskpool)
     return {
-        name: {task: accuracy(models(task), task) for task in bench.space.tasks}
+        name: {task: scorer.score(models(task), task) for task in bench.space.tasks}
         for name, models in methods.items()
     }
 

@@ -14,7 +14,7 @@ from fusion_bench_didi.demo.folder_pools import (
     FolderCLIPVisionModelPool,
     FolderCLIPVisionModelTaskPool,
 )
-from fusion_bench_didi.taskpool import task_switching as attach
+from fusion_bench_didi.programs.scoring import Scorer
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "suite" / "real8"
 
@@ -42,8 +42,7 @@ class Suite:
             decode_once=True,
             dataloader_kwargs={"batch_size": 256},
         )
-        attach(self.taskpool)
-        self.taskpool.setup()
+        self.scorer = Scorer(self.taskpool)
 
     @property
     def tasks(self) -> list[str]:
@@ -53,14 +52,7 @@ class Suite:
         self, model: nn.Module, tasks: list[str] | None = None
     ) -> dict[str, float]:
         """Accuracy per task, by the host's own evaluation."""
-        loaders = self.taskpool.test_dataloaders
-        chosen = tasks or self.tasks
-        self.taskpool.test_dataloaders = {task: loaders[task] for task in chosen}
-        try:
-            report = self.taskpool.evaluate(model)
-        finally:
-            self.taskpool.test_dataloaders = loaders
-        return {task: report[task]["accuracy"] for task in chosen}
+        return {task: self.scorer.score(model, task) for task in tasks or self.tasks}
 
     def individuals(self) -> dict[str, float]:
         """Each fine-tuned model on its own task."""

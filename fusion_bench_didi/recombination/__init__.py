@@ -2,19 +2,12 @@
 
 from .components import PATTERNS, Component, ComponentReader, components
 from .evolution import SearchSettings
-from .front import (
-    PICKS,
-    hypervolume,
-    hypervolume_trace,
-    named_picks,
-    pareto_front,
-    plot_front,
-)
+from .front import PICKS, named_picks, pareto_front, plot_front
 from .library import Library, ModularExpert, load_modules, module_id, save_modules
-from .model import RecombinedModel, execution_keys, group_by_chain
+from .model import RecombinedModel
 from .objectives import Evaluation, Evaluator, ReconstructionScorer, Space, stored_bits
 from .operators import OperatorSettings, rate_of
-from .search import nsga2, random_search
+from .search import nsga2
 
 __all__ = [
     "Component",
@@ -31,17 +24,12 @@ __all__ = [
     "SearchSettings",
     "Space",
     "components",
-    "execution_keys",
-    "group_by_chain",
-    "hypervolume",
-    "hypervolume_trace",
     "load_modules",
     "module_id",
     "named_picks",
     "nsga2",
     "pareto_front",
     "plot_front",
-    "random_search",
     "rate_of",
     "save_modules",
     "stored_bits",

@@ -3,18 +3,13 @@
 pymoo is imported where it is used: it is an extra.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .genome import Genome, canonical, crossover, mutate
-
-if TYPE_CHECKING:
-    from .objectives import Space
+from .objectives import Space
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""The trade-offs that were found: Pareto front, hypervolume, three named picks, a plot."""
+"""The trade-offs that were found: Pareto front, three named picks, a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .objectives import Evaluation
 
@@ -39,30 +38,6 @@ def named_picks(front: Sequence[Evaluation]) -> dict[str, int]:
     """Index into the front of each named pick: its two ends and its knee."""
     picks = (len(front) - 1, knee(front), 0)
     return dict(zip(PICKS, picks))
-
-
-def hypervolume(
-    evaluations: Sequence[Evaluation], *, storage: float, performance: float = 0.0
-) -> float:
-    """Share of the rectangle ``performance..1 x 0..storage`` that is dominated."""
-    from pymoo.indicators.hv import HV
-
-    costs = np.array([e.costs for e in evaluations])
-    scale = np.array([1 - performance, storage])
-    costs = np.clip(costs / scale, 0, 1)  # above the individuals counts as equal
-    return float(HV(ref_point=np.ones(2))(costs))
-
-
-def hypervolume_trace(
-    evaluations: Sequence[Evaluation], *, storage: float, performance: float = 0.0
-) -> NDArray:
-    """Hypervolume after each evaluation."""
-    return np.array(
-        [
-            hypervolume(evaluations[: i + 1], storage=storage, performance=performance)
-            for i in range(len(evaluations))
-        ]
-    )
 
 
 def plot_front(

@@ -34,18 +34,6 @@ def canonical(genome: Genome, alone: NDArray) -> Genome:
     return out
 
 
-def is_valid(genome: Genome, operators: int) -> bool:
-    """Whether every component holds a restricted growth string and known operators."""
-    for labels, chosen in genome:
-        top = np.maximum.accumulate(labels)
-        if labels[0] != 0 or (labels < 0).any() or (labels[1:] > top[:-1] + 1).any():
-            return False
-        used = labels.max() + 1
-        if chosen[used:].any() or (chosen < 0).any() or (chosen >= operators).any():
-            return False
-    return True
-
-
 def groups(row: NDArray) -> Iterator[tuple[int, tuple[int, ...]]]:
     """(operator, tasks) of each group of one component (2, T)."""
     labels, operators = row

@@ -1,9 +1,9 @@
 """The merged model of one decision: a chain of library modules per task."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +12,6 @@ from ..deltas.storage import StorageReport, account
 from ..models.dynamic import DynamicModel
 from .library import ModularExpert, load_modules, save_modules
 
-Key = TypeVar("Key", bound=Hashable)
 MODULES = "modules"
 
 
@@ -127,32 +126,3 @@ def _deltas(module: ModularExpert, task: str) -> dict[str, Delta]:
         else:
             out[name] = own[name] if name in own else module.shared[name]
     return out
-
-
-def execution_keys(model: RecombinedModel) -> dict[str, tuple[str, ...]]:
-    """Per task, what its forward pass depends on: equal keys mean equal weights.
-
-    A module with experts of its own for each task counts as another one for each.
-    """
-    return {
-        task: tuple(
-            f"{key}:{task}" if model.library[key].experts.get(task) else key
-            for key in chain
-        )
-        for task, chain in model.chains.items()
-    }
-
-
-def group_by_chain(
-    tasks: Sequence[str], keys: Mapping[str, Key]
-) -> dict[Key, list[int]]:
-    """Positions of the samples that one forward pass can serve.
-
-    Args:
-        tasks: of each sample, as the router says.
-        keys: from :func:`execution_keys`.
-    """
-    batches: dict[Key, list[int]] = {}
-    for position, task in enumerate(tasks):
-        batches.setdefault(keys[task], []).append(position)
-    return batches

@@ -1,4 +1,4 @@
-"""Surrogate-assisted NSGA-II over decisions, and the random search that it has to beat.
+"""Surrogate-assisted NSGA-II over decisions.
 
 One generation: fit the surrogate to everything evaluated so far; run NSGA-II on it from the current population (guessed
 performance against nominal storage, which needs no model); evaluate for real the ``population`` best of its end that are
@@ -26,8 +26,6 @@ from .objectives import Evaluation, Space
 from .surrogate import Surrogate
 
 Evaluate = Callable[[Genome], Evaluation]
-
-
 Progress = Callable[[int, int], None]
 
 
@@ -79,26 +77,6 @@ def nsga2(
         kept = [pool[i] for i in survivors(costs, settings.population)]
         generation += 1
         _save(state, label, archive, kept, generation)
-    return archive
-
-
-def random_search(
-    space: Space,
-    evaluate: Evaluate,
-    settings: SearchSettings,
-    *,
-    progress: Progress = lambda done, total: None,
-) -> list[Evaluation]:
-    """The same first population, then random decisions of the same distribution."""
-    rng = np.random.default_rng([settings.seed, 0])
-    size = min(settings.population, settings.evaluations)
-    genomes = first_population(space, size, rng)
-    draw = _fresh(lambda: _draw(space, rng), genomes)
-    genomes += islice(draw, settings.evaluations - len(genomes))
-    archive = []
-    for genome in genomes:
-        archive.append(evaluate(genome))
-        progress(len(archive), settings.evaluations)
     return archive
 
 

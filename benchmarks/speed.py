@@ -17,106 +17,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from benchmarks.checkpoints import SHAPES, pool_of
 from benchmarks.floor import Decomposed, Machine, floor, forget, seconds
+from benchmarks.methods import METHODS, PEERS
+from benchmarks.speed_page import write_page
 from benchmarks.suites import machine, write_json
 from fusion_bench_didi.programs.measure import peak_resident
 
 WUDI_STEPS = 300
 ONCE = ("wudi", "smile", "didi_exact", "didi_float_exact")
-PEERS = (
-    "didi",
-    "didi_disk",
-    "didi_exact",
-    "didi_float",
-    "didi_float_exact",
-    "tsv_m",
-    "emr",
-    "smile",
-    "wudi",
-)
 GROWING = ("didi", "didi_per_task", "didi_float")
 TASKS, SIZES = (2, 4, 8, 16, 20), ("vit-b-32", "vit-l-14")
-
-Merge = Callable[..., object]
-
-
-def _didi(
-    exact: bool = False,
-    to_disk: bool = False,
-    per_task: float | None = None,
-    **settings,
-) -> Merge:
-    def run(pool, out: Path, **_):
-        from fusion_bench_didi.lowrank import svd
-        from fusion_bench_didi.method.didi import DiDiMerging
-
-        if exact:
-            svd.SKETCH_SIDE = sys.maxsize
-        place = str(out) if to_disk else None
-        budget = per_task * len(pool.model_names) if per_task else 1.4
-        model = DiDiMerging(budget=budget, output_dir=place, **settings).run(pool)
-        if not to_disk:
-            model.save_pretrained(out)
-        return model
-
-    return run
-
-
-def _tsv_m(pool, out: Path, **_):
-    from fusion_bench.method import TaskSingularVectorMerging
-
-    TaskSingularVectorMerging(alpha=1.0).run(pool).save_pretrained(out)
-
-
-def _wudi(pool, out: Path, steps: int, **_):
-    from fusion_bench.method.wudi import WUDIMerging
-
-    WUDIMerging(iter_num=steps).run(pool).save_pretrained(out)
-
-
-def _smile(pool, out: Path, device: str, **_):
-    from fusion_bench.method import SmileUpscalingAlgorithm
-    from safetensors.torch import save_file
-
-    model = SmileUpscalingAlgorithm(
-        device=device, upscaling_accelerator=device, gate_k=16, k=128
-    ).run(pool)
-    out.mkdir()
-    # its factors are views of whole decompositions, which would be written too
-    own = {n: t.contiguous().clone() for n, t in model.state_dict().items()}
-    save_file(own, str(out / "model.safetensors"))
-
-
-def _emr(pool, out: Path, **_):
-    from fusion_bench_didi.method.baselines.emr import EMRMerging
-
-    EMRMerging().run(pool).save_pretrained(out)
-
-
-METHODS: dict[str, tuple[str, Merge]] = {
-    "didi": ("DiDi-M", _didi()),
-    "didi_disk": (
-        "DiDi-M, written while merging",
-        _didi(to_disk=True, factor_memory_gb=0.1),
-    ),
-    "didi_exact": ("DiDi-M, exact decompositions", _didi(exact=True)),
-    "didi_per_task": ("DiDi, 0.175 per task", _didi(per_task=1.4 / 8)),
-    "didi_float": ("DiDi-M, float factors", _didi(factor_dtype="checkpoint")),
-    "didi_float_exact": (
-        "DiDi-M, float factors, exact decompositions",
-        _didi(factor_dtype="checkpoint", exact=True),
-    ),
-    "tsv_m": ("TSV-M", _tsv_m),
-    "emr": ("EMR", _emr),
-    "smile": ("SMILE (16, 128)", _smile),
-    "wudi": ("WUDI, 300 steps", _wudi),
-}
 
 
 def child(method: str, arguments: argparse.Namespace) -> dict:
@@ -310,8 +226,6 @@ def main() -> None:
         return
     if arguments.cold and arguments.what == "growth":
         parser.error("--cold is for the methods side by side, not for growth")
-    from benchmarks.speed_page import write_page
-
     file = arguments.out / "speed.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     if arguments.what == "peers":

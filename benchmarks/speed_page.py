@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.methods import METHODS, PEERS
 from benchmarks.suites import in_words
 
 
@@ -20,8 +21,6 @@ def write_page(record: Mapping[str, Any], file: Path) -> None:
 
 
 def _peers(found: Mapping[str, Any], *, cold: bool = False) -> list[str]:
-    from benchmarks.speed import METHODS, PEERS
-
     rows = found["rows"]
     options = " --cold" if cold else ""
     if tuple(rows) != PEERS:
@@ -61,8 +60,6 @@ def _peers(found: Mapping[str, Any], *, cold: bool = False) -> list[str]:
 
 
 def _growth(found: Mapping[str, Any]) -> list[str]:
-    from benchmarks.speed import METHODS
-
     lines = [
         "## Growth",
         "",

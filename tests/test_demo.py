@@ -1,5 +1,6 @@
-"""The demo suite: its layout, its seed, its locks, and the host's pools on it."""
+"""The demo suite: its layout, its seed, its locks, the host's pools on it, and the command that merges it."""
 
+import io
 import json
 import math
 import multiprocessing
@@ -16,10 +17,12 @@ from fusion_bench.tasks.clip_classification import (
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
 from fusion_bench_didi import demo
+from fusion_bench_didi.demo import __main__ as command
 from fusion_bench_didi.demo import suite as suite_module
 from fusion_bench_didi.demo.drawing import SIDE
 from fusion_bench_didi.demo.pools import (
@@ -28,6 +31,7 @@ from fusion_bench_didi.demo.pools import (
 )
 from fusion_bench_didi.demo.tasks import EXTRAS, TASKS, task_pictures
 from fusion_bench_didi.demo.towers import pixel_values
+from fusion_bench_didi.programs.entries import declared, read_entries
 
 TINY = ["digits", "shapes", "textures"]
 CONFIG = Path(__file__).parents[1] / "config"
@@ -281,3 +285,36 @@ def test_names_are_plain_and_unique():
     assert not host & set(names)
     classnames = [name for task in (*TASKS, *EXTRAS) for name in task.classnames]
     assert len(set(classnames)) == len(classnames)
+
+
+def test_methods_of_the_command_are_those_of_the_configuration():
+    entries = read_entries(command.ENTRIES)
+    budgets = {}
+    for entry in entries:
+        config = declared(entry)["config"]
+        assert entry.method == config or "_target_" in config, config
+        if "DiDi" in entry.name:
+            budgets[entry.name] = config["budget"]
+    assert list(budgets.values()) == [1.24, 1.4, 1.4, 0.25]
+
+
+def test_table_of_the_command_fits_150_columns():
+    """With every task of the full suite, and figures as wide as they get; a gap is a dash."""
+    tasks = [task.name for task in TASKS]
+    whole = {
+        "average": 1.0,
+        "retention": {"mean_of_ratios": 1.0},
+        "x_excl": 8.0,
+        "seconds": 1234.5,
+        "accuracy": dict.fromkeys(tasks, 1.0),
+    }
+    rows = [{"method": name, **whole} for name in command.ENTRIES]
+    rows[0] |= {"seconds": None}
+    console = Console(width=150, file=io.StringIO())
+    console.print(command.table({"tasks": tasks, "rows": rows}))
+    text = console.file.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 150
+    for shown in (*command.ENTRIES, *tasks, "100.0", "8.00", "1234.5"):
+        assert shown in text
+    first = next(line for line in text.splitlines() if rows[0]["method"] in line)
+    assert "–" in first and "1234.5" not in first

@@ -8,24 +8,21 @@ The pools for ``modelpool=didi/demo taskpool=didi/demo`` are in :mod:`.pools`, a
 from here because they need the host.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..compat import lazy
 
 if TYPE_CHECKING:
     from .registry import register_suite_tasks, register_tasks
     from .suite import build_suite, suite_path
 
 __all__ = ["build_suite", "register_suite_tasks", "register_tasks", "suite_path"]
-
-_HOME = {
-    "build_suite": "suite",
-    "suite_path": "suite",
-    "register_suite_tasks": "registry",
-    "register_tasks": "registry",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(
+    __name__,
+    {
+        "build_suite": "suite",
+        "suite_path": "suite",
+        "register_suite_tasks": "registry",
+        "register_tasks": "registry",
+    },
+)

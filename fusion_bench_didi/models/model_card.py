@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 
 def model_card(
     config: Mapping[str, Any], home: str = "fusion_bench_didi.models"
@@ -16,11 +18,14 @@ def model_card(
     """
     storage, info, backbone = config["storage"], config["info"], config["backbone"]
     parents = info.get("parents", {})
-    base = backbone["source"] if _is_repository(backbone["source"]) else None
-    lines = ["---", "library_name: fusion-bench", "tags: [model-merging, didi-merging]"]
-    if base:
-        lines += [f"base_model: {base}"]
-    lines += [
+    header = ModelCardData(
+        base_model=backbone["source"] if _is_repository(backbone["source"]) else None,
+        library_name="fusion-bench",
+        tags=["model-merging", "didi-merging"],
+    )
+    lines = [
+        "---",
+        header.to_yaml(),
         "---",
         "",
         f"# {config['model_class']}: {len(config['tasks'])} tasks on one backbone",

@@ -81,7 +81,7 @@ def summary_frame(comparison: Comparison) -> pd.DataFrame:
             ("Peak GB", "peak_gb", 2),
         ):
             line[head] = _rounded(row[key], digits)
-        line |= {head: cell(row) for head, cell in columns(comparison)[-2:]}
+        line |= {head: cell(row) for head, cell in columns()[-2:]}
         line["Notes"] = f"failed: {row['error']}" if row["error"] else row["notes"]
         lines.append(line)
     return pd.DataFrame(lines, dtype=object)

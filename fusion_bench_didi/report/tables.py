@@ -1,10 +1,10 @@
 """``comparison.csv``, ``comparison.md`` and ``comparison.tex``."""
 
-import csv
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from .comparison import GROUPS, Comparison, best_two
 
@@ -23,26 +23,19 @@ def write(comparison: Comparison, directory: Path) -> list[Path]:
 
 def as_csv(comparison: Comparison) -> str:
     """One line per row, every figure unrounded."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     plain = ("method", "group", "error", "average")
     measured = (
         "x_excl x_incl bytes_excl bytes_incl bytes_written published_x seconds peak_gb added_gb uses_data routing notes"
     ).split()
-    conventions = list(comparison.data["retention"])
-    writer.writerow(
-        [*plain, *(f"retention_{c}" for c in conventions)]
-        + [f"accuracy_{task}" for task in comparison.tasks]
-        + measured
-    )
-    for row in comparison.rows:
-        writer.writerow(
-            [row[k] for k in plain]
-            + [row["retention"][c] for c in conventions]
-            + [row["accuracy"][task] for task in comparison.tasks]
-            + [row.get(k) for k in measured]
-        )
-    return out.getvalue()
+    lines = [
+        {key: row[key] for key in plain}
+        | {f"retention_{convention}": v for convention, v in row["retention"].items()}
+        | {f"accuracy_{task}": row["accuracy"][task] for task in comparison.tasks}
+        | {key: row.get(key) for key in measured}
+        for row in comparison.rows
+    ]
+    frame = pd.DataFrame(lines, dtype=object)  # else whole numbers beside gaps get ".0"
+    return frame.to_csv(index=False, lineterminator="\n")
 
 
 LEGEND = (
@@ -52,8 +45,10 @@ LEGEND = (
     "memory of the process while merging, libraries included."
 )
 
+Column = tuple[str, Callable[[Row], str]]
 
-def columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
+
+def columns() -> list[Column]:
     """Heading and cell of everything beside the accuracies."""
     return [
         ("Retention", retention),
@@ -69,113 +64,93 @@ def columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
 
 def as_markdown(comparison: Comparison) -> str:
     """Best in bold, second best in italics, within static and within dynamic methods."""
-    extra = columns(comparison)
-    heads = ["Method", *comparison.tasks, "Average", *(head for head, _ in extra)]
-    heads.append("Notes")
-    lines = [_pipe(heads), _pipe(["---"] + ["--:"] * (len(heads) - 2) + ["---"])]
-    for group, title in GROUPS.items():
-        rows = comparison.group(group)
-        if not rows:
-            continue
-        lines.append(_pipe([f"**{title}**"] + [""] * (len(heads) - 1)))
-        cells = marked(comparison, rows, lambda s: f"**{s}**", lambda s: f"_{s}_")
-        for row in rows:
+    extra = columns()
+    heads = ["Method", *comparison.tasks, "Average", *(h for h, _ in extra), "Notes"]
+    width = len(heads)
+    lines = [_pipe(heads), _pipe(["---", *["--:"] * (width - 2), "---"])]
+    for title, rows in _groups(comparison, extra, "**{}**", "_{}_"):
+        lines.append(_pipe([f"**{title}**", *[""] * (width - 1)]))
+        for row, cells in rows:
+            note = row["notes"]
             if row["error"]:
-                message = f"failed: {row['error']}".replace("\n", " ")
-                lines.append(
-                    _pipe([row["method"]] + ["–"] * (len(heads) - 2) + [message])
-                )
-                continue
-            values = [cell(row) for _, cell in extra]
-            lines.append(_pipe([row["method"], *cells(row), *values, row["notes"]]))
+                cells = ["–"] * (width - 2)
+                note = f"failed: {row['error']}".replace("\n", " ")
+            lines.append(_pipe([row["method"], *cells, note]))
     legend = f"{LEGEND} Best and second best of a group: **bold**, _italics_."
     return "\n".join([*lines, "", legend, ""])
 
 
 def as_latex(comparison: Comparison) -> str:
     """A ``tabular`` for ``booktabs``; best in bold, second best underlined."""
-    extra = [c for c in columns(comparison) if c[0] not in ("Peak GB", "x printed")]
+    extra = [c for c in columns() if c[0] not in ("Peak GB", "x printed")]
     heads = ["Method", *comparison.tasks, "Average", *(head for head, _ in extra)]
-    figures = "r" * (len(comparison.tasks) + len(extra) - 1)
     lines = [
         "% needs \\usepackage{booktabs}",
-        f"\\begin{{tabular}}{{l{figures}ll}}",
+        f"\\begin{{tabular}}{{l{'r' * (len(heads) - 3)}ll}}",
         "\\toprule",
-        _tex(heads),
+        _tex(map(escaped, heads)),
     ]
-    for group, title in GROUPS.items():
-        rows = comparison.group(group)
-        if not rows:
-            continue
-        lines += [
-            "\\midrule",
-            f"\\multicolumn{{{len(heads)}}}{{l}}{{\\emph{{{title}}}}} \\\\",
-        ]
-        cells = marked(
-            comparison,
-            rows,
-            lambda s: f"\\textbf{{{s}}}",
-            lambda s: f"\\underline{{{s}}}",
-        )
-        for row in rows:
+    best = ("\\textbf{{{}}}", "\\underline{{{}}}")
+    for title, rows in _groups(comparison, extra, *best):
+        span = f"\\multicolumn{{{len(heads)}}}{{l}}{{\\emph{{{title}}}}}"
+        lines += ["\\midrule", _tex([span])]
+        for row, cells in rows:
             if row["error"]:
-                lines.append(
-                    f"{escaped(row['method'])} & \\multicolumn{{{len(heads) - 1}}}{{l}}{{failed}} \\\\"
-                )
-                continue
-            plain = [escaped(cell(row)) for _, cell in extra]
-            lines.append(
-                " & ".join([escaped(row["method"]), *cells(row), *plain]) + r" \\"
-            )
-    noted = [r for r in comparison.rows if r.get("notes")]
+                cells = [f"\\multicolumn{{{len(heads) - 1}}}{{l}}{{failed}}"]
+            lines.append(_tex([escaped(row["method"]), *map(escaped, cells)]))
     notes = "; ".join(
-        f"\\emph{{{escaped(r['method'])}}}: {escaped(r['notes'])}" for r in noted
+        f"\\emph{{{escaped(row['method'])}}}: {escaped(row['notes'])}"
+        for row in comparison.rows
+        if row.get("notes")
     )
-    below = [f"\\par\\smallskip{{\\footnotesize {notes}.\\par}}"] if noted else []
+    below = [f"\\par\\smallskip{{\\footnotesize {notes}.\\par}}"] if notes else []
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", *below, ""])
 
 
-def marked(
-    comparison: Comparison,
-    rows: Sequence[Row],
-    first: Callable[[str], str],
-    second: Callable[[str], str],
-) -> Callable[[Row], list[str]]:
-    """Cells of the accuracies and their average, with the best two of the group marked; references are not."""
+def _groups(
+    comparison: Comparison, extra: Sequence[Column], first: str, second: str
+) -> Iterator[tuple[str, list[tuple[Row, list[str]]]]]:
+    """Title of each group that has rows, and its rows with their cells.
+
+    Args:
+        extra: columns after the accuracies.
+        first, second: how the best two of the group are marked; references are not.
+    """
     getters = [lambda r, t=task: r["accuracy"][t] for task in comparison.tasks]
     getters.append(lambda r: r["average"])
-    compete = [] if rows[0]["group"] == "reference" else rows
-    places = [best_two(compete, get) for get in getters]
 
-    def cells(row: Row) -> list[str]:
-        texts = []
-        for get, (best, next_best) in zip(getters, places):
-            value = get(row)
-            text = number(value and 100 * value, 1)
-            if row["method"] in best:
-                text = first(text)
-            elif row["method"] in next_best:
-                text = second(text)
-            texts.append(text)
-        return texts
+    def marked(row: Row, get, places) -> str:
+        text = number(get(row), 1, 100)
+        for mark, methods in zip((first, second), places):
+            if row["method"] in methods:
+                return mark.format(text)
+        return text
 
-    return cells
+    for group, title in GROUPS.items():
+        rows = comparison.group(group)
+        compete = [] if group == "reference" else rows
+        places = [best_two(compete, get) for get in getters]
+        if rows:
+            yield title, [
+                (
+                    row,
+                    [marked(row, *pair) for pair in zip(getters, places)]
+                    + [cell(row) for _, cell in extra],
+                )
+                for row in rows
+            ]
 
 
-def number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def number(value: float | None, digits: int, scale: float = 1) -> str:
+    """A figure as it is printed; a dash where there is none."""
+    return "–" if value is None else f"{scale * value:.{digits}f}"
 
 
 def retention(row: Row) -> str:
     """Both conventions in per cent."""
-    both = [
-        number(v and 100 * v, 1)
-        for v in (
-            row["retention"]["mean_of_ratios"],
-            row["retention"]["ratio_of_averages"],
-        )
-    ]
-    return "–" if both == ["–", "–"] else f"{both[0]} ({both[1]})"
+    both = (row["retention"][c] for c in ("mean_of_ratios", "ratio_of_averages"))
+    first, second = (number(value, 1, 100) for value in both)
+    return first if first == second == "–" else f"{first} ({second})"
 
 
 def escaped(text: str) -> str:
@@ -189,5 +164,5 @@ def _pipe(cells: Sequence[str]) -> str:
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
 
-def _tex(cells: Sequence[str]) -> str:
-    return " & ".join(map(escaped, cells)) + r" \\"
+def _tex(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"

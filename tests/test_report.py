@@ -16,6 +16,7 @@ import pytest
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.transforms import Bbox  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from fusion_bench_didi.report import labels, plots, tables
@@ -179,7 +180,17 @@ def test_labels_do_not_overlap():
     plt.close(figure)
     for i, a in enumerate(boxes):
         for b in boxes[:i]:
-            assert labels._overlap(a, b) == 0
+            common = Bbox.intersection(a, b)
+            assert common is None or common.width * common.height == 0
+
+
+def test_the_same_comparison_gives_the_same_pictures(comparison, tmp_path):
+    written = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        files = plots.write(comparison, tmp_path / name)
+        written.append({file.name: file.read_bytes() for file in files})
+    assert written[0] == written[1] and len(written[0]) == 8
 
 
 @pytest.mark.parametrize(

@@ -74,17 +74,17 @@ def child(method: str, arguments: argparse.Namespace) -> dict:
 
 def _recorded() -> list[Decomposed]:
     """A list of what DiDi decomposes from here on."""
-    from fusion_bench_didi.merging.context import Work
+    from fusion_bench_didi.merging import spectra
 
     found: list[Decomposed] = []
-    decompose = Work._decompose
+    decompose = spectra._decompose
 
-    def recorded(work, name: str, reach: int, fixed: int | None):
-        matrices = len(work.task_vectors.tasks) + (fixed != 0)
-        found.append((work.shape(name), reach, matrices))
-        return decompose(work, name, reach, fixed)
+    def recorded(context, bounds, name: str, vectors, reach: int, shared_rank):
+        modules = len(vectors) + (shared_rank != 0)
+        found.append((context.sides(name), reach, modules))
+        return decompose(context, bounds, name, vectors, reach, shared_rank)
 
-    Work._decompose = recorded
+    spectra._decompose = recorded
     return found
 
 

@@ -2,27 +2,35 @@
 
     python -m benchmarks.objectives
 
-First the options of the method, everything else at its default. Then candidates that did not become options: experts
-only, float32, truncated SVDs and water-filled ranks, so that nothing but the weighting differs. ``scalar`` weighs a
-matrix by the mean squared gradient of the output (``probe.py``); ``kronecker`` decomposes L^(1/4) tau R^(1/4) with
-L = E[G G^T], R = E[G^T G], which weighs every direction. Inputs are white or pink noise through the base or the fine-tuned
-models, or, as the upper reference that uses data, training images.
+First the options of the method, and others that were tried as options and are none: other weights of a matrix's error, and
+errors that count by direction (``metric.py``); all else is at its default. Then candidates that were never options: experts only,
+float32, truncated SVDs and water-filled ranks, so that nothing but the weighting differs. ``scalar`` weighs a matrix by the
+mean squared gradient of the output (``probe.py``); ``kronecker`` decomposes L^(1/4) tau R^(1/4) with L = E[G G^T],
+R = E[G^T G], which weighs every direction. Inputs are white or pink noise through the base or the fine-tuned models, or, as
+the upper reference that uses data, training images.
 """
 
 import argparse
 import copy
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import torch
+from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor
 
+from benchmarks.metric import Metric, input_moments, unweighed, weighed
+from benchmarks.probe import output_gradients, probe_inputs, sensitivity
 from benchmarks.suites import Suite, machine, retention, write_json
 from fusion_bench_didi.allocation.spectra import MatrixSpectra, Rate
 from fusion_bench_didi.allocation.water_filling import greedy
-from fusion_bench_didi.merging.probe import output_gradients, probe_inputs
 from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.pools.images import load_images
 from fusion_bench_didi.pools.opening import open_pool
-from fusion_bench_didi.task_vectors.reader import TaskVectors, matrix_shape
+from fusion_bench_didi.task_vectors.reader import TaskVectors
+from fusion_bench_didi.task_vectors.tensor import matrix_shape
 
 BUDGETS = (0.24, 0.5, 1.24)
 FEW_BITS = (0.12, 0.24)
@@ -31,16 +39,13 @@ OPTIONS: dict[str, dict] = {
     "root: 1 / norm of the task vector (default)": {},
     "none: plain MSE": {"normalization": "none"},
     "matrix: 1 / energy (relative)": {"normalization": "matrix"},
-    "task: 1 / energy of the task": {"normalization": "task"},
-    "base: 1 / energy of the base's matrix": {"normalization": "base"},
-    "depth: root / number of the block": {"normalization": "depth"},
-    "sensitivity: reaction to pink noise": {"normalization": "sensitivity"},
-    "root, directions by pink noise": {"metric": "probes"},
-    "root, directions by 32 training images": {"metric": "images"},
-    "root, directions by 256 training images": {
-        "metric": "images",
-        "probe_samples": 256,
-    },
+    "1 / energy of the task": {"weights": "task"},
+    "1 / energy of the base's matrix": {"weights": "base"},
+    "root / number of the block": {"weights": "depth"},
+    "reaction to pink noise": {"weights": "sensitivity"},
+    "root, directions by pink noise": {"directions": 0},
+    "root, directions by 32 training images": {"directions": 32},
+    "root, directions by 256 training images": {"directions": 256},
 }
 
 
@@ -148,7 +153,67 @@ def moments(problem: Problem, model, inputs: list) -> dict[str, tuple[Tensor, Te
     return found
 
 
-def options(suite: Suite, reference: dict[str, float]) -> tuple[list[str], list[list]]:
+def other_weights(problem: Problem, how: str) -> dict[str, Tensor]:
+    """(T,) weight of each task's squared error per matrix, of weightings that are no options."""
+    energies = {n: tau.flatten(1).square().sum(1) for n, tau in problem.tau.items()}
+    start = dict(problem.base.named_parameters())
+    if how == "task":
+        total = torch.stack(list(energies.values())).sum(0)
+        return {n: total.reciprocal() for n in energies}
+    if how == "base":
+        size = {n: start[n].detach().square().sum() for n in energies}
+        return {n: (0 * e + size[n]).reciprocal() for n, e in energies.items()}
+    if how == "depth":
+        return {n: e.rsqrt() / block_of(n) for n, e in energies.items()}
+    found = sensitivity(problem.base, problem.names, samples=32)
+    average = sum(found.values()) / len(found)
+    return {n: torch.full_like(e, found[n] / average) for n, e in energies.items()}
+
+
+def block_of(name: str) -> int:
+    """1 for the first block and for what stands outside the blocks, 2 for the second, and so on."""
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return 1 if found is None else int(found[1]) + 1
+
+
+def directions(problem: Problem, images: int) -> dict[str, Metric]:
+    """What every matrix is multiplied with, on training images or, for none, on pink noise."""
+    pool, tasks = problem.suite.modelpool, problem.suite.tasks
+    if images:
+        count = max(images // len(tasks), 1)
+        inputs = [load_images(pool, task, count, seed=0) for task in tasks]
+    else:
+        inputs = probe_inputs(problem.base, 32)
+    moments = input_moments(problem.base, problem.names, inputs)
+    return {name: Metric.of(moment) for name, moment in moments.items()}
+
+
+def scores_of(problem: Problem, budget: float, dtype: str, choice: Mapping) -> dict:
+    """Accuracy by task under one option."""
+    suite, settings = problem.suite, {"budget": budget, "factor_dtype": dtype}
+    if "directions" in choice:
+        metrics = directions(problem, choice["directions"])
+        tuned = {t: weighed(problem.base, m, metrics) for t, m in problem.tuned.items()}
+        pool = BaseModelPool({"_pretrained_": problem.base, **tuned})
+        model, scores = DiDiMerging(**settings).run(pool), {}
+        for task in suite.tasks:
+            one = unweighed(problem.base, model.materialize(task), metrics)
+            scores |= suite.accuracy(one, [task])
+        return scores
+    if "weights" not in choice:
+        method = DiDiMerging(**settings, **choice)
+        return suite.accuracy(method.run(suite.modelpool))
+    weights = other_weights(problem, choice["weights"])
+    order = [suite.tasks.index(task) for task in sorted(suite.tasks)]
+    weights = {name: w[order] for name, w in weights.items()}
+    place = "fusion_bench_didi.merging.pipeline.loss_weights"
+    with mock.patch(place, lambda energies, _: {n: weights[n] for n in energies}):
+        return suite.accuracy(DiDiMerging(**settings).run(suite.modelpool))
+
+
+def options(
+    problem: Problem, reference: dict[str, float]
+) -> tuple[list[str], list[list]]:
     """Lines and rows of the first table."""
     at = [(b, "float32") for b in BUDGETS] + [(b, "auto") for b in FEW_BITS]
     head = [f"{b}, {'float32' if d == 'float32' else 'few bits'}" for b, d in at]
@@ -159,12 +224,11 @@ def options(suite: Suite, reference: dict[str, float]) -> tuple[list[str], list[
     print("\n".join(lines))
     rows = []
     for label, choice in OPTIONS.items():
-        kept = []
-        for budget, dtype in at:
-            method = DiDiMerging(budget=budget, factor_dtype=dtype, **choice)
-            scores = suite.accuracy(method.run(suite.modelpool))
-            kept.append(retention(scores, reference))
-        data = "training images" if choice.get("metric") == "images" else "none"
+        kept = [
+            retention(scores_of(problem, budget, dtype, choice), reference)
+            for budget, dtype in at
+        ]
+        data = "training images" if choice.get("directions") else "none"
         rows.append([label, data, *kept])
         cells = " | ".join(f"{100 * k:.1f}" for k in kept)
         lines.append(f"| {label} | {data} | {cells} |")
@@ -179,7 +243,7 @@ def main() -> None:
     arguments = parser.parse_args()
     suite = Suite(arguments.suite, split="validation")
     problem, reference = Problem(suite), suite.individuals()
-    first, chosen = options(suite, reference)
+    first, chosen = options(problem, reference)
     rows = []
 
     def row(label: str, data: str, weights, metrics=None) -> None:
@@ -194,11 +258,11 @@ def main() -> None:
     lines = [
         f"# Which weighting follows accuracy: {suite.label}, validation images",
         "",
-        "`python -m benchmarks.objectives`: retention in per cent. The options of the method, all else at its default:",
+        "`python -m benchmarks.objectives`: retention in per cent. Options of the method, and what was tried as one; all else at its default:",
         "",
         *first,
         "",
-        "Candidates that did not become options; experts only, float32, water-filled ranks:",
+        "Candidates that never were options; experts only, float32, water-filled ranks:",
         "",
         "| weighting | data | " + " | ".join(f"budget {b}" for b in BUDGETS) + " |",
         "|---|---|" + "---|" * len(BUDGETS),

@@ -19,8 +19,8 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from benchmarks.probe import probe_inputs
 from benchmarks.suites import Suite, machine, write_json
-from fusion_bench_didi.merging.probe import probe_inputs
 from fusion_bench_didi.routers.projection import rows_of
 
 DIRECTIONS = (16, 48)

@@ -17,6 +17,10 @@ class NonFiniteError(DiDiError):
     """A checkpoint holds NaN or infinity."""
 
 
+class SettingsError(DiDiError):
+    """A setting is none of the values there are, or has no effect beside the others."""
+
+
 class BudgetError(DiDiError):
     """The budget is not a budget, or cannot hold what must be stored."""
 

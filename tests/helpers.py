@@ -1,12 +1,15 @@
 """What several test files need beside the fixtures: merging in one call, and small models of other families."""
 
 import copy
+import itertools
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
 from PIL import Image
@@ -21,8 +24,7 @@ from transformers import (
 )
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-from fusion_bench_didi.allocation.learned import LearningSettings
-from fusion_bench_didi.lowrank.refinement import RefinementSettings
+from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.merging.settings import Budget, MergeSettings
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
@@ -30,8 +32,6 @@ from fusion_bench_didi.task_vectors.reader import TaskVectors
 from fusion_bench_didi.task_vectors.sources import ModuleSource
 
 BASE = "_pretrained_"
-# Enough for the tests that are not about learning or refining well.
-QUICK = {"rank_steps": 20, "refine_sweeps": 2, "refine_steps": 10}
 # Named, so that these tests do not depend on what is the default today.
 PLAIN = {
     "allocation": "greedy",
@@ -39,22 +39,54 @@ PLAIN = {
     "normalization": "root",
 }
 
+#: Settings that make the default quick.
+QUICK = {"refine_sweeps": 2}
+
+
+def quick(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are enough for tests that are not about learning or refining well."""
+    few = {}
+    if settings.get("allocation") == "learned":
+        few["rank_steps"] = 20
+        if settings.get("residual") != "full":
+            few["warm_start"] = False  # greedy ranks leave nothing to learn then
+    how = settings.get("refinement", "alternating")
+    if how == "adam":
+        few["refine_steps"] = 10
+    elif how == "alternating" and settings.get("shared") != "none":
+        few["refine_sweeps"] = 2
+    return {**few, **settings}
+
+
+def combinations(**values: Sequence[Any]) -> list[Any]:
+    """Parameters for all combinations of settings but those that the method refuses, because some would do nothing."""
+    found = []
+    for row in itertools.product(*values.values()):
+        settings = dict(zip(values, row))
+        try:
+            DiDiMerging(**quick({**PLAIN, **settings}))
+        except SettingsError:
+            continue
+        found.append(pytest.param(settings, id="-".join(map(str, row))))
+    return found
+
 
 def didi(models: Mapping[str, nn.Module] | BaseModelPool, **settings: Any) -> DiDiModel:
     """Merge live models, or a pool, by the method that the YAML names."""
     pool = models if isinstance(models, BaseModelPool) else BaseModelPool(models)
-    return DiDiMerging(**{**QUICK, **PLAIN, **settings}).run(pool)
+    return DiDiMerging(**quick({**PLAIN, **settings})).run(pool)
 
 
 def merge_settings(budget: float | Budget, **choice: Any) -> MergeSettings:
     """The same choices for the pipeline below the method."""
-    budget = budget if isinstance(budget, Budget) else Budget(budget)
-    learning = LearningSettings(steps=QUICK["rank_steps"])
-    refining = RefinementSettings(
-        sweeps=QUICK["refine_sweeps"], steps=QUICK["refine_steps"]
-    )
-    defaults = {**PLAIN, "learning": learning, "refining": refining}
-    return MergeSettings(budget, **{**defaults, **choice})
+    include = isinstance(budget, Budget) and budget.include_backbone
+    ratio = budget.ratio if isinstance(budget, Budget) else budget
+    given = {k: choice.pop(k) for k in ("learning", "refining") if k in choice}
+    settings = {**PLAIN, **choice}
+    if "refining" not in given:
+        settings = quick(settings)
+    method = DiDiMerging(budget=ratio, budget_includes_backbone=include, **settings)
+    return replace(method.settings(), **given)
 
 
 def task_vectors(models: Mapping[str, nn.Module], **choice: Any) -> TaskVectors:

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
-from helpers import BASE, QUICK, OpenClipLike, didi, family, task_vectors
+from helpers import BASE, OpenClipLike, didi, family, task_vectors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -314,7 +314,7 @@ class FakeTaskPool:
 def test_task_pool_with_a_task_that_is_not_in_the_pool(files, monkeypatch):
     monkeypatch.setattr(pipeline, "merge", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(CLIPVisionModelPool, "load_model", lambda *_: 1 / 0)
-    method = DiDiMerging(**QUICK)
+    method = DiDiMerging()
     method._program = FakeProgram(FakeTaskPool())
     with pytest.raises(UnknownTaskError) as caught:
         method.run(files)
@@ -326,7 +326,7 @@ def test_task_pool_with_a_task_that_is_not_in_the_pool(files, monkeypatch):
 
 
 def test_pool_of_a_plain_dictionary_and_of_the_host_give_the_same(tiny_clip):
-    method = DiDiMerging(budget=0.6, **QUICK)
+    method = DiDiMerging(budget=0.6)
     one = method.run(tiny_clip.pool_models())
     two = method.run(BaseModelPool(tiny_clip.pool_models()))
     assert one.storage == two.storage and isinstance(one.backbone, nn.Module)

@@ -17,6 +17,7 @@ from torch import nn
 from fusion_bench_didi import method as methods
 from fusion_bench_didi.errors import ModelPoolError, UnknownTaskError
 from fusion_bench_didi.method import baselines
+from fusion_bench_didi.method.base import PoolMethod
 from fusion_bench_didi.models.dynamic import DynamicModel
 
 CONFIGS = Path(__file__).parent.parent / "config" / "method" / "didi"
@@ -470,7 +471,11 @@ def test_excluded_tensors_stay(dynamic, tiny_clip):
 def test_yaml_is_the_constructor(name):
     config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
     cls = getattr(methods, config.pop("_target_").rpartition(".")[2])
-    signature = inspect.signature(cls.__init__).parameters
+    signature = {}
+    for base in reversed(cls.__mro__[: cls.__mro__.index(PoolMethod)]):
+        own = vars(base).get("__init__")
+        own = {} if own is None else inspect.signature(own).parameters
+        signature = {k: p for k, p in own.items() if k not in signature} | signature
     keys = [k for k in signature if k not in ("self", "kwargs")]
     assert list(config) == keys
     defaults = {k: signature[k].default for k in keys}

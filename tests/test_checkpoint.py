@@ -118,7 +118,7 @@ def test_a_saved_model_can_be_saved_again(saved, tiny_clip, tmp_path):
 
 
 def test_large_models_are_written_in_shards(model, tiny_clip, tmp_path, monkeypatch):
-    monkeypatch.setattr("fusion_bench_didi.checkpoint.tensors.MAX_SHARD", "50KB")
+    monkeypatch.setattr("fusion_bench_didi.checkpoint.stream.MAX_SHARD", 50_000)
     model.save_pretrained(tmp_path / "merged")
     files = list((tmp_path / "merged").glob("*.safetensors"))
     assert len(files) > 1
@@ -196,9 +196,9 @@ class Interrupted(BaseException):
 @pytest.mark.parametrize(
     "step",
     [
-        "checkpoint.tensors.save_torch_state_dict",
+        "checkpoint.stream.save_file",
         "models.saving.model_card",
-        "checkpoint.tensors.file_digest",
+        "checkpoint.stream.file_digest",
     ],
 )
 def test_interrupted_write_leaves_nothing(model, tmp_path, monkeypatch, step):
@@ -225,7 +225,7 @@ def test_interrupted_overwrite_leaves_the_old_model(
         raise Interrupted
 
     target = {
-        "write": "tensors.save_torch_state_dict",
+        "write": "stream.save_file",
         "rename": "directory.os.rename",
     }[step]
     monkeypatch.setattr(f"fusion_bench_didi.checkpoint.{target}", interrupt)

@@ -7,8 +7,10 @@ import torch
 from helpers import didi, fine_tuned, merge_settings
 from torch import Tensor, nn
 
+from fusion_bench_didi.allocation.leftover import climb
 from fusion_bench_didi.allocation.tucker_curve import TuckerCurve
-from fusion_bench_didi.checkpoint.deltas import read_deltas, write_deltas
+from fusion_bench_didi.checkpoint.deltas import read_deltas
+from fusion_bench_didi.checkpoint.stream import write_deltas
 from fusion_bench_didi.deltas.precision import precisions
 from fusion_bench_didi.deltas.tucker import (
     BasesDelta,
@@ -20,7 +22,7 @@ from fusion_bench_didi.deltas.tucker import (
 from fusion_bench_didi.lowrank.overlap import subspace_overlap
 from fusion_bench_didi.lowrank.svd import half_svd
 from fusion_bench_didi.lowrank.tucker import GRID, cores, refine_tucker, tucker_bases
-from fusion_bench_didi.merging.forms.tucker import Common, grown, pack_common
+from fusion_bench_didi.merging.forms.tucker import encode_cores
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.merging.settings import Budget
 from fusion_bench_didi.models.dynamic import DiDiModel
@@ -174,7 +176,7 @@ def test_stored_bits_are_the_price_and_the_error_is_the_one_expected(name, sizes
     spaces = tucker_bases(tau, torch.ones(4))
     up = torch.eye(24) if p == 24 else spaces.up[:, :p]
     down = torch.eye(20) if q == 20 else spaces.down[:q]
-    (first, others), errors = pack_common(
+    first, others, errors = encode_cores(
         up, down, tau, shape=(24, 20), precision=precision
     )
     at = torch.tensor(p), torch.tensor(q)
@@ -198,9 +200,7 @@ def test_a_task_without_change_stores_no_core():
     spaces = tucker_bases(tau, torch.ones(4))
     precision = precisions("float32", torch.float32)[0]
     up, down = spaces.up[:, :4], spaces.down[:4]
-    (_, others), errors = pack_common(
-        up, down, tau, shape=(24, 20), precision=precision
-    )
+    _, others, errors = encode_cores(up, down, tau, shape=(24, 20), precision=precision)
     assert [d is None for d in others] == [False, False, True, False]
     assert float(errors[2]) == 0
 
@@ -265,7 +265,9 @@ def test_budget_is_kept_and_nearly_used(budget, dtype):
     slack = 2e-4 if dtype == "auto" else 0.0
     assert result.report.relative_error <= 1.005 * alone.report.relative_error + slack
     if budget == 0.3 and dtype == "float32":
-        assert result.report.common and set(result.report.common) <= set(vectors.infos)
+        assert result.report.subspaces and set(result.report.subspaces) <= set(
+            vectors.infos
+        )
         assert result.report.relative_error < 0.5 * alone.report.relative_error
         assert result.storage.excl_bits > 0.95 * limit
 
@@ -275,7 +277,7 @@ def test_unrelated_tasks_share_no_subspace():
     u, s, v = torch.linalg.svd(noise)
     steep = (u * torch.logspace(0, -3, 32)) @ v
     result = merge(as_task_vectors(steep), merge_settings(0.5, shared="auto"))
-    assert not result.report.common
+    assert not result.report.subspaces
     assert result.storage.shared_bits == 0
 
 
@@ -285,19 +287,18 @@ def test_what_is_left_is_spent_where_it_gains_most():
     for name, noise in (("clean", 0.0), ("noisy", 1.0)):
         spaces = tucker_bases(in_common(noise=noise), torch.ones(4))
         p, q = spaces.sizes_up[:, None], spaces.sizes_down
-        offer = TuckerCurve.of(
+        found[name] = TuckerCurve.of(
             spaces,
             precision.common_bits((24, 20), 4, p, q),
             precision.common_rounding((24, 20), p, q),
             4,
         )
-        found[name] = Common((4, 4), offer, precision)
-    before = sum(c.bits for c in found.values())
-    after = grown(found, 5000)
-    spent = sum(c.bits for c in after.values()) - before
+    start = dict.fromkeys(found, (4, 4))
+    after = climb(found, start, 5000)
+    spent = sum(c.rate(after[n]) - c.rate((4, 4)) for n, c in found.items())
     assert 0 < spent <= 5000
-    assert after["clean"].sizes == (4, 4)
-    assert grown(found, 0) == found
+    assert after["clean"] == (4, 4)
+    assert climb(found, start, 0) == start
 
 
 def test_order_of_tasks_changes_no_bit(tiny_clip):
@@ -306,7 +307,7 @@ def test_order_of_tasks_changes_no_bit(tiny_clip):
     turned = {"_pretrained_": base, **dict(reversed(models.items()))}
     one = didi({"_pretrained_": base, **models}, budget=0.3, shared="auto")
     two = didi(turned, budget=0.3, shared="auto")
-    assert one.info["common"] and one.info["common"] == two.info["common"]
+    assert one.info["subspaces"] and one.info["subspaces"] == two.info["subspaces"]
     for task in models:
         for left, right in zip(
             one.materialize(task).parameters(), two.materialize(task).parameters()
@@ -321,7 +322,7 @@ def test_model_in_common_subspaces_saves_switches_and_serves(
     models = common_model(copy.deepcopy(tiny_clip.base))
     model = didi(models, budget=budget, shared="auto", factor_dtype=dtype)
     cores_in = [d for e in model.modulators.values() for _, d in e.deltas.items()]
-    assert model.info["common"] and any(isinstance(d, Core) for d in cores_in)
+    assert model.info["subspaces"] and any(isinstance(d, Core) for d in cores_in)
     pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         single = {}

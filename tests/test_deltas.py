@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fusion_bench_didi.checkpoint.deltas import read_deltas, write_deltas
+from fusion_bench_didi.checkpoint.deltas import read_deltas
+from fusion_bench_didi.checkpoint.stream import write_deltas
 from fusion_bench_didi.deltas.kinds import KINDS
 from fusion_bench_didi.deltas.masks import (
     MaskedDelta,

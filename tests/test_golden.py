@@ -128,7 +128,9 @@ def merged(models: Any, **settings: Any) -> Callable[[Path], nn.Module]:
             pool = adapters(directory)
         else:
             pool = BaseModelPool(models())
-        options = {"refine_sweeps": 4, **settings}
+        options = dict(settings)
+        if options.get("refinement") != "adam" and options.get("shared") != "none":
+            options["refine_sweeps"] = 4
         if settings.get("output_dir"):
             options["output_dir"] = str(directory / settings["output_dir"])
         return DiDiMerging(**options).run(pool)

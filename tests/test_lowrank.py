@@ -425,7 +425,7 @@ def test_sharing_is_chosen_only_where_it_pays():
     )
     options = [candidates_of(alike), candidates_of(alone)]
     budget = 16 * options[0][0].rate.per_rank
-    offers = [[c.offer(torch.ones(4)) for c in row] for row in options]
+    offers = [[c.weighted(torch.ones(4)) for c in row] for row in options]
     picks, _ = choose(offers, budget)
     assert options[0][picks[0]].shared_rank == 2
     assert options[1][picks[1]].shared_rank == 0

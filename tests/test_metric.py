@@ -1,19 +1,13 @@
-"""Weights of the objective: by matrix, by task, by direction."""
-
-import copy
+"""Weightings of the objective that were tried: by matrix, by task, by direction."""
 
 import pytest
 import torch
-from helpers import didi, merge_settings
-from test_common import as_task_vectors, in_common
+from helpers import BASE, didi
 from torch import nn
 
-from fusion_bench_didi.errors import ModelPoolError
-from fusion_bench_didi.lowrank.factors import LowRankFactors
-from fusion_bench_didi.lowrank.refinement import FactorSet
-from fusion_bench_didi.merging.loss_weights import block_of
-from fusion_bench_didi.merging.metric import Metric, input_moments
-from fusion_bench_didi.merging.pipeline import merge
+from benchmarks.metric import Metric, input_moments, unweighed, weighed
+from benchmarks.objectives import block_of
+from benchmarks.probe import sensitivity
 
 
 def moment(n: int, seed: int = 0) -> torch.Tensor:
@@ -34,16 +28,6 @@ def test_root_and_inverse_belong_together():
     torch.testing.assert_close(identity, torch.eye(5))
 
 
-def test_modules_come_back_from_the_weighed_task_vectors():
-    metric, g = Metric.of(moment(6)), torch.Generator().manual_seed(1)
-    up, down = torch.randn(4, 2, generator=g), torch.randn(2, 6, generator=g)
-    weighed = LowRankFactors(up, metric.weighed(down))
-    back = metric.plain(FactorSet(weighed, (None, weighed)))
-    torch.testing.assert_close(back.shared.dense(), up @ down)
-    assert back.experts[0] is None
-    torch.testing.assert_close(back.experts[1].dense(), up @ down)
-
-
 def test_moments_are_those_of_the_rows_that_a_weight_multiplies():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 2, stride=2), nn.Flatten(2), nn.Linear(9, 5), nn.LayerNorm(5)
@@ -61,51 +45,53 @@ def test_moments_are_those_of_the_rows_that_a_weight_multiplies():
 
 
 @pytest.mark.parametrize("shared", ["none", "mean", "auto"])
-def test_weighed_merge_serves_the_weighed_error(shared):
-    tau = in_common(24, 16, noise=1.0)
-    vectors, moments = as_task_vectors(tau), {"0.weight": moment(16)}
-    metric = Metric.of(moments["0.weight"])
+def test_a_merge_of_weighed_models_serves_the_weighed_error(tiny_clip, shared):
+    base = tiny_clip.base
+    names = [n for n, p in base.named_parameters() if n.endswith("fc1.weight")]
+    metrics = {n: Metric.of(moment(base.get_parameter(n).shape[1])) for n in names}
 
-    def weighed_error(result) -> float:
+    def weighed_error(models) -> float:
         rest = [
-            t
-            - result.experts[f"task{i}"]["0.weight"].change(
-                result.shared.get("0.weight")
-            )
-            for i, t in enumerate(tau)
+            metrics[n].root.T
+            @ (m.get_parameter(n) - tiny_clip.tuned[t].get_parameter(n)).T
+            for t, m in models.items()
+            for n in names
         ]
-        return float(metric.weighed(torch.stack(rest)).square().sum())
+        return float(sum(x.square().sum() for x in rest))
 
-    plain = merge(vectors, merge_settings(0.6, shared=shared))
-    weighed = merge(vectors, merge_settings(0.6, shared=shared, moments=moments))
-    assert weighed_error(weighed) < weighed_error(plain)
-    assert plain.report.relative_error < weighed.report.relative_error
-    exact = merge(vectors, merge_settings(float("inf"), moments=moments))
-    assert exact.report.relative_error < 1e-10
-
-
-@pytest.mark.parametrize("metric", ["probes", "none"])
-def test_method_measures_by_itself(tiny_clip, metric):
-    model = didi(copy.deepcopy(tiny_clip.pool_models()), budget=0.4, metric=metric)
-    assert model.info["relative_error"] < 1
+    others = [n for n, _ in base.named_parameters() if n not in names]
+    choice = {"budget": 0.6, "shared": shared, "exclude": others}
+    tuned = {t: weighed(base, m, metrics) for t, m in tiny_clip.tuned.items()}
+    plain = didi(tiny_clip.pool_models(), **choice)
+    other = didi({BASE: base, **tuned}, **choice)
+    plain = {t: plain.materialize(t) for t in tuned}
+    turned = {t: unweighed(base, other.materialize(t), metrics) for t in tuned}
+    assert weighed_error(turned) < weighed_error(plain)
 
 
-def test_images_are_asked_for_by_name(tiny_clip):
-    models = copy.deepcopy(tiny_clip.pool_models())
-    with pytest.raises(ModelPoolError, match="metric=images needs .*use metric=probes"):
-        didi(models, metric="images")
-    with pytest.raises(ValueError, match="metric='x'; choose none, probes or images"):
-        didi(models, metric="x")
-
-
-@pytest.mark.parametrize("normalization", ["base", "depth", "task", "matrix", "none"])
-def test_every_weighting_keeps_the_budget(tiny_clip, normalization):
-    models = copy.deepcopy(tiny_clip.pool_models())
-    model = didi(models, budget=0.5, normalization=normalization)
-    assert 0.45 < model.storage.x_excl <= 0.5
+def test_weighing_is_undone(tiny_clip):
+    name = next(n for n, p in tiny_clip.base.named_parameters() if "fc1.weight" in n)
+    side = tiny_clip.base.get_parameter(name).shape[1]
+    metrics, model = {name: Metric.of(moment(side))}, tiny_clip.tuned["mnist"]
+    turned = weighed(tiny_clip.base, model, metrics)
+    assert not turned.get_parameter(name).allclose(model.get_parameter(name))
+    back = unweighed(tiny_clip.base, turned, metrics)
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(back.get_parameter(key), value)
 
 
 def test_blocks_are_counted_from_the_name():
     assert block_of("vision_model.encoder.layers.0.mlp.fc1.weight") == 1
     assert block_of("model.layers.11.self_attn.q_proj.weight") == 12
     assert block_of("vision_model.embeddings.patch_embedding.weight") == 1
+
+
+def test_sensitivity_sees_a_dead_layer(tiny_clip):
+    model = tiny_clip.base
+    names = [n for n, p in model.named_parameters() if n.endswith("fc1.weight")]
+    dead = model.get_submodule(names[0].removesuffix("fc1.weight") + "fc2")
+    torch.nn.init.zeros_(dead.weight)
+    found = sensitivity(model, names, samples=2)
+    assert found[names[0]] == 0 < found[names[1]]
+    assert found == sensitivity(model, names, samples=2)
+    assert not any(p.grad is not None for p in model.parameters())

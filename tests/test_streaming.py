@@ -1,6 +1,8 @@
 """What bounds time and memory: the range finder, growing spectra, workers, scratch files, and writing while merging."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +14,12 @@ from fusion_bench_didi.lowrank import svd
 from fusion_bench_didi.lowrank.decomposition import decompose, half_of
 from fusion_bench_didi.lowrank.overlap import mean_overlap
 from fusion_bench_didi.lowrank.svd import half_svd, singular_values, sketched, spectrum
-from fusion_bench_didi.merging.basis_store import FactorStore
+from fusion_bench_didi.merging.basis_store import BasisStore
 from fusion_bench_didi.merging.pipeline import merge, plan
+from fusion_bench_didi.merging.rank_bounds import RankBounds
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.parallel import GROWTH, HeapTrimmer, ordered_map
-from fusion_bench_didi.task_vectors import reader as reading
 from fusion_bench_didi.task_vectors import sources
 from fusion_bench_didi.task_vectors.sources import SafetensorsSource
 
@@ -145,15 +147,13 @@ def test_eigensolver_that_fails_in_float32_is_tried_in_float64(monkeypatch, capl
 @pytest.mark.parametrize("dtype", ["auto", "float32", "int4"])
 @pytest.mark.parametrize("budget", [0.3, 0.9, 1.6])
 def test_a_small_first_guess_changes_no_rank(tiny_clip, monkeypatch, dtype, budget):
-    from fusion_bench_didi.merging.context import Work
-
     models = tiny_clip.pool_models()
     settings = merge_settings(budget, factor_dtype=dtype)
     whole = plan(task_vectors(models), settings)
-    monkeypatch.setattr(Work, "first_guess", lambda self, name: 1)
-    monkeypatch.setattr(Work, "glanced", lambda self, name: False)
+    monkeypatch.setattr(RankBounds, "initial_rank", lambda self, name: 1)
+    monkeypatch.setattr(RankBounds, "even_share_pays_dense", lambda self, name: False)
     grown = plan(task_vectors(models), settings)
-    assert grown.allocation == whole.allocation
+    assert grown.ranks == whole.ranks
 
 
 def test_sharing_is_one_for_unrelated_tasks_and_t_for_equal_ones():
@@ -235,8 +235,10 @@ def test_small_tensors_are_let_go_like_large_ones(tmp_path, monkeypatch, numel, 
 def test_number_of_workers_changes_no_bit(tiny_clip, monkeypatch):
     models = tiny_clip.pool_models()
     one = didi(models, budget=0.7)
-    for module in ("merging.context", "merging.encoding", "task_vectors.reader"):
-        monkeypatch.setattr(f"fusion_bench_didi.{module}.workers_for", lambda _: 3)
+    for module in ("loop", "scan"):
+        monkeypatch.setattr(
+            f"fusion_bench_didi.task_vectors.{module}.workers_for", lambda _: 3
+        )
     three = didi(models, budget=0.7)
     for task in one.tasks:
         assert same_bits(floats(one.materialize(task)), floats(three.materialize(task)))
@@ -246,7 +248,7 @@ def test_matrices_too_large_to_stack_are_read_one_by_one(tiny_clip, monkeypatch)
     models = tiny_clip.pool_models()
     settings = merge_settings(0.8, factor_dtype="float32", residual="full")
     stacked = merge(task_vectors(models), settings)
-    monkeypatch.setattr(reading, "STACK_BYTES", 0)
+    monkeypatch.setattr("fusion_bench_didi.task_vectors.tensor.STACK_BYTES", 0)
     single = merge(task_vectors(models), settings)
     assert single.ranks == stacked.ranks
     for name, error in stacked.report.errors.items():
@@ -258,16 +260,45 @@ def test_matrices_too_large_to_stack_are_read_one_by_one(tiny_clip, monkeypatch)
 
 def test_factors_beyond_the_limit_come_back_from_files_unchanged():
     bases = tuple(half_svd(decaying(12, 9, seed), max_rank=4) for seed in range(3))
-    store = FactorStore(memory_gb=0)
-    store.put("a", bases)
-    store.put("b", bases[:1])
-    store.put("a", bases)  # in place of the first
-    back = store.pop("a")
-    for found, given in zip(back, bases):
+    store = BasisStore(memory_gb=0)
+    kept, other = store.keep(bases), store.keep(bases[:1])
+    place = Path(store._directory.name)
+    for found, given in zip(kept.load(), bases):
         assert found.vectors.equal(given.vectors) and found.S.equal(given.S)
         assert found.tail_energy == given.tail_energy
-    with pytest.raises(KeyError):
-        store.pop("a")
+    assert len(list(place.iterdir())) == 2
+    assert len(kept.take()) == 3
+    assert len(list(place.iterdir())) == 1
+    del other  # what nobody holds is let go of
+    assert not list(place.iterdir())
+
+
+def test_memory_of_bases_is_free_again_with_whoever_held_them():
+    bases = tuple(half_svd(decaying(12, 9, seed), max_rank=4) for seed in range(3))
+    size = sum(b.vectors.nbytes + b.S.nbytes for b in bases)
+    store = BasisStore(memory_gb=size / 2**30)
+    kept = store.keep(bases)
+    assert store.keep(bases)._file is not None
+    kept.take()
+    again = store.keep(bases)
+    assert again._file is None
+    del again
+    assert store.keep(bases)._file is None
+
+
+def test_many_threads_that_spill_first_at_once_lose_nothing():
+    """Each saw no directory, made one, and the last one made took the files of the others away."""
+    bases = (half_svd(decaying(12, 9, 0), max_rank=4),)
+    for _ in range(50):
+        store, start = BasisStore(memory_gb=0), threading.Barrier(8)
+
+        def spill(_: int):
+            start.wait()
+            return store.keep(bases)
+
+        with ThreadPoolExecutor(8) as pool:
+            kept = list(pool.map(spill, range(8)))
+        assert all(len(k.load()) == 1 for k in kept)
 
 
 # --- straight to disk -----------------------------------------------------------
@@ -297,7 +328,7 @@ def test_a_merge_that_fails_leaves_no_directory(tiny_clip, tmp_path, monkeypatch
     def fail(*_, **__):
         raise RuntimeError("on the way")
 
-    monkeypatch.setattr("fusion_bench_didi.merging.forms.experts.pack", fail)
+    monkeypatch.setattr("fusion_bench_didi.merging.forms.experts.encode", fail)
     with pytest.raises(RuntimeError, match="on the way"):
         didi(tiny_clip.pool_models(), budget=0.6, output_dir=str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())

@@ -6,9 +6,8 @@ from helpers import merge_settings, same_bits
 from torch import Tensor, nn
 
 from fusion_bench_didi.lowrank.spectrum_bounds import optimistic_spectrum, sampled
-from fusion_bench_didi.merging.context import Work
-from fusion_bench_didi.merging.forms import choice as joint_pass
-from fusion_bench_didi.merging.forms.early_decision import WORTH, Outlook
+from fusion_bench_didi.merging import pipeline, spectra
+from fusion_bench_didi.merging.forms.early_decision import WORTH
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.merging.results import MergeResult
 from fusion_bench_didi.task_vectors.reader import TaskVectors
@@ -68,13 +67,13 @@ def merged(vectors: TaskVectors, bits: float, **choice) -> MergeResult:
 @pytest.fixture
 def decomposed(monkeypatch) -> list[str]:
     """Names of the matrices that are decomposed for all tasks."""
-    names, decompose = [], Work._decompose
+    names, decompose = [], spectra._decompose
 
-    def noted(self, name, *args):
+    def noted(context, bounds, name, *args):
         names.append(name)
-        return decompose(self, name, *args)
+        return decompose(context, bounds, name, *args)
 
-    monkeypatch.setattr(Work, "_decompose", noted)
+    monkeypatch.setattr(spectra, "_decompose", noted)
     return names
 
 
@@ -85,7 +84,7 @@ def test_what_is_stored_is_what_decompositions_would_have_chosen(
     vectors = task_vectors(decaying, decaying, still=True)
     found = merged(vectors, bits)
     assert not decomposed
-    monkeypatch.setattr(joint_pass, "outlook", lambda work: Outlook())
+    monkeypatch.setattr(pipeline, "sample_of", lambda *_: None)
     expected = merged(vectors, bits)
     assert decomposed
     assert found.ranks == expected.ranks
@@ -101,7 +100,7 @@ def test_task_vectors_of_low_rank_are_still_found(monkeypatch):
     found = merged(vectors, 6.0)
     assert all(found.ranks.experts[task]["1.weight"] == 280 for task in TASKS)
     assert found.report.errors["0.weight"].max() < 1e-6
-    monkeypatch.setattr(joint_pass, "outlook", lambda work: Outlook())
+    monkeypatch.setattr(pipeline, "sample_of", lambda *_: None)
     expected = merged(vectors, 6.0)
     assert found.report.precision == expected.report.precision
     for task in TASKS:
@@ -134,7 +133,7 @@ def test_sharing_beside_whole_experts_needs_no_decomposition_of_them(
     found = merged(vectors, bits)
     assert not decomposed
     assert found.storage.shared_bits > 0
-    monkeypatch.setattr(joint_pass, "outlook", lambda work: Outlook())
+    monkeypatch.setattr(pipeline, "sample_of", lambda *_: None)
     expected = merged(vectors, bits)
     assert found.report.relative_error < 1.001 * expected.report.relative_error
 
@@ -189,7 +188,7 @@ def test_only_what_one_task_finds_of_low_rank_is_decomposed(
     vectors = task_vectors(steep, decaying, decaying, steep)
     found = merged(vectors, bits)
     assert set(decomposed) == {"0.weight", "3.weight"}
-    monkeypatch.setattr(joint_pass, "outlook", lambda work: Outlook())
+    monkeypatch.setattr(pipeline, "sample_of", lambda *_: None)
     expected = merged(vectors, bits)
     assert found.report.relative_error < 1.02 * expected.report.relative_error
 
@@ -198,7 +197,7 @@ def test_only_what_one_task_finds_of_low_rank_is_decomposed(
 def test_what_is_not_looked_into_costs_no_more_than_is_said(monkeypatch, bits):
     vectors = task_vectors(decaying, decaying, decaying, decaying)
     found = merged(vectors, bits)
-    monkeypatch.setattr(joint_pass, "outlook", lambda work: Outlook())
+    monkeypatch.setattr(pipeline, "sample_of", lambda *_: None)
     expected = merged(vectors, bits)
     most = 1 / (1 - WORTH) + 0.02
     assert found.report.relative_error < most * expected.report.relative_error

@@ -1,11 +1,7 @@
-"""Choices per matrix that are made together with the ranks: what is shared, how, and in how many bits.
+"""Rate and distortion of low-rank experts at every rank, the dense form last.
 
-A candidate is one form of a matrix in one precision. *Experts* fix the shared module's rank k_0 and are residuals against the
-*truncated* shared part, ``tau_t - S_k0``, so that the error is an exact sum of their lost singular values and no cross
-terms remain; *common subspaces* (``common.py``) have two sizes instead of ranks. For a multiplier ``mu`` (error per bit) the
-best ranks or sizes of every candidate are known in closed form; the best candidate per matrix follows, and ``mu`` is the
-smallest that meets the budget. Experts with ``k_0 = 0`` are always among the candidates, so anything is only shared where it
-pays. Letters: ``T`` tasks, ``q`` kept singular values.
+Experts are residuals against the *truncated* shared part, ``tau_t - S_k0``, so that the error is an exact sum of their lost
+singular values and no cross terms remain. Letters: ``T`` tasks, ``q`` kept singular values.
 """
 
 from dataclasses import dataclass
@@ -13,17 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lagrangian import Curve
-from .spectra import Rate
+from .curves import PerTaskCurve
+from .spectra import MatrixSpectra, Rate
 
 
 @dataclass(frozen=True)
 class ExpertsCurve:
-    """One way to store a matrix as experts on a shared module.
+    """The curve of low-rank experts beside a shared module of fixed rank, from their spectra.
 
     Args:
         shared_rank: k_0.
-        price: of its precision.
+        rate: of its precision.
         precision: name of the precision.
         sigma: (T, q) singular values of the residuals.
         tail_energy: (T,) beyond them.
@@ -53,38 +49,41 @@ class ExpertsCurve:
         bits[-1] = self.rate.dense
         return weights.double()[:, None] * error, bits
 
-    def ranks(self, weights: Tensor, mu: float, full: int) -> Tensor:
-        """(T,) of the experts where ``error + mu * bits`` is least; ``full`` where they are whole.
+    def ranks(self, weights: Tensor, multiplier: float, full: int) -> Tensor:
+        """(T,) of the experts where ``error + multiplier * bits`` is least; ``full`` where they are whole.
 
         Args:
             weights: (T,).
         """
         error, bits = self.curve(weights)
-        best = (error + mu * bits).argmin(1)
+        best = (error + multiplier * bits).argmin(1)
         return torch.where(best == len(bits) - 1, full, best)
 
-    def offer(self, weights: Tensor) -> Curve:
-        """
+    def weighted(self, weights: Tensor) -> PerTaskCurve:
+        """The curve of the matrix: one rank per expert, and the shared part.
+
         Args:
             weights: (T,).
         """
         shared = min(self.shared_rank * self.rate.per_rank, self.rate.dense)
-        return _Experts(*self.curve(weights), shared)
+        return PerTaskCurve(*self.curve(weights), shared)
 
+    def spectra(
+        self, name: str, sides: tuple[int, int], weights: Tensor
+    ) -> MatrixSpectra:
+        """What the allocation of ranks needs to know of it.
 
-@dataclass(frozen=True)
-class _Experts:
-    """Error (T, K) and bits (K,) of each expert, and the bits of the shared module."""
-
-    error: Tensor
-    bits: Tensor
-    shared: int
-
-    @property
-    def zero_rate_multiplier(self) -> float:
-        return float((self.error[:, :1] / self.bits[1]).max())
-
-    def at(self, mu: float) -> tuple[float, float]:
-        ranks = (self.error + mu * self.bits).argmin(1)  # (T,)
-        lost = float(self.error.gather(1, ranks[:, None]).sum())
-        return lost, float(self.bits[ranks].sum()) + self.shared
+        Args:
+            sides: m and n.
+            weights: (T,).
+        """
+        energy = self.tail_energy.float()
+        return MatrixSpectra(
+            name,
+            sides,
+            sigma=torch.cat([torch.zeros_like(self.sigma[:1]), self.sigma]),
+            tail_energy=torch.cat([energy.new_zeros(1), energy]),
+            weights=weights.cpu().float(),
+            rate=self.rate,
+            shared_rank=self.shared_rank,
+        )

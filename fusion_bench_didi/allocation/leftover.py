@@ -1,18 +1,12 @@
-"""Choices per matrix that are made together with the ranks: what is shared, how, and in how many bits.
+"""What the choice and the ranks leave of the budget: finer quantizers, and steps up the curves of the other forms."""
 
-A candidate is one form of a matrix in one precision. *Experts* fix the shared module's rank k_0 and are residuals against the
-*truncated* shared part, ``tau_t - S_k0``, so that the error is an exact sum of their lost singular values and no cross
-terms remain; *common subspaces* (``common.py``) have two sizes instead of ranks. For a multiplier ``mu`` (error per bit) the
-best ranks or sizes of every candidate are known in closed form; the best candidate per matrix follows, and ``mu`` is the
-smallest that meets the budget. Experts with ``k_0 = 0`` are always among the candidates, so anything is only shared where it
-pays. Letters: ``T`` tasks, ``q`` kept singular values.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
+from .curves import PlacedCurve
 from .spectra import MatrixSpectra, Rate, total_cost
 from .water_filling import fill
 
@@ -28,10 +22,10 @@ def refine_precision(
     Ranks run out where the budget is generous: every module of the chosen precisions is then complete.
 
     Args:
-        ladders: per matrix the precisions, cheapest first, as (price, relative rounding error).
+        ladders: per matrix the precisions, cheapest first, as (rate, relative rounding error).
 
     Returns:
-        the rows at their new prices, and the ranks, filled again.
+        the rows at their new rates, and the ranks, filled again.
     """
     rows, ranks = list(table), fill(table, ranks, budget)
     while True:
@@ -55,3 +49,19 @@ def refine_precision(
             return rows, ranks
         rows[i] = replace(rows[i], rate=rate)
         ranks = fill(rows, ranks, budget)
+
+
+def climb(
+    curves: Mapping[str, PlacedCurve], points: Mapping[str, Any], left: int
+) -> dict[str, Any]:
+    """Operating points after what is left, in bits, was spent one step at a time where it gains most per bit."""
+    points = dict(points)
+    while True:
+        steps = ((curves[n].step(p, left), n) for n, p in points.items())
+        gain, point, name = max(
+            ((*step, name) for step, name in steps if step), default=(0.0, None, "")
+        )
+        if point is None:
+            return points
+        left -= curves[name].rate(point) - curves[name].rate(points[name])
+        points[name] = point

@@ -1,4 +1,4 @@
-"""Who gets how much rank under one budget: greedy (water-filling), uniform, and the last step of every method.
+"""Singular values and rates of one matrix: all that the allocation of ranks knows of it.
 
 A module is one low-rank product: per matrix one shared module (index 0) and one expert per task (1..T). A module of
 rank k costs ``k * per_rank``; at full rank it is stored dense for ``dense``, so ranks between the break-even point and

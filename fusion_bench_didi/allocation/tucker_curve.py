@@ -1,16 +1,4 @@
-"""Common subspaces: what several task vectors share although they are orthogonal to one another.
-
-Task vectors of one matrix often use the same few rows and columns in different combinations. Then
-
-    ``tau_t ~ U C_t V``,   U (m, p) and V (q, n) orthonormal and common to all tasks, C_t (p, q) a task's own core,
-
-which is a Tucker-2 decomposition of the stacked task vectors. It costs ``p m + q n + T p q`` numbers where T experts of rank
-r cost ``T r (m + n)``. The start are the leading eigenvectors of ``sum_t w_t tau_t tau_t^T`` and of its mirror image, whose
-leading p and q columns are nested, so that one product gives the error at every (p, q); at the sizes chosen, alternating
-least squares (De Lathauwer, De Moor and Vandewalle 2000, "HOOI") then lowers it.
-
-Letters: ``m`` out, ``n`` in, ``T`` tasks, ``p`` common columns, ``q`` common rows.
-"""
+"""Rate and distortion of Tucker-2 forms at every pair of sizes."""
 
 from dataclasses import dataclass
 
@@ -29,7 +17,7 @@ NEVER = 2.0**62
 
 @dataclass(frozen=True)
 class TuckerCurve:
-    """What common subspaces can do for a number of bits; an ``Curve`` of ``candidates.py``.
+    """The curve of shared bases U (m, p) and V (q, n) with a core (p, q) per task.
 
     Args:
         sizes_up, sizes_down: values of p and of q.
@@ -48,7 +36,7 @@ class TuckerCurve:
     ) -> "TuckerCurve":
         """
         Args:
-            bits: price of every pair of sizes.
+            bits: of every pair of sizes.
             rounding: relative squared error that rounding adds to what is kept, as ``bits``.
             tasks: T; more than T q columns are of no use, nor more than T p rows.
         """
@@ -64,13 +52,13 @@ class TuckerCurve:
     def zero_rate_multiplier(self) -> float:
         return float(self.error.max() / self.bits.min())
 
-    def at(self, mu: float) -> tuple[float, float]:
-        where = self._best(mu)
+    def at(self, multiplier: float) -> tuple[float, float]:
+        where = self._best(multiplier)
         return float(self.error.flatten()[where]), float(self.bits.flatten()[where])
 
-    def sizes(self, mu: float) -> tuple[int, int]:
-        """(p, q) where ``error + mu * bits`` is least."""
-        up, down = divmod(self._best(mu), len(self.sizes_down))
+    def point(self, multiplier: float) -> tuple[int, int]:
+        """(p, q) where ``error + multiplier * bits`` is least."""
+        up, down = divmod(self._best(multiplier), len(self.sizes_down))
         return int(self.sizes_up[up]), int(self.sizes_down[down])
 
     def step(
@@ -97,5 +85,5 @@ class TuckerCurve:
         i = int(torch.searchsorted(self.sizes_up, sizes[0]))
         return i, int(torch.searchsorted(self.sizes_down, sizes[1]))
 
-    def _best(self, mu: float) -> int:
-        return int((self.error + mu * self.bits).argmin())
+    def _best(self, multiplier: float) -> int:
+        return int((self.error + multiplier * self.bits).argmin())

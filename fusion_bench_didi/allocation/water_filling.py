@@ -1,8 +1,6 @@
-"""Who gets how much rank under one budget: greedy (water-filling), uniform, and the last step of every method.
+"""Ranks under one budget by reverse water-filling on convex hulls, uniform ranks, and the greedy end of every allocation.
 
-A module is one low-rank product: per matrix one shared module (index 0) and one expert per task (1..T). A module of
-rank k costs ``k * per_rank``; at full rank it is stored dense for ``dense``, so ranks between the break-even point and
-full rank are never used. Letters: ``T`` tasks, ``q`` kept singular values, ``k`` rank.
+Modules and their rates are those of ``spectra.py``. Letters: ``T`` tasks, ``q`` kept singular values, ``k`` rank.
 """
 
 import heapq

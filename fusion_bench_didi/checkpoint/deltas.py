@@ -1,8 +1,6 @@
-"""Files that appear whole or not at all.
+"""The manifest of a merged model: every stored delta by kind, shape and place, and the SHA-256 of every weight file.
 
-A merged model is a directory: ``model.safetensors`` (in shards above 5 GB, with an index), ``config.json`` and a model
-card. The configuration lists every stored delta, so that nothing is parsed out of tensor names, and the SHA-256 of every
-weight file, so that a damaged file is refused.
+Nothing is parsed out of tensor names, and a damaged file is refused.
 """
 
 import json
@@ -10,39 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..deltas.base import Delta
 from ..deltas.kinds import KINDS
 from ..errors import CheckpointMismatchError, DiDiError
 from .directory import CONFIG
-from .tensors import open_tensors, write_tensors
+from .tensors import open_tensors
 
 FORMAT = 1
 
 
 SHARED = "shared"
-
-
-def write_deltas(
-    directory: Path,
-    shared: Mapping[str, Delta],
-    experts: Mapping[str, Mapping[str, Delta]],
-) -> dict[str, Any]:
-    """Write all deltas; returns the manifest for :func:`read_deltas`."""
-    tensors: dict[str, Tensor] = {}
-    entries = []
-    for task, deltas in ((None, shared), *experts.items()):
-        for name, delta in deltas.items():
-            entry = entry_of(task, name, delta)
-            entries.append(entry)
-            for part, value in delta.tensors().items():
-                tensors[f"{entry['key']}.{part}"] = value
-    return {
-        "tasks": list(experts),
-        "deltas": entries,
-        "files": write_tensors(directory, tensors),
-    }
 
 
 def entry_of(task: str | None, name: str, delta: Delta) -> dict[str, Any]:
@@ -62,14 +37,17 @@ def entry_of(task: str | None, name: str, delta: Delta) -> dict[str, Any]:
 
 
 def read_deltas(
-    directory: Path, manifest: Mapping[str, Any]
+    directory: Path, manifest: Mapping[str, Any], *, verify: bool = True
 ) -> tuple[dict[str, Delta], dict[str, dict[str, Delta]]]:
-    """Read back what :func:`write_deltas` wrote.
+    """Read back what a :class:`~.stream.DeltaWriter` wrote.
+
+    Args:
+        verify: hold every file against its SHA-256.
 
     Raises:
         CheckpointMismatchError: for a missing, truncated or altered file.
     """
-    where = open_tensors(directory, manifest["files"])
+    where = open_tensors(directory, manifest["files"], verify=verify)
     shared: dict[str, Delta] = {}
     experts: dict[str, dict[str, Delta]] = {task: {} for task in manifest["tasks"]}
     for entry in manifest["deltas"]:

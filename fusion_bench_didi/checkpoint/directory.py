@@ -1,8 +1,7 @@
-"""Files that appear whole or not at all.
+"""Directories and files that appear whole or not at all.
 
-A merged model is a directory: ``model.safetensors`` (in shards above 5 GB, with an index), ``config.json`` and a model
-card. The configuration lists every stored delta, so that nothing is parsed out of tensor names, and the SHA-256 of every
-weight file, so that a damaged file is refused.
+A merged model is a directory: ``model.safetensors`` (in shards above some size, with an index), ``config.json`` and a model
+card.
 """
 
 import json

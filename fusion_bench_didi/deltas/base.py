@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from ..lowrank.factors import LowRankFactors
 
+#: Stored forms by the name that files know them by; ``kinds`` imports all of them.
+KINDS: dict[str, type["Delta"]] = {}
+
 
 class Delta(nn.Module):
-    """Base of all stored forms.
+    """Base of all stored forms; a subclass that has a ``kind`` is known to files by it.
 
     Args:
         shape: of the tensor that is changed.
@@ -24,6 +27,11 @@ class Delta(nn.Module):
     parts: ClassVar[tuple[str, ...]]
     #: parts that may be None
     optional: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
 
     def __init__(self, shape: tuple[int, ...], **tensors: Tensor | None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""To be described."""
+"""How much task vectors have in common: overlap of their leading subspaces, and energy of their mean over chance."""
 
 from collections.abc import Sequence
 

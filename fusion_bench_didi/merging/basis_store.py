@@ -1,7 +1,9 @@
-"""Where first-pass bases wait for the second pass: in memory up to a limit, in scratch files beyond it."""
+"""Half SVDs between planning and encoding: in memory up to a limit, in scratch files beyond it."""
 
 import itertools
 import tempfile
+import threading
+import weakref
 from pathlib import Path
 
 import torch
@@ -9,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from ..lowrank.svd import HalfSVD
 
+Bases = tuple[HalfSVD, ...]
 
-class FactorStore:
-    """Bases by matrix name, each handed out once.
+
+class BasisStore:
+    """Keeps bases for whoever holds what :meth:`keep` returned; may be used from several threads.
 
     Args:
         memory_gb: held in memory; what comes later goes to files in a temporary directory (``TMPDIR`` says where), which
@@ -20,39 +24,52 @@ class FactorStore:
 
     def __init__(self, memory_gb: float):
         self._left = memory_gb * 2**30
-        self._held: dict[str, tuple[HalfSVD, ...]] = {}
-        self._files: dict[str, Path] = {}
+        self._lock = threading.Lock()
         self._count = itertools.count()
         self._directory: tempfile.TemporaryDirectory | None = None
 
-    def put(self, name: str, bases: tuple[HalfSVD, ...]) -> None:
-        """Keep the bases of a matrix, in place of those it may have."""
-        self.drop(name)
-        size = _bytes(bases)
-        if size <= self._left:
-            self._left -= size
-            self._held[name] = bases
-            return
-        if self._directory is None:
-            self._directory = tempfile.TemporaryDirectory(prefix="fusion_bench_didi-")
-        file = Path(self._directory.name) / f"{next(self._count)}.safetensors"
-        tensors = {}
-        for i, basis in enumerate(bases):
-            tensors[f"{i}.vectors"] = basis.vectors.contiguous()
-            tensors[f"{i}.S"] = basis.S.contiguous()
-            tensors[f"{i}.tail"] = torch.tensor(basis.tail_energy, dtype=torch.float64)
-        save_file(tensors, file)
-        self._files[name] = file
+    def keep(self, bases: Bases) -> "KeptBases":
+        """Hold bases until the result is gone, or was taken."""
+        size = sum(b.vectors.nbytes + b.S.nbytes for b in bases)
+        with self._lock:
+            fits = size <= self._left
+            if fits:
+                self._left -= size
+            elif self._directory is None:
+                self._directory = tempfile.TemporaryDirectory(
+                    prefix="fusion_bench_didi-"
+                )
+        if fits:
+            kept = KeptBases(bases, None)
+            kept._released = weakref.finalize(kept, self._give_back, size)
+        else:
+            place = Path(self._directory.name)
+            file = place / f"{next(self._count)}.safetensors"
+            save_file(_tensors(bases), file)
+            kept = KeptBases(None, file)
+            kept._released = weakref.finalize(kept, file.unlink, missing_ok=True)
+        # at the end of the process there is nothing to give back
+        kept._released.atexit = False
+        return kept
 
-    def get(self, name: str) -> tuple[HalfSVD, ...]:
-        """What was put there.
+    def _give_back(self, size: int) -> None:
+        with self._lock:
+            self._left += size
 
-        Raises:
-            KeyError: if there is nothing of that name.
-        """
-        if name in self._held:
-            return self._held[name]
-        tensors = load_file(self._files[name])
+
+class KeptBases:
+    """Bases that a store holds."""
+
+    _released: weakref.finalize
+
+    def __init__(self, bases: Bases | None, file: Path | None):
+        self._bases, self._file = bases, file
+
+    def load(self) -> Bases:
+        """The bases, which stay where they are."""
+        if self._bases is not None:
+            return self._bases
+        tensors = load_file(self._file)
         return tuple(
             HalfSVD(
                 tensors[f"{i}.vectors"], tensors[f"{i}.S"], float(tensors[f"{i}.tail"])
@@ -60,18 +77,18 @@ class FactorStore:
             for i in range(len(tensors) // 3)
         )
 
-    def pop(self, name: str) -> tuple[HalfSVD, ...]:
-        """As :meth:`get`; it is forgotten here."""
-        bases = self.get(name)
-        self.drop(name)
+    def take(self) -> Bases:
+        """As :meth:`load`, once: their place is free from then on."""
+        bases = self.load()
+        self._bases = None
+        self._released()
         return bases
 
-    def drop(self, name: str) -> None:
-        if name in self._held:
-            self._left += _bytes(self._held.pop(name))
-        if name in self._files:
-            self._files.pop(name).unlink()
 
-
-def _bytes(bases: tuple[HalfSVD, ...]) -> int:
-    return sum(b.vectors.nbytes + b.S.nbytes for b in bases)
+def _tensors(bases: Bases) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for i, basis in enumerate(bases):
+        tensors[f"{i}.vectors"] = basis.vectors.contiguous()
+        tensors[f"{i}.S"] = basis.S.contiguous()
+        tensors[f"{i}.tail"] = torch.tensor(basis.tail_energy, dtype=torch.float64)
+    return tensors

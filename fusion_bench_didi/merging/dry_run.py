@@ -1,8 +1,8 @@
 """What a merge would do, from headers alone."""
 
 from ..deltas.storage import dtype_bits
-from ..task_vectors.reader import TaskVectors, matrix_shape
-from .inventory import Inventory, matrix_budget, matrix_rate, take_inventory
+from ..task_vectors.reader import TaskVectors
+from .inventory import Inventory, matrix_budget, take_inventory
 from .settings import MergeSettings
 
 
@@ -14,12 +14,11 @@ def describe(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     Raises:
         BudgetError: if the budget cannot hold the vectors.
     """
-    inventory = take_inventory(task_vectors, settings, None)
+    inventory = take_inventory(task_vectors, settings)
     left = matrix_budget(inventory, settings)
     modules = len(task_vectors.tasks) + (settings.shared != "none")
-    rates = {n: matrix_rate(inventory, task_vectors, n) for n in inventory.matrices}
-    sizes = {n: task_vectors.infos[n].numel for n in inventory.matrices}
-    share = left / (modules * sum(sizes.values())) if sizes else 0.0
+    numel = sum(map(inventory.numel, inventory.matrices))
+    share = left / (modules * numel) if numel else 0.0
     lines = [
         f"{len(task_vectors.tasks)} tasks: {', '.join(task_vectors.tasks)}",
         f"{len(inventory.matrices)} matrices, {len(inventory.vectors)} vectors; one fine-tuned model is "
@@ -29,11 +28,11 @@ def describe(task_vectors: TaskVectors, settings: MergeSettings) -> str:
         f"{'matrix':<60} {'shape':>14} {'bytes/rank':>11} {'even rank':>10}",
     ]
     for name in inventory.matrices:
-        m, n = matrix_shape(task_vectors.infos[name].shape)
-        even = int(share * m * n / rates[name].per_rank)
+        (m, n), rate = inventory.sides[name], inventory.rate(name)
+        even = int(share * m * n / rate.per_rank)
         even = min(even, task_vectors.joint_rank(name))
-        rank = "dense" if even > rates[name].cap else str(even)
-        cost = rates[name].per_rank // 8
+        rank = "dense" if even > rate.cap else str(even)
+        cost = rate.per_rank // 8
         lines.append(f"{name:<60} {f'{m} x {n}':>14} {cost:>11} {rank:>10}")
     read = _read_gb(task_vectors, inventory)
     peak = _peak_gb(task_vectors, inventory, settings, left)
@@ -49,7 +48,7 @@ def _read_gb(task_vectors: TaskVectors, inventory: Inventory) -> float:
     bits = 0
     for name in (*inventory.matrices, *inventory.vectors):
         ranks, info = task_vectors.ranks(name), task_vectors.infos[name]
-        sides = sum(matrix_shape(info.shape))
+        sides = sum(inventory.sides[name])
         whole = ranks.count(None)
         numbers = (whole + (whole > 0)) * info.numel + sides * sum(
             r or 0 for r in ranks
@@ -63,7 +62,7 @@ def _peak_gb(task_vectors, inventory, settings, left) -> float:
     tasks = len(task_vectors.tasks)
     working = kept = 0
     for name in inventory.matrices:
-        m, n = matrix_shape(task_vectors.infos[name].shape)
+        m, n = inventory.sides[name]
         rank = task_vectors.joint_rank(name)
         # float32 task vectors, residuals, and the float64 work space of one decomposition
         numbers = rank * (m + n) if task_vectors.factored(name) else m * n

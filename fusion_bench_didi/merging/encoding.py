@@ -1,71 +1,50 @@
-"""The second pass over the matrices: cut to the sizes decided on, refine, pack, and measure what was kept out."""
+"""Encoding every tensor as it was decided: truncate, refine, quantize, and measure what is not reproduced."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 
-from torch import Tensor
+import torch
 
-from ..allocation.spectra import MatrixSpectra
-from ..deltas.base import Delta
 from ..deltas.plain import DenseDelta
-from ..deltas.precision import Precision
-from ..parallel import exclusive_if, ordered_map, workers_for
-from ..task_vectors.reader import TaskVectors
-from ..task_vectors.scan import Scan
-from .context import Work
-from .forms.experts import _experts
-from .forms.tucker import Common, _in_common
-from .inventory import Inventory
-from .reconstruction import Stored
-from .settings import MergeSettings
+from ..deltas.sink import EncodedTensor
+from .context import MergeContext
+from .forms import Decision
 
 
-def second_pass(
-    work: Work,
-    table: Sequence[MatrixSpectra],
-    ranks: Sequence[Tensor],
-    precision: Mapping[str, Precision],
-    common: Mapping[str, Common],
-) -> Iterator[tuple[str, Stored, Tensor]]:
-    """Matrix by matrix: name, stored forms (shared, one per task), and (T,) errors; the store is used up.
+def encode_all(
+    context: MergeContext, decisions: Mapping[str, Decision]
+) -> Iterator[EncodedTensor]:
+    """Vectors, then matrices, large ones first; the bases that decisions stand on are used up."""
+    dropped = context.settings.vectors == "pretrained"
+    vectors = () if dropped else context.inventory.vectors
 
-    Args:
-        table, ranks: the matrices of experts, and (T + 1,) ranks of each.
-        precision: how each of these is stored.
-        common: the other matrices.
-    """
-    jobs = {name: partial(_in_common, work, name, c) for name, c in common.items()}
-    for row, k in zip(table, ranks):
-        jobs[row.name] = partial(_experts, work, row, k, precision[row.name])
+    def encode(name: str) -> EncodedTensor:
+        decision = decisions[name]
+        return decision.form.encode(context, decision)
 
-    def one(name: str) -> tuple[Stored, Tensor]:
-        with exclusive_if(work.task_vectors.large(name)):
-            return jobs[name]()
-
-    names = work.large_first(jobs)
-    results = ordered_map(one, names, workers=workers_for(work.device))
-    for i, (name, (stored, errors)) in enumerate(zip(names, results)):
-        work.progress("refine", i, len(names))
-        yield name, stored, errors
-        del stored, errors  # not kept while the next is waited for
-        work.release()
+    for stage, function, names in (
+        ("vectors", lambda name: encode_vector(context, name), vectors),
+        ("refine", encode, decisions),
+    ):
+        for item in context.each(stage, function, names):
+            yield item[1]
+            del item  # not kept while the next is waited for
 
 
-def pack_vectors(
-    task_vectors: TaskVectors,
-    scan: Scan,
-    inventory: Inventory,
-    settings: MergeSettings,
-) -> Iterator[tuple[str | None, str, Delta]]:
-    """Biases, norms and the like under the vector policy: task (None for all), name, delta."""
-    if settings.vectors == "pretrained":
-        return
-    for name in inventory.vectors:
-        vectors, dtype = task_vectors.read(name), inventory.vector_dtypes[name]
-        shape = task_vectors.infos[name].shape
-        if settings.vectors == "shared":
-            yield None, name, DenseDelta(shape, vectors.mean(0).to(dtype))
-            continue
-        for task, tau, energy in zip(task_vectors.tasks, vectors, scan.energy[name]):
-            if energy > 0:
-                yield task, name, DenseDelta(shape, tau.to(dtype))
+def encode_vector(context: MergeContext, name: str) -> EncodedTensor:
+    """A bias, norm or the like under the vector policy: one copy per task, or their mean."""
+    tensor, dtype = context.tensor(name), context.inventory.vector_dtypes[name]
+    vectors, energy = tensor.stacked(), context.energy[name]
+    shared, experts = None, [None] * len(vectors)
+    if context.settings.vectors == "shared":
+        shared = DenseDelta(tensor.shape, vectors.mean(0).to(dtype))
+    else:
+        experts = [
+            DenseDelta(tensor.shape, tau.to(dtype)) if e > 0 else None
+            for tau, e in zip(vectors, energy)
+        ]
+    errors = []
+    for tau, expert in zip(vectors.cpu(), experts):
+        delta = expert if shared is None else shared
+        rest = tau if delta is None else tau - delta.own()
+        errors.append(rest.double().square().sum())
+    return EncodedTensor(name, shared, experts, torch.stack(errors))

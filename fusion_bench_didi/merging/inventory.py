@@ -1,40 +1,56 @@
-"""The choices of a merge, and what the tensors cost under them."""
+"""What is to be merged: tensors by class, their sizes, and what each costs in the precisions allowed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ..allocation.spectra import Rate
 from ..deltas.precision import Precision, precisions, vector_dtype
 from ..deltas.storage import dtype_bits
 from ..errors import BudgetError
-from ..task_vectors.reader import TaskVectors, matrix_shape
+from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan
+from ..task_vectors.tensor import matrix_shape
 from .settings import MergeSettings
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What is to be merged, known after one read of the files.
+    """The tensors of one merge.
 
     Args:
         matrices, vectors: changed tensors by class, sorted.
+        sides: (m, n) of each tensor viewed as a matrix.
         unit_bits: one fine-tuned model.
         vector_bits: what the vectors will cost.
-        precisions: allowed for each matrix.
+        precisions: allowed for each matrix, cheapest first.
         vector_dtypes: of each vector.
     """
 
     matrices: tuple[str, ...]
     vectors: tuple[str, ...]
+    sides: Mapping[str, tuple[int, int]]
     unit_bits: int
     vector_bits: int
     precisions: Mapping[str, tuple[Precision, ...]]
     vector_dtypes: Mapping[str, torch.dtype]
 
+    def cheapest(self, name: str) -> Precision:
+        """The cheapest precision of a matrix."""
+        return self.precisions[name][0]
+
+    def rate(self, name: str) -> Rate:
+        """What a module of a matrix costs in its cheapest precision."""
+        return self.cheapest(name).rate(*self.sides[name])
+
+    def numel(self, name: str) -> int:
+        m, n = self.sides[name]
+        return m * n
+
 
 def take_inventory(
-    task_vectors: TaskVectors, settings: MergeSettings, scan: Scan | None
+    task_vectors: TaskVectors, settings: MergeSettings, scan: Scan | None = None
 ) -> Inventory:
     """Sort the tensors into classes and price them; without a scan every tensor counts as changed."""
     names = scan.changed if scan else list(task_vectors.infos)
@@ -58,6 +74,7 @@ def take_inventory(
     return Inventory(
         matrices=tuple(matrices),
         vectors=tuple(vectors),
+        sides={n: matrix_shape(task_vectors.infos[n].shape) for n in names},
         unit_bits=unit_bits,
         vector_bits=sum(sizes[n] * dtype_bits(stored[n]) * copies(n) for n in vectors),
         precisions={n: precisions(settings.factor_dtype, own[n]) for n in matrices},
@@ -66,7 +83,7 @@ def take_inventory(
 
 
 def matrix_budget(inventory: Inventory, settings: MergeSettings) -> int:
-    """Bits left for low-rank modules.
+    """Bits left for matrices.
 
     Raises:
         BudgetError: with the smallest budget that holds the vectors.
@@ -81,10 +98,3 @@ def matrix_budget(inventory: Inventory, settings: MergeSettings) -> int:
             f"{smallest:.6f}. Give at least that, or store fewer with method.vectors=shared or pretrained."
         )
     return left
-
-
-def matrix_rate(inventory: Inventory, task_vectors: TaskVectors, name: str):
-    """The price of a matrix in its cheapest precision."""
-    return inventory.precisions[name][0].rate(
-        *matrix_shape(task_vectors.infos[name].shape)
-    )

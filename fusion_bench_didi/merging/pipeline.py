@@ -1,86 +1,78 @@
-"""The whole merge, from task vectors to stored deltas: scan, decompose, allocate, refine.
+"""The whole merge, from task vectors to stored deltas: scan, look, choose, allocate, encode.
 
-Two passes over the matrices, one matrix of all T models at a time. The first leaves singular values, couplings and,
-while they fit ``factor_memory_gb``, the leading factors; ranks are chosen from these small tables; the second cuts,
-refines and packs. Tasks are worked on in sorted order and matrices by sorted name, so that neither order of the pool
-changes a bit of the result.
+A matrix is read three times: for its energy and a sample; to be decomposed, while every storage form offers what it can do;
+and to be encoded as was decided. One matrix of all T models at a time: what a look leaves behind are curves and, while they
+fit ``factor_memory_gb``, half SVDs. Tasks are worked on in sorted order and matrices by sorted name, so that neither order of
+the pool changes a bit of the result.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..allocation.spectra import MatrixSpectra, total_cost
-from ..deltas.precision import Precision
-from ..deltas.sink import DeltaSink, InMemory
+from ..allocation.leftover import climb
+from ..allocation.spectra import total_cost
+from ..deltas.sink import InMemory, Sink
 from ..deltas.storage import account
+from ..task_vectors.loop import Progress, no_progress
 from ..task_vectors.reader import TaskVectors
-from ..task_vectors.scan import Scan
-from .basis_store import FactorStore
-from .context import Progress, Work
-from .encoding import pack_vectors, second_pass
-from .forms.tucker import Common, grown
+from ..task_vectors.scan import scan
+from .basis_store import BasisStore
+from .context import MergeContext
+from .encoding import encode_all
+from .forms import Decision
+from .forms.choice import Placed, Ranked, choose_forms, experts_only
+from .forms.early_decision import sample_of
 from .inventory import matrix_budget, take_inventory
 from .loss_weights import loss_weights
-from .metric import metrics_of
-from .ranks import allocate, first_pass, refined
+from .rank_bounds import RankBounds
+from .ranks import allocate, refined
 from .results import MergeReport, MergeResult, RankAllocation
 from .settings import MergeSettings
+from .spectra import extended
 
 
 @dataclass(frozen=True)
-class Planned:
-    """The first half of a merge: everything is decided, nothing is cut yet.
+class Plan:
+    """The first half of a merge: everything is decided, nothing is encoded yet.
 
     Args:
-        table, ranks: rows and (T + 1,) ranks per matrix.
-        precision: how each of these is stored.
-        common: the other matrices.
+        decisions: per matrix, sorted by name.
+        seconds: per stage.
     """
 
-    work: Work
-    scan: Scan
-    table: tuple[MatrixSpectra, ...]
-    ranks: tuple[Tensor, ...]
-    precision: Mapping[str, Precision]
-    common: Mapping[str, Common]
+    context: MergeContext
+    decisions: Mapping[str, Decision]
     seconds: dict[str, float]
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        return tuple(self.work.task_vectors.tasks)
-
-    @property
-    def allocation(self) -> RankAllocation:
-        """Ranks; in common subspaces the rank of a core, shared and for every task."""
-        rows = {row.name: k.tolist() for row, k in zip(self.table, self.ranks)}
-        for name, common in self.common.items():
-            rows[name] = [min(common.sizes)] * (len(self.tasks) + 1)
-        rows = {name: rows[name] for name in self.work.inventory.matrices}
+    def ranks(self) -> RankAllocation:
+        """Rank of what is stored, per matrix."""
+        tasks = self.context.tasks
+        rows = {n: d.form.ranks(d, len(tasks)) for n, d in self.decisions.items()}
         return RankAllocation(
             shared={name: k[0] for name, k in rows.items()},
             experts={
                 task: {name: k[t + 1] for name, k in rows.items()}
-                for t, task in enumerate(self.tasks)
+                for t, task in enumerate(tasks)
             },
         )
 
     def report(self, errors: Mapping[str, Tensor]) -> MergeReport:
-        names = self.work.inventory.matrices
-        stored_as = {n: c.precision for n, c in self.common.items()} | dict(
-            self.precision
-        )
+        decisions = self.decisions.items()
         return MergeReport(
-            self.tasks,
-            {name: self.scan.energy[name] for name in names},
-            {name: errors[name] for name in names},
-            {name: stored_as[name].name for name in names},
-            {name: common.sizes for name, common in self.common.items()},
-            self.seconds,
+            self.context.tasks,
+            {name: self.context.energy[name] for name, _ in decisions},
+            {name: errors[name] for name, _ in decisions},
+            precision={name: d.precision.name for name, d in decisions},
+            forms={name: d.form.name for name, d in decisions},
+            subspaces={n: d.point for n, d in decisions if d.form.name == "tucker"},
+            seconds=self.seconds,
         )
 
 
@@ -89,43 +81,83 @@ def plan(
     settings: MergeSettings,
     *,
     device: torch.device | str = "cpu",
-    progress: Progress = lambda stage, done, total: None,
-) -> Planned:
-    """Scan, decompose and allocate; arguments and errors as of :func:`merge`."""
+    progress: Progress = no_progress,
+) -> Plan:
+    """Scan, look, choose and allocate; arguments and errors as of :func:`merge`."""
     seconds: dict[str, float] = {}
     task_vectors = task_vectors.ordered(sorted(task_vectors.tasks))
     with _timed(seconds, "scan"):
-        scan = task_vectors.scan(device)
-    inventory = take_inventory(task_vectors, settings, scan)
-    work = Work(
+        # what is sampled is decided by headers, as if every tensor was changed
+        expected = take_inventory(task_vectors, settings)
+        budget = settings.budget.bits(expected.unit_bits) - expected.vector_bits
+        bounds = RankBounds(task_vectors, expected, settings, max(budget, 0), device)
+        observe = partial(sample_of, bounds) if settings.joint else None
+        found = scan(task_vectors, device, observe=observe)
+    inventory = take_inventory(task_vectors, settings, found)
+    energies = {name: found.energy[name] for name in inventory.matrices}
+    context = MergeContext(
         task_vectors,
         settings,
         inventory,
-        matrix_budget(inventory, settings),
-        loss_weights(task_vectors, scan, inventory, settings),
+        found.energy,
+        loss_weights(energies, settings.normalization),
         device,
         progress,
-        FactorStore(settings.factor_memory_gb),
-        metrics_of(settings.moments),
-        scan.energy,
+        BasisStore(settings.factor_memory_gb),
     )
+    budget = matrix_budget(inventory, settings)
+    bounds = RankBounds(task_vectors, inventory, settings, budget, device)
+    placed: dict[str, Placed] = {}
     with _timed(seconds, "decompose"):
-        found = first_pass(work)
-    table, stored_as = found.table, found.stored_as
-    work = replace(work, budget=work.budget - found.common_bits)
+        if settings.joint:
+            ranked, placed = choose_forms(context, bounds, found.observed)
+        else:
+            ranked = experts_only(context, bounds)
+    budget -= sum(one.bits for one in placed.values())
+    bounds = replace(bounds, budget=budget)
+    decisions, spent = _allocated(context, bounds, ranked, seconds)
+    curves = {name: one.choice.curve for name, one in placed.items()}
+    points = {name: one.point for name, one in placed.items()}
+    for name, point in climb(curves, points, budget - spent).items():
+        choice = placed[name].choice
+        decisions[name] = Decision(
+            name, choice.form, choice.precision, point, choice.bases
+        )
+    decisions = {name: decisions[name] for name in inventory.matrices}
+    return Plan(context, decisions, seconds)
+
+
+def _allocated(
+    context: MergeContext,
+    bounds: RankBounds,
+    ranked: dict[str, Ranked],
+    seconds: dict[str, float],
+) -> tuple[dict[str, Decision], int]:
+    """Ranks of the matrices that have any, spectra extended until they suffice; and the bits that they take."""
+    budget = bounds.budget
     while True:
+        rows = [matrix.one.spectra for matrix in ranked.values()]
         with _timed(seconds, "allocate"):
-            progress("allocate", 0, 1)
-            rows, ranks, precision = table, allocate(work, table), stored_as
-            if settings.factor_dtype == "auto":
-                rows, ranks, precision = refined(work, table, ranks)
+            context.progress("allocate", 0, 1)
+            ranks = allocate(context, rows, budget)
+            precisions = [matrix.precision for matrix in ranked.values()]
+            if context.settings.factor_dtype == "auto":
+                ranks, precisions = refined(context, rows, ranks, budget)
         with _timed(seconds, "decompose"):
-            longer = work.extended(table, ranks, stored_as)
-        if longer is None:
+            table = {name: matrix.one for name, matrix in ranked.items()}
+            longer = extended(context, bounds, table, dict(zip(table, ranks)))
+        if not longer:
             break
-        table = longer
-    common = grown(found.common, work.budget - total_cost(rows, ranks))
-    return Planned(work, scan, tuple(rows), tuple(ranks), precision, common, seconds)
+        for name, one in longer.items():
+            ranked[name] = replace(ranked[name], one=one)
+    decisions = {}
+    for (name, matrix), k, precision in zip(ranked.items(), ranks, precisions):
+        one = matrix.one.priced(precision)
+        decisions[name] = Decision(
+            name, matrix.form, precision, k, one.bases, one.spectra
+        )
+    spent = total_cost([d.spectra for d in decisions.values()], ranks)
+    return decisions, spent
 
 
 def merge(
@@ -133,8 +165,8 @@ def merge(
     settings: MergeSettings,
     *,
     device: torch.device | str = "cpu",
-    progress: Progress = lambda stage, done, total: None,
-    sink: DeltaSink | None = None,
+    progress: Progress = no_progress,
+    sink: Sink | None = None,
 ) -> MergeResult:
     """DiDi-Merging of T task vectors under one budget.
 
@@ -142,37 +174,30 @@ def merge(
         task_vectors: aligned checkpoints.
         settings: all choices.
         device: where the arithmetic happens; results are on the CPU.
-        progress: called with (stage, matrices done, matrices in all).
-        sink: where stored deltas go; kept in memory if None.
+        progress: called with (stage, tensors done, tensors in all).
+        sink: where stored deltas go, of the tasks sorted; kept in memory if None.
 
     Raises:
         NonFiniteError, ModelPoolError: from the first read.
         BudgetError: if the vectors alone exceed the budget.
     """
     planned = plan(task_vectors, settings, device=device, progress=progress)
-    work = planned.work
-    sink = sink or InMemory(planned.tasks)
-    errors: dict[str, Tensor] = {}
+    context, errors = planned.context, {}
     with _timed(planned.seconds, "refine"):
-        for owned in pack_vectors(
-            work.task_vectors, planned.scan, work.inventory, settings
-        ):
-            sink.put(*owned)
-        for name, (first, others), errors[name] in second_pass(
-            work, planned.table, planned.ranks, planned.precision, planned.common
-        ):
-            for task, delta in zip((None, *planned.tasks), (first, *others)):
-                if delta is not None:
-                    sink.put(task, name, delta)
-            del first, others, delta
-        shared, experts = sink.close()
-    storage = account(shared, experts, unit_bits=work.inventory.unit_bits)
+        with sink or InMemory(context.tasks) as sink:
+            for tensor in encode_all(context, planned.decisions):
+                errors[tensor.name] = tensor.errors
+                sink.put(tensor)
+                del tensor
+            shared, experts = sink.close()
+    unit_bits = context.inventory.unit_bits
+    storage = account(shared, experts, unit_bits=unit_bits)
     report = planned.report(errors)
-    return MergeResult(shared, experts, planned.allocation, storage, report)
+    return MergeResult(shared, experts, planned.ranks, storage, report)
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str):
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

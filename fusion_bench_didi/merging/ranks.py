@@ -1,4 +1,6 @@
-"""The first pass over the matrices: decompose, decide how each is stored, allocate ranks."""
+"""Ranks of all modules under the budget, once the forms are chosen; what is left buys finer quantizers."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -6,33 +8,24 @@ from ..allocation.learned import learn_ranks
 from ..allocation.leftover import refine_precision
 from ..allocation.spectra import MatrixSpectra
 from ..allocation.water_filling import greedy, uniform
-from .context import Work
-from .forms.choice import FirstPass, joint_pass
+from ..deltas.precision import Precision
+from .context import MergeContext
 
 
-def first_pass(work: Work) -> FirstPass:
-    """Table rows and the precision per matrix; bases go to the store."""
-    if work.settings.joint:
-        return joint_pass(work)
-    fixed = 0 if work.settings.static == "none" else None
-    stored_as = {n: work.inventory.precisions[n][0] for n in work.inventory.matrices}
-    reach = {name: work.first_guess(name) for name in work.inventory.matrices}
-    table = work.rows("decompose", reach, stored_as, dict.fromkeys(reach, fixed))
-    return FirstPass(table, stored_as, {})
-
-
-def allocate(work: Work, table: list[MatrixSpectra]) -> list[Tensor]:
+def allocate(
+    context: MergeContext, table: Sequence[MatrixSpectra], budget: int
+) -> list[Tensor]:
     """Ranks (T + 1,) per matrix.
 
-    Where every shared rank is fixed no cross terms are left, greedy is the optimum and there is nothing to learn.
+    Args:
+        budget: bits.
     """
-    settings, budget = work.settings, work.budget
+    settings = context.settings
     if not table:
         return []
     if settings.allocation == "uniform":
         return uniform(table, budget)
-    settled = all(row.shared_rank is not None for row in table)
-    if settings.allocation == "greedy" or (settled and settings.warm_start):
+    if settings.allocation == "greedy":
         return greedy(table, budget)
     start = (greedy if settings.warm_start else uniform)(table, budget)
     return learn_ranks(
@@ -40,22 +33,26 @@ def allocate(work: Work, table: list[MatrixSpectra]) -> list[Tensor]:
         budget,
         start=start,
         settings=settings.learning,
-        unit=work.inventory.unit_bits,
+        unit=context.inventory.unit_bits,
     )
 
 
-def refined(work: Work, table: list[MatrixSpectra], ranks: list[Tensor]):
-    """Rows, ranks and precisions after what is left was spent on finer precision."""
-    options = [work.inventory.precisions[row.name] for row in table]
+def refined(
+    context: MergeContext,
+    table: Sequence[MatrixSpectra],
+    ranks: Sequence[Tensor],
+    budget: int,
+) -> tuple[list[Tensor], list[Precision]]:
+    """Ranks and precisions after what they left of the budget was spent on finer precision."""
+    options = [context.inventory.precisions[row.name] for row in table]
     ladders = [
         [(p.rate(*row.shape), p.rounding) for p in allowed]
         for row, allowed in zip(table, options)
     ]
     if not table:
-        return table, ranks, {}
-    table, ranks = refine_precision(table, ranks, ladders, work.budget)
-    stored_as = {
-        row.name: next(p for p in allowed if p.rate(*row.shape) == row.rate)
-        for row, allowed in zip(table, options)
-    }
-    return table, ranks, stored_as
+        return [], []
+    rows, ranks = refine_precision(table, ranks, ladders, budget)
+    return ranks, [
+        next(p for p in allowed if p.rate(*row.shape) == row.rate)
+        for row, allowed in zip(rows, options)
+    ]

@@ -1,4 +1,4 @@
-"""From low-rank modules to stored deltas."""
+"""What stored deltas reproduce, and how far that is from a task vector."""
 
 from torch import Tensor
 
@@ -6,16 +6,13 @@ from ..deltas.base import Delta
 from ..deltas.precision import Precision
 from ..lowrank.factored import as_dense
 from ..lowrank.factors import Matrix, energy_of
-from ..task_vectors.reader import matrix_shape
-
-#: Stored forms of one matrix: the shared one, and one per task.
-Stored = tuple[Delta | None, list[Delta | None]]
+from ..task_vectors.tensor import matrix_shape
 
 
-def pack_shared(
+def encode_shared(
     shared: Matrix, rank: int, *, shape: tuple[int, ...], precision: Precision
 ) -> Delta | None:
-    """Stored form of a shared module: whole at full rank, None at rank zero.
+    """The stored shared module: dense at full rank, None at rank zero.
 
     Args:
         shared: (m, n), factored below full rank.
@@ -25,20 +22,20 @@ def pack_shared(
     return precision.low_rank(shape, shared.to("cpu"), None)[0] if rank else None
 
 
-def _kept_out(first: Delta | None, delta: Delta | None, tau: Matrix) -> Tensor:
-    """Squared error of what was really stored."""
-    change = change_of(first, delta)
+def squared_error(shared: Delta | None, delta: Delta | None, tau: Matrix) -> Tensor:
+    """Squared norm of what is not reproduced of a task vector (m, n), float64."""
+    change = change_of(shared, delta)
     return energy_of(tau if change is None else tau - change)
 
 
-def change_of(first: Delta | None, delta: Delta | None = None) -> Matrix | None:
+def change_of(shared: Delta | None, delta: Delta | None = None) -> Matrix | None:
     """What is stored for one task, (m, n): factored where all of it is, None where nothing is.
 
     Args:
-        first: the shared part.
+        shared: the shared part.
         delta: the task's own.
     """
-    last, below = (first, None) if delta is None else (delta, first)
+    last, below = (shared, None) if delta is None else (delta, shared)
     if last is None:
         return None
     product = last.product(below)

@@ -1,10 +1,4 @@
-"""The whole merge, from task vectors to stored deltas: scan, decompose, allocate, refine.
-
-Two passes over the matrices, one matrix of all T models at a time. The first leaves singular values, couplings and,
-while they fit ``factor_memory_gb``, the leading factors; ranks are chosen from these small tables; the second cuts,
-refines and packs. Tasks are worked on in sorted order and matrices by sorted name, so that neither order of the pool
-changes a bit of the result.
-"""
+"""What a merge gives: stored deltas, ranks, the storage account, and a report of what it did."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,9 +24,10 @@ class MergeReport:
     Args:
         tasks: sorted; the order of all (T,) tensors.
         energy: per matrix, (T,) squared norms of the task vectors.
-        errors: per matrix, (T,) squared norms of what was kept out.
-        precision: per matrix, how its modules are stored.
-        common: sizes p and q of the common subspaces of the matrices that are stored in them.
+        errors: per matrix, (T,) squared norms of what is not reproduced.
+        precision: per matrix, how its numbers are quantized.
+        forms: per matrix, the name of its storage form.
+        subspaces: sizes p and q of the cores of the matrices that are stored in shared bases.
         seconds: per stage.
     """
 
@@ -40,12 +35,13 @@ class MergeReport:
     energy: Mapping[str, Tensor]
     errors: Mapping[str, Tensor]
     precision: Mapping[str, str]
-    common: Mapping[str, tuple[int, int]]
+    forms: Mapping[str, str]
+    subspaces: Mapping[str, tuple[int, int]]
     seconds: Mapping[str, float]
 
     @property
     def relative_error(self) -> float:
-        """Energy kept out over energy, all matrices and tasks."""
+        """Energy not reproduced over energy, all matrices and tasks."""
         lost = sum(float(e.sum()) for e in self.errors.values())
         return lost / max(sum(float(e.sum()) for e in self.energy.values()), 1e-300)
 

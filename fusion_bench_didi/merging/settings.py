@@ -1,31 +1,39 @@
-"""What a budget is, and what the tensors cost under it."""
+"""Every choice of a merge, refused at birth where it is none of those there are or has no effect."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..allocation.learned import LearningSettings
 from ..allocation.water_filling import Allocation
 from ..deltas.precision import precisions
-from ..errors import BudgetError
+from ..errors import BudgetError, SettingsError
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..lowrank.static_merge import SharedMerge
 
-Normalization = Literal[
-    "none", "task", "root", "matrix", "base", "depth", "sensitivity"
-]
-
-
+Normalization = Literal["none", "root", "matrix"]
 Residual = Literal["truncated", "full"]
-
-
 Shared = Literal["auto", "mean", "task_arithmetic", "ties", "subspaces", "none"]
-
-
 VectorPolicy = Literal["expert", "shared", "pretrained"]
+
+#: Keys of the YAML for the fields of the two groups of settings.
+LEARNING_KEYS = {
+    "steps": "rank_steps",
+    "lr": "rank_lr",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "penalty": "penalty",
+    "coupled": "coupling",
+}
+REFINING_KEYS = {
+    "sweeps": "refine_sweeps",
+    "tolerance": "refine_tolerance",
+    "steps": "refine_steps",
+    "lr": "refine_lr",
+}
 
 
 @dataclass(frozen=True)
@@ -72,17 +80,17 @@ class MergeSettings:
     """Every choice of the merge; ``config/method/didi.yaml`` says what each does.
 
     Args:
-        shared: what tasks may share: a static merge of the task vectors cut to a rank, common ``subspaces``, either of the
-            mean and these (``auto``), or nothing.
+        shared: what tasks may share: a static merge of the task vectors cut to a rank, the bases of a Tucker-2 form
+            (``subspaces``), either of the mean and these (``auto``), or nothing.
         residual: experts are what is left of the task vector by the shared part as it is stored (``truncated``), or by
             the whole shared matrix (``full``, Eq. 3 of the paper).
-        normalization: weight of a squared error: ``none`` 1 (plain MSE); ``task`` 1 / (energy of the task);
-            ``matrix`` 1 / (energy of this matrix of the task), the relative error; ``root`` the geometric mean of
-            ``none`` and ``matrix``; ``base`` 1 / (energy of the base model's matrix); ``depth`` as ``root``, divided by the
-            number of the block; ``sensitivity`` by how much the output reacts to the matrix (``probe.py``).
-        sensitivity: per matrix, for that normalization; matrices that are missing count like the average one.
-        moments: per matrix, second moments (n, n) of its inputs by which errors are weighed (``metric.py``).
+        normalization: weight of a squared error: ``none`` 1 (plain MSE); ``matrix`` 1 / (energy of this matrix of the
+            task), the relative error; ``root`` the geometric mean of the two.
         factor_dtype: one of ``precision.NAMES``.
+
+    Raises:
+        SettingsError: naming every value that is none of those there are, and every one that has no effect beside the
+            others, with what would give it one.
     """
 
     budget: Budget
@@ -90,7 +98,7 @@ class MergeSettings:
     shared_scale: float = 0.3
     ties_keep: float = 0.2
     residual: Residual = "truncated"
-    allocation: Allocation = "learned"
+    allocation: Allocation = "greedy"
     refinement: Refinement = "alternating"
     normalization: Normalization = "root"
     vectors: VectorPolicy = "expert"
@@ -99,8 +107,6 @@ class MergeSettings:
     warm_start: bool = True
     refining: RefinementSettings = RefinementSettings()
     factor_memory_gb: float = 4.0
-    sensitivity: Mapping[str, float] | None = None
-    moments: Mapping[str, torch.Tensor] | None = None
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -112,8 +118,14 @@ class MergeSettings:
             ("vectors", self.vectors, get_args(VectorPolicy)),
         ):
             if value not in allowed:
-                raise ValueError(f"{name}={value!r}; choose one of {allowed}.")
+                raise SettingsError(f"{name}={value!r}; choose one of {allowed}.")
         precisions(self.factor_dtype, torch.float32)
+        faults = [*self._at_odds(), *self._without_effect()]
+        if faults:
+            raise SettingsError(
+                "These settings would do nothing, or something else:\n  "
+                + "\n  ".join(faults)
+            )
 
     @property
     def static(self) -> SharedMerge:
@@ -122,12 +134,66 @@ class MergeSettings:
         return named.get(self.shared, self.shared)
 
     @property
-    def in_common(self) -> bool:
-        """Whether matrices may be stored in common subspaces."""
+    def tucker(self) -> bool:
+        """Whether matrices may be stored as cores in shared bases."""
         return self.shared in ("auto", "subspaces") and self.residual == "truncated"
 
     @property
     def joint(self) -> bool:
-        """Whether shared ranks or precisions are chosen per matrix before the experts' ranks."""
+        """Whether form and precision are chosen per matrix before the ranks."""
         splits = self.residual == "truncated" and self.shared != "none"
         return (splits and self.allocation != "uniform") or self.factor_dtype == "auto"
+
+    def _at_odds(self) -> Iterator[str]:
+        """Pairs of settings of which one would be ignored."""
+        floats = "factor_dtype=checkpoint, float32 or one of the integer types"
+        if self.residual == "full" and self.factor_dtype == "auto":
+            yield (
+                "residual=full with factor_dtype=auto: a precision is chosen together with what is shared, for residuals to "
+                f"the part that is stored. Set {floats}, or residual=truncated."
+            )
+        if self.residual == "full" and self.shared in ("subspaces", "none"):
+            yield (
+                f"residual=full with shared={self.shared}: there is no shared matrix whose residuals could be stored. Set "
+                "shared=mean (auto, task_arithmetic, ties), or residual=truncated."
+            )
+        if self.allocation == "uniform" and not self.joint and self.static != "none":
+            if self.residual == "truncated":
+                yield (
+                    "residual=truncated with allocation=uniform: uniform ranks leave no shared rank to choose first. Set "
+                    "residual=full, or factor_dtype=auto."
+                )
+        settled = self.joint or self.static == "none"
+        if self.allocation == "learned" and self.warm_start and settled:
+            yield (
+                "allocation=learned from a warm start: where shared ranks are chosen first, the greedy ranks that it would "
+                "start from are the optimum. Set allocation=greedy, residual=full (as in the paper), or warm_start=false."
+            )
+
+    def _without_effect(self) -> Iterator[str]:
+        """Values other than the default that nothing reads."""
+        if self.allocation != "learned":
+            for key in _changed(self.learning, LEARNING_KEYS):
+                yield f"{key} is of allocation=learned, not {self.allocation}."
+            if not self.warm_start:
+                yield f"warm_start is of allocation=learned, not {self.allocation}."
+        of = {
+            "refine_sweeps": "alternating",
+            "refine_tolerance": "alternating",
+            "refine_steps": "adam",
+            "refine_lr": "adam",
+        }
+        for key in _changed(self.refining, REFINING_KEYS):
+            if self.refinement != of[key]:
+                yield f"{key} is of refinement={of[key]}, not {self.refinement}."
+            elif of[key] == "alternating" and self.shared == "none":
+                yield f"{key}: with shared=none nothing couples the experts. Set shared."
+        if self.shared != "task_arithmetic" and self.shared_scale != 0.3:
+            yield f"shared_scale is of shared=task_arithmetic, not {self.shared}."
+        if self.shared != "ties" and self.ties_keep != 0.2:
+            yield f"ties_keep is of shared=ties, not {self.shared}."
+
+
+def _changed(group: Any, keys: dict[str, str]) -> list[str]:
+    """Keys of the fields of a group of settings that are not at their default."""
+    return [keys[f.name] for f in fields(group) if getattr(group, f.name) != f.default]

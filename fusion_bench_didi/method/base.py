@@ -1,21 +1,27 @@
-"""What the methods share: how a pool is opened, and how a dynamic model is handed to the host."""
+"""What the methods share: how a pool is opened, and how a dynamic model is connected to the host."""
 
+import difflib
 import logging
+import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from fusion_bench import BaseAlgorithm
+from fusion_bench import BaseAlgorithm, auto_register_config
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from fusion_bench.modelpool import BaseModelPool
 from omegaconf import OmegaConf
+from rich.progress import Progress as Bars
 from rich.progress import track
 from torch import nn
 
-from ..deltas.base import Delta
+from ..checkpoint.directory import whole_directory
+from ..checkpoint.stream import DeltaWriter
+from ..deltas.sink import EncodedTensor, InMemory, Sink
 from ..deltas.storage import dtype_bits, folded_backbone_bits
-from ..models.dynamic import DynamicModel
+from ..errors import SettingsError
+from ..models import DynamicModel
 from ..models.pool_saving import attach_saving
 from ..pools.merged_adapters import adapted
 from ..pools.opening import (
@@ -26,21 +32,52 @@ from ..pools.opening import (
     open_pool,
 )
 from ..pools.task_names import check_tasks, pool_tasks
+from ..task_vectors.loop import Progress, each
 from ..task_vectors.reader import TaskVectors
+from ..task_vectors.scan import scan
+from ..task_vectors.tensor import ChangedTensor
 from ..taskpool.task_switching import attach
 
 log = logging.getLogger(__name__)
+
+#: Keys of earlier releases by what they are called now.
+RENAMED = {"normalisation": "normalization"}
+#: Keys of earlier releases that are gone, with the only value that still means what it did.
+REMOVED = {"metric": "none", "probe_samples": None}
 
 
 class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     """A method that reads a base model and its fine-tuned models.
 
     Subclasses take ``exclude`` (patterns of tensors left at the base model's value) and ``task_aliases``.
+
+    Raises:
+        SettingsError: for a key that the method does not have.
     """
 
     title: ClassVar[str]
     exclude: Sequence[str] | None = None
     task_aliases: Mapping[str, str] | None = None
+    output_dir: str | None = None
+    overwrite: bool = False
+
+    def __init__(self, **kwargs: Any):
+        for old, new in RENAMED.items():
+            if old in kwargs and hasattr(self, new):
+                _deprecated(f"{old} is called {new} now.")
+                setattr(self, new, kwargs.pop(old))
+        for key, value in REMOVED.items():
+            if key in kwargs and (value is None or kwargs[key] == value):
+                _deprecated(f"{key} has no effect any more.")
+                kwargs.pop(key)
+        known = sorted(k for k in self._config_mapping.values() if k[0] != "_")
+        for key in kwargs:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"There are {known}."
+            raise SettingsError(f"{type(self).__name__} has no setting {key}. {hint}")
+        super().__init__()
+        if self.overwrite and self.output_dir is None:
+            raise SettingsError("overwrite is of output_dir, which is not set.")
 
     def checked(self, modelpool: Any) -> BaseModelPool:
         """The pool, after every check that needs no file.
@@ -90,6 +127,22 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """The names, with a progress bar."""
         yield from track(names, f"{self.title}: {stage}", transient=True)
 
+    def streamed(
+        self, tasks: Sequence[str], make: Callable[[Sink], DynamicModel]
+    ) -> DynamicModel:
+        """The model that ``make`` leaves in a sink: in memory, or in ``output_dir``, which appears whole or not at all.
+
+        Args:
+            tasks: in the order in which they are encoded.
+        """
+        if self.output_dir is None:
+            return make(InMemory(tasks))
+        with whole_directory(self.output_dir, overwrite=self.overwrite) as place:
+            writer = DeltaWriter(place, tasks)
+            model = make(writer)
+            model.write_config(place, {**writer.manifest, "tasks": model.tasks})
+        return model
+
     def connect(self, model: DynamicModel, modelpool: BaseModelPool) -> DynamicModel:
         """Make the program's task pool tell the model its task, and the model pool save it in its own form."""
         log.info(
@@ -106,57 +159,111 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         return model
 
 
-@dataclass(frozen=True)
-class Stored:
-    """What a dynamic method keeps.
+@auto_register_config
+class DynamicMethod(PoolMethod):
+    """A method whose result is one backbone, a shared part and an expert per task, made tensor by tensor.
 
     Args:
-        shared: by tensor name.
-        experts: by task, then tensor name.
-        folded: the shared part is only ever used as base + shared, and that sum is stored once; methods that need
-            the two apart count both.
+        exclude: patterns of tensors left at the base model's value.
+        task_aliases: task pool name -> model name.
+        output_dir: write the merged model there while it is made, never holding it; it stays mapped from there.
+        overwrite: of ``output_dir``.
     """
 
-    shared: Mapping[str, Delta]
-    experts: Mapping[str, Mapping[str, Delta]]
-    folded: bool = False
+    #: The shared part is only ever used as base + shared, and that sum is stored once.
+    folded: ClassVar[bool] = False
 
+    def __init__(
+        self,
+        exclude: Sequence[str] = (),
+        task_aliases: Mapping[str, str] | None = None,
+        output_dir: str | None = None,
+        overwrite: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
 
-class DynamicMethod(PoolMethod):
-    """A method whose result is one backbone, a shared part and an expert per task."""
-
-    @abstractmethod
-    def compress(self, task_vectors: TaskVectors, names: Sequence[str]) -> Stored:
-        """The stored deltas.
+    def prepare(
+        self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
+    ) -> None:
+        """Whatever needs more than one tensor, such as a threshold over a whole model.
 
         Args:
             task_vectors: checked, tasks in :meth:`order`.
             names: the tensors that some task changed.
         """
 
+    @abstractmethod
+    def encode(self, tensor: ChangedTensor) -> EncodedTensor | None:
+        """What is stored of one tensor; None for nothing. Called on several threads."""
+
     def run(self, modelpool: Any) -> DynamicModel:
         """Merge the pool."""
         modelpool = self.checked(modelpool)
         backbone, task_vectors = self.opened(modelpool)
         with self.profile("scan"):
-            names = task_vectors.scan(self.fabric.device).changed
-        with self.profile("compress"):
-            stored = self.compress(task_vectors, names)
+            names = scan(task_vectors, self.fabric.device).changed
+        model = self.streamed(
+            task_vectors.tasks,
+            lambda sink: self._compressed(
+                modelpool, backbone, task_vectors, names, sink
+            ),
+        )
         self.print_profile_summary()
+        return self.connect(model, modelpool)
+
+    def _compressed(
+        self,
+        modelpool: BaseModelPool,
+        backbone: nn.Module,
+        task_vectors: TaskVectors,
+        names: Sequence[str],
+        sink: Sink,
+    ) -> DynamicModel:
+        device = self.fabric.device
+
+        def encode(name: str) -> EncodedTensor | None:
+            return self.encode(task_vectors.tensor(name, device))
+
+        with self.profile("compress"), progress_bars() as progress, sink:
+            self.prepare(task_vectors, names, progress)
+            for _, tensor in each(
+                task_vectors, "encode", encode, names, device=device, progress=progress
+            ):
+                if tensor is not None:
+                    sink.put(tensor)
+            shared, experts = sink.close()
+        infos = task_vectors.infos
         sizes = {
-            name: task_vectors.infos[name].numel
-            * dtype_bits(task_vectors.tuned_dtype(name))
+            name: infos[name].numel * dtype_bits(task_vectors.tuned_dtype(name))
             for name in names
         }
         backbone_bits = None
-        if stored.folded:
-            backbone_bits = folded_backbone_bits(sizes, stored.shared, stored.experts)
-        model = DynamicModel(
+        if self.folded:
+            backbone_bits = folded_backbone_bits(sizes, shared, experts)
+        return DynamicModel(
             backbone,
-            stored.shared,
-            {task: stored.experts[task] for task in modelpool.model_names},
+            shared,
+            {task: experts[task] for task in modelpool.model_names},
             unit_bits=sum(sizes.values()),
             backbone_bits=backbone_bits,
-            info={**self.facts(modelpool, backbone), "folded": stored.folded},
+            info={**self.facts(modelpool, backbone), "folded": self.folded},
         )
-        return self.connect(model, modelpool)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """A bar per stage."""
+    with Bars(transient=True) as bars:
+        rows: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in rows:
+                rows[stage] = bars.add_task(stage, total=total)
+            bars.update(rows[stage], completed=done + 1, total=total)
+
+        yield progress
+
+
+def _deprecated(what: str) -> None:
+    warnings.warn(what, DeprecationWarning, stacklevel=4)

@@ -8,30 +8,23 @@ Example:
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
-from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
 from ..allocation.learned import LearningSettings
-from ..checkpoint.directory import whole_directory
-from ..checkpoint.stream import OnDisk
-from ..deltas.sink import DeltaSink
+from ..deltas.sink import Sink
 from ..lowrank.refinement import RefinementSettings
 from ..merging.dry_run import describe
-from ..merging.metric import input_moments
 from ..merging.pipeline import merge
-from ..merging.probe import probe_inputs, sensitivity
-from ..merging.results import MergeResult
 from ..merging.settings import Budget, MergeSettings
-from ..models.dynamic import DiDiModel
-from ..pools.images import load_images, require_images
+from ..models import DiDiModel
 from ..pools.opening import load_backbone, open_pool
 from ..task_vectors.reader import TaskVectors
-from .base import PoolMethod
+from .base import PoolMethod, progress_bars
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +41,7 @@ class DiDiMerging(PoolMethod):
     Args: as the keys of ``config/method/didi.yaml``.
 
     Raises:
+        SettingsError, BudgetError: at construction.
         ModelPoolError, CheckpointMismatchError, UnknownTaskError, BudgetError: before any weight is read.
         NonFiniteError: before any decomposition.
     """
@@ -62,7 +56,7 @@ class DiDiMerging(PoolMethod):
         shared_scale: float = 0.3,
         ties_keep: float = 0.2,
         residual: str = "truncated",
-        allocation: str = "learned",
+        allocation: str = "greedy",
         warm_start: bool = True,
         rank_steps: int = 300,
         rank_lr: float = 0.01,
@@ -76,8 +70,6 @@ class DiDiMerging(PoolMethod):
         refine_steps: int = 300,
         refine_lr: float = 0.01,
         normalization: str = "root",
-        metric: str = "none",
-        probe_samples: int = 32,
         vectors: str = "expert",
         as_vectors: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -90,12 +82,14 @@ class DiDiMerging(PoolMethod):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.settings()
 
     def settings(self) -> MergeSettings:
         """The configuration as the pipeline takes it.
 
         Raises:
             BudgetError: for an impossible budget.
+            SettingsError: for values that are not there, or have no effect.
         """
         return MergeSettings(
             budget=Budget(float(self.budget), bool(self.budget_includes_backbone)),
@@ -133,8 +127,6 @@ class DiDiMerging(PoolMethod):
             the merged model; None after a dry run.
         """
         settings = self.settings()
-        if self.metric not in ("none", "probes", "images"):
-            raise ValueError(f"metric={self.metric!r}; choose none, probes or images.")
         modelpool = self.checked(modelpool)
         choice = {
             "exclude": tuple(self.exclude or ()),
@@ -146,77 +138,29 @@ class DiDiMerging(PoolMethod):
         with self.profile("load backbone"):
             backbone = load_backbone(modelpool)
         task_vectors = open_pool(modelpool, backbone, **choice)
-        settings = self._probed(modelpool, backbone, task_vectors, settings)
-        if self.output_dir is None:
-            result = self._merge(task_vectors, settings)
-            model = self._model(modelpool, backbone, result)
-        else:
-            with whole_directory(self.output_dir, overwrite=self.overwrite) as place:
-                sink = OnDisk(place, tuple(modelpool.model_names))
-                result = self._merge(task_vectors, settings, sink)
-                model = self._model(modelpool, backbone, result)
-                model.write_config(place, sink.manifest)
+        model = self.streamed(
+            sorted(modelpool.model_names),
+            lambda sink: self._merged(modelpool, backbone, task_vectors, sink),
+        )
         self.print_profile_summary()
-        log.info("relative error %.4f", result.report.relative_error)
+        log.info("relative error %.4f", model.info["relative_error"])
         return self.connect(model, modelpool)
 
-    def _probed(
+    def _merged(
         self,
         modelpool: BaseModelPool,
         backbone: nn.Module,
         task_vectors: TaskVectors,
-        settings: MergeSettings,
-    ) -> MergeSettings:
-        """With what has to be measured by running the base model."""
-        names = [n for n in task_vectors.infos if task_vectors.is_matrix(n)]
-        if settings.normalization == "sensitivity":
-            with self.profile("probe"):
-                found = sensitivity(backbone, names, samples=self.probe_samples)
-            settings = replace(settings, sensitivity=found)
-        if self.metric != "none":
-            with self.profile("probe"):
-                inputs = self._inputs(modelpool, backbone)
-                found = input_moments(backbone, names, inputs)
-            settings = replace(settings, moments=found)
-        return settings
-
-    def _inputs(self, modelpool: BaseModelPool, backbone: nn.Module) -> list[Tensor]:
-        """For :func:`~fusion_bench_didi.metric.input_moments`, a batch each."""
-        if self.metric == "probes":
-            return probe_inputs(backbone, self.probe_samples)
-        tasks, options = modelpool.model_names, {"aliases": self.task_aliases}
-        require_images(
-            modelpool,
-            **options,
-            purpose="metric=images needs a few unlabelled images per task",
-            otherwise=", or use metric=probes",
-        )
-        count = max(self.probe_samples // len(tasks), 1)
-        return [load_images(modelpool, t, count, seed=0, **options) for t in tasks]
-
-    def _merge(
-        self,
-        task_vectors: TaskVectors,
-        settings: MergeSettings,
-        sink: DeltaSink | None = None,
-    ) -> MergeResult:
-        with self.profile("merge"), Progress(transient=True) as bar:
-            rows: dict[str, Any] = {}
-
-            def progress(stage: str, done: int, total: int) -> None:
-                if stage not in rows:
-                    rows[stage] = bar.add_task(stage, total=total)
-                bar.update(rows[stage], completed=done + 1, total=total)
-
-            return merge(
+        sink: Sink,
+    ) -> DiDiModel:
+        with self.profile("merge"), progress_bars() as progress:
+            result = merge(
                 task_vectors,
-                settings,
+                self.settings(),
                 device=self.fabric.device,
                 progress=progress,
                 sink=sink,
             )
-
-    def _model(self, modelpool, backbone, result: MergeResult) -> DiDiModel:
         info = {
             **self.facts(modelpool, backbone),
             "budget": self.budget,
@@ -227,7 +171,8 @@ class DiDiMerging(PoolMethod):
             "energy_kept": result.report.energy_kept,
             "energy_tasks": list(result.report.tasks),
             "precision": dict(result.report.precision),
-            "common": dict(result.report.common),
+            "forms": dict(result.report.forms),
+            "subspaces": dict(result.report.subspaces),
         }
         return DiDiModel(
             backbone,

@@ -32,6 +32,7 @@ from ..recombination.objectives import (
 from ..recombination.operators import OperatorSettings, rate_of
 from ..recombination.search import nsga2
 from ..recombination.validation import check_pools, scorer_from_pools
+from ..task_vectors.scan import scan
 from .base import PoolMethod
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class MERGE(PoolMethod):
             check_pools(modelpool, taskpool, self.order(modelpool.model_names))
         backbone, task_vectors = self.opened(modelpool)
         with self.profile("scan"):
-            names = task_vectors.scan().changed
+            names = scan(task_vectors).changed
         parts = components(task_vectors, names, self.components or PATTERNS)
         reader = ComponentReader(task_vectors)
         space = Space.of(parts, reader, list(self.operators))

@@ -21,6 +21,7 @@ from ..deltas.storage import dtype_bits
 from ..models.dynamic import DynamicModel
 from ..pools.opening import load_backbone, open_pool
 from ..routers.representation import RepresentationRouter
+from ..task_vectors.scan import scan
 from .base import PoolMethod
 from .didi import DiDiMerging
 from .routed import attach_router, check_head, instantiated
@@ -160,7 +161,7 @@ class SEMerging(PoolMethod):
         """Whole task vectors, in the checkpoints' data type."""
         backbone = load_backbone(modelpool)
         vectors = open_pool(modelpool, backbone, exclude=tuple(self.exclude or ()))
-        names = vectors.scan(self.fabric.device).changed
+        names = scan(vectors, self.fabric.device).changed
         experts: dict[str, dict[str, DenseDelta]] = {t: {} for t in vectors.tasks}
         bits = 0
         for name in self.track(names, "task vectors"):

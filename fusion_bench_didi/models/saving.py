@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..checkpoint import backbone as backbones
-from ..checkpoint.deltas import FORMAT, read_config, read_deltas, versions, write_deltas
+from ..checkpoint.deltas import FORMAT, read_config, read_deltas, versions
+from ..checkpoint.stream import write_deltas
 from ..checkpoint.directory import CONFIG, whole_directory, write_json
 from .model_card import model_card
 

@@ -1,4 +1,4 @@
-"""The storage of whatever a method returned, in the one account of :mod:`fusion_bench_didi.storage`."""
+"""The storage of whatever a method returned, in the one account of :mod:`fusion_bench_didi.deltas.storage`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from ..artifacts.host_moe import host_storage
 from ..deltas.storage import dtype_bits
 from ..models.dynamic import DynamicModel
 from ..pools.opening import open_pool
+from ..task_vectors.scan import scan
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def pool_facts(modelpool, backbone: nn.Module, device="cpu") -> PoolFacts:
         CheckpointMismatchError, NonFiniteError, ModelPoolError: as the merge would.
     """
     vectors = open_pool(modelpool, backbone)
-    types = {name: vectors.tuned_dtype(name) for name in vectors.scan(device).changed}
+    types = {name: vectors.tuned_dtype(name) for name in scan(vectors, device).changed}
     sides = [min(v.shape) for v in backbone.parameters() if v.ndim == 2]
     linear = [min(m.weight.shape) for m in backbone.modules() if type(m) is nn.Linear]
     return PoolFacts(

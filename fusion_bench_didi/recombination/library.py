@@ -15,8 +15,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint.deltas import read_deltas, write_deltas
+from ..checkpoint.deltas import read_deltas
 from ..checkpoint.directory import write_json
+from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..errors import CheckpointMismatchError
 from .components import Component, ComponentReader

@@ -15,8 +15,8 @@ from ..deltas.quantized import AffineDelta
 from ..lowrank.decomposition import Decomposition, decompose
 from ..lowrank.static_merge import shared_matrix
 from ..lowrank.svd import spectrum
-from ..merging.forms.experts import cut, pack
-from ..task_vectors.reader import matrix_shape
+from ..merging.forms.experts import encode, truncate
+from ..task_vectors.tensor import matrix_shape
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,14 @@ def _low_rank_matrices(matrices, tasks, how: str, budget: int, bits: int, spectr
     for row, ranks in zip(table, greedy(table, budget)):
         v, weights, shared, parts = work[row.name]
         k = ranks.tolist()
-        stored[row.name], errors = pack(
-            cut(parts, k, row.full, shared, v),
+        first, experts, errors = encode(
+            truncate(parts, k, row.full, shared, v),
             k,
             v,
             shape=tuple(matrices[row.name].shape[1:]),
             precision=precision,
         )
+        stored[row.name] = first, experts
         error += float((weights * errors).sum())
     return error, stored
 

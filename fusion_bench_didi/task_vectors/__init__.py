@@ -1,1 +1,1 @@
-"""To be described."""
+"""Task vectors, read one tensor at a time: sources (files, modules, LoRA adapters) aligned with the base model and scanned once."""

@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 
 from ..errors import CheckpointMismatchError
-from .lora_adapter import WAY_OUT, AdapterSource
+from .lora_adapter import WAY_OUT
 from .sources import TensorInfo, TensorSource
 
 Infos = Mapping[str, TensorInfo]
@@ -33,7 +33,7 @@ def check_alignment(
     infos = {task: source.infos() for task, source in tuned.items()}
     held = set().union(*infos.values())
     expected = {n for n in reference if n in held and not matches(n, exclude)}
-    adapters = {t: s for t, s in tuned.items() if isinstance(s, AdapterSource)}
+    adapters = {t: s for t, s in tuned.items() if s.partial}
     faults = [
         f"{task}: {fault}"
         for task, adapter in adapters.items()

@@ -50,7 +50,7 @@ class Pair:
     turned: bool
 
 
-class AdapterSource:
+class AdapterSource(TensorSource):
     """The tensors of the base model that an adapter changes; a :class:`~.sources.TensorSource` of those it holds whole.
 
     Args:
@@ -60,6 +60,8 @@ class AdapterSource:
         fan_in_first: names of weights that are (in, out); None where the modules are not known, shapes and configuration
             then tell.
     """
+
+    partial = True
 
     def __init__(
         self,

@@ -1,18 +1,21 @@
-"""Aligned, lazy, checked reading of a base model and its T fine-tuned models, one tensor at a time.
+"""One read of every tensor: is it finite, is it changed, and how much energy has each task vector?"""
 
-A *source* (``sources.py``) gives tensors by the names of the base model's parameters. ``TaskVectors`` lines T sources up with the base,
-finds every fault from shapes and dtypes alone, and sorts the tensors into classes (adapters, ``adapters.py``, are sources
-of what they change, as factors where they can):
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-- ``matrices``: two sides of at least 2 (a convolution is viewed as out x (in * kh * kw));
-- ``vectors``: everything else that some task changed (biases, norms, class embeddings);
-- ``untouched``: what no task changed; costs nothing.
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-
+import torch
 from torch import Tensor
+
+from ..errors import ModelPoolError, NonFiniteError
+from ..lowrank.factors import energy_of
+from ..lowrank.row_blocks import squared_norms
+from ..parallel import ordered_map, workers_for
+from .reader import TaskVectors
+from .tensor import ChangedTensor
+
+#: What else is to be found out while a tensor is in memory: called with it and its (T,) energies.
+Observe = Callable[[ChangedTensor, Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,94 @@ class Scan:
     """What one read of every tensor tells.
 
     Args:
-        energy: per tensor, (T,) squared norms of the task vectors.
-        changed: names that at least one task changed.
+        energy: per tensor, (T,) squared norms of the task vectors, float64.
+        observed: per tensor, what was asked beside that.
     """
 
     energy: Mapping[str, Tensor]
+    observed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def changed(self) -> list[str]:
+        """Names that at least one task changed."""
         return [name for name, e in self.energy.items() if bool((e > 0).any())]
+
+
+def scan(
+    task_vectors: TaskVectors,
+    device: torch.device | str = "cpu",
+    *,
+    observe: Observe | None = None,
+) -> Scan:
+    """Read everything once.
+
+    Raises:
+        NonFiniteError: naming every task and tensor with NaN or infinity.
+        ModelPoolError: if no task differs from the base model.
+    """
+
+    def one(name: str) -> tuple[Tensor, Any]:
+        tensor = task_vectors.tensor(name, device)
+        energy = _energies(tensor)
+        asked = observe is not None and bool(energy.isfinite().all())
+        return energy, observe(tensor, energy) if asked else None
+
+    names = list(task_vectors.infos)
+    results = ordered_map(one, names, workers=workers_for(device))
+    found = dict(zip(names, results))
+    faults = [
+        fault
+        for name, (energy, _) in found.items()
+        if not bool(energy.isfinite().all())
+        for fault in _non_finite(task_vectors, name)
+    ]
+    if faults:
+        raise NonFiniteError(
+            "Some checkpoints hold NaN or infinity:\n  "
+            + "\n  ".join(faults)
+            + "\nFix or leave out these models; a single tensor can be left out with method.exclude=[...]."
+        )
+    result = Scan(
+        {name: energy for name, (energy, _) in found.items()},
+        {name: seen for name, (_, seen) in found.items() if seen is not None},
+    )
+    if not result.changed:
+        raise ModelPoolError(
+            f"All task vectors are zero: {', '.join(task_vectors.tasks)} equal the base model "
+            f"{task_vectors.base.label} in every tensor. Check that the pool does not load the base weights for every task."
+        )
+    return result
+
+
+def _energies(tensor: ChangedTensor) -> Tensor:
+    """(T,) squared norms, not finite where something that is read is not; no task vector is formed."""
+    energies: dict[int, Tensor] = {}
+    for task, rank in enumerate(tensor.ranks):
+        if rank is not None:
+            energies[task] = energy_of(tensor.factors(task).to(tensor.device))
+    for tasks in tensor.together:
+        others: Sequence[int] = [task for task in tasks if task not in energies]
+        if others:
+            norms = squared_norms(tensor.differences(others))
+            energies.update(zip(others, norms))
+    found = torch.stack([energies[task] for task in range(len(tensor.ranks))]).cpu()
+    if tensor.factored and bool(found.any()):
+        # no difference was taken to the base model
+        found += 0 * energy_of(tensor.base().to(tensor.device)).cpu()
+    return found
+
+
+def _non_finite(task_vectors: TaskVectors, name: str) -> list[str]:
+    tensor, faults = task_vectors.tensor(name), []
+    if not bool(tensor.base().float().isfinite().all()):
+        return [f"the base model {task_vectors.base.label}: {name}"]
+    for t, task in enumerate(task_vectors.tasks):
+        factors = tensor.factors(t)
+        if factors is None:
+            read, where = [tensor.tuned(t)], ""
+        else:
+            read, where = [factors.up, factors.down], " of lora_A and lora_B"
+        bad = sum(int((~part.float().isfinite()).sum()) for part in read)
+        if bad:
+            faults.append(f"{task}: {name} ({bad} entries{where})")
+    return faults or [f"{name}: differences to the base model overflow float32"]

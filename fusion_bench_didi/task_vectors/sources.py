@@ -2,16 +2,19 @@
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError
+from ..lowrank.factors import LowRankFactors
 
 #: Files are mapped anew after so many bytes read from a model.
 MAPPED_BYTES = 2**25
@@ -41,17 +44,41 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-class TensorSource(Protocol):
-    """Named tensors that are described without being read."""
+class TensorSource(ABC):
+    """Named tensors of one model that are described without being read.
+
+    Attributes:
+        label: for messages.
+        partial: what it does not hold is as in the base model.
+        faults: what cannot be merged, by name, "" for the whole; found from headers.
+    """
 
     label: str
+    partial: bool = False
+    faults: Mapping[str, str] = MappingProxyType({})
 
-    def infos(self) -> Mapping[str, TensorInfo]: ...
+    @abstractmethod
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What the headers tell, by name."""
 
-    def read(self, name: str) -> Tensor: ...
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The value of a tensor."""
+
+    def rank(self, name: str) -> int | None:
+        """Of a change that is given as factors: 0 for no change, None where the tensor is given by its value."""
+        return None
+
+    def factors(self, name: str) -> LowRankFactors:
+        """The change of a matrix that :meth:`rank` is of, (m, r) (r, n) in float32."""
+        raise KeyError(name)
+
+    def applied(self, name: str, base: Tensor) -> Tensor:
+        """The value of a tensor whose value in the base model is ``base``."""
+        return self.read(name)
 
 
-class ModuleSource:
+class ModuleSource(TensorSource):
     """The parameters and floating-point buffers of a live module; tied parameters appear once."""
 
     def __init__(self, module: nn.Module, label: str):
@@ -75,7 +102,7 @@ class ModuleSource:
         return self._tensors[name]
 
 
-class SafetensorsSource:
+class SafetensorsSource(TensorSource):
     """One or several safetensors files, read tensor by tensor.
 
     Files are mapped into memory, and mapped anew after every :data:`MAPPED_BYTES` so that what was read is let go.
@@ -130,7 +157,7 @@ class SafetensorsSource:
         return tensor
 
 
-class RenamedSource:
+class RenamedSource(TensorSource):
     """A source whose names differ from the base model's by one prefix (``vision_model.`` and the like)."""
 
     def __init__(self, source: TensorSource, names: Mapping[str, str]):

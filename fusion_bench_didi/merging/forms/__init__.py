@@ -1,1 +1,11 @@
-"""To be described."""
+"""Storage forms of a matrix, one file each; they compete for every matrix in one Lagrangian choice (``choice.py``)."""
+
+from .base import Choice, Decision, Form, Look
+from .experts import EXPERTS
+from .shared_mean import SHARED_MEAN
+from .tucker import TUCKER
+
+#: What competes with experts alone.
+FORMS: tuple[Form, ...] = (SHARED_MEAN, TUCKER)
+
+__all__ = ["EXPERTS", "FORMS", "Choice", "Decision", "Form", "Look"]

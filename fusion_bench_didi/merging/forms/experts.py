@@ -1,67 +1,115 @@
-"""To be described."""
+"""Low-rank experts on a low-rank shared part, or on nothing; at full rank a module is dense.
+
+``tau_t ~ B_0 A_0 + B_t A_t``: the curves of experts alone are the reference that every other form has to beat.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...allocation.spectra import MatrixSpectra
 from ...deltas.base import Delta
 from ...deltas.precision import Precision
+from ...deltas.sink import EncodedTensor
 from ...lowrank.decomposition import Decomposition
 from ...lowrank.factored import as_dense, as_product, subtracting, zero_like
 from ...lowrank.factors import Matrix, energy_of
 from ...lowrank.refinement import FactorSet, refine
 from ...lowrank.subspace_iteration import subspace_step
-from ..context import Work
-from ..reconstruction import Stored, _kept_out, change_of, pack_shared
-from .dense import pack_whole
-from .shared_mean import _shared_beside_whole
+from ...lowrank.svd import HalfSVD
+from ...task_vectors.tensor import ChangedTensor
+from ..basis_store import KeptBases
+from ..context import MergeContext
+from ..reconstruction import change_of, encode_shared, squared_error
+from ..spectra import Decomposed
+from .base import Choice, Decision
+from .dense import encode_dense
+from .pricing import in_all_precisions
 
 
-def _experts(
-    work: Work, row: MatrixSpectra, k: Tensor, precision: Precision
-) -> tuple[Stored, Tensor]:
-    """One matrix as experts on a shared module."""
-    full, plain = k == row.full, work.metric(row.name) is None
-    plain = plain and not work.task_vectors.factored(row.name)
-    if plain and row.shared_rank == 0 and bool(((k == 0) | full)[1:].all()):
-        work.store.drop(row.name)
-        return pack_whole(work, row.name, (k[1:] > 0).tolist(), precision)
-    bases = work.store.pop(row.name)
-    if plain and row.shared_rank and bool(full[1:].all()):
-        first = _shared_beside_whole(work, row, bases[0], precision)
-        return pack_whole(work, row.name, full[1:].tolist(), precision, first)
-    vectors, residual_to_stored = work.read(row.name), row.shared_rank is not None
-    if residual_to_stored and not row.shared_rank:
-        shared = zero_like(vectors[0])
-    else:
-        shared = work.shared(row.name, vectors)
-    parts, ranks = Decomposition(bases[0], bases[1:]), k.tolist()
-    modules = refine(
-        cut(
-            parts,
-            ranks,
-            row.full,
-            shared,
+class Experts:
+    """Experts alone, or residuals to the whole of a shared matrix (Eq. 3), of ranks that are allocated."""
+
+    name = "experts"
+
+    def curves(self, context: MergeContext, name: str, one: Decomposed) -> list[Choice]:
+        """In every precision, from spectra that are known."""
+        sigma, tail = one.spectra.sigma[1:], one.spectra.tail_energy[1:]
+        return choices_of(self, context, name, 0, sigma, tail, one.bases)
+
+    def encode(self, context: MergeContext, decision: Decision) -> EncodedTensor:
+        name, row, k = decision.name, decision.spectra, decision.point
+        tensor, precision = context.tensor(name), decision.precision
+        full = k == row.full
+        dense = bool(((k == 0) | full)[1:].all()) and not tensor.factored
+        if dense and row.shared_rank == 0:
+            return encode_dense(context, tensor, (k[1:] > 0).tolist(), precision)
+        bases = decision.bases.take()
+        if dense and row.shared_rank and bool(full[1:].all()):
+            shared = _shared_beside_dense(context, tensor, decision, bases[0])
+            kept = full[1:].tolist()
+            return encode_dense(context, tensor, kept, precision, shared)
+        vectors = tensor.matrices()
+        residual_to_stored = row.shared_rank is not None
+        if row.shared_rank == 0:
+            shared = zero_like(vectors[0])
+        else:
+            shared = context.static_merge(name, vectors)
+        parts, ranks = Decomposition(bases[0], bases[1:]), k.tolist()
+        modules = refine(
+            truncate(
+                parts,
+                ranks,
+                row.full,
+                shared,
+                vectors,
+                residual_to_stored=residual_to_stored,
+            ),
             vectors,
+            weights=context.weights[name],
+            how=context.settings.refinement,
+            settings=context.settings.refining,
             residual_to_stored=residual_to_stored,
-        ),
-        vectors,
-        weights=work.weights[row.name],
-        how=work.settings.refinement,
-        settings=work.settings.refining,
-        residual_to_stored=residual_to_stored,
-    )
-    metric = work.metric(row.name)
-    if metric is not None:
-        vectors = work.task_vectors.matrices(row.name, work.device)
-        modules = metric.plain(modules)
-    shape = work.task_vectors.infos[row.name].shape
-    return pack(modules, ranks, vectors, shape=shape, precision=precision)
+        )
+        first, experts, errors = encode(
+            modules, ranks, vectors, shape=tensor.shape, precision=precision
+        )
+        return EncodedTensor(name, first, experts, errors)
+
+    def ranks(self, decision: Decision, tasks: int) -> list[int]:
+        return decision.point.tolist()
 
 
-def cut(
+def choices_of(
+    form: Experts,
+    context: MergeContext,
+    name: str,
+    shared_rank: int,
+    sigma: Tensor,
+    tail_energy: Tensor,
+    bases: KeptBases | None,
+) -> list[Choice]:
+    """Experts of known spectra beside a shared part of some rank, in every precision.
+
+    Args:
+        sigma: (T, q).
+        tail_energy: (T,).
+        bases: half SVDs of the shared matrix and of the experts.
+    """
+    curves = in_all_precisions(context, name, shared_rank, sigma, tail_energy)
+    return [
+        Choice(
+            form,
+            precision,
+            curve.weighted(context.weights[name]),
+            bases,
+            curve.spectra(name, context.sides(name), context.weights[name]),
+        )
+        for curve, precision in zip(curves, context.inventory.precisions[name])
+    ]
+
+
+def truncate(
     decomposition: Decomposition,
     ranks: Sequence[int],
     full: int,
@@ -76,7 +124,7 @@ def cut(
         ranks: of the shared module and of each expert.
         shared: (m, n) the whole shared matrix.
         task_vectors: T of (m, n).
-        settled: the experts were decomposed against the shared module of its rank, not against the whole of S.
+        residual_to_stored: the experts were decomposed against the shared module of its rank, not the whole of S.
     """
     if ranks[0] < full:
         first = decomposition.shared.factors(shared, ranks[0])
@@ -90,15 +138,15 @@ def cut(
     return FactorSet(first, experts)
 
 
-def pack(
+def encode(
     modules: FactorSet,
     ranks: Sequence[int],
     task_vectors: Sequence[Matrix],
     *,
     shape: tuple[int, ...],
     precision: Precision,
-) -> tuple[tuple[Delta | None, list[Delta | None]], Tensor]:
-    """Stored forms of one matrix: the shared one and one per task, None where the rank is zero; (T,) squared errors.
+) -> tuple[Delta | None, list[Delta | None], Tensor]:
+    """Quantized modules of one matrix: the shared part, one expert per task, None where the rank is zero; (T,) squared errors.
 
     Where numbers are rounded to few bits, the experts are fitted to what the *stored* shared part leaves.
 
@@ -106,16 +154,16 @@ def pack(
         task_vectors: T of (m, n); multiplied out only for an expert that is stored dense.
         shape: of the tensor.
     """
-    first = pack_shared(modules.shared, ranks[0], shape=shape, precision=precision)
+    first = encode_shared(modules.shared, ranks[0], shape=shape, precision=precision)
     base = change_of(first)
     left = subtracting(base)
-    others: list[Delta | None] = []
+    experts: list[Delta | None] = []
     errors = []
     for factors, tau in zip(modules.experts, task_vectors):
         tau = tau.cpu()
         if factors is None:
-            less = None if base is None else as_dense(base)
-            (delta,), (error,) = precision.dense(shape, [(as_dense(tau), less)])
+            part = None if base is None else as_dense(base)
+            (delta,), (error,) = precision.dense(shape, [(as_dense(tau), part)])
         elif factors.rank == 0:
             delta, error = None, energy_of(left(tau))
         else:
@@ -124,7 +172,21 @@ def pack(
                 factors = subspace_step(rest, factors)
             delta, error = precision.low_rank(shape, factors, rest)
             if error is None:
-                error = _kept_out(first, delta, tau)
-        others.append(delta)
+                error = squared_error(first, delta, tau)
+        experts.append(delta)
         errors.append(torch.as_tensor(error, dtype=torch.float64))
-    return (first, others), torch.stack(errors)
+    return first, experts, torch.stack(errors)
+
+
+def _shared_beside_dense(
+    context: MergeContext, tensor: ChangedTensor, decision: Decision, basis: HalfSVD
+) -> Delta:
+    """The shared part beside dense experts: they take what it leaves, and have no say in it."""
+    name, rank = decision.name, decision.spectra.shared_rank
+    shared = context.static_merge_of(name, tensor.differences())
+    if rank < decision.spectra.full:
+        shared = basis.factors(shared, rank)
+    return encode_shared(shared, rank, shape=tensor.shape, precision=decision.precision)
+
+
+EXPERTS = Experts()

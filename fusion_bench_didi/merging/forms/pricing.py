@@ -1,17 +1,20 @@
-"""What the ways to store one matrix cost, as error and bits at some multiplier ``mu`` (error per bit)."""
+"""Experts of known spectra in every precision, and what they cost at a multiplier (error per bit)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...allocation.experts_curve import ExpertsCurve
-from ...allocation.lagrangian import choose
-from ..context import Work
+from ..context import MergeContext
 
 
 def in_all_precisions(
-    work: Work, name: str, shared_rank: int, sigma: Tensor, tail_energy: Tensor
+    context: MergeContext,
+    name: str,
+    shared_rank: int,
+    sigma: Tensor,
+    tail_energy: Tensor,
 ) -> list[ExpertsCurve]:
     """Experts of known spectra beside a shared part of some rank, cheapest precision first.
 
@@ -22,44 +25,48 @@ def in_all_precisions(
     return [
         ExpertsCurve(
             shared_rank,
-            p.rate(*work.shape(name)),
+            p.rate(*context.sides(name)),
             p.name,
             sigma,
             tail_energy,
             p.rounding,
             p.rounding_dense,
         )
-        for p in work.inventory.precisions[name]
+        for p in context.inventory.precisions[name]
     ]
 
 
-def as_whole(
-    work: Work, name: str, energy: Tensor, *, shared: int = 0
+def as_dense(
+    context: MergeContext, name: str, energy: Tensor, *, shared_rank: int = 0
 ) -> list[ExpertsCurve]:
-    """Whole experts, or none, of (T,) squared norms, in every precision allowed."""
+    """Dense experts, or none, of (T,) squared norms, in every precision allowed."""
     nothing = torch.zeros(len(energy), 0)
-    return in_all_precisions(work, name, shared, nothing, energy)
-
-
-def chosen(
-    work: Work, options: Mapping[str, Sequence[ExpertsCurve]]
-) -> tuple[dict[str, ExpertsCurve], float, float]:
-    """The best candidate per matrix, ``mu``, and the error in all."""
-    offers = [[c.offer(work.weights[n]) for c in row] for n, row in options.items()]
-    picks, mu = choose(offers, work.budget)
-    error = sum(row[i].at(mu)[0] for row, i in zip(offers, picks))
-    best = {name: row[i] for (name, row), i in zip(options.items(), picks)}
-    return best, mu, error
+    return in_all_precisions(context, name, shared_rank, nothing, energy)
 
 
 def least(
-    work: Work, name: str, candidates: Sequence[ExpertsCurve], mu: float
+    context: MergeContext,
+    name: str,
+    curves: Sequence[ExpertsCurve],
+    multiplier: float,
 ) -> float:
-    """``error + mu * bits`` of the best of them."""
-    return min(cost(work, name, candidate, mu) for candidate in candidates)
+    """``error + multiplier * bits`` of the best of them."""
+    return min(cost(context, name, curve, multiplier) for curve in curves)
 
 
-def cost(work: Work, name: str, candidate: ExpertsCurve, mu: float) -> float:
-    """``error + mu * bits`` where that is least."""
-    lost, bits = candidate.offer(work.weights[name]).at(mu)
-    return lost + mu * bits
+def cheapest(
+    context: MergeContext,
+    name: str,
+    curves: Sequence[ExpertsCurve],
+    multiplier: float,
+) -> ExpertsCurve:
+    """The best of them."""
+    return min(curves, key=lambda curve: cost(context, name, curve, multiplier))
+
+
+def cost(
+    context: MergeContext, name: str, curve: ExpertsCurve, multiplier: float
+) -> float:
+    """``error + multiplier * bits`` where that is least."""
+    lost, bits = curve.weighted(context.weights[name]).at(multiplier)
+    return lost + multiplier * bits

@@ -1,87 +1,159 @@
-"""What a shared matrix beside the experts would do: looked into where its spectrum says that it might pay."""
+"""Experts beside a truncated mean of the task vectors: looked into where its spectrum says that it might pay.
 
-from collections.abc import Iterable
+Experts are residuals to the shared part as it is stored, so that it only ever costs what it gives.
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...allocation.experts_curve import ExpertsCurve
-from ...allocation.spectra import MatrixSpectra
-from ...deltas.base import Delta
-from ...deltas.precision import Precision
 from ...lowrank.factored import inner, subtracting
-from ...lowrank.factors import Matrix, energy_of, full_rank
+from ...lowrank.factors import Matrix, full_rank
 from ...lowrank.overlap import mean_overlap
 from ...lowrank.row_blocks import materialize, minus, squared_norms
 from ...lowrank.svd import HalfSVD, half_svd, singular_values
-from ..context import Work
-from ..reconstruction import pack_shared
-from .early_decision import WORTH_SHARING, still_whole
+from .base import Choice, Look
+from .early_decision import WORTH, still_dense, weighted_energy
+from .experts import Experts, choices_of
+from .pricing import as_dense, cheapest, cost, in_all_precisions, least
+
+#: Sharing may pay where the mean holds this much more than that of unrelated tasks.
+WORTH_SHARING = 1.5
 
 
-def beside_low_rank(
-    work: Work, name: str, own: ExpertsCurve, level: float
-) -> list[ExpertsCurve]:
-    """Experts beside a shared matrix that might pay at so much error per bit.
+class SharedMean(Experts):
+    """Low-rank or dense experts beside a shared matrix of a rank that is fixed by the choice."""
+
+    name = "shared_mean"
+
+    def choices(self, look: Look) -> Iterator[Choice]:
+        settings = look.context.settings
+        if settings.static == "none" or settings.residual != "truncated":
+            return
+        if look.guess.multiplier <= 0:
+            return  # the budget pays for everything
+        yield from (
+            _beside_dense(self, look) if look.dense else _beside_low_rank(self, look)
+        )
+
+
+def _beside_low_rank(form: SharedMean, look: Look) -> Iterator[Choice]:
+    """Beside a shared matrix that might pay at the multiplier.
 
     Looked into is only what pays if all tasks gain as much as the one that holds most of what is shared.
-
-    Args:
-        own: experts only, in the precision in which they are best.
     """
-    vectors, weights = work.read(name), work.weights[name]
-    q, full = own.sigma.shape[1], full_rank(*work.shape(name))
-    shared = work.shared(name, vectors)
+    context, name, weights = look.context, look.name, look.weights
+    row, multiplier = look.experts.spectra, look.guess.multiplier
+    curves = in_all_precisions(context, name, 0, row.sigma[1:], row.tail_energy[1:])
+    own = cheapest(context, name, curves, multiplier)
+    vectors, full = look.matrices, full_rank(*look.sides)
+    q = own.sigma.shape[1]
+    shared = context.static_merge(name, vectors)
     found = half_svd(shared, max_rank=q, name=name)
     ranks = [
         k
-        for k in _shared_ranks(found, own, full, weights, level)
+        for k in _shared_ranks(found, own, full, weights, multiplier)
         if mean_overlap(found.S.cpu(), own.sigma, weights, k) >= WORTH_SHARING
     ]
     if not ranks:
-        return []
+        return
     energy = own.sigma.square().sum(1) + own.tail_energy
     alike = torch.stack([inner(tau, shared).cpu() for tau in vectors])
     first = int((alike / energy.clamp(min=1e-300)).argmax())
-    candidates = []
     for k in ranks:
         part = shared if k == full else found.factors(shared, k)
         left = subtracting(part)
-        sigma, tail = _spectra([left(vectors[first])], q)
-        one = replace(own, shared_rank=k, sigma=sigma, tail_energy=tail)
-        if not _may_pay(own, one, first, weights, level):
-            continue
-        sigma, tail = _spectra(map(left, vectors), q)
-        candidates.append(replace(own, shared_rank=k, sigma=sigma, tail_energy=tail))
-    return candidates
+        one = half_svd(left(vectors[first]), max_rank=q, name=name)
+        beside = replace(
+            own,
+            shared_rank=k,
+            sigma=one.S.cpu()[None],
+            tail_energy=torch.tensor([one.tail_energy]),
+        )
+        if _may_pay(own, beside, first, weights, multiplier):
+            yield from _choices(form, look, k, found, map(left, vectors), q)
 
 
-def beside_whole(
-    work: Work, name: str, own: ExpertsCurve, level: float
-) -> list[ExpertsCurve]:
-    """As :func:`beside_low_rank` for experts that are whole alone, and have no singular values; no expert is formed."""
-    vectors = work.task_vectors
-    q, full = work.first_guess(name), full_rank(*work.shape(name))
-    terms = vectors.terms(name, vectors.tasks, work.device)
-    shared = work.shared_of(name, terms)
+def _beside_dense(form: SharedMean, look: Look) -> Iterator[Choice]:
+    """As :func:`_beside_low_rank` for experts that are dense alone, and have no singular values; no expert is formed."""
+    context, name, weights = look.context, look.name, look.weights
+    multiplier, full = look.guess.multiplier, full_rank(*look.sides)
+    curves = as_dense(context, name, look.energy)
+    own = cheapest(context, name, curves, multiplier)
+    sample = look.sample
+    if sample is None or sample.alike <= WORTH_SHARING:
+        return
+    # all of the mean at the price of one direction: no rank gains more
+    most = torch.tensor([sample.alike / len(look.energy)])
+    if not _worth_sharing(look, own, most):
+        return
+    shared = context.static_merge_of(name, look.differences)
+    values = singular_values(shared).double().cpu()
+    energy = max(weighted_energy(context, name), 1e-300)
+    held = float(weights.sum()) * values.square().cumsum(0) / energy
+    if not _worth_sharing(look, own, held):
+        return
+    q = look.bounds.initial_rank(name)
     found = half_svd(shared, max_rank=q, name=name)
-    candidates = []
-    for k in _shared_ranks(found, own, full, work.weights[name], level):
+    for k in _shared_ranks(found, own, full, weights, multiplier):
         part = shared if k == full else found.factors(shared, k)
-        rest = minus(terms, part)
+        rest = minus(look.differences, part)
         tail = squared_norms(rest).cpu()
-        sigma = own.sigma
-        if not still_whole(work, name, rest, tail, level):
-            sigma, tail = _spectra(map(materialize, rest), q)
-        candidates.append(replace(own, shared_rank=k, sigma=sigma, tail_energy=tail))
-    nothing = HalfSVD(found.vectors[:, :0], found.S[:0], 0.0)
-    work.store.put(name, (found, *[nothing] * len(terms)))
-    return candidates
+        if not still_dense(look, rest, tail):
+            yield from _choices(form, look, k, found, map(materialize, rest), q)
+            continue
+        nothing = HalfSVD(found.vectors[:, :0], found.S[:0], 0.0)
+        bases = context.store.keep((found, *[nothing] * len(rest)))
+        sigma = torch.zeros(len(rest), 0)
+        yield from choices_of(form, context, name, k, sigma, tail, bases)
+
+
+def _choices(
+    form: SharedMean,
+    look: Look,
+    shared_rank: int,
+    shared: HalfSVD,
+    residuals: Iterable[Matrix],
+    rank: int,
+) -> list[Choice]:
+    """Low-rank experts that are what a shared part leaves."""
+    name = look.name
+    found = [half_svd(rest, max_rank=rank, name=name) for rest in residuals]
+    sigma = torch.stack([one.S.cpu() for one in found])
+    tail = torch.tensor([one.tail_energy for one in found])
+    bases = look.context.store.keep((shared, *found))
+    return choices_of(form, look.context, name, shared_rank, sigma, tail, bases)
+
+
+def _worth_sharing(look: Look, own: ExpertsCurve, held: Tensor) -> bool:
+    """Whether dense experts gain by a shared matrix of some rank that takes the same part of the energy of each.
+
+    Args:
+        own: the best without.
+        held: (q,) that part, by rank; the last is the whole matrix's.
+    """
+    context, name, multiplier = look.context, look.name, look.guess.multiplier
+    options = []
+    for rank in {len(held)} | {2**i for i in range(len(held).bit_length() - 1)}:
+        left = max(1 - float(held[rank - 1]), 0.0)
+        options += as_dense(context, name, left * look.energy, shared_rank=rank)
+    gain = cost(context, name, own, multiplier) - least(
+        context, name, options, multiplier
+    )
+    lost = own.weighted(look.weights).at(multiplier)[0]
+    usual = look.guess.relative_error * weighted_energy(context, name)
+    return gain > WORTH * max(lost, usual)
 
 
 def _may_pay(
-    own: ExpertsCurve, beside: ExpertsCurve, task: int, weights: Tensor, level: float
+    own: ExpertsCurve,
+    beside: ExpertsCurve,
+    task: int,
+    weights: Tensor,
+    multiplier: float,
 ) -> bool:
     """Whether sharing pays if every task gains, in parts of its energy, what one does.
 
@@ -92,49 +164,28 @@ def _may_pay(
     one = slice(task, task + 1)
     alone = replace(own, sigma=own.sigma[one], tail_energy=own.tail_energy[one])
     (before, most), (after, bits) = (
-        candidate.offer(weights[one]).at(level)
-        for candidate in (alone, replace(beside, shared_rank=0))
+        curve.weighted(weights[one]).at(multiplier)
+        for curve in (alone, replace(beside, shared_rank=0))
     )
-    gain = before + level * most - (after + level * bits)
+    gain = before + multiplier * most - (after + multiplier * bits)
     energy = weights * (own.sigma.square().sum(1) + own.tail_energy)
     shared = min(beside.shared_rank * own.rate.per_rank, own.rate.dense)
-    return gain * float(energy.sum() / energy[task]) > level * shared
+    return gain * float(energy.sum() / energy[task]) > multiplier * shared
 
 
 def _shared_ranks(
-    mean: HalfSVD, own: ExpertsCurve, full: int, weights: Tensor, level: float
+    mean: HalfSVD, own: ExpertsCurve, full: int, weights: Tensor, multiplier: float
 ) -> list[int]:
     """Ranks of a shared matrix that might pay at so much error per bit."""
     q, rate = len(mean.S), own.rate
     gain = weights.sum() * mean.S.cpu().square() / rate.per_rank
-    # a shared component gains at most this much per bit; where it gains T levels, every expert would hold it too
+    # a shared component gains at most this much per bit; where it gains T multipliers, every expert would hold it too
     times = [1, len(weights)]
     if not own.sigma.shape[1] and own.rounding_dense:
-        times.append(1 / own.rounding_dense)  # whole experts lose no more of it
-    ranks = {int((gain >= level * many).sum()) for many in times}
+        times.append(1 / own.rounding_dense)  # dense experts lose no more of it
+    ranks = {int((gain >= multiplier * many).sum()) for many in times}
     most = min(q, rate.cap) if mean.tail_energy > 0 else rate.cap
     return sorted({full if k >= most else k for k in ranks} - {0})
 
 
-def _spectra(matrices: Iterable[Matrix], rank: int) -> tuple[Tensor, Tensor]:
-    """(T, q) leading singular values and (T,) energies beyond them."""
-    sigma, tails = [], []
-    for matrix in matrices:
-        values = singular_values(matrix, max_rank=rank).cpu()
-        energy = float(energy_of(matrix))
-        tails.append(max(energy - float(values.double().square().sum()), 0))
-        sigma.append(values)
-    return torch.stack(sigma), torch.tensor(tails)
-
-
-def _shared_beside_whole(
-    work: Work, row: MatrixSpectra, basis: HalfSVD, precision: Precision
-) -> Delta:
-    """The shared form of experts that are whole: they take what it leaves, and have no say in it."""
-    vectors, rank = work.task_vectors, row.shared_rank
-    shape = vectors.infos[row.name].shape
-    terms = vectors.terms(row.name, vectors.tasks, work.device)
-    shared = work.shared_of(row.name, terms)
-    if rank < row.full:
-        shared = basis.factors(shared, rank)
-    return pack_shared(shared, rank, shape=shape, precision=precision)
+SHARED_MEAN = SharedMean()

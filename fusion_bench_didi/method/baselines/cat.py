@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...pools.images import load_images, require_images
 from ...task_vectors.reader import TaskVectors
+from ...task_vectors.scan import scan
 from ..base import PoolMethod
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class CATMerging(PoolMethod):
         )
         backbone, task_vectors = self.opened(modelpool)
         with self.profile("scan"):
-            names = task_vectors.scan(self.fabric.device).changed
+            names = scan(task_vectors, self.fabric.device).changed
         with self.profile("layer inputs"):
             inputs = [
                 self._inputs(modelpool, task)

@@ -8,19 +8,21 @@ Example:
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from fusion_bench import auto_register_config
 from torch import Tensor
 
-from ...deltas.base import Delta
 from ...deltas.masks import SparseDelta
 from ...deltas.plain import DenseDelta
+from ...deltas.sink import EncodedTensor
 from ...errors import ModelPoolError
-from ...task_vectors.reader import TaskVectors, matrix_shape
-from ..base import DynamicMethod, Stored
+from ...task_vectors.loop import Progress
+from ...task_vectors.reader import TaskVectors
+from ...task_vectors.tensor import ChangedTensor
+from ..base import DynamicMethod
 
 #: values of keys that are left open, by filter
 PUBLISHED = {
@@ -51,6 +53,7 @@ class FreeMerging(DynamicMethod):
     """
 
     title = "FREE-Merging"
+    folded = True
 
     def __init__(
         self,
@@ -61,8 +64,6 @@ class FreeMerging(DynamicMethod):
         expert_scale: float | None = None,
         patterns: Sequence[str] = ("*attn*", "*mlp*"),
         biases: Literal["mean", "pretrained"] = "mean",
-        exclude: Sequence[str] = (),
-        task_aliases: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -73,36 +74,40 @@ class FreeMerging(DynamicMethod):
         if not 0 < keep < 1:
             raise ValueError(f"keep={keep} is not between 0 and 1.")
 
-    def compress(self, task_vectors: TaskVectors, names: Sequence[str]) -> Stored:
-        shared: dict[str, Delta] = {}
-        experts: dict[str, dict[str, Delta]] = {t: {} for t in task_vectors.tasks}
+    def prepare(
+        self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
+    ) -> None:
         patterns = list(self.patterns)
-        chosen = [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-        if not chosen:
+        if not any(map(self._filtered, names)):
             raise ModelPoolError(
                 f"No changed tensor matches patterns={patterns}; there are {list(names[:4])} ... "
                 "Name the attention and MLP tensors of this architecture."
             )
-        for name in self.track(chosen, "filtering"):
-            shape = task_vectors.infos[name].shape
-            dtype = task_vectors.tuned_dtype(name)
-            vectors = task_vectors.read(name, self.fabric.device)
-            if not task_vectors.is_matrix(name):
-                if self.biases == "mean":
-                    shared[name] = DenseDelta(shape, vectors.mean(0).to(dtype).cpu())
-                continue
-            matrices = vectors.view(len(vectors), *matrix_shape(shape))  # (T, m, n)
-            filtered = high_pass(matrices, self._filter(*matrices.shape[1:]))
-            merged = self._merged(filtered)
-            shared[name] = DenseDelta(shape, merged.to(dtype).cpu())
-            for task, tau, v in zip(task_vectors.tasks, matrices, filtered):
-                sparse = top_of_rows(tau, self.keep)
-                factor = self._value("expert_scale") * compensation(
-                    sparse, v, self.keep
-                )
-                value = (factor * sparse).view(shape).cpu()
-                experts[task][name] = SparseDelta.of(value, dtype)
-        return Stored(shared, experts, folded=True)
+
+    def encode(self, tensor: ChangedTensor) -> EncodedTensor | None:
+        if not self._filtered(tensor.name):
+            return None
+        vectors, shape, dtype = tensor.stacked(), tensor.shape, tensor.dtype
+        nothing = [None] * len(vectors)
+        if min(tensor.sides) < 2:
+            if self.biases == "pretrained":
+                return None
+            mean = DenseDelta(shape, vectors.mean(0).to(dtype).cpu())
+            return EncodedTensor(tensor.name, mean, nothing)
+        matrices = vectors.view(len(vectors), *tensor.sides)  # (T, m, n)
+        filtered = high_pass(matrices, self._filter(*tensor.sides))
+        experts = []
+        for tau, v in zip(matrices, filtered):
+            sparse = top_of_rows(tau, self.keep)
+            factor = compensation(sparse, v, self.keep)
+            value = (self._value("expert_scale") * factor * sparse).view(shape)
+            experts.append(SparseDelta.of(value.cpu(), dtype))
+        merged = self._merged(filtered).to(dtype).cpu()
+        return EncodedTensor(tensor.name, DenseDelta(shape, merged), experts)
+
+    def _filtered(self, name: str) -> bool:
+        """Whether a tensor takes part."""
+        return any(fnmatch.fnmatchcase(name, p) for p in self.patterns)
 
     def _value(self, key: str) -> float:
         given = getattr(self, key)

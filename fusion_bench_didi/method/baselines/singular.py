@@ -6,7 +6,7 @@ from torch import Tensor
 from ...deltas.base import Delta
 from ...deltas.plain import DenseDelta, LowRankDelta, SpectralDelta
 from ...lowrank.svd import spectrum
-from ...task_vectors.reader import matrix_shape
+from ...task_vectors.tensor import matrix_shape
 
 
 def rank_of(shape: tuple[int, ...], fraction: float) -> int:

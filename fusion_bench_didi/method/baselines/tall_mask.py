@@ -6,7 +6,7 @@ Example:
         modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -14,12 +14,15 @@ import torch
 from fusion_bench import auto_register_config
 from torch import Tensor
 
-from ...deltas.base import Delta
 from ...deltas.masks import MaskedDelta
 from ...deltas.plain import DenseDelta
+from ...deltas.sink import EncodedTensor
 from ...errors import UnknownTaskError
+from ...lowrank.factored import as_dense
+from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
-from ..base import DynamicMethod, Stored
+from ...task_vectors.tensor import ChangedTensor
+from ..base import DynamicMethod
 
 
 @auto_register_config
@@ -46,8 +49,6 @@ class TallMaskMerging(DynamicMethod):
         ties_keep: float = 0.2,
         threshold: float = 0.4,
         thresholds: Mapping[str, float] | None = None,
-        exclude: Sequence[str] = (),
-        task_aliases: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -63,58 +64,49 @@ class TallMaskMerging(DynamicMethod):
         merged = {"ties": "TIES", "task_arithmetic": "task arithmetic"}
         return f"TALL-mask + {merged[self.multi_task]}"
 
-    def compress(self, task_vectors: TaskVectors, names: Sequence[str]) -> Stored:
-        tasks, device = task_vectors.tasks, self.fabric.device
-        limits = dict(self.thresholds or {})
+    def prepare(
+        self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
+    ) -> None:
+        tasks, limits = task_vectors.tasks, dict(self.thresholds or {})
         if unknown := sorted(set(limits) - set(tasks)):
             raise UnknownTaskError(
                 f"thresholds has {unknown}; the models are {list(tasks)}."
             )
-        merge = partial(torch.sum, dim=0)
+        self._limits = [limits.get(task, self.threshold) for task in tasks]
+        self._merge: Callable[[Tensor], Tensor] = partial(torch.sum, dim=0)
         if self.multi_task == "ties":
-            merge = self._ties(task_vectors, names)
-        shared: dict[str, Delta] = {}
-        experts: dict[str, dict[str, Delta]] = {task: {} for task in tasks}
-        for name in self.track(names, "masks"):
-            vectors = task_vectors.read(name, device)
-            merged = merge(vectors)
-            dtype = task_vectors.tuned_dtype(name)
-            shared[name] = DenseDelta(tuple(merged.shape), merged.to(dtype).cpu())
-            for task, tau in zip(tasks, vectors):
-                mask = task_mask(tau, merged, limits.get(task, self.threshold))
-                experts[task][name] = MaskedDelta.of(mask.cpu())
-        return Stored(shared, experts)
+            self._merge = self._ties(task_vectors, names, progress)
 
-    def _ties(self, task_vectors: TaskVectors, names: Sequence[str]):
+    def encode(self, tensor: ChangedTensor) -> EncodedTensor:
+        vectors = tensor.stacked()
+        merged = self._merge(vectors)
+        masks = [
+            MaskedDelta.of(task_mask(tau, merged, limit).cpu())
+            for tau, limit in zip(vectors, self._limits)
+        ]
+        shared = DenseDelta(tensor.shape, merged.to(tensor.dtype).cpu())
+        return EncodedTensor(tensor.name, shared, masks)
+
+    def _ties(
+        self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
+    ) -> Callable[[Tensor], Tensor]:
         """The TIES merge of one tensor, after one pass for the thresholds and one for the majority sign."""
         device = self.fabric.device
-        thresholds = torch.tensor(
-            [
-                trim_threshold(
-                    _sizes(task_vectors, names, task, device), self.ties_keep
-                )
-                for task in self.track(task_vectors.tasks, "trimming")
-            ],
-            device=device,
-        )
-        votes = sum(
-            trim(task_vectors.read(name, device), thresholds).sum(0).sign().sum().item()
-            for name in self.track(names, "electing signs")
-        )
+        found = []
+        for task, _ in enumerate(task_vectors.tasks):
+            sizes = [
+                as_dense(task_vectors.tensor(name, device).matrix(task)).abs().flatten()
+                for name in names
+            ]
+            found.append(trim_threshold(torch.cat(sizes), self.ties_keep))
+            progress("trimming", task, len(task_vectors.tasks))
+        thresholds, votes = torch.tensor(found, device=device), 0.0
+        for i, name in enumerate(names):
+            trimmed = trim(task_vectors.read(name, device), thresholds)
+            votes += trimmed.sum(0).sign().sum().item()
+            progress("electing signs", i, len(names))
         majority = float(torch.tensor(votes).sign())
         return lambda vectors: elected_sum(trim(vectors, thresholds), majority)
-
-
-def _sizes(
-    task_vectors: TaskVectors, names: Sequence[str], task: str, device
-) -> Tensor:
-    """Absolute values of all entries of one task vector, flat."""
-    parts = []
-    for name in names:
-        base = task_vectors.read_base(name).to(device, torch.float32)
-        tuned = task_vectors.read_tuned(name, task).to(device, torch.float32)
-        parts.append((tuned - base).abs().flatten())
-    return torch.cat(parts)
 
 
 def trim_threshold(sizes: Tensor, keep: float) -> float:

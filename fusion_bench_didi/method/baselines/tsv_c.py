@@ -6,15 +6,14 @@ Example:
         taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fusion_bench import auto_register_config
 
-from ...deltas.base import Delta
 from ...deltas.plain import DenseDelta
-from ...task_vectors.reader import TaskVectors
-from ..base import DynamicMethod, Stored
+from ...deltas.sink import EncodedTensor
+from ...task_vectors.tensor import ChangedTensor
+from ..base import DynamicMethod
 from .singular import rank_of, truncated
 
 
@@ -40,8 +39,6 @@ class TSVCompression(DynamicMethod):
         rank_fraction: float | None = None,
         conv: Literal["dense", "matrix"] = "dense",
         fold_sigma: bool = True,
-        exclude: Sequence[str] = (),
-        task_aliases: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -50,28 +47,16 @@ class TSVCompression(DynamicMethod):
         if rank_fraction is not None and not 0 < rank_fraction <= 1:
             raise ValueError(f"rank_fraction={rank_fraction} is not in (0, 1].")
 
-    def compress(self, task_vectors: TaskVectors, names: Sequence[str]) -> Stored:
-        fraction = self.rank_fraction or 1 / len(task_vectors.tasks)
-        experts: dict[str, dict[str, Delta]] = {t: {} for t in task_vectors.tasks}
-        for name in self.track(names, "singular vectors"):
-            shape = task_vectors.infos[name].shape
-            dtype = task_vectors.tuned_dtype(name)
-            low_rank = len(shape) == 2 or self.conv == "matrix"
-            low_rank = low_rank and task_vectors.is_matrix(name)
-            vectors = task_vectors.read(name, self.fabric.device)
-            for task, tau in zip(task_vectors.tasks, vectors):
-                if not tau.any():
-                    continue
-                if low_rank:
-                    delta = truncated(
-                        tau,
-                        rank_of(shape, fraction),
-                        dtype=dtype,
-                        fold_sigma=self.fold_sigma,
-                        name=name,
-                    )
-                else:
-                    delta = DenseDelta(shape, tau.to(dtype).cpu())
-                if delta is not None:
-                    experts[task][name] = delta
-        return Stored({}, experts)
+    def encode(self, tensor: ChangedTensor) -> EncodedTensor:
+        vectors, shape = tensor.stacked(), tensor.shape
+        low_rank = len(shape) == 2 or self.conv == "matrix"
+        if low_rank and min(tensor.sides) >= 2:
+            rank = rank_of(shape, self.rank_fraction or 1 / len(vectors))
+            options = {"dtype": tensor.dtype, "fold_sigma": self.fold_sigma}
+            found = [
+                truncated(tau, rank, name=tensor.name, **options) for tau in vectors
+            ]
+        else:
+            found = [DenseDelta(shape, tau.to(tensor.dtype).cpu()) for tau in vectors]
+        experts = [d if tau.any() else None for d, tau in zip(found, vectors)]
+        return EncodedTensor(tensor.name, None, experts)

@@ -6,15 +6,14 @@ Example:
         taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fusion_bench import auto_register_config
 
-from ...deltas.base import Delta
 from ...deltas.plain import DenseDelta
-from ...task_vectors.reader import TaskVectors
-from ..base import DynamicMethod, Stored
+from ...deltas.sink import EncodedTensor
+from ...task_vectors.tensor import ChangedTensor
+from ..base import DynamicMethod
 from .singular import rank_of, truncated
 
 
@@ -36,14 +35,13 @@ class TwinMerging(DynamicMethod):
     """
 
     title = "Twin-Merging"
+    folded = True
 
     def __init__(
         self,
         scale: float = 0.3,
         rank_fraction: float = 0.1,
         conv: Literal["matrix", "dense"] = "matrix",
-        exclude: Sequence[str] = (),
-        task_aliases: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -52,25 +50,19 @@ class TwinMerging(DynamicMethod):
         if not 0 <= rank_fraction <= 1:
             raise ValueError(f"rank_fraction={rank_fraction} is not in [0, 1].")
 
-    def compress(self, task_vectors: TaskVectors, names: Sequence[str]) -> Stored:
-        shared: dict[str, Delta] = {}
-        experts: dict[str, dict[str, Delta]] = {t: {} for t in task_vectors.tasks}
-        for name in self.track(names, "experts"):
-            shape = task_vectors.infos[name].shape
-            dtype = task_vectors.tuned_dtype(name)
-            vectors = task_vectors.read(name, self.fabric.device)
-            low_rank = len(shape) == 2 or self.conv == "matrix"
-            if low_rank and task_vectors.is_matrix(name):
-                merged = self.scale * vectors.sum(0)
-                shared[name] = DenseDelta(shape, merged.to(dtype).cpu())
-                rank = rank_of(shape, self.rank_fraction)
-                deltas = [
-                    truncated(tau - merged, rank, dtype=dtype, name=name)
-                    for tau in vectors
-                ]
-            else:
-                deltas = [DenseDelta(shape, tau.to(dtype).cpu()) for tau in vectors]
-            for task, delta in zip(task_vectors.tasks, deltas):
-                if delta is not None:
-                    experts[task][name] = delta
-        return Stored(shared, experts, folded=True)
+    def encode(self, tensor: ChangedTensor) -> EncodedTensor:
+        vectors, shape, dtype = tensor.stacked(), tensor.shape, tensor.dtype
+        low_rank = len(shape) == 2 or self.conv == "matrix"
+        if not low_rank or min(tensor.sides) < 2:
+            own = [DenseDelta(shape, tau.to(dtype).cpu()) for tau in vectors]
+            return EncodedTensor(tensor.name, None, own)
+        merged = self.scale * vectors.sum(0)
+        rank = rank_of(shape, self.rank_fraction)
+        return EncodedTensor(
+            tensor.name,
+            DenseDelta(shape, merged.to(dtype).cpu()),
+            [
+                truncated(tau - merged, rank, dtype=dtype, name=tensor.name)
+                for tau in vectors
+            ],
+        )

@@ -1,19 +1,17 @@
 """Errors weighed by direction: what a layer's usual inputs do not see of an error costs little.
 
 With R the root of the second moment C of a matrix's inputs, ``||(tau^ - tau) R||_F^2`` is the mean squared error of the layer's
-output. Decomposing ``tau R`` in place of ``tau`` and multiplying the right factors by ``R^-1`` afterwards makes every step
-(sharing, ranks, refinement) serve that error, still in closed form. Letters: ``n`` in.
+output. Merging models of task vectors ``tau R`` and multiplying what is merged by ``R^-1`` makes every step (sharing, ranks,
+refinement) serve that error. Measured to be no better than plain errors (``objectives.py``), so no option. Letters: ``n`` in.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from ..lowrank.factors import LowRankFactors, Matrix
-from ..lowrank.refinement import FactorSet
 
 #: Added to the eigenvalues of a second moment of mean eigenvalue 1: how much of the plain error is kept.
 DAMPING = 1.0
@@ -41,30 +39,6 @@ class Metric:
             ((vectors * values.sqrt()) @ vectors.mT).float(),
             ((vectors / values.sqrt()) @ vectors.mT).float(),
         )
-
-    def weighed(self, task_vectors: Sequence[Matrix]) -> Sequence[Matrix]:
-        """``tau R`` of T (m, n)."""
-        if isinstance(task_vectors, Tensor):
-            return task_vectors @ self.root.to(task_vectors)
-        return [
-            (
-                replace(tau, down=tau.down @ self.root.to(tau.down))
-                if isinstance(tau, LowRankFactors)
-                else tau @ self.root.to(tau)
-            )
-            for tau in task_vectors
-        ]
-
-    def plain(self, modules: FactorSet) -> FactorSet:
-        """The same modules for ``tau`` itself."""
-
-        def back(factors: LowRankFactors | None) -> LowRankFactors | None:
-            if factors is None:
-                return None
-            inverse = self.inverse.to(factors.down)
-            return replace(factors, down=factors.down @ inverse)
-
-        return FactorSet(back(modules.shared), tuple(map(back, modules.experts)))
 
 
 @torch.no_grad()
@@ -115,6 +89,27 @@ def input_moments(
     return {name: total / counts[name] for name, total in sums.items()}
 
 
-def metrics_of(moments: Mapping[str, Tensor] | None) -> dict[str, Metric]:
-    """By matrix name."""
-    return {name: Metric.of(c) for name, c in (moments or {}).items()}
+def weighed(
+    base: nn.Module, tuned: nn.Module, metrics: Mapping[str, Metric]
+) -> nn.Module:
+    """A fine-tuned model whose task vectors are ``tau R`` where a matrix has a metric."""
+    return _turned(base, tuned, {name: m.root for name, m in metrics.items()})
+
+
+def unweighed(
+    base: nn.Module, tuned: nn.Module, metrics: Mapping[str, Metric]
+) -> nn.Module:
+    """The inverse of :func:`weighed`."""
+    return _turned(base, tuned, {name: m.inverse for name, m in metrics.items()})
+
+
+@torch.no_grad()
+def _turned(
+    base: nn.Module, tuned: nn.Module, right: Mapping[str, Tensor]
+) -> nn.Module:
+    made, start = copy.deepcopy(tuned), dict(base.named_parameters())
+    for name, value in made.named_parameters():
+        if name in right:
+            change = (value - start[name]).flatten(1) @ right[name]
+            value.copy_(start[name] + change.view_as(value))
+    return made

@@ -42,8 +42,8 @@ def probe_inputs(model: nn.Module, count: int, *, seed: int = 0) -> list[Any]:
         tokens = torch.randint(config.vocab_size, (count, 32), generator=generator)
         return list(tokens.split(1))
     raise ValueError(
-        f"normalization=sensitivity cannot make inputs for {type(model).__name__}: its config has neither image_size nor "
-        "vocab_size. Use normalization=root."
+        f"Cannot make inputs for {type(model).__name__}: its config has neither image_size nor "
+        "vocab_size."
     )
 
 

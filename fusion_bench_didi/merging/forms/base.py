@@ -1,0 +1,152 @@
+"""What a storage form is: it offers rate-distortion curves of a matrix while that is in memory, and encodes itself when it is chosen."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ...allocation.curves import Curve
+from ...allocation.spectra import MatrixSpectra
+from ...deltas.precision import Precision
+from ...deltas.sink import EncodedTensor
+from ...lowrank.factors import Matrix
+from ...lowrank.row_blocks import Difference
+from ...task_vectors.tensor import ChangedTensor
+from ..basis_store import KeptBases
+from ..context import MergeContext
+from ..rank_bounds import RankBounds
+from ..spectra import Decomposed
+
+
+class Form(Protocol):
+    """One way to store a matrix of all tasks; add one in a file of its own and a line of ``forms.FORMS``."""
+
+    name: str
+
+    def choices(self, look: "Look") -> Iterable["Choice"]:
+        """What it can do for the matrix that is looked at; nothing where it is no use to try."""
+
+    def encode(self, context: MergeContext, decision: "Decision") -> EncodedTensor:
+        """The matrix as it was decided."""
+
+    def ranks(self, decision: "Decision", tasks: int) -> list[int]:
+        """Rank of what is stored, of the shared part and of each expert."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One form of one matrix in one precision.
+
+    Args:
+        curve: weighted error against bits; a ``PlacedCurve`` where ``spectra`` is None.
+        bases: that it stands on; let go of with the choice.
+        spectra: of modules whose ranks are allocated once the choice is made.
+    """
+
+    form: Form
+    precision: Precision
+    curve: Curve
+    bases: KeptBases | None = None
+    spectra: MatrixSpectra | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one matrix is stored: all that its encoding needs.
+
+    Args:
+        point: ranks (T + 1,) of the modules of ``spectra``, or the operating point on the curve of the choice.
+    """
+
+    name: str
+    form: Form
+    precision: Precision
+    point: Any
+    bases: KeptBases | None
+    spectra: MatrixSpectra | None = None
+
+
+@dataclass(frozen=True)
+class FirstGuess:
+    """What energies alone tell of a merge.
+
+    Args:
+        multiplier: error per bit at which dense matrices, or none, meet the budget.
+        relative_error: part of the weighted energy that is lost then.
+    """
+
+    multiplier: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a sample of the task vectors of one matrix tells.
+
+    Args:
+        sigma: (T, q) singular values, tail: (T,) energy beyond, of the best that low rank may keep.
+        alike: energy of the mean over that of the mean of unrelated tasks, 1 to T.
+    """
+
+    sigma: Tensor
+    tail: Tensor
+    alike: float
+
+
+class Look:
+    """One matrix while it is looked at: read at most once, and not before a form asks.
+
+    Args:
+        sample: None where none was taken.
+
+    Attributes:
+        experts: spectra of experts without anything shared, known before other forms are asked.
+    """
+
+    experts: Decomposed
+
+    def __init__(
+        self,
+        context: MergeContext,
+        bounds: RankBounds,
+        name: str,
+        guess: FirstGuess,
+        sample: Sample | None = None,
+    ):
+        self.context, self.bounds, self.name = context, bounds, name
+        self.guess, self.sample = guess, sample
+
+    @cached_property
+    def tensor(self) -> ChangedTensor:
+        return self.context.tensor(self.name)
+
+    @cached_property
+    def matrices(self) -> Sequence[Matrix]:
+        """T task vectors (m, n) in float32, those of adapters as factors."""
+        return self.tensor.matrices()
+
+    @cached_property
+    def differences(self) -> Sequence[Difference]:
+        """T task vectors that are not formed."""
+        return self.tensor.differences()
+
+    @property
+    def energy(self) -> Tensor:
+        """(T,) squared norms."""
+        return self.context.energy[self.name]
+
+    @property
+    def weights(self) -> Tensor:
+        """(T,) of the squared errors."""
+        return self.context.weights[self.name]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.context.sides(self.name)
+
+    @property
+    def dense(self) -> bool:
+        """Whether experts are known to be stored dense or not at all."""
+        return not self.experts.spectra.sigma.shape[1]

@@ -51,6 +51,7 @@ from fusion_bench_didi.recombination.search import (
     nsga2,
 )
 from fusion_bench_didi.recombination.validation import scorer_from_pools
+from fusion_bench_didi.task_vectors.scan import scan
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT.parent / "shared" / "suite" / "real8"
@@ -88,7 +89,7 @@ class Bench:
         self.backbone = load_backbone(self.pool)
         vectors = open_pool(self.pool, self.backbone)
         vectors = vectors.ordered(sorted(vectors.tasks))
-        parts = components(vectors, vectors.scan().changed)
+        parts = components(vectors, scan(vectors).changed)
         reader = ComponentReader(vectors)
         self.space = Space.of(parts, reader, OPERATORS)
         self.scorer = scorer_from_pools(

@@ -27,14 +27,16 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore:CLIPDataset:DeprecationWarning"
 )
 
-FAST = {"allocation": "greedy", "refine_sweeps": 1}
+FAST = {"refine_sweeps": 1}
 PIXELS = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def fast(key: str, method: str, overrides: dict) -> dict:
     """What makes an entry of the shipped list quick, and no other model."""
-    if method in ("didi", "didi/paper"):
-        return {**FAST, "refine_steps": 2, **overrides}
+    if method == "didi":
+        return {**FAST, **overrides}
+    if method == "didi/paper":
+        return {"rank_steps": 5, "refine_steps": 2, **overrides}
     if method == "didi/wemoe":
         return {**overrides, "max_steps": 1, "batch_size": 2}
     if method == "wudi/wudi":

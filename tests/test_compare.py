@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 TASKS = 3
-QUICK = {"allocation": "greedy", "refine_sweeps": 2}
+QUICK = {"refine_sweeps": 2}
 ENTRIES = {
     "pretrained": {"name": "Base", "method": "pretrained", "group": "reference"},
     "individuals": {"method": "individuals", "group": "reference"},

@@ -42,6 +42,7 @@ from fusion_bench_didi.recombination.objectives import (
 from fusion_bench_didi.recombination.operators import OperatorSettings, rate_of
 from fusion_bench_didi.recombination.search import nsga2
 from fusion_bench_didi.routers.files import make_router
+from fusion_bench_didi.task_vectors.scan import scan
 
 OPERATORS = ("average", "task_arithmetic", "ties", "didi@0.1", "didi@0.3")
 QUICK = {
@@ -56,7 +57,7 @@ QUICK = {
 def make_space(models, operators=OPERATORS):
     vectors = task_vectors(models)
     vectors = vectors.ordered(sorted(vectors.tasks))
-    parts = components(vectors, vectors.scan().changed)
+    parts = components(vectors, scan(vectors).changed)
     reader = ComponentReader(vectors)
     return Space.of(parts, reader, operators), reader
 

@@ -64,7 +64,7 @@ class ValidationScorer:
         self._candidate = _Candidate(backbone).eval()
         self._classifier = classifier.eval()
         self._data, self._batch_size = data, batch_size
-        self._base = {n: task_vectors.read_base(n) for n in task_vectors.infos}
+        self._base = {n: task_vectors.tensor(n).base() for n in task_vectors.infos}
         self._heads = {}
         for task, (classnames, templates) in heads.items():
             classifier.set_classification_task(classnames, templates)
@@ -72,9 +72,9 @@ class ValidationScorer:
         self.individual = {
             task: self.accuracy(
                 task,
-                {n: task_vectors.read_tuned(n, task) for n in task_vectors.infos},
+                {n: task_vectors.tensor(n).tuned(t) for n in task_vectors.infos},
             )
-            for task in heads
+            for t, task in enumerate(task_vectors.tasks)
         }
 
     def __call__(self, task: str, chain: Chain) -> float:

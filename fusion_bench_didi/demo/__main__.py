@@ -36,6 +36,7 @@ POOLS = {
     "modelpool": {"_target_": "fusion_bench_didi.demo.pools.DemoCLIPVisionModelPool"},
     "taskpool": {
         "_target_": "fusion_bench_didi.demo.pools.DemoCLIPVisionModelTaskPool",
+        "decode_once": True,
         "dataloader_kwargs": {"batch_size": 250},
     },
 }

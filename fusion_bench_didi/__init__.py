@@ -9,11 +9,29 @@ from typing import TYPE_CHECKING
 from . import compat
 
 if TYPE_CHECKING:
+    from .artifacts.saving import load_artifact as load
+    from .merging.pipeline import merge, plan
+    from .merging.settings import Budget, MergeSettings
     from .method.didi import DiDiMerging
     from .models.dynamic import DiDiModel
+    from .task_vectors.reader import TaskVectors
 
 __version__ = "0.1.0"
-__all__ = ["DiDiMerging", "DiDiModel", "__version__"]
+_HOME = {
+    "Budget": "merging.settings",
+    "DiDiMerging": "method.didi",
+    "DiDiModel": "models.dynamic",
+    "MergeSettings": "merging.settings",
+    "TaskVectors": "task_vectors.reader",
+    "load": "artifacts.saving:load_artifact",
+    "merge": "merging.pipeline",
+    "plan": "merging.pipeline",
+}
+__all__ = [*_HOME, "__version__"]
 
 compat.apply()
-__getattr__ = compat.lazy(__name__, {"DiDiMerging": "method", "DiDiModel": "models"})
+__getattr__ = compat.lazy(__name__, _HOME)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -26,72 +26,23 @@ from typing import Any
 
 import typing_extensions
 
-#: old module -> the modules that hold its contents now; ``taskpool.attach`` is a function of that name as before
+#: old module of names that users import -> the modules that hold them now
 MOVED = {
-    "adapted_pool": "pools.merged_adapters",
-    "adapters": "task_vectors.lora_adapter",
-    "alignment": "task_vectors.alignment",
     "artefact": "artifacts.saving",
-    "artefact_forms": "artifacts.forms",
-    "backbones": "checkpoint.backbone",
-    "baselines": "method.baselines",
-    "baselines.cat": "method.baselines.cat",
-    "baselines.free": "method.baselines.free",
-    "baselines.masks": "method.baselines.tall_mask",
-    "baselines.singular": "method.baselines.singular",
-    "beside": "merging.forms.shared_mean",
-    "budget": "merging.settings deltas.storage",
-    "common_deltas": "deltas.tucker",
-    "delta_sinks": "checkpoint.stream deltas.sink",
-    "factor_store": "merging.basis_store",
-    "first_pass": "merging.ranks",
-    "host_models": "artifacts.host_moe",
-    "in_common": "merging.forms.tucker",
-    "joint_pass": "merging.forms.choice",
-    "kinds": "deltas.kinds",
-    "layout": "merging.inventory merging.settings",
-    "lora_settings": "task_vectors.lora_config",
-    "lowrank.allocation": "allocation.water_filling allocation.spectra",
-    "lowrank.blocks": "lowrank.row_blocks",
-    "lowrank.candidates": "allocation.lagrangian allocation.experts_curve allocation.leftover lowrank.overlap",
-    "lowrank.codes": "quantization.codes",
-    "lowrank.common": "lowrank.tucker allocation.tucker_curve lowrank.overlap",
-    "lowrank.learning": "allocation.learned",
-    "lowrank.quantisation": "quantization.rounding",
-    "lowrank.sample": "lowrank.spectrum_bounds",
-    "lowrank.subspace": "lowrank.subspace_iteration",
-    "lowrank.truncation": "allocation.learned",
+    "budget": "merging.settings",
+    "layout": "merging.settings",
     "method.cat": "method.baselines.cat",
     "method.emr": "method.baselines.emr",
     "method.free": "method.baselines.free",
-    "method.saving": "models.pool_saving",
     "method.tall_mask": "method.baselines.tall_mask",
     "method.tsv_c": "method.baselines.tsv_c",
     "method.twin": "method.baselines.twin",
-    "models.joint": "serving.fused_linears serving.network",
-    "models.mirror": "serving.shadow",
-    "models.mixed": "serving.forward",
-    "models.mixing": "serving.mixtures",
-    "models.per_sample": "serving.layers serving.network",
-    "models.products": "serving.grouped_matmul",
-    "models.tables": "serving.banks",
     "naming": "pools.task_names",
-    "offers": "merging.forms.pricing",
-    "outlook": "merging.forms.early_decision",
-    "packing": "merging.reconstruction merging.encoding merging.forms.experts merging.forms.tucker",
     "pipeline": "merging.pipeline merging.results",
-    "plan": "merging.dry_run",
-    "pool_images": "pools.images",
     "pool_reader": "pools.opening",
-    "precision": "deltas.precision",
     "quantised": "deltas.quantized",
-    "routers.probes": "routers.capture",
-    "second_pass": "merging.encoding merging.forms.experts merging.forms.shared_mean merging.forms.tucker",
     "sources": "task_vectors.sources",
     "storage": "deltas.storage",
-    "weighting": "merging.loss_weights",
-    "whole": "merging.forms.dense",
-    "work": "merging.context",
 }
 #: (old module, old name) -> new name
 RENAMED = {
@@ -117,8 +68,7 @@ class _OldModules(MetaPathFinder, Loader):
             DeprecationWarning,
             stacklevel=2,
         )
-        holds_others = any(other.startswith(f"{old}.") for other in MOVED)
-        return ModuleSpec(fullname, self, is_package=holds_others)
+        return ModuleSpec(fullname, self)
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__.partition(".")[2]
@@ -164,12 +114,13 @@ def lazy(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         package: its name.
-        home: public name -> module within the package.
+        home: public name -> module within the package, or ``module:name`` where the name is another there.
     """
 
     def find(name: str) -> Any:
         if name in home:
-            return getattr(import_module(f"{package}.{home[name]}"), name)
+            module, _, inner = home[name].partition(":")
+            return getattr(import_module(f"{package}.{module}"), inner or name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return find

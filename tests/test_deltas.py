@@ -5,6 +5,7 @@ import torch
 
 from fusion_bench_didi.checkpoint.deltas import read_deltas
 from fusion_bench_didi.checkpoint.stream import write_deltas
+from fusion_bench_didi.deltas.base import Delta
 from fusion_bench_didi.deltas.kinds import KINDS
 from fusion_bench_didi.deltas.masks import (
     MaskedDelta,
@@ -13,7 +14,23 @@ from fusion_bench_didi.deltas.masks import (
     pack_bits,
     unpack_bits,
 )
+from fusion_bench_didi.deltas.names import escaped, unescaped
 from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta, SpectralDelta
+from fusion_bench_didi.deltas.quantized import (
+    AffineDelta,
+    RoundedDenseDelta,
+    RoundedLowRankDelta,
+)
+from fusion_bench_didi.deltas.tucker import (
+    BasesDelta,
+    CoreDelta,
+    RoundedBasesDelta,
+    RoundedCoreDelta,
+)
+from fusion_bench_didi.lowrank.factors import LowRankFactors
+from fusion_bench_didi.quantization.rounding import round_factors, round_matrices
+
+F32 = torch.float32
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -79,6 +96,68 @@ def test_spectral_delta():
     ones = _whole(torch.ones(4, 2, 3))
     torch.testing.assert_close(delta.change(ones), expected + 1)
     assert delta.bits == 32 * 2 * (4 + 6 + 1)
+
+
+def _pairs() -> dict[str, tuple[Delta, Delta]]:
+    """Every form that a task may have, beside a shared part that it may stand on."""
+    shape, low = (4, 5), LowRankFactors(_random(4, 2), _random(2, 5))
+    shared = LowRankDelta.of(shape, LowRankFactors(_random(4, 1), _random(1, 5)), F32)
+    bases = BasesDelta(shape, _random(4, 2), _random(3, 5))
+    coarse = RoundedBasesDelta.of(shape, _random(4, 2), _random(3, 5), 4)
+    (dense,) = round_matrices([(_random(4, 5), None)], 4)
+    own = (
+        DenseDelta(shape, _random(4, 5).bfloat16()),
+        LowRankDelta.of(shape, low, torch.float16),
+        SpectralDelta(shape, low.up, _random(2), low.down),
+        MaskedDelta.of(_random(4, 5) > 0, 0.5),
+        SparseDelta.of(torch.eye(4, 5), F32),
+        RoundedDenseDelta.of(shape, dense),
+        RoundedLowRankDelta.of(shape, round_factors(low, bits=4)),
+        AffineDelta.of(_random(4, 5)),
+    )
+    pairs = {delta.kind: (shared, delta) for delta in own}
+    pairs["core"] = bases, CoreDelta(shape, _random(2, 3))
+    pairs["rounded_core"] = coarse, RoundedCoreDelta.of(shape, _random(2, 3), 8)
+    return pairs
+
+
+@pytest.mark.parametrize("kind", sorted(_pairs()))
+def test_what_lies_beyond_the_shared_part(kind):
+    shared, delta = _pairs()[kind]
+    expected = delta.change(shared) - shared.change()
+    decoded = shared.decoded()
+    assert decoded.change().equal(shared.change())
+    for given in (shared, decoded):
+        torch.testing.assert_close(delta.beyond(given), expected)
+        product = delta.beyond_product(given)
+        if product is not None:
+            torch.testing.assert_close(product.dense(), expected)
+    here = {
+        k for k, c in KINDS.items() if c.__module__.startswith("fusion_bench_didi.")
+    }
+    assert set(_pairs()) == here - {"bases", "rounded_bases"}
+    factored = {"low_rank", "spectral", "rounded_low_rank", "core", "rounded_core"}
+    assert (product is not None) == (kind in factored)
+
+
+@pytest.mark.parametrize("kind", sorted(_pairs()))
+def test_a_decoded_shared_part_is_not_decoded_again(kind, monkeypatch):
+    shared, delta = _pairs()[kind]
+    decoded = shared.decoded()
+    for way in ("own", "bases", "change"):
+        monkeypatch.setattr(shared, way, lambda *_: 1 / 0, raising=False)
+    delta.beyond(decoded), delta.beyond_product(decoded)
+
+
+ODD_NAMES = ["", "a", "a.b", "a/b", "a~b", "a~1b", "a~0b", "a..b", "a.", ".a", "/", "~"]
+ODD_NAMES += ["a\u2024b", "type", "keys", "training", "/a", "a~01b", "~1", "~01"]
+
+
+def test_escaped_names_hold_no_dots_and_come_back_as_they_were():
+    keys = [escaped(name) for name in ODD_NAMES]
+    assert not any("." in key for key in keys)
+    assert len(set(keys)) == len(ODD_NAMES)
+    assert [unescaped(key) for key in keys] == ODD_NAMES
 
 
 def test_every_kind_is_written_and_read_back(tmp_path):

@@ -71,6 +71,18 @@ class Delta(nn.Module):
         other = shared.product()
         return None if other is None else own + other
 
+    def beyond(self, shared: "Delta | None" = None) -> Tensor:
+        """``change(shared) - shared.change()`` in float32; a form that adds to what is shared decodes only itself."""
+        return self.own()
+
+    def beyond_product(self, shared: "Delta | None" = None) -> LowRankFactors | None:
+        """:meth:`beyond` as a product (m, r) (r, n) in float32; None where it is not stored as one."""
+        return self.own_product()
+
+    def decoded(self) -> "Delta":
+        """The same in float32, in memory: for a shared part that many tasks are worked out against."""
+        return DecodedDelta(self.shape, self.change())
+
     def tensors(self) -> dict[str, Tensor]:
         """What is written to the file, by part."""
         found = ((name, getattr(self, name)) for name in self.parts)
@@ -90,3 +102,19 @@ class Delta(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, bits={self.bits}"
+
+
+class DecodedDelta(Delta):
+    """A change as it is, in memory only.
+
+    Args:
+        value: of the tensor's shape, float32.
+    """
+
+    parts = ("value",)
+
+    def __init__(self, shape: tuple[int, ...], value: Tensor):
+        super().__init__(shape, value=value)
+
+    def own(self) -> Tensor:
+        return self.value

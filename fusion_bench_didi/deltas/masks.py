@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from .base import Delta
 
 
-class MaskedDelta(Delta):
+class MadeOfShared(Delta):
+    """Base of the forms whose change is worked out from the shared one."""
+
+    def beyond(self, shared: Delta | None = None) -> Tensor:
+        if shared is None:
+            return self.change()
+        shared = shared.decoded()
+        return self.change(shared) - shared.change()
+
+
+class MaskedDelta(MadeOfShared):
     """A part of what is shared, rescaled: ``scale * mask * shared``. One bit per entry.
 
     Args:
@@ -39,7 +49,7 @@ class MaskedDelta(Delta):
         return shared.change() * unpack_bits(self.mask, self.shape) * self.scale
 
 
-class SparseDelta(Delta):
+class SparseDelta(MadeOfShared):
     """A few entries, by position: ``values`` there, ``shared`` elsewhere.
 
     Args:

@@ -28,6 +28,9 @@ class Bases(Delta):
     def own_product(self) -> LowRankFactors:
         return LowRankFactors.zeros(*self.sides, like=torch.empty(0))
 
+    def decoded(self) -> Delta:
+        return BasesDelta(self.shape, *self.bases())
+
     def factors(self, core: Tensor) -> tuple[Tensor, Tensor] | None:
         """Two factors (m, r) and (r, n) of ``U core V``, r the smaller of p and q; None for whole sides."""
         up, down = self.bases()
@@ -142,6 +145,12 @@ class Core(Delta):
         if not isinstance(shared, Bases):
             raise ValueError("A core needs the common bases that it is written in.")
         return shared.spread(self.core())
+
+    def beyond(self, shared: Delta | None = None) -> Tensor:
+        return self.change(shared)  # bases change nothing by themselves
+
+    def beyond_product(self, shared: Delta | None = None) -> LowRankFactors | None:
+        return self.product(shared)
 
     def product(self, shared: Delta | None = None) -> LowRankFactors | None:
         factors = shared.factors(self.core())

@@ -66,6 +66,24 @@ def attach(
         taskpool.evaluate = _reporting(taskpool.evaluate, tasks, aliases)
 
 
+class TaskAware:
+    """What a host task pool, the next base class, becomes task-aware by.
+
+    Args:
+        task_aliases: task pool name -> model name, for names that the naming rule does not match.
+        **kwargs: the host pool's arguments.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        task_aliases: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        attach(self, aliases=task_aliases)
+
+
 def _telling(method, aliases):
     """Call ``set_task`` on the dynamic model among the arguments, then the method."""
 
@@ -97,11 +115,14 @@ def _reporting(evaluate, tasks: list[str], aliases):
             if _routes(dynamic):
                 dynamic.unset_task()
                 dynamic.router.reset()
-            for hook in HOOKS:
-                method = getattr(evaluate.__self__, hook, None)
-                if hasattr(method, "model"):
-                    method.model = dynamic
-        report = evaluate(model, *args, **kwargs)
+        hook = _hook_of(evaluate.__self__)
+        try:
+            if hook is not None:
+                hook.model = dynamic
+            report = evaluate(model, *args, **kwargs)
+        finally:
+            if hook is not None:
+                hook.model = None  # kept, it would outlive its evaluation
         if isinstance(dynamic, DynamicModel) and isinstance(report, dict):
             report["didi"] = {"storage": dynamic.storage.as_dict(), **dynamic.info}
             if _routes(dynamic):
@@ -109,6 +130,12 @@ def _reporting(evaluate, tasks: list[str], aliases):
         return report
 
     return wrapper
+
+
+def _hook_of(taskpool: Any) -> Any:
+    """The wrapped per-task method of a pool, None where it has none."""
+    methods = (getattr(taskpool, hook, None) for hook in HOOKS)
+    return next((method for method in methods if hasattr(method, "model")), None)
 
 
 def _routes(model: nn.Module) -> bool:

@@ -58,18 +58,18 @@ def pool_for(what: str, tasks: int) -> CLIPVisionModelPool:
 def held(forward: MixedForward) -> int:
     """Bytes of the working copies of a mixed forward."""
     seen: dict[int, int] = {}
-    for table in forward.tables.values():
-        for tensor in _tensors(table):
+    for bank in forward.banks.values():
+        for tensor in _tensors(bank):
             seen[tensor.data_ptr()] = tensor.nbytes
     return sum(seen.values())
 
 
-def _tensors(table: ValueBank | MatrixBank) -> Iterable[Tensor]:
-    if isinstance(table, ValueBank):
-        return [table.values]
-    kept = getattr(table.matrices, "kept", table.matrices)
+def _tensors(bank: ValueBank | MatrixBank) -> Iterable[Tensor]:
+    if isinstance(bank, ValueBank):
+        return [bank.values]
+    kept = getattr(bank.matrices, "kept", bank.matrices)
     matrices = [matrix for matrix in kept if isinstance(matrix, Tensor)]
-    return [table.common, table.first, table.last, *matrices]
+    return [bank.shared, bank.first, bank.last, *matrices]
 
 
 def rows_of(

@@ -26,7 +26,7 @@ from fusion_bench_didi.merging.forms.tucker import encode_cores
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.merging.settings import Budget
 from fusion_bench_didi.models.dynamic import DiDiModel
-from fusion_bench_didi.serving.banks import Serving, factors_of
+from fusion_bench_didi.serving.banks import Serving
 from fusion_bench_didi.task_vectors.reader import TaskVectors
 from fusion_bench_didi.task_vectors.sources import ModuleSource
 
@@ -241,7 +241,8 @@ def test_factors_are_the_change(sizes):
     down = torch.eye(5) if q == 5 else torch.randn(q, 5, generator=g)
     core = CoreDelta((6, 5), torch.randn(p, q, generator=g))
     bases = BasesDelta.of((6, 5), up, down)
-    first, last = factors_of(core, bases)
+    factors = core.beyond_product(bases)
+    first, last = factors.up, factors.down
     torch.testing.assert_close(first @ last, up @ core.core() @ down)
     torch.testing.assert_close(core.change(bases), first @ last)
     assert first.shape[1] == min(p, q)

@@ -82,7 +82,7 @@ def test_weights_of_zero_are_the_shared_model(merged):
     pixels = images(4)
     found = merged(pixels, task_weights=torch.zeros(4, 3)).pooler_output
     plain = merged.backbone
-    tensors = {n: t.value(3) for n, t in merged.mixed.tables.items()}
+    tensors = {n: t.value(3) for n, t in merged.mixed.banks.items()}
     expected = torch.func.functional_call(plain, tensors, (pixels,)).pooler_output
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 

@@ -56,12 +56,12 @@ def test_factors_and_matrices_give_what_materialised_models_give(
     model.serving = Serving(dense_above, small=0, hold=hold)
     pixels, ids = images(), task_ids()
     found = model(pixels, task_ids=ids).pooler_output
-    kept = [t for t in model.mixed.tables.values() if isinstance(t, MatrixBank)]
+    kept = [t for t in model.mixed.banks.values() if isinstance(t, MatrixBank)]
     assert model.mixed.network is not None
     if dense_above == 0:
-        assert not any(table.last.numel() for table in kept)
+        assert not any(bank.last.numel() for bank in kept)
     elif dtype == "float32":
-        assert any(table.last.numel() for table in kept)
+        assert any(bank.last.numel() for bank in kept)
     expected = one_by_one(model, pixels, ids)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -219,8 +219,8 @@ def test_neighbors_that_multiply_together_give_what_they_give_alone(how, caplog)
         assert model.mixed.network is None and "group by group" in caplog.text
     else:
         network = model.mixed.network
-        assert network.q_proj.joint is network.v_proj.joint is not None
-        assert network.q_proj.joint.x is None or how == "two inputs"
+        assert network.q_proj.fused is network.v_proj.fused is not None
+        assert model.mixed.running.current is None
 
 
 def test_the_shared_model_is_the_model_of_no_task(merged):

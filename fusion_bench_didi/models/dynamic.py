@@ -4,27 +4,31 @@ Weights are always computed as *pristine base + change of the task*, never added
 so that a task's weights do not depend on what was switched on before.
 """
 
+import copy
+import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from fusion_bench.models.modulator import ModulatedModel
 from torch import Tensor, nn
 
+from ..checkpoint.deltas import read_deltas
+from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..deltas.storage import StorageReport, account
 from ..errors import UnknownTaskError
-from ..serving.banks import Serving
+from ..routers.base import Router
+from ..serving.banks import AnyBank, Serving, bank_of
 from ..serving.forward import MixedForward
-from .experts import DeltaDict, NamedModules, TaskExpert
-from .saving import Saving
-from .weights import Weights
-
-if TYPE_CHECKING:
-    from ..routers.base import Router
+from ..serving.layers import is_turned
+from . import saving
+from .experts import NamedModules, TaskExpert
+from .weights import BackboneWeights
 
 
-class DynamicModel(Saving, Weights, ModulatedModel):
+class DynamicModel(ModulatedModel):
     """A frozen backbone, a shared part and T experts; behaves as the backbone of the current task.
 
     Args:
@@ -33,11 +37,11 @@ class DynamicModel(Saving, Weights, ModulatedModel):
         experts: deltas per task.
         unit_bits: size of one fine-tuned model, the unit of the storage account.
         info: JSON-plain facts that are saved with the model (method, settings, ranks, ...).
-        backbone_bits: see :class:`~fusion_bench_didi.storage.StorageReport`; ``unit_bits`` if None.
+        backbone_bits: see :class:`~.storage.StorageReport`; ``unit_bits`` if None.
 
     Attributes:
         router: finds the tasks of a batch for which none is given; see :meth:`attach_router`.
-        serving: how mixed batches trade memory for time, a :class:`~.tables.Serving`; may be set at any time.
+        serving: how mixed batches trade memory for time, a :class:`~.banks.Serving`; may be set at any time.
 
     Unknown attributes are looked up in the backbone, so that host classifiers find ``config``, ``generate`` or
     ``train_preprocess``.
@@ -55,8 +59,8 @@ class DynamicModel(Saving, Weights, ModulatedModel):
     ):
         super().__init__(backbone, {})
         self.backbone.requires_grad_(False)
-        self.modulators = NamedModules()
-        self.shared = DeltaDict(shared)
+        self.modulators: NamedModules[TaskExpert] = NamedModules()
+        self.shared: NamedModules[Delta] = NamedModules(shared)
         self.unit_bits = unit_bits
         self.backbone_bits = unit_bits if backbone_bits is None else backbone_bits
         self.info = dict(info or {})
@@ -65,7 +69,8 @@ class DynamicModel(Saving, Weights, ModulatedModel):
         self._has_task = False  # a name would make torch.compile start anew per task
         self._mixed: dict[float, MixedForward] = {}
         self._mixed_state: tuple | None = None
-        self._pristine: dict[str, Tensor] = {}
+        self._lock = threading.RLock()
+        self._weights = BackboneWeights(self.backbone)
         for task, deltas in experts.items():
             self.add_modulator(task, TaskExpert(deltas))
 
@@ -79,7 +84,13 @@ class DynamicModel(Saving, Weights, ModulatedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own working copies of the experts."""
-        return {**self.__dict__, "_mixed": {}, "_mixed_state": None}
+        state = {**self.__dict__, "_mixed": {}, "_mixed_state": None}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
 
     @property
     def tasks(self) -> list[str]:
@@ -98,11 +109,10 @@ class DynamicModel(Saving, Weights, ModulatedModel):
         self._known(task_name)
         if self._current_task == task_name:
             self.modulators[task_name].remove(self)
-        kept = set(self.touched)
+        before = set(self.touched)
         del self.modulators[task_name]
-        for name in kept - set(self.touched):
-            if name in self._pristine:
-                self.write(name, self._pristine.pop(name))
+        for name in before - set(self.touched):
+            self._weights.forget(name)
 
     def set_task(self, task_name: str) -> None:
         """Make the backbone the model of this task.
@@ -159,19 +169,42 @@ class DynamicModel(Saving, Weights, ModulatedModel):
         """As :attr:`mixed`; made at first use, again if the model was moved or its tasks are others."""
         first = next(self.backbone.parameters())
         state = (tuple(self.tasks), first.device, first.dtype, self.serving)
-        if self._mixed_state != state:
-            self._mixed, self._mixed_state = {}, state
-        if shared_scale not in self._mixed:
-            self._make_mixed(shared_scale)
+        if self._mixed_state != state or shared_scale not in self._mixed:
+            self._make_mixed(shared_scale, state)
         return self._mixed[shared_scale]
 
     @torch.compiler.disable
-    def _make_mixed(self, shared_scale: float) -> None:
-        self._mixed[shared_scale] = MixedForward(
-            self, shared_scale=shared_scale, serving=self.serving
-        )
+    def _make_mixed(self, shared_scale: float, state: tuple) -> None:
+        with self._lock:
+            made = self._mixed if self._mixed_state == state else {}
+            if shared_scale not in made:
+                # tensors that are made in inference mode could not be used outside of it
+                with torch.inference_mode(False):
+                    made[shared_scale] = MixedForward(
+                        self.backbone,
+                        self._banks(shared_scale),
+                        len(self.tasks),
+                        lock=self._lock,
+                    )
+            # in this order: other threads look at the state first
+            self._mixed, self._mixed_state = made, state
 
-    def attach_router(self, router: "Router | None") -> "DynamicModel":
+    def _banks(self, shared_scale: float) -> dict[str, AnyBank]:
+        """Every touched tensor under every task, as the backbone lays it out."""
+        experts, banks = self.modulators.values(), {}
+        for name in self.touched:
+            owner, _, leaf = name.rpartition(".")
+            banks[name] = bank_of(
+                self.base_tensor(name),
+                self.shared.get(name),
+                [expert.deltas.get(name) for expert in experts],
+                shared_scale=shared_scale,
+                turned=is_turned(self.backbone.get_submodule(owner), leaf),
+                serving=self.serving,
+            )
+        return banks
+
+    def attach_router(self, router: Router | None) -> "DynamicModel":
         """Let a router find the task of every sample; None takes it off again.
 
         A task that is set by hand still comes first.
@@ -194,6 +227,100 @@ class DynamicModel(Saving, Weights, ModulatedModel):
             unit_bits=self.unit_bits,
             backbone_bits=self.backbone_bits,
             routing_bits=0 if self.router is None else self.router.bits,
+        )
+
+    @torch.no_grad()
+    def materialize(self, task_name: str) -> nn.Module:
+        """A plain, independent model of one task, of the backbone's own class."""
+        self._known(task_name)
+        expert = self.modulators[task_name]
+        weights = BackboneWeights(copy.deepcopy(self.backbone))
+        for name in self.touched:
+            live = weights.live(name)
+            live.copy_(self.task_tensor(name, expert).to(live.dtype))
+        return weights.backbone
+
+    def task_tensor(self, name: str, expert: TaskExpert) -> Tensor:
+        """``W_0 + change`` of one tensor under one expert, in float32."""
+        base = self.base_tensor(name)
+        shared, delta = self.shared.get(name), expert.deltas.get(name)
+        if delta is None and shared is None:
+            return base.float()
+        change = shared.change() if delta is None else delta.change(shared)
+        return base.float() + change
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """Base values of all touched tensors.
+
+        Raises:
+            CheckpointMismatchError: if the backbone lacks one of them.
+        """
+        return {name: self.base_tensor(name) for name in self.touched}
+
+    def base_tensor(self, name: str) -> Tensor:
+        """The base model's value, whatever task is on."""
+        return self._weights.base(name)
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Overwrite a live tensor, keeping its base value."""
+        self._weights.write(name, value)
+
+    def restore(self) -> None:
+        """Write the base values back; no task is set then."""
+        self._current_task, self._has_task = None, False
+        self._weights.restore()
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, overwrite: bool = False, **_: Any
+    ) -> None:
+        """Write weights, configuration and model card; the directory appears whole or not at all.
+
+        Raises:
+            FileExistsError: if it exists and ``overwrite`` is false.
+        """
+        saving.save(self, save_directory, overwrite=overwrite)
+
+    def write_config(self, directory: Path, parts: Mapping[str, Any]) -> None:
+        """Write what stands beside the weights, which :meth:`write_parts` wrote and returned ``parts`` of."""
+        saving.write_config(self, directory, parts)
+
+    def write_parts(self, directory: Path) -> dict[str, Any]:
+        """Write what is stored; returns what :meth:`from_parts` needs, JSON-plain, with ``tasks`` among it."""
+        return write_deltas(
+            directory,
+            dict(self.shared.items()),
+            {t: dict(e.deltas.items()) for t, e in self.modulators.items()},
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, backbone: nn.Module | None = None
+    ) -> "DynamicModel":
+        """Load what :meth:`save_pretrained` wrote.
+
+        Args:
+            backbone: the base model; loaded from where the merge took it if None.
+
+        Raises:
+            CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
+        """
+        return saving.load(cls, directory, backbone)
+
+    @classmethod
+    def from_parts(
+        cls,
+        directory: Path,
+        config: Mapping[str, Any],
+        backbone: nn.Module,
+        info: Mapping[str, Any],
+    ) -> "DynamicModel":
+        """The model from what :meth:`write_parts` wrote."""
+        return cls(
+            backbone,
+            *read_deltas(directory, config),
+            unit_bits=config["unit_bits"],
+            backbone_bits=config["backbone_bits"],
+            info=info,
         )
 
     def _known(self, task_name: str) -> None:

@@ -1,89 +1,101 @@
 """What tasks add to a backbone: deltas by tensor name, one expert per task."""
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from fusion_bench.models.modulator import TaskModulator
-from torch import nn
+from torch import Tensor, nn
 
 from ..deltas.base import Delta
+from ..deltas.names import escaped, unescaped
 
-if TYPE_CHECKING:
-    from .dynamic import DynamicModel
+Held = TypeVar("Held", bound=nn.Module)
 
 
-class DeltaDict(nn.Module):
-    """Deltas by tensor name. (``nn.ModuleDict`` forbids the dots in names.)"""
+class NamedModules(nn.Module, Generic[Held]):
+    """A dictionary of modules under any names, in the order in which they came.
 
-    def __init__(self, deltas: Mapping[str, Delta]):
+    ``nn.ModuleDict`` forbids dots (``llama-3.1``), and the names of its own attributes (``type``, ``keys``, ``train``).
+
+    Args:
+        modules: by name.
+    """
+
+    def __init__(self, modules: Mapping[str, Held] | None = None):
         super().__init__()
-        self._names = {name: name.replace(".", "/") for name in deltas}
-        for name, delta in deltas.items():
-            self.add_module(self._names[name], delta)
+        for name, module in (modules or {}).items():
+            self[name] = module
 
-    def __getitem__(self, name: str) -> Delta:
-        return self._modules[self._names[name]]
+    @staticmethod
+    def _key(name: str) -> str:
+        return "/" + escaped(name)  # what no attribute begins with
 
-    def get(self, name: str) -> Delta | None:
-        return self[name] if name in self._names else None
+    def __getitem__(self, name: str) -> Held:
+        try:
+            return self._modules[self._key(name)]
+        except KeyError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, module: Held) -> None:
+        self.add_module(self._key(name), module)
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[self._key(name)]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return self._key(name) in self._modules
 
-    def __iter__(self):
-        return iter(self._names)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._modules)
 
-    def items(self) -> Iterable[tuple[str, Delta]]:
-        return ((name, self[name]) for name in self._names)
+    def get(self, name: str) -> Held | None:
+        return self._modules.get(self._key(name))
+
+    def keys(self) -> list[str]:
+        return [unescaped(key[1:]) for key in self._modules]
+
+    def values(self) -> list[Held]:
+        return list(self._modules.values())
+
+    def items(self) -> list[tuple[str, Held]]:
+        return list(zip(self.keys(), self.values()))
+
+
+class Switchable(Protocol):
+    """What an expert needs of the model that it is put on."""
+
+    @property
+    def touched(self) -> list[str]: ...
+
+    def task_tensor(self, name: str, expert: "TaskExpert") -> Tensor: ...
+
+    def write(self, name: str, value: Tensor) -> None: ...
+
+    def restore(self) -> None: ...
 
 
 class TaskExpert(TaskModulator):
-    """What one task adds to the backbone and to the shared part."""
+    """What one task adds to the backbone and to the shared part.
+
+    Args:
+        deltas: by tensor name.
+    """
 
     def __init__(self, deltas: Mapping[str, Delta]):
         super().__init__()
-        self.deltas = DeltaDict(deltas)
+        self.deltas: NamedModules[Delta] = NamedModules(deltas)
 
     @torch.no_grad()
-    def apply(self, modulated_model: "DynamicModel") -> None:
+    def apply(self, modulated_model: Switchable) -> None:
         """Write the task's weights into the live backbone, one pass over the touched tensors."""
         for name in modulated_model.touched:
             modulated_model.write(name, modulated_model.task_tensor(name, self))
 
     @torch.no_grad()
-    def remove(self, modulated_model: "DynamicModel") -> None:
+    def remove(self, modulated_model: Switchable) -> None:
         """Restore the base model."""
         modulated_model.restore()
-
-
-class NamedModules(nn.ModuleDict):
-    """A module dictionary whose keys may hold dots (model names such as ``llama-3.1``)."""
-
-    @staticmethod
-    def _safe(key: str) -> str:
-        return key.replace(".", "\u2024")  # one dot leader
-
-    def __getitem__(self, key):
-        return super().__getitem__(self._safe(key))
-
-    def __setitem__(self, key, module):
-        super().__setitem__(self._safe(key), module)
-
-    def __delitem__(self, key):
-        super().__delitem__(self._safe(key))
-
-    def __contains__(self, key):
-        return super().__contains__(self._safe(key))
-
-    def keys(self):
-        return [key.replace("\u2024", ".") for key in super().keys()]
-
-    def __iter__(self):
-        return iter(self.keys())
-
-    def items(self):
-        return list(zip(self.keys(), self.values()))

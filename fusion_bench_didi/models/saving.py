@@ -2,95 +2,38 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint import backbone as backbones
-from ..checkpoint.deltas import FORMAT, read_config, read_deltas, versions
-from ..checkpoint.stream import write_deltas
+from ..checkpoint.deltas import FORMAT, read_config, versions
 from ..checkpoint.directory import CONFIG, whole_directory, write_json
+from ..deltas.storage import StorageReport
+from ..routers.base import Router
+from ..routers.files import read_router, write_router
 from .model_card import model_card
 
-if TYPE_CHECKING:
-    from .dynamic import DynamicModel
 
+class Saved(Protocol):
+    """What is written of a model, and by what it comes back."""
 
-class Saving:
-    """The part of a :class:`~.dynamic.DynamicModel` that writes and reads it."""
+    backbone: nn.Module
+    unit_bits: int
+    backbone_bits: int
+    info: dict[str, Any]
+    router: Router | None
 
-    def save_pretrained(
-        self, save_directory: str | Path, *, overwrite: bool = False, **_: Any
-    ) -> None:
-        """Write weights, configuration and model card; the directory appears whole or not at all.
+    @property
+    def storage(self) -> StorageReport: ...
 
-        Raises:
-            FileExistsError: if it exists and ``overwrite`` is false.
-        """
-        with whole_directory(save_directory, overwrite=overwrite) as directory:
-            self.write_config(directory, self.write_parts(directory))
+    def base_tensors(self) -> dict[str, Tensor]: ...
 
-    def write_config(self, directory: Path, parts: Mapping[str, Any]) -> None:
-        """Write what stands beside the weights: configuration, router and model card.
+    def attach_router(self, router: Router | None) -> Any: ...
 
-        Args:
-            parts: what :meth:`write_parts` returned.
-        """
-        known = self.info.get("backbone", {})
-        config = {
-            "format": FORMAT,
-            "model_class": type(self).__name__,
-            "unit_bits": self.unit_bits,
-            "backbone_bits": self.backbone_bits,
-            "backbone": backbones.describe(self.backbone, self.base_tensors(), known),
-            "storage": self.storage.as_dict(),
-            "info": {k: v for k, v in self.info.items() if k != "backbone"},
-            "versions": versions(),
-            **parts,
-        }
-        if self.router is not None:
-            from ..routers.files import write_router
+    def write_config(self, directory: Path, parts: Mapping[str, Any]) -> None: ...
 
-            config["router"] = write_router(directory, self.router)
-        write_json(directory / CONFIG, config)
-        home = type(self).__module__.rpartition(".")[0]
-        (directory / "README.md").write_text(model_card(config, home))
-
-    def write_parts(self, directory: Path) -> dict[str, Any]:
-        """Write what is stored; returns what :meth:`from_parts` needs, JSON-plain, with ``tasks`` among it."""
-        return write_deltas(
-            directory,
-            dict(self.shared.items()),
-            {t: dict(e.deltas.items()) for t, e in self.modulators.items()},
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls, directory: str | Path, backbone: nn.Module | None = None
-    ) -> "DynamicModel":
-        """Load what :meth:`save_pretrained` wrote.
-
-        Args:
-            backbone: the base model; loaded from where the merge took it if None.
-
-        Raises:
-            CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
-        """
-        config = read_config(directory)
-        if backbone is None:
-            backbone = backbones.load_backbone(config["backbone"])
-        model = cls.from_parts(
-            Path(directory),
-            config,
-            backbone,
-            {**config["info"], "backbone": config["backbone"]},
-        )
-        backbones.check(directory, config["backbone"], model.base_tensors())
-        if "router" in config:
-            from ..routers.files import read_router
-
-            model.attach_router(read_router(Path(directory), config["router"]))
-        return model
+    def write_parts(self, directory: Path) -> dict[str, Any]: ...
 
     @classmethod
     def from_parts(
@@ -99,12 +42,66 @@ class Saving:
         config: Mapping[str, Any],
         backbone: nn.Module,
         info: Mapping[str, Any],
-    ) -> "DynamicModel":
-        """The model from what :meth:`write_parts` wrote."""
-        return cls(
-            backbone,
-            *read_deltas(directory, config),
-            unit_bits=config["unit_bits"],
-            backbone_bits=config["backbone_bits"],
-            info=info,
-        )
+    ) -> "Saved": ...
+
+
+Model = TypeVar("Model", bound=Saved)
+
+
+def save(model: Saved, directory: str | Path, *, overwrite: bool) -> None:
+    """Write weights, configuration and model card; the directory appears whole or not at all.
+
+    Raises:
+        FileExistsError: if it exists and ``overwrite`` is false.
+    """
+    with whole_directory(directory, overwrite=overwrite) as place:
+        model.write_config(place, model.write_parts(place))
+
+
+def write_config(model: Saved, directory: Path, parts: Mapping[str, Any]) -> None:
+    """Write what stands beside the weights: configuration, router and model card.
+
+    Args:
+        parts: what the model's ``write_parts`` returned.
+    """
+    known = model.info.get("backbone", {})
+    config = {
+        "format": FORMAT,
+        "model_class": type(model).__name__,
+        "unit_bits": model.unit_bits,
+        "backbone_bits": model.backbone_bits,
+        "backbone": backbones.describe(model.backbone, model.base_tensors(), known),
+        "storage": model.storage.as_dict(),
+        "info": {k: v for k, v in model.info.items() if k != "backbone"},
+        "versions": versions(),
+        **parts,
+    }
+    if model.router is not None:
+        config["router"] = write_router(directory, model.router)
+    write_json(directory / CONFIG, config)
+    home = type(model).__module__.rpartition(".")[0]
+    (directory / "README.md").write_text(model_card(config, home))
+
+
+def load(cls: type[Model], directory: str | Path, backbone: nn.Module | None) -> Model:
+    """What :func:`save` wrote.
+
+    Args:
+        backbone: the base model; loaded from where the merge took it if None.
+
+    Raises:
+        CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
+    """
+    config = read_config(directory)
+    if backbone is None:
+        backbone = backbones.load_backbone(config["backbone"])
+    model = cls.from_parts(
+        Path(directory),
+        config,
+        backbone,
+        {**config["info"], "backbone": config["backbone"]},
+    )
+    backbones.check(directory, config["backbone"], model.base_tensors())
+    if "router" in config:
+        model.attach_router(read_router(Path(directory), config["router"]))
+    return model

@@ -6,16 +6,44 @@ Scores come from the features alone (training-free), or from a small head fitted
 task is known (:mod:`.heads`). What a router stores are its buffers; they are written with the model and counted.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnknownTaskError
+from ..serving.forward import MixedForward
 from .heads import HEADS, fit_head
 
-if TYPE_CHECKING:
-    from ..models.dynamic import DynamicModel
+
+class RoutedModel(Protocol):
+    """What routers need of a model.
+
+    Attributes:
+        backbone: whose layers are looked at.
+        tasks: in the order of the weights' columns.
+        touched: names of the tensors that some task changes.
+        modulators: the expert of each task, for :meth:`task_tensor`.
+    """
+
+    backbone: nn.Module
+    modulators: Mapping[str, Any]
+
+    @property
+    def tasks(self) -> list[str]: ...
+
+    @property
+    def touched(self) -> list[str]: ...
+
+    def base_tensor(self, name: str) -> Tensor:
+        """The base model's value."""
+
+    def task_tensor(self, name: str, expert: Any) -> Tensor:
+        """The value under one expert, in float32."""
+
+    def mixed_at(self, shared_scale: float) -> MixedForward:
+        """The mixed forward with the shared part counted ``shared_scale`` times."""
 
 
 def weights_from(
@@ -81,7 +109,7 @@ class Router(nn.Module):
         self.last: Tensor | None = None
         self.reset()
 
-    def bind(self, model: "DynamicModel") -> None:
+    def bind(self, model: RoutedModel) -> None:
         """Prepare for a model.
 
         Raises:
@@ -92,7 +120,7 @@ class Router(nn.Module):
                 f"The router is for {self.tasks}, the merged model holds {model.tasks}. Make a router for this model."
             )
 
-    def features(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+    def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         """(B, F) from the backbone's arguments."""
         raise NotImplementedError
 
@@ -120,7 +148,7 @@ class Router(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def route(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+    def route(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         """Weights for the backbone's arguments; kept in ``last``, and counted."""
         weights = self(self.features(model, *args, **kwargs))
         self.last = weights

@@ -1,17 +1,15 @@
 """What goes into, and comes out of, layers of a dynamic model; the forward stops once everything asked for is there."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..serving.mixtures import batch_size
-
-if TYPE_CHECKING:
-    from ..models.dynamic import DynamicModel
+from .base import RoutedModel
 
 
 class _Done(Exception):
@@ -20,7 +18,7 @@ class _Done(Exception):
 
 @torch.no_grad()
 def record(
-    model: "DynamicModel",
+    model: RoutedModel,
     args: tuple,
     kwargs: dict,
     *,
@@ -43,8 +41,11 @@ def record(
     """
     found: dict[str, Tensor] = {}
     wanted = len(set(inputs_of) | set(outputs_of))
+    here = threading.get_ident()
 
     def keep(name: str, value: Any) -> None:
+        if threading.get_ident() != here:
+            return  # another thread runs the same layers
         found[name] = value if isinstance(value, Tensor) else value[0]
         if len(found) == wanted:
             raise _Done
@@ -65,7 +66,7 @@ def record(
         )
     try:
         if tensors is not None:
-            functional_call(model.backbone, dict(tensors), args, kwargs)
+            forward.with_tensors(tensors, args, kwargs)
         elif weights is None:
             forward.shared(*args, **kwargs)
         else:

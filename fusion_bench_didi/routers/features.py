@@ -1,16 +1,13 @@
 """Routing by a head on the shared model's states, and by being told."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .base import Router
+from .base import RoutedModel, Router
 from .capture import layer_names, pooled, record
-
-if TYPE_CHECKING:
-    from ..models.dynamic import DynamicModel
 
 
 class FeatureRouter(Router):
@@ -42,11 +39,11 @@ class FeatureRouter(Router):
         own = {"layers": self.layers, "pooling": self.pooling}
         return {**super().options(), **own}
 
-    def bind(self, model: "DynamicModel") -> None:
+    def bind(self, model: RoutedModel) -> None:
         super().bind(model)
         self.names = layer_names(model.backbone, self.layers)
 
-    def features(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+    def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         found = record(model, args, kwargs, outputs_of=self.names)
         states = [pooled(found[name], self.pooling) for name in self.names]
         return torch.cat(states, 1).float()
@@ -61,7 +58,7 @@ class OracleRouter(Router):
         """(B,) positions in ``tasks``."""
         self.told = task_ids
 
-    def features(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+    def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         if getattr(self, "told", None) is None:
             raise RuntimeError(
                 "An oracle router must be told the tasks of every batch."

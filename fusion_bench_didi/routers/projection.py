@@ -9,7 +9,7 @@ excite more than in how strongly.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,8 @@ from torch.nn import functional as F
 
 from ..lowrank.svd import spectrum
 from ..serving.layers import apart, patches
-from .base import Router
+from .base import RoutedModel, Router
 from .capture import blocks, layer_names, record
-
-if TYPE_CHECKING:
-    from ..models.dynamic import DynamicModel
 
 EPS = 1e-6
 
@@ -71,14 +68,14 @@ class ProjectionRouter(Router):
         return {**super().options(), **own}
 
     @torch.no_grad()
-    def bind(self, model: "DynamicModel") -> None:
+    def bind(self, model: RoutedModel) -> None:
         super().bind(model)
         self.names = self._layers(model)
         for i, name in enumerate(self.names):
             basis = self._basis(model, name)
             self.register_buffer(f"basis_{i}", basis, persistent=False)
 
-    def features(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+    def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         found = record(model, args, kwargs, inputs_of=self.names)
         parts = []
         for i, name in enumerate(self.names):
@@ -95,7 +92,7 @@ class ProjectionRouter(Router):
             scores = scores + (inner / part[:, -1:]).log()
         return scores
 
-    def _layers(self, model: "DynamicModel") -> list[str]:
+    def _layers(self, model: RoutedModel) -> list[str]:
         backbone, touched = model.backbone, set(model.touched)
         asked = self.layers
         if asked is None:
@@ -117,7 +114,7 @@ class ProjectionRouter(Router):
             )
         return names
 
-    def _basis(self, model: "DynamicModel", name: str) -> Tensor:
+    def _basis(self, model: RoutedModel, name: str) -> Tensor:
         """(T k, n)."""
         module, weight = model.backbone.get_submodule(name), f"{name}.weight"
         base, bases = model.base_tensor(weight).float(), []

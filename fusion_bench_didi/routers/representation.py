@@ -6,16 +6,14 @@ to the deepest layer asked for.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .base import Router
+from ..deltas.names import escaped, unescaped
+from .base import RoutedModel, Router
 from .capture import layer_names, pooled, record
-
-if TYPE_CHECKING:
-    from ..models.dynamic import DynamicModel
 
 DISTANCES = ("l2", "cosine")
 NORMALIZATIONS = ("none", "mean", "minmax")
@@ -102,20 +100,20 @@ class RepresentationRouter(Router):
     def shared_scale(self) -> float:
         return self.total_mass
 
-    def bind(self, model: "DynamicModel") -> None:
+    def bind(self, model: RoutedModel) -> None:
         super().bind(model)
         self.names = layer_names(model.backbone, self.layers)
 
     def anchor(self, changes: Mapping[str, Tensor]) -> Router:
         """Keep a merged model that is no sum of the experts: its change of every tensor, stored with the router."""
         for name, change in changes.items():
-            self.register_buffer(_ANCHOR + name.replace(".", "/"), change.clone())
+            self.register_buffer(_ANCHOR + escaped(name), change.clone())
         return self
 
     def anchor_changes(self) -> dict[str, Tensor]:
         found = self._buffers.items()
         return {
-            key.removeprefix(_ANCHOR).replace("/", "."): value
+            unescaped(key.removeprefix(_ANCHOR)): value
             for key, value in found
             if key.startswith(_ANCHOR)
         }
@@ -124,7 +122,7 @@ class RepresentationRouter(Router):
     def anchored(self) -> bool:
         return any(key.startswith(_ANCHOR) for key in self._buffers)
 
-    def features(self, model: "DynamicModel", *args: Any, **kwargs: Any) -> Tensor:
+    def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         """(B, L T) distances."""
         merged = self.merged_states(model, args, kwargs)
         columns = []
@@ -136,7 +134,9 @@ class RepresentationRouter(Router):
         by_layer = (torch.stack(layer, 1) for layer in zip(*columns))  # L of (B, T)
         return torch.cat(list(by_layer), 1).float()
 
-    def merged_states(self, model, args: tuple, kwargs: dict) -> list[Tensor]:
+    def merged_states(
+        self, model: RoutedModel, args: tuple, kwargs: dict
+    ) -> list[Tensor]:
         """The merged model's representation, one (B, n) per layer."""
         if self.anchored:
             changes = self.anchor_changes()
@@ -146,9 +146,14 @@ class RepresentationRouter(Router):
         return self.states(model, row, args, kwargs, shared_scale=self.merged_shared)
 
     def states(
-        self, model, row: Tensor | None, args: tuple, kwargs: dict, **options: Any
+        self,
+        model: RoutedModel,
+        row: Tensor | None,
+        args: tuple,
+        kwargs: dict,
+        **options: Any,
     ) -> list[Tensor]:
-        """Representations under one row of weights; options as of :func:`.probes.record`."""
+        """Representations under one row of weights; options as of :func:`.capture.record`."""
         found = record(
             model, args, kwargs, weights=row, outputs_of=self.names, **options
         )

@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 from ..deltas.base import Delta
-from ..deltas.plain import LowRankDelta, SpectralDelta
-from ..deltas.quantized import RoundedLowRankDelta
-from ..deltas.tucker import Core
 
 Factors = tuple[Tensor, Tensor]
 Matrix = Union[Tensor, Callable[[], Tensor]]
@@ -54,13 +51,13 @@ class Bank:
         raise NotImplementedError
 
     def mixed(self, weights: Tensor) -> Tensor:
-        """``common + sum_t w_t (value_t - common)`` for one row of weights (T,); of a one-hot row the task's, exactly."""
+        """``shared + sum_t w_t (value_t - shared)``, shared the shared model's, for one row of weights (T,); of a one-hot row the task's, exactly."""
         active = weights.nonzero().squeeze(1).tolist()
         if len(active) == 1 and weights[active[0]] == 1:
             return self.value(active[0])
-        value = common = self.value(self.tasks)
+        value = shared = self.value(self.tasks)
         for task in active:
-            value = value + weights[task].to(common) * (self.value(task) - common)
+            value = value + weights[task].to(shared) * (self.value(task) - shared)
         return value
 
 
@@ -80,34 +77,34 @@ class ValueBank(Bank):
 
 
 class MatrixBank(Bank):
-    """``x W_t = x C + (x A_t) B_t``, or ``x D_t`` where the task's matrix is kept.
+    """``x W_t = x S + (x A_t) B_t``, or ``x D_t`` where the task's matrix is kept.
 
     Args:
         shape: of the backbone's tensor.
-        common: (n, m) base plus shared change.
+        shared: S (n, m), the shared model's.
         tasks: per task the factors (n, r) and (r, m), the matrix (n, m) or a function that makes it, or None for
-            ``common``.
+            ``shared``.
         turned: the backbone holds the transpose, (m, n).
     """
 
     def __init__(
         self,
         shape: tuple[int, ...],
-        common: Tensor,
+        shared: Tensor,
         tasks: Sequence[Factors | Matrix | None],
         *,
         turned: bool,
     ):
         super().__init__(len(tasks))
-        self.shape, self.common, self.turned = shape, common, turned
-        n, m = common.shape
-        nothing = (common.new_zeros(n, 0), common.new_zeros(0, m))
+        self.shape, self.shared, self.turned = shape, shared, turned
+        n, m = shared.shape
+        nothing = (shared.new_zeros(n, 0), shared.new_zeros(0, m))
         kept = [*tasks, None]
         factors = [k if isinstance(k, tuple) else nothing for k in kept]
         self.dense = [
             t for t, k in enumerate(kept) if not isinstance(k, (tuple, NoneType))
         ]
-        matrices = [k if t in self.dense else common for t, k in enumerate(kept)]
+        matrices = [k if t in self.dense else shared for t, k in enumerate(kept)]
         made = any(callable(k) for k in matrices)
         self.matrices = Matrices(matrices) if made else matrices
         ranks = [first.shape[1] for first, _ in factors]
@@ -115,7 +112,7 @@ class MatrixBank(Bank):
         self.last = torch.cat([last for _, last in factors])  # (R, m)
         self.firsts, self.lasts = self.first.split(ranks, 1), self.last.split(ranks)
         owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-        self.owner = owner.to(common.device)  # (R,) the task of each direction
+        self.owner = owner.to(shared.device)  # (R,) the task of each direction
 
     def value(self, task: int) -> Tensor:
         matrix = self.matrices[task]
@@ -124,7 +121,7 @@ class MatrixBank(Bank):
         return (matrix.mT if self.turned else matrix).reshape(self.shape)
 
     def stacked(self) -> Tensor:
-        """All matrices as one tensor (T + 1, n, m), which from now on is what the table holds."""
+        """All matrices as one tensor (T + 1, n, m), which from now on is what the bank holds."""
         whole = torch.stack([m + f @ b for m, f, b in self._parts()])
         self.__init__(self.shape, whole[-1], list(whole[:-1]), turned=self.turned)
         return whole
@@ -152,12 +149,12 @@ class Matrices(Sequence):
         return len(self.kept)
 
 
-def side_by_side(tables: Sequence[MatrixBank]) -> MatrixBank:
-    """All columns of tables that are :attr:`~MatrixBank.held`, which from now on hold parts of it."""
-    wide = [torch.cat(matrices, 1) for matrices in zip(*(t.matrices for t in tables))]
-    parts = [matrix.split([t.common.shape[1] for t in tables], 1) for matrix in wide]
-    for table, own in zip(tables, zip(*parts)):
-        table.__init__(table.shape, own[-1], own[:-1], turned=table.turned)
+def side_by_side(banks: Sequence[MatrixBank]) -> MatrixBank:
+    """All columns of banks that are :attr:`~MatrixBank.held`, which from now on hold parts of it."""
+    wide = [torch.cat(matrices, 1) for matrices in zip(*(b.matrices for b in banks))]
+    parts = [matrix.split([b.shared.shape[1] for b in banks], 1) for matrix in wide]
+    for bank, own in zip(banks, zip(*parts)):
+        bank.__init__(bank.shape, own[-1], own[:-1], turned=bank.turned)
     n, m = wide[-1].shape
     return MatrixBank((m, n), wide[-1], wide[:-1], turned=True)
 
@@ -175,58 +172,42 @@ def bank_of(
     turned: bool | None = None,
     serving: Serving = Serving(),
 ) -> AnyBank:
-    """The table of one tensor, in its data type and on its device, computed in float32.
+    """The bank of one tensor, in its data type and on its device, computed in float32.
 
     Args:
         shared: the change that all tasks share, counted ``shared_scale`` times for the shared model.
         deltas: per task.
-        turned: for a matrix, whether (m, n) is what the backbone holds; None for a table of values.
+        turned: for a matrix, whether (m, n) is what the backbone holds; None for a bank of values.
     """
-    whole = None if shared is None else shared.change()
-    common = base.float() if whole is None else base.float() + shared_scale * whole
-
-    def own(delta: Delta) -> Tensor:
-        """What a task adds to ``common``."""
-        change = delta.change(shared)
-        return change if shared is None else change - shared.change()
+    decoded = None if shared is None else shared.decoded()
+    start = base.float()
+    if decoded is not None:
+        start = start + shared_scale * decoded.change()
 
     if turned is None:
-        values = [common if delta is None else common + own(delta) for delta in deltas]
-        return ValueBank(torch.stack([*values, common]).to(base.dtype))
+        values = [start if d is None else start + d.beyond(decoded) for d in deltas]
+        return ValueBank(torch.stack([*values, start]).to(base.dtype))
 
     def laid_out(matrix: Tensor) -> Tensor:
         matrix = matrix.flatten(1)
         matrix = (matrix.mT if turned else matrix).to(base.dtype).contiguous()
         return matrix.clone() if matrix.data_ptr() == base.data_ptr() else matrix
 
-    start = laid_out(common)
+    of_shared = laid_out(start)
 
     def kept(delta: Delta | None) -> Factors | Matrix | None:
-        factors = None if delta is None else factors_of(delta, shared)
-        if factors is not None and delta.numel >= serving.small:
-            size = sum(factor.numel() for factor in factors)
-            if size <= serving.dense_above * delta.numel:
-                up, down = factors
-                pair = (down.mT, up.mT) if turned else (up, down)
-                return tuple(factor.to(base.dtype) for factor in pair)
         if delta is None:
             return None
+        factors = delta.beyond_product(decoded)
+        if factors is not None and delta.numel >= serving.small:
+            size = factors.up.numel() + factors.down.numel()
+            if size <= serving.dense_above * delta.numel:
+                factors = (factors.mT if turned else factors).to(base.dtype)
+                return factors.up, factors.down
         if serving.hold:
-            return laid_out(common + own(delta))
-        return lambda: start + laid_out(own(delta))
+            return laid_out(start + delta.beyond(decoded))
+        # what is decoded stays out of the function: kept, it would take the memory that making anew saves
+        return lambda: of_shared + laid_out(delta.beyond(shared))
 
     tasks = [kept(delta) for delta in deltas]
-    return MatrixBank(tuple(base.shape), start, tasks, turned=turned)
-
-
-def factors_of(delta: Delta, shared: Delta | None) -> Factors | None:
-    """(up, down) in float32 of a change that is stored as a product, ``shared + up @ down``."""
-    if isinstance(delta, Core):
-        return shared.factors(delta.core())
-    if isinstance(delta, RoundedLowRankDelta):
-        return delta.factors()
-    if isinstance(delta, SpectralDelta):
-        return delta.up.float() * delta.sigma.float(), delta.down.float()
-    if isinstance(delta, LowRankDelta):
-        return delta.up.float(), delta.down.float()
-    return None
+    return MatrixBank(tuple(base.shape), of_shared, tasks, turned=turned)

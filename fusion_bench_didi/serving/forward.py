@@ -10,25 +10,27 @@ architecture whose outputs are batch-first. The first is used where every change
 per-sample form, and where it agrees with the second on a few samples of the first batch; the second otherwise.
 
 On a CPU, where a batch that overflows the cache is slower than its parts, the sorted batch is cut between tasks.
+
+Threads may share a mixed forward. Layered passes run side by side; what puts other tensors into the backbone itself, as
+grouped passes do, waits for its turn.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .banks import Serving, bank_of
-from .layers import Current, PerSampleLinear, UnsupportedShape, is_turned
+from .banks import AnyBank
+from .layers import PerSampleLinear, UnsupportedShape
 from .mixtures import ByTask, Mix, batch_size, mix_of, regrouped
 from .network import per_sample_network
+from .running import Pass, Running
 from .shadow import network_with
-
-if TYPE_CHECKING:
-    from ..models.dynamic import DynamicModel
 
 log = logging.getLogger(__name__)
 #: relative; a wrong layer order is off by far more, rounding by far less
@@ -43,37 +45,27 @@ class MixedForward:
     """The mixed forward of one model.
 
     Args:
-        model: whose experts are mixed. Changes to it afterwards are not seen; make another.
-        shared_scale: ``s``.
-        serving: memory against time.
+        backbone: whose layers are run.
+        banks: of the tensors that some task changes, by name.
+        count: T.
+        lock: held while the backbone's own tensors are replaced; one for all mixed forwards of a backbone.
     """
 
     def __init__(
         self,
-        model: "DynamicModel",
+        backbone: nn.Module,
+        banks: Mapping[str, AnyBank],
+        count: int,
         *,
-        shared_scale: float = 1.0,
-        serving: Serving = Serving(),
+        lock: AbstractContextManager | None = None,
     ):
-        self.backbone, self.count = model.backbone, len(model.tasks)
-        # tensors that are made in inference mode could not be used outside of it
-        with torch.inference_mode(False):
-            self.tables = {}
-            for name in model.touched:
-                owner, _, leaf = name.rpartition(".")
-                self.tables[name] = bank_of(
-                    model.base_tensor(name),
-                    model.shared.get(name),
-                    [model.modulators[task].deltas.get(name) for task in model.tasks],
-                    shared_scale=shared_scale,
-                    turned=is_turned(self.backbone.get_submodule(owner), leaf),
-                    serving=serving,
-                )
-            self.current = Current()
-            self.network = per_sample_network(self.backbone, self.tables, self.current)
-            self.common = self.network and network_with(
-                self.backbone, {n: t.value(self.count) for n, t in self.tables.items()}
-            )
+        self.backbone, self.banks, self.count = backbone, dict(banks), count
+        self.lock = threading.RLock() if lock is None else lock
+        self.running = Running()
+        self.network = per_sample_network(backbone, self.banks, self.running)
+        self.shared_network = self.network and network_with(
+            backbone, {name: bank.value(count) for name, bank in self.banks.items()}
+        )
         self.trusted, self.limit = False, PROBES
 
     @torch.no_grad()
@@ -98,16 +90,27 @@ class MixedForward:
             device = next(self.backbone.parameters()).device
             none = torch.full((batch_size(args, kwargs),), self.count, device=device)
             return self.by_task(none, *args, **kwargs)
-        return _following(self.backbone, self.common)(*args, **kwargs)
+        return _following(self.backbone, self.shared_network)(*args, **kwargs)
 
-    def layered(self, mix: Mix, args: tuple, kwargs: dict) -> Any:
+    def with_tensors(
+        self, tensors: Mapping[str, Tensor], args: tuple, kwargs: dict
+    ) -> Any:
+        """The backbone's output with other tensors in place of its own, one thread at a time."""
+        with self.lock:
+            return functional_call(self.backbone, dict(tensors), args, kwargs)
+
+    def layered(self, network: nn.Module, mix: Mix, args: tuple, kwargs: dict) -> Any:
         """The whole batch at once, or on a CPU in pieces whose activations stay in its cache."""
-        network = _following(self.backbone, self.network)
+        network = _following(self.backbone, network)
         whole = torch.compiler.is_compiling() or mix.order.device.type != "cpu"
 
         def run(piece: Mix, args: tuple, kwargs: dict) -> Any:
-            self.current.mix = piece
-            return network(*args, **kwargs)
+            outer = self.running.current
+            self.running.current = Pass(piece)
+            try:
+                return network(*args, **kwargs)
+            finally:
+                self.running.current = outer
 
         return _in_pieces([mix] if whole else mix.pieces(self.limit), run, args, kwargs)
 
@@ -115,17 +118,18 @@ class MixedForward:
         """One pass per distinct row of weights."""
 
         def run(piece: Mix, args: tuple, kwargs: dict) -> Any:
-            tensors = {n: piece.value(t) for n, t in self.tables.items()}
-            return functional_call(self.backbone, tensors, args, kwargs)
+            tensors = {name: piece.value(bank) for name, bank in self.banks.items()}
+            return self.with_tensors(tensors, args, kwargs)
 
         return _in_pieces(list(mix.groups()), run, args, kwargs)
 
     def _run(self, mix: Mix, args: tuple, kwargs: dict) -> Any:
         self.verify(mix.size, args, kwargs)
-        if self.network is None or mix.uniform:
+        network = self.network
+        if network is None or mix.uniform:
             return self.grouped(mix, args, kwargs)
         try:
-            return self.layered(mix, args, kwargs)
+            return self.layered(network, mix, args, kwargs)
         except UnsupportedShape as reason:
             self._give_up(reason)
             return self.grouped(mix, args, kwargs)
@@ -137,21 +141,24 @@ class MixedForward:
 
     @torch.compiler.disable
     def _compare(self, size: int, args: tuple, kwargs: dict) -> None:
-        """Run a few samples, each under another task, both ways."""
-        device = next(self.backbone.parameters()).device
-        tasks = torch.arange(min(PROBES, self.count), device=device)
-        picked = regrouped((args, kwargs), tasks % size, size)
-        mix = ByTask.of(tasks, self.count)
-        try:
-            with _largest_output(self.network) as largest:
-                found = self.layered(mix, *picked)
-        except UnsupportedShape as reason:
-            return self._give_up(reason)
-        self.limit = CACHE // max(largest)
-        if _agree(self.grouped(mix, *picked), found):
-            self.trusted = True
-        else:
-            self._give_up("results differ from those of single tasks")
+        """Run a few samples, each under another task, both ways; other threads wait for the outcome."""
+        with self.lock:
+            if self.network is None or self.trusted:
+                return
+            device = next(self.backbone.parameters()).device
+            tasks = torch.arange(min(PROBES, self.count), device=device)
+            picked = regrouped((args, kwargs), tasks % size, size)
+            mix = ByTask.of(tasks, self.count)
+            try:
+                with _largest_output(self.network) as largest:
+                    found = self.layered(self.network, mix, *picked)
+            except UnsupportedShape as reason:
+                return self._give_up(reason)
+            self.limit = CACHE // max(largest)
+            if _agree(self.grouped(mix, *picked), found):
+                self.trusted = True
+            else:
+                self._give_up("results differ from those of single tasks")
 
     def _give_up(self, reason: Any) -> None:
         log.warning("Mixed batches are run group by group: %s.", reason)
@@ -192,21 +199,21 @@ def _in_pieces(
         parts.append(run(piece, *regrouped((args, kwargs), piece.order, size)))
     output = parts[0]
     if len(parts) > 1:
-        output = _joined(parts, [piece.size for piece in pieces])
+        output = _concatenated(parts, [piece.size for piece in pieces])
     return regrouped(output, order.argsort(), size)
 
 
-def _joined(parts: list[Any], sizes: list[int]) -> Any:
+def _concatenated(parts: list[Any], sizes: list[int]) -> Any:
     """Outputs of the pieces as the output of one batch."""
     first = parts[0]
     if isinstance(first, Tensor):
         rows = all(p.ndim and len(p) == n for p, n in zip(parts, sizes))
         return torch.cat(parts) if rows else first
     if isinstance(first, Mapping):
-        joined = {key: _joined([p[key] for p in parts], sizes) for key in first}
-        return type(first)(**joined)
+        whole = {key: _concatenated([p[key] for p in parts], sizes) for key in first}
+        return type(first)(**whole)
     if isinstance(first, (tuple, list)):
-        return type(first)(_joined(list(p), sizes) for p in zip(*parts))
+        return type(first)(_concatenated(list(p), sizes) for p in zip(*parts))
     return first
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .banks import MatrixBank, ValueBank
-from .mixtures import Mix
+from .running import Pass
 
 
 class FusedLinears:
@@ -15,26 +15,30 @@ class FusedLinears:
     the first batch is compared with single tasks.
 
     Args:
-        table: (n, m) with the columns of all layers.
+        bank: (n, m) with the columns of all layers.
         biases: of all layers.
         widths: columns per layer.
+        number: which fused layers of the network these are.
     """
 
     def __init__(
-        self, table: MatrixBank, biases: ValueBank | None, widths: Sequence[int]
+        self,
+        bank: MatrixBank,
+        biases: ValueBank | None,
+        widths: Sequence[int],
+        number: int,
     ):
-        self.table, self.biases, self.widths = table, biases, list(widths)
-        self._forget()
+        self.bank, self.biases, self.widths = bank, biases, list(widths)
+        self.number = number
 
-    def part(self, place: int, x: Tensor, mix: Mix) -> Tensor:
-        """The output of one of the layers."""
-        if x is not self.x or mix is not self.mix or self.parts[place] is None:
-            y = mix.product(x, self.table, self.biases)
-            self.x, self.mix, self.parts = x, mix, [*y.split(self.widths, -1)]
-        part, self.parts[place] = self.parts[place], None
-        if all(other is None for other in self.parts):
-            self._forget()
+    def part(self, place: int, x: Tensor, current: Pass) -> Tensor:
+        """The output of one of the layers in a pass."""
+        seen, parts = current.fused.get(self.number, (None, []))
+        if x is not seen or parts[place] is None:
+            y = current.mix.product(x, self.bank, self.biases)
+            parts = [*y.split(self.widths, -1)]
+            current.fused[self.number] = x, parts
+        part, parts[place] = parts[place], None
+        if all(other is None for other in parts):
+            del current.fused[self.number]
         return part
-
-    def _forget(self) -> None:
-        self.x = self.mix = self.parts = None

@@ -1,7 +1,7 @@
 """A backbone whose changed layers run every sample under its own weights.
 
 The network is a second set of modules over the same tensors: leaf modules that own changed tensors become a subclass with
-another forward. What the batch is mixed by is put into :class:`Current` before a call.
+another forward. What the batch is mixed by is found in :class:`~.running.Running`.
 """
 
 from collections.abc import Mapping
@@ -14,35 +14,30 @@ from torch.nn import functional as F
 from .banks import AnyBank, ValueBank
 from .fused_linears import FusedLinears
 from .mixtures import Mix, over
+from .running import Running
 
 
 class UnsupportedShape(Exception):
     """An input whose first side is not the batch; says which."""
 
 
-class Current:
-    """What the batch under way is mixed by."""
-
-    mix: Mix | None = None
-
-
 class PerSample:
     """What the subclasses below have beside the module they extend.
 
     Attributes:
-        tables: of the changed tensors, by their name in the module.
-        current: shared by the whole network.
+        banks: of the changed tensors, by their name in the module.
+        running: shared by the whole network.
     """
 
-    tables: Mapping[str, AnyBank]
-    current: Current
+    banks: Mapping[str, AnyBank]
+    running: Running
 
     def prepare(self) -> None:
         """Working copies, before the first call."""
 
     def mix_for(self, x: Tensor) -> Mix:
         """The current mix, if it is of as many samples as the input."""
-        mix = self.current.mix
+        mix = self.running.current.mix
         if x.ndim < 2 or len(x) != mix.size:
             raise UnsupportedShape(f"{type(self).__name__} is given {tuple(x.shape)}")
         return mix
@@ -51,21 +46,21 @@ class PerSample:
 class PerSampleLinear(PerSample):
     """``x W + b``: linear layers, and the (n, m) ones of GPT-2."""
 
-    joint: FusedLinears | None = None
+    fused: FusedLinears | None = None
     place = 0
 
     def prepare(self) -> None:
-        self.biases = self.tables.get("bias")
+        self.biases = self.banks.get("bias")
         if self.biases is None and self.bias is not None:
-            tasks = self.tables["weight"].tasks
+            tasks = self.banks["weight"].tasks
             self.biases = ValueBank(self.bias.expand(tasks + 1, -1))
 
     def forward(self, x: Tensor) -> Tensor:
         mix = self.mix_for(x)
-        if self.joint is not None:
-            return self.joint.part(self.place, x, mix)
-        if "weight" in self.tables:
-            return mix.product(x, self.tables["weight"], self.biases)
+        if self.fused is not None:
+            return self.fused.part(self.place, x, self.running.current)
+        if "weight" in self.banks:
+            return mix.product(x, self.banks["weight"], self.biases)
         y = super().forward(x)
         return y + over(mix.rows(self.biases) - self.bias, y)
 
@@ -75,11 +70,11 @@ class PerSamplePatchConv(PerSampleLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         mix = self.mix_for(x)
-        if "weight" not in self.tables:
+        if "weight" not in self.banks:
             y = nn.Conv2d.forward(self, x)
             return y + (mix.rows(self.biases) - self.bias)[:, :, None, None]
         rows = patches(x, self.kernel_size)
-        y = mix.product(rows, self.tables["weight"], self.biases)
+        y = mix.product(rows, self.banks["weight"], self.biases)
         return y.mT.unflatten(2, (-1, x.shape[3] // self.kernel_size[1]))
 
 
@@ -97,9 +92,9 @@ class PerSampleLayerNorm(PerSample):
         return y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight, out=y)
 
     def rows(self, leaf: str, mix: Mix, x: Tensor) -> Tensor | None:
-        if leaf not in self.tables:
+        if leaf not in self.banks:
             return getattr(self, leaf)
-        rows = mix.rows(self.tables[leaf])
+        rows = mix.rows(self.banks[leaf])
         missing = x.ndim - rows.ndim
         return rows.view(len(rows), *(1,) * missing, *rows.shape[1:])
 
@@ -108,19 +103,19 @@ class PerSampleEmbedding(PerSample):
     """An embedding; ids (1, N) are the same for all samples."""
 
     def prepare(self) -> None:
-        table = self.tables["weight"]
-        self.values = table.stacked() if table.dense else None
+        bank = self.banks["weight"]
+        self.values = bank.stacked() if bank.dense else None
 
     def forward(self, ids: Tensor) -> Tensor:
-        size, table = self.current.mix.size, self.tables["weight"]
+        size, bank = self.running.current.mix.size, self.banks["weight"]
         if ids.ndim > 1 and len(ids) == 1:
             ids = ids.expand(size, *ids.shape[1:])
         mix = self.mix_for(ids)
         if self.values is not None:
             return mix.lookup(ids, self.values)
-        inner = F.embedding(ids, table.first)
-        own = inner * over(mix.scale(table.owner).to(inner), inner)
-        return F.embedding(ids, table.common) + own @ table.last
+        inner = F.embedding(ids, bank.first)
+        own = inner * over(mix.scale(bank.owner).to(inner), inner)
+        return F.embedding(ids, bank.shared) + own @ bank.last
 
 
 @lru_cache(maxsize=None)
@@ -128,13 +123,13 @@ def broadcast_form(leaf: str) -> type:
     """A module that sees its parameter once per sample."""
 
     def rows(self: PerSample) -> Tensor:
-        return self.current.mix.rows(self.tables[leaf])[:, None]
+        return self.running.current.mix.rows(self.banks[leaf])[:, None]
 
     return type("Broadcast", (PerSample,), {leaf: property(rows)})
 
 
 def is_turned(module: nn.Module, leaf: str) -> bool | None:
-    """How :func:`~.tables.bank_of` lays a tensor out for the module that owns it."""
+    """How :func:`~.banks.bank_of` lays a tensor out for the module that owns it."""
     if getattr(module, leaf).ndim < 2:
         return None
     return isinstance(module, (nn.Linear, nn.Conv2d))

@@ -1,7 +1,7 @@
 """What a batch is mixed by: a task per sample, or weights over the tasks per sample.
 
-Both offer the same operations on tables, per sample: :meth:`rows` of a small tensor, a :meth:`product` with a matrix, and
-a :meth:`lookup` of rows of a matrix; and the :meth:`value` of a table where all samples see one.
+Both offer the same operations on banks, per sample: :meth:`rows` of a small tensor, a :meth:`product` with a matrix, and
+a :meth:`lookup` of rows of a matrix; and the :meth:`value` of a bank where all samples see one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,24 +85,24 @@ class ByTask:
         tasks, order = (torch.cat(pair) for pair in both)
         return ByTask(tasks, self.counts + other.counts, order)
 
-    def value(self, table: Bank) -> Tensor:
+    def value(self, bank: Bank) -> Tensor:
         """A tensor as the first sample sees it."""
-        return table.value(int(self.tasks[0]))
+        return bank.value(int(self.tasks[0]))
 
-    def rows(self, table: ValueBank) -> Tensor:
+    def rows(self, bank: ValueBank) -> Tensor:
         """(B, *shape)."""
-        return table.values.index_select(0, self.tasks)
+        return bank.values.index_select(0, self.tasks)
 
     def scale(self, owner: Tensor) -> Tensor:
         """(B, R) weights of directions that belong to the tasks ``owner`` (R,)."""
         return self.tasks[:, None] == owner
 
-    def product(self, x: Tensor, table: MatrixBank, bias: ValueBank | None) -> Tensor:
+    def product(self, x: Tensor, bank: MatrixBank, bias: ValueBank | None) -> Tensor:
         """``x_i W_i + b_i`` for x (B, ..., n); (B, ..., m)."""
         biases = None if bias is None else bias.values
-        factors = table.firsts, table.lasts
+        factors = bank.firsts, bank.lasts
         return product_by_task(
-            x, self.tasks, self.counts, biases, table.matrices, *factors
+            x, self.tasks, self.counts, biases, bank.matrices, *factors
         )
 
     def lookup(self, positions: Tensor, values: Tensor) -> Tensor:
@@ -135,8 +135,8 @@ class ByWeight:
     def size(self) -> int:
         return len(self.weights)
 
-    def value(self, table: Bank) -> Tensor:
-        return table.mixed(self.weights[0])
+    def value(self, bank: Bank) -> Tensor:
+        return bank.mixed(self.weights[0])
 
     def groups(self) -> Iterator["ByWeight"]:
         """The samples of equal weights each."""
@@ -151,30 +151,30 @@ class ByWeight:
     def scale(self, owner: Tensor) -> Tensor:
         return self.weights[:, owner]
 
-    def rows(self, table: ValueBank) -> Tensor:
-        common = table.values[-1]
-        changes = table.values[:-1] - common
-        return common + torch.tensordot(self.weights.to(common), changes, 1)
+    def rows(self, bank: ValueBank) -> Tensor:
+        shared = bank.values[-1]
+        changes = bank.values[:-1] - shared
+        return shared + torch.tensordot(self.weights.to(shared), changes, 1)
 
-    def product(self, x: Tensor, table: MatrixBank, bias: ValueBank | None) -> Tensor:
+    def product(self, x: Tensor, bank: MatrixBank, bias: ValueBank | None) -> Tensor:
         weights = self.weights.to(x)
-        if table.dense:
-            own = weights[:, table.dense]
+        if bank.dense:
+            own = weights[:, bank.dense]
             weights_of = torch.cat([own, 1 - own.sum(1, keepdim=True)], 1)
-            matrices = [*(table.matrices[task] for task in table.dense), table.common]
+            matrices = [*(bank.matrices[task] for task in bank.dense), bank.shared]
             y = _mixed_product(x, weights_of, matrices)
         else:
-            y = x @ table.common
-        if len(table.owner):
-            scale = over(weights[:, table.owner], x)
-            y = y + ((x @ table.first) * scale) @ table.last
+            y = x @ bank.shared
+        if len(bank.owner):
+            scale = over(weights[:, bank.owner], x)
+            y = y + ((x @ bank.first) * scale) @ bank.last
         return y if bias is None else y + over(self.rows(bias), y)
 
     def lookup(self, positions: Tensor, values: Tensor) -> Tensor:
-        y = common = F.embedding(positions, values[-1])
+        y = shared = F.embedding(positions, values[-1])
         for task in range(len(values) - 1):
-            scale = over(self.weights[:, task : task + 1].to(values), common)
-            y = y + scale * (F.embedding(positions, values[task]) - common)
+            scale = over(self.weights[:, task : task + 1].to(values), shared)
+            y = y + scale * (F.embedding(positions, values[task]) - shared)
         return y
 
 

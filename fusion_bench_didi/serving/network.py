@@ -1,5 +1,9 @@
-"""To be described."""
+"""Which per-sample form every changed layer of a backbone has, and the network that is made of these layers.
 
+Changed linear layers that most architectures give one input are fused afterwards.
+"""
+
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -10,7 +14,6 @@ from torch import nn
 from .banks import AnyBank, ValueBank, side_by_side
 from .fused_linears import FusedLinears
 from .layers import (
-    Current,
     PerSample,
     PerSampleEmbedding,
     PerSampleLayerNorm,
@@ -19,6 +22,7 @@ from .layers import (
     apart,
     broadcast_form,
 )
+from .running import Running
 from .shadow import Change, shadowed
 
 #: bare parameters (n,) that broadcast in their module's forward, which then takes them per sample as (B, 1, n)
@@ -49,13 +53,13 @@ def form_of(module: nn.Module, leaves: Mapping[str, Any]) -> type | None:
 
 
 def per_sample_network(
-    backbone: nn.Module, tables: Mapping[str, AnyBank], current: Current
+    backbone: nn.Module, banks: Mapping[str, AnyBank], running: Running
 ) -> nn.Module | None:
     """The network; None if a changed tensor belongs to a module without a per-sample form, or to several modules."""
     by_module: dict[str, dict[str, AnyBank]] = {}
-    for name, table in tables.items():
+    for name, bank in banks.items():
         owner, _, leaf = name.rpartition(".")
-        by_module.setdefault(owner, {})[leaf] = table
+        by_module.setdefault(owner, {})[leaf] = bank
     uses: dict[int, int] = {}
     for _, parameter in backbone.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
@@ -66,15 +70,15 @@ def per_sample_network(
         form = None if tied else form_of(module, leaves)
         if form is None:
             return None
-        changes[module] = _turned_into(form, leaves, current)
+        changes[module] = _turned_into(form, leaves, running)
     network = shadowed(backbone, changes)
-    join(network)
+    fuse(network)
     return network
 
 
-def _turned_into(form: type, tables: Mapping[str, AnyBank], current: Current) -> Change:
+def _turned_into(form: type, banks: Mapping[str, AnyBank], running: Running) -> Change:
     def change(twin: nn.Module) -> None:
-        twin.__dict__.update(tables=tables, current=current)
+        twin.__dict__.update(banks=banks, running=running)
         twin.__class__ = _combined(form, type(twin))
         twin.prepare()
 
@@ -87,38 +91,40 @@ def _combined(form: type, kind: type) -> type:
 
 
 #: names of neighbors that most architectures give one input; where one does not, results are the same, only slower
-TOGETHER = (
+FUSABLE = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("gate_proj", "up_proj"),
 )
 
 
-def join(network: nn.Module) -> None:
+def fuse(network: nn.Module) -> None:
     """Let neighbors of a per-sample network that every task has matrices for multiply together."""
+    numbers = itertools.count()
     for module in network.modules():
-        for names in TOGETHER:
+        for names in FUSABLE:
             layers = [getattr(module, name, None) for name in names]
-            if all(map(_joinable, layers)) and len({_kind(l) for l in layers}) == 1:
-                _join(layers)
+            if all(map(_fusable, layers)) and len({_kind(l) for l in layers}) == 1:
+                _fuse(layers, next(numbers))
 
 
-def _joinable(layer: nn.Module | None) -> bool:
+def _fusable(layer: nn.Module | None) -> bool:
     if not isinstance(layer, nn.Linear):
         return False
-    table = getattr(layer, "tables", {}).get("weight")
-    return table is not None and table.held
+    bank = getattr(layer, "banks", {}).get("weight")
+    return bank is not None and bank.held
 
 
-def _kind(layer: "PerSampleLinear") -> tuple:
+def _kind(layer: PerSampleLinear) -> tuple:
     return layer.in_features, layer.biases is None
 
 
-def _join(layers: Sequence["PerSampleLinear"]) -> None:
-    table = side_by_side([layer.tables["weight"] for layer in layers])
+def _fuse(layers: Sequence[PerSampleLinear], number: int) -> None:
+    bank = side_by_side([layer.banks["weight"] for layer in layers])
     biases = None
     if layers[0].biases is not None:
         biases = ValueBank(torch.cat([layer.biases.values for layer in layers], 1))
-    joint = FusedLinears(table, biases, [layer.out_features for layer in layers])
+    widths = [layer.out_features for layer in layers]
+    fused = FusedLinears(bank, biases, widths, number)
     for place, layer in enumerate(layers):
-        layer.joint, layer.place = joint, place
+        layer.fused, layer.place = fused, place

@@ -6,11 +6,13 @@ import pytest
 import torch
 from fusion_bench.models.modulator import ModulatedModel, TaskModulator
 from helpers import BASE, OpenClipLike, didi, family, floats, same_bits
+from torch import nn
 from transformers import CLIPVisionModel
 
 from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
 from fusion_bench_didi.errors import UnknownTaskError
-from fusion_bench_didi.models.experts import TaskExpert
+from fusion_bench_didi.models.dynamic import DynamicModel
+from fusion_bench_didi.models.experts import NamedModules, TaskExpert
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -183,3 +185,85 @@ def test_attributes_of_an_openclip_encoder_are_found():
     model = didi(family(OpenClipLike()), budget=0.9)
     assert model.train_preprocess is None and model.val_preprocess is None
     assert BASE not in model.tasks
+
+
+# --- names --------------------------------------------------------------------------
+
+#: dots, what dots were once written as, names of attributes, and what escapes look like
+ODD = ("a.b", "a/b", "a\u2024b", "a~1b", "a~b", "type", "keys", "training", "forward")
+#: the same for tensors: of a submodule ``m`` and of the backbone itself
+TENSORS = ("m.x", "m/x", "m\u2024x", "m~1x", "keys", "items", "get", "values")
+
+
+class OddlyNamed(nn.Module):
+    """Tensors whose names differ by what stands between their parts only."""
+
+    def __init__(self):
+        super().__init__()
+        self.m = nn.Module()
+        for i, name in enumerate(TENSORS):
+            value = nn.Parameter(torch.full((3,), float(i)))
+            owner = self.m if name == "m.x" else self
+            owner.register_parameter(name.removeprefix("m."), value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x * value for value in self.parameters()], 1)
+
+
+def oddly_named() -> DynamicModel:
+    """Every task changes every tensor by a number of its own."""
+    experts = {
+        task: {
+            name: DenseDelta((3,), torch.full((3,), 100.0 * (t + 1) + i))
+            for i, name in enumerate(TENSORS)
+        }
+        for t, task in enumerate(ODD)
+    }
+    shared = {name: DenseDelta((3,), torch.full((3,), 0.5)) for name in TENSORS}
+    return DynamicModel(OddlyNamed(), shared, experts, unit_bits=1)
+
+
+@pytest.mark.parametrize("how", ["in memory", "saved", "copied", "pickled"])
+def test_names_of_tasks_and_tensors_are_taken_as_they_are(how, tmp_path):
+    model = oddly_named()
+    if how == "saved":
+        model.save_pretrained(tmp_path / "model")
+        model = DynamicModel.from_pretrained(tmp_path / "model", OddlyNamed())
+    if how == "copied":
+        model = copy.deepcopy(model)
+    if how == "pickled":
+        torch.save(model, tmp_path / "model.pt")
+        model = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert model.tasks == list(ODD) == list(model.storage.expert_bits)
+    assert model.touched == list(TENSORS) == list(model.storage.layer_bits)
+    x, ids = torch.ones(len(ODD), 3), torch.arange(len(ODD))
+    mixed = model(x, task_ids=ids)
+    for t, task in enumerate(ODD):
+        model.set_task(task)
+        assert model.current_task == task
+        for i, name in enumerate(TENSORS):
+            value = model.backbone.get_parameter(name)
+            assert value.equal(torch.full((3,), i + 0.5 + 100.0 * (t + 1) + i))
+        assert model(x)[t].equal(mixed[t])
+        assert model.materialize(task)(x)[t].equal(mixed[t])
+    model.unset_task()
+    assert same_bits(floats(model.backbone), floats(OddlyNamed()))
+    model.remove_modulator("a/b")
+    assert "a.b" in model.modulators and "a/b" not in model.modulators
+    assert model.tasks == [task for task in ODD if task != "a/b"]
+
+
+def test_named_modules_are_a_dictionary():
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    modules = NamedModules({"type": first, "": second})
+    assert modules["type"] is first and modules.get("") is second
+    assert list(modules) == modules.keys() == ["type", ""] and len(modules) == 2
+    assert modules.items() == [("type", first), ("", second)]
+    assert modules.values() == [first, second] == list(modules.children())
+    assert modules.get("/type") is None and "/type" not in modules
+    with pytest.raises(KeyError, match="no.such"):
+        modules["no.such"]
+    del modules["type"]
+    assert modules.keys() == [""]
+    modules.train(), modules.half()
+    assert second.weight.dtype == torch.half

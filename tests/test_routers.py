@@ -1,5 +1,8 @@
 """Mixed batches equal single tasks, and routers find tasks, count what they store, and survive saving."""
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -187,6 +190,44 @@ def test_unknown_inputs_fall_back_to_the_shared_model(merged):
     assert merged.router.unknown_rate == 1.0
     expected = merged(pixels, task_weights=torch.zeros(4, 3)).pooler_output
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["projection", "representation", "anchored"])
+def test_threads_are_routed_at_the_same_time(merged, kind):
+    """What a router records is its own thread's, though the layers are everyone's."""
+    router = make_router(kind.replace("anchored", "representation"), merged.tasks)
+    if kind == "anchored":
+        names = merged.touched
+        router.anchor({n: 0.1 * merged.base_tensor(n) for n in names})
+    merged.attach_router(router)
+    batches = [images(seed=seed) for seed in range(2)]
+    expected = [router.features(merged, pixels) for pixels in batches]
+    before = {n: p.clone() for n, p in merged.backbone.named_parameters()}
+    barrier, been = threading.Barrier(2), threading.local()
+
+    def meet(*_):
+        if not hasattr(been, "here"):
+            been.here = True
+            with contextlib.suppress(threading.BrokenBarrierError):
+                barrier.wait(timeout=0.5)
+
+    merged.backbone.vision_model.embeddings.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda x: router.features(merged, x), batches))
+    for one, alone in zip(found, expected):
+        torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
+    after = dict(merged.backbone.named_parameters())
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_anchors_of_any_tensor_come_back():
+    router = make_router("representation", ["a", "b"])
+    changes = {name: torch.randn(2) for name in ("m.x", "m/x", "m~x", "m.x.y")}
+    again = make_router("representation", ["a", "b"])
+    again.load(router.anchor(changes).tensors())
+    found = again.anchor_changes()
+    assert found.keys() == changes.keys()
+    assert all(found[name].equal(changes[name]) for name in changes)
 
 
 def test_a_task_set_by_hand_comes_first(merged):

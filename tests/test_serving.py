@@ -1,8 +1,11 @@
 """Mixed batches in every way they are run: by slices or by groups, factors or matrices, compiled, in bfloat16."""
 
+import contextlib
 import copy
 import io
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,8 +14,16 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaModel
 
+from fusion_bench_didi.deltas.base import DecodedDelta
+from fusion_bench_didi.deltas.masks import MaskedDelta, SparseDelta
+from fusion_bench_didi.deltas.plain import LowRankDelta
+from fusion_bench_didi.deltas.quantized import RoundedLowRankDelta
+from fusion_bench_didi.deltas.tucker import CoreDelta, RoundedBasesDelta
+from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DynamicModel
-from fusion_bench_didi.serving.banks import MatrixBank, Serving
+from fusion_bench_didi.quantization.rounding import round_factors
+from fusion_bench_didi.serving.banks import MatrixBank, Serving, bank_of
+from fusion_bench_didi.serving.forward import MixedForward
 from fusion_bench_didi.serving.grouped_matmul import product_by_task
 from fusion_bench_didi.serving.mixtures import ByTask, ByWeight, mix_of
 
@@ -232,6 +243,159 @@ def test_the_shared_model_is_the_model_of_no_task(merged):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+# --- several threads ----------------------------------------------------------------
+
+
+class Meeting:
+    """A forward hook at which two threads wait for each other, once each; not for one that waits for something else."""
+
+    def __init__(self, module: nn.Module):
+        self.barrier, self.been = threading.Barrier(2), threading.local()
+        module.register_forward_pre_hook(self)
+
+    def __call__(self, *_):
+        if not hasattr(self.been, "here"):
+            self.been.here = True
+            with contextlib.suppress(threading.BrokenBarrierError):
+                self.barrier.wait(timeout=0.5)
+
+
+def in_threads(*calls):
+    """Results of calls that run at the same time."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return [future.result() for future in [threads.submit(c) for c in calls]]
+
+
+def served(model: DynamicModel, seed: int, **options):
+    """What serves a batch of its own under tasks or weights of its own."""
+    weights = {"task_ids": task_ids(tasks=4, seed=seed)} if not options else options
+    return lambda: model(images(seed=seed), **weights).pooler_output
+
+
+@pytest.mark.parametrize("where", ["embeddings", "encoder.layers.1.self_attn.k_proj"])
+@pytest.mark.parametrize("how", ["by task", "by weight", "group by group"])
+def test_threads_serve_one_model_at_the_same_time(tiny_clip, how, where):
+    """They meet inside of the network, before its first layer and between layers that are fused."""
+    model = didi(tiny_clip.pool_models(), budget=0.7).eval()
+    options = [{}, {}]
+    if how == "by weight":
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.rand(2, 12, 3, generator=generator)
+        options = [{"task_weights": rows} for rows in weights]
+    calls = [served(model, i, **o) for i, o in enumerate(options)]
+    calls[0]()  # the first batch is compared with single tasks
+    if how == "group by group":
+        model.mixed.network = None
+    else:
+        model.mixed.limit = 100  # one piece, so that both are there when they meet
+    expected = [call() for call in calls]
+    Meeting(model.backbone.get_submodule(f"vision_model.{where}"))
+    for found, alone in zip(in_threads(*calls), expected):
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(calls[0](), expected[0], atol=1e-5, rtol=1e-5)
+
+
+def test_threads_that_come_first_wait_for_one_mixed_forward(merged, monkeypatch):
+    made, make = [], MixedForward.__init__
+
+    def counted(self, *args, **kwargs):
+        made.append(self)
+        make(self, *args, **kwargs)
+
+    expected = [served(copy.deepcopy(merged), seed)() for seed in range(4)]
+    monkeypatch.setattr(MixedForward, "__init__", counted)
+    found = in_threads(*(served(merged, seed) for seed in range(4)))
+    assert len(made) == 1 and made[0].trusted
+    for one, alone in zip(found, expected):
+        torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pass_inside_of_a_pass_leaves_the_outer_one(merged):
+    outer, inner = served(merged, 0), served(merged, 1)
+    expected = outer(), inner()
+    found = []
+
+    def serve_another(*_):
+        handle.remove()
+        found.append(inner())
+
+    middle = merged.backbone.vision_model.encoder.layers[1]
+    handle = middle.register_forward_pre_hook(serve_another)
+    assert outer().equal(expected[0]) and found[0].equal(expected[1])
+
+
+def test_nothing_of_a_batch_is_kept_where_it_fails(merged):
+    serve = served(merged, 0)
+    serve()
+
+    def stop(*_):
+        raise RuntimeError("stop here")
+
+    merged.backbone.vision_model.encoder.layers[1].register_forward_hook(stop)
+    with pytest.raises(RuntimeError, match="stop here"):
+        serve()
+    assert merged.mixed.running.current is None
+
+
+# --- banks --------------------------------------------------------------------------
+
+
+def _shared_parts() -> dict:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    low = LowRankFactors(draw(6, 2), draw(2, 5))
+    shared = RoundedLowRankDelta.of((6, 5), round_factors(low, bits=4))
+    own = LowRankDelta((6, 5), draw(6, 1), draw(1, 5))
+    bases = RoundedBasesDelta.of((6, 5), draw(6, 3), draw(2, 5), 8)
+    return {
+        "added": (shared, "factors", own),
+        "masked": (shared, "factors", MaskedDelta.of(draw(6, 5) > 0, 0.7)),
+        "sparse": (shared, "factors", SparseDelta.of(torch.eye(6, 5), torch.float32)),
+        "core": (bases, "bases", CoreDelta((6, 5), draw(3, 2))),
+    }
+
+
+@pytest.mark.parametrize("turned", [None, True, False])
+@pytest.mark.parametrize("form", ["added", "masked", "sparse", "core"])
+def test_the_shared_part_of_a_tensor_is_decoded_once(form, turned, monkeypatch):
+    shared, decoding, delta = _shared_parts()[form]
+    decode, times = getattr(shared, decoding), []
+
+    def counted():
+        times.append(decoding)
+        return decode()
+
+    base, deltas = torch.ones(6, 5), [delta, None, delta, delta]
+    expected = [
+        base + shared.change() if d is None else base + d.change(shared) for d in deltas
+    ]
+    for dense_above in (0.0, math.inf):
+        monkeypatch.setattr(shared, decoding, counted)
+        serving = Serving(dense_above, small=0)
+        bank = bank_of(base, shared, deltas, turned=turned, serving=serving)
+        monkeypatch.undo()
+        assert times == [decoding]
+        times.clear()
+        for task, value in enumerate(expected):
+            torch.testing.assert_close(bank.value(task), value)
+        torch.testing.assert_close(bank.value(4), base + shared.change())
+
+
+def test_matrices_that_are_made_when_used_keep_no_decoded_shared_part():
+    shared, _, delta = _shared_parts()["masked"]
+    bank = bank_of(
+        torch.ones(6, 5), shared, [delta], turned=True, serving=Serving(0.0, 0, False)
+    )
+    torch.testing.assert_close(bank.value(0), 1 + delta.change(shared))
+    (make,) = (kept for kept in bank.matrices.kept if callable(kept))
+    held = [cell.cell_contents for cell in make.__closure__]
+    assert any(value is shared for value in held)
+    assert not any(isinstance(value, DecodedDelta) for value in held)
+
+
 # --- the product --------------------------------------------------------------------
 
 
@@ -354,6 +518,27 @@ def test_compiled_routing_equals_eager(merged, weights):
         torch.testing.assert_close(
             found.pooler_output, expected.pooler_output, atol=1e-5, rtol=1e-5
         )
+
+
+def test_compiled_fused_layers_equal_eager_in_any_thread(tiny_clip):
+    model = didi(tiny_clip.pool_models(), budget=0.7).eval()
+    pixels = images()
+    model(pixels, task_ids=task_ids())
+    layers = list(model.mixed.network.modules())
+    assert any(getattr(layer, "fused", None) for layer in layers)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    def both(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = task_ids(tasks=4, seed=seed)
+        ways = (forward(pixels, task_ids=ids) for forward in (compiled, model))
+        return tuple(output.pooler_output for output in ways)
+
+    with ThreadPoolExecutor(1) as other:
+        for seed, pair in enumerate([both(0), both(1), *other.map(both, (2, 3))]):
+            torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow

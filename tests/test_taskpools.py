@@ -3,6 +3,8 @@
 Losses are compared too: on pictures of noise they tell models apart where accuracies may not.
 """
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -302,6 +304,43 @@ def test_exact_name_comes_first_and_the_map_reaches_the_rest():
         resolve_task("cars196", ["dtd"])
     with pytest.raises(UnknownTaskError, match=r"\['b', 'c'\]. Task pool: \['a', 'b'"):
         check_tasks(["a", "b", "c"], ["a"])
+
+
+class Forgetful:
+    """A pool that keeps no model itself, and may fail."""
+
+    _test_datasets = {"mnist": None, "svhn": None}
+
+    def __init__(self):
+        self.seen, self.fails = [], False
+
+    def load_task(self, task_name):
+        if self.fails:
+            raise RuntimeError("no such images")
+        return task_name
+
+    def evaluate(self, model):
+        for task in self._test_datasets:
+            self.load_task(task)
+            self.seen.append(model.current_task)
+        return {}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_pool_lets_go_of_the_model_it_has_evaluated(fails):
+    pool = Forgetful()
+    attach(pool)
+    model = didi(family(OpenClipLike()), budget=0.7)
+    pool.evaluate(model)
+    assert pool.seen == ["mnist", "svhn"]
+    if fails:
+        pool.fails = True
+        with pytest.raises(RuntimeError, match="no such images"):
+            pool.evaluate(model)
+    left = weakref.ref(model)
+    del model
+    gc.collect()
+    assert left() is None
 
 
 def test_attaching_again_adds_aliases():

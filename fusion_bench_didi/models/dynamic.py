@@ -5,7 +5,6 @@ so that a task's weights do not depend on what was switched on before.
 """
 
 import copy
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,9 @@ class DynamicModel(ModulatedModel):
         router: finds the tasks of a batch for which none is given; see :meth:`attach_router`.
         serving: how mixed batches trade memory for time, a :class:`~.banks.Serving`; may be set at any time.
 
+    Threads may run mixed batches at the same time. A task that is set is everyone's: models that are switched are not for
+    several threads.
+
     Unknown attributes are looked up in the backbone, so that host classifiers find ``config``, ``generate`` or
     ``train_preprocess``.
     """
@@ -69,7 +71,6 @@ class DynamicModel(ModulatedModel):
         self._has_task = False  # a name would make torch.compile start anew per task
         self._mixed: dict[float, MixedForward] = {}
         self._mixed_state: tuple | None = None
-        self._lock = threading.RLock()
         self._weights = BackboneWeights(self.backbone)
         for task, deltas in experts.items():
             self.add_modulator(task, TaskExpert(deltas))
@@ -84,13 +85,7 @@ class DynamicModel(ModulatedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own working copies of the experts."""
-        state = {**self.__dict__, "_mixed": {}, "_mixed_state": None}
-        del state["_lock"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._lock = threading.RLock()
+        return {**self.__dict__, "_mixed": {}, "_mixed_state": None}
 
     @property
     def tasks(self) -> list[str]:
@@ -175,7 +170,7 @@ class DynamicModel(ModulatedModel):
 
     @torch.compiler.disable
     def _make_mixed(self, shared_scale: float, state: tuple) -> None:
-        with self._lock:
+        with self._weights.lock:
             made = self._mixed if self._mixed_state == state else {}
             if shared_scale not in made:
                 # tensors that are made in inference mode could not be used outside of it
@@ -184,7 +179,7 @@ class DynamicModel(ModulatedModel):
                         self.backbone,
                         self._banks(shared_scale),
                         len(self.tasks),
-                        lock=self._lock,
+                        lock=self._weights.lock,
                     )
             # in this order: other threads look at the state first
             self._mixed, self._mixed_state = made, state
@@ -234,7 +229,8 @@ class DynamicModel(ModulatedModel):
         """A plain, independent model of one task, of the backbone's own class."""
         self._known(task_name)
         expert = self.modulators[task_name]
-        weights = BackboneWeights(copy.deepcopy(self.backbone))
+        with self._weights.lock:
+            weights = BackboneWeights(copy.deepcopy(self.backbone))
         for name in self.touched:
             live = weights.live(name)
             live.copy_(self.task_tensor(name, expert).to(live.dtype))

@@ -1,8 +1,4 @@
-"""Routers: features of the input in, weights over the tasks out.
-
-``oracle | representation | projection | mlp | none``; see :mod:`.base` for the interface. ``none`` is no router: the task
-is set from outside.
-"""
+"""Routers by name, and what is written of them beside a saved model."""
 
 from pathlib import Path
 from typing import Any

@@ -17,11 +17,8 @@ from ..pools.task_names import check_tasks, pool_tasks, resolve_task
 
 log = logging.getLogger(__name__)
 
-
 #: per-task methods of the host's pools, in the order in which they are looked for
 HOOKS = ("on_task_evaluation_begin", "evaluate_single_task", "load_task", "_evaluate")
-
-
 _ALIASES = "_didi_aliases"
 
 

@@ -98,6 +98,10 @@ def test_spectral_delta():
     assert delta.bits == 32 * 2 * (4 + 6 + 1)
 
 
+#: only ever shared; in place of what is shared
+SHARED, OWN = {"bases", "rounded_bases"}, {"own"}
+
+
 def _pairs() -> dict[str, tuple[Delta, Delta]]:
     """Every form that a task may have, beside a shared part that it may stand on."""
     shape, low = (4, 5), LowRankFactors(_random(4, 2), _random(2, 5))
@@ -121,6 +125,13 @@ def _pairs() -> dict[str, tuple[Delta, Delta]]:
     return pairs
 
 
+def test_every_form_of_an_expert_is_tried():
+    here = {
+        k for k, c in KINDS.items() if c.__module__.startswith("fusion_bench_didi.")
+    }
+    assert set(_pairs()) == here - SHARED - OWN
+
+
 @pytest.mark.parametrize("kind", sorted(_pairs()))
 def test_what_lies_beyond_the_shared_part(kind):
     shared, delta = _pairs()[kind]
@@ -132,10 +143,6 @@ def test_what_lies_beyond_the_shared_part(kind):
         product = delta.beyond_product(given)
         if product is not None:
             torch.testing.assert_close(product.dense(), expected)
-    here = {
-        k for k, c in KINDS.items() if c.__module__.startswith("fusion_bench_didi.")
-    }
-    assert set(_pairs()) == here - {"bases", "rounded_bases"}
     factored = {"low_rank", "spectral", "rounded_low_rank", "core", "rounded_core"}
     assert (product is not None) == (kind in factored)
 

@@ -625,17 +625,12 @@ def test_other_kinds_of_adapters(llamas, config, message, dry_run, monkeypatch):
             "has use_dora=True",
         ),
         (
-            gpt2,
-            {"target_modules": ["c_attn", "lm_head"], "fan_in_fan_out": True},
-            "1 tensors that the base model _pretrained_ does not have: lm_head.weight",
-        ),
-        (
             OpenClipLike,
             {"target_modules": ["attn"]},
             "lora_A.weight belongs to an nn.MultiheadAttention",
         ),
     ],
-    ids=["embedding", "dora", "tied head", "fused attention"],
+    ids=["embedding", "dora", "fused attention"],
 )
 def test_adapters_that_peft_writes_and_we_refuse(tmp_path, make, config, message):
     models = family(tmp_path, make, **config)

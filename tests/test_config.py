@@ -62,6 +62,7 @@ def test_every_value_of_the_yaml_reaches_the_settings():
     alternating = {"refine_sweeps": 6, "refine_tolerance": 0.06}
     elsewhere = {
         "exclude",
+        "own",
         "as_vectors",
         "task_aliases",
         "dry_run",

@@ -83,6 +83,8 @@ def learn_ranks(
     Returns:
         (T + 1,) integer ranks per matrix, never above the budget.
     """
+    if not table:
+        return []
     unit = unit or sum(row.rate.dense for row in table)
     groups = _grouped(table, settings.coupled)
     fractions = [

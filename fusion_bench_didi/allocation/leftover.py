@@ -28,6 +28,8 @@ def refine_precision(
         the rows at their new rates, and the ranks, filled again.
     """
     rows, ranks = list(table), fill(table, ranks, budget)
+    if not rows:
+        return rows, ranks
     while True:
         left = budget - total_cost(rows, ranks)
         best = (0.0, -1, rows[0].rate)

@@ -24,6 +24,8 @@ def greedy(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
     Returns:
         one (T + 1,) integer tensor per matrix.
     """
+    if not table:
+        return []
     steps = [_hull_steps(index, row) for index, row in enumerate(table)]
     slope, module, matrix, target, cost = (
         torch.cat([s[i] for s in steps]) for i in range(5)

@@ -71,6 +71,10 @@ class Delta(nn.Module):
         other = shared.product()
         return None if other is None else own + other
 
+    def applied(self, base: Tensor, shared: "Delta | None" = None) -> Tensor:
+        """The task's tensor, of a base value of the tensor's shape; in float32 but for what replaces the base value."""
+        return base.float() + self.change(shared)
+
     def beyond(self, shared: "Delta | None" = None) -> Tensor:
         """``change(shared) - shared.change()`` in float32; a form that adds to what is shared decodes only itself."""
         return self.own()

@@ -77,3 +77,27 @@ class SpectralDelta(Delta):
     def own_product(self) -> LowRankFactors:
         up, sigma, down = (t.float() for t in (self.up, self.sigma, self.down))
         return LowRankFactors(up * sigma, down)
+
+
+class OwnDelta(Delta):
+    """The task's own tensor in place of the base model's, as its checkpoint has it: of any type, of a shape of its own.
+
+    For heads, statistics and counters, and whatever is of one task only; nothing is shared of it.
+
+    Args:
+        value: of ``shape``.
+    """
+
+    kind = "own"
+    parts = ("value",)
+
+    def __init__(self, shape: tuple[int, ...], value: Tensor):
+        super().__init__(shape, value=value.reshape(shape))
+
+    def applied(self, base: Tensor, shared: Delta | None = None) -> Tensor:
+        return self.value.detach()
+
+    def change(self, shared: Delta | None = None) -> Tensor:
+        raise ValueError("A tensor of a task's own is no change of the base model's.")
+
+    own = change

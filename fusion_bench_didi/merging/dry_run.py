@@ -21,9 +21,10 @@ def describe(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     share = left / (modules * numel) if numel else 0.0
     lines = [
         f"{len(task_vectors.tasks)} tasks: {', '.join(task_vectors.tasks)}",
-        f"{len(inventory.matrices)} matrices, {len(inventory.vectors)} vectors; one fine-tuned model is "
+        f"{len(inventory.matrices)} matrices, {len(inventory.vectors)} vectors, {len(inventory.own)} tensors of each task's own; "
+        "one fine-tuned model is "
         f"{inventory.unit_bits / 8e6:.1f} MB, the budget {settings.budget.ratio} leaves {left / 8e6:.1f} MB for "
-        f"low-rank modules after {inventory.vector_bits / 8e6:.2f} MB of vectors.",
+        f"low-rank modules after {inventory.vector_bits / 8e6:.2f} MB of vectors and {inventory.own_bits / 8e6:.2f} MB of own tensors.",
         "",
         f"{'matrix':<60} {'shape':>14} {'bytes/rank':>11} {'even rank':>10}",
     ]

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ..deltas.plain import DenseDelta
+from ..deltas.plain import DenseDelta, OwnDelta
 from ..deltas.sink import EncodedTensor
+from ..task_vectors.reader import TaskVectors
 from .context import MergeContext
 from .forms import Decision
 
@@ -13,7 +14,9 @@ from .forms import Decision
 def encode_all(
     context: MergeContext, decisions: Mapping[str, Decision]
 ) -> Iterator[EncodedTensor]:
-    """Vectors, then matrices, large ones first; the bases that decisions stand on are used up."""
+    """Tasks' own tensors, vectors, then matrices, large ones first; the bases that decisions stand on are used up."""
+    for name in context.inventory.own:
+        yield encode_own(context.task_vectors, name)
     dropped = context.settings.vectors == "pretrained"
     vectors = () if dropped else context.inventory.vectors
 
@@ -28,6 +31,13 @@ def encode_all(
         for item in context.each(stage, function, names):
             yield item[1]
             del item  # not kept while the next is waited for
+
+
+def encode_own(task_vectors: TaskVectors, name: str) -> EncodedTensor:
+    """A tensor that every task keeps as it has it."""
+    values = [task_vectors.own_value(name, task) for task in task_vectors.tasks]
+    experts = [None if v is None else OwnDelta(tuple(v.shape), v) for v in values]
+    return EncodedTensor(name, None, experts)
 
 
 def encode_vector(context: MergeContext, name: str) -> EncodedTensor:

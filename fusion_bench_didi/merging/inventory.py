@@ -1,6 +1,6 @@
 """What is to be merged: tensors by class, their sizes, and what each costs in the precisions allowed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,8 @@ from ..deltas.precision import Precision, precisions, vector_dtype
 from ..deltas.storage import dtype_bits
 from ..errors import BudgetError
 from ..task_vectors.reader import TaskVectors
-from ..task_vectors.scan import Scan
+from ..task_vectors.scan import Scan, model_bits
+from ..task_vectors.sources import TensorInfo
 from ..task_vectors.tensor import matrix_shape
 from .settings import MergeSettings
 
@@ -20,19 +21,21 @@ class Inventory:
     """The tensors of one merge.
 
     Args:
-        matrices, vectors: changed tensors by class, sorted.
+        matrices, vectors, own: changed tensors by class, sorted; own ones are kept as each task has them.
         sides: (m, n) of each tensor viewed as a matrix.
         unit_bits: one fine-tuned model.
-        vector_bits: what the vectors will cost.
+        vector_bits, own_bits: what vectors and own tensors will cost.
         precisions: allowed for each matrix, cheapest first.
         vector_dtypes: of each vector.
     """
 
     matrices: tuple[str, ...]
     vectors: tuple[str, ...]
+    own: tuple[str, ...]
     sides: Mapping[str, tuple[int, int]]
     unit_bits: int
     vector_bits: int
+    own_bits: int
     precisions: Mapping[str, tuple[Precision, ...]]
     vector_dtypes: Mapping[str, torch.dtype]
 
@@ -56,7 +59,7 @@ def take_inventory(
     names = scan.changed if scan else list(task_vectors.infos)
     matrices = [n for n in names if task_vectors.is_matrix(n)]
     vectors = [n for n in names if not task_vectors.is_matrix(n)]
-    own = {n: task_vectors.tuned_dtype(n) for n in names}
+    types = {n: task_vectors.tuned_dtype(n) for n in names}
     sizes = {n: task_vectors.infos[n].numel for n in names}
 
     def copies(name: str) -> int:
@@ -65,36 +68,55 @@ def take_inventory(
             return int((scan.energy[name] > 0).sum()) if scan else tasks
         return int(settings.vectors == "shared")
 
-    unit_bits = sum(sizes[n] * dtype_bits(own[n]) for n in names)
-    as_is = sum(sizes[n] * dtype_bits(own[n]) * copies(n) for n in vectors)
+    kept = scan.own if scan else dict.fromkeys(task_vectors.own_infos, ())
+    infos = {n: task_vectors.own_by_task(n) for n in kept}
+    if scan:
+        unit_bits = sum(model_bits(task_vectors, scan).values())
+    else:
+        unit_bits = sum(sizes[n] * dtype_bits(types[n]) for n in names)
+        unit_bits += sum(info[0].bits for info in infos.values())
+    as_is = sum(sizes[n] * dtype_bits(types[n]) * copies(n) for n in vectors)
     share = as_is / max(settings.budget.bits(unit_bits), 1)
     stored = {
-        n: vector_dtype(settings.factor_dtype, own[n], share=share) for n in vectors
+        n: vector_dtype(settings.factor_dtype, types[n], share=share) for n in vectors
     }
     return Inventory(
         matrices=tuple(matrices),
         vectors=tuple(vectors),
+        own=tuple(scan.changed_own if scan else kept),
         sides={n: matrix_shape(task_vectors.infos[n].shape) for n in names},
         unit_bits=unit_bits,
         vector_bits=sum(sizes[n] * dtype_bits(stored[n]) * copies(n) for n in vectors),
-        precisions={n: precisions(settings.factor_dtype, own[n]) for n in matrices},
+        own_bits=sum(_own_bits(infos[n], which) for n, which in kept.items()),
+        precisions={n: precisions(settings.factor_dtype, types[n]) for n in matrices},
         vector_dtypes=stored,
     )
+
+
+def _own_bits(infos: Sequence[TensorInfo], changed: Sequence[bool]) -> int:
+    """Of the tasks that keep a tensor of their own; of all where that is not known yet."""
+    if len(changed) != len(infos):
+        return sum(info.bits for info in infos)
+    return sum(info.bits for info, one in zip(infos, changed) if one)
 
 
 def matrix_budget(inventory: Inventory, settings: MergeSettings) -> int:
     """Bits left for matrices.
 
     Raises:
-        BudgetError: with the smallest budget that holds the vectors.
+        BudgetError: with the smallest budget that holds the vectors and what tasks keep for themselves.
     """
-    left = settings.budget.bits(inventory.unit_bits) - inventory.vector_bits
+    fixed = inventory.vector_bits + inventory.own_bits
+    left = settings.budget.bits(inventory.unit_bits) - fixed
     if left < 0:
         # rounded up, so that the value printed is enough
-        millionths = -(-inventory.vector_bits * 10**6 // inventory.unit_bits)
+        millionths = -(-fixed * 10**6 // inventory.unit_bits)
         smallest = settings.budget.named(millionths / 1e6)
+        what = "the vectors (biases, norms, ...)"
+        if inventory.own_bits:
+            what += f" and the tasks' own tensors ({', '.join(inventory.own[:3])} ...)"
         raise BudgetError(
-            f"budget={settings.budget.ratio} is too small: the vectors (biases, norms, ...) alone take "
-            f"{smallest:.6f}. Give at least that, or store fewer with method.vectors=shared or pretrained."
+            f"budget={settings.budget.ratio} is too small: {what} alone take {smallest:.6f}. Give at least that, or store "
+            "fewer with method.vectors=shared or pretrained."
         )
     return left

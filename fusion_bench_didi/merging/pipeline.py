@@ -89,7 +89,8 @@ def plan(
     with _timed(seconds, "scan"):
         # what is sampled is decided by headers, as if every tensor was changed
         expected = take_inventory(task_vectors, settings)
-        budget = settings.budget.bits(expected.unit_bits) - expected.vector_bits
+        budget = settings.budget.bits(expected.unit_bits)
+        budget -= expected.vector_bits + expected.own_bits
         bounds = RankBounds(task_vectors, expected, settings, max(budget, 0), device)
         observe = partial(sample_of, bounds) if settings.joint else None
         found = scan(task_vectors, device, observe=observe)

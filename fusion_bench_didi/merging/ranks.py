@@ -21,8 +21,6 @@ def allocate(
         budget: bits.
     """
     settings = context.settings
-    if not table:
-        return []
     if settings.allocation == "uniform":
         return uniform(table, budget)
     if settings.allocation == "greedy":
@@ -49,8 +47,6 @@ def refined(
         [(p.rate(*row.shape), p.rounding) for p in allowed]
         for row, allowed in zip(table, options)
     ]
-    if not table:
-        return [], []
     rows, ranks = refine_precision(table, ranks, ladders, budget)
     return ranks, [
         next(p for p in allowed if p.rate(*row.shape) == row.rate)

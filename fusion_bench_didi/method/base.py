@@ -19,8 +19,9 @@ from torch import nn
 from ..checkpoint.directory import whole_directory
 from ..checkpoint.stream import DeltaWriter
 from ..deltas.sink import EncodedTensor, InMemory, Sink
-from ..deltas.storage import dtype_bits, folded_backbone_bits
+from ..deltas.storage import folded_backbone_bits
 from ..errors import SettingsError
+from ..merging.encoding import encode_own
 from ..models import DynamicModel
 from ..models.pool_saving import attach_saving
 from ..pools.merged_adapters import adapted
@@ -34,7 +35,7 @@ from ..pools.opening import (
 from ..pools.task_names import check_tasks, pool_tasks
 from ..task_vectors.loop import Progress, each
 from ..task_vectors.reader import TaskVectors
-from ..task_vectors.scan import scan
+from ..task_vectors.scan import Scan, model_bits, scan
 from ..task_vectors.tensor import ChangedTensor
 from ..taskpool.task_switching import attach
 
@@ -57,6 +58,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
     title: ClassVar[str]
     exclude: Sequence[str] | None = None
+    own: Sequence[str] | None = None
     task_aliases: Mapping[str, str] | None = None
     output_dir: str | None = None
     overwrite: bool = False
@@ -102,8 +104,13 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """
         with self.profile("load backbone"):
             backbone = load_backbone(modelpool)
-        vectors = open_pool(modelpool, backbone, exclude=tuple(self.exclude or ()))
+        vectors = open_pool(modelpool, backbone, **self.tensor_patterns())
         return backbone, vectors.ordered(self.order(modelpool.model_names))
+
+    def tensor_patterns(self) -> dict[str, tuple[str, ...]]:
+        """The patterns of tensors among the settings."""
+        keys = [k for k in ("exclude", "as_vectors", "own") if hasattr(self, k)]
+        return {key: as_patterns(key, getattr(self, key)) for key in keys}
 
     def order(self, tasks: Iterable[str]) -> list[str]:
         """The order in which sums over tasks are taken; sorted, so that the pool's order changes no bit."""
@@ -165,6 +172,7 @@ class DynamicMethod(PoolMethod):
 
     Args:
         exclude: patterns of tensors left at the base model's value.
+        own: patterns of tensors kept as each task has them.
         task_aliases: task pool name -> model name.
         output_dir: write the merged model there while it is made, never holding it; it stays mapped from there.
         overwrite: of ``output_dir``.
@@ -176,6 +184,7 @@ class DynamicMethod(PoolMethod):
     def __init__(
         self,
         exclude: Sequence[str] = (),
+        own: Sequence[str] = (),
         task_aliases: Mapping[str, str] | None = None,
         output_dir: str | None = None,
         overwrite: bool = False,
@@ -202,11 +211,11 @@ class DynamicMethod(PoolMethod):
         modelpool = self.checked(modelpool)
         backbone, task_vectors = self.opened(modelpool)
         with self.profile("scan"):
-            names = scan(task_vectors, self.fabric.device).changed
+            found = scan(task_vectors, self.fabric.device)
         model = self.streamed(
             task_vectors.tasks,
             lambda sink: self._compressed(
-                modelpool, backbone, task_vectors, names, sink
+                modelpool, backbone, task_vectors, found, sink
             ),
         )
         self.print_profile_summary()
@@ -217,27 +226,25 @@ class DynamicMethod(PoolMethod):
         modelpool: BaseModelPool,
         backbone: nn.Module,
         task_vectors: TaskVectors,
-        names: Sequence[str],
+        found: Scan,
         sink: Sink,
     ) -> DynamicModel:
-        device = self.fabric.device
+        device, names = self.fabric.device, found.changed
 
         def encode(name: str) -> EncodedTensor | None:
             return self.encode(task_vectors.tensor(name, device))
 
         with self.profile("compress"), progress_bars() as progress, sink:
             self.prepare(task_vectors, names, progress)
+            for name in found.changed_own:
+                sink.put(encode_own(task_vectors, name))
             for _, tensor in each(
                 task_vectors, "encode", encode, names, device=device, progress=progress
             ):
                 if tensor is not None:
                     sink.put(tensor)
             shared, experts = sink.close()
-        infos = task_vectors.infos
-        sizes = {
-            name: infos[name].numel * dtype_bits(task_vectors.tuned_dtype(name))
-            for name in names
-        }
+        sizes = model_bits(task_vectors, found)
         backbone_bits = None
         if self.folded:
             backbone_bits = folded_backbone_bits(sizes, shared, experts)
@@ -263,6 +270,24 @@ def progress_bars() -> Iterator[Progress]:
             bars.update(rows[stage], completed=done + 1, total=total)
 
         yield progress
+
+
+def as_patterns(key: str, value: Any) -> tuple[str, ...]:
+    """A setting that is a list of patterns; a single pattern may stand for itself.
+
+    Raises:
+        SettingsError: for anything else.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    found = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise SettingsError(
+            f"{key}={value!r} is no list of patterns, such as ['*embed_tokens*']."
+        )
+    return tuple(found)
 
 
 def _deprecated(what: str) -> None:

@@ -72,6 +72,7 @@ class DiDiMerging(PoolMethod):
         normalization: str = "root",
         vectors: str = "expert",
         as_vectors: Sequence[str] = (),
+        own: Sequence[str] = (),
         exclude: Sequence[str] = (),
         factor_dtype: str = "auto",
         factor_memory_gb: float = 4.0,
@@ -83,6 +84,7 @@ class DiDiMerging(PoolMethod):
     ):
         super().__init__(**kwargs)
         self.settings()
+        self.tensor_patterns()
 
     def settings(self) -> MergeSettings:
         """The configuration as the pipeline takes it.
@@ -128,10 +130,7 @@ class DiDiMerging(PoolMethod):
         """
         settings = self.settings()
         modelpool = self.checked(modelpool)
-        choice = {
-            "exclude": tuple(self.exclude or ()),
-            "as_vectors": tuple(self.as_vectors or ()),
-        }
+        choice = self.tensor_patterns()
         if self.dry_run:
             print(describe(open_pool(modelpool, **choice), settings))
             return None

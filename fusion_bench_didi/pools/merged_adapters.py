@@ -7,7 +7,14 @@ from fusion_bench.modelpool import BaseModelPool
 from torch import nn
 
 from ..task_vectors.alignment import check_alignment
-from .opening import adapter_directory, adapter_source, base_of, load_backbone
+from .names_in_memory import Names
+from .opening import (
+    adapter_directory,
+    adapter_source,
+    base_of,
+    load_backbone,
+    untie_for,
+)
 
 
 def adapted(modelpool: BaseModelPool) -> BaseModelPool:
@@ -41,8 +48,9 @@ def tuned_model(modelpool: BaseModelPool, name: str) -> nn.Module:
         CheckpointMismatchError: if the adapter is none of this base model, or not a plain LoRA.
     """
     model = load_backbone(modelpool)
+    untie_for(modelpool, model, [name])
     base, known, ignored = base_of(modelpool, model)
-    source = adapter_source(modelpool, name, known, model)
+    source = adapter_source(modelpool, name, known, Names.of(model))
     check_alignment(base, {name: source}, ignored=ignored)
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for tensor in source.infos():

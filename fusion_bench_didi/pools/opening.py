@@ -1,8 +1,9 @@
 """From a host model pool to aligned task vectors, without loading the T models where files can be read directly."""
 
+import copy
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,11 @@ from ..errors import ModelPoolError
 from ..task_vectors.lora_adapter import AdapterSource, fan_in_first
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.reader import TaskVectors
-from ..task_vectors.sources import (
-    ModuleSource,
-    PickleSource,
-    SafetensorsSource,
-    TensorInfo,
-    TensorSource,
-    aligned,
-)
+from ..task_vectors.sources import ModuleSource, TensorInfo, TensorSource, aligned
+from ..task_vectors.ties import untie
+from .names_in_memory import Names, apart, as_loaded
 from .task_names import normalized
+from .weight_files import Weights, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +63,35 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
     """The base model, independent of what the pool holds.
 
     Raises:
-        ModelPoolError: if it is an adapter.
+        ModelPoolError: if it is an adapter, or the pool gives something else than a model.
     """
     _refuse_adapter(modelpool)
-    if isinstance(modelpool._models[BASE], nn.Module):
-        import copy
+    entry = modelpool._models[BASE]
+    if isinstance(entry, nn.Module):
+        return copy.deepcopy(entry)
+    return load_model(modelpool, BASE)
 
-        return copy.deepcopy(modelpool._models[BASE])
-    return modelpool.load_pretrained_model()
+
+def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
+    """A model as the pool gives it, whole: a pool that would load it lazily is asked for all of it.
+
+    Raises:
+        ModelPoolError: if it gives something else than a model.
+    """
+    lazy = getattr(modelpool, "enable_lazy_loading", False)
+    if lazy:
+        modelpool = copy.copy(modelpool)
+        modelpool.enable_lazy_loading = False
+    if name == BASE:
+        model = modelpool.load_pretrained_model()
+    else:
+        model = modelpool.load_model(name)
+    if not isinstance(model, nn.Module):
+        raise ModelPoolError(
+            f"{type(modelpool).__name__} gives a {type(model).__name__} for {name!r}, expected a model (torch.nn.Module). "
+            "Give an entry with a _target_ that loads one."
+        )
+    return model
 
 
 def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
@@ -92,30 +110,62 @@ def open_pool(
     modelpool: BaseModelPool,
     backbone: nn.Module | None = None,
     *,
-    exclude: tuple[str, ...] = (),
-    as_vectors: tuple[str, ...] = (),
+    exclude: Iterable[str] = (),
+    as_vectors: Iterable[str] = (),
+    own: Iterable[str] = (),
 ) -> TaskVectors:
     """Line up the pool's checkpoints; reads headers only where they are files.
 
     Args:
-        backbone: the base model that was loaded; its checkpoint's header stands for it if None.
+        backbone: the base model that was loaded; its checkpoint's header stands for it if None. Tensors that it ties are
+            taken apart where a fine-tuned model needs them to differ.
 
     Raises:
         CheckpointMismatchError: listing all faults of all checkpoints.
     """
+    if backbone is not None:
+        untie_for(modelpool, backbone, modelpool.model_names)
     base, known, ignored = base_of(modelpool, backbone)
+    names, buffers, fresh = None, frozenset(), frozenset()
+    if backbone is not None:
+        names = Names.of(backbone)
+        buffers = frozenset(name for name, _ in backbone.named_buffers())
+        stored = _file_source(modelpool, BASE, names)
+        if stored is not None:
+            fresh = frozenset(set(names.infos) - set(stored.infos()) - buffers)
     return TaskVectors(
         base,
         {
-            name: adapter_source(modelpool, name, known, backbone)
-            or _file_source(modelpool, name)
-            or ModuleSource(_load(modelpool, name), name)
+            name: adapter_source(modelpool, name, known, names)
+            or _file_source(modelpool, name, names)
+            or ModuleSource(_loaded(modelpool, name), name)
             for name in modelpool.model_names
         },
         exclude=tuple(exclude),
         as_vectors=tuple(as_vectors),
+        own=tuple(own),
+        buffers=buffers,
+        fresh=fresh,
         ignored=ignored,
+        loaded=backbone is not None,
     )
+
+
+def untie_for(
+    modelpool: BaseModelPool, backbone: nn.Module, tasks: Iterable[str]
+) -> None:
+    """Take tied tensors of the base model apart that differ from one another in a fine-tuned model."""
+    names, found = Names.of(backbone), set[str]()
+    for task in tasks if names.aliases else ():
+        if directory := adapter_directory(modelpool, task):
+            tied = {alias: names.infos[name] for alias, name in names.aliases.items()}
+            known = {**names.infos, **tied}
+            turned = fan_in_first(backbone)
+            adapter = AdapterSource.of_directory(directory, task, known, turned)
+            found |= adapter.apart(names.aliases)
+        elif source := _opened(modelpool, task):
+            found |= apart(source, names)
+    untie(backbone, found)
 
 
 def base_of(
@@ -133,13 +183,12 @@ def base_of(
         ModelPoolError: if it is an adapter.
     """
     _refuse_adapter(modelpool)
-    stored = _file_source(modelpool, BASE)
-    if backbone is not None:
-        base: TensorSource = ModuleSource(backbone, BASE)
-    elif stored is not None:
-        base = stored
+    if backbone is None:
+        stored = _file_source(modelpool, BASE)
+        base = stored or ModuleSource(load_model(modelpool, BASE), BASE)
     else:
-        base = ModuleSource(modelpool.load_pretrained_model(), BASE)
+        stored = _file_source(modelpool, BASE, Names.of(backbone))
+        base = ModuleSource(backbone, BASE)
     names = dict(base.infos())
     if stored is None:
         return base, names, frozenset()
@@ -156,27 +205,29 @@ def _refuse_adapter(modelpool: BaseModelPool) -> None:
         )
 
 
-def _load(modelpool: BaseModelPool, name: str) -> nn.Module:
-    log.info("%s is not a directory of safetensors files; loading the model.", name)
-    return modelpool.load_model(name)
+def _loaded(modelpool: BaseModelPool, name: str) -> nn.Module:
+    log.info("%s is read through the model that the pool loads.", name)
+    return load_model(modelpool, name)
 
 
 def adapter_source(
     modelpool: BaseModelPool,
     name: str,
     known: Mapping[str, TensorInfo],
-    backbone: nn.Module | None = None,
+    names: Names | None = None,
 ) -> AdapterSource | None:
     """The adapter behind a pool entry, or None if it is something else.
 
     Args:
         known: the base model's tensors.
-        backbone: its modules, where they are known.
+        names: the base model in memory, where it is known.
     """
     directory = adapter_directory(modelpool, name)
     if directory is None:
         return None
-    turned = None if backbone is None else fan_in_first(backbone)
+    if names is None:
+        return AdapterSource.of_directory(directory, name, known)
+    turned = fan_in_first(names.module)
     return AdapterSource.of_directory(directory, name, known, turned)
 
 
@@ -186,37 +237,83 @@ def adapter_directory(modelpool: BaseModelPool, name: str) -> Path | None:
     return directory if directory and (directory / CONFIG).is_file() else None
 
 
-def _file_source(modelpool: BaseModelPool, name: str) -> TensorSource | None:
-    """The safetensors (or weights-only pickle) behind a pool entry, or None if there is no such file."""
+def _file_source(
+    modelpool: BaseModelPool, name: str, names: Names | None = None
+) -> TensorSource | None:
+    """The weight files behind a pool entry, under the names in memory; None where only the host knows what it would read."""
+    source = _opened(modelpool, name)
+    if source is None or names is None:
+        return source
+    _, weights = _asked(modelpool, name)
+    place = _directory(modelpool, name) / weights.subfolder
+    return as_loaded(source, names, place)
+
+
+def _opened(modelpool: BaseModelPool, name: str) -> TensorSource | None:
+    """The weight files behind a pool entry, under their own names."""
     directory = _directory(modelpool, name)
     if directory is None:
         return None
-    source = SafetensorsSource.of_directory(directory, name)
-    if source is None and (directory / "pytorch_model.bin").is_file():
-        source = PickleSource(directory / "pytorch_model.bin", name)
-    return source
+    _, weights = _asked(modelpool, name)
+    return open_weights(directory, name, weights)
 
 
 def _directory(modelpool: BaseModelPool, name: str) -> Path | None:
-    repo = _repository(modelpool._models[name])
-    if repo is None:
+    repo, weights = _asked(modelpool, name)
+    if repo is None or weights is None:
         return None
     directory = _resolved(repo, getattr(modelpool, "_platform", "hf"))
     return directory if directory.is_dir() else None
 
 
-@functools.cache
 def _resolved(repo: str, platform: str) -> Path:
-    """Asked several times of each entry, and the hub is slow to answer."""
+    """Where a repository lies; a local directory is looked at anew, and the hub, which is slow to answer, asked once."""
+    local = Path(repo).expanduser()
+    return local if local.is_dir() else _downloaded(repo, platform)
+
+
+@functools.cache
+def _downloaded(repo: str, platform: str) -> Path:
     return Path(resolve_repo_path(repo_id=repo, repo_type="model", platform=platform))
 
 
-def _repository(entry: Any) -> str | None:
+#: Arguments of ``from_pretrained`` that do not change which weights are read, nor what they are.
+_HARMLESS = {
+    "_target_",
+    "_partial_",
+    "attn_implementation",
+    "cache_dir",
+    "device_map",
+    "dtype",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "num_labels",
+    "pretrained_model_name_or_path",
+    "token",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_cache",
+    "use_flash_attention_2",
+}
+#: Those that are understood here.
+_KNOWN = {"variant", "use_safetensors", "subfolder"}
+
+
+def _asked(modelpool: BaseModelPool, name: str) -> tuple[str | None, Weights | None]:
+    """Repository and weights of an entry; None for both where only the host knows."""
+    entry = modelpool._models[name]
     if isinstance(entry, str):
-        return entry
-    if isinstance(entry, (dict, DictConfig)):
-        target = str(entry.get("_target_", ".from_pretrained"))
-        plain = entry.get("subfolder") is None and entry.get("revision") is None
-        if target.endswith(".from_pretrained") and plain:
-            return entry.get("pretrained_model_name_or_path")
-    return None
+        entry = {"pretrained_model_name_or_path": entry}
+    if not isinstance(entry, (dict, DictConfig)):
+        return None, None
+    for place in ("model_kwargs", "_model_kwargs"):
+        entry = {**dict(getattr(modelpool, place, None) or {}), **dict(entry)}
+    target = str(entry.get("_target_", ".from_pretrained"))
+    if not target.endswith(".from_pretrained") or set(entry) - _HARMLESS - _KNOWN:
+        return None, None
+    weights = Weights(
+        entry.get("variant"),
+        entry.get("use_safetensors"),
+        entry.get("subfolder") or "",
+    )
+    return entry.get("pretrained_model_name_or_path"), weights

@@ -9,22 +9,40 @@ from .sources import TensorInfo, TensorSource
 
 Infos = Mapping[str, TensorInfo]
 
+#: Names of the last layers of classifiers: where their shapes differ, tasks have heads of their own.
+HEADS = (
+    "*classifier*",
+    "*qa_outputs*",
+    "*_head.*",
+    "score.*",
+    "*.score.*",
+    "head.*",
+    "*.head.*",
+    "heads.*",
+    "fc.*",
+    "*logits_proj*",
+)
+
 
 def check_alignment(
     base: TensorSource,
     tuned: Mapping[str, TensorSource],
     *,
     exclude: Iterable[str] = (),
+    own: Iterable[str] = (),
+    fresh: frozenset[str] = frozenset(),
     ignored: frozenset[str] = frozenset(),
+    loaded: bool = True,
 ) -> None:
-    """Every tensor of every source has a counterpart of its shape in the base model.
-
-    What no source holds is untouched by every task; of the rest a checkpoint holds all, an adapter what it changes.
+    """Every tensor of every source has a counterpart in the base model, and every one of the base model in every whole source.
 
     Args:
-        tuned: by task, under the base model's names.
+        tuned: by task, under the base model's names; an adapter holds what it changes.
         exclude: glob patterns of tensors that need not line up.
+        own: glob patterns of tensors that each task has for itself.
+        fresh: tensors that the base model's own checkpoint does not hold.
         ignored: tensors that the base model does not load.
+        loaded: the base model's tensors are those that it has in memory, not just all of its checkpoint.
 
     Raises:
         CheckpointMismatchError: listing all faults of all sources.
@@ -32,7 +50,9 @@ def check_alignment(
     reference = floating(base)
     infos = {task: source.infos() for task, source in tuned.items()}
     held = set().union(*infos.values())
-    expected = {n for n in reference if n in held and not matches(n, exclude)}
+    # what is in no checkpoint at all is new in every model
+    expected = {n for n in reference if n in held or (loaded and n not in fresh)}
+    expected = {n for n in expected if not matches(n, exclude)}
     adapters = {t: s for t, s in tuned.items() if s.partial}
     faults = [
         f"{task}: {fault}"
@@ -42,52 +62,79 @@ def check_alignment(
     ]
     if not held & set(reference) and not faults:
         raise CheckpointMismatchError(
-            f"No tensor of {base.label} appears in any fine-tuned checkpoint: expected names like {_some(reference)}, "
-            f"found {_some(held)}. The models are of another architecture."
+            f"No tensor of {base.label} appears in any fine-tuned checkpoint: expected names like {some(reference)}, "
+            f"found {some(held)}. The models are of another architecture."
         )
     for task, found in infos.items():
-        found = {n: i for n, i in found.items() if not matches(n, exclude)}
-        if task not in adapters and (missing := expected - set(found)):
-            faults.append(f"{task}: {len(missing)} tensors missing: {_some(missing)}")
-        foreign = {
-            name
-            for name, info in found.items()
-            if info.dtype is not None and name not in reference and name not in ignored
+        missing = expected - set(found)
+        if task in adapters:
+            missing &= fresh
+        if missing:
+            faults.append(f"{task}: {len(missing)} tensors missing: {some(missing)}")
+        found = {
+            n: i
+            for n, i in found.items()
+            if not matches(n, exclude) and n not in ignored
         }
+        foreign = {n for n in found if n not in base.infos() and not matches(n, own)}
         if foreign:
             faults.append(
-                f"{task}: {len(foreign)} tensors that the base model {base.label} does not have: {_some(foreign)}"
+                f"{task}: {len(foreign)} tensors that the base model {base.label} does not have: {some(foreign)}"
             )
-        faults += [f"{task}: {fault}" for fault in _misfits(found, reference)]
+        faults += [f"{task}: {f}" for f in _misfits(found, reference, own, fresh)]
+    faults += _left_out(infos, reference, exclude, fresh)
     if faults:
         raise CheckpointMismatchError(
             "The fine-tuned models do not line up with the base model:\n  "
             + "\n  ".join(faults)
-            + "\nUse models of one architecture, or leave tensors out with method.exclude=[...]."
-            + (f" {WAY_OUT}" if adapters else "")
+            + "\nUse models of one architecture, leave tensors out with method.exclude=[...], or keep them as each task has them "
+            "with method.own=[...]." + (f" {WAY_OUT}" if adapters else "")
         )
 
 
 def floating(source: TensorSource) -> dict[str, TensorInfo]:
     """The tensors of a source that can be merged."""
-    return {n: i for n, i in source.infos().items() if i.dtype is not None}
+    return {n: i for n, i in source.infos().items() if i.floating}
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
-def _misfits(found: Infos, reference: Infos) -> Iterator[str]:
+def _misfits(
+    found: Infos, reference: Infos, own: Iterable[str], fresh: frozenset[str]
+) -> Iterator[str]:
     """Tensors of the base model's name and another shape or kind."""
     for name in sorted(set(found) & set(reference)):
         have, want = found[name], reference[name]
-        if have.shape != want.shape:
-            yield f"{name} is {have.shape}, the base model has {want.shape}"
-        elif have.dtype is None:
+        if not have.floating:
             yield f"{name} is of an integer type, the base model has {want.dtype}"
+        elif have.shape != want.shape and name not in fresh:
+            if not matches(name, (*own, *HEADS)):
+                yield f"{name} is {have.shape}, the base model has {want.shape}"
 
 
-def _some(names: Iterable[str], count: int = 4) -> str:
+def _left_out(
+    infos: Mapping[str, Infos],
+    reference: Infos,
+    exclude: Iterable[str],
+    fresh: frozenset[str],
+) -> Iterator[str]:
+    """Excluded tensors without which a task could not run on the base model."""
+    for task, found in infos.items():
+        for name in sorted(set(found) & set(reference)):
+            if not matches(name, exclude):
+                continue
+            if name in fresh:
+                yield f"{task}: {name} is excluded, and the base model's is random at every load; keep it (method.own)"
+            elif found[name].shape != reference[name].shape and matches(name, HEADS):
+                yield (
+                    f"{task}: {name} is excluded, and is {found[name].shape} where the base model has {reference[name].shape}; "
+                    "keep it (method.own)"
+                )
+
+
+def some(names: Iterable[str], count: int = 4) -> str:
     names = sorted(names)
     rest = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + rest

@@ -82,6 +82,7 @@ class AdapterSource(TensorSource):
             self.faults[""] = "; ".join(found)
         else:
             self._sort()
+        self._ties = bool(config.get("ensure_weight_tying"))
 
     @classmethod
     def of_directory(
@@ -103,7 +104,7 @@ class AdapterSource(TensorSource):
                 f"{label}: {directory} has {CONFIG} but neither {FILES[0]} nor {FILES[1]}. Download or write it again."
             )
         if file.suffix == ".bin":
-            source: TensorSource = PickleSource(file, label)
+            source: TensorSource = PickleSource([file], label)
         else:
             source = SafetensorsSource([file], label)
         return cls(source, config, base, fan_in_first)
@@ -138,6 +139,17 @@ class AdapterSource(TensorSource):
             return base
         change = self.factors(name).to(base.device).dense()
         return (base.float() + change.view(base.shape)).to(base.dtype)
+
+    def apart(self, tied: Mapping[str, str]) -> set[str]:
+        """Tied names of the base model that differ from the others with this adapter: PEFT changes a tensor by one name only.
+
+        Args:
+            tied: other names of tied tensors -> their first name.
+        """
+        if self._ties:
+            return set()
+        changed = set(self._infos)
+        return {name for name, first in tied.items() if {name, first} & changed}
 
     def _sort(self) -> None:
         """Which tensor of the file belongs to which of the base model."""

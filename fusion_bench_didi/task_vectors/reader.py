@@ -9,6 +9,7 @@ sources of what they change, as factors where they can):
 - ``untouched``: what no task changed; costs nothing.
 """
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,8 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import ModelPoolError
-from .alignment import check_alignment, floating, matches
+from ..errors import ModelPoolError, SettingsError
+from .alignment import check_alignment, floating, matches, some
 from .sources import TensorInfo, TensorSource, aligned
 from .tensor import ChangedTensor, matrix_shape
 
@@ -31,8 +32,13 @@ class TaskVectors:
         tuned: source per task; what an adapter does not hold is as in the base model.
         exclude: glob patterns of tensors left at the base model's value.
         as_vectors: glob patterns of 2-D tensors stored whole like vectors.
+        own: glob patterns of tensors that are kept as each task has them (heads, encoders of one modality).
+        buffers: names of the base model's buffers; statistics and counters are kept as each task has them.
+        fresh: tensors of the base model that its checkpoint does not hold, so that they have no value to differ from.
         ignored: tensors that the base checkpoint holds but the base model does not load (the text tower of a whole
             CLIPModel, say); fine-tuned checkpoints may hold them too.
+
+        loaded: the base model's tensors are those that it has in memory, not just all of its checkpoint.
 
     Raises:
         ModelPoolError: for fewer than two tasks.
@@ -44,7 +50,11 @@ class TaskVectors:
     tuned: Mapping[str, TensorSource]
     exclude: tuple[str, ...] = ()
     as_vectors: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    buffers: frozenset[str] = frozenset()
+    fresh: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
+    loaded: bool = True
     _sources: Mapping[str, TensorSource] = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -59,21 +69,74 @@ class TaskVectors:
             for task, s in self.tuned.items()
         }
         object.__setattr__(self, "_sources", sources)
-        check_alignment(self.base, sources, exclude=self.exclude, ignored=self.ignored)
+        check_alignment(
+            self.base,
+            sources,
+            exclude=self.exclude,
+            own=self.own,
+            fresh=self.fresh,
+            ignored=self.ignored,
+            loaded=self.loaded,
+        )
+        known = {*self.base.infos(), *self._held, *self.ignored}
+        for key in ("exclude", "as_vectors", "own"):
+            for pattern in getattr(self, key):
+                if not fnmatch.filter(known, pattern):
+                    raise SettingsError(
+                        f"{key}: no tensor matches {pattern!r}; there are names like {some(known)}."
+                    )
 
     @property
     def tasks(self) -> list[str]:
         return list(self.tuned)
 
     @cached_property
+    def _held(self) -> set[str]:
+        return set().union(*(source.infos() for source in self._sources.values()))
+
+    @cached_property
     def infos(self) -> dict[str, TensorInfo]:
-        """The mergeable tensors: floating point, not excluded, held by the fine-tuned checkpoints; sorted by name."""
-        held = set().union(*(source.infos() for source in self._sources.values()))
+        """The mergeable tensors: floating point, not excluded, held by fine-tuned checkpoints, no task's own; sorted by name."""
         return {
             name: info
             for name, info in sorted(floating(self.base).items())
-            if name in held and not matches(name, self.exclude)
+            if name in self._held
+            and name not in self.own_infos
+            and not matches(name, self.exclude)
         }
+
+    @cached_property
+    def own_infos(self) -> dict[str, TensorInfo]:
+        """The tensors that are kept as each task has them, sorted by name, as the first task describes them."""
+        base, found = self.base.infos(), {}
+        for name in sorted(self._held - set(self.ignored)):
+            if matches(name, self.exclude):
+                continue
+            infos = [
+                s.infos()[name] for s in self._sources.values() if name in s.infos()
+            ]
+            other = name not in base or any(i.shape != base[name].shape for i in infos)
+            special = name in self.fresh or name in self.buffers
+            if other or special or not infos[0].floating or matches(name, self.own):
+                found[name] = infos[0]
+        return found
+
+    def own_by_task(self, name: str) -> list[TensorInfo]:
+        """Of every task that holds a tensor of its own."""
+        held = (source.infos().get(name) for source in self._sources.values())
+        return [info for info in held if info is not None]
+
+    def own_value(self, name: str, task: str) -> Tensor | None:
+        """A task's own tensor; None where it is the base model's, to the bit."""
+        source = self._sources[task]
+        if name not in source.infos():
+            return None
+        value = source.read(name)
+        if name in self.fresh or name not in self.base.infos():
+            return value
+        base = self.base.read(name)
+        same = value.shape == base.shape and value.dtype == base.dtype
+        return None if same and value.equal(base) else value
 
     def ordered(self, tasks: Sequence[str]) -> "TaskVectors":
         """The same with tasks in the given order."""
@@ -83,7 +146,7 @@ class TaskVectors:
         """The type in which the first fine-tuned checkpoint that holds the tensor stores it."""
         for task in self.tasks:
             info = self._sources[task].infos().get(name)
-            if info is not None and info.dtype is not None:
+            if info is not None and info.floating:
                 return info.dtype
         return self.infos[name].dtype
 

@@ -24,16 +24,23 @@ class Scan:
 
     Args:
         energy: per tensor, (T,) squared norms of the task vectors, float64.
+        own: per tensor that tasks keep as they have it, (T,) whether it differs from the base model's.
         observed: per tensor, what was asked beside that.
     """
 
     energy: Mapping[str, Tensor]
+    own: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     observed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def changed(self) -> list[str]:
-        """Names that at least one task changed."""
+        """Names of mergeable tensors that at least one task changed."""
         return [name for name, e in self.energy.items() if bool((e > 0).any())]
+
+    @property
+    def changed_own(self) -> list[str]:
+        """Names of tensors that some task keeps as it has them."""
+        return [name for name, own in self.own.items() if any(own)]
 
 
 def scan(
@@ -70,11 +77,16 @@ def scan(
             + "\n  ".join(faults)
             + "\nFix or leave out these models; a single tensor can be left out with method.exclude=[...]."
         )
+    tasks, own = task_vectors.tasks, {}
+    for name in task_vectors.own_infos:
+        values = (task_vectors.own_value(name, task) for task in tasks)
+        own[name] = tuple(value is not None for value in values)
     result = Scan(
         {name: energy for name, (energy, _) in found.items()},
+        own,
         {name: seen for name, (_, seen) in found.items() if seen is not None},
     )
-    if not result.changed:
+    if not result.changed and not result.changed_own:
         raise ModelPoolError(
             f"All task vectors are zero: {', '.join(task_vectors.tasks)} equal the base model "
             f"{task_vectors.base.label} in every tensor. Check that the pool does not load the base weights for every task."
@@ -114,3 +126,20 @@ def _non_finite(task_vectors: TaskVectors, name: str) -> list[str]:
         if bad:
             faults.append(f"{task}: {name} ({bad} entries{where})")
     return faults or [f"{name}: differences to the base model overflow float32"]
+
+
+def model_bits(task_vectors: TaskVectors, scan: Scan) -> dict[str, int]:
+    """Bits of every tensor that some task changed, of one fine-tuned model: the unit of the storage account.
+
+    Of tensors that are of another size in every task, the average.
+    """
+    bits = {
+        name: 8
+        * task_vectors.infos[name].numel
+        * task_vectors.tuned_dtype(name).itemsize
+        for name in scan.changed
+    }
+    for name in scan.changed_own:
+        found = [info.bits for info in task_vectors.own_by_task(name)]
+        bits[name] = sum(found) // len(found)
+    return bits

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ MAPPED_BYTES = 2**25
 #: What a tensor may map beyond itself: systems cache files in pages of up to this size, and map them whole.
 PAGE_BYTES = 2**21
 
-#: safetensors' names of floating-point types
+#: safetensors' names of types
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,12 +31,21 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
 }
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header tells of one tensor; ``dtype`` is None for integer and boolean types."""
+    """What a header tells of one tensor; ``dtype`` is None for a type that torch does not have."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -42,6 +53,15 @@ class TensorInfo:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.numel * self.dtype.itemsize
+
+    @property
+    def floating(self) -> bool:
+        """Whether it can be merged."""
+        return self.dtype is not None and self.dtype.is_floating_point
 
 
 class TensorSource(ABC):
@@ -51,11 +71,13 @@ class TensorSource(ABC):
         label: for messages.
         partial: what it does not hold is as in the base model.
         faults: what cannot be merged, by name, "" for the whole; found from headers.
+        unused: tensors that the model does not take from the checkpoint, and why.
     """
 
     label: str
     partial: bool = False
     faults: Mapping[str, str] = MappingProxyType({})
+    unused: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -79,7 +101,7 @@ class TensorSource(ABC):
 
 
 class ModuleSource(TensorSource):
-    """The parameters and floating-point buffers of a live module; tied parameters appear once."""
+    """The parameters and buffers of a live module; tied parameters appear once."""
 
     def __init__(self, module: nn.Module, label: str):
         self.label = label
@@ -92,14 +114,48 @@ class ModuleSource(TensorSource):
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return {
-            name: TensorInfo(
-                tuple(t.shape), t.dtype if t.dtype.is_floating_point else None
-            )
-            for name, t in self._tensors.items()
+            n: TensorInfo(tuple(t.shape), t.dtype) for n, t in self._tensors.items()
         }
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+class Watched:
+    """Files that must not change while a merge reads them: what was opened is held against what is there.
+
+    Raises:
+        CheckpointMismatchError: if a file is none, or is another one than when it was opened.
+    """
+
+    def __init__(self, label: str):
+        self._label = label
+        self._seen: dict[Path, tuple] = {}
+
+    def opened(self, file: Path) -> None:
+        """Note a file before it is opened."""
+        self._seen[file] = self._stamp(file)
+
+    def check(self, file: Path) -> None:
+        """It is still the file that was opened, of the same size and date."""
+        if self._stamp(file) != self._seen[file]:
+            raise CheckpointMismatchError(
+                f"{self._label}: {file} changed while it was read; what was read so far is of no use. Start again once nothing "
+                "writes to it."
+            )
+
+    def _stamp(self, file: Path) -> tuple:
+        try:
+            found = os.stat(file)
+        except OSError as error:
+            raise CheckpointMismatchError(
+                f"{self._label}: {file} cannot be read ({error}). Download or write it again."
+            ) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointMismatchError(
+                f"{self._label}: {file} is no file. Download or write it again."
+            )
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class SafetensorsSource(TensorSource):
@@ -108,7 +164,7 @@ class SafetensorsSource(TensorSource):
     Files are mapped into memory, and mapped anew after every :data:`MAPPED_BYTES` so that what was read is let go.
 
     Raises:
-        CheckpointMismatchError: if a file is no whole safetensors file.
+        CheckpointMismatchError: if a file is no whole safetensors file, or changes while it is read.
     """
 
     def __init__(self, files: Sequence[Path], label: str):
@@ -116,52 +172,117 @@ class SafetensorsSource(TensorSource):
         self._files: dict[str, Path] = {}
         self._infos: dict[str, TensorInfo] = {}
         self._open: dict[Path, Any] = {}
+        self._watched = Watched(label)
         self._served, self._touched = 0, set[Path]()
         for file in files:
-            try:
-                self._open[file] = handle = safe_open(file, framework="pt")
-                names = list(handle.keys())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointMismatchError(
-                    f"{label}: {file} is not a whole safetensors file ({error}). Download or write it again."
-                ) from error
-            for name in names:
+            self._watched.opened(file)
+            handle = self._open[file] = self._mapped(file)
+            for name in handle.keys():
                 view = handle.get_slice(name)
                 self._files[name] = file
                 self._infos[name] = TensorInfo(
                     tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
                 )
 
-    @classmethod
-    def of_directory(cls, directory: Path, label: str) -> "SafetensorsSource | None":
-        """The weights of a ``save_pretrained`` directory, or None if it holds no safetensors."""
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            parts = set(json.loads(index.read_text())["weight_map"].values())
-            return cls([directory / p for p in sorted(parts)], label)
-        single = directory / "model.safetensors"
-        return cls([single], label) if single.is_file() else None
-
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
     def read(self, name: str) -> Tensor:
         file = self._files[name]
+        self._watched.check(file)  # of a file cut short not even an error would be left
         tensor = self._open[file].get_tensor(name)
+        self._watched.check(file)
         self._touched.add(file)
         self._served += tensor.nbytes + PAGE_BYTES
         if self._served > MAPPED_BYTES:
             touched, self._touched, self._served = self._touched, set(), 0
             for file in tuple(touched):
-                self._open[file] = safe_open(file, framework="pt")
+                self._open[file] = self._mapped(file)
         return tensor
+
+    def _mapped(self, file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointMismatchError(
+                f"{self.label}: {file} is not a whole safetensors file ({error}). Download or write it again."
+            ) from error
+
+
+class PickleSource(TensorSource):
+    """State dicts written by ``torch.save``, memory-mapped and read with ``weights_only=True``.
+
+    Raises:
+        CheckpointMismatchError: if a file is no state dict, or changes while it is read.
+    """
+
+    def __init__(self, files: Sequence[Path], label: str):
+        self.label = label
+        self._tensors: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
+        self._watched = Watched(label)
+        for file in files:
+            self._watched.opened(file)
+            for name, value in _state_dict(file, label).items():
+                self._tensors[name], self._files[name] = value, file
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return {
+            n: TensorInfo(tuple(t.shape), t.dtype) for n, t in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        self._watched.check(self._files[name])
+        return self._tensors[name].clone()
+
+
+def _state_dict(file: Path, label: str) -> dict[str, Tensor]:
+    """The tensors of a pickle; other plain values beside them (a step, a list of classes) are none of the model's."""
+    way_out = "Save the model's state dict as safetensors."
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # of the format before torch 1.6, which cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a broken archive
+        raise CheckpointMismatchError(
+            f"{label}: {file} cannot be read as a weights-only checkpoint ({error}). {way_out}"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise CheckpointMismatchError(
+            f"{label}: {file} holds a {type(state).__name__}, expected a state dict (tensors by name). {way_out}"
+        )
+    nested = [k for k, v in state.items() if isinstance(v, Mapping) and v]
+    tensors = {k: v.detach() for k, v in state.items() if isinstance(v, Tensor)}
+    if nested and not tensors:
+        raise CheckpointMismatchError(
+            f"{label}: {file} holds dictionaries {nested[:4]}, expected tensors by name. {way_out}"
+        )
+    strange = [k for k in tensors if not isinstance(k, str)]
+    sparse = [k for k, v in tensors.items() if v.layout != torch.strided]
+    if strange or sparse:
+        raise CheckpointMismatchError(
+            f"{label}: {file} holds {(strange or sparse)[:4]}, expected dense tensors by name. {way_out}"
+        )
+    return tensors
 
 
 class RenamedSource(TensorSource):
-    """A source whose names differ from the base model's by one prefix (``vision_model.`` and the like)."""
+    """A source under other names.
 
-    def __init__(self, source: TensorSource, names: Mapping[str, str]):
+    Args:
+        names: new name -> name in the source; several may mean one tensor.
+        unused: tensors of the source that have no new name, and why.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        names: Mapping[str, str],
+        unused: Mapping[str, str] = MappingProxyType({}),
+    ):
         self.label = source.label
+        self.unused = {**source.unused, **unused}
         self._source, self._names = source, names
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -178,7 +299,8 @@ def aligned(source: TensorSource, reference: Iterable[str]) -> TensorSource:
     names = renaming(found, reference)
     if all(new == old for new, old in names.items()) and len(names) == len(found):
         return source
-    return RenamedSource(source, names)
+    dropped = set(found) - set(names.values())
+    return RenamedSource(source, names, dict.fromkeys(dropped, "of another part"))
 
 
 def renaming(found: Iterable[str], reference: Iterable[str]) -> dict[str, str]:
@@ -205,15 +327,17 @@ def renaming(found: Iterable[str], reference: Iterable[str]) -> dict[str, str]:
     return best
 
 
-class PickleSource(ModuleSource):
-    """A state dict written by ``torch.save``, memory-mapped and read with ``weights_only=True``."""
+def read_json(file: Path, label: str, what: str) -> Any:
+    """A small file of a checkpoint.
 
-    def __init__(self, file: Path, label: str):
-        self.label = label
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many types for a broken archive
-            raise CheckpointMismatchError(
-                f"{label}: {file} cannot be read as a weights-only checkpoint ({error}). Save it as safetensors."
-            ) from error
-        self._tensors = dict(state)
+    Raises:
+        CheckpointMismatchError: if it is not there, or not JSON.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise ValueError("it is no file")
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointMismatchError(
+            f"{label}: {file} is not {what} ({error}). Download or write it again."
+        ) from error

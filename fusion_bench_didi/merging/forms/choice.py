@@ -48,7 +48,10 @@ def choose_forms(
     Args:
         samples: of the matrices that may well be stored dense.
     """
-    names, guess = context.inventory.matrices, first_guess(context, bounds.budget)
+    names = context.inventory.matrices
+    if not names:
+        return {}, {}
+    guess = first_guess(context, bounds.budget)
 
     def look_at(name: str) -> tuple[Decomposed, list[Choice]]:
         look = Look(context, bounds, name, guess, samples.get(name))

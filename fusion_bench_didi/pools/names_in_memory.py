@@ -1,0 +1,147 @@
+"""The names that a model has in memory for the tensors of a checkpoint, as ``from_pretrained`` of its class would give them.
+
+Files and modules call tensors differently: legacy names (``gamma``, ``beta``), prefixes that come and go with a head, multimodal
+models whose files keep an older layout, and tied tensors, of which a file holds one name, another, or all.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..task_vectors.sources import (
+    RenamedSource,
+    TensorInfo,
+    TensorSource,
+    read_json,
+    renaming,
+)
+from ..task_vectors.ties import tied_names
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensors of a model in memory.
+
+    Args:
+        module: the base model.
+        infos: its parameters and buffers; of tied ones the first.
+        aliases: other names of tied tensors -> that name.
+    """
+
+    module: nn.Module
+    infos: Mapping[str, TensorInfo]
+    aliases: Mapping[str, str]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Names":
+        aliases = tied_names(module)
+        infos = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in module.state_dict().items()
+            if name not in aliases
+        }
+        return cls(module, infos, aliases)
+
+
+def as_loaded(source: TensorSource, names: Names, directory: Path) -> TensorSource:
+    """A whole checkpoint under the names that its tensors have in memory.
+
+    Tied tensors must be equal in it, see :func:`apart`.
+
+    Args:
+        directory: of the checkpoint, whose configuration tells whether its head is tied.
+    """
+    label, mapped = source.label, _mapped(list(source.infos()), names)
+    kind = type(names.module).__name__
+    meant: dict[str, list[str]] = {}
+    unused: dict[str, str] = {}
+    for old in source.infos():
+        new = names.aliases.get(mapped.get(old), mapped.get(old))
+        if new is None or (new not in names.infos and _ignored(new, names.module)):
+            unused[old] = f"not loaded by {kind}"
+        else:
+            meant.setdefault(new, []).append(old)
+    for first, *others in meant.values():
+        unused.update(dict.fromkeys(others, f"tied to {first}, and equal"))
+    found = {new: several[0] for new, several in meant.items()}
+    if (pair := _tied_head(names, directory, label)) and pair[1] in found:
+        head, rows = pair
+        if head in found:
+            unused[found[head]] = f"tied to {found[rows]} by the configuration"
+        found[head] = found[rows]
+    return RenamedSource(source, found, unused)
+
+
+def apart(source: TensorSource, names: Names) -> set[str]:
+    """Tensors that the model ties to others and that differ from these in a whole checkpoint."""
+    mapped = _mapped(list(source.infos()), names)
+    back = {new: old for old, new in mapped.items()}
+    return {
+        name
+        for name, first in names.aliases.items()
+        if name in back
+        and first in back
+        and not _equal(source, back[first], back[name])
+    }
+
+
+def _mapped(found: list[str], names: Names) -> dict[str, str]:
+    """Name in memory by name in the file; what the class does not load is left out."""
+    model, wanted = names.module, {*names.infos, *names.aliases}
+    mapped = {name: name for name in found}
+    rename = getattr(model, "_get_key_renaming_mapping", None)
+    if isinstance(model, PreTrainedModel) and rename is not None:
+        prefix = model.base_model_prefix
+        has = bool(prefix) and any(name.startswith(prefix) for name in found)
+        expects = bool(prefix) and hasattr(model, prefix)
+        layout = getattr(type(model), "_checkpoint_conversion_mapping", None) or None
+        try:
+            mapped = rename(found, layout, has and not expects, expects and not has)
+        except (
+            ValueError
+        ):  # what transformers calls corrupted is told by the names that are missing
+            pass
+    if wanted & set(mapped.values()) != wanted:
+        by_prefix = {old: new for new, old in renaming(found, wanted).items()}
+        if len(wanted & {*by_prefix.values()}) > len(wanted & {*mapped.values()}):
+            mapped = by_prefix
+    return mapped
+
+
+def _ignored(name: str, model: nn.Module) -> bool:
+    """Whether the class says that it may find this tensor in a checkpoint and has no use for it."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    patterns = (*patterns, r"position_ids$", r"rotary_emb\.inv_freq$")
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _tied_head(names: Names, directory: Path, label: str) -> tuple[str, str] | None:
+    """Names of head and embedding where a checkpoint ties them and the base model does not."""
+    model, file = names.module, directory / "config.json"
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    rows = getattr(model, "get_input_embeddings", lambda: None)()
+    if head is None or rows is None or not file.is_file():
+        return None
+    where = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}
+    pair = where.get(id(head.weight)), where.get(id(rows.weight))
+    if None in pair or pair[0] == pair[1]:
+        return None
+    config = read_json(file, label, "the configuration of a model")
+    if not isinstance(config, Mapping):
+        return None
+    inner = config.get("text_config")
+    both = {**config, **(inner if isinstance(inner, Mapping) else {})}
+    tied = both.get("tie_word_embeddings")
+    if tied is None:
+        default = type(model).config_class().get_text_config()
+        tied = default.tie_word_embeddings
+    return pair if tied else None
+
+
+def _equal(source: TensorSource, one: str, other: str) -> bool:
+    left, right = source.read(one), source.read(other)
+    return left.data_ptr() == right.data_ptr() or left.equal(right)

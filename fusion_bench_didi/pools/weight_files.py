@@ -1,0 +1,83 @@
+"""The weight files that the host's ``from_pretrained`` would read of a directory, in its order of preference."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointMismatchError
+from ..task_vectors.float8 import Float8Source
+from ..task_vectors.sources import (
+    PickleSource,
+    SafetensorsSource,
+    TensorSource,
+    read_json,
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights of a repository are asked for.
+
+    Args:
+        variant: ``fp16`` for ``model.fp16.safetensors``.
+        use_safetensors: True or False allow only safetensors or only pickles.
+        subfolder: of the repository.
+    """
+
+    variant: str | None = None
+    use_safetensors: bool | None = None
+    subfolder: str = ""
+
+
+def open_weights(
+    directory: Path, label: str, weights: Weights = Weights()
+) -> TensorSource | None:
+    """The weights of a ``save_pretrained`` directory; None where the host would look for something else.
+
+    ``model.safetensors`` comes before an index of shards, which an earlier save may have left there, and safetensors come
+    before pickles.
+
+    Raises:
+        CheckpointMismatchError: for a broken file or index.
+    """
+    source = _found(directory / weights.subfolder, label, weights)
+    return None if source is None else Float8Source.over(source)
+
+
+def _found(directory: Path, label: str, weights: Weights) -> TensorSource | None:
+    single, index = _named("model", "safetensors", weights.variant)
+    if weights.use_safetensors is not False:
+        if (directory / single).exists():
+            return SafetensorsSource([directory / single], label)
+        if (directory / index).exists():
+            return SafetensorsSource(_shards(directory / index, label), label)
+    single, index = _named("pytorch_model", "bin", weights.variant)
+    if weights.use_safetensors is not True:
+        if (directory / single).exists():
+            return PickleSource([directory / single], label)
+        if (directory / index).exists():
+            return PickleSource(_shards(directory / index, label), label)
+    return None
+
+
+def _named(stem: str, ending: str, variant: str | None) -> tuple[str, str]:
+    """Names of a single file, and of the index of shards."""
+    middle = f".{variant}" if variant else ""
+    return f"{stem}{middle}.{ending}", f"{stem}.{ending}.index{middle}.json"
+
+
+def _shards(index: Path, label: str) -> list[Path]:
+    """The files of an index, beside it."""
+    found = read_json(index, label, "an index of shards")
+    names = found.get("weight_map") if isinstance(found, Mapping) else None
+    if not isinstance(names, Mapping) or not names:
+        raise CheckpointMismatchError(
+            f"{label}: {index} is not an index of shards (it has no weight_map). Download or write it again."
+        )
+    shards = sorted({str(name) for name in names.values()})
+    outside = [name for name in shards if Path(name).name != name or name in ("", "..")]
+    if outside:
+        raise CheckpointMismatchError(
+            f"{label}: {index} names {outside[0]!r}, expected files beside it. Download it again, from a source that you trust."
+        )
+    return [index.parent / name for name in shards]

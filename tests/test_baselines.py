@@ -9,12 +9,14 @@ import pytest
 import torch
 from fusion_bench.method.emr_merging import EMRMerging as HostEMRMerging
 from fusion_bench.modelpool import BaseModelPool
+from helpers import OpenClipLike, family
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from fusion_bench_didi import method as methods
+from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
 from fusion_bench_didi.errors import ModelPoolError, UnknownTaskError
 from fusion_bench_didi.method import baselines
 from fusion_bench_didi.method.base import PoolMethod
@@ -30,6 +32,9 @@ DYNAMIC = {
     "twin dense": lambda: methods.TwinMerging(conv="dense", rank_fraction=0.6),
     "free": lambda: methods.FreeMerging(),
     "free code": lambda: methods.FreeMerging(filter="code", keep=0.2),
+    "free released": lambda: methods.FreeMerging(
+        filter="code", keep=0.2, biases="released"
+    ),
     "emr": lambda: methods.EMRMerging(),
 }
 
@@ -155,41 +160,82 @@ def test_twin(tiny_clip):
     assert_changes(model, tiny_clip, expected)
 
 
-def free_by_the_book(tau: list[np.ndarray], which: str, keep: float):
-    """Shared part, and per task what replaces it (NaN where nothing does)."""
-    m, n = tau[0].shape
-    filtered = []
-    for matrix in tau:
-        frequencies = np.fft.fft2(matrix)
-        for i in range(m):
-            for j in range(n):
-                if which == "paper":
-                    y, x = np.fft.fftfreq(m)[i] * 2, np.fft.fftfreq(n)[j] * 2
-                    drop = (y * y + x * x) ** 0.5 <= 0.1
-                else:
-                    y, x = i - m // 2, j - n // 2
-                    drop = (y * y + x * x) ** 0.5 > 0.7 * min(m, n)
-                if drop:
-                    frequencies[i, j] = 0
-        filtered.append(np.fft.ifft2(frequencies).real)
+def high_passed(matrix: np.ndarray, gain) -> np.ndarray:
+    """A matrix by its discrete Fourier transform, written as products, each frequency times its gain."""
+    m, n = matrix.shape
+    rows = np.exp(-2j * np.pi * np.outer(range(m), range(m)) / m)
+    columns = np.exp(-2j * np.pi * np.outer(range(n), range(n)) / n)
+    spectrum = rows @ matrix @ columns
+    for i in range(m):
+        for j in range(n):
+            spectrum[i, j] *= gain(i, j, m, n)
+    return (rows.conj() @ spectrum @ columns.conj()).real / (m * n)
+
+
+def papers_gain(i, j, m, n):
+    y, x = (min(i, m - i) / m * 2, min(j, n - j) / n * 2)
+    return (y * y + x * x) ** 0.5 >= 0.1
+
+
+def codes_gain(i, j, m, n):
+    distance = ((i - m // 2) ** 2 + (j - n // 2) ** 2) ** 0.5
+    low, high = min(m, n) // 10, 0.7 * min(m, n)
+    return float(distance <= low) + float(low <= distance <= high)
+
+
+def largest(values: np.ndarray, count: int) -> np.ndarray:
+    """The entries of largest size along the last dimension, zero elsewhere."""
+    out = np.zeros_like(values)
+    for index in np.ndindex(values.shape[:-1]):
+        top = np.argsort(-np.abs(values[index]))[:count]
+        out[index][top] = values[index][top]
+    return out
+
+
+def free_of_the_paper(tau: list[np.ndarray], keep: float):
+    """Shared part of one weight, and per task what replaces it where it is not zero."""
+    filtered = [high_passed(matrix, papers_gain) for matrix in tau]
     sizes = [np.abs(v).mean() for v in filtered]
-    if which == "paper":
-        shared = sum(s / sum(sizes) * v for s, v in zip(sizes, filtered))
-    else:
-        shared = 0.25 * sum(filtered)
+    shared = sum(s / sum(sizes) * v for s, v in zip(sizes, filtered))
     experts = []
     for matrix, size in zip(tau, sizes):
-        expert = np.full_like(matrix, np.nan)
-        for row, out in zip(matrix, expert):
-            top = np.argsort(-np.abs(row))[: max(1, int(keep * n))]
-            out[top] = row[top]
-        scale = -np.log10(keep) * np.nanmean(np.abs(expert)) / size
-        experts.append((0.5 if which == "code" else 1.0) * scale * expert)
+        kept = largest(matrix, max(1, int(keep * matrix.shape[1])))
+        factor = -np.log10(keep) * np.abs(kept[kept != 0]).mean() / size
+        experts.append(factor * kept)
     return shared, experts
 
 
-@pytest.mark.parametrize("which", ["paper", "code"])
-def test_free(tiny_clip, which):
+def free_of_the_code(tau: dict[str, dict[str, np.ndarray]], keep: float):
+    """Factors per task, and shared part and experts of every attention or MLP tensor, by name."""
+    names = list(next(iter(tau.values())))
+    own = [name for name in names if "attn" in name or "mlp" in name]
+    factors, filtered, kept = {}, {}, {}
+    for task, vector in tau.items():
+        filtered[task] = {
+            name: high_passed(v, codes_gain) if name in own and v.ndim == 2 else v
+            for name, v in vector.items()
+        }
+        kept[task] = {n: largest(v, int(v.shape[-1] * keep)) for n, v in vector.items()}
+        experts = np.mean([np.abs(v).mean() for v in kept[task].values()]) / keep
+        means = np.mean([np.abs(v).mean() for v in filtered[task].values()])
+        factors[task] = experts * np.log10(keep) / -means
+    first = sorted(tau)[0]
+    found = {}
+    for name in own:
+        summed = sum(filtered[task][name] for task in tau)
+        if summed.ndim == 1:
+            summed = tau[first][name]
+        shared = 0.5 * summed  # and everything once more by .5
+        parts = {task: factors[task] * kept[task][name] for task in tau}
+        found[name] = {
+            task: 0.5 * np.where((part != 0) & (shared != 0), part, shared + part)
+            for task, part in parts.items()
+        }
+    return factors, found
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.25])
+def test_free_of_the_paper(tiny_clip, keep):
     tau = task_vectors(tiny_clip)
     tasks = list(tau)
     known = {}
@@ -201,18 +247,110 @@ def test_free(tiny_clip, which):
         if vectors[0].ndim < 2:
             return np.mean(vectors, axis=0)
         if name not in known:
-            known[name] = free_by_the_book(vectors, which, 0.1)
+            known[name] = free_of_the_paper(vectors, keep)
         shared, experts = known[name]
         expert = experts[tasks.index(task)]
-        return np.where(np.isnan(expert), shared, expert)
+        return np.where(expert == 0, shared, expert)
 
-    model = methods.FreeMerging(filter=which, keep=0.1).run(tiny_clip.pool_models())
+    model = methods.FreeMerging(keep=keep).run(tiny_clip.pool_models())
     assert_changes(model, tiny_clip, expected)
+
+
+@pytest.mark.parametrize("biases", ["released", "mean", "pretrained"])
+@pytest.mark.parametrize("keep", [0.1, 0.2])
+def test_free_of_the_code(tiny_clip, keep, biases):
+    """One factor per task, over all tensors; biases are the one thing that the default does otherwise."""
+    tau = task_vectors(tiny_clip)
+    factors, found = free_of_the_code(tau, keep)
+
+    def expected(task, name):
+        if name not in found:
+            return 0 * tau[task][name]
+        if tau[task][name].ndim == 1 and biases != "released":
+            mean = np.mean([tau[t][name] for t in tau], axis=0)
+            return mean if biases == "mean" else 0 * mean
+        return found[name][task]
+
+    method = methods.FreeMerging(filter="code", keep=keep, biases=biases)
+    model = method.run(tiny_clip.pool_models())
+    ours = dict(zip(sorted(tau), method._factors))
+    assert ours == pytest.approx(factors, rel=1e-5)
+    assert_changes(model, tiny_clip, expected)
+
+
+def test_free_of_the_code_takes_all_tensors_into_its_factor(make_tiny_clip):
+    """A larger change of a tensor that is not merged moves the experts of all that are, of this task alone."""
+    clip = make_tiny_clip()
+    method = methods.FreeMerging(filter="code", keep=0.2)
+    method.run(clip.pool_models())
+    before = dict(zip(sorted(clip.tasks), method._factors))
+    name = "vision_model.embeddings.patch_embedding.weight"
+    base, value = (m.get_parameter(name).data for m in (clip.base, clip.tuned["svhn"]))
+    value.copy_(base + 10 * (value - base))
+    method.run(clip.pool_models())
+    after = dict(zip(sorted(clip.tasks), method._factors))
+    assert after["svhn"] < 0.95 * before["svhn"]
+    assert after["mnist"] == before["mnist"]
+    factors, _ = free_of_the_code(task_vectors(clip), 0.2)
+    assert after == pytest.approx(factors, rel=1e-5)
+
+
+def test_free_of_the_code_on_a_convolution_and_a_scalar():
+    """Other shapes take part in the factor as they are: scalars whole, convolutions along their last side."""
+    models = family(OpenClipLike(), ("a", "b"))
+    method = methods.FreeMerging(filter="code", keep=0.2)
+    model = method.run(BaseModelPool(models))
+    base = floats(models["_pretrained_"])
+    tau = {
+        t: {n: v - base[n] for n, v in floats(models[t]).items()} for t in ("a", "b")
+    }
+    for task, factor in zip(("a", "b"), method._factors):
+        experts, rest = [], []
+        for name, v in tau[task].items():
+            kept = v if v.ndim == 0 else largest(v, int(v.shape[-1] * 0.2))
+            filtered = "attn" in name and v.ndim == 2
+            experts.append(np.abs(kept).mean())
+            rest.append(np.abs(high_passed(v, codes_gain) if filtered else v).mean())
+        mean = np.mean(experts) / 0.2 / np.mean(rest)
+        assert factor == pytest.approx(-np.log10(0.2) * mean, rel=1e-5)
+    assert not any(name.startswith("conv") for name in model.touched)
+
+
+def test_free_of_the_code_on_real_towers(suite_real8):
+    """The released code's factors there, as its authors' code computes them: 5.85 to 6.12."""
+    pool = FolderCLIPVisionModelPool(root=str(suite_real8))
+    method = methods.FreeMerging(filter="code")
+    method.run(pool)
+    assert min(method._factors) == pytest.approx(5.85, abs=0.005)
+    assert max(method._factors) == pytest.approx(6.12, abs=0.005)
+
+
+def test_free_of_the_code_says_where_it_keeps_nothing(tiny_clip, caplog):
+    """Rows of 32 and 64 entries, of which 1 % is less than one."""
+    model = methods.FreeMerging(filter="code").run(tiny_clip.pool_models())
+    assert "keep=0.01 keeps no entry" in caplog.text
+    assert all(s == 0 for s in map(_entries, model.modulators.values()))
+
+
+def _entries(expert) -> int:
+    return sum(delta.values.numel() for delta in expert.deltas.values())
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 32), (50, 70), (9, 24), (100, 60)])
+def test_the_released_filter(shape):
+    """Twice at exactly a tenth of the smaller side: four frequencies, or more where the circle meets more."""
+    gains = baselines.released_filter(*shape, 0.7).numpy()
+    m, n = shape
+    expected = [[codes_gain(i, j, m, n) for j in range(n)] for i in range(m)]
+    np.testing.assert_array_equal(gains, expected)
+    radius = min(shape) // 10
+    twice = {0: 1, 5: 12}.get(radius, 4)
+    assert (gains == 2).sum() == twice
 
 
 def test_the_released_filter_depends_on_the_shape():
     kept = {
-        shape: baselines.released_filter(*shape, 0.7).float().mean().item()
+        shape: (baselines.released_filter(*shape, 0.7) > 0).float().mean().item()
         for shape in [(768, 768), (2304, 768), (3072, 768)]
     }
     assert kept[768, 768] == pytest.approx(0.9998, abs=2e-4)
@@ -494,6 +632,7 @@ def test_yaml_is_the_constructor(name):
         (lambda: methods.TwinMerging(rank_fraction=2), "rank_fraction=2"),
         (lambda: methods.FreeMerging(filter="none"), "filter='none'"),
         (lambda: methods.FreeMerging(biases="first"), "biases='first'"),
+        (lambda: methods.FreeMerging(biases="released"), "is of filter=code"),
         (lambda: methods.FreeMerging(keep=1), "keep=1"),
         (lambda: methods.CATMerging(images=0), "images=0"),
     ],

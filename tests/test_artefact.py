@@ -18,6 +18,7 @@ from fusion_bench_didi.artifacts.host_moe import host_storage
 from fusion_bench_didi.artifacts.saving import written
 from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.method import EMRMerging, TwinMerging
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.programs import entry_run
 from fusion_bench_didi.programs.compare import ComparisonProgram
@@ -184,6 +185,7 @@ def test_a_static_merge_is_the_changed_tensors_once(tiny_clip, tmp_path):
     found = save_artifact(model, tmp_path / "a", base=tiny_clip.base, types=types)
     assert found.beyond == sum(p.numel() * 4 for p in tiny_clip.base.parameters())
     assert found.backbone == 0 and found == written(tmp_path / "a")
+    assert found.replaced == found.beyond
     again = load_artifact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
     assert same_bits(floats(again), floats(model))
 
@@ -200,6 +202,32 @@ def test_tied_weights_buffers_and_untouched_tensors(tmp_path):
     assert found.beyond == sum(4 * base.state_dict()[name].numel() for name in types)
     again = load_artifact(tmp_path / "a", copy.deepcopy(base))
     assert same_bits(floats(again), floats(model))
+
+
+def test_tensors_that_tasks_keep_count_in_the_unit():
+    """Running statistics: of one fine-tuned model, as the methods count them, and of what static merges write."""
+    models = family(Oddities())
+    for task in ("mnist", "svhn"):
+        models[task].norm.running_mean += 1
+    facts = pool_facts(BaseModelPool(models), models["_pretrained_"])
+    assert facts.types["norm.running_mean"] == torch.float32
+    assert facts.unit_bits == EMRMerging().run(models).unit_bits
+    assert facts.unit_bits == 32 * sum(
+        models["_pretrained_"].state_dict()[name].numel() for name in facts.types
+    )
+
+
+def test_what_files_replace(tiny_clip, tmp_path):
+    """The base model's values that a directory makes do without: all, or none."""
+    models, base = tiny_clip.pool_models(), tiny_clip.base
+    options = {"base": base, "types": types_of(models)}
+    whole = sum(4 * p.numel() for p in base.parameters())
+    static = save_artifact(merged(models), tmp_path / "static", **options)
+    own = iter(tiny_clip.tuned.items())
+    individuals = save_artifact(own, tmp_path / "individuals", **options)
+    dynamic = save_artifact(TwinMerging().run(models), tmp_path / "twin", **options)
+    assert [f.replaced for f in (static, individuals, dynamic)] == [whole, whole, 0]
+    assert individuals.beyond == len(tiny_clip.tasks) * whole
 
 
 @pytest.mark.parametrize("rank", [4, -1])

@@ -13,6 +13,7 @@ import pytest
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from omegaconf import OmegaConf
 
+from fusion_bench_didi.deltas.base import Delta
 from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.programs import entry_run
 from fusion_bench_didi.programs.compare import ComparisonProgram
@@ -202,6 +203,69 @@ def test_artifacts_are_held_against_the_account(cache, tmp_path, monkeypatch, sc
     for key, row in rows.items():
         assert f"The account of {key} is wrong" in row["error"]
     assert scored == []
+
+
+SHARING = {
+    "twin": {"method": "didi/twin", "group": "dynamic"},
+    "free": {"method": "didi/free", "overrides": {"keep": 0.1}, "group": "dynamic"},
+    "emr": ENTRIES["emr"],
+    "didi": ENTRIES["didi"],
+}
+
+
+def test_a_shared_part_counts_beside_the_backbone(cache, tmp_path):
+    """It is stored as a change, so that the base model is needed too; nothing is counted that is not written."""
+    comparison = compare(cache, tmp_path, entries=SHARING, save_artifacts=True)
+    for row in comparison["rows"]:
+        assert row["error"] is None
+        assert row["bytes_incl"] - row["bytes_excl"] == comparison["unit_bytes"]
+
+
+@pytest.mark.parametrize("key", SHARING)
+@pytest.mark.parametrize(
+    "part, wrong",
+    [
+        ("backbone_bits", lambda model: 0),
+        ("backbone_bits", lambda model: model.unit_bits // 2),
+        ("unit_bits", lambda model: 2 * model.unit_bits),
+    ],
+)
+def test_a_wrong_account_of_a_backbone_is_found(
+    cache, tmp_path, monkeypatch, key, part, wrong
+):
+    """As if base and shared part were stored as one, say, which no file does."""
+    stock = entry_run._merged
+
+    def merged(*args):
+        model = stock(*args)
+        setattr(model, part, wrong(model))
+        return model
+
+    monkeypatch.setattr(entry_run, "_merged", merged)
+    options = {"entries": {key: SHARING[key]}, "save_artifacts": True}
+    (row,) = compare(cache, tmp_path, **options)["rows"]
+    assert row["error"].startswith("ComparisonError: The account of")
+    assert "bytes of the backbone" in row["error"]
+
+
+@pytest.mark.parametrize("key", SHARING)
+def test_a_wrong_account_of_deltas_is_found(cache, tmp_path, monkeypatch, key):
+    """One byte too many in every stored tensor."""
+    bits = Delta.bits.fget
+    monkeypatch.setattr(Delta, "bits", property(lambda delta: bits(delta) + 8))
+    options = {"entries": {key: SHARING[key]}, "save_artifacts": True}
+    (row,) = compare(cache, tmp_path, **options)["rows"]
+    assert "bytes beyond the backbone" in row["error"]
+
+
+def test_what_a_method_leaves_alone_is_the_backbones(cache, tmp_path):
+    """Tensors that are excluded are in the unit of the table, and in the backbone that is counted."""
+    entry = {**SHARING["twin"], "overrides": {"exclude": ["*embeddings*"]}}
+    options = {"entries": {"twin": entry, "emr": ENTRIES["emr"]}}
+    rows = compare(cache, tmp_path, save_artifacts=True, **options)["rows"]
+    for row in rows:
+        assert row["error"] is None
+        assert row["x_incl"] == pytest.approx(row["x_excl"] + 1)
 
 
 def test_a_failing_method_is_a_row(finished):

@@ -48,11 +48,13 @@ class Written:
         beyond: of the tensors beyond the backbone.
         backbone: of the values that take the backbone's place, 0 where the base model's own are used.
         headers: what the files beyond the backbone hold beside tensors.
+        replaced: of the base model's tensors for which the files hold a value instead, so that they are not needed.
     """
 
     beyond: int
     backbone: int
     headers: int
+    replaced: int = 0
 
 
 def save_artifact(
@@ -135,7 +137,7 @@ def load_artifact(
 
 
 def written(directory: str | Path) -> Written:
-    """Bytes of what lies there, from the headers of the files."""
+    """Bytes of what lies there, from the headers of the files, and what it is from the configuration."""
     beyond = backbone = headers = 0
     for file in Path(directory).rglob("*.safetensors"):
         with file.open("rb") as opened:
@@ -146,4 +148,9 @@ def written(directory: str | Path) -> Written:
         else:
             beyond += size
             headers += header
-    return Written(beyond, backbone, headers)
+    config, replaced = read_config(directory), backbone
+    if config.get("kind") == "static":
+        replaced = beyond
+    elif config.get("kind") == "individuals":
+        replaced = beyond // len(config["experts"])  # each holds the same tensors
+    return Written(beyond, backbone, headers, replaced)

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from .base import Delta
-from .plain import DenseDelta
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class StorageReport:
 
     Args:
         unit_bits: one fine-tuned model.
-        backbone_bits: the base model's values of the changed tensors; 0 where the shared part is only ever used as
-            base + shared and the sum is stored instead.
+        backbone_bits: the base model's values of the changed tensors. A saved model refers to them, so that all of them are
+            needed beside what it stores, also where they are only ever used together with a shared part.
         shared_bits: what all tasks use.
         expert_bits: per task.
         routing_bits: the router; 0 when the task is given.
@@ -92,26 +91,6 @@ def account(
         },
         routing_bits=routing_bits,
         layer_bits=layers,
-    )
-
-
-def folded_backbone_bits(
-    sizes: Mapping[str, int],
-    shared: Mapping[str, Delta],
-    experts: Mapping[str, Mapping[str, Delta]],
-) -> int:
-    """What is left of the backbone when *base + shared* is stored instead of the two.
-
-    The base's value of a tensor is still needed where nothing is shared and some task does not store it whole.
-
-    Args:
-        sizes: bits per tensor of one fine-tuned model.
-    """
-    return sum(
-        bits
-        for name, bits in sizes.items()
-        if name not in shared
-        and not all(isinstance(e.get(name), DenseDelta) for e in experts.values())
     )
 
 

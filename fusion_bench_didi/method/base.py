@@ -19,7 +19,6 @@ from torch import nn
 from ..checkpoint.directory import whole_directory
 from ..checkpoint.stream import DeltaWriter
 from ..deltas.sink import EncodedTensor, InMemory, Sink
-from ..deltas.storage import folded_backbone_bits
 from ..errors import SettingsError
 from ..merging.encoding import encode_own
 from ..models import DynamicModel
@@ -178,9 +177,6 @@ class DynamicMethod(PoolMethod):
         overwrite: of ``output_dir``.
     """
 
-    #: The shared part is only ever used as base + shared, and that sum is stored once.
-    folded: ClassVar[bool] = False
-
     def __init__(
         self,
         exclude: Sequence[str] = (),
@@ -244,17 +240,12 @@ class DynamicMethod(PoolMethod):
                 if tensor is not None:
                     sink.put(tensor)
             shared, experts = sink.close()
-        sizes = model_bits(task_vectors, found)
-        backbone_bits = None
-        if self.folded:
-            backbone_bits = folded_backbone_bits(sizes, shared, experts)
         return DynamicModel(
             backbone,
             shared,
             {task: experts[task] for task in modelpool.model_names},
-            unit_bits=sum(sizes.values()),
-            backbone_bits=backbone_bits,
-            info={**self.facts(modelpool, backbone), "folded": self.folded},
+            unit_bits=sum(model_bits(task_vectors, found).values()),
+            info=self.facts(modelpool, backbone),
         )
 
 

@@ -100,7 +100,7 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
     if bench.save_artifacts:
         watch.stage("saving")
         place = bench.store.directory / ARTIFACTS / entry.key
-        _save(row, artifact, place, pool, types)
+        _save(row, artifact, place, pool, types, bench.facts)
     for task in bench.scorer.tasks:
         if task in row["accuracy"]:  # an earlier run got as far as this
             continue
@@ -161,8 +161,10 @@ def _account(row: Row, size: Size, facts: PoolFacts) -> None:
     _note(row, size.note)
 
 
-def _save(row: Row, artifact: Any, place: Path, pool: Any, types: Mapping) -> None:
-    """Write the artifact, and hold the account against its bytes."""
+def _save(
+    row: Row, artifact: Any, place: Path, pool: Any, types: Mapping, facts: PoolFacts
+) -> None:
+    """Write the artifact, and hold the account against its bytes and those of the base model that it needs beside it."""
     base = load_backbone(pool)
     found = save_artifact(
         artifact,
@@ -172,14 +174,18 @@ def _save(row: Row, artifact: Any, place: Path, pool: Any, types: Mapping) -> No
         known=backbone_reference(pool, base),
         overwrite=True,
     )
-    backbone = row["bytes_incl"] - row["bytes_excl"]
-    for what, wrote, counted in (
+    needed = facts.unit_bits // 8 - found.replaced
+    for what, there, counted in (
         ("beyond the backbone", found.beyond, row["bytes_excl"]),
-        ("in the backbone's place", found.backbone or backbone, backbone),
+        (
+            "of the backbone",
+            needed + found.backbone,
+            row["bytes_incl"] - row["bytes_excl"],
+        ),
     ):
-        if wrote != counted:
+        if there != counted:
             raise ComparisonError(
-                f"The account of {row['method']} is wrong: it has {counted} bytes {what}, its artifact {wrote}."
+                f"The account of {row['method']} is wrong: it has {counted} bytes {what}, its artifact {there}."
             )
     row["bytes_written"] = found.beyond + found.headers
     row["bytes_of_headers"] = found.headers

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from ..artifacts.host_moe import host_storage
-from ..deltas.storage import dtype_bits
 from ..models.dynamic import DynamicModel
 from ..pools.opening import open_pool
-from ..task_vectors.scan import scan
+from ..task_vectors.scan import model_bits, scan
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class PoolFacts:
 
     Args:
         unit_bits: one fine-tuned model (the tensors that some task changed).
-        types: these tensors, and the data type in which the checkpoints store them.
+        types: these tensors as far as the base model has them, and the data type in which the checkpoints store them.
         smallest_side: of the linear layers' weights.
         tasks: names of the fine-tuned models.
     """
@@ -46,14 +45,16 @@ def pool_facts(modelpool, backbone: nn.Module, device="cpu") -> PoolFacts:
         CheckpointMismatchError, NonFiniteError, ModelPoolError: as the merge would.
     """
     vectors = open_pool(modelpool, backbone)
-    types = {name: vectors.tuned_dtype(name) for name in scan(vectors, device).changed}
+    found, base = scan(vectors, device), vectors.base.infos()
+    types = {name: vectors.tuned_dtype(name) for name in found.changed}
+    for name in found.changed_own:
+        info = vectors.own_infos[name]
+        if name in base and info.shape == base[name].shape:
+            types[name] = info.dtype
     sides = [min(v.shape) for v in backbone.parameters() if v.ndim == 2]
     linear = [min(m.weight.shape) for m in backbone.modules() if type(m) is nn.Linear]
     return PoolFacts(
-        unit_bits=sum(
-            vectors.infos[name].numel * dtype_bits(dtype)
-            for name, dtype in types.items()
-        ),
+        unit_bits=sum(model_bits(vectors, found).values()),
         types=types,
         smallest_side=min(linear or sides),
         tasks=tuple(modelpool.model_names),
@@ -78,10 +79,9 @@ def model_size(model: nn.Module, backbone: nn.Module, facts: PoolFacts) -> Size:
         TypeError: for a model that is neither a full model nor one of the known dynamic forms.
     """
     if isinstance(model, DynamicModel):
-        folded = model.info.get("folded", False)
-        report, note = model.storage, _FOLDED if folded else ""
+        report = model.storage
     elif report := host_storage(model, facts.tasks, unit_bits=facts.unit_bits):
-        note = ""
+        pass
     elif _shapes(model) == _shapes(backbone):
         return Size(1.0, 1.0, "folded: replaces the backbone")
     else:
@@ -89,10 +89,11 @@ def model_size(model: nn.Module, backbone: nn.Module, facts: PoolFacts) -> Size:
             f"No storage account for {type(model).__name__}: it is no DynamicModel, and its tensors are not those of "
             f"the base model {type(backbone).__name__}."
         )
-    return Size(report.x_excl, report.x_incl, note)
-
-
-_FOLDED = "shared part folded into the backbone"
+    # tensors that the method was told to leave alone are the backbone's too
+    excluded = facts.unit_bits - report.unit_bits
+    beyond = report.excl_bits
+    whole = beyond + report.backbone_bits + excluded
+    return Size(beyond / facts.unit_bits, whole / facts.unit_bits)
 
 
 def _shapes(model: nn.Module) -> dict:

@@ -22,8 +22,8 @@ class TwinMerging(DynamicMethod):
     """A static merge that all tasks share, and per task the low-rank remainder; the task is given (oracle routing).
 
     ``theta* = theta_0 + s sum_t tau_t`` and ``W_t = theta* + SVD_r(theta_t - theta*)`` with ``r = floor(.1 min(m, n))``
-    for matrices; everything else is the task's own. Only ``theta*`` is ever used, so it is stored instead of ``theta_0``
-    (``folded``): x_incl = x_excl = 1 + experts.
+    for matrices; everything else is the task's own. Stored are ``s sum_t tau_t`` and the remainders, beside ``theta_0``:
+    x_incl = 2 + experts.
 
     Source: the released code, which is for RoBERTa and Qwen: ``s`` is .29 there, biases and classifier stay out of
     both steps, vectors are not truncated.
@@ -35,7 +35,6 @@ class TwinMerging(DynamicMethod):
     """
 
     title = "Twin-Merging"
-    folded = True
 
     def __init__(
         self,

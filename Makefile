@@ -24,6 +24,7 @@ test: lint
 lint: $(INSTALLED_TEST)
 	$(BIN)/python -m black --check . || { echo "run 'make format'" >&2; exit 1; }
 	$(BIN)/python -m isort --check . || { echo "run 'make format'" >&2; exit 1; }
+	$(BIN)/lint-imports --no-logo --no-cache || { echo "see the contracts of the rooms in pyproject.toml" >&2; exit 1; }
 
 format: $(INSTALLED_TEST)
 	$(BIN)/python -m isort --quiet .

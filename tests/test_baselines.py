@@ -432,28 +432,29 @@ def cat_by_the_book(clip, pool, name, *, directions, weight, images, seed):
             continue
         rows = inputs_of(model, owner, pixels_of(pool, task, images, seed))
         moments[task] = sum(np.outer(x, x) for x in rows) / len(rows)
-    total = 0
-    for k, vector in vectors.items():
-        if vector.ndim == 2:
-            g = sum(
-                (-weight if i == k else 1.0) * vector @ c @ vector.T
-                for i, c in moments.items()
-            )
+    left = {task: vector.copy() for task, vector in vectors.items()}
+    for k in sorted(vectors):
+        others = [i for i in vectors if i != k]
+        if vectors[k].ndim == 2:
+            g = 0
+            for i in others:
+                worth = moments[k] - weight * moments[i]
+                g = g + vectors[i] @ worth @ vectors[i].T
             values, basis = np.linalg.eigh(g)
             for value, b in list(zip(values, basis.T))[::-1][:directions]:
-                if value > 0:
-                    vector = vector - np.outer(b, b @ vector)
+                for i in others:
+                    if value > 0:
+                        left[i] = left[i] - np.outer(b, b @ left[i])
         else:
-            g = sum(
-                (-weight if i == k else 1.0) * np.diag(c) * vector**2
-                for i, c in moments.items()
-            )
-            vector = vector.copy()
+            g = np.zeros(len(vectors[k]))
+            for i in others:
+                worth = np.diag(moments[k]) - weight * np.diag(moments[i])
+                g += worth * vectors[i] ** 2
             for j in np.argsort(-g)[:directions]:
-                if g[j] > 0:
-                    vector[j] = 0
-        total = total + vector
-    return total
+                for i in others:
+                    if g[j] > 0:
+                        left[i][j] = 0
+    return sum(left.values())
 
 
 @pytest.mark.parametrize("weight", [0.5, 5.0])
@@ -464,7 +465,7 @@ def test_cat(tiny_clip, weight, images):
     merged = methods.CATMerging(scale=0.5, **options).run(pool)
     assert type(merged) is type(tiny_clip.base)
     base, result = floats(tiny_clip.base), floats(merged)
-    cut_tensors = 0
+    cut_tensors, cut_shifts = 0, 0
     for name, value in result.items():
         expected = cat_by_the_book(tiny_clip, pool, name, **options)
         np.testing.assert_allclose(
@@ -472,7 +473,56 @@ def test_cat(tiny_clip, weight, images):
         )
         whole = sum(v[name] for v in task_vectors(tiny_clip).values())
         cut_tensors += not np.allclose(expected, whole)
+        cut_shifts += name.endswith("bias") and not np.allclose(expected, whole)
     assert cut_tensors > 10
+    assert (cut_shifts > 0) == (weight < 1)
+
+
+def rows_of(*directions: float) -> torch.Tensor:
+    """Inputs whose second moment is diagonal."""
+    return torch.diag(torch.tensor(directions)) * len(directions) ** 0.5
+
+
+def test_cat_cuts_what_disturbs_the_task_that_asks():
+    """Task 0 has inputs along x alone, where task 1 writes into output 0: that is cut from task 1, and from no other."""
+    inputs = [rows_of(1.0, 0.0), rows_of(0.0, 1.0)]
+    vectors = torch.zeros(2, 3, 2)
+    vectors[1] = torch.tensor([[2.0, 0.0], [0.0, 5.0], [0.0, 0.0]])
+    vectors[0, 2, 0] = 1.0
+    found = [
+        baselines.removal_basis(vectors, inputs, k, count=2, weight=1.0) for k in (0, 1)
+    ]
+    torch.testing.assert_close(found[0].abs(), torch.tensor([[1.0], [0.0], [0.0]]))
+    assert found[1].shape == (3, 0), "task 0 does nothing to what task 1 sees"
+    left = baselines.without_directions(vectors, found)
+    assert left[1].tolist() == [[0.0, 0.0], [0.0, 5.0], [0.0, 0.0]]
+    assert torch.equal(left[0], vectors[0])
+
+
+def test_cat_keeps_what_is_worth_more_to_the_task_that_has_it():
+    """What task 1 writes for its own inputs is kept where lambda weighs that more than task 0's disturbance."""
+    inputs = [rows_of(1.0, 1.0), rows_of(1.0, 1.0)]
+    vectors = torch.zeros(2, 3, 2)
+    vectors[1, 0, 0] = 2.0
+    options = {"count": 2, "weight": 1.5}
+    assert baselines.removal_basis(vectors, inputs, 0, **options).shape[1] == 0
+    options["weight"] = 0.5
+    assert baselines.removal_basis(vectors, inputs, 0, **options).shape[1] == 1
+
+
+def test_cat_cuts_coordinates_of_others():
+    vectors = torch.tensor([[1.0, 0.0, 3.0], [2.0, 1.0, 0.0]])
+    energies = torch.tensor([[1.0, 0.0, 0.0], [0.1, 1.0, 1.0]])
+    left = baselines.without_conflicts(vectors, energies, count=1, weight=1.0)
+    # task 0 uses coordinate 0, which task 1 hardly does; task 1 uses coordinate 2, which task 0 does not
+    assert left.tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+
+
+def test_cat_cuts_no_more_directions_than_there_are():
+    vectors = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
+    inputs = [torch.randn(4, 5) for _ in range(3)]
+    basis = baselines.removal_basis(vectors, inputs, 1, count=7, weight=0.0)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(2))
 
 
 def test_cat_without_directions_is_task_arithmetic(tiny_clip):

@@ -25,19 +25,27 @@ log = logging.getLogger(__name__)
 
 @auto_register_config
 class CATMerging(PoolMethod):
-    """Task arithmetic after the directions in which tasks disturb each other are cut from the task vectors. Static.
+    """Task arithmetic after each task's vector has lost what disturbs the other tasks most. Static.
 
-    ``theta = theta_0 + alpha sum_k (I - B_k B_k^T) tau_k`` where the columns of ``B_k`` are the top ``c`` eigenvectors of
-    ``sum_{i != k} tau_k C_i tau_k^T - lambda tau_k C_k tau_k^T`` and ``C_i`` is the second moment of the inputs of this linear
-    layer in fine-tuned model i on a few unlabelled images of task i. Scales of layer norms and all shifts are treated
-    coordinate by coordinate in the same way.
+    For a linear layer, ``B_k`` (m, c) are the top ``c`` eigenvectors of
+
+    ``G_k = sum_{i != k} tau_i (C_k - lambda C_i) tau_i^T``,
+
+    the output directions in which the *other* task vectors act on task k's inputs more than they are worth to their own
+    tasks; ``C_i`` is the second moment of the layer's inputs in fine-tuned model i on a few unlabelled images of task i.
+    They are cut from all other task vectors, ``tau_i <- (I - B_k B_k^T) tau_i`` for all ``i != k``, and
+    ``theta = theta_0 + alpha sum_i tau_i``. Scales of layer norms and all shifts are treated coordinate by coordinate in the same way;
+    a shift is multiplied with 1 in every task, so that for ``lambda >= 1`` none is cut.
 
     Data: ``images`` images per task, labels unused, from the pool's train datasets, or its validation datasets.
 
-    Source: the paper's description; its code was not at hand, so all of this is reconstructed. Inferred: moments are
-    averaged over tokens; only positive eigenvalues are cut; ``lambda`` 5, ``c`` 3, ``alpha`` .3 (the paper tunes
-    ``alpha``); tensors that belong to no ``nn.Linear`` or ``nn.LayerNorm`` that is *called* (embeddings, convolutions,
-    the bare QKV matrix of ``nn.MultiheadAttention``) are added up as they are.
+    Source: two independent second-hand descriptions, a review of the paper and a port of its code to language models,
+    which agree in the formula; the authors' code was not at hand. Inferred: all ``B_k`` are found from the whole task
+    vectors, then cut one after the other, tasks sorted by name; moments are averaged over tokens; only positive
+    eigenvalues are cut; ``lambda`` 5, ``c`` 3, ``alpha`` .3 (the paper tunes ``alpha``). The port also scales what is left back
+    to its norm, looks at inputs in ``theta_0 + alpha tau_i`` and has a rule of its own for shifts; none of that is done
+    here. Tensors that belong to no ``nn.Linear`` or ``nn.LayerNorm`` that is *called* (embeddings, convolutions, the bare QKV
+    matrix of ``nn.MultiheadAttention``) are added up as they are.
 
     Args: as the keys of ``config/method/didi/cat.yaml``.
     """
@@ -104,15 +112,12 @@ class CATMerging(PoolMethod):
         found = [i[name].to(vectors) for i in inputs]
         options = {"count": self.directions, "weight": float(self.weight)}
         if vectors.ndim == 3:
-            return sum(
-                without_directions(tau, removal_basis(tau, found, k, **options))
-                for k, tau in enumerate(vectors)
-            )
+            bases = [
+                removal_basis(vectors, found, k, **options) for k in range(len(found))
+            ]
+            return without_directions(vectors, bases).sum(0)
         energies = torch.stack([x.square().mean(0) for x in found])  # (T, n)
-        return sum(
-            without_conflicts(tau, energies, k, **options)
-            for k, tau in enumerate(vectors)
-        )
+        return without_conflicts(vectors, energies, **options).sum(0)
 
     def _inputs(self, modelpool: BaseModelPool, task: str) -> dict[str, Tensor]:
         """What each tensor of the fine-tuned model is multiplied with, on a few images of its task."""
@@ -163,58 +168,77 @@ def record_inputs(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
 
 
 def removal_basis(
-    vector: Tensor, inputs: Sequence[Tensor], task: int, *, count: int, weight: float
+    vectors: Tensor, inputs: Sequence[Tensor], task: int, *, count: int, weight: float
 ) -> Tensor:
-    """Output directions in which ``tau_k`` disturbs other tasks more than it serves its own.
+    """Output directions in which the other task vectors disturb a task more than they serve their own.
 
-    The top eigenvectors of ``G_k = sum_{i != k} tau_k C_i tau_k^T - lambda tau_k C_k tau_k^T`` with ``C_i = X_i^T X_i / N_i``;
-    those of eigenvalues that are not positive are left, for their removal would lose more than it gains.
+    The top eigenvectors of ``G_k = sum_{i != k} tau_i (C_k - lambda C_i) tau_i^T`` with ``C_i = X_i^T X_i / N_i``; those of
+    eigenvalues that are not positive are left, for their removal would lose more than it gains.
 
     Args:
-        vector: (m, n) of task ``task``.
+        vectors: (T, m, n).
         inputs: per task, (N_i, n).
+        task: k.
         count: c.
         weight: lambda.
 
     Returns:
         (m, at most c), orthonormal columns.
     """
-    outputs = [x @ vector.mT / len(x) ** 0.5 for x in inputs]  # (N_i, m)
-    rows = torch.cat(outputs).double()  # (N, m)
-    signs = torch.cat(
-        [
-            torch.full((len(x),), -weight if i == task else 1.0)
-            for i, x in enumerate(inputs)
-        ]
-    ).to(rows)
+    disturbing = [i for i in range(len(vectors)) if i != task]
+    pairs = [(i, task, 1.0) for i in disturbing] + [(i, i, -weight) for i in disturbing]
+    outputs, signs = [], []
+    for i, k, sign in pairs:
+        rows = inputs[k] @ vectors[i].mT / len(inputs[k]) ** 0.5  # (N_k, m)
+        outputs.append(rows.double())
+        signs.append(rows.new_full((len(rows),), sign, dtype=torch.float64))
     # the eigenvectors lie in the span of the rows: work in it where that is smaller
-    span, coordinates = torch.linalg.qr(rows.mT)  # (m, p), (p, N)
-    form = (coordinates * signs) @ coordinates.mT  # (p, p)
-    values, vectors = torch.linalg.eigh(form)  # ascending
-    top = vectors[:, -count:][:, values[-count:] > 0] if count else vectors[:, :0]
-    return (span @ top).to(vector.dtype)
+    span, coordinates = torch.linalg.qr(torch.cat(outputs).mT)  # (m, p), (p, N)
+    form = (coordinates * torch.cat(signs)) @ coordinates.mT  # (p, p)
+    values, directions = torch.linalg.eigh(form)  # ascending
+    count = min(count, len(values))
+    top = directions[:, len(values) - count :]
+    top = top[:, values[len(values) - count :] > 0]
+    return (span @ top).to(vectors.dtype)
 
 
-def without_directions(vector: Tensor, basis: Tensor) -> Tensor:
-    """``(I - B B^T) tau``."""
-    return vector - basis @ (basis.mT @ vector)
+def without_directions(vectors: Tensor, bases: Sequence[Tensor]) -> Tensor:
+    """``tau_i <- (I - B_k B_k^T) tau_i`` for every k, one after the other, and every i other than k.
+
+    Args:
+        vectors: (T, m, n).
+        bases: per task, (m, c_k).
+    """
+    left = list(vectors)
+    for k, basis in enumerate(bases):
+        left = [
+            tau if i == k else tau - basis @ (basis.mT @ tau)
+            for i, tau in enumerate(left)
+        ]
+    return torch.stack(left)
 
 
 def without_conflicts(
-    vector: Tensor, energies: Tensor, task: int, *, count: int, weight: float
+    vectors: Tensor, energies: Tensor, *, count: int, weight: float
 ) -> Tensor:
-    """The diagonal case, for scales and shifts: zero the ``count`` coordinates that disturb others most.
+    """The diagonal case, for scales and shifts: zero the coordinates in which a task is disturbed most, in all others.
 
-    Coordinate j disturbs by ``g[j] = (sum_{i != k} e_i[j] - lambda e_k[j]) dv_k[j]^2``; as above only where positive.
+    Coordinate j of task k is disturbed by ``g_k[j] = sum_{i != k} (e_k[j] - lambda e_i[j]) v_i[j]^2``; as above only where
+    that is positive, and at most ``count`` of them.
 
     Args:
-        vector: (n,) change of a scale or shift by task ``task``.
+        vectors: (T, n) changes of a scale or shift.
         energies: (T, n) mean square of what each task multiplies it with; ones for shifts.
     """
-    own = energies[task]
-    conflict = (energies.sum(0) - own - weight * own) * vector.square()
-    top = conflict.topk(min(count, len(conflict)))
-    return vector.index_fill(0, top.indices[top.values > 0], 0.0)
+    squares, left = vectors.square(), list(vectors)
+    for k, own in enumerate(energies):
+        conflict = (own - weight * energies) * squares  # (T, n)
+        top = (conflict.sum(0) - conflict[k]).topk(min(count, vectors.shape[1]))
+        disturbed = top.indices[top.values > 0]
+        left = [
+            v if i == k else v.index_fill(0, disturbed, 0.0) for i, v in enumerate(left)
+        ]
+    return torch.stack(left)
 
 
 def normalized_inputs(inputs: Tensor, eps: float) -> Tensor:

@@ -34,7 +34,6 @@ from fusion_bench_didi.lowrank.refinement import (
 from fusion_bench_didi.lowrank.static_merge import shared_matrix
 from fusion_bench_didi.lowrank.subspace_iteration import (
     Subspace,
-    balanced,
     subspace_step,
 )
 from fusion_bench_didi.lowrank.svd import spectrum
@@ -133,16 +132,11 @@ def test_rank_cap_is_the_last_rank_cheaper_than_dense():
         assert (cap + 1) * (m + n) >= m * n
 
 
-def test_balanced_and_subspace_steps_keep_what_they_promise():
+def test_subspace_steps_never_raise_the_error():
     g = torch.Generator().manual_seed(5)
     matrix = torch.randn(14, 10, generator=g)
     factors = LowRankFactors(
         torch.randn(14, 4, generator=g), torch.randn(4, 10, generator=g)
-    )
-    even = balanced(factors)
-    torch.testing.assert_close(even.dense(), factors.dense(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        even.up.mT @ even.up, even.down @ even.down.mT, atol=1e-4, rtol=1e-4
     )
     errors = [float((matrix - factors.dense()).square().sum())]
     for _ in range(60):

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from .factors import LowRankFactors
-from .svd import spectrum
 
 #: Products of other widths than multiples of this are slower than those of the next larger multiple.
 WIDTH = 16
@@ -85,16 +84,3 @@ def subspace_step(
         columns = torch.linalg.qr(matrix @ rows).Q  # (m, r)
         down = columns.mT @ matrix  # (r, n)
     return LowRankFactors(columns, down)
-
-
-def balanced(factors: LowRankFactors) -> LowRankFactors:
-    """The same product as ``U S^(1/2)``, ``S^(1/2) Vh`` (Eq. 14's start), from the factors alone."""
-    if factors.rank == 0:
-        return factors
-    q_up, r_up = torch.linalg.qr(factors.up)
-    q_down, r_down = torch.linalg.qr(factors.down.mT)
-    inner = spectrum(r_up @ r_down.mT)
-    root = inner.S.sqrt()
-    return LowRankFactors(
-        (q_up @ inner.U) * root, root[:, None] * (inner.Vh @ q_down.mT)
-    )

@@ -21,7 +21,7 @@ from ..deltas.sink import InMemory, Sink
 from ..deltas.storage import account
 from ..task_vectors.loop import Progress, no_progress
 from ..task_vectors.reader import TaskVectors
-from ..task_vectors.scan import scan
+from ..task_vectors.scan import Scan, account_of, scan
 from .basis_store import BasisStore
 from .context import MergeContext
 from .encoding import encode_all
@@ -47,6 +47,7 @@ class Plan:
     """
 
     context: MergeContext
+    scan: Scan
     decisions: Mapping[str, Decision]
     seconds: dict[str, float]
 
@@ -73,6 +74,7 @@ class Plan:
             forms={name: d.form.name for name, d in decisions},
             subspaces={n: d.point for n, d in decisions if d.form.name == "tucker"},
             seconds=self.seconds,
+            tensors=account_of(self.context.task_vectors, self.scan),
         )
 
 
@@ -125,7 +127,7 @@ def plan(
             name, choice.form, choice.precision, point, choice.bases
         )
     decisions = {name: decisions[name] for name in inventory.matrices}
-    return Plan(context, decisions, seconds)
+    return Plan(context, found, decisions, seconds)
 
 
 def _allocated(

@@ -1,7 +1,8 @@
 """What a merge gives: stored deltas, ranks, the storage account, and a report of what it did."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class MergeReport:
         forms: per matrix, the name of its storage form.
         subspaces: sizes p and q of the cores of the matrices that are stored in shared bases.
         seconds: per stage.
+        tensors: what became of every tensor of every checkpoint, see ``task_vectors/scan.py``.
     """
 
     tasks: tuple[str, ...]
@@ -38,6 +40,7 @@ class MergeReport:
     forms: Mapping[str, str]
     subspaces: Mapping[str, tuple[int, int]]
     seconds: Mapping[str, float]
+    tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def relative_error(self) -> float:

@@ -34,7 +34,7 @@ from ..pools.opening import (
 from ..pools.task_names import check_tasks, pool_tasks
 from ..task_vectors.loop import Progress, each
 from ..task_vectors.reader import TaskVectors
-from ..task_vectors.scan import Scan, model_bits, scan
+from ..task_vectors.scan import Scan, account_of, model_bits, scan
 from ..task_vectors.tensor import ChangedTensor
 from ..taskpool.task_switching import attach
 
@@ -245,7 +245,10 @@ class DynamicMethod(PoolMethod):
             shared,
             {task: experts[task] for task in modelpool.model_names},
             unit_bits=sum(model_bits(task_vectors, found).values()),
-            info=self.facts(modelpool, backbone),
+            info={
+                **self.facts(modelpool, backbone),
+                "tensors": account_of(task_vectors, found),
+            },
         )
 
 

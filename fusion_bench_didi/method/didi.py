@@ -172,6 +172,7 @@ class DiDiMerging(PoolMethod):
             "precision": dict(result.report.precision),
             "forms": dict(result.report.forms),
             "subspaces": dict(result.report.subspaces),
+            "tensors": dict(result.report.tensors),
         }
         return DiDiModel(
             backbone,

@@ -122,8 +122,10 @@ def _ignored(name: str, model: nn.Module) -> bool:
 def _tied_head(names: Names, directory: Path, label: str) -> tuple[str, str] | None:
     """Names of head and embedding where a checkpoint ties them and the base model does not."""
     model, file = names.module, directory / "config.json"
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    rows = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        head, rows = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no language model
+        return None
     if head is None or rows is None or not file.is_file():
         return None
     where = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}

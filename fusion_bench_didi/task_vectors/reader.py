@@ -121,6 +121,17 @@ class TaskVectors:
                 found[name] = infos[0]
         return found
 
+    def unused(self, task: str) -> Mapping[str, str]:
+        """Tensors of a checkpoint that the model does not take from it, and why."""
+        known, source = self.base.infos(), self._sources[task]
+        other = f"not loaded by the base model {self.base.label}"
+        ignored = [n for n in source.infos() if n in self.ignored and n not in known]
+        return {**source.unused, **dict.fromkeys(ignored, other)}
+
+    def excluded(self, task: str) -> list[str]:
+        """Tensors of a checkpoint that are left out by ``exclude``."""
+        return [n for n in self._sources[task].infos() if matches(n, self.exclude)]
+
     def own_by_task(self, name: str) -> list[TensorInfo]:
         """Of every task that holds a tensor of its own."""
         held = (source.infos().get(name) for source in self._sources.values())

@@ -94,6 +94,26 @@ def scan(
     return result
 
 
+def account_of(task_vectors: TaskVectors, scan: Scan) -> dict[str, dict[str, Any]]:
+    """What became of every tensor of every checkpoint: by task, how many are merged and how many equal the base model's, and the
+    names of all others with the reason.
+    """
+    account = {}
+    for t, task in enumerate(task_vectors.tasks):
+        merged = sum(bool(energy[t] > 0) for energy in scan.energy.values())
+        own = [name for name, kept in scan.own.items() if kept[t]]
+        account[task] = {
+            "merged": merged,
+            "equal to the base model": len(scan.energy)
+            - merged
+            + sum(not kept[t] for kept in scan.own.values()),
+            "kept as the task has them": own,
+            "excluded": task_vectors.excluded(task),
+            "not taken from the checkpoint": dict(task_vectors.unused(task)),
+        }
+    return account
+
+
 def _energies(tensor: ChangedTensor) -> Tensor:
     """(T,) squared norms, not finite where something that is read is not; no task vector is formed."""
     energies: dict[int, Tensor] = {}

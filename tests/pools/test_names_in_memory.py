@@ -1,0 +1,529 @@
+"""Checkpoints are read under the names that ``from_pretrained`` of their class gives their tensors; nothing is dropped silently."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fusion_bench.modelpool import BaseModelPool
+from helpers import didi
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HubertConfig,
+    HubertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.pools.opening import load_backbone, open_pool
+from fusion_bench_didi.task_vectors.scan import scan
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def llama(tied: bool) -> LlamaForCausalLM:
+    config = LlamaConfig(**LLAMA, tie_word_embeddings=tied)
+    return seeded(lambda: LlamaForCausalLM(config))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=8)
+    return seeded(lambda: GPT2LMHeadModel(config))
+
+
+def llava() -> nn.Module:
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "model_type": "clip_vision_model",
+    }
+    config = LlavaConfig(
+        vision, {**LLAMA, "model_type": "llama"}, vision_feature_layer=-1
+    )
+    return seeded(lambda: LlavaForConditionalGeneration(config))
+
+
+def bert() -> BertForSequenceClassification:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=16, vocab_size=30)
+    return seeded(lambda: BertForSequenceClassification(config))
+
+
+def hubert() -> HubertModel:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,)}
+    config = HubertConfig(
+        **sizes,
+        **convolutions,
+        intermediate_size=16,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    return seeded(lambda: HubertModel(config))
+
+
+@torch.no_grad()
+def tuned(model: nn.Module, seed: int, only: str = "") -> nn.Module:
+    made, g = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for name, value in made.named_parameters():
+        if only in name:
+            value += 0.05 * torch.randn(value.shape, generator=g)
+    return made
+
+
+def pool_of(place: Path, cls: type, tasks: str = "ab") -> BaseModelPool:
+    target = f"transformers.{cls.__name__}.from_pretrained"
+    entry = lambda name: {  # noqa: E731
+        "_target_": target,
+        "pretrained_model_name_or_path": str(place / name),
+    }
+    names = {"_pretrained_": "base", **{t: t for t in tasks}}
+    return BaseModelPool({name: entry(where) for name, where in names.items()})
+
+
+def saved(place: Path, models: dict[str, nn.Module]) -> None:
+    for name, model in models.items():
+        model.save_pretrained(place / name)
+
+
+def as_pickle(place: Path, state: dict) -> None:
+    """In place of the safetensors of a saved model."""
+    (place / "model.safetensors").unlink()
+    torch.save(state, place / "pytorch_model.bin")
+
+
+def change_file(place: Path, change: Callable[[dict], dict]) -> None:
+    file = place / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def assert_exact(pool: BaseModelPool, tasks: str = "ab") -> None:
+    """What is merged without a limit are the models that the host loads."""
+    merged = didi(pool, budget=1e9)
+    for task in tasks:
+        found, want = merged.materialize(task).state_dict(), pool.load_model(task)
+        for name, value in want.state_dict().items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+# --- other names in files --------------------------------------------------------
+
+
+def test_a_vision_language_model_whose_files_keep_an_older_layout(tmp_path):
+    base = llava()
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    pool = pool_of(tmp_path, LlavaForConditionalGeneration)
+    in_file = set(load_file(tmp_path / "a" / "model.safetensors"))
+    assert not in_file <= set(base.state_dict()), "the layouts differ"
+    assert_exact(pool)
+
+
+def test_norms_of_old_files_are_called_gamma_and_beta(tmp_path):
+    base = bert()
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    for name in ("base", "a", "b"):
+        change_file(
+            tmp_path / name,
+            lambda t: {
+                n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                    "LayerNorm.bias", "LayerNorm.beta"
+                ): v
+                for n, v in t.items()
+            },
+        )
+    assert_exact(pool_of(tmp_path, BertForSequenceClassification))
+
+
+def test_weight_norm_has_other_names_in_old_files(tmp_path):
+    base = hubert()
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    change_file(
+        tmp_path / "a",
+        lambda t: {
+            n.replace("parametrizations.weight.original0", "weight_g").replace(
+                "parametrizations.weight.original1", "weight_v"
+            ): v
+            for n, v in t.items()
+        },
+    )
+    assert_exact(pool_of(tmp_path, HubertModel))
+
+
+def test_a_base_without_a_head_and_fine_tuned_models_with_one(tmp_path):
+    whole = bert()
+    whole.bert.save_pretrained(tmp_path / "base")
+    saved(tmp_path, {"a": tuned(whole, 1), "b": tuned(whole, 2)})
+    pool = pool_of(tmp_path, BertForSequenceClassification)
+    vectors = open_pool(pool, load_backbone(pool))
+    assert vectors.fresh == {"classifier.weight", "classifier.bias"}
+    assert set(vectors.own_infos) == vectors.fresh
+    assert_exact(pool)
+
+
+# --- every tensor is accounted for -------------------------------------------------
+
+
+def test_a_tensor_that_no_fine_tuned_model_holds_is_missing_from_all(tmp_path):
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    for name in "ab":
+        change_file(
+            tmp_path / name, lambda t: {n: v for n, v in t.items() if "q_proj" not in n}
+        )
+    with pytest.raises(CheckpointMismatchError) as caught:
+        didi(pool_of(tmp_path, LlamaForCausalLM))
+    for task in "ab":
+        assert (
+            f"{task}: 1 tensors missing: model.layers.0.self_attn.q_proj.weight"
+            in str(caught.value)
+        )
+
+
+def test_quantized_fine_tuned_models_are_refused(tmp_path):
+    """As GPTQ writes them: integers under other names."""
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+
+    def packed(tensors: dict) -> dict:
+        out = {}
+        for name, value in tensors.items():
+            if "_proj.weight" in name:
+                stem = name.removesuffix("weight")
+                out[stem + "qweight"] = torch.ones(2, 16, dtype=torch.int32)
+                out[stem + "scales"] = torch.ones(1, 16)
+            else:
+                out[name] = value
+        return out
+
+    for name in "ab":
+        change_file(tmp_path / name, packed)
+    with pytest.raises(
+        CheckpointMismatchError, match="a: 7 tensors missing.*"
+    ) as found:
+        didi(pool_of(tmp_path, LlamaForCausalLM))
+    assert "14 tensors that the base model _pretrained_ does not have" in str(
+        found.value
+    )
+
+
+def test_tensors_that_the_class_does_not_load_are_named(tmp_path):
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    old = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_file(tmp_path / "a", lambda t: {**t, old: torch.ones(4)})
+    pool = pool_of(tmp_path, LlamaForCausalLM)
+    vectors = open_pool(pool, load_backbone(pool))
+    assert vectors.unused("a") == {old: "not loaded by LlamaForCausalLM"}
+    assert_exact(pool)
+
+
+# --- tied tensors -----------------------------------------------------------------
+
+
+def test_a_head_that_is_stored_though_it_is_tied_is_merged_once(tmp_path):
+    base = llama(True)
+    models = {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)}
+    saved(tmp_path, models)
+    for name, model in models.items():
+        as_pickle(tmp_path / name, model.state_dict())
+    pool = pool_of(tmp_path, LlamaForCausalLM)
+    assert_exact(pool)
+    merged = didi(pool, budget=1e9)
+    assert "lm_head.weight" not in merged.touched
+    head = merged.materialize("a").lm_head.weight
+    assert head is not None and merged.backbone.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+def test_a_head_of_ones_own_takes_the_tied_base_apart(tmp_path, form):
+    base = llama(True)
+    models = {"base": base, "b": tuned(base, 2)}
+    own = llama(False)
+    own.load_state_dict(tuned(base, 1).state_dict())
+    models["a"] = tuned(own, 3, "lm_head")
+    saved(tmp_path, models)
+    if form == "pickle":
+        for name, model in models.items():
+            as_pickle(tmp_path / name, model.state_dict())
+    pool = pool_of(tmp_path, LlamaForCausalLM)
+    merged, ids = didi(pool, budget=1e9), torch.arange(6)[None]
+    for task in "ab":
+        merged.set_task(task)
+        with torch.no_grad():
+            found, want = merged(ids).logits, models[task](ids).logits
+        torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
+    assert not merged.materialize("a").config.tie_word_embeddings
+
+
+def test_fine_tuned_models_that_tie_what_the_base_does_not(tmp_path):
+    base = llama(False)
+    tied = llama(True)
+    saved(tmp_path, {"base": base, "a": tuned(tied, 1), "b": tuned(tied, 2)})
+    pool, ids = pool_of(tmp_path, LlamaForCausalLM), torch.arange(6)[None]
+    merged = didi(pool, budget=1e9)
+    for task in "ab":
+        merged.set_task(task)
+        with torch.no_grad():
+            found, want = merged(ids).logits, pool.load_model(task)(ids).logits
+        torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make, settings",
+    [
+        (gpt2, {"target_modules": ["c_attn", "lm_head"], "fan_in_fan_out": True}),
+        (gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}),
+        (
+            lambda: llama(True),
+            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        ),
+    ],
+    ids=["pair on the head", "whole embedding", "whole head"],
+)
+def test_adapters_that_change_one_name_of_a_tied_tensor(tmp_path, make, settings):
+    """PEFT runs the embedding and the head apart from then on; so does the merged model."""
+    base, want = make(), {}
+    base.save_pretrained(tmp_path / "base")
+    for seed, task in enumerate("ab", 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = LoraConfig(r=2, init_lora_weights=False, **settings)
+            model = get_peft_model(copy.deepcopy(base), config)
+            with torch.no_grad():
+                for name, value in model.named_parameters():
+                    if "modules_to_save" in name:
+                        value += 0.1 * torch.randn(value.shape)
+        model.save_pretrained(tmp_path / task)
+        want[task] = model.eval()
+    pool, ids = pool_of(tmp_path, type(base)), torch.arange(6)[None]
+    merged = didi(pool, budget=1e9)
+    for task in "ab":
+        merged.set_task(task)
+        with torch.no_grad():
+            found, expected = merged(ids).logits, want[task](input_ids=ids).logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_computes_something_else_when_untied_is_refused(tmp_path):
+    """T5 scales what goes into a tied head."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 1}
+    base = seeded(lambda: T5ForConditionalGeneration(T5Config(**sizes, vocab_size=30)))
+    base.save_pretrained(tmp_path / "base")
+    for task in "ab":
+        config = LoraConfig(r=2, target_modules=["q", "lm_head"])
+        get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / task)
+    with pytest.raises(CheckpointMismatchError, match="lm_head.weight apart.*forward"):
+        didi(pool_of(tmp_path, T5ForConditionalGeneration))
+
+
+# --- the files that the host would read ---------------------------------------------
+
+
+def test_pickles_in_shards_are_read(tmp_path):
+    base = llama(False)
+    models = {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)}
+    saved(tmp_path, models)
+    names = sorted(models["a"].state_dict())
+    parts = {"pytorch_model-1.bin": names[:5], "pytorch_model-2.bin": names[5:]}
+    as_pickle(tmp_path / "a", {})
+    (tmp_path / "a" / "pytorch_model.bin").unlink()
+    for file, some in parts.items():
+        state = {n: models["a"].state_dict()[n] for n in some}
+        torch.save(state, tmp_path / "a" / file)
+    index = {
+        "metadata": {},
+        "weight_map": {n: f for f, some in parts.items() for n in some},
+    }
+    (tmp_path / "a" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert_exact(pool_of(tmp_path, LlamaForCausalLM))
+
+
+def test_a_subfolder_and_an_unknown_argument_give_what_the_host_gives(tmp_path):
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a/inner": tuned(base, 1), "b": tuned(base, 2)})
+    pool = pool_of(tmp_path, LlamaForCausalLM)
+    pool._models["a"]["subfolder"] = "inner"
+    pool._models["b"]["revision"] = "main"
+    assert_exact(pool)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../base/model.safetensors", "/etc/hostname", "", "x/../y"]
+)
+def test_an_index_that_leads_out_of_its_directory_is_refused(tmp_path, shard):
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    (tmp_path / "a" / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointMismatchError, match="a: .*expected files beside it"):
+        didi(pool_of(tmp_path, LlamaForCausalLM))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"weight_map": []}', "[" * 10**5])
+def test_an_index_that_is_none_is_refused(tmp_path, text):
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    (tmp_path / "a" / "model.safetensors").unlink()
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointMismatchError, match="a: .*an index of shards"):
+        didi(pool_of(tmp_path, LlamaForCausalLM))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    (tmp_path / "a" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "a" / "model.safetensors")
+    with pytest.raises(CheckpointMismatchError, match="a: .*is no file"):
+        didi(pool_of(tmp_path, LlamaForCausalLM))
+
+
+# --- inputs that change -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["rewritten", "replaced", "cut short", "removed"])
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, how, form):
+    base = llama(False)
+    models = {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)}
+    saved(tmp_path, models)
+    if form == "pickle":
+        as_pickle(tmp_path / "a", models["a"].state_dict())
+    pool = pool_of(tmp_path, LlamaForCausalLM)
+    vectors = open_pool(pool, load_backbone(pool))
+    (file,) = {*(tmp_path / "a").glob("model.safetensors")} or {
+        tmp_path / "a" / "pytorch_model.bin"
+    }
+    content = file.read_bytes()
+    if how == "rewritten":
+        os.utime(file, ns=(0, 0))
+    elif how == "replaced":
+        other = file.with_suffix(".new")
+        other.write_bytes(content)
+        os.replace(other, file)
+    elif how == "cut short":
+        os.truncate(file, len(content) // 2)
+    else:
+        file.unlink()
+    with pytest.raises(CheckpointMismatchError, match="a: .*(changed|cannot be read)"):
+        scan(vectors)
+
+
+# --- pickles ----------------------------------------------------------------------
+
+
+def test_parameters_and_plain_values_in_a_state_dict_do_no_harm(tmp_path):
+    base = llama(False)
+    models = {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)}
+    saved(tmp_path, models)
+    state = {n: nn.Parameter(v.clone()) for n, v in models["a"].state_dict().items()}
+    as_pickle(tmp_path / "a", {**state, "step": 7, "classes": ["x", "y"]})
+    vectors = open_pool(pool_of(tmp_path, LlamaForCausalLM), base)
+    assert set(vectors.infos) == set(base.state_dict())
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ([1, 2], "holds a list, expected a state dict"),
+        ({"model": {"x": torch.ones(2)}}, r"holds dictionaries \['model'\]"),
+        ({"x": torch.ones(2, 2).to_sparse()}, r"holds \['x'\], expected dense tensors"),
+        ({3: torch.ones(2)}, r"holds \[3\], expected dense tensors by name"),
+    ],
+    ids=["a list", "nested", "sparse", "numbers for names"],
+)
+def test_pickles_that_are_no_state_dict_are_refused(tmp_path, state, message):
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    as_pickle(tmp_path / "a", state)
+    with pytest.raises(CheckpointMismatchError, match="a: .*" + message):
+        didi(pool_of(tmp_path, LlamaForCausalLM))
+
+
+# --- float8 -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["none", "one", "per row", "per block"])
+def test_float8_is_read_as_what_it_stands_for(tmp_path, scale):
+    base = llama(False)
+    models = {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)}
+    saved(tmp_path, models)
+
+    def squeezed(tensors: dict) -> dict:
+        out = {}
+        for name, value in tensors.items():
+            if "_proj" not in name:
+                out[name] = value
+                continue
+            shape = {"one": (1,), "per row": (len(value), 1)}.get(scale)
+            if scale == "per block":
+                shape = (value.shape[0] // 8, value.shape[1] // 8)
+            by = torch.ones(()) if shape is None else torch.rand(shape) + 0.5
+            whole = by
+            if scale == "per block":
+                whole = by.repeat_interleave(8, 0).repeat_interleave(8, 1)
+            out[name] = (value / whole).to(torch.float8_e4m3fn)
+            if shape is not None:
+                key = "_scale" if scale == "per row" else "_scale_inv"
+                out[name + key] = by
+        return out
+
+    change_file(tmp_path / "a", squeezed)
+    pool = pool_of(tmp_path, LlamaForCausalLM)
+    vectors = open_pool(pool, load_backbone(pool))
+    name = "model.layers.0.mlp.up_proj.weight"
+    found = vectors.tensor(name).tuned(0).float()
+    want = models["a"].state_dict()[name]
+    assert float((found - want).norm() / want.norm()) < 0.05
+    assert didi(pool, budget=1.4).tasks == ["a", "b"]
+
+
+def test_float8_with_scales_that_do_not_fit_is_refused(tmp_path):
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_file(
+        tmp_path / "a",
+        lambda t: {
+            **t,
+            name: t[name].to(torch.float8_e5m2),
+            name + "_scale_inv": torch.ones(7, 3),
+        },
+    )
+    with pytest.raises(CheckpointMismatchError, match=r"a: .*_scale_inv is \(7, 3\)"):
+        didi(pool_of(tmp_path, LlamaForCausalLM))

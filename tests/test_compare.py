@@ -14,6 +14,7 @@ from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from omegaconf import OmegaConf
 
 from fusion_bench_didi.deltas.base import Delta
+from fusion_bench_didi.demo import pools
 from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.programs import entry_run
 from fusion_bench_didi.programs.compare import ComparisonProgram
@@ -21,6 +22,7 @@ from fusion_bench_didi.programs.entries import (
     ComparisonError,
     Entry,
     fitted,
+    method_config,
     read_entries,
 )
 from fusion_bench_didi.programs.results import retention
@@ -74,7 +76,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 def configuration(cache: Path, directory: Path, **changes) -> dict:
-    pools = {
+    sides = {
         side: {
             "_target_": f"fusion_bench_didi.demo.pools.DemoCLIPVision{name}",
             "cache_dir": str(cache),
@@ -82,10 +84,10 @@ def configuration(cache: Path, directory: Path, **changes) -> dict:
         }
         for side, name in (("modelpool", "ModelPool"), ("taskpool", "ModelTaskPool"))
     }
-    pools["taskpool"]["dataloader_kwargs"] = {"batch_size": 32}
+    sides["taskpool"]["dataloader_kwargs"] = {"batch_size": 32}
     return {
         "entries": copy.deepcopy(ENTRIES),
-        **pools,
+        **sides,
         "path": {"log_dir": str(directory)},
         "seed": 0,
         "report": False,
@@ -266,6 +268,109 @@ def test_what_a_method_leaves_alone_is_the_backbones(cache, tmp_path):
     for row in rows:
         assert row["error"] is None
         assert row["x_incl"] == pytest.approx(row["x_excl"] + 1)
+
+
+class Renamed(pools.DemoCLIPVisionModelPool):
+    """Models under names that no rule connects with those of the tasks."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        models = dict(self._models)
+        self._models = {n if n[0] == "_" else f"{n}-v1": m for n, m in models.items()}
+
+
+SEARCH = {
+    "population": 4,
+    "evaluations": 6,
+    "surrogate_generations": 1,
+    "trees": 2,
+    "validation_samples": 4,
+    "operators": ["average"],
+}
+UNDER_OTHER_NAMES = {
+    "pretrained": ENTRIES["pretrained"],
+    "individuals": ENTRIES["individuals"],
+    "averaging": ENTRIES["averaging"],
+    "twin": {"method": "didi/twin", "group": "dynamic"},
+    "didi": ENTRIES["didi"],
+    "without_the_key": {
+        "method": {"_target_": "fusion_bench_didi.method.TallMaskMerging"},
+        "group": "dynamic",
+    },
+    "cat": {"method": "didi/cat", "group": "static", "uses_data": "unlabelled"},
+    "routed": ENTRIES["routed"],
+    "routed_mlp": {
+        "method": "didi/routed",
+        "choose": {"base_method": "didi/tsv_c"},
+        "overrides": {"router": "mlp", "images": 6},
+        "group": "routed",
+    },
+    "se_didi": {
+        "method": "didi/se_merging",
+        "choose": {"base_method": "simple_average"},
+        "overrides": {"experts": "didi", "didi": QUICK, "head": "mlp", "images": 6},
+        "group": "routed",
+    },
+    "merge": {"method": "didi/merge", "overrides": SEARCH, "group": "dynamic"},
+    "merge_routed": {
+        "method": "didi/routed",
+        "choose": {"base_method": "didi/merge"},
+        "overrides": {"router": "mlp", "images": 6, "base_method": SEARCH},
+        "group": "routed",
+    },
+    "wemoe": {
+        "method": "didi/wemoe",
+        "overrides": {"max_steps": 1, "batch_size": 2},
+        "group": "dynamic",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def under_other_names(cache, tmp_path_factory) -> tuple[dict, dict]:
+    """The same entries: models named as the tasks are, and under names that only the program's aliases tell."""
+    own = {key: {**e, "name": key} for key, e in UNDER_OTHER_NAMES.items()}
+    names = pools.DemoCLIPVisionModelPool(cache_dir=str(cache), size="tiny").model_names
+    found = []
+    for renamed in (False, True):
+        directory = tmp_path_factory.mktemp("names")
+        changes = configuration(cache, directory, entries=copy.deepcopy(own))
+        for key in ("merge", "merge_routed"):
+            merge = changes["entries"][key]["overrides"]
+            merge = merge.get("base_method", merge)
+            merge["directory"] = str(directory / key)
+        if renamed:
+            changes["modelpool"]["_target_"] = f"{__name__}.Renamed"
+            changes["task_aliases"] = {name: f"{name}-v1" for name in names}
+        rows = ComparisonProgram(**OmegaConf.create(changes)).run()["rows"]
+        found.append({row["key"]: row for row in rows})
+    return tuple(found)
+
+
+@pytest.mark.parametrize("key", UNDER_OTHER_NAMES)
+def test_aliases_of_the_program_reach_every_method(under_other_names, key):
+    """Methods, the methods within them, their images, searches, heads and evaluation: the same row under any names."""
+    plain, renamed = (rows[key] for rows in under_other_names)
+    assert plain["error"] is None
+    assert renamed["error"] is None
+    assert renamed["accuracy"] == pytest.approx(plain["accuracy"], abs=1e-6)
+    assert renamed["x_excl"] == plain["x_excl"]
+
+
+def test_aliases_of_an_entry_come_first():
+    entry = Entry(
+        key="x",
+        name="x",
+        method="didi/emr",
+        group="dynamic",
+        overrides={"task_aliases": {"a": "own"}},
+    )
+    options = {"smallest_side": 8, "budget": None}
+    found = method_config(entry, aliases={"a": "all", "b": "all"}, **options)
+    assert found["task_aliases"] == {"a": "own", "b": "all"}
+    assert method_config(entry, **options)["task_aliases"] == {"a": "own"}
+    averaging = Entry("x", "x", "simple_average", "static")
+    assert "task_aliases" not in method_config(averaging, aliases={"a": "b"}, **options)
 
 
 def test_a_failing_method_is_a_row(finished):

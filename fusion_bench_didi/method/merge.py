@@ -124,7 +124,8 @@ class MERGE(PoolMethod):
         modelpool = self.checked(modelpool)
         taskpool = getattr(self._program, "taskpool", None)
         if self.objective == "validation":
-            check_pools(modelpool, taskpool, self.order(modelpool.model_names))
+            tasks = self.order(modelpool.model_names)
+            check_pools(modelpool, taskpool, tasks, self.task_aliases)
         backbone, task_vectors = self.opened(modelpool)
         with self.profile("scan"):
             names = scan(task_vectors).changed

@@ -99,12 +99,14 @@ class RoutedMethod(PoolMethod):
 
 
 def instantiated(method: Any, owner: Any) -> Any:
-    """A method from its configuration (or as it is), under the program of the method that holds it."""
+    """A method from its configuration (or as it is), under the program and the task aliases of the method that holds it."""
     if method is None:
         raise ValueError("base_method is missing: give a method's configuration.")
     if isinstance(method, Mapping) or "_target_" in getattr(method, "keys", list)():
         method = instantiate(method)
     method._program = owner._program
+    if hasattr(method, "task_aliases") and owner.task_aliases:
+        method.task_aliases = {**owner.task_aliases, **(method.task_aliases or {})}
     return method
 
 

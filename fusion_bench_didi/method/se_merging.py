@@ -153,8 +153,7 @@ class SEMerging(PoolMethod):
     def _slim(self, modelpool: BaseModelPool) -> DynamicModel:
         settings = {k: v for k, v in (self.didi or {}).items() if k != "_target_"}
         method = DiDiMerging(**{"exclude": self.exclude, **settings})
-        method._program = self._program
-        return method.run(modelpool)
+        return instantiated(method, self).run(modelpool)
 
     @torch.no_grad()
     def _individuals(self, modelpool: BaseModelPool) -> DynamicModel:

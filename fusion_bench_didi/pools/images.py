@@ -8,8 +8,8 @@ from fusion_bench.dataset.image_dataset import ImageClassificationDataset
 from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor
 
-from ..errors import ModelPoolError, UnknownTaskError
-from .task_names import resolve_task
+from ..errors import ModelPoolError
+from .task_names import names_of
 
 Aliases = Mapping[str, str] | None
 
@@ -66,16 +66,13 @@ def _source(
     modelpool: BaseModelPool, task: str, aliases: Aliases
 ) -> tuple[Callable[[str], Any], str] | None:
     """(loader, dataset name) of a task's train or else validation images, or None."""
-    for names, load in (
+    for given, load in (
         (modelpool.train_dataset_names, modelpool.load_train_dataset),
         (modelpool.val_dataset_names, modelpool.load_val_dataset),
     ):
-        for name in names:
-            try:
-                if resolve_task(name, modelpool.model_names, aliases) == task:
-                    return load, name
-            except UnknownTaskError:
-                continue  # a dataset of a task that is not merged
+        names = names_of(modelpool.model_names, given, aliases)
+        if task in names:
+            return load, names[task]
     return None
 
 

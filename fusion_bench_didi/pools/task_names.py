@@ -58,6 +58,23 @@ def check_tasks(
         )
 
 
+def names_of(
+    models: Iterable[str], given: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """What a pool calls the task of every model: model name -> the given name that means it; models without one are left out.
+
+    Args:
+        given: names of a pool's tasks or datasets, those of other tasks among them.
+    """
+    models, found = list(models), {}
+    for name in given:
+        try:
+            found.setdefault(resolve_task(name, models, aliases), name)
+        except UnknownTaskError:
+            continue
+    return found
+
+
 def pool_tasks(taskpool: Any) -> list[str]:
     """The names of the tasks that a host pool will evaluate; empty if it does not tell."""
     for attribute in ("_test_datasets", "test_datasets", "_tasks"):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from fusion_bench.utils import import_object
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
@@ -124,8 +125,17 @@ def declared(entry: Entry) -> dict[str, Any]:
     }
 
 
-def method_config(entry: Entry, *, smallest_side: int, budget: float | None) -> dict:
+def method_config(
+    entry: Entry,
+    *,
+    smallest_side: int,
+    budget: float | None,
+    aliases: Mapping[str, str] | None = None,
+) -> dict:
     """The complete configuration of an entry's method, host's and plugin's YAML alike.
+
+    Args:
+        aliases: the program's task aliases, for every method that takes some; the entry's own come first.
 
     Raises:
         hydra.errors.MissingConfigException: if there is no such method.
@@ -136,6 +146,8 @@ def method_config(entry: Entry, *, smallest_side: int, budget: float | None) -> 
         config["budget"] = budget
     if entry.fit_to_side:
         config |= fitted(entry.fit_to_side, smallest_side)
+    if aliases and hasattr(import_object(config["_target_"]), "task_aliases"):
+        config["task_aliases"] = {**aliases, **(config.get("task_aliases") or {})}
     return config
 
 

@@ -120,6 +120,7 @@ def _merged(
         entry,
         smallest_side=bench.facts.smallest_side,
         budget=_budget(entry, rows),
+        aliases=bench.aliases,
     )
     row |= {"config": config, "budget": config.get("budget")}
     if entry.fit_to_side:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DiDiError, ModelPoolError, UnknownTaskError
-from ..pools.task_names import pool_tasks, resolve_task
+from ..errors import DiDiError, ModelPoolError
+from ..pools.task_names import names_of, pool_tasks
 from ..task_vectors.reader import TaskVectors
 from .objectives import Chain
 
@@ -124,34 +124,45 @@ def scorer_from_pools(
         ModelPoolError: without validation data for every task.
         DiDiError: without a CLIP task pool.
     """
-    check_pools(modelpool, taskpool, task_vectors.tasks)
+    check_pools(modelpool, taskpool, task_vectors.tasks, aliases)
     from fusion_bench.models.hf_clip import HFCLIPClassifier
     from fusion_bench.tasks.clip_classification import get_classnames_and_templates
 
     if not taskpool._is_setup:
         taskpool.setup()
-    names = _names_in(taskpool, task_vectors.tasks, aliases)
+    tasks = task_vectors.tasks
+    # class names are registered under what the task pool calls a task
+    heads = names_of(tasks, pool_tasks(taskpool), aliases)
+    data = names_of(tasks, modelpool.val_dataset_names, aliases)
     return ValidationScorer(
         backbone,
         HFCLIPClassifier(taskpool.clip_model, processor=taskpool.processor),
         {
-            task: get_classnames_and_templates(names[task])
-            for task in task_vectors.tasks
+            task: get_classnames_and_templates(heads.get(task, data[task]))
+            for task in tasks
         },
         {
             task: read_images(
-                modelpool.load_val_dataset(task), taskpool.data_processor, samples, seed
+                modelpool.load_val_dataset(data[task]),
+                taskpool.data_processor,
+                samples,
+                seed,
             )
-            for task in task_vectors.tasks
+            for task in tasks
         },
         task_vectors,
     )
 
 
-def check_pools(modelpool: Any, taskpool: Any, tasks: list[str]) -> None:
+def check_pools(
+    modelpool: Any,
+    taskpool: Any,
+    tasks: list[str],
+    aliases: Mapping[str, str] | None = None,
+) -> None:
     """See :func:`scorer_from_pools`; reads nothing."""
     have = modelpool.val_dataset_names if modelpool._val_datasets is not None else []
-    missing = [task for task in tasks if task not in have]
+    missing = sorted(set(tasks) - set(names_of(tasks, have, aliases)))
     if missing:
         raise ModelPoolError(
             f"MERGE chooses by accuracy on validation data, and the model pool has none for {missing} "
@@ -163,17 +174,6 @@ def check_pools(modelpool: Any, taskpool: Any, tasks: list[str]) -> None:
             f"MERGE scores validation images through zero-shot heads and needs a CLIP task pool for them; found {found}. "
             "Give taskpool=CLIPVisionModelTaskPool/..., or search without data: method.objective=proxy."
         )
-
-
-def _names_in(taskpool, tasks, aliases) -> dict[str, str]:
-    """What the task pool calls the tasks; class names are registered under that."""
-    names = {task: task for task in tasks}
-    for asked in pool_tasks(taskpool):
-        try:
-            names[resolve_task(asked, tasks, aliases)] = asked
-        except UnknownTaskError:
-            continue
-    return names
 
 
 def read_images(

@@ -1,0 +1,153 @@
+"""WEMoE on the demo suite, in a few steps: the host's training, and the authors'."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fusion_bench.models.we_moe import WeightEnsemblingMoE
+from omegaconf import OmegaConf
+
+from fusion_bench_didi.demo.pools import (
+    DemoCLIPVisionModelPool,
+    DemoCLIPVisionModelTaskPool,
+)
+from fusion_bench_didi.demo.suite import build_suite
+from fusion_bench_didi.method.wemoe import WEMoEMerging
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore:CLIPDataset:DeprecationWarning"
+)
+FEW = {
+    "init_lambda": 0.3,
+    "router_hidden_layers": 2,
+    "max_steps": 4,
+    "batch_size": 2,
+    "use_grad_accumulate": True,
+    "num_workers": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def side(tmp_path_factory) -> dict:
+    cache = tmp_path_factory.mktemp("suite")
+    build_suite(cache, size="tiny")
+    return {"cache_dir": str(cache), "size": "tiny"}
+
+
+class Renamed(DemoCLIPVisionModelPool):
+    """Models under other names than their tasks."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        models = dict(self._models)
+        self._models = {n if n[0] == "_" else f"{n}-v1": m for n, m in models.items()}
+
+
+def trained(side: dict, monkeypatch, pool=DemoCLIPVisionModelPool, **settings):
+    """The model, and learning rate and kind of gates of every step."""
+    seen: list[tuple[float, bool]] = []
+    method = WEMoEMerging(**{**FEW, **settings})
+    taskpool = DemoCLIPVisionModelTaskPool(**side)
+    taskpool.setup()
+    method._program = SimpleNamespace(taskpool=taskpool)
+    stock = torch.optim.Adam.step
+
+    def step(optimizer, *args, **kwargs):
+        gates = {m.batch_reduce for m in mixtures(method.moe)}
+        seen.append((optimizer.param_groups[0]["lr"], *gates))
+        return stock(optimizer, *args, **kwargs)
+
+    adapt = WEMoEMerging.test_time_adaptation
+
+    def watched(self, module):
+        self.moe = module
+        return adapt(self, module)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(WEMoEMerging, "test_time_adaptation", watched)
+    torch.manual_seed(0)
+    return method.run(pool(**side)), seen
+
+
+def mixtures(model) -> list[WeightEnsemblingMoE]:
+    return [m for m in model.modules() if isinstance(m, WeightEnsemblingMoE)]
+
+
+def test_the_hosts_training(side, monkeypatch):
+    model, seen = trained(side, monkeypatch)
+    assert seen == [(1e-4, True)] * 4
+    assert not any(m.batch_reduce for m in mixtures(model)), "routes by image at test"
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_authors_training(side, monkeypatch):
+    """A learning rate of 1e-3 that falls by a cosine, and a gate per image."""
+    _, seen = trained(side, monkeypatch, training="published")
+    expected = [5e-4 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert [lr for lr, _ in seen] == pytest.approx(expected)
+    assert {per_batch for _, per_batch in seen} == {False}
+
+
+@pytest.mark.parametrize(
+    "changed, expected",
+    [
+        ({"lr": 0.01}, (0.01, False)),
+        ({"batch_reduce": True}, (1e-3, True)),
+        ({"lr_schedule": "constant", "max_steps": 2}, (1e-3, False)),
+    ],
+)
+def test_single_settings_come_first(side, monkeypatch, changed, expected):
+    _, seen = trained(side, monkeypatch, training="published", **changed)
+    assert seen[0] == pytest.approx(expected)
+    assert (seen[-1][0] == seen[0][0]) == ("lr_schedule" in changed)
+
+
+def test_tasks_at_once_or_one_after_the_other(side, monkeypatch):
+    """Gradients add up to the same; memory is the only difference."""
+    routers = []
+    for accumulate in (True, False):
+        with monkeypatch.context() as patch:
+            model, _ = trained(side, patch, use_grad_accumulate=accumulate)
+        gates = [m.gate.state_dict() for m in mixtures(model)]
+        routers.append(torch.cat([v.flatten() for g in gates for v in g.values()]))
+    torch.testing.assert_close(*routers, rtol=1e-4, atol=1e-6)
+
+
+def test_training_moves_the_routers(side, monkeypatch):
+    still, _ = trained(side, monkeypatch, max_steps=0)
+    moved, _ = trained(side, monkeypatch, training="published")
+    pairs = zip(still.named_parameters(), moved.named_parameters())
+    changed = {name for (name, a), (_, b) in pairs if not torch.equal(a, b)}
+    assert changed and all(".gate." in name for name in changed)
+
+
+def test_other_names_of_tasks(side, monkeypatch):
+    """Test images and class names are looked up under the task pool's names, by the aliases."""
+    names = DemoCLIPVisionModelPool(**side).model_names
+    aliases = {name: f"{name}-v1" for name in names}
+    model, _ = trained(side, monkeypatch, pool=Renamed, task_aliases=aliases)
+    plain, _ = trained(side, monkeypatch)
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="none for|any for"):
+        trained(side, monkeypatch, pool=Renamed)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"training": "mine"}, "training='mine'"), ({"lr_schedule": "step"}, "'step'")],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        WEMoEMerging(**FEW, **settings)
+
+
+def test_yaml_gives_the_hosts_training():
+    from test_baselines import CONFIGS
+
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / "wemoe.yaml"))
+    config.pop("_target_")
+    method = WEMoEMerging(**config)
+    assert (method.config.lr, method.config.batch_reduce) == (1e-4, True)
+    assert method.config.lr_schedule == "constant"

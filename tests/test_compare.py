@@ -167,6 +167,31 @@ def test_storage_of_each_kind(finished):
     assert rows["emr"]["bytes_excl"] == pytest.approx(sizes["emr"][0] * unit, abs=1)
 
 
+@pytest.mark.parametrize(
+    "overrides, note",
+    [
+        ({"budget": 2.3}, "stores {x:.2f} of 2.30: what is left buys no matrix's"),
+        ({"budget": 9.0}, "stores {x:.2f} of 9.00: nothing is left to store"),
+        ({"budget": 0.5}, None),
+        ({"budget": 3.3, "budget_includes_backbone": True}, "stores {x:.2f} of 2.30"),
+    ],
+)
+def test_a_row_says_why_it_leaves_some_of_its_budget(cache, tmp_path, overrides, note):
+    entry = {**ENTRIES["didi"], "overrides": {**QUICK, **overrides}}
+    (row,) = compare(cache, tmp_path, entries={"didi": entry})["rows"]
+    assert row["error"] is None
+    if note is None:
+        assert "stores" not in row["notes"]
+    else:
+        assert note.format(x=row["x_excl"]) in row["notes"]
+
+
+def test_budget_of_another_entry_is_beyond_the_backbone():
+    includes = {"budget_includes_backbone": True}
+    entry = Entry("x", "x", "didi", "dynamic", overrides=includes, budget_of="y")
+    assert method_config(entry, smallest_side=8, budget=1.5)["budget"] == 2.5
+
+
 def test_a_routed_row_needs_no_task(finished):
     row = by_method(finished[1])["routed"]
     assert (row["group"], row["routing"]) == ("routed", "projection")

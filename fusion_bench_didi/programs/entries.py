@@ -135,6 +135,7 @@ def method_config(
     """The complete configuration of an entry's method, host's and plugin's YAML alike.
 
     Args:
+        budget: values stored beyond the backbone.
         aliases: the program's task aliases, for every method that takes some; the entry's own come first.
 
     Raises:
@@ -143,7 +144,7 @@ def method_config(
     """
     config = _with_overrides(entry)
     if budget is not None:
-        config["budget"] = budget
+        config["budget"] = budget + bool(config.get("budget_includes_backbone"))
     if entry.fit_to_side:
         config |= fitted(entry.fit_to_side, smallest_side)
     if aliases and hasattr(import_object(config["_target_"]), "task_aliases"):

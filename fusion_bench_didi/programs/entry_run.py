@@ -97,6 +97,7 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
         artifact = model = _merged(row, bench, entry, rows, pool, watch)
         size = model_size(model, load_backbone(pool), bench.facts)
     _account(row, size, bench.facts)
+    _note(row, _unspent(row))
     if bench.save_artifacts:
         watch.stage("saving")
         place = bench.store.directory / ARTIFACTS / entry.key
@@ -160,6 +161,21 @@ def _account(row: Row, size: Size, facts: PoolFacts) -> None:
         row[f"x_{part}"] = getattr(size, f"x_{part}")
         row[f"bytes_{part}"] = round(row[f"x_{part}"] * unit)
     _note(row, size.note)
+
+
+def _unspent(row: Row) -> str:
+    """Why a row stores clearly less than it was allowed; empty where it does not."""
+    budget = row["budget"]
+    if budget is None:
+        return ""
+    if row["config"].get("budget_includes_backbone"):
+        budget -= 1
+    if row["x_excl"] > 0.99 * budget:
+        return ""
+    why = "what is left buys no matrix's next finer form, which is of all tasks at once"
+    if row.get("relative_error") == 0:
+        why = "nothing is left to store"
+    return f"stores {row['x_excl']:.2f} of {budget:.2f}: {why}"
 
 
 def _save(

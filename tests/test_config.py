@@ -51,6 +51,8 @@ def test_every_value_of_the_yaml_reaches_the_settings():
         "beta_end": 7.7,
         "penalty": 77.0,
         "coupling": False,
+        "rank_shift": 0.25,
+        "rank_fallback": False,
         "refinement": "adam",
         "refine_steps": 66,
         "refine_lr": 0.066,
@@ -86,6 +88,8 @@ def test_every_value_of_the_yaml_reaches_the_settings():
         "beta_end": settings.learning.beta_end,
         "penalty": settings.learning.penalty,
         "coupling": settings.learning.coupled,
+        "rank_shift": settings.learning.shift,
+        "rank_fallback": settings.learning.fallback,
         "refine_steps": settings.refining.steps,
         "refine_lr": settings.refining.lr,
     }

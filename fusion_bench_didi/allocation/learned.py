@@ -1,5 +1,6 @@
-"""Smooth truncation of singular values, Eq. 8."""
+"""Ranks learned by gradient descent through a smooth truncation of singular values, Eq. 8 to 13."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,24 +10,27 @@ from torch import Tensor
 from .spectra import MatrixSpectra
 from .water_filling import scale_to_budget
 
+log = logging.getLogger(__name__)
 
-def gate(rank: Tensor, size: int, *, beta: float) -> Tensor:
-    """``w_i(k) = 0.5 tanh(beta (k - i)) + 0.5`` for i = 1..size, shifted by half a rank.
 
-    The paper's index starts at 1, which puts the middle of the step on component k itself: with large beta half
-    of the k-th singular value is lost. The half-rank shift makes w(k) pass through 1/2 between the components k
-    and k + 1, so that an integer k keeps exactly k of them. As beta grows it becomes the hard truncation.
+def gate(rank: Tensor, size: int, *, beta: float, shift: float = 0.5) -> Tensor:
+    """``w_i(k) = 0.5 tanh(beta (k + shift - i)) + 0.5`` for i = 1..size.
+
+    Eq. 8 has no shift: the middle of the step then lies on component k itself, and with large beta half of the k-th
+    singular value is lost. Shifted by half a rank w(k) passes through 1/2 between the components k and k + 1, so that an
+    integer k keeps exactly k of them: as beta grows it becomes the hard truncation.
 
     Args:
         rank: (...) continuous ranks k.
         size: number of singular values q.
         beta: steepness, per rank.
+        shift: in ranks.
 
     Returns:
         (..., q) weights in [0, 1].
     """
     index = torch.arange(1, size + 1, device=rank.device, dtype=rank.dtype)
-    return 0.5 * torch.tanh(beta * (rank[..., None] + 0.5 - index)) + 0.5
+    return 0.5 * torch.tanh(beta * (rank[..., None] + shift - index)) + 0.5
 
 
 def hard_gate(rank: Tensor, size: int) -> Tensor:
@@ -45,6 +49,8 @@ class LearningSettings:
         beta_start, beta_end: steepness of the truncation, annealed geometrically; per rank.
         penalty: lambda of Eq. 13 on ``|R - R_target|`` beside the energy-normalized loss.
         coupled: keep the cross terms between shared and experts.
+        shift: of the truncation, see :func:`gate`; 0 is Eq. 8.
+        fallback: the start is returned where it serves the exact objective better than what was learned from it.
     """
 
     steps: int = 300
@@ -53,6 +59,8 @@ class LearningSettings:
     beta_end: float = 10.0
     penalty: float = 10.0
     coupled: bool = True
+    shift: float = 0.5
+    fallback: bool = True
 
 
 def truncation_error(row: MatrixSpectra, ranks: Tensor) -> Tensor:
@@ -72,8 +80,9 @@ def learn_ranks(
 ) -> list[Tensor]:
     """Learn a continuous rank for every module, then scale all to the exact budget.
 
-    The smooth loss is blind between the break-even rank and full rank (where a module is stored dense), so the start,
-    scaled alike, is returned where it serves the exact objective better.
+    The smooth loss is blind between the break-even rank and full rank (where a module is stored dense), so that what is
+    learned may serve the exact objective worse than its start does, scaled alike: ``fallback`` then returns the start. A
+    line in the log says which was returned, and both objectives.
 
     Args:
         budget: bits.
@@ -105,7 +114,7 @@ def learn_ranks(
         loss, cost = torch.zeros(()), torch.zeros(())
         for group, fraction in zip(groups, fractions):
             k = fraction * group.full  # (G, T + 1)
-            loss = loss + group.error(k, beta=beta)
+            loss = loss + group.error(k, beta=beta, shift=settings.shift)
             cost = cost + (k * group.per_rank).clamp(max=group.dense).sum()
         ratio = cost / unit
         (loss / energy + settings.penalty * (ratio - budget / unit).abs()).backward()
@@ -121,8 +130,16 @@ def learn_ranks(
         for i, k in zip(group.members, (fraction.detach() * group.full).unbind()):
             learned[i] = k
     learned = scale_to_budget(table, learned, budget)
-    warm = scale_to_budget(table, start, budget)
-    return min(learned, warm, key=lambda ranks: objective(table, ranks))
+    begun = scale_to_budget(table, start, budget)
+    after, before = objective(table, learned), objective(table, begun)
+    better = before < after
+    log.info(
+        "rank stage: weighted squared error %.6g by learned ranks, %.6g by those of the start; the %s ranks are taken",
+        after,
+        before,
+        "start's" if better and settings.fallback else "learned",
+    )
+    return begun if better and settings.fallback else learned
 
 
 def objective(table: Sequence[MatrixSpectra], ranks: Sequence[Tensor]) -> float:
@@ -181,9 +198,10 @@ class _Group:
         """``sum w_t ||tau_t||^2`` by the quadratic form at rank 0, which keeps nothing."""
         return (self.weights * _quadratic(self, self.sigma)).sum()
 
-    def error(self, k: Tensor, *, beta: float) -> Tensor:
+    def error(self, k: Tensor, *, beta: float, shift: float = 0.5) -> Tensor:
         """Weighted squared error at continuous ranks k (G, T + 1), Eq. 11."""
-        lost = (1 - gate(k, self.sigma.shape[-1], beta=beta)) * self.sigma
+        kept = gate(k, self.sigma.shape[-1], beta=beta, shift=shift)
+        lost = (1 - kept) * self.sigma
         return (self.weights * _quadratic(self, lost)).sum()
 
 

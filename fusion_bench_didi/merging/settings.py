@@ -27,6 +27,8 @@ LEARNING_KEYS = {
     "beta_end": "beta_end",
     "penalty": "penalty",
     "coupled": "coupling",
+    "shift": "rank_shift",
+    "fallback": "rank_fallback",
 }
 REFINING_KEYS = {
     "sweeps": "refine_sweeps",

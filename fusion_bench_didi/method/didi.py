@@ -36,7 +36,8 @@ class DiDiMerging(PoolMethod):
     ``W_t = W_0 + B_0 A_0 + B_t A_t``: the shared matrix is a static merge of the task vectors, experts are residuals
     (Eq. 2-3), both are cut to ranks chosen without data (Eq. 7-13) and refitted to the stored task vectors (Eq. 14-16).
     Entries of the pool may be LoRA adapters, whose task vectors stay factored throughout (``lowrank/factored.py``).
-    The paper's settings are not published; ``config/method/didi.yaml`` says what each key does.
+    The paper's settings are not published; ``config/method/didi.yaml`` says what each key does. Its defaults are ours;
+    ``config/method/didi/paper.yaml`` is what the paper says, with what had to be inferred named there.
 
     Args: as the keys of ``config/method/didi.yaml``.
 
@@ -64,6 +65,8 @@ class DiDiMerging(PoolMethod):
         beta_end: float = 10.0,
         penalty: float = 10.0,
         coupling: bool = True,
+        rank_shift: float = 0.5,
+        rank_fallback: bool = True,
         refinement: str = "alternating",
         refine_sweeps: int = 20,
         refine_tolerance: float = 3e-5,
@@ -108,6 +111,8 @@ class DiDiMerging(PoolMethod):
                 beta_end=self.beta_end,
                 penalty=self.penalty,
                 coupled=self.coupling,
+                shift=self.rank_shift,
+                fallback=self.rank_fallback,
             ),
             refinement=self.refinement,
             refining=RefinementSettings(

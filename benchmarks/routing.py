@@ -262,7 +262,7 @@ def measure(root: Path, label: str) -> dict[str, Any]:
         model = quiet(SEMerging(base_method=base).run, modelpool).eval()
         distances = Distances(model)
         for label_, options in (
-            ("as published", {"temperature": 0.1, "hard": False}),
+            ("as reconstructed", {"temperature": 0.1, "hard": False}),
             ("tuned", None),
             ("discriminant, hard", {"head": "discriminant", "hard": True}),
             ("discriminant, soft", {"head": "discriminant", "hard": False}),

@@ -160,6 +160,45 @@ def test_twin(tiny_clip):
     assert_changes(model, tiny_clip, expected)
 
 
+class Sides(nn.Module):
+    """Matrices whose smaller sides are given."""
+
+    def __init__(self, *sides: int):
+        super().__init__()
+        layers = {f"of_{n}": nn.Linear(n, n + 7, bias=False) for n in sides}
+        self.layers = nn.ModuleDict(layers)
+
+
+def ranks_of(model: DynamicModel) -> dict[int, int]:
+    """Rank stored of each matrix, by its smaller side; 0 where nothing is."""
+    expert, *_ = model.modulators.values()
+    sides = {int(n.split(".")[1].split("_")[1]): n for n in model.touched}
+    return {
+        side: expert.deltas.get(name).rank if expert.deltas.get(name) else 0
+        for side, name in sides.items()
+    }
+
+
+@pytest.mark.parametrize("fraction, rate", [(0.1, 0.9), (0.3, 0.7), (0.2, 0.8)])
+def test_ranks_of_twin_are_rounded_as_its_code_does(fraction, rate):
+    """``int((1 - .9) * 100)`` is 9."""
+    sides = (9, 10, 20, 25, 30, 40, 50, 64, 100)
+    model = methods.TwinMerging(rank_fraction=fraction).run(family(Sides(*sides)))
+    assert ranks_of(model) == {n: int((1 - rate) * n) for n in sides}
+    if fraction == 0.1:
+        assert ranks_of(model)[100] == 9
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 5, 10])
+def test_ranks_of_tsv_c_are_rounded_as_its_code_does(tasks):
+    sides = (10, 20, 30, 35, 60)
+    names = tuple(f"t{i}" for i in range(tasks))
+    model = methods.TSVCompression().run(family(Sides(*sides), names))
+    found = ranks_of(model)
+    assert found == {n: int(n * (1 / tasks)) for n in sides}
+    assert found == {n: n // tasks for n in sides}, "no rank lost to rounding"
+
+
 def high_passed(matrix: np.ndarray, gain) -> np.ndarray:
     """A matrix by its discrete Fourier transform, written as products, each frequency times its gain."""
     m, n = matrix.shape

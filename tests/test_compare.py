@@ -540,6 +540,21 @@ def test_shipped_entries_are_sound():
     assert len({e.name for e in entries}) == len(entries)
 
 
+def test_notes_say_what_is_not_as_published():
+    """Reconstructions are called so, and what a row does otherwise than its authors' code is named."""
+    config = initialize_hydra_config("didi_compare", ["path.log_dir=here"])
+    entries = {entry.key: entry for entry in read_entries(config.entries)}
+    for entry in entries.values():
+        methods = [entry.method, *entry.choose.values()]
+        if any(m in ("didi/se_merging", "didi/merge") for m in methods):
+            assert "as published" not in entry.notes
+            assert "reconstruction" in entry.notes or entry.notes.startswith("as SE")
+    assert "filter=paper" in entries["free"].notes
+    assert "scores differently" in entries["free"].notes
+    assert "leaves embeddings" in entries["wudi"].notes
+    assert "training=published" in entries["wemoe"].notes
+
+
 def test_old_name_of_a_setting_still_works(tmp_path):
     """``save_artefacts=true`` on the command line of an earlier release."""
     config = initialize_hydra_config(

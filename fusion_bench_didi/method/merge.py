@@ -46,7 +46,8 @@ class MERGE(PoolMethod):
     modules. The front, its modules and the state of the search are left in ``directory``; the model of ``pick`` is
     returned. The task is given, as for every dynamic model here; a router can be put in front.
 
-    Source: abstract and a reading note of the paper; ``fusion_bench_didi.recombination`` says what is inferred.
+    Source: a reconstruction from the abstract and a reading note; body and code of the paper were not at hand, and no figure
+    of it was reproduced. ``fusion_bench_didi.recombination`` says what is inferred.
 
     Args: as the keys of ``config/method/didi/merge.yaml``.
 

@@ -43,10 +43,11 @@ class SEMerging(PoolMethod):
     sum of the task vectors (averaging, task arithmetic), and one model more elsewhere (TIES, TSV-M); the account says
     which.
 
-    Source: the abstract and equation 1; the algorithm is a reconstruction. Inferred, hence options: layer (last block),
+    Source: a reconstruction from the abstract; body and code of the paper were not at hand, and no figure of it was
+    reproduced. Inferred, hence options: layer (last block),
     first token, L2, distances divided by their mean over tasks, temperature, total mass 1 (the coefficients of
     averaging sum to 1, those of task arithmetic to 0.3 T), soft or hard; that tau_t are the plain task vectors also where
-    the static merge trims or rotates them. Not in the paper: ``prefer: far``, and ``head``, which fits a classifier to
+    the static merge trims or rotates them. Ours: ``prefer: far``, and ``head``, which fits a classifier to
     the distances on unlabelled images.
 
     Args: as the keys of ``config/method/didi/se_merging.yaml``.

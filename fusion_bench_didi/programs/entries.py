@@ -166,7 +166,7 @@ def _with_overrides(entry: Entry) -> dict[str, Any]:
 
 
 def fitted(fit: Mapping[str, int], smallest_side: int) -> dict[str, int]:
-    """Ranks published for matrices whose smallest side is ``at``, in proportion for smaller ones."""
+    """Ranks given for matrices whose smallest side is ``at``, in proportion for smaller ones."""
     scale = min(1.0, smallest_side / fit["at"])
     ranks = {key: value for key, value in fit.items() if key != "at"}
     return {key: max(1, round(value * scale)) for key, value in ranks.items()}

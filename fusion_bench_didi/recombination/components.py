@@ -5,7 +5,7 @@ The rule, from parameter names alone. The *block* of a tensor is its name up to 
 ``PATTERNS``; the first that is found gives the part, and the component is ``<block>.<part>``. Tensors without a block, and
 those of a block that match nothing, form the component ``rest``. The norm in front of a sublayer belongs to it.
 
-Source: "homologous blocks (attention and MLP per layer, plus the rest)" is the paper's; the patterns are ours.
+Source: "homologous blocks (attention and MLP per layer, plus the rest)" is a reading note's of the paper; the patterns are ours.
 """
 
 import re

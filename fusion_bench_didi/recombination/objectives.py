@@ -159,7 +159,7 @@ def stored_bits(chains: Iterable[Chain]) -> int:
 class ReconstructionScorer:
     """Data-free proxy: ``1 - sum_c ||change_c - tau_c||^2 / sum_c ||tau_c||^2`` of a task.
 
-    1 for the fine-tuned model, 0 for the base model, below 0 where merging does harm. Inferred: the paper has no such
+    1 for the fine-tuned model, 0 for the base model, below 0 where merging does harm. Inferred: the reading note knows no such
     objective.
     """
 

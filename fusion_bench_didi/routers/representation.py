@@ -50,7 +50,7 @@ class RepresentationRouter(Router):
         pooling: ``cls`` (first token) or ``mean`` over tokens.
         distance: ``l2`` or ``cosine``.
         normalization: ``none``, ``mean`` or ``minmax``, over the tasks.
-        prefer: ``near`` (the published reading) or ``far``: see docs/routing.md for where that is the right sign.
+        prefer: ``near`` (as SE-Merging's abstract reads) or ``far``: see docs/routing.md for where that is the right sign.
         merged_weight: the merged model is base + ``merged_shared`` * shared + ``merged_weight`` * sum of the experts; 0: the
             shared model.
         merged_shared: see there.

@@ -10,8 +10,8 @@ from ...task_vectors.tensor import matrix_shape
 
 
 def rank_of(shape: tuple[int, ...], fraction: float) -> int:
-    """``floor(min(m, n) * fraction)``, safe against ``49 * (1 / 49) < 1``."""
-    return int(min(matrix_shape(shape)) * fraction + 1e-9)
+    """``int(min(m, n) * fraction)`` in floating point, as the released codes of both methods round."""
+    return int(min(matrix_shape(shape)) * fraction)
 
 
 def stored_dense(shape: tuple[int, ...], rank: int, *, fold_sigma: bool = True) -> bool:

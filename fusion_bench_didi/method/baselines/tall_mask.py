@@ -34,7 +34,8 @@ class TallMaskMerging(DynamicMethod):
     task's entries, the elected sign, the disjoint sum; the mask then compares with the untrimmed ``tau_t``.
 
     Source: the paper and its released code. The host's class of this name passes full weights where the formula has
-    task vectors, keeps 97 % of all entries instead of about a third, and materialises T models.
+    task vectors: on real8 it keeps 86 % of all entries at lambda .6 (its default) and 90 % at .4, where the formula keeps 33
+    and 45 % of the sum's. It also materialises T models.
 
     Inferred: the released code picks ``lambda_t`` from {.2, .3, .4, .5, .6} on the *labels* of a validation split. A
     method has no classifier here, so nothing is tuned: ``threshold`` is the middle of that set, and values found

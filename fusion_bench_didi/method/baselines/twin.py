@@ -21,8 +21,8 @@ from .singular import rank_of, truncated
 class TwinMerging(DynamicMethod):
     """A static merge that all tasks share, and per task the low-rank remainder; the task is given (oracle routing).
 
-    ``theta* = theta_0 + s sum_t tau_t`` and ``W_t = theta* + SVD_r(theta_t - theta*)`` with ``r = floor(.1 min(m, n))``
-    for matrices; everything else is the task's own. Stored are ``s sum_t tau_t`` and the remainders, beside ``theta_0``:
+    ``theta* = theta_0 + s sum_t tau_t`` and ``W_t = theta* + SVD_r(theta_t - theta*)`` with ``r = int((1 - .9) min(m, n))``
+    for matrices, in floating point as in the released code: one less than a tenth where the side is a multiple of ten; everything else is the task's own. Stored are ``s sum_t tau_t`` and the remainders, beside ``theta_0``:
     x_incl = 2 + experts.
 
     Source: the released code, which is for RoBERTa and Qwen: ``s`` is .29 there, biases and classifier stay out of
@@ -56,7 +56,8 @@ class TwinMerging(DynamicMethod):
             own = [DenseDelta(shape, tau.to(dtype).cpu()) for tau in vectors]
             return EncodedTensor(tensor.name, None, own)
         merged = self.scale * vectors.sum(0)
-        rank = rank_of(shape, self.rank_fraction)
+        mask_rate = 1 - self.rank_fraction
+        rank = rank_of(shape, 1 - mask_rate)
         return EncodedTensor(
             tensor.name,
             DenseDelta(shape, merged.to(dtype).cpu()),

@@ -37,7 +37,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         only, skip: keys of entries; all if empty.
         restart: forget the rows in the directory instead of continuing.
         save_artifacts: write every model that is made, and hold the account against the bytes written.
-        task_aliases: task pool name -> model name.
+        task_aliases: task pool name -> model name, for evaluation and for every method that takes some.
         report: write tables, plots and the page at the end.
         save_artefacts: what ``save_artifacts`` was called before.
         **kwargs: the host program's: modelpool, taskpool, fabric, path, seed.

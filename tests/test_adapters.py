@@ -54,6 +54,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 TASKS = ("mnist", "svhn", "eurosat")
 
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
 
 def llama() -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 40}
@@ -690,6 +692,52 @@ def test_adapter_that_is_not_finite(llamas, name):
     expected = rf"svhn: {tensor} \(1 entries of lora_A and lora_B\)"
     with pytest.raises(NonFiniteError, match=expected):
         didi(pool)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1e17, 1.0), (1.0, 1e18), (1e19, 1e19), (1e25, 1e25)]
+)
+@pytest.mark.parametrize("settings", [{}, {"budget": 0.3}, {"factor_dtype": "float32"}])
+def test_adapter_beyond_what_can_be_calculated_is_named(llamas, sizes, settings):
+    directory, _, pool = llamas
+    change_tensors(directory / "svhn", lambda tensors: scale_query(tensors, *sizes))
+    with pytest.raises(
+        NonFiniteError, match=rf"svhn: {QUERY} \(a change of norm \d+e\+"
+    ):
+        didi(pool, **settings)
+
+
+@pytest.mark.parametrize("sizes", [(1e20, 1e-20), (1e-30, 1e28), (1e-12, 1e12)])
+def test_adapter_of_uneven_factors_is_its_product(llamas, sizes):
+    """However its norm is shared out between the factors: what PEFT applies is finite."""
+    directory, models, pool = llamas
+    change_tensors(directory / "svhn", lambda tensors: scale_query(tensors, *sizes))
+    ratio = torch.tensor(sizes[0] * sizes[1])
+    change = models["svhn"].get_parameter(QUERY) - models[BASE].get_parameter(QUERY)
+    for settings in ({}, {"budget": 0.3}, {"factor_dtype": "float32"}):
+        built = didi(pool, **settings).materialize("svhn").get_parameter(QUERY)
+        found = (built - models[BASE].get_parameter(QUERY)).detach()
+        if not settings:
+            assert (found - change * ratio).norm() < 0.03 * found.norm()
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [(1e-35, 1e-35), (1e-44, 1.0), (0.0, 1e30)])
+def test_adapter_of_less_than_any_weight_notices_is_the_base_model(llamas, sizes):
+    directory, models, pool = llamas
+    change_tensors(directory / "svhn", lambda tensors: scale_query(tensors, *sizes))
+    for settings in ({}, {"budget": 0.3}, {"factor_dtype": "float32"}):
+        model = didi(pool, **settings)
+        built = model.materialize("svhn").get_parameter(QUERY)
+        assert torch.allclose(built, models[BASE].get_parameter(QUERY), atol=1e-20)
+        assert model.info["tensors"]["svhn"]["equal to the base model"] >= 1
+
+
+def scale_query(tensors, a: float, b: float) -> None:
+    """Set the sizes of the two factors of one weight."""
+    for name, size in (("lora_A", a), ("lora_B", b)):
+        key = f"base_model.model.{QUERY}".replace("weight", f"{name}.weight")
+        tensors[key] = tensors[key] * size
 
 
 def test_base_model_under_adapters_that_is_not_finite(llamas):

@@ -268,12 +268,12 @@ def test_budget_too_small_names_the_smallest_that_works(
 @pytest.mark.parametrize(
     "choice, message",
     [
-        ({"allocation": "best"}, r"allocation='best'; choose one of \('learned',"),
-        ({"refinement": "sgd"}, r"refinement='sgd'; choose one of \('alternating',"),
-        ({"residual": "x"}, r"residual='x'; choose one of \('truncated', 'full'\)"),
-        ({"shared": "sum"}, r"shared='sum'; choose one of \('auto',"),
-        ({"vectors": "mean"}, r"vectors='mean'; choose one of \('expert',"),
-        ({"normalization": "x"}, r"normalization='x'; choose one of \('none',"),
+        ({"allocation": "best"}, r"allocation='best': Input should be 'learned',"),
+        ({"refinement": "sgd"}, r"refinement='sgd': Input should be 'alternating',"),
+        ({"residual": "x"}, r"residual='x': Input should be 'truncated' or 'full'"),
+        ({"shared": "sum"}, r"shared='sum': Input should be 'auto',"),
+        ({"vectors": "mean"}, r"vectors='mean': Input should be 'expert',"),
+        ({"normalization": "x"}, r"normalization='x': Input should be 'none',"),
         ({"factor_dtype": "int5"}, "factor_dtype='int5'; choose one of checkpoint, "),
     ],
     ids=str,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..options import Count, NonNegative, Positive, check_fields
 from .spectra import MatrixSpectra
 from .water_filling import scale_to_budget
 
@@ -53,14 +54,17 @@ class LearningSettings:
         fallback: the start is returned where it serves the exact objective better than what was learned from it.
     """
 
-    steps: int = 300
-    lr: float = 0.01
-    beta_start: float = 0.5
-    beta_end: float = 10.0
-    penalty: float = 10.0
+    steps: Count = 300
+    lr: Positive = 0.01
+    beta_start: Positive = 0.5
+    beta_end: Positive = 10.0
+    penalty: NonNegative = 10.0
     coupled: bool = True
     shift: float = 0.5
     fallback: bool = True
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def truncation_error(row: MatrixSpectra, ranks: Tensor) -> Tensor:

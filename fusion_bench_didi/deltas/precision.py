@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..allocation.spectra import Rate
+from ..errors import SettingsError
 from ..lowrank.factors import LowRankFactors, Matrix
 from ..lowrank.row_blocks import Difference, cast
 from ..quantization.codes import WIDTHS
@@ -128,7 +129,7 @@ def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:
         own: type of the tensor in the checkpoints.
 
     Raises:
-        ValueError: for another name.
+        SettingsError: for another name.
     """
     as_is = Precision(str(own).removeprefix("torch."), dtype_bits(own), own)
     if name == "checkpoint":
@@ -140,7 +141,7 @@ def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:
         return (Precision(name, _CODES[name]),)
     if name == "auto":
         return (*(Precision(code, bits) for code, bits in _CODES.items()), as_is)
-    raise ValueError(f"factor_dtype={name!r}; choose one of {', '.join(NAMES)}.")
+    raise SettingsError(f"factor_dtype={name!r}; choose one of {', '.join(NAMES)}.")
 
 
 def vector_dtype(

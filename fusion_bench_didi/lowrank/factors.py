@@ -3,6 +3,7 @@
 Letters: ``m`` out, ``n`` in, ``r`` rank, ``q`` number of kept singular values.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,21 @@ class LowRankFactors:
         """Squared Frobenius norm in float64 (scalar), by two r x r Gram matrices."""
         up, down = self.up.double(), self.down.double()
         return ((up.mT @ up) * (down @ down.mT)).sum().clamp(min=0)
+
+    def balanced(self) -> "LowRankFactors":
+        """The same product with two factors of about one norm, so that neither leaves the range of its type where the product
+        does not; scaled by powers of two, which rounds nothing."""
+        largest = [
+            float(part.abs().max()) if part.numel() else 0.0
+            for part in (self.up, self.down)
+        ]
+        if not all(0 < value < math.inf for value in largest):
+            return self
+        steps = round((math.log2(largest[1]) - math.log2(largest[0])) / 2)
+        shift = self.up.new_tensor(steps)
+        return LowRankFactors(
+            torch.ldexp(self.up, shift), torch.ldexp(self.down, -shift)
+        )
 
     def dense(self) -> Tensor:
         return self.up @ self.down  # (m, n)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..options import Count, NonNegative, Positive, check_fields
 from .factored import Densified, JointBasis, all_factored
 from .factors import LowRankFactors, Matrix, energy_of
 from .subspace_iteration import Subspace
@@ -33,10 +34,13 @@ class RefinementSettings:
         lr: of ``adam``, relative to factors of a matrix of unit norm; decays to zero by a cosine.
     """
 
-    sweeps: int = 20
-    tolerance: float = 3e-5
-    steps: int = 300
-    lr: float = 1e-2
+    sweeps: Count = 20
+    tolerance: NonNegative = 3e-5
+    steps: Count = 300
+    lr: Positive = 1e-2
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from ..deltas.precision import precisions
 from ..errors import BudgetError, SettingsError
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..lowrank.static_merge import SharedMerge
+from ..options import Gigabytes, Scale, Share, check_fields
 
 Normalization = Literal["none", "root", "matrix"]
 Residual = Literal["truncated", "full"]
@@ -54,6 +55,7 @@ class Budget:
     include_backbone: bool = False
 
     def __post_init__(self):
+        check_fields(self)
         floor = 1.0 if self.include_backbone else 0.0
         if not math.isfinite(self.ratio) and self.ratio != math.inf:
             raise BudgetError(f"budget={self.ratio} is not a number.")
@@ -70,7 +72,7 @@ class Budget:
     def bits(self, unit_bits: int) -> int:
         """The bits that may be stored beyond the backbone."""
         ratio = self.ratio - 1.0 if self.include_backbone else self.ratio
-        return 2**62 if math.isinf(ratio) else math.floor(ratio * unit_bits)
+        return math.floor(min(ratio * unit_bits, 2.0**62))
 
     def named(self, excl: float) -> float:
         """A ratio beyond the backbone in this budget's own reading."""
@@ -97,8 +99,8 @@ class MergeSettings:
 
     budget: Budget
     shared: Shared = "auto"
-    shared_scale: float = 0.3
-    ties_keep: float = 0.2
+    shared_scale: Scale = 0.3
+    ties_keep: Share = 0.2
     residual: Residual = "truncated"
     allocation: Allocation = "greedy"
     refinement: Refinement = "alternating"
@@ -108,19 +110,10 @@ class MergeSettings:
     learning: LearningSettings = LearningSettings()
     warm_start: bool = True
     refining: RefinementSettings = RefinementSettings()
-    factor_memory_gb: float = 4.0
+    factor_memory_gb: Gigabytes = 4.0
 
     def __post_init__(self):
-        for name, value, allowed in (
-            ("shared", self.shared, get_args(Shared)),
-            ("residual", self.residual, get_args(Residual)),
-            ("allocation", self.allocation, get_args(Allocation)),
-            ("refinement", self.refinement, get_args(Refinement)),
-            ("normalization", self.normalization, get_args(Normalization)),
-            ("vectors", self.vectors, get_args(VectorPolicy)),
-        ):
-            if value not in allowed:
-                raise SettingsError(f"{name}={value!r}; choose one of {allowed}.")
+        check_fields(self)
         precisions(self.factor_dtype, torch.float32)
         faults = [*self._at_odds(), *self._without_effect()]
         if faults:

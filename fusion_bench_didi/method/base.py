@@ -23,6 +23,7 @@ from ..errors import SettingsError
 from ..merging.encoding import encode_own
 from ..models import DynamicModel
 from ..models.pool_saving import attach_saving
+from ..options import Patterns, check_arguments
 from ..pools.merged_adapters import adapted
 from ..pools.opening import (
     as_pool,
@@ -77,6 +78,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             hint = f"Did you mean {close[0]}?" if close else f"There are {known}."
             raise SettingsError(f"{type(self).__name__} has no setting {key}. {hint}")
         super().__init__()
+        check_arguments(self)
         if self.overwrite and self.output_dir is None:
             raise SettingsError("overwrite is of output_dir, which is not set.")
 
@@ -109,7 +111,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     def tensor_patterns(self) -> dict[str, tuple[str, ...]]:
         """The patterns of tensors among the settings."""
         keys = [k for k in ("exclude", "as_vectors", "own") if hasattr(self, k)]
-        return {key: as_patterns(key, getattr(self, key)) for key in keys}
+        return {key: as_patterns(getattr(self, key)) for key in keys}
 
     def order(self, tasks: Iterable[str]) -> list[str]:
         """The order in which sums over tasks are taken; sorted, so that the pool's order changes no bit."""
@@ -266,22 +268,13 @@ def progress_bars() -> Iterator[Progress]:
         yield progress
 
 
-def as_patterns(key: str, value: Any) -> tuple[str, ...]:
-    """A setting that is a list of patterns; a single pattern may stand for itself.
-
-    Raises:
-        SettingsError: for anything else.
-    """
+def as_patterns(value: Patterns) -> tuple[str, ...]:
+    """A setting that is a list of patterns; a single pattern may stand for itself."""
     if value is None:
         return ()
     if isinstance(value, str):
         return (value,)
-    found = list(value) if isinstance(value, Iterable) else [value]
-    if not all(isinstance(pattern, str) for pattern in found):
-        raise SettingsError(
-            f"{key}={value!r} is no list of patterns, such as ['*embed_tokens*']."
-        )
-    return tuple(found)
+    return tuple(value)
 
 
 def _deprecated(what: str) -> None:

@@ -7,7 +7,7 @@ Example:
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,12 +16,30 @@ from fusion_bench.modelpool import BaseModelPool
 from torch import nn
 
 from ..allocation.learned import LearningSettings
+from ..allocation.water_filling import Allocation
 from ..deltas.sink import Sink
-from ..lowrank.refinement import RefinementSettings
+from ..lowrank.refinement import Refinement, RefinementSettings
 from ..merging.dry_run import describe
 from ..merging.pipeline import merge
-from ..merging.settings import Budget, MergeSettings
+from ..merging.settings import (
+    Budget,
+    MergeSettings,
+    Normalization,
+    Residual,
+    Shared,
+    VectorPolicy,
+)
 from ..models import DiDiModel
+from ..options import (
+    Count,
+    FilePath,
+    Gigabytes,
+    NonNegative,
+    Patterns,
+    Positive,
+    Scale,
+    Share,
+)
 from ..pools.opening import load_backbone, open_pool
 from ..task_vectors.reader import TaskVectors
 from .base import PoolMethod, progress_bars
@@ -53,33 +71,33 @@ class DiDiMerging(PoolMethod):
         self,
         budget: float = 1.4,
         budget_includes_backbone: bool = False,
-        shared: str = "auto",
-        shared_scale: float = 0.3,
-        ties_keep: float = 0.2,
-        residual: str = "truncated",
-        allocation: str = "greedy",
+        shared: Shared = "auto",
+        shared_scale: Scale = 0.3,
+        ties_keep: Share = 0.2,
+        residual: Residual = "truncated",
+        allocation: Allocation = "greedy",
         warm_start: bool = True,
-        rank_steps: int = 300,
-        rank_lr: float = 0.01,
-        beta_start: float = 0.5,
-        beta_end: float = 10.0,
-        penalty: float = 10.0,
+        rank_steps: Count = 300,
+        rank_lr: Positive = 0.01,
+        beta_start: Positive = 0.5,
+        beta_end: Positive = 10.0,
+        penalty: NonNegative = 10.0,
         coupling: bool = True,
         rank_shift: float = 0.5,
         rank_fallback: bool = True,
-        refinement: str = "alternating",
-        refine_sweeps: int = 20,
-        refine_tolerance: float = 3e-5,
-        refine_steps: int = 300,
-        refine_lr: float = 0.01,
-        normalization: str = "root",
-        vectors: str = "expert",
-        as_vectors: Sequence[str] = (),
-        own: Sequence[str] = (),
-        exclude: Sequence[str] = (),
+        refinement: Refinement = "alternating",
+        refine_sweeps: Count = 20,
+        refine_tolerance: NonNegative = 3e-5,
+        refine_steps: Count = 300,
+        refine_lr: Positive = 0.01,
+        normalization: Normalization = "root",
+        vectors: VectorPolicy = "expert",
+        as_vectors: Patterns = (),
+        own: Patterns = (),
+        exclude: Patterns = (),
         factor_dtype: str = "auto",
-        factor_memory_gb: float = 4.0,
-        output_dir: str | None = None,
+        factor_memory_gb: Gigabytes = 4.0,
+        output_dir: FilePath | None = None,
         overwrite: bool = False,
         task_aliases: Mapping[str, str] | None = None,
         dry_run: bool = False,
@@ -97,7 +115,7 @@ class DiDiMerging(PoolMethod):
             SettingsError: for values that are not there, or have no effect.
         """
         return MergeSettings(
-            budget=Budget(float(self.budget), bool(self.budget_includes_backbone)),
+            budget=Budget(self.budget, self.budget_includes_backbone),
             shared=self.shared,
             shared_scale=self.shared_scale,
             ties_keep=self.ties_keep,

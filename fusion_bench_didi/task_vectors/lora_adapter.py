@@ -126,8 +126,10 @@ class AdapterSource(TensorSource):
     def factors(self, name: str) -> LowRankFactors:
         """Its change of a matrix in float32, ``(m, r) (r, n)``; not for tensors that it holds whole."""
         pair = self._pairs[name]
-        up = self._source.read(pair.b).flatten(1).float() * pair.scale
-        product = LowRankFactors(up, self._source.read(pair.a).flatten(1).float())
+        up, down = (
+            self._source.read(key).flatten(1).float() for key in (pair.b, pair.a)
+        )
+        product = LowRankFactors(up, down).balanced() * pair.scale
         return product.mT if pair.turned else product
 
     def applied(self, name: str, base: Tensor) -> Tensor:

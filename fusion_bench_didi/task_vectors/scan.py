@@ -1,5 +1,6 @@
 """One read of every tensor: is it finite, is it changed, and how much energy has each task vector?"""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,10 @@ from ..lowrank.row_blocks import squared_norms
 from ..parallel import ordered_map, workers_for
 from .reader import TaskVectors
 from .tensor import ChangedTensor
+
+#: Squared norms that float32 can calculate with: above, sums of squares overflow; below, nothing that a task changes by is
+#: left of it in a sum with the base model's value.
+ENERGIES = (1e-60, 1e30)
 
 #: What else is to be found out while a tensor is in memory: called with it and its (T,) energies.
 Observe = Callable[[ChangedTensor, Tensor], Any]
@@ -59,7 +64,8 @@ def scan(
     def one(name: str) -> tuple[Tensor, Any]:
         tensor = task_vectors.tensor(name, device)
         energy = _energies(tensor)
-        asked = observe is not None and bool(energy.isfinite().all())
+        energy[energy < ENERGIES[0]] = 0
+        asked = observe is not None and _usable(energy)
         return energy, observe(tensor, energy) if asked else None
 
     names = list(task_vectors.infos)
@@ -68,19 +74,22 @@ def scan(
     faults = [
         fault
         for name, (energy, _) in found.items()
-        if not bool(energy.isfinite().all())
-        for fault in _non_finite(task_vectors, name)
+        if not _usable(energy)
+        for fault in _non_finite(task_vectors, name, energy)
     ]
+    tasks, own = task_vectors.tasks, {}
+    for name in task_vectors.own_infos:
+        values = [task_vectors.own_value(name, task) for task in tasks]
+        own[name] = tuple(value is not None for value in values)
+        for task, value in zip(tasks, values):
+            if value is not None and (bad := int((~value.isfinite()).sum())):
+                faults.append(f"{task}: {name} ({bad} entries)")
     if faults:
         raise NonFiniteError(
-            "Some checkpoints hold NaN or infinity:\n  "
+            "Some checkpoints hold NaN, infinity or changes beyond what float32 can square:\n  "
             + "\n  ".join(faults)
             + "\nFix or leave out these models; a single tensor can be left out with method.exclude=[...]."
         )
-    tasks, own = task_vectors.tasks, {}
-    for name in task_vectors.own_infos:
-        values = (task_vectors.own_value(name, task) for task in tasks)
-        own[name] = tuple(value is not None for value in values)
     result = Scan(
         {name: energy for name, (energy, _) in found.items()},
         own,
@@ -132,7 +141,13 @@ def _energies(tensor: ChangedTensor) -> Tensor:
     return found
 
 
-def _non_finite(task_vectors: TaskVectors, name: str) -> list[str]:
+def _usable(energy: Tensor) -> bool:
+    """Whether a tensor's task vectors can be calculated with."""
+    return bool((energy <= ENERGIES[1]).all())  # not of NaN either
+
+
+def _non_finite(task_vectors: TaskVectors, name: str, energy: Tensor) -> list[str]:
+    """What makes the energies of a tensor unusable, by task."""
     tensor, faults = task_vectors.tensor(name), []
     if not bool(tensor.base().float().isfinite().all()):
         return [f"the base model {task_vectors.base.label}: {name}"]
@@ -145,7 +160,11 @@ def _non_finite(task_vectors: TaskVectors, name: str) -> list[str]:
         bad = sum(int((~part.float().isfinite()).sum()) for part in read)
         if bad:
             faults.append(f"{task}: {name} ({bad} entries{where})")
-    return faults or [f"{name}: differences to the base model overflow float32"]
+        elif not _usable(energy[t]):
+            faults.append(
+                f"{task}: {name} (a change of norm {math.sqrt(float(energy[t])):.1g})"
+            )
+    return faults
 
 
 def model_bits(task_vectors: TaskVectors, scan: Scan) -> dict[str, int]:

@@ -76,7 +76,9 @@ def test_soft_weights_equal_merging_sample_by_sample(merged):
     pixels = images(20)
     weights = torch.rand(20, 3).softmax(1)
     found = merged(pixels, task_weights=weights).pooler_output
-    expected = merged.mixed.grouped(ByWeight.of(weights), (pixels,), {}).pooler_output
+    expected = merged.mixed.grouped(
+        ByWeight.of(weights), merged.mixed.call((pixels,), {})
+    ).pooler_output
     assert merged.mixed.network is not None
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 

@@ -65,7 +65,9 @@ def test_batch_equals_one_by_one(tiny_clip, assignment, experts):
     weights = model.router.last
     alone = torch.cat([model(x[None]).pooler_output for x in pixels])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    dense = model.mixed.grouped(ByWeight.of(weights), (pixels,), {}).pooler_output
+    dense = model.mixed.grouped(
+        ByWeight.of(weights), model.mixed.call((pixels,), {})
+    ).pooler_output
     torch.testing.assert_close(together, dense, atol=1e-5, rtol=1e-5)
 
 

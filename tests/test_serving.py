@@ -19,6 +19,7 @@ from fusion_bench_didi.deltas.masks import MaskedDelta, SparseDelta
 from fusion_bench_didi.deltas.plain import LowRankDelta
 from fusion_bench_didi.deltas.quantized import RoundedLowRankDelta
 from fusion_bench_didi.deltas.tucker import CoreDelta, RoundedBasesDelta
+from fusion_bench_didi.errors import UnknownTaskError
 from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.quantization.rounding import round_factors
@@ -119,7 +120,7 @@ def test_the_number_of_tasks_stands_for_the_shared_model(merged):
 
 @pytest.mark.parametrize("wrong", [-1, 4])
 def test_a_number_of_no_task_is_refused(merged, wrong):
-    with pytest.raises(IndexError):
+    with pytest.raises(UnknownTaskError, match="not all in 0 ... 3"):
         merged(images(2), task_ids=torch.tensor([0, wrong]))
 
 

@@ -16,12 +16,13 @@ from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 
-from ..deltas.plain import DenseDelta
-from ..deltas.storage import dtype_bits
+from ..deltas.plain import DenseDelta, OwnDelta
+from ..deltas.sink import EncodedTensor, InMemory
+from ..merging.encoding import encode_own
 from ..models.dynamic import DynamicModel
 from ..pools.opening import load_backbone, open_pool
 from ..routers.representation import RepresentationRouter
-from ..task_vectors.scan import scan
+from ..task_vectors.scan import model_bits, scan
 from .base import PoolMethod
 from .didi import DiDiMerging
 from .routed import attach_router, check_head, instantiated
@@ -160,20 +161,21 @@ class SEMerging(PoolMethod):
     def _individuals(self, modelpool: BaseModelPool) -> DynamicModel:
         """Whole task vectors, in the checkpoints' data type."""
         backbone = load_backbone(modelpool)
-        vectors = open_pool(modelpool, backbone, exclude=tuple(self.exclude or ()))
-        names = scan(vectors, self.fabric.device).changed
-        experts: dict[str, dict[str, DenseDelta]] = {t: {} for t in vectors.tasks}
-        bits = 0
-        for name in self.track(names, "task vectors"):
-            dtype, info = vectors.tuned_dtype(name), vectors.infos[name]
-            bits += info.numel * dtype_bits(dtype)
-            for task, tau in zip(vectors.tasks, vectors.read(name, "cpu")):
-                experts[task][name] = DenseDelta(info.shape, tau.to(dtype))
+        vectors = open_pool(modelpool, backbone, **self.tensor_patterns())
+        found = scan(vectors, self.fabric.device)
+        sink = InMemory(vectors.tasks)
+        for name in found.changed_own:
+            sink.put(encode_own(vectors, name))
+        for name in self.track(found.changed, "task vectors"):
+            dtype, shape = vectors.tuned_dtype(name), vectors.infos[name].shape
+            deltas = [DenseDelta(shape, v.to(dtype)) for v in vectors.read(name)]
+            sink.put(EncodedTensor(name, None, deltas))
+        _, experts = sink.close()
         return DynamicModel(
             backbone,
             {},
             {task: experts[task] for task in modelpool.model_names},
-            unit_bits=bits,
+            unit_bits=sum(model_bits(vectors, found).values()),
             info=self.facts(modelpool, backbone),
         )
 
@@ -216,14 +218,17 @@ def as_multiple(
     state = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
     changes: dict[str, Tensor] = {}
     gram = torch.zeros(3, 3, dtype=torch.float64)  # of shared, experts, merged
+    experts = list(model.modulators.values())
     for name in model.touched:
+        if any(isinstance(e.deltas.get(name), OwnDelta) for e in experts):
+            continue  # nothing is merged of it
         base = model.base_tensor(name).float()
         changes[name] = state[name].detach().to(base) - base
         delta = model.shared.get(name)
         shared = torch.zeros_like(base) if delta is None else delta.change().to(base)
-        values = (model.task_tensor(name, e) for e in model.modulators.values())
-        experts = sum(value - base - shared for value in values)
-        rows = torch.stack([shared, experts, changes[name]]).flatten(1).double()
+        values = (model.task_tensor(name, expert) for expert in experts)
+        total = sum(value - base - shared for value in values)
+        rows = torch.stack([shared, total, changes[name]]).flatten(1).double()
         gram += (rows @ rows.mT).cpu()
     weights = torch.linalg.pinv(gram[:2, :2]) @ gram[:2, 2]
     left = gram[2, 2] - weights @ gram[:2, 2]

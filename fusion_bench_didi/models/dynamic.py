@@ -5,7 +5,7 @@ so that a task's weights do not depend on what was switched on before.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from ..checkpoint.deltas import read_deltas
 from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
+from ..deltas.plain import OwnDelta
 from ..deltas.storage import StorageReport, account
 from ..errors import UnknownTaskError
 from ..routers.base import Router
 from ..serving.banks import AnyBank, Serving, bank_of
+from ..serving.copies import adopted, deep_copy
 from ..serving.forward import MixedForward
 from ..serving.layers import is_turned
 from . import saving
 from .experts import NamedModules, TaskExpert
+from .methods import attribute, no_task
 from .weights import BackboneWeights
 
 
@@ -59,7 +62,7 @@ class DynamicModel(ModulatedModel):
         info: Mapping[str, Any] | None = None,
         backbone_bits: int | None = None,
     ):
-        super().__init__(backbone, {})
+        super().__init__(adopted(backbone), {})
         self.backbone.requires_grad_(False)
         self.modulators: NamedModules[TaskExpert] = NamedModules()
         self.shared: NamedModules[Delta] = NamedModules(shared)
@@ -81,11 +84,20 @@ class DynamicModel(ModulatedModel):
         except AttributeError:
             if name == "backbone" or name.startswith("__"):
                 raise
-            return getattr(super().__getattr__("backbone"), name)
+            value = getattr(super().__getattr__("backbone"), name)
+            return attribute(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own working copies of the experts."""
         return {**self.__dict__, "_mixed": {}, "_mixed_state": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DynamicModel":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        with self._weights.lock:
+            deep_copy(self.backbone, memo)
+            twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     @property
     def tasks(self) -> list[str]:
@@ -129,31 +141,29 @@ class DynamicModel(ModulatedModel):
     def forward(
         self,
         *args,
-        task_ids: Tensor | None = None,
-        task_weights: Tensor | None = None,
+        task_ids: Tensor | Sequence[int | str | None] | None = None,
+        task_weights: Tensor | Sequence[Sequence[float]] | None = None,
         **kwargs,
     ) -> Any:
         """The backbone's output: under the weights given, else under the current task, else as the router says.
 
         Args:
-            task_ids: (B,) positions in :attr:`tasks`, one per sample; their number stands for the shared model.
+            task_ids: one per sample (B,), positions in :attr:`tasks` or names; their number, or None, is the shared model.
             task_weights: (B, T) soft weights over :attr:`tasks`; a row of zeros is the shared model.
 
         Raises:
-            UnknownTaskError: if there is neither weights, task nor router.
+            UnknownTaskError: if there is neither weights, task nor router, and for tasks that the model does not hold.
+            DiDiError: for a number of tasks other than that of the samples; and where outputs of several tasks, such as those
+                of heads of different shapes, are not one batch.
         """
-        if task_ids is not None:
-            return self.mixed.by_task(task_ids, *args, **kwargs)
-        if task_weights is not None:
-            return self.mixed(task_weights, *args, **kwargs)
+        if task_ids is not None or task_weights is not None:
+            return self.mixed(task_ids, task_weights, args, kwargs)
         if self._has_task:
             return self.backbone(*args, **kwargs)
         if self.router is not None:
-            return self.mixed(self.router.route(self, *args, **kwargs), *args, **kwargs)
-        raise UnknownTaskError(
-            f"No task is set. Call set_task(...) with one of {self.tasks}, evaluate with a task-aware pool, or attach "
-            "a router."
-        )
+            weights = self.router.route(self, *args, **kwargs)
+            return self.mixed(None, weights, args, kwargs)
+        raise no_task(self)
 
     @property
     def mixed(self) -> MixedForward:
@@ -178,7 +188,8 @@ class DynamicModel(ModulatedModel):
                     made[shared_scale] = MixedForward(
                         self.backbone,
                         self._banks(shared_scale),
-                        len(self.tasks),
+                        self.tasks,
+                        shapes=self._weights.shapes,
                         lock=self._weights.lock,
                     )
             # in this order: other threads look at the state first
@@ -196,6 +207,8 @@ class DynamicModel(ModulatedModel):
                 shared_scale=shared_scale,
                 turned=is_turned(self.backbone.get_submodule(owner), leaf),
                 serving=self.serving,
+                name=name,
+                tasks=self.tasks,
             )
         return banks
 
@@ -226,32 +239,38 @@ class DynamicModel(ModulatedModel):
 
     @torch.no_grad()
     def materialize(self, task_name: str) -> nn.Module:
-        """A plain, independent model of one task, of the backbone's own class."""
-        self._known(task_name)
-        expert = self.modulators[task_name]
-        with self._weights.lock:
-            weights = BackboneWeights(copy.deepcopy(self.backbone))
-        for name in self.touched:
-            live = weights.live(name)
-            live.copy_(self.task_tensor(name, expert).to(live.dtype))
-        return weights.backbone
-
-    def task_tensor(self, name: str, expert: TaskExpert) -> Tensor:
-        """``W_0 + change`` of one tensor under one expert, in float32."""
-        base = self.base_tensor(name)
-        shared, delta = self.shared.get(name), expert.deltas.get(name)
-        if delta is None and shared is None:
-            return base.float()
-        change = shared.change() if delta is None else delta.change(shared)
-        return base.float() + change
-
-    def base_tensors(self) -> dict[str, Tensor]:
-        """Base values of all touched tensors.
+        """A plain, independent model of one task, of the backbone's own class.
 
         Raises:
-            CheckpointMismatchError: if the backbone lacks one of them.
+            DiDiError: if a copy of the backbone would still run the backbone.
         """
-        return {name: self.base_tensor(name) for name in self.touched}
+        self._known(task_name)
+        expert, plain = self.modulators[task_name], self._weights.copied()
+        for name in self.touched:
+            self._weights.put(plain, name, self.task_tensor(name, expert))
+        return plain
+
+    def task_tensor(self, name: str, expert: TaskExpert) -> Tensor:
+        """``W_0 + change`` of one tensor under one expert, in float32; a tensor of the task's own as it is."""
+        base = self.base_tensor(name)
+        shared, delta = self.shared.get(name), expert.deltas.get(name)
+        if delta is not None:
+            return delta.applied(base, shared)
+        return base if shared is None else shared.applied(base)
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """Base values of all touched tensors that some task is made of; tasks may each have their own instead.
+
+        Raises:
+            CheckpointMismatchError: if the backbone lacks one of the touched tensors.
+        """
+        experts = self.modulators.values()
+        values = {name: self.base_tensor(name) for name in self.touched}
+        return {
+            name: value
+            for name, value in values.items()
+            if not all(isinstance(e.deltas.get(name), OwnDelta) for e in experts)
+        }
 
     def base_tensor(self, name: str) -> Tensor:
         """The base model's value, whatever task is on."""

@@ -3,31 +3,41 @@
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError
+from ..serving.copies import deep_copy
+from ..serving.shapes import Shapes
 
 
 class BackboneWeights:
-    """Tensors of a backbone that are overwritten and come back.
+    """Tensors of a backbone that are overwritten and come back, also by others of another shape.
 
     Args:
         backbone: whose tensors they are.
 
     Attributes:
         lock: held while tensors are read or written; also by whoever replaces the backbone's tensors for a while.
+        shapes: what the backbone was loaded with.
     """
 
     def __init__(self, backbone: nn.Module):
         self.backbone = backbone
         self.lock = threading.RLock()
+        self.shapes = Shapes(backbone)
         self._base: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backbone": self.backbone, "_base": self._base}
+        return {key: value for key, value in vars(self).items() if key != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
+
+    def copied(self) -> nn.Module:
+        """An independent copy of the backbone as it is now."""
+        with self.lock:
+            return deep_copy(self.backbone)
 
     def live(self, name: str) -> Tensor:
         """The tensor as it is now.
@@ -35,14 +45,7 @@ class BackboneWeights:
         Raises:
             CheckpointMismatchError: if the backbone lacks it.
         """
-        owner, _, leaf = name.rpartition(".")
-        try:
-            return getattr(self.backbone.get_submodule(owner), leaf).detach()
-        except AttributeError:
-            raise CheckpointMismatchError(
-                f"The backbone ({type(self.backbone).__name__}) has no tensor {name!r}, which the merged model changes. "
-                "Pass the base model of the merge."
-            ) from None
+        return self._held(self.backbone, name).detach()
 
     def base(self, name: str) -> Tensor:
         """The base value, whatever was written; in the live tensor's type and on its device."""
@@ -56,19 +59,46 @@ class BackboneWeights:
     def write(self, name: str, value: Tensor) -> None:
         """Overwrite a live tensor, keeping its base value."""
         with self.lock:
-            live = self.live(name)
             if name not in self._base:
-                self._base[name] = live.clone()
-            live.copy_(value)
+                self._base[name] = self.live(name).clone()
+            self.put(self.backbone, name, value)
+
+    def put(self, model: nn.Module, name: str, value: Tensor) -> None:
+        """Write a value into the backbone or a copy of it; what states the shapes of tensors follows."""
+        held, shape = self._held(model, name), tuple(value.shape)
+        as_stated = held.shape == value.shape == self.shapes.sides.get(name, shape)
+        if held.shape == value.shape:
+            held.detach().copy_(value)
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                other = torch.empty(shape, dtype=held.dtype, device=held.device)
+                held.data = other.copy_(
+                    value
+                )  # the same object: it may have several names
+        if not as_stated:
+            self.shapes.follow(model, name, shape)
 
     def restore(self) -> None:
         """Write all base values back."""
         with self.lock:
             for name, value in self._base.items():
-                self.live(name).copy_(value)
+                self.put(self.backbone, name, value)
 
     def forget(self, name: str) -> None:
         """Write a base value back for good."""
         with self.lock:
             if name in self._base:
-                self.live(name).copy_(self._base.pop(name))
+                self.put(self.backbone, name, self._base.pop(name))
+
+    def _held(self, model: nn.Module, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        try:
+            found = getattr(model.get_submodule(owner), leaf)
+        except AttributeError:
+            found = None
+        if not isinstance(found, Tensor):
+            raise CheckpointMismatchError(
+                f"The backbone ({type(model).__name__}) has no tensor {name!r}, which the merged model changes. "
+                "Pass the base model of the merge."
+            )
+        return found

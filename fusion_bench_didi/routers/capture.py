@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..serving.mixtures import batch_size
 from .base import RoutedModel
 
 
@@ -51,8 +50,11 @@ def record(
             raise _Done
 
     forward = model.mixed_at(shared_scale)
+    call = forward.call(args, kwargs)
+    rows = None if weights is None else weights.expand(call.size, -1)
+    mix = forward.mix([None] * call.size if rows is None else None, rows)
     if tensors is None:
-        forward.verify(batch_size(args, kwargs), args, kwargs)  # before it is watched
+        forward.verify(mix, call)  # before it is watched
     handles = []
     for name in inputs_of:
         module = model.backbone.get_submodule(name)
@@ -66,12 +68,11 @@ def record(
         )
     try:
         if tensors is not None:
-            forward.with_tensors(tensors, args, kwargs)
+            forward.with_tensors(tensors, call)
         elif weights is None:
             forward.shared(*args, **kwargs)
         else:
-            rows = weights.expand(batch_size(args, kwargs), -1)
-            forward(rows, *args, **kwargs)
+            forward.run(mix, call, watched=True)
     except _Done:
         return found
     finally:

@@ -106,11 +106,13 @@ class ProjectionRouter(Router):
         names = [
             name
             for name in layer_names(backbone, asked)
-            if f"{name}.weight" in touched and _is_linear(backbone.get_submodule(name))
+            if f"{name}.weight" in touched
+            and _is_linear(backbone.get_submodule(name))
+            and _comparable(model, f"{name}.weight")
         ]
         if not names:
             raise ValueError(
-                f"layers={self.layers} names no linear layer that the tasks change."
+                f"layers={self.layers} names no linear layer that the tasks change, and have of one shape."
             )
         return names
 
@@ -153,6 +155,13 @@ def rows_of(module: nn.Module, x: Tensor) -> Tensor:
             stride=module.stride,
         ).mT
     return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _comparable(model: RoutedModel, weight: str) -> bool:
+    """Whether the tensor is of one shape under all tasks; heads need not be."""
+    deltas = (model.modulators[task].deltas.get(weight) for task in model.tasks)
+    shape = tuple(model.base_tensor(weight).shape)
+    return all(delta is None or delta.shape == shape for delta in deltas)
 
 
 def _is_linear(module: nn.Module) -> bool:

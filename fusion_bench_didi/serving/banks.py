@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..deltas.base import Delta
+from ..deltas.plain import OwnDelta
+from ..errors import DiDiError
 
 Factors = tuple[Tensor, Tensor]
 Matrix = Union[Tensor, Callable[[], Tensor]]
@@ -76,6 +78,46 @@ class ValueBank(Bank):
         return self.values[task]
 
 
+class OwnBank(Bank):
+    """Tensors that no sample can be given by slices of one: of a shape per task, or of an integer type.
+
+    Args:
+        name: of the tensor.
+        values: per task, and the shared model's (T + 1,).
+        tasks: their names.
+    """
+
+    def __init__(self, name: str, values: Sequence[Tensor], tasks: Sequence[str]):
+        super().__init__(len(values) - 1)
+        self.name, self.values, self.names = name, list(values), list(tasks)
+
+    def value(self, task: int) -> Tensor:
+        return self.values[task]
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """Counters are those of the task with the largest weight.
+
+        Raises:
+            DiDiError: if tensors of several shapes are to be mixed.
+        """
+        active = weights.nonzero().squeeze(1).tolist()
+        found = [self.values[task] for task in active] or self.values[-1:]
+        if len(found) == 1:
+            return found[0]
+        if not found[0].is_floating_point():
+            return self.values[int(weights.argmax())]
+        if any(value.shape != found[0].shape for value in found):
+            shapes = {self.names[t]: tuple(self.values[t].shape) for t in active}
+            raise DiDiError(
+                f"{self.name} has no weighted mean over these tasks, for which it is of several shapes: {shapes}. Give each "
+                "sample one task."
+            )
+        if found[0].shape == self.values[-1].shape:
+            return super().mixed(weights)
+        share = weights[active] / weights[active].sum()  # none is the base model's
+        return sum(part.to(value) * value for part, value in zip(share, found))
+
+
 class MatrixBank(Bank):
     """``x W_t = x S + (x A_t) B_t``, or ``x D_t`` where the task's matrix is kept.
 
@@ -113,6 +155,7 @@ class MatrixBank(Bank):
         self.firsts, self.lasts = self.first.split(ranks, 1), self.last.split(ranks)
         owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
         self.owner = owner.to(shared.device)  # (R,) the task of each direction
+        self._stack: Tensor | None = None
 
     def value(self, task: int) -> Tensor:
         matrix = self.matrices[task]
@@ -122,9 +165,25 @@ class MatrixBank(Bank):
 
     def stacked(self) -> Tensor:
         """All matrices as one tensor (T + 1, n, m), which from now on is what the bank holds."""
-        whole = torch.stack([m + f @ b for m, f, b in self._parts()])
-        self.__init__(self.shape, whole[-1], list(whole[:-1]), turned=self.turned)
-        return whole
+        if self._stack is None:
+            whole = torch.stack([m + f @ b for m, f, b in self._parts()])
+            self.__init__(self.shape, whole[-1], list(whole[:-1]), turned=self.turned)
+            self._stack = whole
+        return self._stack
+
+    def transposed(self) -> "MatrixBank":
+        """The same laid out for a module that multiplies by the transpose; holds no matrix of its own."""
+        parts = []
+        for task in range(self.tasks):
+            if task in self.dense:
+                parts.append(
+                    _transpose(getattr(self.matrices, "kept", self.matrices)[task])
+                )
+            elif self.lasts[task].shape[0]:
+                parts.append((self.lasts[task].mT, self.firsts[task].mT))
+            else:
+                parts.append(None)
+        return MatrixBank(self.shape, self.shared.mT, parts, turned=not self.turned)
 
     @property
     def held(self) -> bool:
@@ -133,6 +192,10 @@ class MatrixBank(Bank):
 
     def _parts(self):
         return zip(self.matrices, self.firsts, self.lasts)
+
+
+def _transpose(matrix: Matrix) -> Matrix:
+    return (lambda: matrix().mT) if callable(matrix) else matrix.mT
 
 
 class Matrices(Sequence):
@@ -159,7 +222,7 @@ def side_by_side(banks: Sequence[MatrixBank]) -> MatrixBank:
     return MatrixBank((m, n), wide[-1], wide[:-1], turned=True)
 
 
-AnyBank = Union[ValueBank, MatrixBank]
+AnyBank = Union[ValueBank, MatrixBank, OwnBank]
 
 
 @torch.no_grad()
@@ -171,6 +234,8 @@ def bank_of(
     shared_scale: float = 1.0,
     turned: bool | None = None,
     serving: Serving = Serving(),
+    name: str = "",
+    tasks: Sequence[str] = (),
 ) -> AnyBank:
     """The bank of one tensor, in its data type and on its device, computed in float32.
 
@@ -178,15 +243,27 @@ def bank_of(
         shared: the change that all tasks share, counted ``shared_scale`` times for the shared model.
         deltas: per task.
         turned: for a matrix, whether (m, n) is what the backbone holds; None for a bank of values.
+        name: of the tensor.
+        tasks: their names.
     """
+    own = [d.applied(base) for d in deltas if isinstance(d, OwnDelta)]
+    if any(value.shape != base.shape for value in own) or not base.is_floating_point():
+        base = base.clone()
+        found = [base if d is None else d.applied(base, shared) for d in deltas]
+        return OwnBank(name, [value.to(base) for value in (*found, base)], tasks)
     decoded = None if shared is None else shared.decoded()
     start = base.float()
     if decoded is not None:
         start = start + shared_scale * decoded.change()
 
+    def whole(delta: Delta | None) -> Tensor:
+        if isinstance(delta, OwnDelta):
+            return delta.applied(base).to(start)
+        return start if delta is None else start + delta.beyond(decoded)
+
     if turned is None:
-        values = [start if d is None else start + d.beyond(decoded) for d in deltas]
-        return ValueBank(torch.stack([*values, start]).to(base.dtype))
+        values = [*map(whole, deltas), start]
+        return ValueBank(torch.stack(values).to(base.dtype))
 
     def laid_out(matrix: Tensor) -> Tensor:
         matrix = matrix.flatten(1)
@@ -198,16 +275,17 @@ def bank_of(
     def kept(delta: Delta | None) -> Factors | Matrix | None:
         if delta is None:
             return None
-        factors = delta.beyond_product(decoded)
+        own = isinstance(delta, OwnDelta)
+        factors = None if own else delta.beyond_product(decoded)
         if factors is not None and delta.numel >= serving.small:
             size = factors.up.numel() + factors.down.numel()
             if size <= serving.dense_above * delta.numel:
                 factors = (factors.mT if turned else factors).to(base.dtype)
                 return factors.up, factors.down
-        if serving.hold:
-            return laid_out(start + delta.beyond(decoded))
+        if own or serving.hold:
+            return laid_out(whole(delta))
         # what is decoded stays out of the function: kept, it would take the memory that making anew saves
         return lambda: of_shared + laid_out(delta.beyond(shared))
 
-    tasks = [kept(delta) for delta in deltas]
-    return MatrixBank(tuple(base.shape), of_shared, tasks, turned=turned)
+    parts = [kept(delta) for delta in deltas]
+    return MatrixBank(tuple(base.shape), of_shared, parts, turned=turned)

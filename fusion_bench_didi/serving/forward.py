@@ -5,9 +5,10 @@ everything), and ``E_t`` what task t adds to it. A row of ``w`` that is one-hot 
 zeros base plus shared part.
 
 Two ways to run it. *Layered*: the batch is sorted by task once and runs through a network whose changed layers work by
-slices of it. *Grouped*: samples of equal weights are run together through ``functional_call``; right for any
-architecture whose outputs are batch-first. The first is used where every changed tensor belongs to a module that has a
-per-sample form, and where it agrees with the second on a few samples of the first batch; the second otherwise.
+slices of it. *Grouped*: samples of equal weights are run together through the backbone with their tensors in place of its own;
+right for any architecture. The first is used where every changed tensor belongs to a module that has a per-sample form, and
+where it agrees with the second on a few samples of the first batch of its kind; the second otherwise. Neither changes the
+backbone.
 
 On a CPU, where a batch that overflows the cache is slower than its parts, the sorted batch is cut between tasks.
 
@@ -17,20 +18,27 @@ grouped passes do, waits for its turn.
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from .banks import AnyBank
+from ..errors import DiDiError
+from .banks import AnyBank, OwnBank
+from .caches import Caches, caches_of
+from .calls import Call, call_of, parameter_names
+from .in_place import with_tensors
 from .layers import PerSampleLinear, UnsupportedShape
-from .mixtures import ByTask, Mix, batch_size, mix_of, regrouped
+from .mixtures import ByTask, Mix, in_order, mix_of
 from .network import per_sample_network
+from .outputs import Layout, joined, reordered
+from .requests import checked_weights, task_numbers
 from .running import Pass, Running
-from .shadow import network_with
+from .shadow import OwnBuffers, network_with, slots_of
+from .shapes import Shapes
+from .trees import leaves
 
 log = logging.getLogger(__name__)
 #: relative; a wrong layer order is off by far more, rounding by far less
@@ -47,7 +55,8 @@ class MixedForward:
     Args:
         backbone: whose layers are run.
         banks: of the tensors that some task changes, by name.
-        count: T.
+        tasks: their names, in the order of the banks.
+        shapes: what the backbone was loaded with.
         lock: held while the backbone's own tensors are replaced; one for all mixed forwards of a backbone.
     """
 
@@ -55,121 +64,297 @@ class MixedForward:
         self,
         backbone: nn.Module,
         banks: Mapping[str, AnyBank],
-        count: int,
+        tasks: Sequence[str],
         *,
+        shapes: Shapes | None = None,
         lock: AbstractContextManager | None = None,
     ):
-        self.backbone, self.banks, self.count = backbone, dict(banks), count
+        self.backbone, self.banks, self.tasks = backbone, dict(banks), list(tasks)
+        self.count = len(self.tasks)
+        self.shapes = Shapes(backbone) if shapes is None else shapes
         self.lock = threading.RLock() if lock is None else lock
         self.running = Running()
         self.network = per_sample_network(backbone, self.banks, self.running)
         self.shared_network = self.network and network_with(
-            backbone, {name: bank.value(count) for name, bank in self.banks.items()}
+            backbone,
+            {name: bank.value(self.count) for name, bank in self.banks.items()},
         )
-        self.trusted, self.limit = False, PROBES
+        made = filter(None, (self.network, self.shared_network))
+        self._buffers = {network: OwnBuffers(network, backbone) for network in made}
+        self._slots = slots_of(backbone, self.banks)
+        self._names = parameter_names(backbone.forward)
+        self._main = getattr(backbone, "main_input_name", None)
+        self._layouts: dict[Hashable, Layout] = {}
+        self._agreeing: dict[Hashable, bool] = {}
+        self.limit = PROBES
 
     @torch.no_grad()
-    def __call__(self, weights: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, task_ids: Any, task_weights: Any, args: tuple, kwargs: Mapping[str, Any]
+    ) -> Any:
         """The backbone's output, sample by sample under its own weights.
 
         Args:
-            weights: (B, T); columns in the order of the model's tasks.
-            *args, **kwargs: of the backbone; tensors whose first side is B are split by sample, all others shared.
-        """
-        return self._run(mix_of(weights), args, kwargs)
+            task_ids: one per sample, see :func:`~.requests.task_numbers`; or None.
+            task_weights: (B, T) otherwise, columns in the order of the model's tasks.
+            args, kwargs: of the backbone; tensors whose first side is B are split by sample, all others shared.
 
-    @torch.no_grad()
-    def by_task(self, task_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As above for one task per sample, (B,) in 0 ... T; T is the shared model."""
-        return self._run(ByTask.of(task_ids, self.count), args, kwargs)
+        Raises:
+            DiDiError: for tasks of another number of samples, and for outputs that cannot be told apart by sample.
+        """
+        return self.run(self.mix(task_ids, task_weights), self.call(args, kwargs))
 
     @torch.no_grad()
     def shared(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the shared model, for all samples."""
+        call = self.call(args, kwargs)
         if self.network is None:
-            device = next(self.backbone.parameters()).device
-            none = torch.full((batch_size(args, kwargs),), self.count, device=device)
-            return self.by_task(none, *args, **kwargs)
-        return _following(self.backbone, self.shared_network)(*args, **kwargs)
+            return self.run(self.mix([None] * call.size, None), call)
+        return self.on(self.shared_network, call)
 
-    def with_tensors(
-        self, tensors: Mapping[str, Tensor], args: tuple, kwargs: dict
-    ) -> Any:
+    def call(
+        self, args: tuple, kwargs: Mapping[str, Any], method: str | None = None
+    ) -> Call:
+        """A call of the backbone's forward, or of another of its methods."""
+        if method is not None:
+            return call_of(self.backbone, args, kwargs, method)
+        return Call(args, kwargs, names=self._names, main=self._main)
+
+    def mix(self, task_ids: Any, task_weights: Any) -> Mix:
+        """What a batch is mixed by: one of the two that is not None.
+
+        Raises:
+            DiDiError: if both are given, or cannot be of any batch.
+        """
+        if task_ids is not None and task_weights is not None:
+            raise DiDiError("Give task_ids or task_weights, not both.")
+        if task_weights is not None:
+            return mix_of(checked_weights(task_weights, self.tasks).to(self._device))
+        ids = task_numbers(task_ids, self.tasks)
+        return ByTask.of(ids.to(self._device), self.count)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether layered passes were found to be right."""
+        return any(self._agreeing.values())
+
+    def in_place(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """The backbone with other tensors than its own; hold :attr:`lock`."""
+        return with_tensors(self.backbone, tensors, self._slots, self.shapes)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor], call: Call) -> Any:
         """The backbone's output with other tensors in place of its own, one thread at a time."""
-        with self.lock:
-            return functional_call(self.backbone, dict(tensors), args, kwargs)
+        with self.lock, self.in_place(tensors):
+            return call.on(self.backbone)
 
-    def layered(self, network: nn.Module, mix: Mix, args: tuple, kwargs: dict) -> Any:
-        """The whole batch at once, or on a CPU in pieces whose activations stay in its cache."""
-        network = _following(self.backbone, network)
-        whole = torch.compiler.is_compiling() or mix.order.device.type != "cpu"
+    def run(self, mix: Mix, call: Call, *, watched: bool = False) -> Any:
+        """A batch.
 
-        def run(piece: Mix, args: tuple, kwargs: dict) -> Any:
-            outer = self.running.current
-            self.running.current = Pass(piece)
+        Args:
+            watched: for layers inside; tensors of tasks that have no common shape may then be the base model's.
+        """
+        call.fits(
+            mix.size, "task_ids" if isinstance(mix, ByTask) else "rows of task_weights"
+        )
+        if self.network is not None and not mix.uniform and self.verify(mix, call):
             try:
-                return network(*args, **kwargs)
-            finally:
-                self.running.current = outer
+                return self.layered(self.network, mix, call)
+            except UnsupportedShape as reason:
+                self.give_up(reason)
+        return self.grouped(mix, call, watched=watched)
 
-        return _in_pieces([mix] if whole else mix.pieces(self.limit), run, args, kwargs)
+    def layered(self, network: nn.Module, mix: Mix, call: Call) -> Any:
+        """The whole batch at once, or on a CPU in pieces whose activations stay in its cache."""
+        if torch.compiler.is_compiling():
+            with self.passing(mix):
+                output = self.on(network, call.picked(mix.order))
+            return reordered(output, mix.order, None)
+        pieces, cpu = [mix], mix.order.device.type == "cpu"
+        if cpu and self.learned(mix, call).separable and not caches_of(call):
+            pieces = mix.pieces(self.limit)
+        if len(pieces) == 1 and in_order(mix):
+            with self.passing(mix):
+                return self.on(network, call)
 
-    def grouped(self, mix: Mix, args: tuple, kwargs: dict) -> Any:
-        """One pass per distinct row of weights."""
+        def run(piece: Mix, call: Call) -> Any:
+            with self.passing(piece):
+                return self.on(network, call)
 
-        def run(piece: Mix, args: tuple, kwargs: dict) -> Any:
-            tensors = {name: piece.value(bank) for name, bank in self.banks.items()}
-            return self.with_tensors(tensors, args, kwargs)
-
-        return _in_pieces(list(mix.groups()), run, args, kwargs)
-
-    def _run(self, mix: Mix, args: tuple, kwargs: dict) -> Any:
-        self.verify(mix.size, args, kwargs)
-        network = self.network
-        if network is None or mix.uniform:
-            return self.grouped(mix, args, kwargs)
-        try:
-            return self.layered(network, mix, args, kwargs)
-        except UnsupportedShape as reason:
-            self._give_up(reason)
-            return self.grouped(mix, args, kwargs)
-
-    def verify(self, size: int, args: tuple, kwargs: dict) -> None:
-        """At the first batch, of ``size`` samples: see whether the two ways agree."""
-        if self.network is not None and not self.trusted:
-            self._compare(size, args, kwargs)
+        return self._in_parts(mix, call, pieces, run)
 
     @torch.compiler.disable
-    def _compare(self, size: int, args: tuple, kwargs: dict) -> None:
-        """Run a few samples, each under another task, both ways; other threads wait for the outcome."""
-        with self.lock:
-            if self.network is None or self.trusted:
-                return
-            device = next(self.backbone.parameters()).device
-            tasks = torch.arange(min(PROBES, self.count), device=device)
-            picked = regrouped((args, kwargs), tasks % size, size)
-            mix = ByTask.of(tasks, self.count)
-            try:
-                with _largest_output(self.network) as largest:
-                    found = self.layered(self.network, mix, *picked)
-            except UnsupportedShape as reason:
-                return self._give_up(reason)
-            self.limit = CACHE // max(largest)
-            if _agree(self.grouped(mix, *picked), found):
-                self.trusted = True
-            else:
-                self._give_up("results differ from those of single tasks")
+    def grouped(self, mix: Mix, call: Call, *, watched: bool = False) -> Any:
+        """One pass per distinct row of weights."""
+        pieces = list(mix.groups())
+        if len(pieces) == 1 and in_order(mix):
+            return self.alone(mix, call, watched=watched)
 
-    def _give_up(self, reason: Any) -> None:
+        def run(piece: Mix, call: Call) -> Any:
+            return self.alone(piece, call, watched=watched)
+
+        return self._in_parts(mix, call, pieces, run)
+
+    def _in_parts(
+        self,
+        mix: Mix,
+        call: Call,
+        pieces: Sequence[Mix],
+        run: Callable[[Mix, Call], Any],
+    ) -> Any:
+        """The output of the batch as given, from runs of parts of it."""
+        layout = self.learned(mix, call)
+        calls = [call.picked(piece.order) for piece in pieces]
+        caches = Caches(call, calls)
+        parts = [caches.marked(run(p, c)) for p, c in zip(pieces, calls)]
+        if not all(map(layout.covers, parts)):
+            layout = self._learn(mix, call)
+        orders = [piece.order for piece in pieces]
+        if len(parts) == 1:
+            output = reordered(parts[0], orders[0], layout)
+        else:
+            output = joined(
+                parts,
+                orders,
+                layout,
+                names=lambda i: pieces[i].named(self.tasks),
+                labels=[c.given.get("labels") for c in calls],
+            )
+        return caches.filled(output, orders)
+
+    @contextmanager
+    def passing(self, mix: Mix) -> Iterator[None]:
+        """What this thread runs of the network meanwhile is of these samples."""
+        outer = self.running.current
+        self.running.current = Pass(mix)
+        try:
+            yield
+        finally:
+            self.running.current = outer
+
+    def verify(self, mix: Mix, call: Call) -> bool:
+        """At the first call of a kind: see whether the two ways agree; whether the layered way can be used."""
+        if self.network is None:
+            return False
+        if torch.compiler.is_compiling():
+            return self.trusted or self._verify(mix, call)
+        return self._verify(mix, call)
+
+    @torch.compiler.disable
+    def _verify(self, mix: Mix, call: Call) -> bool:
+        kind = self._kind(call)
+        if kind not in self._agreeing:
+            with self.lock:  # other threads wait for the outcome
+                if kind not in self._agreeing:
+                    self.learned(mix, call)
+                    reason = self._disagreement(call)
+                    self._agreeing[kind] = reason is None
+                    if reason is not None and not self.backbone.training:
+                        self.give_up(reason)
+        return self.network is not None and self._agreeing[kind]
+
+    def _disagreement(self, call: Call) -> Any:
+        """Run a few samples, each under another task, both ways; why the layered way cannot be used."""
+        tasks = torch.arange(min(PROBES, self.count), device=self._device)
+        if self.backbone.training:  # batch norm takes no single sample
+            tasks = tasks.repeat_interleave(2)
+        probe, mix = call.picked(
+            torch.arange(len(tasks), device=self._device) % call.size
+        ), ByTask.of(tasks, self.count)
+        layout = self._layouts[self._kind(call)]
+        groups = list(mix.groups())
+        alone = [self.alone(group, probe.picked(group.order)) for group in groups]
+        network = self.network
+        try:
+            with _largest_output(network) as largest, self.passing(mix):
+                found = self.on(network, probe.picked(mix.order))
+        except (UnsupportedShape, RuntimeError) as reason:
+            return reason
+        self.limit = CACHE // max(largest)
+        return (
+            None
+            if _agree(alone, found, layout)
+            else "results differ from those of single tasks"
+        )
+
+    def learned(self, mix: Mix, call: Call) -> Layout:
+        """How outputs of this kind of call are laid out."""
+        kind = self._kind(call)
+        return self._layouts[kind] if kind in self._layouts else self._learn(mix, call)
+
+    def _learn(self, mix: Mix, call: Call) -> Layout:
+        with self.lock:
+            first = mix.order[:1]
+            rows = torch.cat([first, (first + 1) % call.size, first])
+            two, three = (
+                self.alone(mix.like_first(n), call.picked(rows[:n])) for n in (2, 3)
+            )
+            layout = self._layouts[self._kind(call)] = Layout.of(two, three)
+            return layout
+
+    def alone(self, piece: Mix, call: Call, *, watched: bool = False) -> Any:
+        """Samples of equal weights through the backbone."""
+
+        def value(bank: AnyBank) -> Tensor:
+            try:
+                return piece.value(bank)
+            except DiDiError:
+                if not watched or not isinstance(bank, OwnBank):
+                    raise
+                return bank.value(self.count)
+
+        tensors = {name: value(bank) for name, bank in self.banks.items()}
+        return self.with_tensors(tensors, call)
+
+    def on(self, network: nn.Module, call: Call) -> Any:
+        """The output of a mirrored network, in the backbone's mode."""
+        if network.training != self.backbone.training:
+            network.train(self.backbone.training)
+        try:
+            return call.on(network)
+        finally:
+            if not torch.compiler.is_compiling():
+                self._buffers[network].restore()
+
+    def _kind(self, call: Call) -> Hashable:
+        return self.backbone.training, call.kind()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    def give_up(self, reason: Any) -> None:
+        """Run group by group from now on."""
         log.warning("Mixed batches are run group by group: %s.", reason)
         self.network = None
 
 
-def _following(backbone: nn.Module, network: nn.Module) -> nn.Module:
-    """A mirrored network, in the backbone's mode."""
-    if network.training != backbone.training:
-        network.train(backbone.training)
-    return network
+def _agree(alone: Sequence[Any], found: Any, layout: Layout) -> bool:
+    """Whether what single tasks give is what one pass of all of them gives, but for rounding."""
+    expected, compared = [leaves(part) for part in alone], 0
+    for path, value in leaves(found).items():
+        sides = layout.sides.get(path)
+        if not isinstance(value, Tensor) or sides is None or len(sides) > 1:
+            continue
+        parts = [part.get(path) for part in expected]
+        if not all(isinstance(part, Tensor) for part in parts):
+            return False
+        if sides:
+            compared += 1
+            if not _close(torch.cat(parts, sides[0][0]), value):
+                return False
+        elif value.ndim and not all(_close(part, value) for part in parts):
+            return False  # a number may be a mean over the samples
+    return compared > 0
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    if not expected.is_floating_point() or expected.shape != found.shape:
+        return expected.shape == found.shape
+    if not expected.numel():
+        return True
+    scale = expected.abs().max().clamp_min(1e-6)
+    coarse = AGREEMENT if expected.dtype == torch.float32 else 30 * AGREEMENT
+    return bool((expected - found).abs().max() <= coarse * scale)
 
 
 @contextmanager
@@ -187,46 +372,3 @@ def _largest_output(network: nn.Module) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _in_pieces(
-    pieces: list[Mix], run: Callable[[Mix, tuple, dict], Any], args: tuple, kwargs: dict
-) -> Any:
-    """The output of the batch as given, from runs of parts of it."""
-    order = torch.cat([piece.order for piece in pieces])
-    size, parts = len(order), []
-    for piece in pieces:
-        parts.append(run(piece, *regrouped((args, kwargs), piece.order, size)))
-    output = parts[0]
-    if len(parts) > 1:
-        output = _concatenated(parts, [piece.size for piece in pieces])
-    return regrouped(output, order.argsort(), size)
-
-
-def _concatenated(parts: list[Any], sizes: list[int]) -> Any:
-    """Outputs of the pieces as the output of one batch."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        rows = all(p.ndim and len(p) == n for p, n in zip(parts, sizes))
-        return torch.cat(parts) if rows else first
-    if isinstance(first, Mapping):
-        whole = {key: _concatenated([p[key] for p in parts], sizes) for key in first}
-        return type(first)(**whole)
-    if isinstance(first, (tuple, list)):
-        return type(first)(_concatenated(list(p), sizes) for p in zip(*parts))
-    return first
-
-
-def _agree(expected: Any, found: Any) -> bool:
-    """Whether all floating-point tensors of two outputs are equal but for rounding."""
-    if isinstance(expected, Tensor):
-        if not expected.is_floating_point() or expected.shape != found.shape:
-            return expected.shape == found.shape
-        scale = expected.abs().max().clamp_min(1e-6)
-        coarse = AGREEMENT if expected.dtype == torch.float32 else 30 * AGREEMENT
-        return bool((expected - found).abs().max() <= coarse * scale)
-    if isinstance(expected, Mapping):
-        return all(_agree(expected[key], found[key]) for key in expected)
-    if isinstance(expected, (tuple, list)):
-        return all(map(_agree, expected, found))
-    return True

@@ -35,7 +35,7 @@ class FusedLinears:
         """The output of one of the layers in a pass."""
         seen, parts = current.fused.get(self.number, (None, []))
         if x is not seen or parts[place] is None:
-            y = current.mix.product(x, self.bank, self.biases)
+            y = current.mix_of(len(x)).product(x, self.bank, self.biases)
             parts = [*y.split(self.widths, -1)]
             current.fused[self.number] = x, parts
         part, parts[place] = parts[place], None

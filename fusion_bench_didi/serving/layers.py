@@ -36,9 +36,9 @@ class PerSample:
         """Working copies, before the first call."""
 
     def mix_for(self, x: Tensor) -> Mix:
-        """The current mix, if it is of as many samples as the input."""
-        mix = self.running.current.mix
-        if x.ndim < 2 or len(x) != mix.size:
+        """The current mix of as many rows as the input has."""
+        mix = None if x.ndim < 2 else self.running.current.mix_of(len(x))
+        if mix is None:
             raise UnsupportedShape(f"{type(self).__name__} is given {tuple(x.shape)}")
         return mix
 
@@ -97,6 +97,22 @@ class PerSampleLayerNorm(PerSample):
         rows = mix.rows(self.banks[leaf])
         missing = x.ndim - rows.ndim
         return rows.view(len(rows), *(1,) * missing, *rows.shape[1:])
+
+
+class PerSampleRMSNorm(PerSample):
+    """A norm that multiplies by its weight alone; the classes of transformers work it out each in their own way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mix_for(x)
+        self.running.current.seen = x.shape
+        return super().forward(x)
+
+    @property
+    def weight(self) -> Tensor:
+        """(B, 1, ..., n) for the input of the forward that asks."""
+        rows, *inner = self.running.current.seen
+        weight = self.running.current.mix_of(rows).rows(self.banks["weight"])
+        return weight.view(rows, *(1,) * (len(inner) - 1), -1)
 
 
 class PerSampleEmbedding(PerSample):

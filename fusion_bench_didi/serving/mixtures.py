@@ -4,9 +4,9 @@ Both offer the same operations on banks, per sample: :meth:`rows` of a small ten
 a :meth:`lookup` of rows of a matrix; and the :meth:`value` of a bank where all samples see one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Union
+from typing import ClassVar, Union
 
 import torch
 from torch import Tensor
@@ -41,23 +41,30 @@ class ByTask:
         Args:
             task_ids: (B,) in 0 ... T.
             count: T.
-
-        Raises:
-            IndexError: for other numbers.
         """
         tasks, order = task_ids.sort(stable=True)
         numbers = torch.arange(count + 1, device=tasks.device)
         counts = (tasks[:, None] == numbers).sum(0).cpu()
-        # compiled, product_by_task finds it out
-        if not torch.compiler.is_compiling() and int(counts.sum()) != len(tasks):
-            raise IndexError(
-                f"task_ids {task_ids.tolist()} are not all in 0 ... {count}."
-            )
         return cls(tasks, counts, order)
 
     @property
     def size(self) -> int:
         return len(self.tasks)
+
+    def like_first(self, count: int) -> "ByTask":
+        """So many samples of the first one's task."""
+        tasks = self.tasks[:1].expand(count)
+        return ByTask.of(tasks, len(self.counts) - 1)
+
+    def repeated(self, times: int) -> "ByTask":
+        """So many rows for every sample, side by side."""
+        order = _repeated(self.order, times)
+        return ByTask(self.tasks.repeat_interleave(times), self.counts * times, order)
+
+    def named(self, tasks: Sequence[str]) -> str:
+        """The tasks of the samples."""
+        names = [*map(repr, tasks), "the shared model"]
+        return ", ".join(n for n, count in zip(names, self.counts.tolist()) if count)
 
     def groups(self) -> Iterator["ByTask"]:
         """The samples of one task each."""
@@ -134,6 +141,17 @@ class ByWeight:
     @property
     def size(self) -> int:
         return len(self.weights)
+
+    def like_first(self, count: int) -> "ByWeight":
+        return ByWeight.of(self.weights[:1].expand(count, -1))
+
+    def repeated(self, times: int) -> "ByWeight":
+        order = _repeated(self.order, times)
+        return ByWeight(self.weights.repeat_interleave(times, 0), order, self.uniform)
+
+    def named(self, tasks: Sequence[str]) -> str:
+        row = [f"{weight:.3g} {task!r}" for task, weight in zip(tasks, self.weights[0])]
+        return f"weights such as {' + '.join(row)}"
 
     def value(self, bank: Bank) -> Tensor:
         return bank.mixed(self.weights[0])
@@ -213,24 +231,15 @@ def mix_of(weights: Tensor) -> Mix:
     return ByWeight.of(weights)
 
 
+def in_order(mix: Mix) -> bool:
+    """Whether the samples are in the order in which they were given."""
+    return bool((mix.order[1:] > mix.order[:-1]).all())
+
+
+def _repeated(order: Tensor, times: int) -> Tensor:
+    return (order[:, None] * times + torch.arange(times, device=order.device)).flatten()
+
+
 def over(rows: Tensor, like: Tensor) -> Tensor:
     """(B, c) laid out to broadcast over (B, ..., c)."""
     return rows.view(len(rows), *(1,) * (like.ndim - 2), -1)
-
-
-def batch_size(args: tuple, kwargs: dict) -> int:
-    """First side of the first tensor."""
-    return next(len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-
-
-def regrouped(value: Any, index: Tensor, size: int) -> Any:
-    """Rows ``index`` of every tensor whose first side is ``size``, in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        rows = value.ndim and len(value) == size
-        return value.index_select(0, index) if rows else value
-    if isinstance(value, Mapping):
-        picked = {key: regrouped(v, index, size) for key, v in value.items()}
-        return type(value)(**picked)
-    if isinstance(value, (tuple, list)):
-        return type(value)(regrouped(v, index, size) for v in value)
-    return value

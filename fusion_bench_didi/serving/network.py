@@ -4,14 +4,14 @@ Changed linear layers that most architectures give one input are fused afterward
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from .banks import AnyBank, ValueBank, side_by_side
+from .banks import AnyBank, MatrixBank, OwnBank, ValueBank, side_by_side
 from .fused_linears import FusedLinears
 from .layers import (
     PerSample,
@@ -19,14 +19,16 @@ from .layers import (
     PerSampleLayerNorm,
     PerSampleLinear,
     PerSamplePatchConv,
+    PerSampleRMSNorm,
     apart,
     broadcast_form,
+    is_turned,
 )
 from .running import Running
-from .shadow import Change, shadowed
+from .shadow import Change, Slot, shadowed, slots_of
 
 #: bare parameters (n,) that broadcast in their module's forward, which then takes them per sample as (B, 1, n)
-BROADCAST = {"CLIPVisionEmbeddings": "class_embedding", "LlamaRMSNorm": "weight"}
+BROADCAST = {"CLIPVisionEmbeddings": "class_embedding"}
 
 
 def form_of(module: nn.Module, leaves: Mapping[str, Any]) -> type | None:
@@ -36,6 +38,8 @@ def form_of(module: nn.Module, leaves: Mapping[str, Any]) -> type | None:
         leaves: its changed tensors by their name in the module.
     """
     kind = type(module)
+    if "forward" in vars(module):  # it would not be the form's
+        return None
     leaf = BROADCAST.get(kind.__name__)
     if leaf is not None and set(leaves) == {leaf}:
         return broadcast_form(leaf)
@@ -49,31 +53,46 @@ def form_of(module: nn.Module, leaves: Mapping[str, Any]) -> type | None:
         return PerSampleLayerNorm
     if kind is nn.Embedding and module.max_norm is None:
         return PerSampleEmbedding
+    # torch's own takes no weight per sample
+    if kind.__name__.endswith("RMSNorm") and kind is not nn.RMSNorm:
+        return PerSampleRMSNorm if set(leaves) == {"weight"} else None
     return None
 
 
 def per_sample_network(
     backbone: nn.Module, banks: Mapping[str, AnyBank], running: Running
 ) -> nn.Module | None:
-    """The network; None if a changed tensor belongs to a module without a per-sample form, or to several modules."""
-    by_module: dict[str, dict[str, AnyBank]] = {}
-    for name, bank in banks.items():
-        owner, _, leaf = name.rpartition(".")
-        by_module.setdefault(owner, {})[leaf] = bank
-    uses: dict[int, int] = {}
-    for _, parameter in backbone.named_parameters(remove_duplicate=False):
-        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    changes: dict[nn.Module, Change] = {}
-    for owner, leaves in by_module.items():
-        module = backbone.get_submodule(owner)
-        tied = any(uses.get(id(getattr(module, leaf)), 1) > 1 for leaf in leaves)
-        form = None if tied else form_of(module, leaves)
-        if form is None:
-            return None
-        changes[module] = _turned_into(form, leaves, running)
-    network = shadowed(backbone, changes)
+    """The network; None if a changed tensor belongs to a module without a per-sample form."""
+    if any(isinstance(bank, OwnBank) for bank in banks.values()):
+        return None
+    by_module: dict[nn.Module, dict[str, AnyBank]] = {}
+    for name, slots in slots_of(backbone, banks).items():
+        for (module, leaf), bank in zip(slots, _for_each(slots, banks[name])):
+            by_module.setdefault(module, {})[leaf] = bank
+    forms = {module: form_of(module, leaves) for module, leaves in by_module.items()}
+    if None in forms.values():
+        return None
+    network = shadowed(
+        backbone,
+        {
+            module: _turned_into(forms[module], leaves, running)
+            for module, leaves in by_module.items()
+        },
+    )
     fuse(network)
     return network
+
+
+def _for_each(slots: Sequence[Slot], bank: AnyBank) -> Iterator[AnyBank]:
+    """The bank of a tensor as each module that it is tied to multiplies by it, over one memory."""
+    other = None
+    if isinstance(bank, MatrixBank) and len(slots) > 1:
+        if bank.dense and any(isinstance(module, nn.Embedding) for module, _ in slots):
+            bank.stacked()
+        if any(is_turned(*slot) != bank.turned for slot in slots):
+            other = bank.transposed()
+    for slot in slots:
+        yield bank if other is None or is_turned(*slot) == bank.turned else other
 
 
 def _turned_into(form: type, banks: Mapping[str, AnyBank], running: Running) -> Change:

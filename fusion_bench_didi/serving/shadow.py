@@ -1,46 +1,106 @@
-"""Second networks over the tensors of a backbone: trees of modules that share everything but the modules themselves."""
+"""Second networks over the tensors of a backbone: trees of modules that share its parameters, hooks and configurations.
+
+Their buffers are their own, so that what a forward writes never reaches the backbone.
+"""
 
 import copy
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
+
+from .copies import rebind
 
 #: what is done to the copy of a module
 Change = Callable[[nn.Module], None]
 
 
 def shadowed(module: nn.Module, changes: Mapping[nn.Module, Change]) -> nn.Module:
-    """A copy that shares tensors, hooks and configurations; copies of the modules in ``changes`` are changed."""
+    """A copy that shares parameters, hooks and configurations; copies of the modules in ``changes`` are changed."""
     made: dict[nn.Module, nn.Module] = {}
+    buffers: dict[int, Tensor] = {}
+
+    def own(buffer: Tensor | None) -> Tensor | None:
+        if buffer is None:
+            return None
+        return buffers.setdefault(id(buffer), buffer.detach().clone())
 
     def twin_of(module: nn.Module) -> nn.Module:
         if module not in made:
             twin = made[module] = copy.copy(module)
             children = module._modules.items()
             twin._modules = {name: child and twin_of(child) for name, child in children}
-            if module in changes:
-                changes[module](twin)
+            twin._parameters = dict(module._parameters)
+            twin._buffers = {name: own(b) for name, b in module._buffers.items()}
         return made[module]
 
-    return twin_of(module)
+    network = twin_of(module)
+    rebind(network, {id(m): (m, twin) for m, twin in made.items()}, hooks=False)
+    for original, change in changes.items():
+        change(made[original])
+    return network
 
 
 def network_with(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The backbone with other parameters: ``functional_call`` without its cost per call.
 
     Args:
-        tensors: by parameter name; none that several modules own.
+        tensors: by parameter name.
     """
+    slots = slots_of(backbone, tensors)
     by_module: dict[nn.Module, dict[str, nn.Parameter]] = {}
     for name, tensor in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        leaves = by_module.setdefault(backbone.get_submodule(owner), {})
-        leaves[leaf] = nn.Parameter(tensor, requires_grad=False)
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        for module, leaf in slots[name]:
+            by_module.setdefault(module, {})[leaf] = parameter
 
     def change(leaves: dict[str, nn.Parameter]) -> Change:
-        def put(twin: nn.Module) -> None:
-            twin._parameters = {**twin._parameters, **leaves}
-
-        return put
+        return lambda twin: twin._parameters.update(leaves)
 
     return shadowed(backbone, {m: change(leaves) for m, leaves in by_module.items()})
+
+
+#: a module, and the name in it of one of its tensors
+Slot = tuple[nn.Module, str]
+
+
+def slots_of(backbone: nn.Module, names: Mapping[str, object]) -> dict[str, list[Slot]]:
+    """All places of each tensor; tied ones have several."""
+    where: dict[int, list[Slot]] = {}
+    for module in backbone.modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                where.setdefault(id(tensor), []).append((module, leaf))
+    found = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        found[name] = where[id(getattr(backbone.get_submodule(owner), leaf))]
+    return found
+
+
+class OwnBuffers:
+    """The buffers of a second network, put back as they were where a forward wrote to them.
+
+    Args:
+        network: from :func:`shadowed`.
+        backbone: whose buffers it has copies of.
+    """
+
+    def __init__(self, network: nn.Module, backbone: nn.Module):
+        pairs = zip(network.modules(), backbone.modules(), strict=True)
+        self._kept = [
+            (twin._buffers, leaf, original._buffers)
+            for twin, original in pairs
+            for leaf, buffer in twin._buffers.items()
+            if buffer is not None
+        ]
+        self._versions = [own[leaf]._version for own, leaf, _ in self._kept]
+
+    def restore(self) -> None:
+        """A buffer that was registered anew stays: the module knows that it did so."""
+        for i, (own, leaf, original) in enumerate(self._kept):
+            buffer = own[leaf]
+            if buffer._version != self._versions[i]:
+                with torch.inference_mode(False):
+                    own[leaf] = original[leaf].detach().clone()
+                self._versions[i] = own[leaf]._version

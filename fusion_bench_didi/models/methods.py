@@ -1,0 +1,148 @@
+"""Methods of the backbone, called on the merged model: they run as the current task, or for tasks given, or are refused.
+
+Attributes of the backbone are the merged model's too. What runs the network must not do so as the base model unasked.
+"""
+
+import copy
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import DiDiError, UnknownTaskError
+from ..routers.base import RoutedModel, Router
+from ..serving.forward import MixedForward
+from ..serving.generation import GENERATE, generate, generation_of, prompt_of
+
+#: Where classes come from whose methods look at a model, or prepare it, and do not run it.
+_LOOKING = (
+    "torch.",
+    "transformers.modeling_utils",
+    "transformers.utils.",
+    "transformers.integrations.",
+    "transformers.modeling_attn_mask_utils",
+)
+#: Methods of these classes that take the weights as they are.
+_TAKING = ("push_to_hub", "save_pretrained")
+#: Methods that model classes define to be looked at through.
+_NAMES = (
+    "get_input_embeddings",
+    "get_output_embeddings",
+    "set_input_embeddings",
+    "set_output_embeddings",
+    "get_position_embeddings",
+    "can_generate",
+    "tie_weights",
+)
+
+
+class Called(RoutedModel, Protocol):
+    """What is needed of a merged model."""
+
+    router: Router | None
+
+    @property
+    def current_task(self) -> str | None: ...
+
+    @property
+    def mixed(self) -> MixedForward: ...
+
+
+def no_task(model: Called) -> UnknownTaskError:
+    """What is wrong if a model is run without a task."""
+    return UnknownTaskError(
+        f"No task is set. Call set_task(...) with one of {model.tasks}, evaluate with a task-aware pool, or attach "
+        "a router."
+    )
+
+
+def attribute(model: Called, name: str, value: Any) -> Any:
+    """An attribute of the backbone as one of the merged model.
+
+    Args:
+        value: the backbone's.
+    """
+    if isinstance(value, nn.Module):
+        return value if model.current_task is not None else _guarded(model, value)
+    if not runs(model.backbone, name, value):
+        return value
+    return _method(model, name, value)
+
+
+def runs(backbone: nn.Module, name: str, value: Any) -> bool:
+    """Whether an attribute is a function that may run the network."""
+    if isinstance(value, (types.FunctionType, functools.partial)):
+        return name in vars(backbone)
+    if not isinstance(value, types.MethodType) or not isinstance(
+        value.__self__, nn.Module
+    ):
+        return False
+    if value.__self__ is not backbone or name in vars(backbone):
+        return True
+    if name in _NAMES:
+        return False
+    home = next((c for c in type(backbone).__mro__ if name in vars(c)), None)
+    looking = home is not None and f"{home.__module__}.".startswith(_LOOKING)
+    return not looking or name in _TAKING
+
+
+def _guarded(model: Called, module: nn.Module) -> nn.Module:
+    """A part of the backbone that is looked at as it is, and refuses to run while no task is set."""
+
+    def refuse(*_: Any) -> None:
+        if model.current_task is None:
+            raise no_task(model)
+
+    twin = copy.copy(module)
+    twin._forward_pre_hooks = OrderedDict(module._forward_pre_hooks)
+    twin.register_forward_pre_hook(refuse, prepend=True)
+    return twin
+
+
+def _method(model: Called, name: str, value: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(value)
+    def method(
+        *args: Any, task_ids: Any = None, task_weights: Any = None, **kwargs: Any
+    ) -> Any:
+        if task_ids is not None or task_weights is not None:
+            return _mixed(model, name, args, kwargs, task_ids, task_weights)
+        if model.current_task is not None:
+            return value(*args, **kwargs)
+        if model.router is not None:
+            return _routed(model, name, args, kwargs)
+        raise no_task(model)
+
+    return method
+
+
+@torch.no_grad()
+def _mixed(
+    model: Called,
+    name: str,
+    args: tuple,
+    kwargs: dict,
+    task_ids: Any,
+    task_weights: Any,
+) -> Any:
+    forward = model.mixed
+    mix = forward.mix(task_ids, task_weights)
+    if name == GENERATE:
+        return generate(forward, mix, generation_of(forward, args, kwargs))
+    return forward.run(mix, forward.call(args, kwargs, name))
+
+
+@torch.no_grad()
+def _routed(model: Called, name: str, args: tuple, kwargs: dict) -> Any:
+    """By the tasks that the router finds in the prompts, or in what a forward would be given."""
+    if name != GENERATE:
+        raise DiDiError(
+            f"{name} is no forward that a router could look at. Give task_ids, or set a task with set_task(...)."
+        )
+    forward = model.mixed
+    call = generation_of(forward, args, kwargs)
+    weights = model.router.route(model, **prompt_of(forward, call))
+    return generate(forward, forward.mix(None, weights), call)

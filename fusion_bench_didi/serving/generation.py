@@ -1,0 +1,127 @@
+"""Text for prompts of several tasks: every sample continued by its own task's model, in one batch.
+
+The prompts are sorted by task once and generated from together in the network of per-sample layers, caches and all; where
+there is none, task by task through the backbone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import DiDiError
+from .calls import Call, parameter_names
+from .forward import MixedForward
+from .layers import UnsupportedShape
+from .mixtures import Mix, in_order
+from .outputs import reordered
+
+GENERATE = "generate"
+#: What is asked row by row of the batch, whose rows are sorted here.
+BY_ROW = ("prefix_allowed_tokens_fn", "streamer", "assistant_model")
+#: Arguments of ``generate`` that are no samples beside the settings.
+OTHERS = (
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "stop_strings",
+    "tokenizer",
+)
+
+
+def generation_of(
+    forward: MixedForward, args: tuple, kwargs: Mapping[str, Any]
+) -> Call:
+    """A call of the backbone's ``generate``."""
+    settings = _settings(getattr(forward.backbone, "generation_config", None))
+    call = forward.call(args, kwargs, GENERATE)
+    return replace(call, also_for_all=frozenset((*settings, *OTHERS)))
+
+
+def prompt_of(forward: MixedForward, call: Call) -> dict[str, Any]:
+    """What the backbone's forward would be given of the prompts."""
+    backbone, given = forward.backbone, call.given
+    taken = set(parameter_names(backbone.forward)) - {"past_key_values", "labels"}
+    prompt = {k: v for k, v in given.items() if k in taken and v is not None}
+    name, samples = call.samples
+    prompt[backbone.main_input_name if name == "inputs" else name] = samples
+    if backbone.config.is_encoder_decoder and "decoder_input_ids" not in prompt:
+        start = backbone.generation_config.decoder_start_token_id or 0
+        prompt["decoder_input_ids"] = torch.full(
+            (call.size, 1), start, device=samples.device
+        )
+    return prompt
+
+
+@torch.no_grad()
+def generate(forward: MixedForward, mix: Mix, call: Call) -> Any:
+    """Continue every prompt under its own task.
+
+    Raises:
+        DiDiError: for a number of tasks other than that of the prompts, and for options that are asked row by row.
+    """
+    call.fits(mix.size, "task_ids")
+    groups = list(mix.groups())
+    if len(groups) > 1:
+        for name in BY_ROW:
+            if call.given.get(name) is not None:
+                raise DiDiError(
+                    f"{name} is not for prompts of several tasks; generate for each task by itself."
+                )
+    network = forward.network
+    if network is not None and not mix.uniform:
+        probe = forward.call((), prompt_of(forward, call))
+        try:
+            if forward.verify(mix, probe):
+                with forward.passing(mix):
+                    return _as_given(forward.on(network, _sorted(call, mix)), mix)
+        except UnsupportedShape as reason:
+            forward.give_up(reason)
+    if len(groups) == 1 and in_order(mix):
+        return forward.alone(mix, call)
+    parts = [forward.alone(group, call.picked(group.order)) for group in groups]
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise DiDiError(
+            "Prompts of several tasks are continued task by task with this model, of which only the tokens are put together; "
+            "leave return_dict_in_generate out, or generate for each task by itself."
+        )
+    longest, fill = max(part.shape[1] for part in parts), _padding(forward, call)
+    rows = [F.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts]
+    order = torch.cat([group.order for group in groups])
+    return reordered(torch.cat(rows), order, None)
+
+
+def _sorted(call: Call, mix: Mix) -> Call:
+    return call if in_order(mix) else call.picked(mix.order)
+
+
+def _as_given(output: Any, mix: Mix) -> Any:
+    """Outputs of sorted prompts in the order of the prompts."""
+    if in_order(mix):
+        return output
+    if getattr(output, "beam_indices", None) is not None:
+        raise DiDiError(
+            "The positions of beams are those of prompts that are sorted by task; sort them before, or leave "
+            "return_dict_in_generate out."
+        )
+    return reordered(output, mix.order, None)
+
+
+def _padding(forward: MixedForward, call: Call) -> int:
+    """What rows that are shorter than others end with, as ``generate`` itself does."""
+    asked = call.given
+    own = getattr(forward.backbone, "generation_config", None)
+    settings = (asked, _settings(asked.get("generation_config")), _settings(own))
+    for key in ("pad_token_id", "eos_token_id"):
+        for held in settings:
+            value = held.get(key)
+            if value is not None:
+                return int(torch.as_tensor(value).flatten()[0])
+    return 0
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {} if config is None else vars(config)

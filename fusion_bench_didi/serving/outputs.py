@@ -1,0 +1,280 @@
+"""Outputs of parts of a batch as the output of the batch: every sample's own rows, or an error.
+
+How an output is laid out is learned from runs of two and of three samples: sides that grow with them are the samples. What does
+not grow must be equal in all parts, but for a loss, which is worked out anew where it is known how.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import DiDiError
+from .trees import Differing, Path, holds_tensors, leaves, mapped, place
+
+#: the sides of a tensor that are the samples, with how many rows each has there; None where it is neither of all samples
+#: together nor of each
+Sides = tuple[tuple[int, int], ...] | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples are in an output.
+
+    Args:
+        sides: by path, for every tensor; also for numbers that grow with the samples, as None.
+    """
+
+    sides: Mapping[Path, Sides]
+
+    @classmethod
+    def of(cls, two: Any, three: Any) -> "Layout":
+        """From the outputs for two and for three samples.
+
+        Raises:
+            DiDiError: if their structures differ.
+        """
+        sides: dict[Path, Sides] = {}
+        found, other = leaves(two), leaves(three)
+        if found.keys() != other.keys():
+            raise DiDiError(
+                "The output's structure depends on the number of samples; run the samples of each task by themselves."
+            )
+        for path, value in found.items():
+            if isinstance(value, Tensor):
+                sides[path] = _sides(tuple(value.shape), tuple(other[path].shape))
+            elif isinstance(value, (int, float)) and value != other[path]:
+                sides[path] = None
+        return cls(sides)
+
+    @property
+    def separable(self) -> bool:
+        """Whether all tensors are of one row, or several, per sample."""
+        return all(
+            sides is not None and len(sides) == 1 for sides in self.sides.values()
+        )
+
+    def covers(self, output: Any) -> bool:
+        """Whether it says something of all tensors of an output."""
+        return all(
+            path in self.sides
+            for path, v in leaves(output).items()
+            if isinstance(v, Tensor)
+        )
+
+
+def _sides(two: tuple[int, ...], three: tuple[int, ...]) -> Sides:
+    if len(two) != len(three):
+        return None
+    grown = []
+    for side, (a, b) in enumerate(zip(two, three)):
+        if a != b:
+            if a % 2 or b * 2 != a * 3:
+                return None
+            grown.append((side, a // 2))
+    return tuple(grown)
+
+
+#: for outputs nothing was learned of: tensors of as many rows as samples are theirs
+def _as_usual(value: Tensor, size: int) -> Sides:
+    if not value.ndim or not size or value.shape[0] % size:
+        return ()
+    return ((0, value.shape[0] // size),)
+
+
+def reordered(output: Any, order: Tensor, layout: Layout | None) -> Any:
+    """The output of a batch whose samples were sorted, as the batch was given.
+
+    Args:
+        order: (B,) where the samples are in the batch as given.
+        layout: None: tensors of as many rows as samples, or a multiple, are theirs.
+
+    Raises:
+        DiDiError: for what cannot be told apart by sample.
+    """
+    size, back = len(order), order.argsort()
+
+    def leaf(path: Path, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return _checked(path, value, layout)
+        sides = _as_usual(value, size) if layout is None else layout.sides.get(path)
+        if sides is None:
+            raise _mixing(path, value)
+        for side, rows in sides:
+            value = value.index_select(side, _rows(back, rows).to(value.device))
+        return value
+
+    return mapped(leaf, output)
+
+
+def joined(
+    parts: Sequence[Any],
+    orders: Sequence[Tensor],
+    layout: Layout,
+    *,
+    names: Callable[[int], str],
+    labels: Sequence[Any] = (),
+) -> Any:
+    """Outputs of parts of a batch as one.
+
+    Args:
+        orders: of each part, where its samples are in the batch as given.
+        names: of the tasks of a part.
+        labels: that each part was given, to work a loss out.
+
+    Raises:
+        DiDiError: for what cannot be told apart by sample, and for tasks whose outputs are of different shapes.
+    """
+    back = torch.cat(list(orders)).argsort()
+    losses: list[Path] = []
+
+    def leaf(path: Path, *values: Any) -> Any:
+        if all(isinstance(value, Tensor) for value in values):
+            sides = layout.sides.get(path)
+            if sides is None or len(sides) > 1:
+                raise _mixing(path, values[0])
+            if sides:
+                return _side_by_side(path, values, sides[0], back, names)
+            if all(v.shape == values[0].shape and v.equal(values[0]) for v in values):
+                return values[0]
+            if values[0].ndim == 0 and values[0].is_floating_point():
+                losses.append(path)
+                return values[0]
+            raise _mixing(path, values[0])
+        first = _checked(path, values[0], layout)
+        if any(type(value) is not type(first) or value != first for value in values):
+            raise DiDiError(
+                f"{place(path)} is {values[0]!r} for {names(0)} and something else for other tasks; run the samples of each task "
+                "by themselves."
+            )
+        return first
+
+    try:
+        whole = mapped(leaf, *parts)
+    except Differing as what:
+        raise DiDiError(
+            f"The outputs for {' and for '.join(names(i) for i in range(len(parts)))} differ in structure: {what}. Run the samples "
+            "of each task by themselves."
+        ) from None
+    if not losses:
+        return whole
+    return _with_loss(whole, parts, losses, labels, back)
+
+
+def _side_by_side(
+    path: Path,
+    values: Sequence[Tensor],
+    side: tuple[int, int],
+    back: Tensor,
+    names: Callable[[int], str],
+) -> Tensor:
+    at, rows = side
+    others = [v.shape[:at] + v.shape[at + 1 :] for v in values]
+    for i, other in enumerate(others):
+        if other != others[0]:
+            raise DiDiError(
+                f"{place(path)} is {tuple(values[0].shape)} for {names(0)} and {tuple(values[i].shape)} for {names(i)}: outputs of "
+                "different shapes are not one batch. Run the samples of each task by themselves."
+            )
+    whole = torch.cat(list(values), at)
+    return whole.index_select(at, _rows(back, rows).to(whole.device))
+
+
+def _rows(index: Tensor, rows: int) -> Tensor:
+    """Rows of samples that have several each, side by side."""
+    if rows == 1:
+        return index
+    return (index[:, None] * rows + torch.arange(rows, device=index.device)).flatten()
+
+
+def _checked(path: Path, value: Any, layout: Layout | None) -> Any:
+    """A leaf that is no tensor, which must say nothing of single samples."""
+    grows = layout is not None and path in layout.sides
+    if grows or holds_tensors(value):
+        raise DiDiError(
+            f"{place(path)}, a {type(value).__name__}, holds something of every sample that cannot be told apart; run the samples "
+            "of each task by themselves."
+        )
+    return value
+
+
+def _mixing(path: Path, value: Tensor) -> DiDiError:
+    return DiDiError(
+        f"{place(path)} of shape {tuple(value.shape)} is of all samples of a task together, so that there is none for a batch of "
+        "several tasks; run the samples of each task by themselves, or work it out from the other outputs."
+    )
+
+
+# --- losses -------------------------------------------------------------------------
+
+
+def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+
+
+def _next_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return _entropy(logits[:, :-1], labels[:, 1:])
+
+
+def _squares(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits))
+
+
+def _binary(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits))
+
+
+def _fitting(logits: Tensor, labels: Tensor) -> Iterator[Callable]:
+    """Losses that could be of logits and labels of these shapes; all are means over samples, or over tokens that count."""
+    if not labels.is_floating_point() and labels.shape == logits.shape[:-1]:
+        yield _entropy
+        if labels.ndim > 1:
+            yield _next_entropy
+    if logits.squeeze().shape == labels.squeeze().shape:
+        yield _squares
+    if logits.shape == labels.shape and labels.is_floating_point():
+        yield _binary
+
+
+def _with_loss(
+    whole: Any,
+    parts: Sequence[Any],
+    losses: Sequence[Path],
+    labels: Sequence[Any],
+    back: Tensor,
+) -> Any:
+    """The loss of the batch, where that of every part is found to be a known function of its logits and labels."""
+    (path, *others), found = losses, None
+    known = [isinstance(label, Tensor) for label in labels]
+    if not others and known and all(known):
+        held = [leaves(part) for part in parts]
+        for beside in _logits_beside(path, held[0]):
+            pairs = [(h[beside].detach(), label) for h, label in zip(held, labels)]
+            for formula in _fitting(*pairs[0]):
+                if all(
+                    torch.allclose(
+                        formula(*pair), h[path].float(), rtol=1e-4, equal_nan=True
+                    )
+                    for pair, h in zip(pairs, held)
+                ):
+                    truth = torch.cat(list(labels)).index_select(
+                        0, back.to(labels[0].device)
+                    )
+                    found = formula(leaves(whole)[beside], truth).to(held[0][path])
+    if found is None:
+        raise DiDiError(
+            f"{place(path)} is of the samples of one task each, and how to add it up is not known here. Leave the labels out, and "
+            "work the loss out from the logits."
+        )
+    return mapped(lambda at, value: found if at == path else value, whole)
+
+
+def _logits_beside(path: Path, held: Mapping[Path, Any]) -> list[Path]:
+    """Where the logits of a loss may be: under their name, or next to it."""
+    options = [(*path[:-1], "logits")] if path else []
+    if path and isinstance(path[-1], int):
+        options.append((*path[:-1], path[-1] + 1))
+    return [at for at in options if isinstance(held.get(at), Tensor)]

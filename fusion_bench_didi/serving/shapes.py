@@ -1,0 +1,139 @@
+"""What modules and configurations say of the shapes of their tensors, which must follow where a task's tensor is of another.
+
+A head of another number of classes is a tensor of another shape, and ``out_features`` of its layer, and ``num_labels`` and
+``id2label`` of the model and its configuration, without which the model computes no loss and cannot be loaded again.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+Shape = tuple[int, ...]
+#: an object, one of its attributes, and what that is to be
+Setting = tuple[Any, str, Any]
+
+
+class Shapes:
+    """What a model was loaded with; says what must be set where some tensor is of another shape.
+
+    Args:
+        model: as it was loaded. Copies of it may be given to the methods.
+    """
+
+    def __init__(self, model: nn.Module):
+        config = getattr(model, "config", None)
+        self.labels = getattr(config, "num_labels", None)
+        self.names = {
+            key: getattr(config, key)
+            for key in ("id2label", "label2id", "problem_type")
+            if hasattr(config, key)
+        }
+        self.vocabulary = getattr(_text(config), "vocab_size", None)
+        self.sides = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        self.counting = {
+            attribute: [n for n, m in model.named_modules() if attribute in vars(m)]
+            for attribute in ("num_labels", "vocab_size")
+        }
+
+    def settings(self, model: nn.Module, name: str, shape: Shape) -> list[Setting]:
+        """What follows where a tensor is of a shape."""
+        owner, _, leaf = name.rpartition(".")
+        module, found = model.get_submodule(owner), []
+        if leaf == "weight":
+            found = [(module, key, value) for key, value in _sides(module, shape)]
+            found += self._of_labels(model, module, name, shape)
+            found += self._of_vocabulary(model, module, name, shape)
+        return found
+
+    def follow(self, model: nn.Module, name: str, shape: Shape) -> None:
+        """Set what follows for good."""
+        for thing, key, value in self.settings(model, name, shape):
+            setattr(thing, key, value)
+
+    @contextmanager
+    def following(
+        self, model: nn.Module, shapes: Mapping[str, Shape]
+    ) -> Iterator[None]:
+        """Set what follows for a while; also what a forward finds out about the labels is forgotten."""
+        undo: list[Setting] = []
+        config = getattr(model, "config", None)
+        if "problem_type" in self.names:
+            undo.append((config, "problem_type", config.problem_type))
+        try:
+            for name, shape in shapes.items():
+                for thing, key, value in self.settings(model, name, shape):
+                    undo.append((thing, key, getattr(thing, key)))
+                    setattr(thing, key, value)
+            yield
+        finally:
+            for thing, key, value in reversed(undo):
+                setattr(thing, key, value)
+
+    def _of_labels(
+        self, model: nn.Module, module: nn.Module, name: str, shape: Shape
+    ) -> list[Setting]:
+        """Those of a last layer, of as many outputs as the model has labels."""
+        inner = getattr(model, "base_model_prefix", None)
+        head = (
+            isinstance(module, nn.Linear)
+            and self.sides.get(name, (None,))[0] == self.labels
+        )
+        if self.labels is None or not head or (inner and name.startswith(f"{inner}.")):
+            return []
+        config, count = model.config, shape[0]
+        names = dict(self.names)
+        if count != self.labels:
+            names["id2label"] = {i: f"LABEL_{i}" for i in range(count)}
+            names["label2id"] = {label: i for i, label in names["id2label"].items()}
+            if names.get("problem_type") != "multi_label_classification":
+                names["problem_type"] = None  # found out from the labels
+        found = [(config, key, value) for key, value in names.items()]
+        return found + self._counts(model, "num_labels", count)
+
+    def _of_vocabulary(
+        self, model: nn.Module, module: nn.Module, name: str, shape: Shape
+    ) -> list[Setting]:
+        """Those of a language model's first and last layer."""
+        ends = [
+            getattr(model, f"get_{end}_embeddings", lambda: None)()
+            for end in ("input", "output")
+        ]
+        if self.vocabulary is None or not any(module is end for end in ends):
+            return []
+        if self.sides.get(name, (None,))[0] != self.vocabulary:
+            return []
+        found = [(_text(model.config), "vocab_size", shape[0])]
+        return found + self._counts(model, "vocab_size", shape[0])
+
+    def _counts(self, model: nn.Module, attribute: str, count: int) -> list[Setting]:
+        names = self.counting[attribute]
+        return [(model.get_submodule(name), attribute, count) for name in names]
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _sides(module: nn.Module, shape: Shape) -> Iterator[tuple[str, Any]]:
+    """Attributes that a module keeps of the shape of its weight."""
+    if isinstance(module, nn.Linear):
+        yield from zip(("out_features", "in_features"), shape)
+    elif isinstance(module, nn.Embedding):
+        yield from zip(("num_embeddings", "embedding_dim"), shape)
+    elif type(module).__name__ == "Conv1D":  # transformers', of GPT-2
+        yield from zip(("nx", "nf"), shape)
+    elif isinstance(module, _ConvNd) and not module.transposed:
+        yield "out_channels", shape[0]
+        yield "in_channels", shape[1] * module.groups
+        yield "kernel_size", shape[2:]
+    elif isinstance(module, _NormBase):
+        yield "num_features", shape[0]
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        yield "normalized_shape", shape

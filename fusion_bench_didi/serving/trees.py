@@ -1,0 +1,117 @@
+"""Nested inputs and outputs of models: their containers, opened and closed again.
+
+Containers are mappings (also transformers' outputs and batches), tuples and lists, dataclasses, and the caches of
+transformers with their layers. All else is a leaf.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+Path = tuple[Any, ...]
+
+
+class Differing(Exception):
+    """Containers that should be alike are not; says where."""
+
+
+def children(value: Any) -> dict[Any, Any] | None:
+    """What a container holds, by key; None for a leaf."""
+    if isinstance(value, Tensor):
+        return None
+    if isinstance(value, Mapping):
+        return dict(value.items())
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return dict(vars(value)) if is_cache(value) else None
+
+
+def rebuilt(value: Any, held: Mapping[Any, Any]) -> Any:
+    """A container of the same kind that holds something else; the container itself where it is all the same."""
+    if all(held[key] is old for key, old in children(value).items()):
+        return value
+    kind = type(value)
+    if kind is dict:
+        return dict(held)
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(value):
+        return kind(**held)
+    if isinstance(value, Mapping):
+        other = copy.copy(value)  # also those that are not made from pairs
+        for key, item in held.items():
+            other[key] = item
+        return other
+    if isinstance(value, (tuple, list)):
+        items = list(held.values())
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    other = copy.copy(value)
+    for key, item in held.items():
+        object.__setattr__(other, key, item)
+    return other
+
+
+def mapped(leaf: Callable[..., Any], *values: Any, path: Path = ()) -> Any:
+    """The container of ``leaf(path, *leaves)`` over containers that are alike.
+
+    Args:
+        leaf: of the path and one leaf of each value.
+        *values: the first one is what the result is built like.
+
+    Raises:
+        Differing: where they are not alike.
+    """
+    opened = [children(value) for value in values]
+    first = opened[0]
+    if first is None:
+        if any(other is not None for other in opened):
+            raise Differing(f"{place(path)} is a container in one output only")
+        return leaf(path, *values)
+    if any(other is None or other.keys() != first.keys() for other in opened):
+        raise Differing(f"{place(path)} holds different things")
+    held = {
+        key: mapped(leaf, *(other[key] for other in opened), path=(*path, key))
+        for key in first
+    }
+    return rebuilt(values[0], held)
+
+
+def leaves(value: Any) -> dict[Path, Any]:
+    """All leaves by path."""
+    found: dict[Path, Any] = {}
+    mapped(lambda path, leaf: found.setdefault(path, leaf), value)
+    return found
+
+
+def place(path: Path) -> str:
+    """A path as a reader knows it."""
+    return ".".join(map(str, path)) or "the output"
+
+
+def is_cache(value: Any) -> bool:
+    """Whether this is a cache of keys and values of transformers, or a layer of one."""
+    return any(
+        base.__module__ == "transformers.cache_utils" for base in type(value).__mro__
+    )
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether a leaf that is no tensor holds some."""
+    if isinstance(value, (nn.Module, type)) or callable(value):
+        return False
+    held = getattr(value, "__dict__", {}).values()
+    lists = (v for v in held if isinstance(v, (tuple, list)))
+    return any(isinstance(v, Tensor) for v in (*held, *(x for l in lists for x in l)))
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor with a side, depth first."""
+    if isinstance(value, Tensor):
+        return value if value.ndim else None
+    for child in (children(value) or {}).values():
+        if (found := first_tensor(child)) is not None:
+            return found
+    return None

@@ -21,23 +21,14 @@ from ..serving.generation import GENERATE, generate, generation_of, prompt_of
 #: Where classes come from whose methods look at a model, or prepare it, and do not run it.
 _LOOKING = (
     "torch.",
-    "transformers.modeling_utils",
+    "transformers.modeling_",
     "transformers.utils.",
     "transformers.integrations.",
-    "transformers.modeling_attn_mask_utils",
 )
-#: Methods of these classes that take the weights as they are.
-_TAKING = ("push_to_hub", "save_pretrained")
 #: Methods that model classes define to be looked at through.
-_NAMES = (
-    "get_input_embeddings",
-    "get_output_embeddings",
-    "set_input_embeddings",
-    "set_output_embeddings",
-    "get_position_embeddings",
-    "can_generate",
-    "tie_weights",
-)
+_SEEN = ("get_input_embeddings", "get_output_embeddings", "get_position_embeddings")
+#: Methods of such classes that hand on what runs, or the weights as they are.
+_HANDING_ON = ("get_encoder", "get_decoder", "push_to_hub")
 
 
 class Called(RoutedModel, Protocol):
@@ -67,7 +58,10 @@ def attribute(model: Called, name: str, value: Any) -> Any:
         value: the backbone's.
     """
     if isinstance(value, nn.Module):
-        return value if model.current_task is not None else _guarded(model, value)
+        runs_alone = model.current_task is None and any(
+            True for _ in value.parameters()
+        )
+        return _guarded(model, value) if runs_alone else value
     if not runs(model.backbone, name, value):
         return value
     return _method(model, name, value)
@@ -77,17 +71,14 @@ def runs(backbone: nn.Module, name: str, value: Any) -> bool:
     """Whether an attribute is a function that may run the network."""
     if isinstance(value, (types.FunctionType, functools.partial)):
         return name in vars(backbone)
-    if not isinstance(value, types.MethodType) or not isinstance(
-        value.__self__, nn.Module
-    ):
+    if not isinstance(getattr(value, "__self__", None), nn.Module):
         return False
-    if value.__self__ is not backbone or name in vars(backbone):
+    if name in _HANDING_ON or name in vars(backbone) or value.__self__ is not backbone:
         return True
-    if name in _NAMES:
+    if name in _SEEN or name.replace("set_", "get_", 1) in _SEEN:
         return False
     home = next((c for c in type(backbone).__mro__ if name in vars(c)), None)
-    looking = home is not None and f"{home.__module__}.".startswith(_LOOKING)
-    return not looking or name in _TAKING
+    return home is None or not f"{home.__module__}.".startswith(_LOOKING)
 
 
 def _guarded(model: Called, module: nn.Module) -> nn.Module:
@@ -128,11 +119,13 @@ def _mixed(
     task_ids: Any,
     task_weights: Any,
 ) -> Any:
-    forward = model.mixed
-    mix = forward.mix(task_ids, task_weights)
-    if name == GENERATE:
-        return generate(forward, mix, generation_of(forward, args, kwargs))
-    return forward.run(mix, forward.call(args, kwargs, name))
+    forward, generates = model.mixed, name == GENERATE
+    if generates:
+        call = generation_of(forward, args, kwargs)
+    else:
+        call = forward.call(args, kwargs, name)
+    mix = forward.mix(task_ids, task_weights, call)
+    return (generate if generates else MixedForward.run)(forward, mix, call)
 
 
 @torch.no_grad()
@@ -145,4 +138,4 @@ def _routed(model: Called, name: str, args: tuple, kwargs: dict) -> Any:
     forward = model.mixed
     call = generation_of(forward, args, kwargs)
     weights = model.router.route(model, **prompt_of(forward, call))
-    return generate(forward, forward.mix(None, weights), call)
+    return generate(forward, forward.mix(None, weights, call), call)

@@ -52,7 +52,7 @@ def record(
     forward = model.mixed_at(shared_scale)
     call = forward.call(args, kwargs)
     rows = None if weights is None else weights.expand(call.size, -1)
-    mix = forward.mix([None] * call.size if rows is None else None, rows)
+    mix = forward.mix([None] * call.size if rows is None else None, rows, call)
     if tensors is None:
         forward.verify(mix, call)  # before it is watched
     handles = []

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ..errors import DiDiError
@@ -89,8 +88,12 @@ class Call:
         """One ``what`` per sample.
 
         Raises:
-            DiDiError: naming both numbers.
+            DiDiError: naming both numbers; and for no sample at all.
         """
+        if not self.size:
+            raise DiDiError(
+                "The batch holds no sample, so that there is nothing to run."
+            )
         if count != self.size:
             name, value = self.samples
             tensor = first_tensor(value)
@@ -225,5 +228,6 @@ def _kind(value: Any) -> Hashable:
     if isinstance(value, Mapping):
         return type(value), *sorted((str(k), _kind(v)) for k, v in value.items())
     if isinstance(value, (tuple, list)):
-        return type(value), *map(_kind, value)
+        texts = bool(value) and isinstance(value[0], str)
+        return (type(value), str) if texts else (type(value), *map(_kind, value))
     return type(value)

@@ -10,7 +10,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         for _, tensor in (*original._parameters.items(), *original._buffers.items()):
             if tensor is not None and id(tensor) in memo:
                 pairs[id(tensor)] = tensor, memo[id(tensor)]
-    rebind(twin, pairs)
+    rebind(twin.modules(), pairs)
     _check(twin, pairs, "cannot be copied: the copy would still run the original")
     return twin
 
@@ -60,24 +60,34 @@ def adopted(model: nn.Module) -> nn.Module:
                 if own is not None:
                     found.update(_pairs(foreign, own))
     if found:
-        rebind(model, found)
+        rebind(model.modules(), found)
         _check(model, found, "was copied with functions that run the original")
     return model
 
 
-def rebind(model: nn.Module, pairs: Pairs, *, hooks: bool = True) -> None:
-    """Make what is set on a model's modules refer to the second of each pair instead of the first.
+def rebind(modules: Iterable[nn.Module], pairs: Pairs, *, hooks: bool = True) -> None:
+    """Make what is set on modules refer to the second of each pair instead of the first.
 
     Args:
         hooks: also what is called before and after a forward.
     """
     done: dict[int, Any] = {i: new for i, (_, new) in pairs.items()}
-    for module in model.modules():
+    for module in modules:
         for key, value in list(vars(module).items()):
             if key not in _CONTENTS and (hooks or not key.endswith("_hooks")):
                 other = _remapped(value, done)
                 if other is not value:
                     module.__dict__[key] = other
+
+
+def holders_of(model: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
+    """Modules that hold some tensors of the model also elsewhere than among their parameters: in lists, and in functions."""
+    wanted = {id(tensor) for tensor in tensors}
+    return [
+        module
+        for module in model.modules()
+        if any(id(value) in wanted for value in _referred(module))
+    ]
 
 
 def _remapped(value: Any, done: dict[int, Any]) -> Any:

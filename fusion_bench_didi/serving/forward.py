@@ -29,14 +29,14 @@ from ..errors import DiDiError
 from .banks import AnyBank, OwnBank
 from .caches import Caches, caches_of
 from .calls import Call, call_of, parameter_names
-from .in_place import with_tensors
+from .in_place import Places
 from .layers import PerSampleLinear, UnsupportedShape
 from .mixtures import ByTask, Mix, in_order, mix_of
 from .network import per_sample_network
 from .outputs import Layout, joined, reordered
 from .requests import checked_weights, task_numbers
 from .running import Pass, Running
-from .shadow import OwnBuffers, network_with, slots_of
+from .shadow import OwnBuffers, network_with
 from .shapes import Shapes
 from .trees import leaves
 
@@ -81,7 +81,7 @@ class MixedForward:
         )
         made = filter(None, (self.network, self.shared_network))
         self._buffers = {network: OwnBuffers(network, backbone) for network in made}
-        self._slots = slots_of(backbone, self.banks)
+        self._places = Places(backbone, self.banks, self.shapes)
         self._names = parameter_names(backbone.forward)
         self._main = getattr(backbone, "main_input_name", None)
         self._layouts: dict[Hashable, Layout] = {}
@@ -102,14 +102,15 @@ class MixedForward:
         Raises:
             DiDiError: for tasks of another number of samples, and for outputs that cannot be told apart by sample.
         """
-        return self.run(self.mix(task_ids, task_weights), self.call(args, kwargs))
+        call = self.call(args, kwargs)
+        return self.run(self.mix(task_ids, task_weights, call), call)
 
     @torch.no_grad()
     def shared(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the shared model, for all samples."""
         call = self.call(args, kwargs)
         if self.network is None:
-            return self.run(self.mix([None] * call.size, None), call)
+            return self.run(self.mix([None] * call.size, None, call), call)
         return self.on(self.shared_network, call)
 
     def call(
@@ -120,17 +121,20 @@ class MixedForward:
             return call_of(self.backbone, args, kwargs, method)
         return Call(args, kwargs, names=self._names, main=self._main)
 
-    def mix(self, task_ids: Any, task_weights: Any) -> Mix:
-        """What a batch is mixed by: one of the two that is not None.
+    def mix(self, task_ids: Any, task_weights: Any, call: Call) -> Mix:
+        """What the samples of a call are mixed by: one of the two that is not None.
 
         Raises:
-            DiDiError: if both are given, or cannot be of any batch.
+            DiDiError: if both are given, or are not of these samples.
         """
         if task_ids is not None and task_weights is not None:
             raise DiDiError("Give task_ids or task_weights, not both.")
         if task_weights is not None:
-            return mix_of(checked_weights(task_weights, self.tasks).to(self._device))
+            weights = checked_weights(task_weights, self.tasks)
+            call.fits(len(weights), "rows of task_weights")
+            return mix_of(weights.to(self._device))
         ids = task_numbers(task_ids, self.tasks)
+        call.fits(len(ids), "task_ids")
         return ByTask.of(ids.to(self._device), self.count)
 
     @property
@@ -138,13 +142,9 @@ class MixedForward:
         """Whether layered passes were found to be right."""
         return any(self._agreeing.values())
 
-    def in_place(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """The backbone with other tensors than its own; hold :attr:`lock`."""
-        return with_tensors(self.backbone, tensors, self._slots, self.shapes)
-
     def with_tensors(self, tensors: Mapping[str, Tensor], call: Call) -> Any:
         """The backbone's output with other tensors in place of its own, one thread at a time."""
-        with self.lock, self.in_place(tensors):
+        with self.lock, self._places.holding(tensors):
             return call.on(self.backbone)
 
     def run(self, mix: Mix, call: Call, *, watched: bool = False) -> Any:
@@ -153,12 +153,10 @@ class MixedForward:
         Args:
             watched: for layers inside; tensors of tasks that have no common shape may then be the base model's.
         """
-        call.fits(
-            mix.size, "task_ids" if isinstance(mix, ByTask) else "rows of task_weights"
-        )
-        if self.network is not None and not mix.uniform and self.verify(mix, call):
+        network = self.network  # other threads may give it up
+        if network is not None and not mix.uniform and self.verify(mix, call):
             try:
-                return self.layered(self.network, mix, call)
+                return self.layered(network, mix, call)
             except UnsupportedShape as reason:
                 self.give_up(reason)
         return self.grouped(mix, call, watched=watched)
@@ -245,22 +243,24 @@ class MixedForward:
         if kind not in self._agreeing:
             with self.lock:  # other threads wait for the outcome
                 if kind not in self._agreeing:
-                    self.learned(mix, call)
-                    reason = self._disagreement(call)
+                    reason = self._disagreement(mix, call)
                     self._agreeing[kind] = reason is None
-                    if reason is not None and not self.backbone.training:
+                    lasting = reason and not isinstance(reason, DiDiError)
+                    if lasting and not self.backbone.training:
                         self.give_up(reason)
         return self.network is not None and self._agreeing[kind]
 
-    def _disagreement(self, call: Call) -> Any:
+    def _disagreement(self, mix: Mix, call: Call) -> Any:
         """Run a few samples, each under another task, both ways; why the layered way cannot be used."""
+        try:
+            layout = self.learned(mix, call)
+        except DiDiError as reason:  # outputs of no form may still be those of one task
+            return reason
         tasks = torch.arange(min(PROBES, self.count), device=self._device)
         if self.backbone.training:  # batch norm takes no single sample
             tasks = tasks.repeat_interleave(2)
-        probe, mix = call.picked(
-            torch.arange(len(tasks), device=self._device) % call.size
-        ), ByTask.of(tasks, self.count)
-        layout = self._layouts[self._kind(call)]
+        rows = torch.arange(len(tasks), device=self._device) % call.size
+        probe, mix = call.picked(rows), ByTask.of(tasks, self.count)
         groups = list(mix.groups())
         alone = [self.alone(group, probe.picked(group.order)) for group in groups]
         network = self.network
@@ -270,11 +270,9 @@ class MixedForward:
         except (UnsupportedShape, RuntimeError) as reason:
             return reason
         self.limit = CACHE // max(largest)
-        return (
-            None
-            if _agree(alone, found, layout)
-            else "results differ from those of single tasks"
-        )
+        if _agree(alone, found, layout):
+            return None
+        return "results differ from those of single tasks"
 
     def learned(self, mix: Mix, call: Call) -> Layout:
         """How outputs of this kind of call are laid out."""
@@ -352,9 +350,11 @@ def _close(expected: Tensor, found: Tensor) -> bool:
         return expected.shape == found.shape
     if not expected.numel():
         return True
-    scale = expected.abs().max().clamp_min(1e-6)
+    same = (expected == found) | (expected.isnan() & found.isnan())  # also infinities
+    error = (expected - found).masked_fill(same, 0).abs()
+    scale = expected.masked_fill(~expected.isfinite(), 0).abs().amax().clamp_min(1e-6)
     coarse = AGREEMENT if expected.dtype == torch.float32 else 30 * AGREEMENT
-    return bool((expected - found).abs().max() <= coarse * scale)
+    return bool((error <= coarse * scale).all())
 
 
 @contextmanager

@@ -61,9 +61,8 @@ def generate(forward: MixedForward, mix: Mix, call: Call) -> Any:
     """Continue every prompt under its own task.
 
     Raises:
-        DiDiError: for a number of tasks other than that of the prompts, and for options that are asked row by row.
+        DiDiError: for options that are asked row by row.
     """
-    call.fits(mix.size, "task_ids")
     groups = list(mix.groups())
     if len(groups) > 1:
         for name in BY_ROW:

@@ -14,7 +14,6 @@ from torch import nn
 from .banks import AnyBank, MatrixBank, OwnBank, ValueBank, side_by_side
 from .fused_linears import FusedLinears
 from .layers import (
-    PerSample,
     PerSampleEmbedding,
     PerSampleLayerNorm,
     PerSampleLinear,

@@ -4,7 +4,7 @@ Their buffers are their own, so that what a forward writes never reaches the bac
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ def shadowed(module: nn.Module, changes: Mapping[nn.Module, Change]) -> nn.Modul
         return made[module]
 
     network = twin_of(module)
-    rebind(network, {id(m): (m, twin) for m, twin in made.items()}, hooks=False)
+    pairs = {id(original): (original, twin) for original, twin in made.items()}
+    rebind(network.modules(), pairs, hooks=False)
     for original, change in changes.items():
         change(made[original])
     return network
@@ -64,18 +65,20 @@ def network_with(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Modul
 Slot = tuple[nn.Module, str]
 
 
-def slots_of(backbone: nn.Module, names: Mapping[str, object]) -> dict[str, list[Slot]]:
+def slots_of(backbone: nn.Module, names: Iterable[str]) -> dict[str, list[Slot]]:
     """All places of each tensor; tied ones have several."""
     where: dict[int, list[Slot]] = {}
     for module in backbone.modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 where.setdefault(id(tensor), []).append((module, leaf))
-    found = {}
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        found[name] = where[id(getattr(backbone.get_submodule(owner), leaf))]
-    return found
+    return {name: where[id(tensor_of(backbone, name))] for name in names}
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
 
 
 class OwnBuffers:

@@ -101,13 +101,10 @@ class Shapes:
         self, model: nn.Module, module: nn.Module, name: str, shape: Shape
     ) -> list[Setting]:
         """Those of a language model's first and last layer."""
-        ends = [
-            getattr(model, f"get_{end}_embeddings", lambda: None)()
-            for end in ("input", "output")
-        ]
-        if self.vocabulary is None or not any(module is end for end in ends):
+        if self.vocabulary is None or self.sides.get(name, (0,))[0] != self.vocabulary:
             return []
-        if self.sides.get(name, (None,))[0] != self.vocabulary:
+        ends = (getattr(model, f"get_{end}_embeddings") for end in ("input", "output"))
+        if not any(module is end() for end in ends):
             return []
         found = [(_text(model.config), "vocab_size", shape[0])]
         return found + self._counts(model, "vocab_size", shape[0])

@@ -31,9 +31,13 @@ def children(value: Any) -> dict[Any, Any] | None:
     return dict(vars(value)) if is_cache(value) else None
 
 
-def rebuilt(value: Any, held: Mapping[Any, Any]) -> Any:
-    """A container of the same kind that holds something else; the container itself where it is all the same."""
-    if all(held[key] is old for key, old in children(value).items()):
+def rebuilt(value: Any, held: Mapping[Any, Any], *, fresh: bool = False) -> Any:
+    """A container of the same kind that holds something else.
+
+    Args:
+        fresh: another one also where it holds the same.
+    """
+    if not fresh and all(held[key] is old for key, old in children(value).items()):
         return value
     kind = type(value)
     if kind is dict:
@@ -54,8 +58,12 @@ def rebuilt(value: Any, held: Mapping[Any, Any]) -> Any:
     return other
 
 
-def mapped(leaf: Callable[..., Any], *values: Any, path: Path = ()) -> Any:
-    """The container of ``leaf(path, *leaves)`` over containers that are alike.
+def mapped(
+    leaf: Callable[..., Any], *values: Any, path: Path = (), fresh: bool = False
+) -> Any:
+    """The container of ``leaf(path, *leaves)`` over containers that are alike; the first one itself where all of it is the same.
+
+    Caches are others in any case, for a forward writes to them.
 
     Args:
         leaf: of the path and one leaf of each value.
@@ -72,11 +80,12 @@ def mapped(leaf: Callable[..., Any], *values: Any, path: Path = ()) -> Any:
         return leaf(path, *values)
     if any(other is None or other.keys() != first.keys() for other in opened):
         raise Differing(f"{place(path)} holds different things")
+    fresh = fresh or is_cache(values[0])
     held = {
-        key: mapped(leaf, *(other[key] for other in opened), path=(*path, key))
+        key: mapped(leaf, *(o[key] for o in opened), path=(*path, key), fresh=fresh)
         for key in first
     }
-    return rebuilt(values[0], held)
+    return rebuilt(values[0], held, fresh=fresh)
 
 
 def leaves(value: Any) -> dict[Path, Any]:

@@ -1,5 +1,6 @@
 # make demo    the main job on the embedded default, in a virtual environment that is made when missing
 # make test    linters, then every test
+# make figures every page of docs/ and the README's table, by their own commands (hours; FIGURES="exact speed" for some)
 #
 # VENV may name an existing environment, PYTHON the interpreter that makes a new one, PYTEST_ARGS other options than those
 # for all cores.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.fusion_bench_didi-installed
 INSTALLED_TEST := $(VENV)/.fusion_bench_didi-installed-test
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format figures clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fusion_bench_didi.demo
@@ -25,6 +26,9 @@ lint: $(INSTALLED_TEST)
 	$(BIN)/python -m black --check . || { echo "run 'make format'" >&2; exit 1; }
 	$(BIN)/python -m isort --check . || { echo "run 'make format'" >&2; exit 1; }
 	$(BIN)/lint-imports --no-logo --no-cache || { echo "see the contracts of the rooms in pyproject.toml" >&2; exit 1; }
+
+figures: $(INSTALLED_TEST)
+	$(BIN)/python -m benchmarks.figures $(FIGURES)
 
 format: $(INSTALLED_TEST)
 	$(BIN)/python -m isort --quiet .

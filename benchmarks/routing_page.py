@@ -9,6 +9,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from benchmarks.suites import NOTES
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEXT = """# Routing
 
@@ -42,7 +44,7 @@ def write_page(results: list[dict[str, Any]]) -> None:
     (DOCS / "img").mkdir(parents=True, exist_ok=True)
     for result in results:
         parts.append(section(result))
-    notes = Path(__file__).with_name("routing_notes.md")
+    notes = NOTES / "routing.md"
     if notes.is_file():
         parts.append(notes.read_text())
     (DOCS / "routing.md").write_text("\n".join(parts))

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.suites import NOTES
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "serving.md"
 #: largest ratio to the plain model that is aimed at
 TARGETS = {"one task": 1.0, "mixed": 1.3, "routed": 1.5}
@@ -24,7 +26,7 @@ def write_page(record: dict[str, Any]) -> None:
     parts = [TEXT, *summary(record)]
     for key, found in record.items():
         parts += section(key, found)
-    notes = Path(__file__).with_name("serving_notes.md")
+    notes = NOTES / "serving.md"
     if notes.is_file():
         parts += ["", notes.read_text().rstrip()]
     PAGE.write_text("\n".join(parts) + "\n")

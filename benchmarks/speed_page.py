@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import METHODS, PEERS
-from benchmarks.suites import in_words
+from benchmarks.suites import NOTES, in_words
 
 
 def write_page(record: Mapping[str, Any], file: Path) -> None:
@@ -77,5 +77,5 @@ def _growth(found: Mapping[str, Any]) -> list[str]:
     for method, exponents in found["exponents"].items():
         law = " and ".join(f"{name}^{value:.2f}" for name, value in exponents.items())
         lines.append(f"- {METHODS[method][0]}: time grows as {law}.")
-    notes = Path(__file__).with_name("speed_notes.md")
+    notes = NOTES / "speed.md"
     return [*lines, "", notes.read_text()]

@@ -16,6 +16,8 @@ from fusion_bench_didi.demo.folder_pools import (
 )
 from fusion_bench_didi.programs.scoring import Scorer
 
+#: Text beside the figures of a page.
+NOTES = Path(__file__).with_name("notes")
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "suite" / "real8"
 
 

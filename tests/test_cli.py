@@ -82,7 +82,6 @@ def workplace(tiny_clip, tmp_path) -> Path:
 def test_command_merges_saves_evaluates_and_reports(workplace, tiny_clip):
     done = fusion_bench(
         "method=didi/s",
-        "method.rank_steps=20",
         "method.factor_dtype=checkpoint",
         "modelpool=tiny",
         "taskpool=tiny",

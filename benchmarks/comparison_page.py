@@ -1,0 +1,184 @@
+"""The pages of the two comparisons, and the table of the README, from one run of the comparison program each.
+
+    python -m benchmarks.comparison_page real8            # run it (continued if it was killed), then write the pages
+    python -m benchmarks.comparison_page demo --at DIR    # where the comparison is, or is to be
+    python -m benchmarks.comparison_page --pages          # the pages anew from docs/comparison_*.json, nothing is run
+
+Text comes from ``benchmarks/notes``: every figure in it is a field such as ``{average[TSV-C]}``, filled from the rows.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suites import DEFAULT, NOTES, in_words, machine, write_json
+from fusion_bench_didi.report.comparison import Comparison
+from fusion_bench_didi.report.tables import as_markdown
+
+DOCS = Path("docs")
+README = Path("README.md")
+BLOCK = re.compile(r"(<!-- results[^>]*-->\n).*(<!-- /results -->)", re.DOTALL)
+
+#: Pictures that a page shows, of those that the report draws.
+PICTURES = {
+    "real8": (
+        "accuracy_vs_storage",
+        "accuracy_by_task",
+        "ranks",
+        "energy_kept",
+    ),
+    "demo": ("accuracy_vs_storage",),
+}
+#: Fields of a row that pages need; ranks and energies per matrix are of the pictures.
+LEFT_OUT = ("ranks", "energy_kept", "energy_tasks")
+
+
+def command(suite: str, place: Path) -> list[str]:
+    """The comparison's command line."""
+    pools, start = f"didi/{suite}", []
+    if suite == "real8":
+        pools, start = suite, ["--config-dir", "benchmarks/conf"]
+    return [
+        *("fusion_bench", *start, "--config-name", "didi_compare"),
+        *(f"modelpool={pools}", f"taskpool={pools}"),
+        *(f"path.log_dir={place}", "save_artifacts=true"),
+    ]
+
+
+def run(suite: str, place: Path) -> None:
+    """Make or continue the comparison on one thread, and take from it what the pages show."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DIDI_SUITE": str(DEFAULT)}
+    line = command(suite, place)
+    line[0] = str(Path(sys.executable).with_name(line[0]))
+    subprocess.run(line, check=True, env=environment)
+    data = dict(Comparison.read(place / "comparison.json").data)
+    data["rows"] = [
+        {key: value for key, value in row.items() if key not in LEFT_OUT}
+        for row in data["rows"]
+    ]
+    data["machine"] = machine()
+    write_json(DOCS / f"comparison_{suite}.json", data)
+    for picture in PICTURES[suite]:
+        shutil.copy(place / f"{picture}.png", DOCS / "img" / f"{suite}_{picture}.png")
+
+
+def figures(comparison: Comparison) -> dict[str, Any]:
+    """What the notes may name: per column, a mapping of methods to printed figures."""
+
+    def column(value) -> dict[str, str]:
+        return {row["method"]: value(row) for row in comparison.good}
+
+    best = max(
+        (row for row in comparison.good if row["group"] == "static"),
+        key=lambda row: row["average"],
+    )
+    return {
+        "average": column(lambda row: f"{100 * row['average']:.1f}"),
+        "retention": column(
+            lambda row: f"{100 * row['retention']['mean_of_ratios']:.1f}"
+        ),
+        "x": column(lambda row: f"{row['x_excl']:.2f}"),
+        "seconds": column(lambda row: f"{row['seconds'] or 0:.1f}"),
+        "task": {
+            row["method"]: {t: f"{100 * a:.1f}" for t, a in row["accuracy"].items()}
+            for row in comparison.good
+        },
+        "best_static": best["method"],
+        "failed": len(comparison.failed),
+    }
+
+
+def page(suite: str) -> str:
+    """The page of one comparison."""
+    comparison = Comparison.read(DOCS / f"comparison_{suite}.json")
+    line = " ".join(command(suite, Path("outputs") / suite))
+    return (
+        (NOTES / f"comparison_{suite}.md")
+        .read_text()
+        .format(
+            **figures(comparison),
+            command=line,
+            table=as_markdown(comparison).rstrip(),
+            machine=in_words(comparison.data["machine"]),
+        )
+    )
+
+
+def readme(text: str) -> str:
+    """The README with its results as they are in ``docs/comparison_real8.json``."""
+    comparison = Comparison.read(DOCS / "comparison_real8.json")
+    block = (
+        (NOTES / "readme.md")
+        .read_text()
+        .format(**figures(comparison), table="\n".join(_short_table(comparison)))
+    )
+    filled, count = BLOCK.subn(lambda found: found[1] + block + found[2], text)
+    if count != 1:
+        raise ValueError(f"{README} has {count} blocks of results, expected one.")
+    return filled
+
+
+#: Rows of the README's table; static methods are one row, the best.
+SHOWN = (
+    "Individuals",
+    "DiDi-M 1.4",
+    "DiDi-S 1.24",
+    "DiDi 0.5",
+    "DiDi 0.24",
+    "TSV-C",
+    "DiDi-fp32 1.24",
+    "DiDi-paper 1.4",
+    "Twin-Merging",
+    "TALL + TIES",
+    "EMR",
+    "DiDi-fp32 0.5",
+)
+
+
+def _short_table(comparison: Comparison) -> list[str]:
+    rows: Mapping[str, Any] = {row["method"]: row for row in comparison.good}
+    best = figures(comparison)["best_static"]
+    chosen = sorted((*SHOWN, best), key=lambda name: -rows[name]["average"])
+    lines = [
+        "| method | stored beyond the backbone | average | retention |",
+        "|---|--:|--:|--:|",
+    ]
+    for name in chosen:
+        row, label = rows[name], name
+        if name == best:
+            label = f"best static merge ({name})"
+        kept = row["retention"]["mean_of_ratios"]
+        lines.append(
+            f"| {label} | {row['x_excl']:.2f} | {100 * row['average']:.1f} | {100 * kept:.1f} |"
+        )
+    return lines
+
+
+def write_pages() -> None:
+    for file in sorted(DOCS.glob("comparison_*.json")):
+        file.with_suffix(".md").write_text(page(file.stem.removeprefix("comparison_")))
+    README.write_text(readme(README.read_text()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", nargs="?", choices=PICTURES)
+    parser.add_argument("--at", type=Path, help="directory of the comparison")
+    parser.add_argument("--pages", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    if not arguments.pages:
+        if not arguments.suite:
+            parser.error("name a suite, or give --pages")
+        suite = arguments.suite
+        run(suite, (arguments.at or Path("outputs") / suite).absolute())
+    write_pages()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Every page of docs/ that shows figures, and the README's table, made anew by its own command.
+
+    python -m benchmarks.figures                          # all of them, one after another; hours
+    python -m benchmarks.figures comparison_real8 exact   # some
+    python -m benchmarks.figures --list                   # what there is
+
+Stops at the first page that fails. Accuracy is first held against what is expected (``benchmarks.expectations``): figures
+of code that keeps less than its predecessor are not worth making.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+
+#: Pages, and the arguments of ``python -m`` that write them.
+PAGES = {
+    "comparison_real8": "benchmarks.comparison_page real8",
+    "comparison_demo": "benchmarks.comparison_page demo",
+    "real_suite_real8": "benchmarks.real_suite",
+    "ranks_and_bits": "benchmarks.ranks_and_bits",
+    "exact": "benchmarks.exact",
+    "objectives": "benchmarks.objectives",
+    "ablation": "benchmarks.ablation",
+    "overlap": "benchmarks.overlap",
+    "routing": "benchmarks.routing",
+    "routing_demo": "benchmarks.routing --suite demo",
+    "routing_limits": "benchmarks.routing_limits",
+    "merge_front": "benchmarks.merge_front --evaluations 300 --samples 48 --seeds 0 1 2",
+    "stages": "benchmarks.stages",
+    "speed": "benchmarks.speed",
+    "speed_cold": "benchmarks.speed --cold --only didi tsv_m",
+    "speed_growth": "benchmarks.speed growth",
+    "memory": "benchmarks.memory --runs 3",
+    "serving": "benchmarks.serving",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="*", metavar="page", help="all if none is named")
+    parser.add_argument("--list", action="store_true")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.pages) - set(PAGES):
+        parser.error(f"no page {', '.join(sorted(unknown))}; there are {', '.join(PAGES)}")  # fmt: skip
+    chosen = {name: PAGES[name] for name in arguments.pages or PAGES}
+    if arguments.list:
+        for name, command in chosen.items():
+            print(f"{name:20} python -m {command}")
+        return 0
+    for name, command in {"expectations": "benchmarks.expectations", **chosen}.items():
+        start = time.perf_counter()
+        line = [sys.executable, "-m", *shlex.split(command)]
+        if status := subprocess.run(line).returncode:
+            print(f"{name}: python -m {command} ended with {status}", file=sys.stderr)
+            return status
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""README and docs say what was measured: text is made from the figures beside it, and the figures are of this code."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import comparison_page, expectations, figures
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPARISONS = sorted(p.stem for p in (ROOT / "docs").glob("comparison_*.json"))
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_readme_shows_the_figures_beside_it():
+    text = comparison_page.README.read_text()
+    assert comparison_page.readme(text) == text, "run `make figures`, or comparison_page --pages"  # fmt: skip
+    rows = json.loads((ROOT / "docs" / "comparison_real8.json").read_text())["rows"]
+    (row,) = [row for row in rows if row["method"] == "DiDi 0.24"]
+    assert f"| {row['x_excl']:.2f} | {100 * row['average']:.1f} |" in text
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_page_shows_the_figures_beside_it(name):
+    suite = name.removeprefix("comparison_")
+    assert (ROOT / "docs" / f"{name}.md").read_text() == comparison_page.page(suite)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_compared_models_are_those_that_are_expected(name):
+    """The comparison was made with code that loses what the stored expectation says that it loses."""
+    suite = name.removeprefix("comparison_")
+    expected = json.loads(expectations.FILE.read_text())["suites"][suite]
+    rows = json.loads((ROOT / "docs" / f"{name}.json").read_text())["rows"]
+    errors = {
+        row["method"]: row["relative_error"] for row in rows if "relative_error" in row
+    }
+    compared = {
+        "DiDi 0.24": "0.24",
+        "DiDi 0.5": "0.5",
+        "DiDi 1.0": "1.0",
+        "DiDi-M 1.4": "1.4",
+    }
+    for method, budget in compared.items():
+        assert errors[method] == pytest.approx(expected[budget]["error"], rel=0.01)
+
+
+def test_worse_is_noticed_and_noise_is_not():
+    expected = {str(b): {"error": 0.1, "retention": 97.0} for b in range(10)}
+
+    def with_change(error=0.0, points=0.0, only=None):
+        return {
+            b: {
+                "error": row["error"] * (1 + error * (only in (None, b))),
+                "retention": row["retention"] - points * (only in (None, b)),
+            }
+            for b, row in expected.items()
+        }
+
+    def faults(**change):
+        return list(expectations.faults(with_change(**change), expected))
+
+    assert not faults()
+    assert not faults(error=0.002, points=0.1)
+    assert not faults(points=1.0, only="3")
+    assert faults(error=0.01, only="3")
+    assert faults(points=2.0, only="3")
+    assert faults(points=0.5)
+    assert not faults(error=-0.5, points=-2.0), "better is not worse"
+    assert list(expectations.faults({}, expected))
+
+
+def test_every_page_with_figures_has_a_command():
+    """A page that `make figures` does not make would grow old."""
+    by_hand = {"what_we_learned", "published", "architecture"}
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
+    assert pages - by_hand <= set(figures.PAGES)

@@ -22,6 +22,9 @@ Pairs = Mapping[int, tuple[Any, Any]]
 #: what nn.Module keeps its own contents in
 _CONTENTS = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, tuple, dict, OrderedDict)
+_PLAIN = (bool, int, float, str, type(None), set)
+#: where classes come from whose functions know none of their instances
+_LIBRARIES = ("torch.", "transformers.", "builtins", "typing")
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -53,12 +56,11 @@ def adopted(model: nn.Module) -> nn.Module:
     """
     inside = {id(module) for module in model.modules()}
     found: dict[int, tuple[Any, Any]] = {}
-    for holder in model.modules():
-        for foreign in _referred(holder):
-            if isinstance(foreign, nn.Module) and id(foreign) not in inside:
-                own = _counterpart(foreign, model)
-                if own is not None:
-                    found.update(_pairs(foreign, own))
+    for _, foreign in _references(model):
+        if isinstance(foreign, nn.Module) and id(foreign) not in inside:
+            own = _counterpart(foreign, model)
+            if own is not None:
+                found.update(_pairs(foreign, own))
     if found:
         rebind(model.modules(), found)
         _check(model, found, "was copied with functions that run the original")
@@ -73,8 +75,8 @@ def rebind(modules: Iterable[nn.Module], pairs: Pairs, *, hooks: bool = True) ->
     """
     done: dict[int, Any] = {i: new for i, (_, new) in pairs.items()}
     for module in modules:
-        for key, value in list(vars(module).items()):
-            if key not in _CONTENTS and (hooks or not key.endswith("_hooks")):
+        for key, value in _held(module):
+            if hooks or not key.endswith("_hooks"):
                 other = _remapped(value, done)
                 if other is not value:
                     module.__dict__[key] = other
@@ -83,11 +85,8 @@ def rebind(modules: Iterable[nn.Module], pairs: Pairs, *, hooks: bool = True) ->
 def holders_of(model: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
     """Modules that hold some tensors of the model also elsewhere than among their parameters: in lists, and in functions."""
     wanted = {id(tensor) for tensor in tensors}
-    return [
-        module
-        for module in model.modules()
-        if any(id(value) in wanted for value in _referred(module))
-    ]
+    found = {name for name, value in _references(model) if id(value) in wanted}
+    return [model.get_submodule(name) for name in sorted(found)]
 
 
 def _remapped(value: Any, done: dict[int, Any]) -> Any:
@@ -183,12 +182,41 @@ def _remapped_container(value: Any, done: dict[int, Any]) -> Any:
     return value if same else type(value)(items)
 
 
-def _referred(module: nn.Module) -> Iterator[Any]:
-    """Modules that what is set on a module refers to, its own contents left out."""
+def _held(module: nn.Module) -> list[tuple[str, Any]]:
+    """What is set on a module beside its parameters, buffers and modules, and may refer to something."""
+    return [
+        (key, value)
+        for key, value in vars(module).items()
+        if key not in _CONTENTS
+        and type(value) not in _PLAIN
+        and not (type(value) in _CONTAINERS and not value)
+    ]
+
+
+def _references(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules and tensors that what is set on modules, or put on their classes, refers to, with the name of the module."""
+    kinds: set[type] = set()
+    for name, module in model.named_modules():
+        held = [value for _, value in _held(module)]
+        for kind in type(module).__mro__:
+            known = kind in kinds or kind.__module__.startswith(_LIBRARIES)
+            if not known:
+                kinds.add(kind)
+                functions = (
+                    f for f in vars(kind).values() if isinstance(f, types.FunctionType)
+                )
+                held += [function for function in functions if function.__closure__]
+        for value in _referred(held) if held else ():
+            if value is not module:
+                yield name, value
+
+
+def _referred(held: Iterable[Any]) -> Iterator[Any]:
+    """Modules and tensors in values, and in the functions among them."""
     seen: set[int] = set()
 
     def walk(value: Any) -> Iterator[Any]:
-        if id(value) in seen or value is module:
+        if id(value) in seen:
             return
         seen.add(id(value))
         if isinstance(value, (nn.Module, Tensor)):
@@ -222,15 +250,8 @@ def _referred(module: nn.Module) -> Iterator[Any]:
             if isinstance(value, (nn.Module, types.MethodType)):
                 yield from walk(value)
 
-    for key, value in vars(module).items():
-        if key not in _CONTENTS:
-            yield from walk(value)
-    for kind in type(module).__mro__:
-        # functions that were put on a class and know one of its instances
-        if not kind.__module__.startswith(("torch.", "transformers.")):
-            for value in vars(kind).values():
-                if isinstance(value, types.FunctionType) and value.__closure__:
-                    yield from in_function(value)
+    for value in held:
+        yield from walk(value)
 
 
 def _global_names(code: types.CodeType) -> set[str]:
@@ -245,10 +266,10 @@ def _check(model: nn.Module, pairs: Pairs, what: str) -> None:
         DiDiError: naming the modules that do.
     """
     originals = {i for i, (old, new) in pairs.items() if old is not new}
+    names = {name for name, value in _references(model) if id(value) in originals}
     left = [
-        f"{name or 'the model itself'} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if any(id(value) in originals for value in _referred(module))
+        f"{name or 'the model itself'} ({type(model.get_submodule(name)).__name__})"
+        for name in sorted(names)
     ]
     if left:
         raise DiDiError(

@@ -103,16 +103,14 @@ class PerSampleRMSNorm(PerSample):
     """A norm that multiplies by its weight alone; the classes of transformers work it out each in their own way."""
 
     def forward(self, x: Tensor) -> Tensor:
-        self.mix_for(x)
-        self.running.current.seen = x.shape
+        rows = self.mix_for(x).rows(self.banks["weight"])
+        self.running.current.weight = rows.view(len(x), *(1,) * (x.ndim - 2), -1)
         return super().forward(x)
 
     @property
     def weight(self) -> Tensor:
-        """(B, 1, ..., n) for the input of the forward that asks."""
-        rows, *inner = self.running.current.seen
-        weight = self.running.current.mix_of(rows).rows(self.banks["weight"])
-        return weight.view(rows, *(1,) * (len(inner) - 1), -1)
+        """(B, 1, ..., n), of the forward that asks."""
+        return self.running.current.weight
 
 
 class PerSampleEmbedding(PerSample):

@@ -7,6 +7,8 @@ as beams and windows of images are.
 import threading
 from typing import Any
 
+from torch import Tensor
+
 from .mixtures import Mix
 
 
@@ -18,14 +20,14 @@ class Pass:
 
     Attributes:
         fused: what fused layers have worked out and was not asked for yet, by their number.
-        seen: the shape of what a norm is being given.
+        weight: of the norm that is run, per sample.
     """
 
     def __init__(self, mix: Mix):
         self.mix = mix
         self._repeated: dict[int, Mix] = {}
         self.fused: dict[int, tuple[Any, list]] = {}
-        self.seen: tuple[int, ...] = ()
+        self.weight: Tensor | None = None
 
     def mix_of(self, rows: int) -> Mix | None:
         """The mix of so many rows, all rows of a sample side by side; None where they are no multiple of the samples."""

@@ -59,7 +59,9 @@ def check_tasks(
 
 
 def names_of(
-    models: Iterable[str], given: Iterable[str], aliases: Mapping[str, str] | None = None
+    models: Iterable[str],
+    given: Iterable[str],
+    aliases: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """What a pool calls the task of every model: model name -> the given name that means it; models without one are left out.
 

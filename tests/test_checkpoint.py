@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CLIPVisionModel
 
+from fusion_bench_didi.checkpoint.fields import CHECKSUM, sealed
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.models.dynamic import DiDiModel
 
@@ -131,7 +132,7 @@ def test_large_models_are_written_in_shards(model, tiny_clip, tmp_path, monkeypa
 
 def test_configuration_tells_what_was_done(model, saved):
     config = json.loads((saved / "config.json").read_text())
-    assert config["format"] == 1 and config["tasks"] == model.tasks
+    assert config["format"] == 2 and config["tasks"] == model.tasks
     assert config["storage"]["x_excl"] == model.storage.x_excl
     assert config["info"]["ranks"] == model.info["ranks"]
     assert config["info"]["settings"]["allocation"] == "greedy"
@@ -203,8 +204,9 @@ class Interrupted(BaseException):
 )
 def test_interrupted_write_leaves_nothing(model, tmp_path, monkeypatch, step):
     def interrupt(*_, **__):
-        (part,) = tmp_path.iterdir()
+        lock, part = sorted(tmp_path.iterdir(), key=lambda path: path.suffix)
         assert part.name.startswith(".merged.") and part.name.endswith(".tmp")
+        assert lock.name == ".merged.lock"
         raise Interrupted
 
     monkeypatch.setattr(f"fusion_bench_didi.{step}", interrupt)
@@ -213,31 +215,44 @@ def test_interrupted_write_leaves_nothing(model, tmp_path, monkeypatch, step):
     assert listing(tmp_path) == []
 
 
-@pytest.mark.parametrize("step", ["write", "rename"])
+@pytest.mark.parametrize("step", ["write", "exchange", "first", "second"])
 def test_interrupted_overwrite_leaves_the_old_model(
     model, saved, tiny_clip, tmp_path, monkeypatch, step
 ):
-    rename = os.rename
+    """``first`` and ``second`` are the renames of systems that cannot exchange two names."""
+    rename, done = os.rename, []
 
     def interrupt(*arguments, **_):
-        if step == "rename" and not str(arguments[0]).endswith(".tmp"):
+        done.append(arguments)
+        if step == "second" and len(done) == 1 or len(done) > 2:
             return rename(*arguments)
         raise Interrupted
 
-    target = {
-        "write": "stream.save_file",
-        "rename": "directory.os.rename",
-    }[step]
-    monkeypatch.setattr(f"fusion_bench_didi.checkpoint.{target}", interrupt)
+    checkpoint = "fusion_bench_didi.checkpoint."
+    if step in ("first", "second"):
+        monkeypatch.setattr(f"{checkpoint}exchange._renamed", lambda *_: False)
+    target = {"write": "stream.save_file", "exchange": "directory.exchange"}
+    target = target.get(step, "exchange.os.rename")
+    monkeypatch.setattr(f"{checkpoint}{target}", interrupt)
     with pytest.raises(Interrupted):
         model.save_pretrained(saved, overwrite=True)
     monkeypatch.undo()
+    assert done
     again = DiDiModel.from_pretrained(saved, backbone=tiny_clip.base)
     assert again.storage == model.storage
     assert listing(tmp_path) == ["merged"]
 
 
 # --- damaged or wrong files ---------------------------------------------------
+
+
+def rewrite_config(saved, change) -> None:
+    """As someone would who knows how it is sealed."""
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    del config[CHECKSUM]
+    change(config)
+    path.write_text(json.dumps(sealed(config)))
 
 
 def expect_refused(saved, backbone, message, error=CheckpointMismatchError):
@@ -275,10 +290,9 @@ def test_missing_file_is_refused(saved, tiny_clip):
 
 
 def test_tensor_that_is_in_no_file_is_named(saved, tiny_clip):
-    path = saved / "config.json"
-    config = json.loads(path.read_text())
-    config["deltas"][0]["key"] = "shared/unheard_of"
-    path.write_text(json.dumps(config))
+    rewrite_config(
+        saved, lambda config: config["deltas"][0].update(key="shared/unheard_of")
+    )
     expect_refused(saved, tiny_clip.base, r"tensor shared/unheard_of\.\w+ is listed")
 
 
@@ -286,10 +300,9 @@ def test_what_is_no_merged_model_is_refused(tmp_path, saved, tiny_clip):
     expect_refused(
         tmp_path, None, "is not a merged model saved by fusion", FileNotFoundError
     )
-    path = saved / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "format": 99}))
-    expect_refused(saved, tiny_clip.base, "format 99, this version reads 1", DiDiError)
+    rewrite_config(saved, lambda config: config.update(format=99))
+    expected = "format 99, this version reads 1 to 2"
+    expect_refused(saved, tiny_clip.base, expected, DiDiError)
 
 
 def test_wrong_backbone_is_refused(saved, tiny_clip, make_tiny_clip):

@@ -262,7 +262,7 @@ def test_factors_beyond_the_limit_come_back_from_files_unchanged():
     bases = tuple(half_svd(decaying(12, 9, seed), max_rank=4) for seed in range(3))
     store = BasisStore(memory_gb=0)
     kept, other = store.keep(bases), store.keep(bases[:1])
-    place = Path(store._directory.name)
+    place = store._scratch.path
     for found, given in zip(kept.load(), bases):
         assert found.vectors.equal(given.vectors) and found.S.equal(given.S)
         assert found.tail_energy == given.tail_energy

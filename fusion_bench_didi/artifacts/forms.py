@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.fields import Field, inside
+from ..checkpoint.parts import TYPES, read_header
 from ..checkpoint.tensors import open_tensors, write_tensors
 from ..errors import CheckpointMismatchError
 from ..task_vectors.sources import ModuleSource
-from .host_moe import HostParts, put_together
+from .host_moe import MIXTURES, HostParts, check_mixtures, put_together
 
 BACKBONE, EXPERTS = "backbone", "experts"
 Types = Mapping[str, torch.dtype]
@@ -89,9 +91,55 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: source.read(name) for name in source.infos()}
 
 
-def _read(directory: Path, files: Mapping[str, str]) -> dict[str, Tensor]:
-    found = open_tensors(directory, files)
-    return {name: handle.get_tensor(name) for name, handle in found.items()}
+def check_forms(config: Field, place: Path) -> None:
+    """The manifest of an artifact must say all that its reader takes from it.
+
+    Raises:
+        CheckpointMismatchError: naming the field that does not, or what leads out of the directory.
+    """
+    if config["kind"].value == "individuals":
+        tasks: set[str] = set()
+        for expert in config["experts"].elements():
+            task, directory = expert["task"].text(), expert["directory"]
+            if task in tasks:
+                expert["task"].fail("every task once")
+            tasks.add(task)
+            parts = Path(directory.text()).parts
+            if len(parts) != 2 or parts[0] != EXPERTS:
+                directory.fail(f"a directory in {EXPERTS}")
+            inside(inside(place, EXPERTS), parts[1])
+            expert["files"].files()
+        return
+    config["files"].files()
+    if config["kind"].value in MIXTURES:
+        for _, facts in config["mixtures"].entries():
+            MIXTURES[config["kind"].value].check(facts)
+        if "backbone_files" in config:
+            inside(place, BACKBONE)
+            config["backbone_files"].files()
+
+
+def _read(
+    directory: Path,
+    files: Mapping[str, str],
+    shapes: Mapping[str, torch.Size] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of files; those of ``shapes``, if given.
+
+    Raises:
+        CheckpointMismatchError: if they are others.
+    """
+    handles = open_tensors(directory, files)
+    found = {name: read_header(handle, name) for name, handle in handles.items()}
+    here = {name: header.shape for name, header in found.items()}
+    expected = {name: tuple(shape) for name, shape in (shapes or here).items()}
+    for name in sorted(expected.keys() | here.keys()):
+        if here.get(name) != expected.get(name) or found[name].dtype not in TYPES:
+            raise CheckpointMismatchError(
+                f"{directory}: tensor {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none of it')}. "
+                "Pass the base model of the merge, or write the model again."
+            )
+    return {name: handle.get_tensor(name) for name, handle in handles.items()}
 
 
 @torch.no_grad()
@@ -99,7 +147,8 @@ def _read_static(
     directory: Path, config: Mapping[str, Any], backbone: nn.Module
 ) -> nn.Module:
     state = tensors_of(backbone)
-    for name, value in _read(directory, config["files"]).items():
+    shapes = {name: state[name].shape for name in config["names"]}
+    for name, value in _read(directory, config["files"], shapes).items():
         state[name].copy_(value)
     return backbone
 
@@ -109,7 +158,9 @@ def _read_individuals(
 ) -> dict[str, nn.Module]:
     return {
         entry["task"]: _read_static(
-            directory / entry["directory"], entry, copy.deepcopy(backbone)
+            directory / entry["directory"],
+            {**entry, "names": config["names"]},
+            copy.deepcopy(backbone),
         )
         for entry in config["experts"]
     }
@@ -118,9 +169,13 @@ def _read_individuals(
 def _read_mixtures(
     directory: Path, config: Mapping[str, Any], backbone: nn.Module
 ) -> nn.Module:
-    folded = _read(directory / BACKBONE, config.get("backbone_files", {}))
-    beyond = _read(directory, config["files"])
+    beyond, folded = _read(directory, config["files"]), {}
+    if "backbone_files" in config:
+        state = tensors_of(backbone)
+        shapes = {name: state[name].shape for name in config["names"]}
+        folded = _read(directory / BACKBONE, config["backbone_files"], shapes)
     parts = HostParts(config["kind"], config["mixtures"], beyond, folded)
+    check_mixtures(parts, backbone)
     return put_together(parts, backbone)
 
 

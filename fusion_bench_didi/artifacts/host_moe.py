@@ -18,9 +18,12 @@ from fusion_bench.models.smile_moe.linear_from_module import (
 from fusion_bench.models.we_moe import WeightEnsemblingMoE
 from torch import Tensor, nn
 
+from ..checkpoint.fields import Field
 from ..deltas.storage import StorageReport
+from ..errors import CheckpointMismatchError
 
 Tensors = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]] | None
 
 
 class Mixture(Protocol):
@@ -35,6 +38,14 @@ class Mixture(Protocol):
         """What its tensors do not tell, JSON-plain."""
 
     @staticmethod
+    def check(facts: Field) -> None:
+        """Facts as they come from a file must be those of a mixture."""
+
+    @staticmethod
+    def shapes(core: nn.Module, facts: Mapping[str, Any], tensors: Tensors) -> Shapes:
+        """Of its own tensors around a core, by their names in it; ranks are those of ``tensors``. None for no such core."""
+
+    @staticmethod
     def made(core: nn.Module, facts: Mapping[str, Any], tensors: Tensors) -> nn.Module:
         """The mixture around a core, from facts and its own tensors by their names in it."""
 
@@ -46,6 +57,32 @@ class _Smile:
     def facts(module: SmileMoELinear) -> dict[str, Any]:
         names = ("num_experts", "top_k", "k", "gate_k")
         return {name: getattr(module, name) for name in names}
+
+    @staticmethod
+    def check(facts: Field) -> None:
+        count = facts["num_experts"].integer(1)
+        facts["top_k"].integer(1, count)
+        for name in ("k", "gate_k"):
+            facts[name].integer(-1)
+
+    @staticmethod
+    def shapes(core: nn.Module, facts: Mapping[str, Any], tensors: Tensors) -> Shapes:
+        if not isinstance(core, nn.Linear):
+            return None
+        m, n, count = core.out_features, core.in_features, facts["num_experts"]
+        rows = _side(tensors, "gate.weights", 0)
+        if rows % count:
+            return None
+        found: dict[str, tuple[int, ...]] = {"gate.weights": (rows, n)}
+        for expert in (f"experts.{i}" for i in range(min(count, len(tensors)))):
+            rank = _side(tensors, f"{expert}.u", 1)
+            if facts["k"] > 0:
+                found |= {f"{expert}.u": (m, rank), f"{expert}.svh": (rank, n)}
+            else:
+                found[f"{expert}.weight"] = (m, n)
+            if core.bias is not None:
+                found[f"{expert}.bias"] = (m,)
+        return found if count <= len(tensors) else None
 
     @staticmethod
     def made(core: nn.Linear, facts: Mapping[str, Any], tensors: Tensors) -> nn.Module:
@@ -85,6 +122,36 @@ class _WEMoE:
         names = ("num_experts", "hidden_size", "batch_first", "batch_reduce")
         layers = module.gate.num_hidden_layers
         return {n: getattr(module, n) for n in names} | {"router_hidden_layers": layers}
+
+    @staticmethod
+    def check(facts: Field) -> None:
+        facts["num_experts"].integer(1)
+        facts["hidden_size"].integer(1)
+        facts["router_hidden_layers"].integer(0, 2)
+        for name in ("batch_first", "batch_reduce"):
+            if type(facts[name].value) is not bool:
+                facts[name].fail("true or false")
+
+    @staticmethod
+    def shapes(core: nn.Module, facts: Mapping[str, Any], tensors: Tensors) -> Shapes:
+        count, size = facts["num_experts"], facts["hidden_size"]
+        if count > len(tensors):
+            return None
+        last = {"weight": (count, size), "bias": (count,)}
+        gates: tuple[dict[str, tuple[int, ...]], ...] = (
+            {"weight": (count,)},
+            {f"fc.{k}": v for k, v in last.items()},
+            {
+                **{"fc1.weight": (size, size), "fc1.bias": (size,)},
+                **{f"fc2.{k}": v for k, v in last.items()},
+            },
+        )
+        gate = gates[facts["router_hidden_layers"]]
+        found = {f"gate.{name}": shape for name, shape in gate.items()}
+        for name, value in core.state_dict().items():
+            for i in range(count):
+                found[f"task_vectors.{i}.{name}"] = tuple(value.shape)
+        return found
 
     @staticmethod
     def made(core: nn.Module, facts: Mapping[str, Any], tensors: Tensors) -> nn.Module:
@@ -136,6 +203,38 @@ def take_apart(model: nn.Module) -> HostParts | None:
         facts = {name: mixture.facts(module) for name, module in found.items()}
         return HostParts(kind, facts, beyond, backbone)
     return None
+
+
+def check_mixtures(parts: HostParts, backbone: nn.Module) -> None:
+    """The parts must be those of mixtures in the place of modules of the backbone.
+
+    Raises:
+        CheckpointMismatchError: naming the module where they are not.
+    """
+    modules, kind = dict(backbone.named_modules()), MIXTURES[parts.kind]
+    left = set(parts.beyond)
+    for name, facts in parts.mixtures.items():
+        own = {
+            key.removeprefix(f"{name}."): value
+            for key, value in parts.beyond.items()
+            if key.startswith(f"{name}.")
+        }
+        shapes = None
+        nested = any(name.startswith(f"{other}.") for other in parts.mixtures)
+        if name and name in modules and not nested:
+            shapes = kind.shapes(modules[name], facts, own)
+        floating = all(value.is_floating_point() for value in own.values())
+        found = {key: tuple(value.shape) for key, value in own.items()}
+        if shapes != found or not floating:
+            raise CheckpointMismatchError(
+                f"The {parts.kind} mixture {name!r} does not go with this backbone ({type(backbone).__name__}), or not with its "
+                "own tensors. Pass the base model of the merge, or write the model again."
+            )
+        left -= {f"{name}.{key}" for key in own}
+    if left:
+        raise CheckpointMismatchError(
+            f"Tensor {min(left)} is of no mixture. Write the model again."
+        )
 
 
 @torch.no_grad()
@@ -192,6 +291,12 @@ def host_storage(
 
 def _mixtures(model: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
     return ((n, m) for n, m in model.named_modules() if isinstance(m, kind))
+
+
+def _side(tensors: Tensors, name: str, i: int) -> int:
+    """A side of a tensor; one that nothing has where there is none."""
+    shape = tensors[name].shape if name in tensors else ()
+    return shape[i] if i < len(shape) else -1
 
 
 def _bare(cls: type[nn.Module], **attributes: Any) -> nn.Module:

@@ -14,21 +14,23 @@ and routers. The base model is referred to, not contained.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fusion_bench.utils import import_object
 from torch import nn
 
 from ..checkpoint import backbone as backbones
-from ..checkpoint.deltas import FORMAT, read_config, versions
-from ..checkpoint.directory import CONFIG, whole_directory, write_json
+from ..checkpoint.deltas import read_config, versions, write_manifest
+from ..checkpoint.directory import CONFIG, whole_directory
+from ..checkpoint.fields import Field
 from ..errors import CheckpointMismatchError
 from ..models.dynamic import DynamicModel
 from .forms import (
     BACKBONE,
     READERS,
     Types,
+    check_forms,
     tensors_of,
     write_individuals,
     write_mixtures,
@@ -36,8 +38,12 @@ from .forms import (
 )
 from .host_moe import take_apart
 
-#: where dynamic models are that are not among the models
-_HOMES = {"RecombinedModel": "fusion_bench_didi.recombination"}
+#: where the classes of dynamic models are
+_HOMES = {
+    "DiDiModel": "fusion_bench_didi.models.dynamic",
+    "DynamicModel": "fusion_bench_didi.models.dynamic",
+    "RecombinedModel": "fusion_bench_didi.recombination.model",
+}
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,8 @@ def save_artifact(
     with whole_directory(directory, overwrite=overwrite) as place:
         state = tensors_of(base)
         config = {
-            "format": FORMAT,
             "names": list(types),
-            "backbone": backbones.describe(
-                base, {n: state[n] for n in types}, known or {}
-            ),
+            "backbone": backbones.describe(base, state, known or {}),
             "versions": versions(),
         }
         if not isinstance(model, nn.Module):
@@ -102,7 +105,7 @@ def save_artifact(
             config |= write_mixtures(place, parts, state, types)
         else:
             config |= write_static(place, model, state, types)
-        write_json(place / CONFIG, config)
+        write_manifest(place / CONFIG, config)
     return written(directory)
 
 
@@ -117,23 +120,29 @@ def load_artifact(
     Raises:
         CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
     """
-    config = read_config(directory)
+    place, config = Path(directory), read_config(directory)
+    fields = Field(place / CONFIG, config)
     if "model_class" in config:
-        name = config["model_class"]
-        home = _HOMES.get(name, "fusion_bench_didi.models")
-        return import_object(f"{home}.{name}").from_pretrained(directory, backbone)
+        name = fields["model_class"].one_of(_HOMES)
+        cls = getattr(import_module(_HOMES[name]), name)
+        return cls.from_pretrained(place, backbone)
+    kind, names = fields["kind"].one_of(READERS), fields["names"].texts()
+    backbones.check_entry(fields["backbone"])
+    check_forms(fields, place)
+    entry, fresh = config["backbone"], frozenset[str]()
     if backbone is None:
-        backbone = backbones.load_backbone(config["backbone"])
+        backbone, fresh = backbones.load_backbone(entry, place)
+    backbones.take_apart(entry, backbone)
     state = tensors_of(backbone)
-    lacking = [name for name in config["names"] if name not in state]
+    lacking = [name for name in names if name not in state]
     if lacking:
         raise CheckpointMismatchError(
-            f"The backbone ({type(backbone).__name__}) has no tensor {lacking[0]!r}, which {directory} changes. Pass the "
-            "base model of the merge."
+            f"The backbone ({type(backbone).__name__}) has no tensor {lacking[0]!r}, which {place} changes. Pass the base "
+            "model of the merge."
         )
-    named = {name: state[name] for name in config["names"]}
-    backbones.check(directory, config["backbone"], named)
-    return READERS[config["kind"]](Path(directory), config, backbone)
+    named = {name: state[name] for name in names}
+    backbones.check(place, entry, backbone, named, fresh=fresh)
+    return READERS[kind](place, config, backbone)
 
 
 def written(directory: str | Path) -> Written:

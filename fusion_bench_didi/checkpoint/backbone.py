@@ -1,54 +1,147 @@
 """The base model that a saved model refers to instead of containing it: named, told apart, found again."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError, DiDiError
+from ..task_vectors.sources import ModuleSource
+from ..task_vectors.ties import taken_apart, untie
+from . import loaders
+from .fields import Field
+
+#: Values that are converted at a time.
+_BLOCK = 2**20
 
 
 def describe(
-    backbone: nn.Module, tensors: Mapping[str, Tensor], known: Mapping[str, Any]
+    backbone: nn.Module,
+    tensors: Mapping[str, Tensor],
+    known: Mapping[str, Any],
+    *,
+    replaced: Collection[str] = (),
 ) -> dict[str, Any]:
     """The entry of a saved configuration.
 
     Args:
+        backbone: the tensors that the saved model does not touch are as in the base model.
         tensors: base values of what the saved model changes.
-        known: what the merge knew of the backbone (``source``), see :func:`.pool_reader.backbone_reference`.
+        known: what the merge knew of the backbone: its ``source``, and ``fresh``, names of tensors that its checkpoint does
+            not hold, so that they are others every time it is loaded; see :func:`.opening.backbone_reference`.
+        replaced: names of tensors that every task has as its own, so that the base model's values do not matter.
     """
     cls = type(backbone)
+    floating = (p.dtype for p in backbone.parameters() if p.is_floating_point())
+    dtype = next(floating, None)
+    fresh = sorted(known.get("fresh") or ())
+    covered = {**_untouched(backbone, {*tensors, *replaced}), **tensors}
+    covered = {n: v for n, v in covered.items() if n not in fresh}
+    apart = taken_apart(backbone)
     return {
-        "class": f"{cls.__module__}.{cls.__qualname__}",
-        "source": None,
-        **known,
-        "fingerprint": fingerprint(tensors),
+        "class": known.get("class") or f"{cls.__module__}.{cls.__qualname__}",
+        "source": loaders.described(known.get("source")),
+        "dtype": dtype and str(dtype).removeprefix("torch."),
+        "tensors": digests(covered),
+        **({"fresh": fresh} if fresh else {}),
+        **({"untied": apart} if apart else {}),
     }
 
 
+def check_entry(entry: Field) -> None:
+    """The entry of a configuration must be what :func:`describe` gives, or gave in format 1.
+
+    Raises:
+        CheckpointMismatchError: naming the field that is not.
+    """
+    entry["class"].text()
+    source = entry["source"]
+    if not isinstance(source.value, (str, Mapping, type(None))):
+        source.fail("a place, arguments of from_pretrained, or null")
+    if isinstance(source.value, str):
+        source.text()
+    if "fingerprint" in entry:
+        entry["fingerprint"].digest()
+        return
+    if entry["dtype"].value is not None:
+        entry["dtype"].text()
+    for _, digest in entry["tensors"].entries():
+        digest.digest()
+    for key in ("fresh", "untied"):
+        if key in entry:
+            entry[key].texts()
+
+
 def check(
-    directory: str | Path, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    directory: str | Path,
+    entry: Mapping[str, Any],
+    backbone: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    fresh: Collection[str] = (),
 ) -> None:
     """The backbone given must be the one of the merge.
 
     Args:
         entry: from :func:`describe`.
         tensors: as there, of the backbone given.
+        fresh: names of tensors that its checkpoint does not hold.
 
     Raises:
-        CheckpointMismatchError: if it is another one.
+        CheckpointMismatchError: if it is another one, in any value.
     """
-    if fingerprint(tensors) != entry["fingerprint"]:
+    if "fingerprint" in entry:  # format 1
+        differ = [] if fingerprint(tensors) == entry["fingerprint"] else ["its weights"]
+    else:
+        expected = entry["tensors"]
+        here = {**_untouched(backbone, tensors), **tensors}
+        found = digests({n: v for n, v in here.items() if n in expected})
+        differ = [n for n, d in expected.items() if found.get(n) != d]
+        differ = [n for n in differ if n not in fresh]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise CheckpointMismatchError(
-            f"The backbone given is not the one that {directory} was merged from ({entry['class']} from "
-            f"{entry['source']}): its weights differ. Pass the base model of the merge."
+            f"The backbone given is not the one that {directory} was merged from ({entry['class']} from {entry['source']}, in "
+            f"{entry.get('dtype') or 'its own type'}): its weights differ ({', '.join(differ[:3])}{more}). Pass the base model "
+            "of the merge, in the type that it was merged in."
         )
 
 
+def _untouched(backbone: nn.Module, touched: Collection[str]) -> dict[str, Tensor]:
+    """Tensors of a backbone beside those named, and beside those that are tied to them."""
+    state = backbone.state_dict(keep_vars=True)
+    taken = {id(state[name]) for name in touched if name in state}
+    source = ModuleSource(backbone, type(backbone).__name__)
+    return {
+        name: source.read(name)
+        for name in source.infos()
+        if name not in touched and id(state[name]) not in taken
+    }
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of shape and values by name: two backbones that differ in any value differ here, however they are stored."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(tensors, pool.map(_digest, tensors.values())))
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
+    flat = tensor.detach().reshape(-1)
+    # what fits float32 counts as float32, so that the same values in a smaller type are the same
+    small = flat.is_floating_point() and flat.element_size() < 4
+    for block in flat.split(_BLOCK):
+        block = block.cpu().float() if small else block.cpu()
+        digest.update(block.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of names, shapes and up to 256 evenly spaced values per tensor: tells backbones apart at no cost."""
+    """Format 1's digest, of names, shapes and up to 256 evenly spaced values per tensor."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -59,20 +152,39 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_backbone(reference: Mapping[str, Any]) -> nn.Module:
-    """The base model that a saved configuration names.
+def load_backbone(
+    entry: Mapping[str, Any], directory: Path
+) -> tuple[nn.Module, frozenset[str]]:
+    """The base model that a saved configuration names, and the names of tensors that its checkpoint does not hold.
+
+    Args:
+        directory: of the saved model.
 
     Raises:
-        DiDiError: if the reference tells no place to load it from.
+        DiDiError: if the entry tells no place to load it from, or loading it might run code.
     """
-    from fusion_bench.utils import import_object, instantiate
-
-    source = reference["source"]
-    if isinstance(source, str):
-        return import_object(reference["class"]).from_pretrained(source)
-    if isinstance(source, Mapping):
-        return instantiate(source)
-    raise DiDiError(
-        f"The saved model does not say where its backbone ({reference['class']}) lies: it was merged from modules in "
-        "memory. Pass backbone=<the base model> to from_pretrained."
+    source = entry["source"]
+    if not source:
+        raise DiDiError(
+            f"The saved model does not say where its backbone ({entry['class']}) lies: it was merged from modules in memory. "
+            "Pass backbone=<the base model> to from_pretrained."
+        )
+    return loaders.load(
+        entry["class"], source, directory=directory, dtype=entry.get("dtype")
     )
+
+
+def take_apart(entry: Mapping[str, Any], backbone: nn.Module) -> None:
+    """Tied tensors that were taken apart for the merge are taken apart.
+
+    Raises:
+        CheckpointMismatchError: if the backbone does not have them.
+    """
+    names = set(entry.get("untied", ())) - set(taken_apart(backbone))
+    known = dict(backbone.named_parameters(remove_duplicate=False))
+    if unknown := sorted(names - set(known)):
+        raise CheckpointMismatchError(
+            f"The backbone ({type(backbone).__name__}) has no parameter {unknown[0]!r}, which the merge took apart from others. "
+            "Pass the base model of the merge."
+        )
+    untie(backbone, names)

@@ -1,60 +1,178 @@
-"""Directories and files that appear whole or not at all.
+"""Directories and files that appear whole or not at all, and replace nothing that is not ours.
 
 A merged model is a directory: ``model.safetensors`` (in shards above some size, with an index), ``config.json`` and a model
-card.
+card. It is written beside its place, which is locked meanwhile, and put there in one step.
 """
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointMismatchError, DiDiError
+from .exchange import exchange, rename_new
+from .fields import read_object
+from .locks import held, is_held
+
 CONFIG = "config.json"
+#: Under this key a manifest says who wrote it.
+MARK = "fusion-bench-didi"
+#: Names are cut to so many bytes where others are made of them.
+_LONGEST = 200
+
+
+def check_target(
+    target: str | Path, *, overwrite: bool = False, probe: bool = True
+) -> Path:
+    """The directory that would be written for a target; nothing is touched.
+
+    To be called before long work whose result goes there. A link stays, what it points to is written.
+
+    Args:
+        probe: look whether another run is writing to it.
+
+    Raises:
+        FileExistsError: if it exists and may not be replaced: without ``overwrite`` nothing may, with it a model saved by
+            this package.
+        DiDiError: if another run is writing to it, or it cannot be made.
+    """
+    place = Path(os.path.realpath(Path(target).expanduser()))
+    if os.path.lexists(place):
+        _check_replaceable(target, place, overwrite)
+    parent = next(p for p in place.parents if os.path.lexists(p))
+    if not parent.is_dir():
+        raise DiDiError(
+            f"{target} cannot be made: {parent} is no directory. Choose another directory."
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise DiDiError(
+            f"{target} cannot be made: {parent} may not be written to. Choose another directory, or change its rights."
+        )
+    if probe and is_held(_lock(place)):
+        raise _busy(target)
+    return place
+
+
+def _check_replaceable(target: str | Path, place: Path, overwrite: bool) -> None:
+    if not place.is_dir():
+        kind = "a file" if place.is_file() else "neither a file nor a directory"
+        raise FileExistsError(
+            f"{target} is {kind}, so no directory is made of it. Choose another directory."
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} exists. Choose another directory, or pass overwrite=True "
+            "(merged_model_save_kwargs.overwrite=true on the command line)."
+        )
+    if any(place.iterdir()) and not is_ours(place):
+        raise FileExistsError(
+            f"{target} exists and is no saved model of this package ({CONFIG} does not say so), so it is not overwritten. "
+            "Choose another directory."
+        )
+    if os.path.ismount(place):
+        raise FileExistsError(
+            f"{target} is a mounted file system and cannot be replaced. Choose a directory in it."
+        )
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether a directory says that this package wrote it."""
+    try:
+        found = read_object(directory / CONFIG, whole=False)
+    except CheckpointMismatchError:
+        return False
+    by = found.get("versions")
+    return type(found.get("format")) is int and isinstance(by, dict) and MARK in by
 
 
 @contextmanager
 def whole_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A directory to write into that takes its name only when the block ends well.
 
+    While the block runs no other run may write to the target. What dead runs left beside it is removed.
+
     Raises:
-        FileExistsError: if the target exists and ``overwrite`` is false; nothing is touched.
+        FileExistsError, DiDiError: as by :func:`check_target`, before the block and, if the target came to be meanwhile,
+            after it; the result is kept under another name then.
     """
-    target = Path(target).absolute()
-    if target.exists() and not overwrite:
-        raise FileExistsError(
-            f"{target} exists. Choose another directory, or pass overwrite=True "
-            "(merged_model_save_kwargs.overwrite=true on the command line)."
-        )
-    if target.exists() and any(target.iterdir()) and not (target / CONFIG).is_file():
-        raise FileExistsError(
-            f"{target} exists and is no saved model (it holds no {CONFIG}), so it is not overwritten. Choose another directory."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(
-        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    )
-    try:
-        yield beside
-        _open_up(beside)
-        old = None
-        if target.exists():
-            old = beside.with_suffix(".old")
-            os.rename(target, old)
+    place = check_target(target, overwrite=overwrite)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
         try:
-            os.rename(beside, target)
-        except BaseException:
-            if old is not None:
-                os.rename(old, target)
-            raise
-        if old is not None:
-            shutil.rmtree(old)
-    finally:
-        if beside.exists():
-            shutil.rmtree(beside)
+            sure = stack.enter_context(held(_lock(place)))
+        except BlockingIOError:
+            raise _busy(target) from None
+        except PermissionError as error:
+            raise DiDiError(
+                f"{target} cannot be locked ({error}). Remove that file if no other run writes there."
+            ) from error
+        if sure:
+            _sweep(place)
+        check_target(place, overwrite=overwrite, probe=False)
+        name = f".{_short(place.name)}."
+        beside = Path(tempfile.mkdtemp(prefix=name, suffix=".tmp", dir=place.parent))
+        try:
+            yield beside
+            _open_up(beside)
+            _flush(beside)
+            _put(beside, place, overwrite)
+            _sync(place.parent)
+        finally:
+            if beside.exists():
+                shutil.rmtree(beside)
+
+
+def _put(beside: Path, place: Path, overwrite: bool) -> None:
+    """Give what was written its name; if it cannot be had any more, another one."""
+    try:
+        if os.path.lexists(place):
+            check_target(place, overwrite=overwrite, probe=False)
+            exchange(beside, place)
+        else:
+            rename_new(beside, place)
+    except OSError as error:
+        kept = place.with_name(f"{_short(place.name)}-{beside.stem[-8:]}")
+        os.rename(beside, kept)
+        raise FileExistsError(
+            f"{place} was changed by something else while this was written; what was written is in {kept}. ({error})"
+        ) from error
+
+
+def _busy(target: str | Path) -> DiDiError:
+    return DiDiError(
+        f"Another run is writing to {target}. Wait for it, or choose another directory."
+    )
+
+
+def _lock(place: Path) -> Path:
+    return place.with_name(f".{_short(place.name)}.lock")
+
+
+def _short(name: str) -> str:
+    """The name, or something that stands for it where files of longer names could not be made."""
+    if len(os.fsencode(name)) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f"{name[: _LONGEST // 4]}~{digest}"
+
+
+def _sweep(place: Path) -> None:
+    """Remove what dead runs left beside a target; whoever holds its lock knows that they are dead."""
+    left = re.compile(rf"\.{re.escape(_short(place.name))}\.[a-z0-9_]{{8}}\.(tmp|old)")
+    for path in sorted(place.parent.iterdir()):
+        found = left.fullmatch(path.name)
+        if found and path.is_dir() and not path.is_symlink():
+            if found[1] == "old" and not os.path.lexists(place):
+                os.rename(path, place)  # it was killed between two renames
+            else:
+                shutil.rmtree(path)
 
 
 def _open_up(directory: Path) -> None:
@@ -66,8 +184,26 @@ def _open_up(directory: Path) -> None:
         os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~umask)
 
 
+def _flush(directory: Path) -> None:
+    """Everything in it to the disk, so that its name does not come before its content."""
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the system cannot
+            raise
+    finally:
+        os.close(fd)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Written beside and renamed."""
-    beside = path.with_suffix(path.suffix + ".tmp")
+    beside = path.with_name(f"{path.name}.tmp")
     beside.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")
+    _sync(beside)
     os.replace(beside, path)

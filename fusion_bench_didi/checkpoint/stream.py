@@ -47,6 +47,7 @@ class DeltaWriter:
         self._directory = directory
         self._limit = SHARD_BYTES if shard_bytes is None else shard_bytes
         self._waiting: dict[str, Tensor] = {}
+        self._places: set[int] = set()
         self._size = 0
         self._shards: list[tuple[Path, list[str], int]] = []
         self._digests: list[Future[str]] = []
@@ -64,7 +65,11 @@ class DeltaWriter:
         entry = entry_of(task, name, delta)
         self.manifest["deltas"].append(entry)
         for part, value in delta.tensors().items():
-            self._waiting[f"{entry['key']}.{part}"] = independent(value)
+            value = independent(value)
+            if value.nbytes and value.data_ptr() in self._places:
+                value = value.clone()  # several tasks may hold one tensor
+            self._places.add(value.data_ptr())
+            self._waiting[f"{entry['key']}.{part}"] = value
             self._size += value.nbytes
         if self._size >= self._limit:
             self._flush()
@@ -105,7 +110,7 @@ class DeltaWriter:
             file = self._directory / f"shard-{len(self._shards)}.safetensors"
             self._shards.append((file, list(self._waiting), self._size))
             self._digests.append(self._thread.submit(_write, file, self._waiting))
-            self._waiting, self._size = {}, 0
+            self._waiting, self._places, self._size = {}, set(), 0
 
 
 def write_deltas(

@@ -1,6 +1,7 @@
 """safetensors files with their SHA-256: written as they are, opened only if they are what was written."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointMismatchError
+from .fields import inside
 
 MAX_SHARD = "5GB"
 
@@ -35,18 +37,20 @@ def open_tensors(
     """What :func:`write_tensors` wrote: by tensor name the open file, whose ``get_tensor(name)`` reads it.
 
     Raises:
-        CheckpointMismatchError: for a missing, truncated or altered file.
+        CheckpointMismatchError: for a missing, truncated or altered file, and for one that is not in the directory.
     """
     where: dict[str, Any] = {}
-    for file, digest in files.items():
-        path = directory / file
+    for name, digest in files.items():
+        path = inside(directory, name)
         if not path.is_file():
+            fault = "is no file" if os.path.lexists(path) else "is missing"
             raise CheckpointMismatchError(
-                f"{path} is missing; config.json lists it. Copy the whole directory."
+                f"{path} {fault}; config.json lists it. Copy the whole directory."
             )
         try:
             handle = safe_open(path, framework="pt")
-        except SafetensorError as error:
+            keys = list(handle.keys())
+        except (SafetensorError, OSError) as error:
             raise CheckpointMismatchError(
                 f"{path} is not a whole safetensors file ({error}). Copy or write it again."
             ) from error
@@ -54,7 +58,11 @@ def open_tensors(
             raise CheckpointMismatchError(
                 f"{path} was altered after it was written: its SHA-256 differs from config.json's. Copy or write it again."
             )
-        where.update(dict.fromkeys(handle.keys(), handle))
+        if twice := sorted(where.keys() & set(keys)):
+            raise CheckpointMismatchError(
+                f"{path} holds {twice[0]!r}, and so does another file of {directory}. Write the model again."
+            )
+        where.update(dict.fromkeys(keys, handle))
     return where
 
 

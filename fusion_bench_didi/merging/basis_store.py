@@ -1,7 +1,6 @@
 """Half SVDs between planning and encoding: in memory up to a limit, in scratch files beyond it."""
 
 import itertools
-import tempfile
 import threading
 import weakref
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..checkpoint.locks import Scratch
 from ..lowrank.svd import HalfSVD
 
 Bases = tuple[HalfSVD, ...]
@@ -19,14 +19,14 @@ class BasisStore:
 
     Args:
         memory_gb: held in memory; what comes later goes to files in a temporary directory (``TMPDIR`` says where), which
-            is removed with the store.
+            is removed with the store, or by the next one if the process is killed.
     """
 
     def __init__(self, memory_gb: float):
         self._left = memory_gb * 2**30
         self._lock = threading.Lock()
         self._count = itertools.count()
-        self._directory: tempfile.TemporaryDirectory | None = None
+        self._scratch: Scratch | None = None
 
     def keep(self, bases: Bases) -> "KeptBases":
         """Hold bases until the result is gone, or was taken."""
@@ -35,16 +35,13 @@ class BasisStore:
             fits = size <= self._left
             if fits:
                 self._left -= size
-            elif self._directory is None:
-                self._directory = tempfile.TemporaryDirectory(
-                    prefix="fusion_bench_didi-"
-                )
+            elif self._scratch is None:
+                self._scratch = Scratch()
         if fits:
             kept = KeptBases(bases, None)
             kept._released = weakref.finalize(kept, self._give_back, size)
         else:
-            place = Path(self._directory.name)
-            file = place / f"{next(self._count)}.safetensors"
+            file = self._scratch.path / f"{next(self._count)}.safetensors"
             save_file(_tensors(bases), file)
             kept = KeptBases(None, file)
             kept._released = weakref.finalize(kept, file.unlink, missing_ok=True)

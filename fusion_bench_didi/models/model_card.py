@@ -1,5 +1,6 @@
 """The README.md beside saved weights."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ def model_card(
         home: where its class is imported from.
     """
     storage, info, backbone = config["storage"], config["info"], config["backbone"]
-    parents = info.get("parents", {})
+    parents, source = info.get("parents", {}), _place(backbone["source"])
     header = ModelCardData(
-        base_model=backbone["source"] if _is_repository(backbone["source"]) else None,
+        base_model=source if _is_repository(source) else None,
         library_name="fusion-bench",
         tags=["model-merging", "didi-merging"],
     )
@@ -31,13 +32,13 @@ def model_card(
         f"# {config['model_class']}: {len(config['tasks'])} tasks on one backbone",
         "",
         f"Made by `{info.get('method', 'fusion_bench_didi')}` with budget {info.get('budget', 'not recorded')}.",
-        f"Backbone: `{backbone['class']}` from `{backbone['source'] or 'memory'}` (not contained).",
+        f"Backbone: `{backbone['class']}` from `{_line(source or 'memory')}` (not contained).",
         "",
         "```python",
         f"from {home} import {config['model_class']}",
         "",
         f'model = {config["model_class"]}.from_pretrained("<this directory>", backbone=...)',
-        f'model.set_task("{config["tasks"][0]}")',
+        *(f"model.set_task({json.dumps(task)})" for task in config["tasks"][:1]),
         "```",
         "",
         "| part | MB | in fine-tuned models |",
@@ -51,18 +52,33 @@ def model_card(
         ("with the backbone", round(storage["x_incl"] * unit)),
     ]
     lines += [
-        f"| {name} | {bits / 8e6:.2f} | {bits / unit:.4f} |" for name, bits in rows
+        f"| {_cell(name)} | {bits / 8e6:.2f} | {bits / unit:.4f} |"
+        for name, bits in rows
     ]
     lines += ["", "| task | fine-tuned model |", "|---|---|"]
     lines += [
-        f"| {task} | {parents.get(task) or 'a model in memory'} |"
+        f"| {_cell(task)} | {_cell(parents.get(task) or 'a model in memory')} |"
         for task in config["tasks"]
     ]
     return "\n".join(lines) + "\n"
 
 
-def _is_repository(source: Any) -> bool:
+def _place(source: Any) -> str | None:
+    """Where the base model lies, of what a pool's entry may be."""
+    if isinstance(source, Mapping):
+        source = source.get("pretrained_model_name_or_path")
+    return source if isinstance(source, str) else None
+
+
+def _line(text: str) -> str:
+    """Names may hold anything; one that ends a line, or code, would change the page."""
+    return " ".join(text.replace("`", "'").split())
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+def _is_repository(source: str | None) -> bool:
     """Whether a source is a name on the hub, which is all that the card's header may name."""
-    return (
-        isinstance(source, str) and source.count("/") == 1 and not Path(source).exists()
-    )
+    return bool(source) and source.count("/") == 1 and not Path(source).exists()

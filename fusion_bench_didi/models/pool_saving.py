@@ -1,9 +1,14 @@
 """Saving of dynamic models through any host model pool."""
 
 import functools
+import logging
 from typing import Any
 
+from ..checkpoint.directory import check_target
+from ..errors import SettingsError
 from .dynamic import DynamicModel
+
+log = logging.getLogger(__name__)
 
 _MARK = "_didi_saving"
 
@@ -22,8 +27,40 @@ def attach_saving(modelpool: Any) -> None:
     @functools.wraps(stock)
     def save_model(model: Any, path: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(model, DynamicModel):
-            model.save_pretrained(path, **kwargs)
+            overwrite = bool(kwargs.pop("overwrite", False))
+            if ignored := [key for key, value in kwargs.items() if value]:
+                log.warning(
+                    "%s %s no effect on how a %s is saved.",
+                    ", ".join(ignored),
+                    "have" if len(ignored) > 1 else "has",
+                    type(model).__name__,
+                )
+            model.save_pretrained(path, overwrite=overwrite)
         else:
             stock(model, path, *args, **kwargs)
 
     modelpool.save_model = save_model
+
+
+def check_saving(program: Any, output_dir: str | None = None) -> None:
+    """Where the program will save its merged model must be free; it looks only after the merge.
+
+    Args:
+        program: the host's, or None.
+        output_dir: where the method writes its model by itself.
+
+    Raises:
+        FileExistsError, DiDiError: as by :func:`~fusion_bench_didi.checkpoint.directory.check_target`.
+        SettingsError: if both are one directory.
+    """
+    path = getattr(program, "merged_model_save_path", None)
+    if not path:
+        return
+    if "{log_dir}" in path and program.log_dir is not None:
+        path = path.format(log_dir=program.log_dir)
+    options = getattr(program, "merged_model_save_kwargs", None) or {}
+    place = check_target(path, overwrite=bool(options.get("overwrite", False)))
+    if output_dir and check_target(output_dir, overwrite=True) == place:
+        raise SettingsError(
+            f"output_dir and merged_model_save_path are both {place}, and what is in output_dir is saved. Leave one of them out."
+        )

@@ -1,18 +1,24 @@
 """Dynamic models as directories that refer to their backbone and hold everything else."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from ..checkpoint import backbone as backbones
-from ..checkpoint.deltas import FORMAT, read_config, versions
-from ..checkpoint.directory import CONFIG, whole_directory, write_json
+from ..checkpoint.deltas import entries_of, read_config, versions, write_manifest
+from ..checkpoint.directory import CONFIG, whole_directory
+from ..checkpoint.fields import Field, inside
+from ..deltas.base import Delta
 from ..deltas.storage import StorageReport
+from ..errors import CheckpointMismatchError, DiDiError
 from ..routers.base import Router
-from ..routers.files import read_router, write_router
+from ..routers.files import check_router, read_router, write_router
 from .model_card import model_card
+
+#: Classes of saved models, and the key under which their manifest says what is stored.
+CLASSES = {"DynamicModel": "deltas", "DiDiModel": "deltas", "RecombinedModel": "chains"}
 
 
 class Saved(Protocol):
@@ -23,11 +29,18 @@ class Saved(Protocol):
     backbone_bits: int
     info: dict[str, Any]
     router: Router | None
+    shared: Mapping[str, Delta]
+    modulators: Mapping[str, Any]
 
     @property
     def storage(self) -> StorageReport: ...
 
+    @property
+    def touched(self) -> list[str]: ...
+
     def base_tensors(self) -> dict[str, Tensor]: ...
+
+    def base_tensor(self, name: str) -> Tensor: ...
 
     def attach_router(self, router: Router | None) -> Any: ...
 
@@ -52,7 +65,8 @@ def save(model: Saved, directory: str | Path, *, overwrite: bool) -> None:
     """Write weights, configuration and model card; the directory appears whole or not at all.
 
     Raises:
-        FileExistsError: if it exists and ``overwrite`` is false.
+        FileExistsError: if it exists and ``overwrite`` is false, or is no saved model.
+        DiDiError: if another run is writing to it, or it cannot be made.
     """
     with whole_directory(directory, overwrite=overwrite) as place:
         model.write_config(place, model.write_parts(place))
@@ -64,13 +78,18 @@ def write_config(model: Saved, directory: Path, parts: Mapping[str, Any]) -> Non
     Args:
         parts: what the model's ``write_parts`` returned.
     """
-    known = model.info.get("backbone", {})
+    tensors = model.base_tensors()
+    backbone = backbones.describe(
+        model.backbone,
+        tensors,
+        model.info.get("backbone", {}),
+        replaced=set(model.touched) - set(tensors),
+    )
     config = {
-        "format": FORMAT,
         "model_class": type(model).__name__,
         "unit_bits": model.unit_bits,
         "backbone_bits": model.backbone_bits,
-        "backbone": backbones.describe(model.backbone, model.base_tensors(), known),
+        "backbone": backbone,
         "storage": model.storage.as_dict(),
         "info": {k: v for k, v in model.info.items() if k != "backbone"},
         "versions": versions(),
@@ -78,9 +97,9 @@ def write_config(model: Saved, directory: Path, parts: Mapping[str, Any]) -> Non
     }
     if model.router is not None:
         config["router"] = write_router(directory, model.router)
-    write_json(directory / CONFIG, config)
     home = type(model).__module__.rpartition(".")[0]
     (directory / "README.md").write_text(model_card(config, home))
+    write_manifest(directory / CONFIG, config)
 
 
 def load(cls: type[Model], directory: str | Path, backbone: nn.Module | None) -> Model:
@@ -91,17 +110,90 @@ def load(cls: type[Model], directory: str | Path, backbone: nn.Module | None) ->
 
     Raises:
         CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
+        DiDiError: if the backbone cannot be loaded as data, see :mod:`.checkpoint.loaders`.
     """
-    config = read_config(directory)
+    place = Path(directory)
+    config = read_config(place)
+    check_config(cls, place, config)
+    entry, fresh = config["backbone"], frozenset[str]()
     if backbone is None:
-        backbone = backbones.load_backbone(config["backbone"])
-    model = cls.from_parts(
-        Path(directory),
-        config,
-        backbone,
-        {**config["info"], "backbone": config["backbone"]},
-    )
-    backbones.check(directory, config["backbone"], model.base_tensors())
+        backbone, fresh = backbones.load_backbone(entry, place)
+    backbones.take_apart(entry, backbone)
+    info = {**config["info"], "backbone": entry}
+    model = cls.from_parts(place, config, backbone, info)
+    _check_shapes(model, place)
+    tensors = model.base_tensors()
+    backbones.check(place, entry, model.backbone, tensors, fresh=fresh)
     if "router" in config:
-        model.attach_router(read_router(Path(directory), config["router"]))
+        _attach(model, read_router(place, config["router"]), place)
     return model
+
+
+def _attach(model: Saved, router: Router, place: Path) -> None:
+    """Give the model its router, which may name layers or tensors that the backbone does not have."""
+    try:
+        for name, change in getattr(router, "anchor_changes", dict)().items():
+            if model.base_tensor(name).shape != change.shape:
+                raise ValueError(f"{name} is of shape {tuple(change.shape)}")
+        model.attach_router(router)
+    except DiDiError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointMismatchError(
+            f"The router of {place} does not go with this backbone ({type(error).__name__}: {error}). Copy or write the whole "
+            "directory again."
+        ) from error
+
+
+def check_config(cls: type, place: Path, config: Mapping[str, Any]) -> None:
+    """The manifest of a model of a class must say all that is read of it, before anything is read.
+
+    Raises:
+        CheckpointMismatchError: naming the field that does not.
+    """
+    fields = Field(place / CONFIG, config)
+    own = [kind.__name__ for kind in cls.__mro__ if kind.__name__ in CLASSES]
+    name = fields["model_class"].one_of({*CLASSES, cls.__name__})
+    parts = CLASSES[own[0]]
+    if CLASSES.get(name, parts) != parts:
+        raise CheckpointMismatchError(
+            f"{place} holds a {name}, which is no {cls.__name__}. Load it by {name}.from_pretrained, or by "
+            "fusion_bench_didi.load."
+        )
+    fields["unit_bits"].integer(1)
+    fields["backbone_bits"].integer()
+    fields["info"].mapping()
+    backbones.check_entry(fields["backbone"])
+    tasks = fields["tasks"].texts()
+    if parts == "deltas":
+        entries_of(fields)
+    else:
+        inside(place, "modules")
+        if sorted(fields[parts].mapping()) != sorted(tasks):
+            fields[parts].fail(f"a chain for each of {tasks}")
+        for _, chain in fields[parts].entries():
+            chain.texts()
+    if "router" in fields:
+        check_router(fields["router"], tasks)
+
+
+def _check_shapes(model: Saved, place: Path) -> None:
+    """What is stored must be of the shapes of the backbone's tensors, before anything is worked out.
+
+    Raises:
+        CheckpointMismatchError: naming the tensor that is not, or that the backbone lacks.
+    """
+    for name, delta in _deltas(model):
+        here = tuple(model.base_tensor(name).shape)
+        if delta.kind != "own" and delta.shape != here:
+            raise CheckpointMismatchError(
+                f"{place} changes {name} of shape {delta.shape}, the backbone ({type(model.backbone).__name__}) has it as "
+                f"{here}. Pass the base model of the merge, or copy the whole directory again."
+            )
+
+
+def _deltas(model: Saved) -> Iterable[tuple[str, Delta]]:
+    """All that is stored, by the name of the tensor."""
+    yield from model.shared.items()
+    for expert in model.modulators.values():
+        yield from expert.deltas.items()

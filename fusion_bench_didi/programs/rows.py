@@ -14,10 +14,13 @@ the directory follows from these files.
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.directory import write_json
+from ..checkpoint.directory import is_ours, write_json
+from ..checkpoint.fields import read_object
+from ..errors import CheckpointMismatchError
 from .entries import ComparisonError
 
 SETTINGS, ROWS = "settings.json", "rows"
@@ -47,9 +50,7 @@ class RowStore:
         self.rows = self.directory / ROWS
         self.settings = _plain(settings)
         if restart:
-            for name in (ROWS, SEARCHES, ARTIFACTS):
-                shutil.rmtree(self.directory / name, ignore_errors=True)
-            (self.directory / SETTINGS).unlink(missing_ok=True)
+            self._forget()
         self.rows.mkdir(parents=True, exist_ok=True)
         self._agree()
 
@@ -65,10 +66,32 @@ class RowStore:
 
     def load(self, key: str) -> dict[str, Any] | None:
         file = self._file(key)
-        return json.loads(file.read_text()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        row = _read(file)
+        if not {"accuracy", "complete", "entry", "error"} <= row.keys():
+            raise ComparisonError(
+                f"{file} is no row of a comparison. Remove it, and the row is made anew."
+            )
+        return row
 
     def save(self, key: str, row: Mapping[str, Any]) -> None:
         write_json(self._file(key), row)
+
+    def _forget(self) -> None:
+        """Remove what runs left in the directory, and nothing else that lies there."""
+        for file in self.rows.glob("*.json*"):
+            file.unlink()
+        for place in (self.directory / ARTIFACTS).glob("*"):
+            if is_ours(place):
+                shutil.rmtree(place)
+        for place in (self.directory / SEARCHES).glob("*"):
+            if (place / "search.json").is_file() or (place / "front.json").is_file():
+                shutil.rmtree(place)
+        (self.directory / SETTINGS).unlink(missing_ok=True)
+        for name in (ROWS, ARTIFACTS, SEARCHES):
+            with suppress(OSError):  # it does not exist, or something else lies there
+                (self.directory / name).rmdir()
 
     def _file(self, key: str) -> Path:
         return self.rows / f"{key}.json"
@@ -76,8 +99,8 @@ class RowStore:
     def _agree(self) -> None:
         file = self.directory / SETTINGS
         if file.is_file():
-            self._refuse(json.loads(file.read_text()), self.settings, "")
-        elif any(self.rows.iterdir()):
+            self._refuse(_read(file), self.settings, "")
+        elif any(self.rows.glob("*.json")):
             raise ComparisonError(
                 f"{self.rows} holds rows, but {file} is missing, so nobody knows of which pools. "
                 + _WAYS_OUT
@@ -108,6 +131,15 @@ def differences(there: Any, here: Any, path: str = "") -> list[str]:
             lines += differences(there.get(key), here.get(key), name)
         return lines
     return [] if there == here else [f"{path}: {there!r} -> {here!r}"]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except CheckpointMismatchError as error:
+        raise ComparisonError(
+            f"{file} is damaged ({error}). Remove it, and what it held is made anew."
+        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,8 @@ and ``<id>/module.json``.
 
 import hashlib
 import json
+import re
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +17,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint.deltas import read_deltas
-from ..checkpoint.directory import write_json
+from ..checkpoint.deltas import read_deltas, read_manifest, write_manifest
+from ..checkpoint.directory import whole_directory
+from ..checkpoint.fields import Field, inside
 from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..errors import CheckpointMismatchError
@@ -25,6 +28,9 @@ from .low_rank import SVDCache
 from .operators import OperatorSettings, combine
 
 MODULE = "module.json"
+_REMAINS = re.compile(
+    r"(model|shard)[-\w]*\.safetensors(\.index\.json(\.tmp)?)?|module\.json\.tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -126,11 +132,8 @@ def save_modules(directory: Path, modules: Iterable[ModularExpert]) -> list[str]
     """Write each distinct module once; those that lie there already are left alone. Returns the ids."""
     distinct = {module.id: module for module in modules}
     for key, module in distinct.items():
-        place = directory / key
-        if (place / MODULE).is_file():
+        if (directory / key / MODULE).is_file():
             continue
-        place.mkdir(parents=True, exist_ok=True)
-        manifest = write_deltas(place, module.shared, module.experts)
         facts = {
             "id": key,
             "component": module.component,
@@ -138,9 +141,18 @@ def save_modules(directory: Path, modules: Iterable[ModularExpert]) -> list[str]
             "operator": module.operator,
             "bits": module.bits,
         }
-        # last, so that a module whose writing was cut short does not count as there
-        write_json(place / MODULE, {**facts, **manifest})
+        _remove_remains(directory / key)
+        with whole_directory(directory / key) as place:
+            manifest = write_deltas(place, module.shared, module.experts)
+            write_manifest(place / MODULE, {**facts, **manifest})
     return list(distinct)
+
+
+def _remove_remains(place: Path) -> None:
+    """Of a module whose writing was cut short, by a release that wrote modules where they belong."""
+    files = list(place.iterdir()) if place.is_dir() else []
+    if all(_REMAINS.fullmatch(file.name) for file in files):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def load_module(place: Path) -> ModularExpert:
@@ -153,18 +165,33 @@ def load_module(place: Path) -> ModularExpert:
         raise CheckpointMismatchError(
             f"{place} holds no module (no {MODULE}); the library is not whole. Copy all of it, or search again."
         )
-    facts = json.loads((place / MODULE).read_text())
-    shared, experts = read_deltas(place, facts)
+    manifest = read_manifest(place / MODULE, unmarked=1)
+    facts = Field(place / MODULE, manifest)
+    group = facts["group"].texts()
+    if not set(facts["tasks"].texts()) <= set(group):
+        facts["tasks"].fail(f"some of {group}")
+    shared, experts = read_deltas(place, manifest, name=MODULE)
     return ModularExpert(
-        facts["id"],
-        facts["component"],
-        tuple(facts["group"]),
-        facts["operator"],
+        facts["id"].text(),
+        facts["component"].text(),
+        tuple(group),
+        facts["operator"].text(),
         shared,
         experts,
     )
 
 
 def load_modules(directory: Path, ids: Iterable[str]) -> dict[str, ModularExpert]:
-    """Modules by id."""
-    return {key: load_module(directory / key) for key in dict.fromkeys(ids)}
+    """Modules by id.
+
+    Raises:
+        CheckpointMismatchError: if one is missing, damaged, or another one.
+    """
+    found = {}
+    for key in dict.fromkeys(ids):
+        found[key] = load_module(inside(directory, key))
+        if found[key].id != key:
+            raise CheckpointMismatchError(
+                f"{directory / key} holds the module {found[key].id!r}; the library is mixed up. Copy all of it, or search again."
+            )
+    return found

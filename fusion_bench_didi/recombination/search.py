@@ -12,13 +12,16 @@ to the result of an unbroken one.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from ..checkpoint.directory import write_json
+from ..checkpoint.fields import Field, read_object
+from ..checkpoint.locks import held
 from ..errors import DiDiError
 from .evolution import SearchSettings, evolve, survivors
 from .genome import Genome, canonical, mutate, no_merging, one_group, random_genome
@@ -54,11 +57,23 @@ def nsga2(
         described: what else a state must agree in to be continued (tasks, data, ...), JSON-plain.
 
     Raises:
-        DiDiError: if the state is of another search.
+        DiDiError: if the state is of another search, cannot be read, or another run is writing it.
     """
+    with _alone(state):
+        return _searched(space, evaluate, settings, state, described, progress)
+
+
+def _searched(
+    space: Space,
+    evaluate: Evaluate,
+    settings: SearchSettings,
+    state: Path | None,
+    described: dict | None,
+    progress: Progress,
+) -> list[Evaluation]:
     label = {**asdict(settings), **(described or {})}
     del label["evaluations"]  # more of them continue a search that ended
-    archive, kept, generation = _load(state, label)
+    archive, kept, generation = _load(state, label, space)
     while len(archive) < settings.evaluations:
         rng = np.random.default_rng([settings.seed, generation])
         room = min(settings.population, settings.evaluations - len(archive))
@@ -136,23 +151,65 @@ def _propose(
     return [fresh[i] for i in survivors(guess(fresh), count)]
 
 
-def _load(state: Path | None, label: dict) -> tuple[list[Evaluation], list[int], int]:
+@contextmanager
+def _alone(state: Path | None) -> Iterator[None]:
+    """No other run writes the state meanwhile."""
+    if state is None:
+        yield
+        return
+    state.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(state.with_name(f".{state.name}.lock")))
+        except BlockingIOError:
+            raise DiDiError(
+                f"Another run is writing to {state}. Wait for it, or choose another method.directory."
+            ) from None
+        yield
+
+
+def _load(
+    state: Path | None, label: dict, space: Space
+) -> tuple[list[Evaluation], list[int], int]:
     if state is None or not state.is_file():
         return [], [], 0
-    found = json.loads(state.read_text())
+    found = Field(state, read_object(state))
+    there = found["search"].mapping()
     expected = json.loads(json.dumps(label))
-    if found["search"] != expected:
+    if there != expected:
         differ = sorted(
-            k
-            for k in {*found["search"], *expected}
-            if found["search"].get(k) != expected.get(k)
+            k for k in {*there, *expected} if there.get(k) != expected.get(k)
         )
         raise DiDiError(
             f"{state} is of a search with other settings ({', '.join(differ)} differ). "
             "Choose another method.directory, or remove the file to search anew."
         )
-    archive = [Evaluation(**e) for e in found["evaluations"]]
-    return archive, found["kept"], found["generation"]
+    archive = [_evaluation(e, space) for e in found["evaluations"].elements()]
+    kept = [i.integer(0, len(archive) - 1) for i in found["kept"].elements()]
+    if archive and not kept:
+        found["kept"].fail("some evaluations")
+    return archive, kept, found["generation"].integer(1)
+
+
+def _evaluation(field: Field, space: Space) -> Evaluation:
+    """An evaluation as it comes from a file."""
+    if sorted(field.mapping()) != sorted(f.name for f in fields(Evaluation)):
+        field.fail("an evaluation")
+    C, T, O = space.shape
+    genome = field["genome"].elements()
+    for component in genome:
+        rows = [[i.integer() for i in row.elements()] for row in component.elements()]
+        shaped = [len(row) for row in rows] == [T, T]
+        if not shaped or max(rows[0]) >= T or max(rows[1]) >= O:
+            component.fail(f"groups and operators of {T} tasks")
+    if len(genome) != C:
+        field["genome"].fail(f"{C} components")
+    numbers = [field["performance"], field["storage"]]
+    numbers += [score for _, score in field["scores"].entries()]
+    for number in numbers:
+        if type(number.value) not in (int, float):
+            number.fail("a number")
+    return Evaluation(**field.mapping())
 
 
 def _save(state, label, archive, kept, generation) -> None:

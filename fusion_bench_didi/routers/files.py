@@ -1,16 +1,21 @@
 """Routers by name, and what is written of them beside a saved model."""
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
-from ..checkpoint.tensors import file_digest
+from ..checkpoint.directory import CONFIG
+from ..checkpoint.fields import Field
+from ..checkpoint.tensors import file_digest, open_tensors
 from ..errors import CheckpointMismatchError
 from .base import Router
 from .features import FeatureRouter, OracleRouter
 from .projection import ProjectionRouter
-from .representation import RepresentationRouter
+from .representation import _ANCHOR, RepresentationRouter
 
 ROUTERS: dict[str, type[Router]] = {
     cls.kind: cls
@@ -45,18 +50,79 @@ def write_router(directory: Path, router: Router) -> dict[str, Any]:
     return entry
 
 
-def read_router(directory: Path, entry: dict[str, Any]) -> Router:
+def check_router(entry: Field, tasks: Sequence[str]) -> Router:
+    """The router of an entry, without its tensors.
+
+    Args:
+        tasks: of the model.
+
+    Raises:
+        CheckpointMismatchError: for options that it does not take, or that are none.
+    """
+    kind, options = entry["kind"].one_of(ROUTERS), entry["options"]
+    for name, option in options.entries():
+        value = option.value
+        if name == "tasks" and value != list(tasks):
+            option.fail(f"the tasks of the model, {list(tasks)}")
+        if type(value) is float and not math.isfinite(value):
+            option.fail("a finite number")
+        if name == "directions":
+            option.integer(1)
+        if name == "layers" and value is not None:
+            for layer in option.elements():
+                if type(layer.value) is not int:
+                    layer.text()
+    if "sha256" in entry:
+        entry["sha256"].digest()
+    try:
+        router = ROUTERS[kind](**options.mapping())
+        if set(options.mapping()) != set(router.options()):
+            raise TypeError(f"there are {sorted(router.options())}")
+        return router
+    except (TypeError, ValueError) as error:
+        raise CheckpointMismatchError(
+            f"{entry.file}: router.options do not make a {kind} router ({error}). Copy or write the whole directory again."
+        ) from error
+
+
+def read_router(directory: Path, entry: Mapping[str, Any]) -> Router:
     """What :func:`write_router` wrote.
 
     Raises:
-        CheckpointMismatchError: for a missing or altered file.
+        CheckpointMismatchError: for a missing or altered file, or one that holds something else.
     """
-    router = ROUTERS[entry["kind"]](**entry["options"])
+    field = Field(directory / CONFIG, entry, "router")
+    router = check_router(field, field["options"]["tasks"].texts())
+    tensors: dict[str, Tensor] = {}
     if "sha256" in entry:
-        file = directory / FILE
-        if not file.is_file() or file_digest(file) != entry["sha256"]:
-            raise CheckpointMismatchError(
-                f"{file} is missing or was altered. Copy or write the whole directory again."
-            )
-        router.load(load_file(file))
-    return router
+        found = open_tensors(directory, {FILE: entry["sha256"]})
+        tensors = {name: handle.get_tensor(name) for name, handle in found.items()}
+    if not _fits(router, tensors):
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        raise CheckpointMismatchError(
+            f"{directory / FILE} holds {shapes}, which a {router.kind} router with head={router.head} for {len(router.tasks)} "
+            "tasks does not. Copy or write the whole directory again."
+        )
+    return router.load(tensors)
+
+
+def _fits(router: Router, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are those of the router's head, and of an anchor where it may have one."""
+    anchored = isinstance(router, RepresentationRouter)
+    head = {
+        name: tuple(value.shape)
+        for name, value in tensors.items()
+        if not (anchored and name.startswith(_ANCHOR))
+    }
+    floating = all(value.is_floating_point() for value in tensors.values())
+    if router.head == "none" or not head:
+        return floating and not head
+    count, (size, *_) = len(router.tasks), (*head.get("head_mean", ()), 0)
+    width, *_ = (*head.get("head_bias", ()), 0)
+    shapes = {"head_mean": (size,), "head_scale": (size,)}
+    if router.head == "mlp":
+        shapes |= {"head_weight": (width, size), "head_bias": (width,)}
+        shapes |= {"head_out_weight": (count, width), "head_out_bias": (count,)}
+    else:
+        shapes |= {"head_weight": (count, size), "head_bias": (count,)}
+    return floating and head == shapes

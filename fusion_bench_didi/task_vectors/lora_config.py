@@ -1,14 +1,15 @@
 """What ``adapter_config.json`` tells of a LoRA adapter: rank and scale per module, and whether it is a plain one."""
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from ..errors import CheckpointMismatchError
+from .sources import read_json
 
 CONFIG = "adapter_config.json"
 
@@ -29,6 +30,10 @@ VARIANTS = (
 
 #: Starts that leave the base model's weights alone; others (PiSSA, OLoRA, ...) take part of them into the adapter.
 STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+
+#: Matching a pattern with a name takes microseconds, or for ever.
+MATCH_SECONDS = 1.0
+_LONGEST_PATTERN = 1000
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,12 @@ def read_config(directory: Path, label: str) -> dict[str, Any]:
         CheckpointMismatchError: if the file cannot be read.
     """
     file = directory / CONFIG
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    found = read_json(file, label, "the configuration of an adapter")
+    if not isinstance(found, Mapping):
         raise CheckpointMismatchError(
-            f"{label}: {file} is not the configuration of an adapter ({error}). Download or write it again."
-        ) from error
+            f"{label}: {file} is not the configuration of an adapter (it holds no object). Download or write it again."
+        )
+    return dict(found)
 
 
 def variants(config: Mapping[str, Any]) -> list[str]:
@@ -101,11 +106,67 @@ def variants(config: Mapping[str, Any]) -> list[str]:
             f"{CONFIG} has init_lora_weights={start!r}, expected one that leaves the base model as it is "
             f"({', '.join(STARTS)})"
         )
+    return found + _malformed(config)
+
+
+def _malformed(config: Mapping[str, Any]) -> list[str]:
+    """Settings of the arithmetic that are none: what was found, and what is expected."""
+    found = []
+    for key, patterns, fits, expected in (
+        ("r", "rank_pattern", _is_rank, "a whole number above 0"),
+        ("lora_alpha", "alpha_pattern", _is_number, "a number"),
+    ):
+        value = config.get(key, 8)
+        if not fits(value):
+            found.append(f"{CONFIG} has {key}={value!r}, expected {expected}")
+        table = config.get(patterns) or {}
+        if not isinstance(table, Mapping):
+            found.append(f"{CONFIG} has {patterns}={table!r}, expected an object")
+            continue
+        for pattern, own in table.items():
+            if not fits(own):
+                found.append(
+                    f"{CONFIG} has {patterns}[{pattern!r}]={own!r}, expected {expected}"
+                )
+            if fault := _fault_of(pattern):
+                found.append(
+                    f"{CONFIG} has {patterns}[{pattern!r}], expected a regular expression ({fault})"
+                )
     return found
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**63
+
+
+def _fault_of(pattern: str) -> str | None:
+    """What is wrong with a regular expression."""
+    if len(pattern) > _LONGEST_PATTERN:
+        return f"of {_LONGEST_PATTERN} characters at most"
+    try:
+        _end_of_name(pattern)
+    except (regex.error, RecursionError) as error:
+        return str(error)
+    return None
+
+
+def _end_of_name(pattern: str) -> Any:
+    """As PEFT matches names: the pattern stands for their end, after a dot."""
+    return regex.compile(rf"(.*\.)?({pattern})$", regex.V0)
 
 
 def _matched(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+        try:
+            if _end_of_name(pattern).match(module, timeout=MATCH_SECONDS):
+                return value
+        except TimeoutError as error:
+            raise CheckpointMismatchError(
+                f"{CONFIG}: matching {pattern!r} with {module!r} takes more than {MATCH_SECONDS} s, so that nobody knows "
+                "whether it ends. Write a pattern without nested repetitions, or leave the adapter out."
+            ) from error
     return default

@@ -1,0 +1,266 @@
+"""The base model that a reference names: read as data, by classes from a closed list, never by running what a file says.
+
+A reference comes out of a model directory, which may be from anyone. It may name a repository of the hub, or a directory,
+relative to the model's own or not; and a class that is transformers', or the host's. transformers itself would run code of a
+directory in some cases (``custom_generate``, adapters that name modules, kernels of the hub), so these are refused.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from packaging.version import Version
+from torch import nn
+from transformers.utils import cached_file
+
+from ..errors import DiDiError
+
+#: Classes of the host that its model pools load by ``from_pretrained``.
+HOST_CLASSES = frozenset(
+    {
+        "fusion_bench.models.modeling_deepseek_v2.DeepseekV2ForCausalLM",
+        "fusion_bench.models.modeling_deepseek_v2.modeling_deepseek.DeepseekV2ForCausalLM",
+    }
+)
+#: The host's wrapper of OpenCLIP's image encoders.
+OPEN_CLIP = "fusion_bench.models.open_clip.modeling.ImageEncoder"
+#: Arguments of ``from_pretrained`` that a reference may hold, with their types.
+ARGUMENTS: Mapping[str, tuple[type, ...]] = {
+    "pretrained_model_name_or_path": (str,),
+    "dtype": (str,),
+    "torch_dtype": (str,),
+    "subfolder": (str,),
+    "revision": (str,),
+    "variant": (str,),
+    "attn_implementation": (str,),
+    "num_labels": (int,),
+    "use_safetensors": (bool,),
+}
+#: Arguments that do not change what is loaded, or are of the machine that merged.
+IGNORED = frozenset(
+    {
+        "_convert_",
+        "_partial_",
+        "_recursive_",
+        "cache_dir",
+        "device_map",
+        "force_download",
+        "local_files_only",
+        "low_cpu_mem_usage",
+        "token",
+        "use_cache",
+    }
+)
+#: Others name kernels of the hub, which are code.
+ATTENTION = frozenset(
+    {
+        "eager",
+        "sdpa",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flex_attention",
+    }
+)
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+_NO_CODE = ("trust_remote_code", False)
+_PLACE = "pretrained_model_name_or_path"
+_WAY_OUT = "Pass backbone=<the base model of the merge>."
+
+
+def load(
+    class_name: str,
+    source: str | Mapping[str, Any],
+    *,
+    directory: Path,
+    dtype: str | None = None,
+) -> tuple[nn.Module, frozenset[str]]:
+    """A base model, and the names of tensors that its checkpoint does not hold.
+
+    Args:
+        class_name: of the base model, for a source that does not tell.
+        source: repository or directory, or arguments of ``from_pretrained`` with a ``_target_``.
+        directory: of the saved model, for relative paths.
+        dtype: that it was merged in; as ``from_pretrained`` has it if None.
+
+    Raises:
+        DiDiError: for everything that is not on the lists of this module, and if it cannot be loaded.
+    """
+    given = {_PLACE: source} if isinstance(source, str) else dict(source)
+    try:
+        if class_name == OPEN_CLIP and given.keys() == {
+            "model_name",
+            "state_dict_path",
+        }:
+            return _open_clip(**given), frozenset()
+        make = _loader(given.pop("_target_", f"{class_name}.from_pretrained"))
+        arguments = _ready(_arguments(given), directory, dtype)
+        model, found = make(**arguments, output_loading_info=True)
+    except DiDiError:
+        raise
+    except Exception as error:  # of any type, for it comes of files of any content
+        raise DiDiError(
+            f"The backbone cannot be loaded from {source!r} ({type(error).__name__}: {error}). {_WAY_OUT}"
+        ) from error
+    return model, frozenset(found["missing_keys"])
+
+
+def described(source: Any) -> Any:
+    """A source as it is written down: without secrets and machine-bound arguments; directories by their full path."""
+    if isinstance(source, str):
+        return str(Path(source).absolute()) if Path(source).is_dir() else source
+    if not isinstance(source, Mapping):
+        return source
+    kept = {k: v for k, v in source.items() if k not in IGNORED}
+    if _NO_CODE in kept.items():
+        del kept["trust_remote_code"]
+    return {k: described(v) if k == _PLACE else v for k, v in kept.items()}
+
+
+def _refused(found: str, expected: str) -> DiDiError:
+    return DiDiError(
+        f"The saved model's backbone is given by {found}, expected {expected}; anything else may run code, and is not loaded. "
+        f"{_WAY_OUT}"
+    )
+
+
+def _loader(target: Any) -> Callable[..., Any]:
+    """``from_pretrained`` of a class of transformers or the host."""
+    expected = (
+        "from_pretrained of a model class of transformers or the host's model pools"
+    )
+    name = str(target).removesuffix(".from_pretrained")
+    parts = name.split(".")
+    if not str(target).endswith(".from_pretrained"):
+        raise _refused(f"the target {target!r}", expected)
+    if not all(part.isidentifier() for part in parts) or len(parts) < 2:
+        raise _refused(f"the class {name!r}", expected)
+    if name in HOST_CLASSES:
+        return getattr(import_module(".".join(parts[:-1])), parts[-1]).from_pretrained
+    if parts[0] != "transformers" or parts[-1].startswith("_"):
+        raise _refused(f"the class {name!r}", expected)
+    found = getattr(transformers, parts[-1], None)
+    known = isinstance(found, type) and (
+        issubclass(found, transformers.PreTrainedModel)
+        or found.__module__ == "transformers.models.auto.modeling_auto"
+    )
+    home = ".".join(parts[:-1])
+    if not known or not f"{found.__module__}.".startswith(f"{home}."):
+        raise _refused(f"the class {name!r}", expected)
+    return found.from_pretrained
+
+
+def _open_clip(model_name: Any, state_dict_path: Any) -> nn.Module:
+    if not isinstance(model_name, str) or not isinstance(state_dict_path, str):
+        raise TypeError("a model name and a path are strings")
+    from fusion_bench.models.open_clip import ImageEncoder
+
+    encoder = ImageEncoder(model_name)
+    state = torch.load(state_dict_path, map_location="cpu", weights_only=True)
+    encoder.load_state_dict(state)
+    return encoder
+
+
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``from_pretrained``, all of them plain."""
+    found = {}
+    for key, value in given.items():
+        if key in IGNORED or value is None or (key, value) == _NO_CODE:
+            continue
+        if type(value) not in ARGUMENTS.get(key, ()):
+            raise _refused(f"the argument {key}={value!r}", f"one of {list(ARGUMENTS)}")
+        found[key] = value
+    attention = found.get("attn_implementation", "eager")
+    if attention not in ATTENTION:
+        raise _refused(
+            f"attn_implementation={attention!r}", f"one of {sorted(ATTENTION)}"
+        )
+    if _PLACE not in found:
+        raise _refused("no place", f"a {_PLACE}")
+    return found
+
+
+def _ready(
+    arguments: dict[str, Any], directory: Path, dtype: str | None
+) -> dict[str, Any]:
+    """Arguments with the place found and looked at, and the type as this transformers wants it."""
+    asked = dtype or arguments.get("dtype") or arguments.get("torch_dtype")
+    found = {k: v for k, v in arguments.items() if k not in ("dtype", "torch_dtype")}
+    if asked is not None and asked != "auto":
+        asked = DTYPES.get(asked.removeprefix("torch."))
+        if asked is None:
+            raise _refused(f"the type {dtype!r}", f"one of {sorted(DTYPES)}")
+    if asked is not None:
+        new = Version(transformers.__version__) >= Version("4.56")
+        found["dtype" if new else "torch_dtype"] = asked
+    found[_PLACE] = _place(found[_PLACE], directory)
+    subfolder = found.get("subfolder", "")
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise _refused(f"the subfolder {subfolder!r}", "one inside")
+    _check_files(found[_PLACE], subfolder, found.get("revision"))
+    return {**found, "trust_remote_code": False}
+
+
+def _place(source: str, directory: Path) -> str:
+    """A directory that exists, or a repository of the hub."""
+    for path in (directory / source, Path(source).expanduser()):
+        if path.is_dir():
+            return str(path.absolute())
+    try:
+        validate_repo_id(source)
+    except HFValidationError as error:
+        raise DiDiError(
+            f"The backbone lay in {source!r}, where no directory is any more. {_WAY_OUT}"
+        ) from error
+    return source
+
+
+def _check_files(place: str, subfolder: str, revision: str | None) -> None:
+    """Nothing beside the weights may make transformers run code."""
+    for home in {Path(place), Path(place) / subfolder}:
+        if os.path.lexists(home / "custom_generate"):
+            raise _refused(f"{home}, which holds custom_generate", "weights only")
+    file = _file_of(place, "adapter_config.json", "", revision)
+    if file is not None:
+        raise _refused(f"{place}, which is an adapter", "a whole model")
+    file = _file_of(place, "config.json", subfolder, revision)
+    if file is None:
+        return
+    for key, value in _pairs(json.loads(Path(file).read_text("utf-8"))):
+        if "attn_implementation" in key and value is not None:
+            names = value.values() if isinstance(value, Mapping) else (value,)
+            if not ATTENTION.issuperset(names):
+                raise _refused(
+                    f"{file} with {key}={value!r}", f"one of {sorted(ATTENTION)}"
+                )
+
+
+def _file_of(place: str, name: str, subfolder: str, revision: str | None) -> str | None:
+    """A file of a directory or repository; None where there is none."""
+    return cached_file(
+        place,
+        name,
+        subfolder=subfolder,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
+    """All keys of nested objects, with their values."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key, inner
+            yield from _pairs(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _pairs(inner)

@@ -1,0 +1,303 @@
+"""What tensors a stored form consists of: their types and shapes follow from the shape that it changes, so that headers tell
+whether a file can be what its manifest says before anything is read.
+
+Letters: ``m`` first side, ``n`` product of the others, ``r`` rank, ``p`` and ``q`` sides of a core.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..deltas.base import Delta
+from ..deltas.masks import SparseDelta, unpack_bits
+from ..deltas.plain import OwnDelta
+from ..deltas.tucker import Bases, BasesDelta, Core, CoreDelta, RoundedCoreDelta
+from ..errors import CheckpointMismatchError
+from ..quantization.codes import WIDTHS, packed_size
+from .fields import Field
+
+#: safetensors' names of the types that factors and values may have
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+#: all types that are stored; only a task's own tensors are of the others
+TYPES = FLOATS + (
+    *("I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL", "C64"),
+    *("F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file tells of one tensor: safetensors' name of its type, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A delta in the manifest.
+
+    Args:
+        task: None for the shared part.
+        tensor: that it changes.
+        kind: name of the form.
+        shape: of the tensor.
+        key: in front of its tensors' names in the file.
+        options: as the form's constructor takes them.
+        without: parts that it does not have.
+    """
+
+    task: str | None
+    tensor: str
+    kind: str
+    shape: tuple[int, ...]
+    key: str
+    options: Mapping[str, int]
+    without: frozenset[str]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """m and n."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+Found = Mapping[str, Header]
+Expected = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is known of a stored form.
+
+    Args:
+        expected: types and shape of each part; ranks are those of the parts that are there.
+        dims: smallest number of sides of the tensor.
+        options: names of its constructor arguments, with what they may be.
+        pairs: parts that are there or not together.
+    """
+
+    expected: Callable[[Entry, Found], Expected]
+    dims: int = 1
+    options: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, ...], ...] = ()
+
+
+def _side(found: Found, part: str, i: int) -> int:
+    """A side of a part; one that nothing has where there is none."""
+    shape = found[part].shape
+    return shape[i] if i < len(shape) else -1
+
+
+def _codes(bits: int, *shape: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    if bits == 8:
+        return ("I8",), shape
+    return ("U8",), (packed_size(math.prod(shape), bits),)
+
+
+def _dense(entry: Entry, found: Found) -> Expected:
+    return {"value": (FLOATS, entry.shape)}
+
+
+def _own(entry: Entry, found: Found) -> Expected:
+    return {"value": (TYPES, entry.shape)}
+
+
+def _low_rank(entry: Entry, found: Found) -> Expected:
+    (m, n), r = entry.sides, _side(found, "up", 1)
+    return {"up": (FLOATS, (m, r)), "down": (FLOATS, (r, n))}
+
+
+def _spectral(entry: Entry, found: Found) -> Expected:
+    r = _side(found, "up", 1)
+    return {**_low_rank(entry, found), "sigma": (FLOATS, (r,))}
+
+
+def _rounded_low_rank(entry: Entry, found: Found) -> Expected:
+    (m, n), r, bits = entry.sides, _side(found, "scale", 0), entry.options["bits"]
+    scale = (FLOATS, (r,))
+    return {"up": _codes(bits, m, r), "down": _codes(bits, r, n), "scale": scale}
+
+
+def _rounded_dense(entry: Entry, found: Found) -> Expected:
+    codes = _codes(entry.options["bits"], *entry.shape)
+    return {"codes": codes, "scale": (FLOATS, entry.shape[:1])}
+
+
+def _affine(entry: Entry, found: Found) -> Expected:
+    return {"codes": (("U8",), entry.shape), "ends": (FLOATS, (2,))}
+
+
+def _masked(entry: Entry, found: Found) -> Expected:
+    bitmap = (("U8",), (packed_size(entry.numel, 1),))
+    return {"mask": bitmap, "scale": (FLOATS, ())}
+
+
+def _sparse(entry: Entry, found: Found) -> Expected:
+    count = _side(found, "values", 0)
+    where = (("I32",), (count,))
+    if found["where"].dtype == "U8":
+        where = (("U8",), (packed_size(entry.numel, 1),))
+    return {"where": where, "values": (FLOATS, (count,))}
+
+
+def _bases(entry: Entry, found: Found) -> Expected:
+    m, n = entry.sides
+    parts = {}
+    if "up" in found:
+        parts["up"] = (FLOATS, (m, _side(found, "up", 1)))
+    if "down" in found:
+        parts["down"] = (FLOATS, (_side(found, "down", 0), n))
+    return parts
+
+
+def _rounded_bases(entry: Entry, found: Found) -> Expected:
+    parts, bits = {}, entry.options["bits"]
+    for part, width in zip(("up", "down"), entry.sides):
+        if part in found:
+            rows = _side(found, f"{part}_scale", 0)
+            parts[part] = _codes(bits, rows, width)
+            parts[f"{part}_scale"] = (FLOATS, (rows,))
+    return parts
+
+
+def _core(entry: Entry, found: Found) -> Expected:
+    sides = (_side(found, "value", 0), _side(found, "value", 1))
+    return {"value": (FLOATS, sides)}
+
+
+def _rounded_core(entry: Entry, found: Found) -> Expected:
+    p, q = _side(found, "scale", 0), entry.options["columns"]
+    return {"codes": _codes(entry.options["bits"], p, q), "scale": (FLOATS, (p,))}
+
+
+FORMS: dict[str, Form] = {
+    "dense": Form(_dense, dims=0),
+    "own": Form(_own, dims=0),
+    "low_rank": Form(_low_rank),
+    "spectral": Form(_spectral),
+    "rounded_low_rank": Form(_rounded_low_rank, options=("bits",)),
+    "rounded_dense": Form(_rounded_dense, dims=2, options=("bits",)),
+    "affine8": Form(_affine, dims=0),
+    "masked": Form(_masked, dims=0),
+    "sparse": Form(_sparse, dims=0),
+    "bases": Form(_bases),
+    "rounded_bases": Form(
+        _rounded_bases,
+        options=("bits",),
+        pairs=(("up", "up_scale"), ("down", "down_scale")),
+    ),
+    "core": Form(_core),
+    "rounded_core": Form(_rounded_core, options=("bits", "columns")),
+}
+
+
+def options_of(field: Field, form: Form) -> dict[str, int]:
+    """The constructor arguments of a form."""
+    if sorted(field.mapping()) != sorted(form.options):
+        field.fail(f"exactly {list(form.options)}")
+    found = {name: field[name].integer(1) for name in form.options}
+    if found.get("bits", WIDTHS[0]) not in WIDTHS:
+        field["bits"].fail(f"one of {WIDTHS}")
+    return found
+
+
+def check_parts(entry: Entry, found: Found, place: Path) -> None:
+    """Headers of a delta's tensors must be those of its form.
+
+    Raises:
+        CheckpointMismatchError: naming the first that is not.
+    """
+    form = FORMS[entry.kind]
+    for pair in form.pairs:
+        if 0 < len(entry.without.intersection(pair)) < len(pair):
+            raise CheckpointMismatchError(
+                f"{place}: {entry.key} is without {sorted(entry.without)}, expected {' and '.join(pair)} together or neither. "
+                "Write the model again."
+            )
+    for part, (types, shape) in form.expected(entry, found).items():
+        header = found[part]
+        if header.dtype not in types or header.shape != shape:
+            raise CheckpointMismatchError(
+                f"{place}: tensor {entry.key}.{part} is {header.dtype} {header.shape}, expected {' or '.join(types)} {shape} "
+                f"for a change of shape {entry.shape} stored as {entry.kind}. Write the model again."
+            )
+
+
+def check_content(delta: Delta, entry: Entry, place: Path) -> None:
+    """What headers do not tell: positions must be those of entries, each once.
+
+    Raises:
+        CheckpointMismatchError: if they are not.
+    """
+    if not isinstance(delta, SparseDelta):
+        return
+    where, count = delta.where, len(delta.values)
+    if where.dtype == torch.uint8:
+        right = int(unpack_bits(where, (entry.numel,)).sum()) == count
+    else:
+        ends = where[:1].ge(0).all() and where[-1:].lt(entry.numel).all()
+        right = bool(ends and (where[1:] > where[:-1]).all())
+    if not right:
+        raise CheckpointMismatchError(
+            f"{place}: {entry.key}.where does not tell {count} ascending positions in a tensor of shape {entry.shape}. Write "
+            "the model again."
+        )
+
+
+def check_together(
+    task: str, name: str, delta: Delta, shared: Delta | None, place: Path
+) -> None:
+    """A task's delta and the shared one of the same tensor must fit.
+
+    Raises:
+        CheckpointMismatchError: if they do not.
+    """
+    if isinstance(delta, OwnDelta):
+        return
+    fits = shared is None or shared.shape == delta.shape
+    if isinstance(delta, Core):
+        fits = fits and isinstance(shared, Bases) and _sides(delta) == _room(shared)
+    elif delta.kind == "masked":
+        fits = fits and shared is not None
+    if not fits:
+        found = "nothing" if shared is None else f"{shared.kind} of {shared.shape}"
+        raise CheckpointMismatchError(
+            f"{place}: {name} is {delta.kind} of {delta.shape} for {task!r}, which does not go with the shared part of it "
+            f"({found}). Write the model again."
+        )
+
+
+#: forms that are nothing by themselves, or only for themselves
+NEVER_SHARED = ("own", "masked", "core", "rounded_core")
+NEVER_OF_A_TASK = ("bases", "rounded_bases")
+
+
+def _sides(core: Delta) -> tuple[int, int]:
+    if isinstance(core, RoundedCoreDelta):
+        return len(core.scale), core.columns
+    assert isinstance(core, CoreDelta)
+    return tuple(core.value.shape)
+
+
+def _room(bases: Bases) -> tuple[int, int]:
+    """p and q of the cores that are written in these bases."""
+    (m, n), plain = bases.sides, isinstance(bases, BasesDelta)
+    up: Tensor | None = bases.up if plain else bases.up_scale
+    down: Tensor | None = bases.down if plain else bases.down_scale
+    p = m if up is None else up.shape[-1]
+    return p, n if down is None else down.shape[0]
+
+
+def read_header(handle: Any, name: str) -> Header:
+    """Of an open safetensors file."""
+    view = handle.get_slice(name)
+    return Header(view.get_dtype(), tuple(view.get_shape()))

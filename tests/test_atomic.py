@@ -1,0 +1,665 @@
+"""Nothing lost: a target is absent, old or new, and whole, whenever a run is killed; one run writes to it; what is not ours stays."""
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from fusion_bench.modelpool import BaseModelPool
+from fuzz import body, every_form, in_memory
+from helpers import family, merge_settings, task_vectors
+
+from fusion_bench_didi.artifacts import load_artifact, save_artifact
+from fusion_bench_didi.checkpoint import directory as directories
+from fusion_bench_didi.checkpoint import exchange, locks
+from fusion_bench_didi.checkpoint.directory import (
+    check_target,
+    is_ours,
+    whole_directory,
+    write_json,
+)
+from fusion_bench_didi.checkpoint.locks import Lock, Scratch, held, is_held
+from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError, SettingsError
+from fusion_bench_didi.merging import pipeline
+from fusion_bench_didi.merging.basis_store import BasisStore
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.models.pool_saving import attach_saving, check_saving
+from fusion_bench_didi.programs.entries import ComparisonError
+from fusion_bench_didi.programs.rows import RowStore
+from fusion_bench_didi.recombination import search
+from fusion_bench_didi.recombination.library import (
+    ModularExpert,
+    load_modules,
+    save_modules,
+)
+
+TESTS = Path(__file__).resolve().parent
+
+
+def small(**info) -> DiDiModel:
+    return DiDiModel(body(), *every_form(), unit_bits=10000, info=info)
+
+
+def marked(target: Path) -> str:
+    """Which of the models that tests write lies there, all of it read."""
+    return load_artifact(target, body()).info["mark"]
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# --- kills --------------------------------------------------------------------
+
+SCENARIOS = {
+    "save": {"absent"},
+    "save overwrite": {"0.9"},
+    "merge": {"absent"},
+    "merge overwrite": {"0.9"},
+    # two renames are all that some systems have
+    "save overwrite renames": {"0.9", "absent"},
+}
+
+
+@pytest.fixture(scope="module")
+def kills() -> dict[str, list[dict]]:
+    with tempfile.TemporaryDirectory(dir=in_memory()) as home:
+        command = [sys.executable, "-W", "ignore", str(TESTS / "kills.py"), home]
+        done = subprocess.run([*command, *SCENARIOS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_kill_leaves_the_old_the_new_or_nothing(kills, scenario):
+    found = [outcome["found"] for outcome in kills[scenario]]
+    before = SCENARIOS[scenario]
+    assert set(found) <= {*before, "0.5"} and found[-1] == "0.5"
+    new = found.index("0.5")
+    assert new > 10 and set(found[new:]) == {"0.5"}, "what is new stays"
+    assert found.count("absent") <= 1 or "overwrite" not in scenario
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_next_run_sweeps(kills, scenario):
+    left = [outcome["left"] for outcome in kills[scenario]]
+    assert sum(bool(names) for names in left) > 10 and left[-1] == []
+    assert all(outcome["again"] == ["0.5", "m"] for outcome in kills[scenario])
+
+
+# --- one run at a time --------------------------------------------------------
+
+
+def _write_slowly(target: Path, mark: str, started, go, results) -> None:
+    """In another process: begin, wait for the sign, end."""
+    try:
+        with whole_directory(target) as place:
+            started.set()
+            go.wait(60)
+            model = small(mark=mark)
+            model.write_config(place, model.write_parts(place))
+        results.put((mark, None))
+    except (DiDiError, FileExistsError) as error:
+        results.put((mark, f"{type(error).__name__}: {error}"))
+    finally:
+        started.set()
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_of_two_runs_into_one_target_the_second_fails_at_once(tmp_path, turn):
+    """Both ended well, and one result was gone."""
+    context = multiprocessing.get_context("fork")
+    results, go = context.Queue(), context.Event()
+    target, running = tmp_path / "m", []
+    for mark in ("first", "second"):
+        started = context.Event()
+        arguments = (target, mark, started, go, results)
+        running.append(context.Process(target=_write_slowly, args=arguments))
+        running[-1].start()
+        assert started.wait(60)
+    assert results.get(timeout=60) == (
+        "second",
+        f"DiDiError: Another run is writing to {target}. Wait for it, or choose another directory.",
+    )
+    with pytest.raises(DiDiError, match="Another run is writing"):
+        check_target(target)
+    with pytest.raises(DiDiError, match="Another run is writing"):
+        small().save_pretrained(target)
+    go.set()
+    assert results.get(timeout=60) == ("first", None)
+    for process in running:
+        process.join(60)
+    assert marked(target) == "first" and listing(tmp_path) == ["m"]
+
+
+def test_the_lock_is_taken_before_the_merge(tmp_path, monkeypatch):
+    """The second run does not find out after hours of work."""
+    models = family(body(), ("a", "b"))
+    monkeypatch.setattr(pipeline, "scan", lambda *_, **__: pytest.fail("it merges"))
+    with held(tmp_path / ".m.lock"), pytest.raises(DiDiError, match="Another run"):
+        DiDiMerging(output_dir=str(tmp_path / "m")).run(BaseModelPool(models))
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["ours", "other", "file", "empty"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_to_be_meanwhile_is_not_replaced(tmp_path, kind, overwrite):
+    """Something that knows of no lock makes the target while a merge runs; nothing of either is lost."""
+    target, ours = tmp_path / "m", small(mark="new")
+    small(mark="other").save_pretrained(tmp_path / "other")
+    fine = overwrite and kind in ("ours", "empty")
+    expected = contextlib.nullcontext() if fine else pytest.raises(FileExistsError)
+    with expected as caught, whole_directory(target, overwrite=overwrite) as place:
+        ours.write_config(place, ours.write_parts(place))
+        if kind == "ours":
+            os.rename(tmp_path / "other", target)
+        elif kind == "file":
+            target.write_text("mine")
+        else:
+            target.mkdir()
+            if kind == "other":
+                (target / "mine").touch()
+    if fine:
+        assert marked(target) == "new"
+        return
+    kept = re.search(r"what was written is in (\S+)\.", str(caught.value))[1]
+    assert marked(Path(kept)) == "new"
+    if kind == "ours":
+        assert marked(target) == "other"
+    elif kind == "file":
+        assert target.read_text() == "mine"
+    else:
+        assert listing(target) == (["mine"] if kind == "other" else [])
+
+
+def test_a_target_that_goes_meanwhile_is_written(tmp_path):
+    target, model = tmp_path / "m", small(mark="new")
+    small(mark="old").save_pretrained(target)
+    with whole_directory(target, overwrite=True) as place:
+        model.write_config(place, model.write_parts(place))
+        shutil.rmtree(target)
+    assert marked(target) == "new"
+
+
+def test_locks_are_free_again_after_a_failure(tmp_path):
+    for error in (KeyboardInterrupt, ValueError, BlockingIOError):
+        with pytest.raises(error), whole_directory(tmp_path / "m"):
+            assert is_held(tmp_path / ".m.lock")
+            raise error
+        assert listing(tmp_path) == []
+    small(mark="new").save_pretrained(tmp_path / "m")
+
+
+def test_a_lock_that_its_owner_just_removed_is_made_anew(tmp_path, monkeypatch):
+    """Between opening the file and locking it, the owner may end; a lock on a file without a name holds nobody off."""
+    path, flock = tmp_path / "l", locks.fcntl.flock
+    path.touch()
+
+    def owner_ends(fd: int, how: int) -> None:
+        monkeypatch.undo()
+        os.unlink(path)
+        flock(fd, how)
+
+    monkeypatch.setattr(locks.fcntl, "flock", owner_ends)
+    lock = Lock(path)
+    assert is_held(path)
+    with pytest.raises(BlockingIOError):
+        Lock(path)
+    lock.release()
+    assert not path.exists() and not is_held(path)
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    """There two runs are told apart at the end only, and nobody knows what is dead."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    left = tmp_path / ".m.abcdefgh.tmp"
+    left.mkdir()
+    small(mark="new").save_pretrained(tmp_path / "m")
+    assert marked(tmp_path / "m") == "new"
+    assert listing(tmp_path) == [".m.abcdefgh.tmp", "m"]
+
+
+# --- only what is ours is replaced --------------------------------------------
+
+
+def other_directory(place: Path, kind: str) -> None:
+    """Directories that hold a ``config.json`` and are none of ours."""
+    place.mkdir()
+    contents = {
+        "checkpoint": {"model_type": "clip_vision_model", "hidden_size": 32},
+        "adapter": {"peft_type": "LORA", "format": 1},
+        "format of another": {"format": 2, "versions": {"torch": "2"}},
+        "format as text": {"format": "2", "versions": {"fusion-bench-didi": "1"}},
+        "list": [],
+    }
+    if kind == "files":
+        (place / "thesis.tex").write_text("years")
+    elif kind == "broken":
+        (place / "config.json").write_text("{")
+    elif kind == "directory":
+        (place / "config.json").mkdir()
+    else:
+        (place / "config.json").write_text(json.dumps(contents[kind]))
+        (place / "model.safetensors").touch()
+
+
+KINDS = (
+    *("checkpoint", "adapter", "format of another", "format as text", "list"),
+    *("files", "broken", "directory"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["save", "output_dir", "artifact"])
+def test_what_is_not_ours_is_never_overwritten(tmp_path, kind, how):
+    """An input checkpoint, say, which also holds a config.json."""
+    target = tmp_path / "m"
+    other_directory(target, kind)
+    before = listing(target)
+    models = family(body(), ("a", "b"))
+    with pytest.raises(FileExistsError, match="is no saved model of this package"):
+        if how == "save":
+            small().save_pretrained(target, overwrite=True)
+        elif how == "output_dir":
+            method = DiDiMerging(output_dir=str(target), overwrite=True)
+            method.run(BaseModelPool(models))
+        else:
+            save_artifact(body(), target, base=body(), types={}, overwrite=True)
+    assert listing(target) == before and listing(tmp_path) == ["m"]
+
+
+def test_what_is_ours_is_overwritten_damaged_or_of_format_1(tmp_path):
+    old = TESTS / "data" / "format1"
+    for name in ("didi", "static", "merge"):
+        shutil.copytree(old / name, tmp_path / name)
+        assert is_ours(tmp_path / name)
+        small(mark="new").save_pretrained(tmp_path / name, overwrite=True)
+        assert marked(tmp_path / name) == "new"
+    (tmp_path / "didi" / "model.safetensors").unlink()
+    small(mark="newer").save_pretrained(tmp_path / "didi", overwrite=True)
+    assert marked(tmp_path / "didi") == "newer"
+
+
+# --- targets of all kinds -----------------------------------------------------
+
+
+@pytest.mark.parametrize("chain", ["absolute", "relative", "two", "parent"])
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path, chain):
+    disk, link = tmp_path / "disk" / "m", tmp_path / "latest"
+    small(mark="old").save_pretrained(disk)
+    if chain == "two":
+        os.symlink(disk, tmp_path / "between")
+        os.symlink("between", link)
+    elif chain == "parent":
+        os.symlink("disk", tmp_path / "latest")
+        link = tmp_path / "latest" / "m"
+    else:
+        os.symlink("disk/m" if chain == "relative" else disk, link)
+    before = listing(tmp_path)
+    with pytest.raises(FileExistsError, match="exists"):
+        small().save_pretrained(link)
+    small(mark="new").save_pretrained(link, overwrite=True)
+    assert (tmp_path / "latest").is_symlink() and marked(disk) == marked(link) == "new"
+    assert listing(tmp_path) == before and listing(tmp_path / "disk") == ["m"]
+
+
+def test_a_link_that_leads_nowhere_is_written_where_it_leads(tmp_path):
+    os.symlink("disk/deep/m", tmp_path / "latest")
+    small(mark="new").save_pretrained(tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    assert marked(tmp_path / "disk" / "deep" / "m") == "new"
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    os.symlink("latest", tmp_path / "latest")
+    with pytest.raises((FileExistsError, DiDiError), match="latest"):
+        small().save_pretrained(tmp_path / "latest", overwrite=True)
+    assert listing(tmp_path) == ["latest"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_pipes_and_what_lies_in_them_are_refused(tmp_path, overwrite):
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (
+        ("file", "is a file"),
+        ("pipe", "neither a file nor a directory"),
+        ("file/deep/m", "is no directory"),
+    ):
+        with pytest.raises((FileExistsError, DiDiError), match=message):
+            small().save_pretrained(tmp_path / name, overwrite=overwrite)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert listing(tmp_path) == ["file", "pipe"]
+
+
+NAMES = (
+    *("a b", "größe", "日本語", "a.b", "a[b]*?", "-rf", "a'\"b", "a\nb", ".hidden"),
+    *("x" * 255, "ö" * 127, "a.tmp", "m.lock"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_names(tmp_path, name):
+    target = tmp_path / "p q" / "über" / name
+    small(mark="old").save_pretrained(target)
+    small(mark="new").save_pretrained(target, overwrite=True)
+    assert marked(target) == "new" and listing(target.parent) == [name]
+
+
+def test_a_relative_target_stays_where_it_was_meant(tmp_path, monkeypatch):
+    """A method, or the program, may change the directory while it merges."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = small(mark="new")
+    with whole_directory("deep/m") as place:
+        os.chdir(tmp_path / "there")
+        model.write_config(place, model.write_parts(place))
+    assert marked(tmp_path / "here" / "deep" / "m") == "new"
+    assert listing(tmp_path / "there") == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    small(mark="home").save_pretrained("~/m")
+    assert marked(tmp_path / "m") == "home"
+
+
+def test_parents_that_may_not_be_written_to_are_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        directories.os, "access", lambda path, how: path != tmp_path / "closed"
+    )
+    (tmp_path / "closed").mkdir()
+    with pytest.raises(DiDiError, match="closed may not be written to"):
+        check_target(tmp_path / "closed" / "deep" / "m")
+    assert check_target(tmp_path / "m") == tmp_path / "m"
+
+
+@pytest.mark.parametrize("target", [".", "/", "/tmp", "/proc"])
+def test_directories_that_hold_others_are_refused(target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").touch()
+    with pytest.raises(FileExistsError):
+        check_target(target, overwrite=True)
+
+
+def test_systems_that_cannot_exchange_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(exchange, "_renamed", lambda *_: False)
+    for mark in ("old", "new"):
+        small(mark=mark).save_pretrained(tmp_path / "m", overwrite=mark == "new")
+        assert marked(tmp_path / "m") == mark and listing(tmp_path) == ["m"]
+    (tmp_path / "one").mkdir()
+    with pytest.raises(FileExistsError):
+        exchange.rename_new(tmp_path / "one", tmp_path / "m")
+
+
+def test_names_are_exchanged_in_one_step(tmp_path):
+    """On the system that the tests run on, lest the way of others is all that is tested."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert exchange._renamed(tmp_path / "one", tmp_path / "other", exchange._EXCHANGE)
+    assert listing(tmp_path / "one") == ["other"]
+    with pytest.raises(FileExistsError):
+        exchange.rename_new(tmp_path / "one", tmp_path / "other")
+    with pytest.raises(FileNotFoundError):
+        exchange.exchange(tmp_path / "one", tmp_path / "none")
+
+
+def test_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
+    """A power cut may keep a name and lose what was written under it."""
+    done: list[str] = []
+    fsync = os.fsync
+
+    def record(fd: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(directories.os, "fsync", record)
+    for function in ("exchange", "rename_new"):
+        own = getattr(directories, function)
+
+        def named(*paths, own=own):
+            done.append("named")
+            own(*paths)
+
+        monkeypatch.setattr(directories, function, named)
+    for overwrite in (False, True):
+        done.clear()
+        small().save_pretrained(tmp_path / "m", overwrite=overwrite)
+        before, after = done[: done.index("named")], done[done.index("named") + 1 :]
+        (place,) = {os.path.dirname(p) for p in before if p.endswith(".safetensors")}
+        written = {os.path.join(place, name) for name in listing(tmp_path / "m")}
+        assert {*written, place} <= set(before) and after == [str(tmp_path)]
+
+
+# --- what dead runs left ------------------------------------------------------
+
+
+def test_only_what_dead_runs_left_of_this_target_is_removed(tmp_path):
+    small(mark="old").save_pretrained(tmp_path / "m")
+    dead = [".m.abcdefgh.tmp", ".m.0000_000.old"]
+    others = [
+        *(".m.n.abcdefgh.tmp", ".mm.abcdefgh.tmp", ".m.abc.tmp", "m.abcdefgh.tmp"),
+        *(".m.abcdefgh.tmp~", ".m.ABCDEFGH.tmp", ".m.abcdefgh.bak"),
+    ]
+    for name in (*dead, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    (tmp_path / ".m.12345678.tmp").touch()  # a file is not what we leave
+    os.symlink(tmp_path / others[0], tmp_path / ".m.87654321.tmp")
+    (tmp_path / ".m.lock").touch()
+    small(mark="new").save_pretrained(tmp_path / "m", overwrite=True)
+    kept = [*others, ".m.12345678.tmp", ".m.87654321.tmp", "m"]
+    assert listing(tmp_path) == sorted(kept) and marked(tmp_path / "m") == "new"
+
+
+def test_what_a_killed_exchange_left_comes_back(tmp_path):
+    """Killed between two renames, where there is no exchange."""
+    small(mark="old").save_pretrained(tmp_path / "m")
+    os.rename(tmp_path / "m", tmp_path / ".m.abcdefgh.old")
+    (tmp_path / ".m.abcdefgh.tmp").mkdir()
+    with pytest.raises(FileExistsError, match="exists"):
+        small(mark="new").save_pretrained(tmp_path / "m")
+    assert marked(tmp_path / "m") == "old" and listing(tmp_path) == ["m"]
+
+
+def _holds_scratch(root: Path, started, go) -> None:
+    tempfile.tempdir = str(root)
+    scratch = Scratch()
+    (scratch.path / "0.safetensors").write_bytes(b"0" * 100)
+    started.put(scratch.path)
+    go.wait(60)
+    os.kill(os.getpid(), 9)
+
+
+def test_scratch_of_dead_runs_is_swept_and_of_live_ones_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    context = multiprocessing.get_context("fork")
+    started, go = context.Queue(), context.Event()
+    process = context.Process(target=_holds_scratch, args=(tmp_path, started, go))
+    process.start()
+    live = started.get(timeout=60)
+    assert (Scratch().path / "..").resolve() == tmp_path
+    assert list(live.iterdir()), "its owner lives"
+    go.set()
+    process.join(60)
+    assert list(live.iterdir()), "its owner was killed"
+    mine = Scratch()
+    assert not live.exists()
+    assert listing(tmp_path) == sorted((mine.path.name, f"{mine.path.name}.lock"))
+    mine.remove()
+    assert listing(tmp_path) == []
+
+
+def test_what_only_looks_like_scratch_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = {
+        "results1": "thesis.tex",  # eight letters too
+        "abcdefgh": "0.safetensors",  # of a release without locks, still young
+        "ijklmnop": "0.safetensors",
+        "qrstuvwx": "0.safetensors",
+    }
+    for name, file in names.items():
+        (tmp_path / f"{locks.SCRATCH}{name}").mkdir()
+        (tmp_path / f"{locks.SCRATCH}{name}" / file).touch()
+        if name != "abcdefgh":
+            old = time.time() - 2 * 24 * 3600
+            os.utime(tmp_path / f"{locks.SCRATCH}{name}", (old, old))
+    (tmp_path / f"{locks.SCRATCH}results1.lock").touch()
+    notes = [f"{locks.SCRATCH}{name}.lock" for name in ("notes", "full0000")]
+    for name in notes:
+        (tmp_path / name).write_text("mine")
+    with held(tmp_path / f"{locks.SCRATCH}qrstuvwx.lock"):
+        locks.sweep_scratch(tmp_path)
+    left = [name for name in names if name != "ijklmnop"]
+    left = [f"{locks.SCRATCH}{name}" for name in left]
+    assert sorted([*left, *notes]) == listing(tmp_path)
+
+
+def test_bases_lie_in_scratch_that_goes_with_their_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    vectors = task_vectors(family(body(), ("a", "b")))
+    kept: list[BasisStore] = []
+    make = BasisStore.__init__
+
+    def remember(self, *arguments):
+        make(self, *arguments)
+        kept.append(self)
+
+    monkeypatch.setattr(BasisStore, "__init__", remember)
+    settings = merge_settings(0.9, factor_memory_gb=0.0)
+    planned = pipeline.plan(vectors, settings)
+    assert len(listing(tmp_path)) == 2, "scratch and its lock"
+    del planned
+    kept.clear()
+    assert listing(tmp_path) == []
+
+
+# --- what the host saves, and comparisons --------------------------------------
+
+
+def test_the_host_is_told_what_has_no_effect(tmp_path, caplog):
+    pool = BaseModelPool({"_pretrained_": body(), "a": body()})
+    attach_saving(pool)
+    options = {"save_tokenizer": True, "push_to_hub": False, "model_dtype": "float16"}
+    pool.save_model(small(mark="x"), str(tmp_path / "m"), **options)
+    assert "save_tokenizer, model_dtype have no effect" in caplog.text
+    with pytest.raises(FileExistsError):
+        pool.save_model(small(), str(tmp_path / "m"))
+    pool.save_model(small(mark="y"), str(tmp_path / "m"), overwrite=True)
+    assert marked(tmp_path / "m") == "y"
+
+
+class Program:
+    """What is asked of the host's."""
+
+    def __init__(self, path: str | None, log_dir: str | None = None, **options):
+        self.merged_model_save_path, self.log_dir = path, log_dir
+        self.merged_model_save_kwargs = options or None
+
+
+def test_where_the_program_saves_is_looked_at_before_the_merge(tmp_path):
+    """It saves last, and a merge that took hours was lost."""
+    check_saving(None)
+    check_saving(Program(None))
+    check_saving(Program(str(tmp_path / "new")), str(tmp_path / "other"))
+    small().save_pretrained(tmp_path / "logs" / "m")
+    for program in (
+        Program(str(tmp_path / "logs" / "m")),
+        Program("{log_dir}/m", str(tmp_path / "logs")),
+        Program("{log_dir}/m", str(tmp_path / "logs"), overwrite=False),
+    ):
+        with pytest.raises(FileExistsError, match="exists"):
+            check_saving(program)
+    check_saving(Program("{log_dir}/m", str(tmp_path / "logs"), overwrite=True))
+    os.symlink(tmp_path / "new", tmp_path / "link")
+    with pytest.raises(SettingsError, match="are both"):
+        check_saving(Program(str(tmp_path / "new")), str(tmp_path / "link"))
+
+
+def one_module() -> ModularExpert:
+    shared, _ = every_form()
+    forms = {"conv.weight": shared["conv.weight"]}
+    return ModularExpert("all-1", "all", ("a", "b"), "average", forms, {})
+
+
+@pytest.mark.parametrize("remains", ["shard-0.safetensors", "module.json.tmp", None])
+def test_modules_whose_writing_was_cut_short_are_written_anew(tmp_path, remains):
+    place = tmp_path / "all-1"
+    place.mkdir()
+    if remains is not None:
+        (place / remains).write_bytes(b"half")
+    save_modules(tmp_path, [one_module()])
+    assert load_modules(tmp_path, ["all-1"])["all-1"].bits == one_module().bits
+    assert listing(place) == ["model.safetensors", "module.json"]
+    assert listing(tmp_path) == ["all-1"]
+
+
+def test_what_is_no_module_stays(tmp_path):
+    (tmp_path / "all-1").mkdir()
+    (tmp_path / "all-1" / "mine").touch()
+    with pytest.raises(FileExistsError):
+        save_modules(tmp_path, [one_module()])
+    os.rename(tmp_path / "all-1", tmp_path / "mine")
+    save_modules(tmp_path, [one_module()])
+    os.rename(tmp_path / "all-1", tmp_path / "all-2")
+    with pytest.raises(CheckpointMismatchError, match="mixed up"):
+        load_modules(tmp_path, ["all-2"])
+
+
+def test_a_search_has_its_state_for_itself(tmp_path):
+    state = tmp_path / "deep" / "search.json"
+    with search._alone(state), pytest.raises(DiDiError, match="Another run is writing"):
+        with search._alone(state):
+            pass
+    with search._alone(state):
+        assert listing(state.parent) == [".search.json.lock"]
+    assert listing(state.parent) == []
+
+
+def test_forgetting_a_comparison_removes_what_it_left_only(tmp_path):
+    store = RowStore(tmp_path, {"seed": 0})
+    store.save("emr", {"accuracy": {}, "complete": True, "entry": {}, "error": None})
+    small().save_pretrained(tmp_path / "artifacts" / "emr")
+    write_json_in(tmp_path / "searches" / "merge" / "search.json", {})
+    mine = [
+        tmp_path / "artifacts" / "mine" / "config.json",
+        tmp_path / "searches" / "notes.txt",
+        tmp_path / "rows" / "notes.txt",
+        tmp_path / "config.yaml",
+    ]
+    for file in mine:
+        write_json_in(file, {})
+    RowStore(tmp_path, {"seed": 1}, restart=True)
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {*mine, tmp_path / "settings.json"}
+
+
+def write_json_in(file: Path, value: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", "{}", "\0" * 99, '{"a": 1, "a": 2}'])
+def test_a_damaged_row_is_named(tmp_path, text):
+    store = RowStore(tmp_path, {"seed": 0})
+    store._file("emr").write_text(text)
+    with pytest.raises(ComparisonError, match="rows/emr.json .* made anew"):
+        store.load("emr")
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ComparisonError, match="settings.json|seed: None -> 0"):
+        RowStore(tmp_path, {"seed": 0})

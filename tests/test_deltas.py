@@ -126,9 +126,8 @@ def _pairs() -> dict[str, tuple[Delta, Delta]]:
 
 
 def test_every_form_of_an_expert_is_tried():
-    here = {
-        k for k, c in KINDS.items() if c.__module__.startswith("fusion_bench_didi.")
-    }
+    own = "fusion_bench_didi.deltas."
+    here = {k for k, c in KINDS.items() if c.__module__.startswith(own)}
     assert set(_pairs()) == here - SHARED - OWN
 
 
@@ -184,9 +183,10 @@ def test_every_kind_is_written_and_read_back(tmp_path):
         if cls.__module__.endswith((".plain", ".masks")) and kind != "own"
     }
     assert {delta.kind for delta in deltas.values()} == here
-    manifest = write_deltas(tmp_path, {}, {"task": deltas})
+    common = {"a.masked": DenseDelta((3, 3), _random(3, 3))}  # a mask is of something
+    manifest = write_deltas(tmp_path, common, {"task": deltas})
     shared, experts = read_deltas(tmp_path, manifest)
-    assert not shared
+    assert list(shared) == ["a.masked"]
     for name, delta in deltas.items():
         found = experts["task"][name]
         assert type(found) is type(delta) and found.shape == delta.shape

@@ -25,13 +25,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import REPOSITORY
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 torch.set_num_threads(1)
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 # Names for which the host has class names and prompt templates.
 TASKS = ("mnist", "svhn", "eurosat")
 

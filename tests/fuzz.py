@@ -49,7 +49,7 @@ from fusion_bench_didi.deltas.quantized import AffineDelta
 from fusion_bench_didi.errors import DiDiError
 from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
-from fusion_bench_didi.recombination.library import ModularExpert, save_modules
+from fusion_bench_didi.recombination.library import ModularExpert
 from fusion_bench_didi.recombination.model import RecombinedModel
 from fusion_bench_didi.recombination.objectives import Evaluation
 from fusion_bench_didi.recombination.search import _load as load_state

@@ -31,6 +31,7 @@ from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.task_vectors.reader import TaskVectors
 from fusion_bench_didi.task_vectors.sources import ModuleSource
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 BASE = "_pretrained_"
 # Named, so that these tests do not depend on what is the default today.
 PLAIN = {

@@ -1,6 +1,6 @@
 """Golden merges: what small merges store, to the bit, so that moving code changes nothing unseen.
 
-``python tests/test_golden.py`` (in ``tests``) writes ``golden.json`` anew; a change of it belongs into the commit message that
+``python tests/test_golden.py`` (in ``tests``) writes ``data/golden.json`` anew; a change of it belongs into the commit message that
 makes it, with the reason. Bytes depend on the kernels that torch and the processor bring, so that they are compared where
 these are the recorded ones; decisions (forms, ranks, bits) and coarse sums of what is stored are compared everywhere.
 """
@@ -29,7 +29,7 @@ from fusion_bench_didi.method.didi import DiDiMerging
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
-FILE = Path(__file__).with_name("golden.json")
+FILE = Path(__file__).with_name("data") / "golden.json"
 TASKS = ("a", "b", "c")
 PAPER = {
     "shared": "mean",

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import REPOSITORY
 from omegaconf import DictConfig, OmegaConf
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = "fusion_bench_didi/config/method/didi.yaml"
 PLUGIN = "hydra_plugins/fusion_bench_didi_searchpath/__init__.py"
 

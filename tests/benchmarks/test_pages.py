@@ -1,13 +1,13 @@
 """README and docs say what was measured: text is made from the figures beside it, and the figures are of this code."""
 
 import json
-from pathlib import Path
 
 import pytest
+from helpers import REPOSITORY
 
 from benchmarks import comparison_page, expectations, figures
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = REPOSITORY
 COMPARISONS = sorted(p.stem for p in (ROOT / "docs").glob("comparison_*.json"))
 
 

@@ -2,14 +2,13 @@
 
 import copy
 import inspect
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fusion_bench.method.emr_merging import EMRMerging as HostEMRMerging
 from fusion_bench.modelpool import BaseModelPool
-from helpers import OpenClipLike, family
+from helpers import REPOSITORY, OpenClipLike, family
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,7 +21,7 @@ from fusion_bench_didi.method import baselines
 from fusion_bench_didi.method.base import PoolMethod
 from fusion_bench_didi.models.dynamic import DynamicModel
 
-CONFIGS = Path(__file__).parent.parent / "config" / "method" / "didi"
+CONFIGS = REPOSITORY / "config" / "method" / "didi"
 DYNAMIC = {
     "tsv_c": lambda: methods.TSVCompression(),
     "tsv_c matrix": lambda: methods.TSVCompression(conv="matrix", fold_sigma=False),

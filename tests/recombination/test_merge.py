@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
-from helpers import BASE, pictures, task_vectors, write_clip
+from helpers import BASE, REPOSITORY, pictures, task_vectors, write_clip
 
 from benchmarks.merge_front import hypervolume, random_search
 from fusion_bench_didi.deltas.plain import DenseDelta
@@ -421,11 +421,10 @@ def test_proxy_needs_neither_data_nor_a_task_pool(tiny_clip):
 
 def test_yaml_is_the_constructor():
     import inspect
-    from pathlib import Path
 
     from omegaconf import OmegaConf
 
-    file = Path(__file__).resolve().parents[1] / "config/method/didi/merge.yaml"
+    file = REPOSITORY / "config/method/didi/merge.yaml"
     config = OmegaConf.to_container(OmegaConf.load(file))
     assert config.pop("_target_") == "fusion_bench_didi.method.merge.MERGE"
     named = {

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fusion_bench.models.we_moe import WeightEnsemblingMoE
+from helpers import REPOSITORY
 from omegaconf import OmegaConf
 
 from fusion_bench_didi.demo.pools import (
@@ -144,9 +145,8 @@ def test_impossible_settings_are_refused(settings, message):
 
 
 def test_yaml_gives_the_hosts_training():
-    from test_baselines import CONFIGS
-
-    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / "wemoe.yaml"))
+    file = REPOSITORY / "config/method/didi/wemoe.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(file))
     config.pop("_target_")
     method = WEMoEMerging(**config)
     assert (method.config.lr, method.config.batch_reduce) == (1e-4, True)

@@ -1,4 +1,4 @@
-"""A shared part is bought only where it pays, and rounding is paid for honestly."""
+"""A shared part is bought only where it pays."""
 
 import pytest
 import torch
@@ -7,16 +7,8 @@ from benchmarks.overlap import constructed, merged
 from fusion_bench_didi.allocation.experts_curve import ExpertsCurve
 from fusion_bench_didi.allocation.lagrangian import choose
 from fusion_bench_didi.deltas.precision import Precision
-from fusion_bench_didi.lowrank.factors import LowRankFactors
-from fusion_bench_didi.lowrank.svd import spectrum
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.merging.settings import Budget, MergeSettings
-from fusion_bench_didi.quantization.codes import WIDTHS, ends, offset
-from fusion_bench_didi.quantization.rounding import (
-    RELATIVE_ERROR,
-    round_factors,
-    round_rows,
-)
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0, 2.5])
@@ -45,36 +37,6 @@ def test_choice_with_equal_candidates_takes_experts_only():
     costlier = ExpertsCurve(2, rate, "float32", sigma, torch.zeros(3))
     offers = [candidate.weighted(torch.ones(3)) for candidate in (own, costlier)]
     assert choose([offers], 10 * rate.per_rank)[0] == [0]
-
-
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_rounding_error_is_what_the_allocation_expects(bits):
-    rows = torch.randn(64, 400, generator=torch.Generator().manual_seed(0))
-    codes, scale = round_rows(rows, bits)
-    low, high = ends(bits)
-    assert low <= int(codes.min()) and int(codes.max()) <= high
-    meant = (codes + offset(bits)) * scale[:, None]
-    error = (meant - rows).square().sum() / rows.square().sum()
-    assert error < 1.3 * RELATIVE_ERROR[bits]
-
-
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_refitting_the_second_factor_helps(bits):
-    generator = torch.Generator().manual_seed(1)
-    target = torch.randn(40, 60, generator=generator)
-    factors = spectrum(target).cut(12)
-    fitted = round_factors(factors, bits=bits, target=target)
-    up, a = round_rows(factors.up.mT, bits)
-    down, b = round_rows(factors.down, bits)
-    half = offset(bits)
-    naive = ((up + half) * a[:, None]).mT @ ((down + half) * b[:, None])
-    loss = (fitted.dense() - target).square().sum()
-    assert loss < (naive - target).square().sum()
-
-
-def test_rank_zero_survives_rounding():
-    empty = round_factors(LowRankFactors.zeros(3, 5, like=torch.zeros(1)), bits=4)
-    assert empty.dense().shape == (3, 5)
 
 
 def test_auto_takes_coarse_numbers_when_poor_and_exact_ones_when_rich():

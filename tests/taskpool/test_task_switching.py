@@ -22,7 +22,6 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
 from fusion_bench_didi.errors import UnknownTaskError
 from fusion_bench_didi.method.didi import DiDiMerging
-from fusion_bench_didi.pools.task_names import check_tasks, normalized, resolve_task
 from fusion_bench_didi.taskpool import attach
 from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskPool
 from fusion_bench_didi.taskpool.openclip_vision import (
@@ -67,9 +66,6 @@ def assert_each_task_by_its_own_model(report, model, evaluate, tasks=TASKS):
     losses = {report[task]["loss"] for task in tasks}
     wrong = evaluate(model.materialize(tasks[0]))[tasks[1]]["loss"]
     assert wrong not in losses, "the experts cannot be told apart by these pictures"
-
-
-# --- CLIP -----------------------------------------------------------------------
 
 
 def test_stock_clip_pool_evaluates_each_task_with_its_expert(tiny_clip, clip_pool):
@@ -190,9 +186,6 @@ def test_attaching_twice_changes_nothing(tiny_clip, clip_pool):
     assert_each_task_by_its_own_model(pool.evaluate(model), model, clip_pool().evaluate)
 
 
-# --- OpenCLIP -------------------------------------------------------------------
-
-
 def openclip_pool(kind=None):
     from fusion_bench.models.open_clip import ClassificationHead
     from fusion_bench.taskpool import OpenCLIPVisionModelTaskPool
@@ -238,9 +231,6 @@ def test_openclip_pool_evaluates_each_task_with_its_expert(kind):
     )
 
 
-# --- GPT-2 ----------------------------------------------------------------------
-
-
 def gpt2_pool(modelpool) -> GPT2TextClassificationTaskPool:
     pool = GPT2TextClassificationTaskPool(
         test_datasets={"cola": None, "sst2": None},
@@ -279,31 +269,6 @@ def test_gpt2_pool_evaluates_each_task_with_its_expert():
         other = "sst2" if name == "glue-cola" else "glue-cola"
         wrong = gpt2_pool(modelpool).evaluate(model.materialize(other))
         assert wrong[task]["loss"] != pytest.approx(report[task]["loss"], abs=1e-6)
-
-
-# --- names ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "asked, known", [("a-b", "A_B"), ("glue-cola", "cola"), ("x/y", "x-y"), ("q", "q")]
-)
-def test_rule_of_names(asked, known):
-    assert normalized(asked) == normalized(known)
-    assert resolve_task(asked, ["other", known]) == known
-    assert resolve_task(known, ["other", asked]) == asked
-
-
-def test_exact_name_comes_first_and_the_map_reaches_the_rest():
-    assert resolve_task("cola", ["glue-cola", "cola"]) == "cola"
-    assert resolve_task("cars196", ["stanford-cars"], {"cars196": "stanford_cars"}) == (
-        "stanford-cars"
-    )
-    with pytest.raises(
-        UnknownTaskError, match=r"'cars196' .* holds \['dtd'\].*aliases"
-    ):
-        resolve_task("cars196", ["dtd"])
-    with pytest.raises(UnknownTaskError, match=r"\['b', 'c'\]. Task pool: \['a', 'b'"):
-        check_tasks(["a", "b", "c"], ["a"])
 
 
 class Forgetful:

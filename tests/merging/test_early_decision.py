@@ -3,9 +3,9 @@
 import pytest
 import torch
 from helpers import merge_settings, same_bits
+from steep_layers import decaying, low_rank
 from torch import Tensor, nn
 
-from fusion_bench_didi.lowrank.spectrum_bounds import optimistic_spectrum, sampled
 from fusion_bench_didi.merging import pipeline, spectra
 from fusion_bench_didi.merging.forms.early_decision import WORTH
 from fusion_bench_didi.merging.pipeline import merge
@@ -14,18 +14,6 @@ from fusion_bench_didi.task_vectors.reader import TaskVectors
 from fusion_bench_didi.task_vectors.sources import ModuleSource
 
 TASKS = ("a", "b", "c")
-
-
-def decaying(m: int, n: int, seed: int) -> Tensor:
-    """Squared singular values falling about like 1 / i."""
-    g = torch.Generator().manual_seed(seed)
-    order = torch.randperm(m, generator=g) + 1
-    return torch.randn(m, n, generator=g) * order.rsqrt()[:, None]
-
-
-def low_rank(m: int, n: int, seed: int, rank: int = 6) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(m, rank, generator=g) @ torch.randn(rank, n, generator=g)
 
 
 def layers(values: list[Tensor]) -> nn.ModuleList:
@@ -146,31 +134,6 @@ def test_a_budget_for_less_than_whole_matrices_decomposes_them(monkeypatch):
     )
     merged(task_vectors(decaying, decaying), 2.0)
     assert not asked
-
-
-@pytest.mark.parametrize("make", [decaying, low_rank])
-@pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
-def test_optimistic_spectrum_keeps_no_less_than_any_directions_do(shape, make):
-    """On average over samples; here over matrices."""
-    rank, numel = 20, shape[0] * shape[1]
-    matrices = torch.stack([make(*shape, seed) for seed in range(8)])
-    energy = matrices.double().square().sum((1, 2))
-    rows, columns = sampled(shape[0], 60), sampled(shape[1], 60)
-    samples = matrices[:, rows[:, None], columns]
-    sigma, tail = optimistic_spectrum(samples, energy, numel, rank=rank)
-    squares = sigma.double().square()
-    torch.testing.assert_close(squares.sum(1) + tail, energy)
-    held = torch.linalg.svdvals(matrices)[:, :rank].square()
-    kept = (squares.cumsum(1) / energy[:, None]).mean(0)
-    true = (held.cumsum(1) / energy[:, None]).mean(0)
-    assert bool((kept >= true - 0.02).all())
-    assert make is low_rank or kept[-1] < 0.95
-
-
-def test_samples_depend_on_the_side_alone():
-    assert sampled(50, 10).equal(sampled(50, 10))
-    assert sampled(50, 10).equal(sampled(50, 10).unique())
-    assert sampled(5, 10).equal(torch.arange(5))
 
 
 def steep(m: int, n: int, seed: int) -> Tensor:

@@ -14,6 +14,7 @@ from fusion_bench.tasks.clip_classification import (
     CLIPTemplateFactory,
     get_classnames_and_templates,
 )
+from helpers import REPOSITORY
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
@@ -34,7 +35,7 @@ from fusion_bench_didi.demo.towers import pixel_values
 from fusion_bench_didi.programs.entries import declared, read_entries
 
 TINY = ["digits", "shapes", "textures"]
-CONFIG = Path(__file__).parents[1] / "config"
+CONFIG = REPOSITORY / "config"
 
 
 @pytest.fixture(autouse=True, scope="module")

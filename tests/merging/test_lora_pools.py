@@ -1,7 +1,6 @@
-"""LoRA adapters in place of fine-tuned checkpoints: the same models as after PEFT's own merging, read as factors."""
+"""LoRA adapters in place of fine-tuned checkpoints: the same models as after PEFT's own merging, merged as factors."""
 
 import copy
-import json
 import subprocess
 import sys
 import textwrap
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_bench.modelpool import BaseModelPool, CausalLMPool, CLIPVisionModelPool
+from fusion_bench.modelpool import BaseModelPool, CausalLMPool
 from helpers import (
     BASE,
     OpenClipLike,
@@ -20,23 +19,21 @@ from helpers import (
     merge_settings,
     same_bits,
 )
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from lora_families import (
+    ATTENTION,
+    TASKS,
+    assert_close,
+    change_tensors,
+    clip,
+    family,
+    llama,
+    llamas,
+    pool_of,
+)
+from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fusion_bench_didi.errors import (
-    CheckpointMismatchError,
-    ModelPoolError,
-    NonFiniteError,
-)
 from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.method.baselines.emr import EMRMerging
@@ -52,16 +49,6 @@ from fusion_bench_didi.task_vectors.sources import SafetensorsSource
 # PEFT on what it saves beside the adapter, and on layouts that it corrects itself.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
-TASKS = ("mnist", "svhn", "eurosat")
-
-QUERY = "model.layers.1.self_attn.q_proj.weight"
-
-
-def llama() -> nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 40}
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **shape))
-
 
 def gpt2(tied: bool = True) -> nn.Module:
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 30}
@@ -69,13 +56,6 @@ def gpt2(tied: bool = True) -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def clip() -> nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    images = {"image_size": 32, "patch_size": 8, "projection_dim": 32}
-    return CLIPVisionModel(CLIPVisionConfig(**sizes, **images, num_attention_heads=4))
-
-
-ATTENTION = ["q_proj", "v_proj"]
 #: What PEFT can do to a model, by model.
 KINDS: dict[str, tuple[Any, dict]] = {
     "llama": (llama, {"target_modules": [*ATTENTION, "up_proj"], "lora_alpha": 3}),
@@ -108,85 +88,12 @@ KINDS: dict[str, tuple[Any, dict]] = {
 }
 
 
-def write_adapter(base: nn.Module, place: Path, seed: int, **config: Any) -> nn.Module:
-    """Train an adapter (draw it), save it, and give the model with it merged in."""
-    options = {"r": 3, "lora_alpha": 6, "init_lora_weights": False, **config}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = get_peft_model(copy.deepcopy(base), LoraConfig(**options))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        with torch.no_grad():
-            for value in trained:
-                value += 0.02 * torch.randn(value.shape)
-    model.save_pretrained(place)
-    return model.merge_and_unload()
-
-
-def family(directory: Path, make, tasks=TASKS, **config: Any) -> dict[str, nn.Module]:
-    """The base model and one adapter per task in a directory; returns the whole models."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        base = make().eval()
-    models = {BASE: base}
-    for seed, task in enumerate(tasks, 1):
-        models[task] = write_adapter(base, directory / task, seed, **config).eval()
-    if hasattr(base, "save_pretrained"):
-        base.save_pretrained(directory / BASE)
-    return models
-
-
-def pool_of(directory: Path, base: nn.Module, names=TASKS) -> BaseModelPool:
-    """A pool of adapters, around a base model from a directory where it can be saved to one."""
-    entries = {BASE: base, **{name: str(directory / name) for name in names}}
-    if isinstance(base, OpenClipLike):
-        return BaseModelPool(entries)
-    entries[BASE] = str(directory / BASE)
-    if isinstance(base, CLIPVisionModel):
-        return CLIPVisionModelPool(entries)
-    return CausalLMPool(entries, tokenizer=None)
-
-
 @pytest.fixture(scope="session", params=KINDS)
 def kind(request, tmp_path_factory):
     """A directory of adapters, and the whole models."""
     make, config = KINDS[request.param]
     directory = tmp_path_factory.mktemp("adapters")
     return directory, family(directory, make, **config)
-
-
-@pytest.fixture
-def llamas(tmp_path):
-    """Adapters that a test may damage."""
-    models = family(tmp_path, llama, target_modules=ATTENTION)
-    return tmp_path, models, pool_of(tmp_path, models[BASE])
-
-
-def change_config(directory: Path, **values: Any) -> None:
-    file = directory / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-
-
-def change_tensors(directory: Path, change) -> None:
-    file = directory / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def assert_close(
-    model: DiDiModel, other: Any, *, names: list[str] | None = None, atol: float = 1e-6
-) -> None:
-    """Weights of every task, against another merged model or whole models."""
-    for task in model.tasks:
-        whole = other[task] if isinstance(other, dict) else other.materialize(task)
-        found, expected = floats(model.materialize(task)), floats(whole)
-        for name in expected if names is None else names:
-            torch.testing.assert_close(
-                found[name], expected[name], atol=atol, rtol=1e-5, msg=f"{task} {name}"
-            )
-
-
-# --- adapters and whole models are one ------------------------------------------
 
 
 def test_every_task_comes_back_whatever_peft_did(kind):
@@ -301,9 +208,6 @@ def related(directory: Path) -> dict[str, nn.Module]:
     return models
 
 
-# --- never dense ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "choice",
     combinations(
@@ -395,21 +299,6 @@ def test_memory_is_that_of_the_factors():
     assert all(0 < float(error) < 1 for _, error in lines[2:])
 
 
-# --- pools ------------------------------------------------------------------------
-
-
-def test_no_fine_tuned_model_is_instantiated(llamas, monkeypatch):
-    _, models, pool = llamas
-    stock = pool.load_model
-
-    def load(name, *args, **kwargs):
-        assert name == BASE, f"{name} was instantiated"
-        return stock(name, *args, **kwargs)
-
-    monkeypatch.setattr(pool, "load_model", load)
-    assert_close(didi(pool, budget=1.4), models)
-
-
 def test_adapters_and_checkpoints_in_one_pool(llamas):
     directory, models, _ = llamas
     models["svhn"].save_pretrained(directory / "whole")
@@ -440,43 +329,6 @@ def test_rank_of_an_adapter_is_kept_beside_a_checkpoint(llamas):
     for name, rank in model.info["ranks"]["experts"]["mnist"].items():
         assert rank == 3, name
     assert_close(model, {**models, "svhn": whole})
-
-
-def test_adapters_around_a_base_model_in_memory(llamas):
-    directory, models, _ = llamas
-    entries = {BASE: models[BASE], **{t: str(directory / t) for t in TASKS}}
-    assert_close(didi(entries, budget=1.4), models)
-
-
-def test_prefix_of_the_base_models_names_may_differ(tmp_path):
-    """An adapter of the bare tower, whose names lack the prefix that the pool's class has."""
-    models = family(tmp_path, clip, target_modules=ATTENTION)
-    for task in TASKS:
-        change_tensors(
-            tmp_path / task,
-            lambda t: [
-                t.update({n.replace("model.vision_model.", "model."): t.pop(n)})
-                for n in list(t)
-            ],
-        )
-    assert_close(didi(pool_of(tmp_path, models[BASE]), budget=1.4), models)
-
-
-def test_pickled_adapter_is_read_weights_only(llamas, capsys):
-    directory, models, pool = llamas
-    file = directory / "svhn" / "adapter_model.safetensors"
-    torch.save(load_file(file), file.with_suffix(".bin"))
-    file.unlink()
-    assert_close(didi(pool, budget=1.4), models)
-
-    class Payload:
-        def __reduce__(self):
-            return (print, ("this must not run",))
-
-    torch.save({"weight": Payload()}, file.with_suffix(".bin"))
-    with pytest.raises(CheckpointMismatchError, match="weights-only checkpoint"):
-        didi(pool)
-    assert "must not run" not in capsys.readouterr().out
 
 
 def test_order_of_adapters_changes_nothing(llamas):
@@ -550,9 +402,6 @@ def test_saved_model_comes_back(llamas, tmp_path):
     assert model.info["parents"]["svhn"].endswith("svhn")
 
 
-# --- other methods ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "make", [EMRMerging, FreeMerging, TallMaskMerging, TSVCompression, TwinMerging]
 )
@@ -568,212 +417,3 @@ def test_other_methods_take_adapters_too(tmp_path, make):
         for name, value in expected.items():
             far = (found[name] - value).abs() > 1e-5
             assert float(far.float().mean()) < 2e-3, name
-
-
-def test_models_of_adapters_are_plain_models(tmp_path):
-    """What methods of the host, and those that run the models, ask a pool for."""
-    from fusion_bench.method import SimpleAverageAlgorithm
-
-    models = family(tmp_path, clip, target_modules=ATTENTION)
-    pool = adapted(pool_of(tmp_path, models[BASE]))
-    assert isinstance(pool, CLIPVisionModelPool) and adapted(pool) is pool
-    for name, model in pool.named_models():
-        for tensor, value in floats(models[name]).items():
-            torch.testing.assert_close(floats(model)[tensor], value)
-    assert same_bits(floats(pool.load_pretrained_model()), floats(models[BASE]))
-    average = floats(SimpleAverageAlgorithm().run(copy.copy(pool)))
-    expected = floats(SimpleAverageAlgorithm().run(BaseModelPool(models)))
-    for tensor, value in expected.items():
-        torch.testing.assert_close(average[tensor], value)
-
-
-# --- what cannot be merged --------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        ({"peft_type": "LOHA"}, "has peft_type='LOHA', expected 'LORA'"),
-        ({"use_dora": True}, "has use_dora=True, expected none of it"),
-        ({"lora_bias": True}, "has lora_bias=True"),
-        ({"target_parameters": ["experts.up"]}, r"target_parameters=\['experts.up'\]"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
-        ({"r": 4}, r"lora_A.weight is \(3, 32\) and .*\(32, 3\), expected rank 4 of"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dry_run", [True, False])
-def test_other_kinds_of_adapters(llamas, config, message, dry_run, monkeypatch):
-    directory, _, pool = llamas
-    monkeypatch.setattr(SafetensorsSource, "read", lambda *_: 1 / 0)
-    change_config(directory / "svhn", **config)
-    with pytest.raises(CheckpointMismatchError, match="svhn: .*" + message) as caught:
-        didi(pool, dry_run=dry_run)
-    assert "merge_and_unload" in str(caught.value)
-    assert "mnist" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "make, config, message",
-    [
-        (
-            llama,
-            {"target_modules": ["embed_tokens"]},
-            "embed_tokens.lora_embedding_A is not of plain LoRA, expected lora_A.weight",
-        ),
-        (
-            llama,
-            {"target_modules": ATTENTION, "use_dora": True},
-            "has use_dora=True",
-        ),
-        (
-            OpenClipLike,
-            {"target_modules": ["attn"]},
-            "lora_A.weight belongs to an nn.MultiheadAttention",
-        ),
-    ],
-    ids=["embedding", "dora", "fused attention"],
-)
-def test_adapters_that_peft_writes_and_we_refuse(tmp_path, make, config, message):
-    models = family(tmp_path, make, **config)
-    with pytest.raises(CheckpointMismatchError, match="svhn: .*" + message):
-        didi(pool_of(tmp_path, models[BASE]))
-
-
-def test_all_faults_of_all_adapters_come_in_one_error(llamas, monkeypatch):
-    directory, models, pool = llamas
-    monkeypatch.setattr(SafetensorsSource, "read", lambda *_: 1 / 0)
-    first = "base_model.model.model.layers.0.self_attn."
-
-    def narrow(tensors):
-        tensors[f"{first}q_proj.lora_A.weight"] = torch.ones(3, 16)
-        tensors["base_model.model.model.extra"] = torch.ones(3)
-
-    change_tensors(directory / "mnist", lambda t: t.pop(f"{first}v_proj.lora_B.weight"))
-    change_tensors(directory / "svhn", narrow)
-    change_config(directory / "eurosat", use_dora=True)
-    with pytest.raises(CheckpointMismatchError) as caught:
-        didi(pool)
-    message = str(caught.value)
-    assert f"mnist: {first}v_proj.lora_A.weight stands alone" in message
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert f"svhn: {name} is (32, 16), the base model has (32, 32)" in message
-    assert "svhn: 1 tensors that the base model _pretrained_ does not have" in message
-    assert "eurosat: adapter_config.json has use_dora=True" in message
-
-
-def test_faulty_tensors_may_be_left_out(llamas):
-    directory, models, pool = llamas
-    key = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
-    change_tensors(directory / "mnist", lambda t: t.pop(key))
-    model = didi(pool, budget=1.4, exclude=["*layers.0.self_attn.v_proj*"])
-    assert "model.layers.0.self_attn.v_proj.weight" not in model.touched
-
-
-def test_adapter_of_another_model(llamas):
-    directory, _, pool = llamas
-    other = family(directory / "other", clip, target_modules=ATTENTION)
-    pool._models["svhn"] = str(directory / "other" / "svhn")
-    with pytest.raises(CheckpointMismatchError, match="svhn: 4 tensors that the base"):
-        didi(pool)
-    del other
-
-
-@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
-def test_adapter_that_is_not_finite(llamas, name):
-    directory, _, pool = llamas
-
-    def damage(tensors):
-        key = f"base_model.model.model.layers.1.self_attn.q_proj.{name}.weight"
-        tensors[key][1, 2] = float("nan")
-
-    change_tensors(directory / "svhn", damage)
-    tensor = "model.layers.1.self_attn.q_proj.weight"
-    expected = rf"svhn: {tensor} \(1 entries of lora_A and lora_B\)"
-    with pytest.raises(NonFiniteError, match=expected):
-        didi(pool)
-
-
-@pytest.mark.parametrize(
-    "sizes", [(1e17, 1.0), (1.0, 1e18), (1e19, 1e19), (1e25, 1e25)]
-)
-@pytest.mark.parametrize("settings", [{}, {"budget": 0.3}, {"factor_dtype": "float32"}])
-def test_adapter_beyond_what_can_be_calculated_is_named(llamas, sizes, settings):
-    directory, _, pool = llamas
-    change_tensors(directory / "svhn", lambda tensors: scale_query(tensors, *sizes))
-    with pytest.raises(
-        NonFiniteError, match=rf"svhn: {QUERY} \(a change of norm \d+e\+"
-    ):
-        didi(pool, **settings)
-
-
-@pytest.mark.parametrize("sizes", [(1e20, 1e-20), (1e-30, 1e28), (1e-12, 1e12)])
-def test_adapter_of_uneven_factors_is_its_product(llamas, sizes):
-    """However its norm is shared out between the factors: what PEFT applies is finite."""
-    directory, models, pool = llamas
-    change_tensors(directory / "svhn", lambda tensors: scale_query(tensors, *sizes))
-    ratio = torch.tensor(sizes[0] * sizes[1])
-    change = models["svhn"].get_parameter(QUERY) - models[BASE].get_parameter(QUERY)
-    for settings in ({}, {"budget": 0.3}, {"factor_dtype": "float32"}):
-        built = didi(pool, **settings).materialize("svhn").get_parameter(QUERY)
-        found = (built - models[BASE].get_parameter(QUERY)).detach()
-        if not settings:
-            assert (found - change * ratio).norm() < 0.03 * found.norm()
-        assert found.isfinite().all()
-
-
-@pytest.mark.parametrize("sizes", [(1e-35, 1e-35), (1e-44, 1.0), (0.0, 1e30)])
-def test_adapter_of_less_than_any_weight_notices_is_the_base_model(llamas, sizes):
-    directory, models, pool = llamas
-    change_tensors(directory / "svhn", lambda tensors: scale_query(tensors, *sizes))
-    for settings in ({}, {"budget": 0.3}, {"factor_dtype": "float32"}):
-        model = didi(pool, **settings)
-        built = model.materialize("svhn").get_parameter(QUERY)
-        assert torch.allclose(built, models[BASE].get_parameter(QUERY), atol=1e-20)
-        assert model.info["tensors"]["svhn"]["equal to the base model"] >= 1
-
-
-def scale_query(tensors, a: float, b: float) -> None:
-    """Set the sizes of the two factors of one weight."""
-    for name, size in (("lora_A", a), ("lora_B", b)):
-        key = f"base_model.model.{QUERY}".replace("weight", f"{name}.weight")
-        tensors[key] = tensors[key] * size
-
-
-def test_base_model_under_adapters_that_is_not_finite(llamas):
-    directory, models, _ = llamas
-    tensor = "model.layers.1.self_attn.q_proj.weight"
-    with torch.no_grad():
-        models[BASE].get_parameter(tensor)[0, 0] = float("inf")
-    entries = {BASE: models[BASE], **{t: str(directory / t) for t in TASKS}}
-    with pytest.raises(NonFiniteError, match=f"the base model _pretrained_: {tensor}"):
-        didi(entries)
-
-
-@pytest.mark.parametrize("missing", ["adapter_model.safetensors", "config"])
-def test_incomplete_adapter(llamas, missing):
-    directory, _, pool = llamas
-    if missing == "config":
-        (directory / "svhn" / "adapter_config.json").write_text("{")
-        expected = "svhn: .*adapter_config.json is not the configuration of an adapter"
-    else:
-        (directory / "svhn" / missing).unlink()
-        expected = "svhn: .* has adapter_config.json but neither adapter_model.safe"
-    with pytest.raises(CheckpointMismatchError, match=expected):
-        didi(pool)
-
-
-def test_damaged_adapter(llamas):
-    directory, _, pool = llamas
-    file = directory / "svhn" / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CheckpointMismatchError, match="not a whole safetensors file"):
-        didi(pool)
-
-
-@pytest.mark.parametrize("dry_run", [True, False])
-def test_base_model_must_not_be_an_adapter(llamas, dry_run):
-    directory, _, pool = llamas
-    pool._models[BASE] = str(directory / "mnist")
-    with pytest.raises(ModelPoolError, match="'_pretrained_' is an adapter: .*mnist"):
-        didi(pool, dry_run=dry_run)

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench_didi.allocation.learned import truncation_error
-from fusion_bench_didi.allocation.spectra import MatrixSpectra, Rate, spectra_of
-from fusion_bench_didi.allocation.water_filling import fill, uniform
+from fusion_bench_didi.allocation.spectra import Rate, spectra_of
 from fusion_bench_didi.deltas.precision import precisions
 from fusion_bench_didi.lowrank.decomposition import decompose, half_decompose
 from fusion_bench_didi.lowrank.factored import (
@@ -37,9 +36,6 @@ def adapters(m: int, n: int, ranks=(2, 3, 0, 1), seed: int = 0) -> list[LowRankF
 
 def entries(vectors: list[LowRankFactors]) -> Tensor:
     return torch.stack([v.dense() for v in vectors])
-
-
-# --- a product behaves like the matrix ------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -82,9 +78,6 @@ def test_a_part_is_subtracted_in_the_form_of_the_task_vector():
     torch.testing.assert_close(less(a.dense()), a.dense() - b.dense())
     assert subtracting(None)(a) is a
     torch.testing.assert_close(subtracting(b.dense())(a), a.dense() - b.dense())
-
-
-# --- decompositions ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -182,26 +175,6 @@ def test_coupling_of_adapters_is_that_of_their_entries(shape):
         )
 
 
-# --- ranks ------------------------------------------------------------------------
-
-
-def test_no_module_gets_more_rank_than_it_needs():
-    row = MatrixSpectra(
-        "w",
-        (30, 20),
-        sigma=torch.tensor([[3.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0] * 4]),
-        tail_energy=torch.zeros(3),
-        weights=torch.ones(2),
-        rate=Rate(32 * 50, 32 * 600),
-    )
-    assert row.needed.tolist() == [2, 1, 0]
-    for ranks in (uniform([row], 2**40), fill([row], [torch.zeros(3).long()], 2**40)):
-        assert ranks[0].tolist() == [2, 1, 0]
-
-
-# --- refinement -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("how", ["alternating", "adam"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_refinement_in_the_frame_reaches_what_it_reaches_outside(shape, how):
@@ -236,9 +209,6 @@ def test_frame_keeps_norms_and_products():
         torch.testing.assert_close(frame.outside(core_a).dense(), a.dense())
         for b, core_b in zip(vectors, cores):
             torch.testing.assert_close(inner(core_a, core_b), inner(a, b))
-
-
-# --- common subspaces -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["float32", "int8", "int4"])

@@ -2,15 +2,15 @@
 
 import inspect
 import re
-from pathlib import Path
 
 import pytest
+from helpers import REPOSITORY
 from omegaconf import OmegaConf
 
 from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.method.didi import DiDiMerging
 
-CONFIG = Path(__file__).resolve().parent.parent / "config" / "method"
+CONFIG = REPOSITORY / "config" / "method"
 
 
 def plain(value):

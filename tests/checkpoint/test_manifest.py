@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
 from fuzz import body, every_form, limits, reseal
-from helpers import BASE, didi, family, fine_tuned, floats, same_bits
+from helpers import BASE, REPOSITORY, didi, family, fine_tuned, floats, same_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.checkpoint import parts
 from fusion_bench_didi.checkpoint.backbone import digests
 from fusion_bench_didi.checkpoint.deltas import entry_of, read_config, read_deltas
-from fusion_bench_didi.checkpoint.fields import CHECKSUM, checksum, sealed
+from fusion_bench_didi.checkpoint.fields import CHECKSUM, checksum
 from fusion_bench_didi.checkpoint.stream import write_deltas
 from fusion_bench_didi.deltas.kinds import KINDS
 from fusion_bench_didi.deltas.masks import SparseDelta
@@ -31,7 +30,7 @@ from fusion_bench_didi.method.merge import MERGE
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.recombination.library import load_module
 
-FORMAT_1 = Path(__file__).parent / "data" / "format1"
+FORMAT_1 = REPOSITORY / "tests/data/format1"
 
 
 # --- files of format 1 --------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from fusion_bench.modelpool import BaseModelPool
 from fuzz import body, every_form, in_memory
-from helpers import family, merge_settings, task_vectors
+from helpers import REPOSITORY, family, merge_settings, task_vectors
 
 from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.checkpoint import directory as directories
@@ -43,7 +43,7 @@ from fusion_bench_didi.recombination.library import (
     save_modules,
 )
 
-TESTS = Path(__file__).resolve().parent
+TESTS = REPOSITORY / "tests"
 
 
 def small(**info) -> DiDiModel:

@@ -1,0 +1,39 @@
+"""A dry run plans, finds faults in headers, and reads no weights."""
+
+import copy
+
+import pytest
+from helpers import PLAIN, didi
+from merged_tasks import pool
+
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.task_vectors.sources import SafetensorsSource
+
+
+def test_dry_run_prints_the_plan_and_reads_no_weights(pool, monkeypatch, capsys):
+    def no_reading(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(SafetensorsSource, "read", no_reading)
+    monkeypatch.setattr(pool, "load_model", no_reading)
+    with pytest.raises(AssertionError, match="weights were read"):
+        didi(pool, budget=1.4)
+    assert DiDiMerging(budget=1.4, dry_run=True, **PLAIN).run(pool) is None
+    plan = capsys.readouterr().out
+    assert "3 tasks: eurosat, mnist, svhn" in plan
+    line = next(line for line in plan.splitlines() if "layers.1.mlp.fc1.weight" in line)
+    assert line.split()[1:5] == ["64", "x", "32", str(4 * (64 + 32))]
+    assert "to read:" in plan and "predicted peak memory" in plan
+
+
+def test_dry_run_finds_the_faults_that_headers_show(pool, monkeypatch):
+    from fusion_bench_didi.errors import BudgetError
+
+    with pytest.raises(BudgetError, match="too small"):
+        didi(pool, budget=0.001, dry_run=True)
+
+
+def test_dry_run_works_on_live_models(tiny_clip, capsys):
+    models = copy.deepcopy(tiny_clip.pool_models())
+    assert didi(models, budget=1.4, dry_run=True) is None
+    assert "layers.0.self_attn.q_proj.weight" in capsys.readouterr().out

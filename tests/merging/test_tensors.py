@@ -1,0 +1,149 @@
+"""Every kind of tensor is merged as what it is."""
+
+import pytest
+import torch
+from helpers import BASE, Oddities, OpenClipLike, didi, family, floats, same_bits
+from merged_tasks import assert_task_weights, gpt2
+
+from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
+
+
+def test_convolution_and_fused_attention_are_matrices():
+    models = family(OpenClipLike())
+    model = didi(models, budget=0.9, allocation="uniform", residual="full")
+    ranks = model.info["ranks"]["shared"]
+    assert {"conv1.weight", "attn.in_proj_weight", "proj"} <= set(ranks)
+    expert = model.modulators["mnist"].deltas
+    assert isinstance(expert["conv1.weight"], LowRankDelta)
+    assert expert["conv1.weight"].shape == (16, 3, 8, 8)
+    assert expert["conv1.weight"].down.shape[1] == 3 * 8 * 8
+    assert expert["attn.in_proj_weight"].up.shape[0] == 3 * 16
+    for vector in ("attn.in_proj_bias", "ln.weight", "logit_scale"):
+        assert isinstance(expert[vector], DenseDelta)
+    images = torch.randn(2, 3, 32, 32)
+    model.set_task("mnist")
+    assert model(images).equal(model.materialize("mnist")(images))
+    model.set_task("svhn")
+    assert model(images).equal(model.materialize("svhn")(images))
+
+
+def test_conv1d_of_gpt2_is_a_matrix():
+    model = didi(family(gpt2()), budget=0.9)
+    attention = model.modulators["svhn"].deltas["h.0.attn.c_attn.weight"]
+    assert isinstance(attention, LowRankDelta)
+    assert attention.shape == (16, 48)  # in x out, unlike nn.Linear
+
+
+def test_integer_buffers_and_tied_weights_survive():
+    base = Oddities()
+    models = family(base)
+    for tuned in (models["mnist"], models["svhn"]):
+        tuned(torch.arange(5))
+        tuned.train()(torch.arange(5))  # running statistics move too
+        tuned.eval()
+    model = didi(models, budget=float("inf"))
+    plain = model.materialize("mnist")
+    assert plain.head.weight is plain.embedding.weight
+    assert (
+        plain.positions.equal(base.positions) and plain.positions.dtype == torch.int64
+    )
+    assert_task_weights(model, {"mnist": models["mnist"]}, atol=1e-6)
+    # tied weights are counted once, the count of batches as the integer of 64 bits that it is
+    numbers = sum(p.numel() for p in base.parameters()) + 2 * 8
+    assert model.storage.unit_bits == 32 * numbers + 64
+    model.set_task("svhn")
+    assert model.backbone.head.weight is model.backbone.embedding.weight
+
+
+def test_untouched_tensors_cost_nothing(tiny_clip):
+    name = "vision_model.embeddings.patch_embedding.weight"
+    base = dict(tiny_clip.base.named_parameters())[name].detach()
+    for tuned in tiny_clip.tuned.values():
+        dict(tuned.named_parameters())[name].data.copy_(base)
+    model = didi(tiny_clip.pool_models(), budget=0.8)
+    assert name not in model.touched and name not in model.storage.layer_bits
+    changed = sum(p.numel() for p in tiny_clip.base.parameters()) - base.numel()
+    assert model.storage.unit_bits == 32 * changed
+
+
+def test_task_that_left_a_vector_alone_stores_no_copy():
+    models = family(OpenClipLike())
+    models["svhn"].ln.bias.data.copy_(models[BASE].ln.bias.data)
+    model = didi(models, budget=0.9)
+    assert "ln.bias" in model.modulators["mnist"].deltas
+    assert "ln.bias" not in model.modulators["svhn"].deltas
+
+
+def test_ranks_may_be_zero_and_vectors_are_still_exact(tiny_clip):
+    models = tiny_clip.pool_models()
+    vectors = sum(p.numel() for p in tiny_clip.base.parameters() if p.ndim < 2)
+    unit = sum(p.numel() for p in tiny_clip.base.parameters())
+    model = didi(models, budget=3 * vectors / unit + 1e-9)
+    ranks = model.info["ranks"]
+    assert not any(ranks["shared"].values())
+    assert not any(r for expert in ranks["experts"].values() for r in expert.values())
+    plain = floats(model.materialize("svhn"))
+    for name, value in floats(tiny_clip.tuned["svhn"]).items():
+        expected = value if value.ndim < 2 else floats(tiny_clip.base)[name]
+        torch.testing.assert_close(plain[name], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("policy", ["expert", "shared", "pretrained"])
+def test_policies_for_vectors(tiny_clip, policy):
+    model = didi(tiny_clip.pool_models(), budget=0.8, vectors=policy)
+    name = "vision_model.post_layernorm.weight"
+    base = floats(tiny_clip.base)[name]
+    tuned = {t: floats(m)[name] for t, m in tiny_clip.tuned.items()}
+    mean = torch.stack(list(tuned.values())).mean(0)
+    for task, own in tuned.items():
+        expected = {"expert": own, "shared": mean, "pretrained": base}[policy]
+        found = floats(model.materialize(task))[name]
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    copies = {"expert": 3, "shared": 1, "pretrained": 0}[policy]
+    assert model.storage.layer_bits.get(name, 0) == copies * 32 * base.numel()
+
+
+def test_patterns_exclude_and_store_whole(tiny_clip):
+    model = didi(
+        tiny_clip.pool_models(),
+        budget=0.8,
+        exclude=["*mlp.fc2*"],
+        as_vectors=["*position_embedding*"],
+    )
+    assert not [name for name in model.touched if "mlp.fc2" in name]
+    name = "vision_model.embeddings.position_embedding.weight"
+    delta = model.modulators["mnist"].deltas[name]
+    assert isinstance(delta, DenseDelta) and model.shared.get(name) is None
+
+
+def test_bfloat16_checkpoints_are_the_unit(tiny_clip):
+    models = {n: m.bfloat16() for n, m in tiny_clip.pool_models().items()}
+    model = didi(models, budget=1.0)
+    assert model.storage.unit_bits == 16 * sum(
+        p.numel() for p in tiny_clip.base.parameters()
+    )
+    assert 0.95 < model.storage.x_excl <= 1.0
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.materialize("mnist").dtype == torch.bfloat16
+    exact = didi(models, budget=float("inf"), factor_dtype="float32")
+    for task, tuned in tiny_clip.tuned.items():
+        assert same_bits(floats(exact.materialize(task)), floats(tuned))
+
+
+def test_names_of_tasks_with_dots_and_dashes(tiny_clip):
+    models = {BASE: tiny_clip.base}
+    tuned = dict(zip(("llama-3.1", "a/b.c", "x"), tiny_clip.tuned.values()))
+    model = didi({**models, **tuned}, budget=float("inf"))
+    assert model.tasks == ["llama-3.1", "a/b.c", "x"]
+    assert_task_weights(model, tuned, atol=1e-6)
+    model.set_task("llama-3.1")
+    assert model.current_task == "llama-3.1" and "a/b.c" in model.modulators
+
+
+def test_the_models_of_the_pool_are_left_alone(tiny_clip):
+    before = {name: floats(m) for name, m in tiny_clip.pool_models().items()}
+    model = didi(tiny_clip.pool_models(), budget=0.8)
+    model.set_task("mnist")
+    for name, live in tiny_clip.pool_models().items():
+        assert same_bits(before[name], floats(live)), name
+        assert all(p.requires_grad for p in live.parameters())

@@ -1,0 +1,115 @@
+"""Checkpoints are read from files as from models in memory."""
+
+import json
+
+import pytest
+import torch
+from helpers import BASE, didi, floats, same_bits
+from merged_tasks import assert_task_weights, clip_pool, pool
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
+
+
+def test_files_are_read_without_instantiating_fine_tuned_models(
+    pool, tiny_clip, monkeypatch
+):
+    stock = pool.load_model
+
+    def load(name, *args, **kwargs):
+        assert name == BASE, f"{name} was instantiated"
+        return stock(name, *args, **kwargs)
+
+    monkeypatch.setattr(pool, "load_model", load)
+    model = didi(pool, budget=float("inf"))
+    assert_task_weights(model, tiny_clip.tuned, atol=1e-6)
+
+
+def test_files_and_live_models_give_equal_bits(pool, tiny_clip):
+    one = didi(pool, budget=0.7)
+    two = didi(tiny_clip.pool_models(), budget=0.7)
+    for task in one.tasks:
+        left, right = one.materialize(task), two.materialize(task)
+        assert same_bits(floats(left), floats(right))
+
+
+def rewrite(source, target, change):
+    """Copy a directory of models with each file's tensors changed."""
+    for model in source.iterdir():
+        (target / model.name).mkdir(parents=True)
+        config = (model / "config.json").read_text()
+        (target / model.name / "config.json").write_text(config)
+        tensors = change(model.name, load_file(model / "model.safetensors"))
+        file = target / model.name / "model.safetensors"
+        save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def test_prefix_dropped_in_fine_tuned_files(tiny_clip_dir, tiny_clip, tmp_path):
+    def change(name, tensors):
+        if name == BASE:
+            return tensors
+        return {k.removeprefix("vision_model."): v for k, v in tensors.items()}
+
+    directory = rewrite(tiny_clip_dir, tmp_path / "models", change)
+    model = didi(clip_pool(directory), budget=float("inf"))
+    assert_task_weights(model, tiny_clip.tuned, atol=1e-6)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_base_checkpoint_may_be_a_whole_clip_model(
+    dry_run, tiny_clip_dir, tiny_clip, tmp_path, capsys
+):
+    """The base model of the published pools holds the text tower too, one of ours does as well."""
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision = json.loads((tiny_clip_dir / BASE / "config.json").read_text())
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=vision))
+    others = {
+        name: value.contiguous()
+        for name, value in whole.state_dict().items()
+        if not name.startswith("vision_model.")
+    }
+
+    wholes = (BASE,) if dry_run else (BASE, "svhn")
+
+    def change(name, tensors):
+        return {**tensors, **others} if name in wholes else tensors
+
+    directory = rewrite(tiny_clip_dir, tmp_path / "models", change)
+    whole.config.save_pretrained(directory / BASE)
+    model = didi(clip_pool(directory), budget=1e9, dry_run=dry_run)
+    if dry_run:
+        plan = capsys.readouterr().out
+        assert "vision_model.encoder" in plan
+        assert "text_model" not in plan and "visual_projection" not in plan
+    else:
+        assert_task_weights(model, tiny_clip.tuned, atol=1e-6)
+        assert not [name for name in model.touched if "text_model" in name]
+
+
+def test_pickles_are_read_weights_only(tiny_clip_dir, tiny_clip, tmp_path, monkeypatch):
+    for model in tiny_clip_dir.iterdir():
+        (tmp_path / model.name).mkdir()
+        config = (model / "config.json").read_text()
+        (tmp_path / model.name / "config.json").write_text(config)
+        file = tmp_path / model.name / "pytorch_model.bin"
+        torch.save(load_file(model / "model.safetensors"), file)
+    pool = clip_pool(tmp_path)
+    monkeypatch.setattr(pool, "load_pretrained_model", lambda: tiny_clip.base)
+    monkeypatch.setattr(pool, "load_model", None)
+    model = didi(pool, budget=float("inf"))
+    assert_task_weights(model, tiny_clip.tuned, atol=1e-6)
+
+
+def test_sharded_files_are_read(tiny_clip_dir, tiny_clip, tmp_path, monkeypatch):
+    from transformers import CLIPVisionModel
+
+    for source in tiny_clip_dir.iterdir():
+        model = CLIPVisionModel.from_pretrained(source)
+        model.save_pretrained(tmp_path / source.name, max_shard_size="40KB")
+        assert (tmp_path / source.name / "model.safetensors.index.json").is_file()
+    pool = clip_pool(tmp_path)
+    base = pool.load_pretrained_model()
+    monkeypatch.setattr(pool, "load_pretrained_model", lambda: base)
+    monkeypatch.setattr(pool, "load_model", None)
+    model = didi(pool, budget=float("inf"))
+    assert_task_weights(model, tiny_clip.tuned, atol=1e-6)

@@ -1,0 +1,245 @@
+"""Adapters are read as PEFT reads them, and their faults are named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import BASE, OpenClipLike, didi
+from lora_families import (
+    ATTENTION,
+    TASKS,
+    assert_close,
+    change_tensors,
+    clip,
+    family,
+    llama,
+    llamas,
+    pool_of,
+)
+from safetensors.torch import load_file
+
+from fusion_bench_didi.errors import (
+    CheckpointMismatchError,
+    ModelPoolError,
+    NonFiniteError,
+)
+from fusion_bench_didi.task_vectors.sources import SafetensorsSource
+
+# PEFT on what it saves beside the adapter, and on layouts that it corrects itself.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
+
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+def change_config(directory: Path, **values: Any) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_pickled_adapter_is_read_weights_only(llamas, capsys):
+    directory, models, pool = llamas
+    file = directory / "svhn" / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    assert_close(didi(pool, budget=1.4), models)
+
+    class Payload:
+        def __reduce__(self):
+            return (print, ("this must not run",))
+
+    torch.save({"weight": Payload()}, file.with_suffix(".bin"))
+    with pytest.raises(CheckpointMismatchError, match="weights-only checkpoint"):
+        didi(pool)
+    assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"peft_type": "LOHA"}, "has peft_type='LOHA', expected 'LORA'"),
+        ({"use_dora": True}, "has use_dora=True, expected none of it"),
+        ({"lora_bias": True}, "has lora_bias=True"),
+        ({"target_parameters": ["experts.up"]}, r"target_parameters=\['experts.up'\]"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"r": 4}, r"lora_A.weight is \(3, 32\) and .*\(32, 3\), expected rank 4 of"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_other_kinds_of_adapters(llamas, config, message, dry_run, monkeypatch):
+    directory, _, pool = llamas
+    monkeypatch.setattr(SafetensorsSource, "read", lambda *_: 1 / 0)
+    change_config(directory / "svhn", **config)
+    with pytest.raises(CheckpointMismatchError, match="svhn: .*" + message) as caught:
+        didi(pool, dry_run=dry_run)
+    assert "merge_and_unload" in str(caught.value)
+    assert "mnist" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "make, config, message",
+    [
+        (
+            llama,
+            {"target_modules": ["embed_tokens"]},
+            "embed_tokens.lora_embedding_A is not of plain LoRA, expected lora_A.weight",
+        ),
+        (
+            llama,
+            {"target_modules": ATTENTION, "use_dora": True},
+            "has use_dora=True",
+        ),
+        (
+            OpenClipLike,
+            {"target_modules": ["attn"]},
+            "lora_A.weight belongs to an nn.MultiheadAttention",
+        ),
+    ],
+    ids=["embedding", "dora", "fused attention"],
+)
+def test_adapters_that_peft_writes_and_we_refuse(tmp_path, make, config, message):
+    models = family(tmp_path, make, **config)
+    with pytest.raises(CheckpointMismatchError, match="svhn: .*" + message):
+        didi(pool_of(tmp_path, models[BASE]))
+
+
+def test_all_faults_of_all_adapters_come_in_one_error(llamas, monkeypatch):
+    directory, models, pool = llamas
+    monkeypatch.setattr(SafetensorsSource, "read", lambda *_: 1 / 0)
+    first = "base_model.model.model.layers.0.self_attn."
+
+    def narrow(tensors):
+        tensors[f"{first}q_proj.lora_A.weight"] = torch.ones(3, 16)
+        tensors["base_model.model.model.extra"] = torch.ones(3)
+
+    change_tensors(directory / "mnist", lambda t: t.pop(f"{first}v_proj.lora_B.weight"))
+    change_tensors(directory / "svhn", narrow)
+    change_config(directory / "eurosat", use_dora=True)
+    with pytest.raises(CheckpointMismatchError) as caught:
+        didi(pool)
+    message = str(caught.value)
+    assert f"mnist: {first}v_proj.lora_A.weight stands alone" in message
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert f"svhn: {name} is (32, 16), the base model has (32, 32)" in message
+    assert "svhn: 1 tensors that the base model _pretrained_ does not have" in message
+    assert "eurosat: adapter_config.json has use_dora=True" in message
+
+
+def test_faulty_tensors_may_be_left_out(llamas):
+    directory, models, pool = llamas
+    key = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
+    change_tensors(directory / "mnist", lambda t: t.pop(key))
+    model = didi(pool, budget=1.4, exclude=["*layers.0.self_attn.v_proj*"])
+    assert "model.layers.0.self_attn.v_proj.weight" not in model.touched
+
+
+def test_adapter_of_another_model(llamas):
+    directory, _, pool = llamas
+    other = family(directory / "other", clip, target_modules=ATTENTION)
+    pool._models["svhn"] = str(directory / "other" / "svhn")
+    with pytest.raises(CheckpointMismatchError, match="svhn: 4 tensors that the base"):
+        didi(pool)
+    del other
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_adapter_that_is_not_finite(llamas, name):
+    directory, _, pool = llamas
+
+    def damage(tensors):
+        key = f"base_model.model.model.layers.1.self_attn.q_proj.{name}.weight"
+        tensors[key][1, 2] = float("nan")
+
+    change_tensors(directory / "svhn", damage)
+    tensor = "model.layers.1.self_attn.q_proj.weight"
+    expected = rf"svhn: {tensor} \(1 entries of lora_A and lora_B\)"
+    with pytest.raises(NonFiniteError, match=expected):
+        didi(pool)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1e17, 1.0), (1.0, 1e18), (1e19, 1e19), (1e25, 1e25)]
+)
+@pytest.mark.parametrize("settings", [{}, {"budget": 0.3}, {"factor_dtype": "float32"}])
+def test_adapter_beyond_what_can_be_calculated_is_named(llamas, sizes, settings):
+    directory, _, pool = llamas
+    change_tensors(directory / "svhn", lambda tensors: scale_query(tensors, *sizes))
+    with pytest.raises(
+        NonFiniteError, match=rf"svhn: {QUERY} \(a change of norm \d+e\+"
+    ):
+        didi(pool, **settings)
+
+
+@pytest.mark.parametrize("sizes", [(1e20, 1e-20), (1e-30, 1e28), (1e-12, 1e12)])
+def test_adapter_of_uneven_factors_is_its_product(llamas, sizes):
+    """However its norm is shared out between the factors: what PEFT applies is finite."""
+    directory, models, pool = llamas
+    change_tensors(directory / "svhn", lambda tensors: scale_query(tensors, *sizes))
+    ratio = torch.tensor(sizes[0] * sizes[1])
+    change = models["svhn"].get_parameter(QUERY) - models[BASE].get_parameter(QUERY)
+    for settings in ({}, {"budget": 0.3}, {"factor_dtype": "float32"}):
+        built = didi(pool, **settings).materialize("svhn").get_parameter(QUERY)
+        found = (built - models[BASE].get_parameter(QUERY)).detach()
+        if not settings:
+            assert (found - change * ratio).norm() < 0.03 * found.norm()
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [(1e-35, 1e-35), (1e-44, 1.0), (0.0, 1e30)])
+def test_adapter_of_less_than_any_weight_notices_is_the_base_model(llamas, sizes):
+    directory, models, pool = llamas
+    change_tensors(directory / "svhn", lambda tensors: scale_query(tensors, *sizes))
+    for settings in ({}, {"budget": 0.3}, {"factor_dtype": "float32"}):
+        model = didi(pool, **settings)
+        built = model.materialize("svhn").get_parameter(QUERY)
+        assert torch.allclose(built, models[BASE].get_parameter(QUERY), atol=1e-20)
+        assert model.info["tensors"]["svhn"]["equal to the base model"] >= 1
+
+
+def scale_query(tensors, a: float, b: float) -> None:
+    """Set the sizes of the two factors of one weight."""
+    for name, size in (("lora_A", a), ("lora_B", b)):
+        key = f"base_model.model.{QUERY}".replace("weight", f"{name}.weight")
+        tensors[key] = tensors[key] * size
+
+
+def test_base_model_under_adapters_that_is_not_finite(llamas):
+    directory, models, _ = llamas
+    tensor = "model.layers.1.self_attn.q_proj.weight"
+    with torch.no_grad():
+        models[BASE].get_parameter(tensor)[0, 0] = float("inf")
+    entries = {BASE: models[BASE], **{t: str(directory / t) for t in TASKS}}
+    with pytest.raises(NonFiniteError, match=f"the base model _pretrained_: {tensor}"):
+        didi(entries)
+
+
+@pytest.mark.parametrize("missing", ["adapter_model.safetensors", "config"])
+def test_incomplete_adapter(llamas, missing):
+    directory, _, pool = llamas
+    if missing == "config":
+        (directory / "svhn" / "adapter_config.json").write_text("{")
+        expected = "svhn: .*adapter_config.json is not the configuration of an adapter"
+    else:
+        (directory / "svhn" / missing).unlink()
+        expected = "svhn: .* has adapter_config.json but neither adapter_model.safe"
+    with pytest.raises(CheckpointMismatchError, match=expected):
+        didi(pool)
+
+
+def test_damaged_adapter(llamas):
+    directory, _, pool = llamas
+    file = directory / "svhn" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointMismatchError, match="not a whole safetensors file"):
+        didi(pool)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_base_model_must_not_be_an_adapter(llamas, dry_run):
+    directory, _, pool = llamas
+    pool._models[BASE] = str(directory / "mnist")
+    with pytest.raises(ModelPoolError, match="'_pretrained_' is an adapter: .*mnist"):
+        didi(pool, dry_run=dry_run)

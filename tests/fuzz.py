@@ -37,6 +37,14 @@ from torch import Tensor, nn
 
 from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.checkpoint.fields import CHECKSUM, checksum
+from fusion_bench_didi.deltas.entries import (
+    ScatteredDelta,
+    SeededDelta,
+    UniformDelta,
+    between_ends,
+    drawn,
+    signs,
+)
 from fusion_bench_didi.deltas.masks import MaskedDelta, SparseDelta
 from fusion_bench_didi.deltas.plain import (
     DenseDelta,
@@ -110,12 +118,15 @@ def every_form() -> tuple[dict, dict]:
             "norm.running_mean": OwnDelta((N,), draw(N)),
             "norm.num_batches_tracked": OwnDelta((), torch.tensor(3)),
             "conv.bias": SparseDelta.of(draw(M) * (draw(M) > 1), torch.float32),
+            "norm.weight": UniformDelta.of(*between_ends(draw(N), 3), 3),
+            "norm.bias": _scattered(draw(N)),
         },
         "b/c.d": {
             "first.weight": few.core(mn, draw(3, 2)),
             "second.weight": float32.core(nm, draw(3, M)),
             "conv.weight": three.low_rank(conv, product, None)[0],
             "norm.weight": SparseDelta.of(draw(N), torch.float16),
+            "conv.bias": _seeded(draw(M)),
             "second.bias": LowRankDelta((N,), draw(N, 1), draw(1, 1)),
         },
         "e": {
@@ -125,6 +136,16 @@ def every_form() -> tuple[dict, dict]:
         },
     }
     return shared, experts
+
+
+def _scattered(value: Tensor) -> ScatteredDelta:
+    kept = value > 0
+    return ScatteredDelta.of(kept, *signs(value[kept], 0.5), 1)
+
+
+def _seeded(value: Tensor) -> SeededDelta:
+    values = value[drawn(7, 2**31, len(value))].bfloat16()
+    return SeededDelta.of((len(value),), values, None, 16, seed=7, keep=2**31)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..deltas.base import Delta
+from ..deltas.entries import CODE_WIDTHS
 from ..deltas.masks import SparseDelta, unpack_bits
 from ..deltas.plain import OwnDelta
 from ..deltas.tucker import Bases, BasesDelta, Core, CoreDelta, RoundedCoreDelta
@@ -23,6 +24,7 @@ from .fields import Field
 
 #: safetensors' names of the types that factors and values may have
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_FLOATS_OF = {16: ("F16", "BF16"), 32: ("F32",), 64: ("F64",)}
 #: all types that are stored; only a task's own tensors are of the others
 TYPES = FLOATS + (
     *("I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL", "C64"),
@@ -149,6 +151,31 @@ def _sparse(entry: Entry, found: Found) -> Expected:
     return {"where": where, "values": (FLOATS, (count,))}
 
 
+def _uniform(entry: Entry, found: Found) -> Expected:
+    width = entry.options["width"]
+    types = ("U8",) if width in CODE_WIDTHS else ()
+    codes = (types, (packed_size(entry.numel, width),))
+    return {"codes": codes, "ends": (FLOATS, (2,))}
+
+
+def _some_values(entry: Entry, found: Found) -> Expected:
+    """Codes with ends or floats without, as the width says; of how many entries is told by positions alone."""
+    width, count = entry.options["width"], (_side(found, "values", 0),)
+    if "ends" in found:
+        codes = ("U8",) if width in CODE_WIDTHS else ()
+        return {"values": (codes, count), "ends": (FLOATS, (2,))}
+    return {"values": (_FLOATS_OF.get(width, ()), count)}
+
+
+def _scattered(entry: Entry, found: Found) -> Expected:
+    where = (("U8",), (_side(found, "where", 0),))
+    return {
+        "where": where,
+        "table": (("U16",), (2,)),
+        **_some_values(entry, found),
+    }
+
+
 def _bases(entry: Entry, found: Found) -> Expected:
     m, n = entry.sides
     parts = {}
@@ -189,6 +216,9 @@ FORMS: dict[str, Form] = {
     "affine8": Form(_affine, dims=0),
     "masked": Form(_masked, dims=0),
     "sparse": Form(_sparse, dims=0),
+    "uniform": Form(_uniform, dims=0, options=("width",)),
+    "scattered": Form(_scattered, dims=0, options=("width",)),
+    "seeded": Form(_some_values, dims=0, options=("width", "seed", "keep")),
     "bases": Form(_bases),
     "rounded_bases": Form(
         _rounded_bases,
@@ -207,6 +237,8 @@ def options_of(field: Field, form: Form) -> dict[str, int]:
     found = {name: field[name].integer(1) for name in form.options}
     if found.get("bits", WIDTHS[0]) not in WIDTHS:
         field["bits"].fail(f"one of {WIDTHS}")
+    if found.get("width", 8) not in (*CODE_WIDTHS, *_FLOATS_OF):
+        field["width"].fail(f"one of {(*CODE_WIDTHS, *_FLOATS_OF)}")
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Numbers of bits that codes may have.
+#: Numbers of bits that codes of factors and matrices may have; a single one can be packed as well.
 WIDTHS = (2, 3, 4, 8)
 _INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
@@ -65,7 +65,7 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 def _lanes(bits: int) -> list[tuple[int, int]]:
     """Neighbours are joined in pairs until a whole number of bytes is full: bits from one to the next, bits that are used."""
-    rounds = {4: 1, 2: 2, 3: 3}[bits]
+    rounds = {4: 1, 2: 2, 3: 3, 1: 3}[bits]
     return [(8 << i, bits << i) for i in range(rounds)]
 
 

@@ -6,6 +6,14 @@ import torch
 from fusion_bench_didi.checkpoint.deltas import read_deltas
 from fusion_bench_didi.checkpoint.stream import write_deltas
 from fusion_bench_didi.deltas.base import Delta
+from fusion_bench_didi.deltas.entries import (
+    ScatteredDelta,
+    SeededDelta,
+    UniformDelta,
+    between_ends,
+    drawn,
+    signs,
+)
 from fusion_bench_didi.deltas.kinds import KINDS
 from fusion_bench_didi.deltas.masks import (
     MaskedDelta,
@@ -118,6 +126,11 @@ def _pairs() -> dict[str, tuple[Delta, Delta]]:
         RoundedDenseDelta.of(shape, dense),
         RoundedLowRankDelta.of(shape, round_factors(low, bits=4)),
         AffineDelta.of(_random(4, 5)),
+        UniformDelta.of(*between_ends(_random(4, 5), 3), 3),
+        ScatteredDelta.of(torch.eye(4, 5) > 0, *signs(_random(4), 0.5), 1),
+        SeededDelta.of(
+            shape, _random(int(drawn(7, 2**31, 20).sum())), None, 32, seed=7, keep=2**31
+        ),
     )
     pairs = {delta.kind: (shared, delta) for delta in own}
     pairs["core"] = bases, CoreDelta(shape, _random(2, 3))

@@ -24,9 +24,9 @@ from ..merging.encoding import encode_own
 from ..models import DynamicModel
 from ..models.pool_saving import attach_saving
 from ..options import Patterns, check_arguments
+from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import (
-    as_pool,
     backbone_reference,
     check_pool,
     load_backbone,
@@ -37,7 +37,7 @@ from ..task_vectors.loop import Progress, each
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, account_of, model_bits, scan
 from ..task_vectors.tensor import ChangedTensor
-from ..taskpool.task_switching import attach
+from ..taskpool.task_switching import attach, check_switching
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     """
 
     title: ClassVar[str]
+    #: whether what is merged finds every sample's task by itself
+    routes: bool = False
     exclude: Sequence[str] | None = None
     own: Sequence[str] | None = None
     task_aliases: Mapping[str, str] | None = None
@@ -88,11 +90,14 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         Raises:
             ModelPoolError: no base model, fewer than two tasks, or names that mean the same task.
             UnknownTaskError: if the task pool has a task that no model covers.
+            DiDiError: if the task pool cannot tell a model its task.
         """
         modelpool = as_pool(modelpool)
         check_pool(modelpool)
         taskpool = getattr(self._program, "taskpool", None)
         if taskpool is not None:
+            if not self.routes:
+                check_switching(taskpool)
             asked = pool_tasks(taskpool)
             check_tasks(asked, modelpool.model_names, self.task_aliases)
         return adapted(modelpool)

@@ -57,6 +57,7 @@ class RoutedMethod(PoolMethod):
         super().__init__(**kwargs)
         if images < 2:
             raise ValueError(f"images={images}: a head needs at least two per task.")
+        self.routes = router not in ("none", "oracle")
 
     def run(self, modelpool: Any) -> DynamicModel:
         """Merge by the base method, then attach the router.
@@ -105,6 +106,8 @@ def instantiated(method: Any, owner: Any) -> Any:
     if isinstance(method, Mapping) or "_target_" in getattr(method, "keys", list)():
         method = instantiate(method)
     method._program = owner._program
+    if hasattr(method, "routes"):
+        method.routes = owner.routes
     if hasattr(method, "task_aliases") and owner.task_aliases:
         method.task_aliases = {**owner.task_aliases, **(method.task_aliases or {})}
     return method

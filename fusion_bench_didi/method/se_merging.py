@@ -55,6 +55,7 @@ class SEMerging(PoolMethod):
     """
 
     title = "SE-Merging"
+    routes = True
 
     def __init__(
         self,

@@ -27,19 +27,17 @@ log = logging.getLogger(__name__)
 BASE = "_pretrained_"
 
 
-def as_pool(modelpool: Any) -> BaseModelPool:
-    """A host pool, also from a plain dictionary of modules."""
-    if isinstance(modelpool, BaseModelPool):
-        return modelpool
-    return BaseModelPool(modelpool)
-
-
 def check_pool(modelpool: BaseModelPool) -> None:
     """Faults that need no file.
 
     Raises:
         ModelPoolError: no base model, fewer than two tasks, or names that mean the same task.
     """
+    if type(modelpool).__name__ == "LazyStateDictPool":
+        raise ModelPoolError(
+            "A LazyStateDictPool gives state dictionaries, and no model to put the merged weights into. Give the same entries to "
+            "the pool of their class, CausalLMPool with enable_lazy_loading: true for instance; they are read tensor by tensor too."
+        )
     if not modelpool.has_pretrained:
         raise ModelPoolError(
             f"The pool has no base model: no {BASE!r} among {modelpool.all_model_names}. "
@@ -99,11 +97,19 @@ def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
     entry = modelpool._models[BASE]
     if isinstance(entry, DictConfig):
         entry = OmegaConf.to_container(entry, resolve=True)
+    if isinstance(entry, dict) and _whole(entry):
+        entry = entry["config_path"]
     cls = type(backbone)
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "source": entry if isinstance(entry, (str, dict)) else None,
     }
+
+
+def _whole(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of the host's image classification pools is a checkpoint as it is, with its own head."""
+    given = {key for key, value in entry.items() if value is not None}
+    return given - {"pretrained"} == {"config_path"} and entry.get("pretrained", True)
 
 
 def open_pool(

@@ -7,6 +7,8 @@ string; equal in lower case with ``-`` and ``/`` as ``_`` and without ``glue_`` 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from omegaconf import ListConfig
+
 from ..errors import UnknownTaskError
 
 
@@ -77,10 +79,23 @@ def names_of(
     return found
 
 
+#: Where the host's pools keep their tasks, mappings or lists of names.
+TASKS = (
+    "test_dataloaders",
+    "_test_datasets",
+    "test_datasets",
+    "_tasks",
+    "_all_task_names",
+    "tasks",
+)
+
+
 def pool_tasks(taskpool: Any) -> list[str]:
     """The names of the tasks that a host pool will evaluate; empty if it does not tell."""
-    for attribute in ("_test_datasets", "test_datasets", "_tasks"):
+    for attribute in TASKS[1:]:
         value = getattr(taskpool, attribute, None)
-        if isinstance(value, Mapping) or hasattr(value, "keys"):
-            return [str(key) for key in value.keys()]
+        if isinstance(value, str):
+            return value.split(",")
+        if isinstance(value, (list, tuple, ListConfig)) or hasattr(value, "keys"):
+            return [str(name) for name in value]
     return []

@@ -17,6 +17,7 @@ from rich.console import Console
 from .. import compat
 from ..checkpoint.deltas import versions
 from ..checkpoint.directory import write_json
+from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import check_pool, load_backbone
 from ..pools.task_names import check_tasks
@@ -132,7 +133,8 @@ class ComparisonProgram(FabricModelFusionProgram):
 
     def new_modelpool(self) -> Any:
         """A model pool that no earlier method has touched; the program's from now on."""
-        self.modelpool = adapted(self._instantiate_and_setup(self._modelpool))
+        pool = as_pool(self._instantiate_and_setup(self._modelpool))
+        self.modelpool = adapted(pool)
         return self.modelpool
 
     def _settings(self) -> dict[str, Any]:

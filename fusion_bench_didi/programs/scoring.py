@@ -5,17 +5,14 @@ for their own task only, and because a killed run should not repeat what it has.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from ..pools.task_names import pool_tasks
+from ..pools.task_names import TASKS, pool_tasks
 from ..taskpool.task_switching import HOOKS, attach
 from .entries import ComparisonError
-
-#: where the host's pools keep what they iterate over
-_TASKS = ("test_dataloaders", "_test_datasets", "test_datasets", "_tasks")
 
 
 class Scorer:
@@ -60,18 +57,22 @@ class Scorer:
     @contextlib.contextmanager
     def _only(self, task: str) -> Iterator[None]:
         held = vars(self.taskpool)
-        stock = {
-            name: held[name]
-            for name in _TASKS
-            if hasattr(held.get(name), "keys") and task in held[name]
-        }
+        stock = {n: held[n] for n in TASKS if task in _names(held.get(n))}
         try:
             for name, value in stock.items():
-                setattr(self.taskpool, name, {task: value[task]})
+                only = {task: value[task]} if hasattr(value, "keys") else [task]
+                setattr(self.taskpool, name, only)
             yield
         finally:
             for name, value in stock.items():
                 setattr(self.taskpool, name, value)
+
+
+def _names(value: Any) -> list[str]:
+    """What a pool iterates over, as names."""
+    if isinstance(value, str):
+        return value.split(",")
+    return [str(name) for name in value] if isinstance(value, Iterable) else []
 
 
 def _figure(result: Any) -> float:

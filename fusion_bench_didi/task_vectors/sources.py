@@ -303,6 +303,10 @@ def aligned(source: TensorSource, reference: Iterable[str]) -> TensorSource:
     return RenamedSource(source, names, dict.fromkeys(dropped, "of another part"))
 
 
+#: Names that are looked for at the ends of others.
+_ENDS = 8
+
+
 def renaming(found: Iterable[str], reference: Iterable[str]) -> dict[str, str]:
     """The names found, by what the reference calls them: with the prefix added or dropped that makes most of them meet.
 
@@ -318,6 +322,12 @@ def renaming(found: Iterable[str], reference: Iterable[str]) -> dict[str, str]:
     if meeting(best) == min(len(wanted), len(found)):
         return best
     prefixes = {name.split(".", 1)[0] + "." for name in (*found, *sorted(wanted))}
+    prefixes |= {  # of layers deep within a model
+        name.removesuffix(end)
+        for end in sorted(wanted)[:_ENDS]
+        for name in found
+        if name.endswith(f".{end}")
+    }
     for prefix in sorted(prefixes):
         dropped = {
             name.removeprefix(prefix): name for name in found if name.startswith(prefix)

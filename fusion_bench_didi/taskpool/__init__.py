@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from .clip_vision import TaskAwareCLIPVisionModelTaskPool
     from .mixed_stream import MixedStreamCLIPVisionModelTaskPool
     from .openclip_vision import TaskAwareOpenCLIPVisionModelTaskPool
+    from .text import PerplexityTaskPool, TextClassificationTaskPool
 
 _POOLS = {
     "TaskAwareCLIPVisionModelTaskPool": "clip_vision",
     "MixedStreamCLIPVisionModelTaskPool": "mixed_stream",
+    "PerplexityTaskPool": "text",
     "TaskAwareOpenCLIPVisionModelTaskPool": "openclip_vision",
+    "TextClassificationTaskPool": "text",
 }
 
 

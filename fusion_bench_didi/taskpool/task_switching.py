@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import DiDiError
 from ..models.dynamic import DynamicModel
 from ..pools.task_names import check_tasks, pool_tasks, resolve_task
+from .lm_eval_harness import is_harness, task_by_task
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +51,12 @@ def attach(
         return
     aliases = dict(aliases or {})
     setattr(taskpool, _ALIASES, aliases)
-    for hook in HOOKS:
-        if callable(getattr(taskpool, hook, None)):
-            setattr(taskpool, hook, _telling(getattr(taskpool, hook), aliases))
-            break
+    hook = hook_name(taskpool)
+    if hook is not None:
+        setattr(taskpool, hook, _telling(getattr(taskpool, hook), aliases))
+    elif is_harness(taskpool):
+        tell = functools.partial(_tell, aliases=aliases)
+        taskpool.evaluate = task_by_task(taskpool, taskpool.evaluate, tell)
     else:
         log.warning(
             "%s has no per-task method (%s): a dynamic model must be given its task by hand.",
@@ -61,6 +65,29 @@ def attach(
         )
     if callable(getattr(taskpool, "evaluate", None)):
         taskpool.evaluate = _reporting(taskpool.evaluate, tasks, aliases)
+
+
+def check_switching(taskpool: Any) -> None:
+    """A pool of the host's that runs models must be one that can be made to tell them their task.
+
+    Raises:
+        DiDiError: if it evaluates everything at once.
+    """
+    kind = type(taskpool)
+    stock = kind.__module__.partition(".")[0] == "fusion_bench"
+    if not stock or kind.__name__ == "DummyTaskPool" or is_harness(taskpool):
+        return
+    if hook_name(taskpool) is None:
+        raise DiDiError(
+            f"{kind.__name__} runs a model without saying on which task, so no expert could be chosen. Evaluate by another task "
+            "pool (those of the host that go task by task, or of fusion_bench_didi.taskpool), by taskpool=dummy and by hand, or "
+            "let a router find the task: method=didi/routed."
+        )
+
+
+def hook_name(taskpool: Any) -> str | None:
+    """The per-task method of a pool, None where it has none."""
+    return next((h for h in HOOKS if callable(getattr(taskpool, h, None))), None)
 
 
 class TaskAware:
@@ -93,12 +120,19 @@ def _telling(method, aliases):
         model = next(filter(None, map(dynamic_model_in, values)), None)
         if model is None:
             model = wrapper.model
-        if model is not None and name is not None and not _routes(model):
-            model.set_task(resolve_task(name, model.modulators, aliases))
+        if model is not None and name is not None:
+            _tell(model, name, aliases)
         return method(*args, **kwargs)
 
     wrapper.model = None
     return wrapper
+
+
+def _tell(model: nn.Module, name: str, aliases: Mapping[str, str]) -> None:
+    """Make the dynamic model in a model that of a task; others, and those that route, are left as they are."""
+    dynamic = dynamic_model_in(model)
+    if dynamic is not None and not _routes(dynamic):
+        dynamic.set_task(resolve_task(name, dynamic.modulators, aliases))
 
 
 def _reporting(evaluate, tasks: list[str], aliases):

@@ -20,8 +20,11 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
-from fusion_bench_didi.errors import UnknownTaskError
+from fusion_bench_didi.errors import DiDiError, UnknownTaskError
 from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.method.routed import RoutedMethod
+from fusion_bench_didi.pools.task_names import pool_tasks
+from fusion_bench_didi.programs.scoring import Scorer
 from fusion_bench_didi.taskpool import attach
 from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskPool
 from fusion_bench_didi.taskpool.openclip_vision import (
@@ -321,3 +324,41 @@ def test_attaching_again_adds_aliases():
     attach(pool, known=["b"], aliases={"a": "b"})
     assert pool.load_task is hooked
     assert pool._didi_aliases == {"a": "b"}
+
+
+def test_a_pool_that_never_says_its_task_is_refused_before_the_merge(monkeypatch):
+    from fusion_bench.taskpool import DummyTaskPool, LlamaTestGenerationTaskPool
+
+    taskpool = LlamaTestGenerationTaskPool(test_prompts=["x"])
+    models = family(OpenClipLike())
+    with monkeypatch.context() as patched:
+        patched.setattr("fusion_bench_didi.method.didi.merge", lambda *_, **__: 1 / 0)
+        with pytest.raises(DiDiError, match="LlamaTestGenerationTaskPool runs a model without saying"):  # fmt: skip
+            through_program(models, taskpool)
+    assert through_program(models, DummyTaskPool()).tasks == ["mnist", "svhn"]
+    routed = RoutedMethod(DiDiMerging(budget=0.7, **QUICK), router="projection")
+    routed._program = SimpleNamespace(taskpool=taskpool)
+    with pytest.raises(ValueError, match="blocks"):  # its own fault, and the only one
+        routed.run(BaseModelPool(models))
+
+
+def test_names_of_tasks_are_found_in_lists_and_texts():
+    kinds = ({"tasks": "a,b"}, {"tasks": ["a", "b"]}, {"_all_task_names": ("a", "b")})
+    for kind in kinds:
+        assert pool_tasks(SimpleNamespace(**kind)) == ["a", "b"]
+    assert pool_tasks(SimpleNamespace(tasks=None)) == []
+
+
+def test_a_comparison_goes_task_by_task_through_lists():
+    class Listed:
+        _all_task_names = ["a", "b"]
+
+        def load_task(self, name):
+            return name
+
+        def evaluate(self, model):
+            return {self.load_task(t): {"accuracy": 0.5} for t in self._all_task_names}
+
+    pool = Listed()
+    assert Scorer(pool).score(torch.nn.Identity(), "b") == 0.5
+    assert pool._all_task_names == ["a", "b"]

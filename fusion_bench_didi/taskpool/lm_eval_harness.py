@@ -1,0 +1,94 @@
+"""The host's pool of lm-eval's tasks, one task after the other.
+
+lm-eval gathers the requests of all its tasks before it runs any, and the host's pool returns nothing. Here every task, or group
+of tasks, is a run of its own under its expert, and its figures come back as those of other pools do.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import DiDiError
+from ..pools.task_names import pool_tasks
+
+
+def is_harness(taskpool: Any) -> bool:
+    """Whether it is the host's pool; looked up by name, as lm-eval may not be installed."""
+    names = {cls.__name__ for cls in type(taskpool).__mro__}
+    return "LMEvalHarnessTaskPool" in names
+
+
+def task_by_task(
+    taskpool: Any, evaluate: Callable, tell: Callable[[nn.Module, str], None]
+) -> Callable:
+    """The pool's ``evaluate`` with a report: figures per task, and the average of their first ones.
+
+    Args:
+        tell: makes a model that of a task.
+    """
+
+    @functools.wraps(evaluate)
+    def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        report: dict[str, Any] = {}
+        for task in pool_tasks(taskpool):
+            tell(model, task)
+            with _only(taskpool, task) as place:
+                evaluate(model, *args, **kwargs)
+            report[task] = _figures(place, task)
+        firsts = [next(iter(found.values())) for found in report.values()]
+        report["average"] = {"figure": sum(firsts) / len(firsts)}
+        return report
+
+    wrapper.__self__ = taskpool
+    return wrapper
+
+
+@contextmanager
+def _only(taskpool: Any, task: str) -> Iterator[Path]:
+    """The pool with one task and a directory for its results."""
+    asked = taskpool.tasks, taskpool.output_path
+    whole = asked[1] or Path(taskpool.log_dir) / "lm_eval_results"
+    place = Path(whole) / task.replace("/", "_")
+    taskpool.tasks, taskpool.output_path = [task], str(place)
+    try:
+        yield place
+    finally:
+        taskpool.tasks, taskpool.output_path = asked
+
+
+def _figures(place: Path, task: str) -> dict[str, float]:
+    """What lm-eval wrote last; of a group without figures of its own, the mean over its tasks.
+
+    Raises:
+        DiDiError: if it wrote none.
+    """
+    files = sorted(place.rglob("results_*.json"), key=lambda f: f.stat().st_mtime)
+    written = json.loads(files[-1].read_text()) if files else {"results": {}}
+    results = written["results"]
+    own = _plain(results.get(task, {}))
+    if own:
+        return own
+    parts = [found for name in results if (found := _plain(results[name]))]
+    if not parts:
+        raise DiDiError(
+            f"lm-eval gave no figures for {task!r} in {place}, expected results of one task or group. Look at its log."
+        )
+    return {
+        key: sum(part[key] for part in parts) / len(parts)
+        for key in parts[0]
+        if all(key in part for part in parts)
+    }
+
+
+def _plain(results: Mapping[str, Any]) -> dict[str, float]:
+    """``acc,none`` as ``acc``; errors of the mean and texts left out."""
+    return {
+        key.partition(",")[0]: float(value)
+        for key, value in results.items()
+        if "_stderr" not in key and type(value) in (int, float)
+    }

@@ -1,0 +1,56 @@
+"""Pools of the host's first version, and entries that leave out what the pool already says."""
+
+import pytest
+from exact_models import llama, pool_of, t5
+from fusion_bench.compat.modelpool import DictModelPool, to_modelpool
+from fusion_bench.modelpool import BaseModelPool, CausalLMPool, Seq2SeqLMPool
+from helpers import BASE, didi, floats, same_bits
+from omegaconf import OmegaConf
+
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.pools.host_forms import as_pool
+
+
+def test_pools_of_modules_of_the_first_version():
+    models = pool_of(llama())
+    old = DictModelPool(models)
+    assert as_pool(old) is old and isinstance(old, BaseModelPool)
+    assert old.model_names == ["a", "b"] and old.has_pretrained
+    merged, expected = didi(as_pool(old), budget=0.5), didi(models, budget=0.5)
+    for task in "ab":
+        found = floats(merged.materialize(task))
+        assert same_bits(found, floats(expected.materialize(task)))
+    listed = to_modelpool(list(models.values()), has_pretraned=True)
+    assert didi(as_pool(listed), budget=0.5).tasks == ["model_0", "model_1"]
+
+
+def test_a_pool_of_the_first_version_saves_what_was_merged(tmp_path):
+    old = DictModelPool(pool_of(llama()))
+    model = DiDiMerging(budget=0.5).run(old)
+    old.save_model(model, str(tmp_path / "merged"))  # as the host's program would
+    assert (tmp_path / "merged" / "config.json").is_file()
+    assert as_pool(as_pool(old)) is old
+
+
+@pytest.mark.parametrize("entry", ["text", "mapping"])
+def test_entries_without_a_class_are_of_the_class_of_their_pool(entry, tmp_path):
+    models = pool_of(t5())
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    place = "pretrained_model_name_or_path"
+    given = {
+        n: str(tmp_path / n) if entry == "text" else {place: str(tmp_path / n)}
+        for n in models
+    }
+    config = OmegaConf.create(given)
+    pool = as_pool(Seq2SeqLMPool(config, tokenizer=None))
+    assert type(pool.load_model("a")) is type(models["a"])
+    assert config == given, "whoever gave the configuration keeps it"
+
+
+def test_whole_entries_are_left_alone(tmp_path):
+    target = "transformers.LlamaForCausalLM.from_pretrained"
+    entry = {"_target_": target, "pretrained_model_name_or_path": "there"}
+    pool = CausalLMPool({BASE: entry, "a": "elsewhere"}, tokenizer=None)
+    models = pool._models
+    assert as_pool(pool)._models is models

@@ -1,6 +1,6 @@
 """What a caller says of the tasks of a batch: one per sample by position or by name, or weights over all tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -30,14 +30,11 @@ def task_numbers(task_ids: Any, tasks: Sequence[str]) -> Tensor:
             f"task_ids are {tuple(task_ids.shape)}, expected one dimension: a task per sample."
         )
     if isinstance(task_ids, Tensor):
-        if (
-            task_ids.is_floating_point()
-            or task_ids.is_complex()
-            or task_ids.dtype == torch.bool
-        ):
+        if not _whole(task_ids):
             raise DiDiError(
                 f"task_ids are {task_ids.dtype}, expected positions among {list(tasks)}, or names."
             )
+        _check_held(task_ids, "task_ids")
         ids = task_ids.long()
     else:
         ids = _listed(task_ids, tasks)
@@ -45,15 +42,20 @@ def task_numbers(task_ids: Any, tasks: Sequence[str]) -> Tensor:
     if not torch.compiler.is_compiling() and len(ids):
         low, high = ids.aminmax()
         if low < 0 or high > len(tasks):
-            raise UnknownTaskError(
-                f"task_ids {ids.tolist()} are not all in 0 ... {len(tasks)}: the merged model holds {list(tasks)}, and "
-                f"{len(tasks)} is the shared model."
-            )
+            raise _no_task(ids.tolist(), tasks)
     return ids
 
 
+def _no_task(ids: Sequence[Any], tasks: Sequence[str]) -> UnknownTaskError:
+    return UnknownTaskError(
+        f"task_ids {list(map(int, ids))} are not all in 0 ... {len(tasks)}: the merged model holds {list(tasks)}, and "
+        f"{len(tasks)} is the shared model."
+    )
+
+
 def _listed(task_ids: Any, tasks: Sequence[str]) -> Tensor:
-    if isinstance(task_ids, (str, bytes)) or not hasattr(task_ids, "__iter__"):
+    texts, unordered = (str, bytes), (Set, Mapping)
+    if isinstance(task_ids, (*texts, *unordered)) or not hasattr(task_ids, "__iter__"):
         raise DiDiError(
             f"task_ids={task_ids!r} is no sequence; give one task per sample, such as [{task_ids!r}] * batch."
         )
@@ -69,6 +71,8 @@ def _listed(task_ids: Any, tasks: Sequence[str]) -> Tensor:
                 )
             ids.append(numbers[task])
         elif _is_position(task):
+            if not 0 <= task <= len(tasks):
+                raise _no_task([task], tasks)
             ids.append(int(task))
         else:
             raise DiDiError(
@@ -79,9 +83,20 @@ def _listed(task_ids: Any, tasks: Sequence[str]) -> Tensor:
 
 def _is_position(task: Any) -> bool:
     if isinstance(task, Tensor):
-        whole = not (task.is_floating_point() or task.is_complex())
-        return task.ndim == 0 and whole and task.dtype != torch.bool
+        return task.ndim == 0 and _whole(task)
     return isinstance(task, Integral) and not isinstance(task, (bool, np.bool_))
+
+
+def _whole(numbers: Tensor) -> bool:
+    other = numbers.is_floating_point() or numbers.is_complex()
+    return not other and numbers.dtype != torch.bool
+
+
+def _check_held(numbers: Tensor, name: str) -> None:
+    if numbers.layout != torch.strided or numbers.is_meta:
+        raise DiDiError(
+            f"{name} are a tensor of layout {numbers.layout} on {numbers.device}, expected plain numbers in memory."
+        )
 
 
 def checked_weights(task_weights: Any, tasks: Sequence[str]) -> Tensor:
@@ -105,6 +120,7 @@ def checked_weights(task_weights: Any, tasks: Sequence[str]) -> Tensor:
         raise DiDiError(
             f"task_weights are {tuple(weights.shape)}, expected one row per sample and {len(tasks)} columns, for {list(tasks)}."
         )
+    _check_held(weights, "task_weights")
     if not weights.is_floating_point():
         weights = weights.float()
     if not torch.compiler.is_compiling() and not weights.isfinite().all():

@@ -3,7 +3,6 @@
 Their buffers are their own, so that what a forward writes never reaches the backbone.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -27,7 +26,9 @@ def shadowed(module: nn.Module, changes: Mapping[nn.Module, Change]) -> nn.Modul
 
     def twin_of(module: nn.Module) -> nn.Module:
         if module not in made:
-            twin = made[module] = copy.copy(module)
+            # as copy.copy, which parametrized modules refuse
+            twin = made[module] = type(module).__new__(type(module))
+            twin.__dict__.update(module.__dict__)
             children = module._modules.items()
             twin._modules = {name: child and twin_of(child) for name, child in children}
             twin._parameters = dict(module._parameters)

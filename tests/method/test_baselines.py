@@ -35,6 +35,9 @@ DYNAMIC = {
         filter="code", keep=0.2, biases="released"
     ),
     "emr": lambda: methods.EMRMerging(),
+    "bitdelta": lambda: methods.BitDelta(others="bfloat16"),
+    "dare": lambda: methods.DARE(positions="stored", others="pretrained"),
+    "dare seed": lambda: methods.DARE(width=4, tensors="linear"),
 }
 
 
@@ -693,7 +696,10 @@ def test_excluded_tensors_stay(dynamic, tiny_clip):
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tsv_c", "tall_mask", "twin", "free", "cat", "emr"])
+YAML = ["tsv_c", "tall_mask", "twin", "free", "cat", "emr", "bitdelta", "dare"]
+
+
+@pytest.mark.parametrize("name", YAML)
 def test_yaml_is_the_constructor(name):
     config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
     cls = getattr(methods, config.pop("_target_").rpartition(".")[2])

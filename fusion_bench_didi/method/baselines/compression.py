@@ -1,0 +1,66 @@
+"""What methods have in common that write every task vector down by itself, in fewer bits (delta compression)."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...deltas.base import Delta
+from ...deltas.plain import DenseDelta
+from ...deltas.sink import EncodedTensor
+from ...task_vectors.loop import Progress
+from ...task_vectors.reader import TaskVectors
+from ...task_vectors.tensor import ChangedTensor
+from ..base import DynamicMethod
+
+#: Which tensors are compressed: weights of linear layers, everything of two sides and more, or vectors too.
+Compressed = Literal["linear", "matrices", "all"]
+#: What becomes of the others: whole in the checkpoints' type or in 16 bits, or left at the base model's value.
+Others = Literal["checkpoint", "bfloat16", "pretrained"]
+
+
+class DeltaCompression(DynamicMethod):
+    """Base of methods that compress each task vector for itself, tensor by tensor; nothing is shared.
+
+    Subclasses take ``tensors`` and ``others``, and say how one tensor of one task is stored.
+    """
+
+    tensors: Compressed
+    others: Others
+
+    @abstractmethod
+    def delta(self, name: str, task: str, tau: Tensor) -> Delta | None:
+        """How one tensor of one task is stored; None for nothing.
+
+        Args:
+            tau: the task vector there, in the tensor's shape, float32.
+        """
+
+    def compresses(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a tensor is among those that the method is for."""
+        if self.tensors == "all":
+            return len(shape) > 0
+        if self.tensors == "linear":
+            return len(shape) == 2 and min(shape) > 1 and "embed" not in name
+        return len(shape) > 1
+
+    def prepare(
+        self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
+    ) -> None:
+        self._tasks = task_vectors.tasks
+
+    def encode(self, tensor: ChangedTensor) -> EncodedTensor | None:
+        vectors = tensor.stacked()
+        if self.compresses(tensor.name, tensor.shape):
+            pairs = zip(self._tasks, vectors)
+            found = [self.delta(tensor.name, task, tau) for task, tau in pairs]
+        elif self.others == "pretrained":
+            return None
+        else:
+            half = self.others == "bfloat16"
+            dtype = torch.bfloat16 if half else tensor.dtype
+            found = [DenseDelta(tensor.shape, tau.to(dtype).cpu()) for tau in vectors]
+        experts = [d if tau.any() else None for d, tau in zip(found, vectors)]
+        return EncodedTensor(tensor.name, None, experts)

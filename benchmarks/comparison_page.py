@@ -10,6 +10,7 @@ Text comes from ``benchmarks/notes``: every figure in it is a field such as ``{a
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,22 @@ PICTURES = {
         "energy_kept",
     ),
     "demo": ("accuracy_vs_storage",),
+    "text": ("accuracy_vs_storage", "accuracy_by_task"),
+}
+#: What a suite cannot run, or runs otherwise than didi_compare has it.
+CHANGES = {
+    "text": (
+        "~entries.wemoe",  # the host has it for CLIP, Flan-T5 and Mistral
+        *(
+            f"++entries.{key}.overrides{inner}.objective=proxy"
+            for key, inner in (
+                ("merge_oracle", ""),
+                ("merge_performance", ".base_method"),
+                ("merge_balanced", ".base_method"),
+                ("merge_storage", ".base_method"),
+            )
+        ),
+    ),
 }
 #: Fields of a row that pages need; ranks and energies per matrix are of the pictures.
 LEFT_OUT = ("ranks", "energy_kept", "energy_tasks")
@@ -42,12 +59,13 @@ LEFT_OUT = ("ranks", "energy_kept", "energy_tasks")
 def command(suite: str, place: Path) -> list[str]:
     """The comparison's command line."""
     pools, start = f"didi/{suite}", []
-    if suite == "real8":
+    if suite in ("real8", "text"):
         pools, start = suite, ["--config-dir", "benchmarks/conf"]
     return [
         *("fusion_bench", *start, "--config-name", "didi_compare"),
         *(f"modelpool={pools}", f"taskpool={pools}"),
         *(f"path.log_dir={place}", "save_artifacts=true"),
+        *CHANGES.get(suite, ()),
     ]
 
 
@@ -97,7 +115,7 @@ def figures(comparison: Comparison) -> dict[str, Any]:
 def page(suite: str) -> str:
     """The page of one comparison."""
     comparison = Comparison.read(DOCS / f"comparison_{suite}.json")
-    line = " ".join(command(suite, Path("outputs") / suite))
+    line = shlex.join(command(suite, Path("outputs") / suite))
     return (
         (NOTES / f"comparison_{suite}.md")
         .read_text()

@@ -27,7 +27,7 @@ from benchmarks.suites import Suite, machine, retention, write_json
 from fusion_bench_didi.allocation.spectra import MatrixSpectra, Rate
 from fusion_bench_didi.allocation.water_filling import greedy
 from fusion_bench_didi.method.didi import DiDiMerging
-from fusion_bench_didi.pools.images import load_images
+from fusion_bench_didi.pools.inputs import load_inputs
 from fusion_bench_didi.pools.opening import open_pool
 from fusion_bench_didi.task_vectors.reader import TaskVectors
 from fusion_bench_didi.task_vectors.tensor import matrix_shape
@@ -181,7 +181,7 @@ def directions(problem: Problem, images: int) -> dict[str, Metric]:
     pool, tasks = problem.suite.modelpool, problem.suite.tasks
     if images:
         count = max(images // len(tasks), 1)
-        inputs = [load_images(pool, task, count, seed=0) for task in tasks]
+        inputs = [load_inputs(pool, task, count, seed=0) for task in tasks]
     else:
         inputs = probe_inputs(problem.base, 32)
     moments = input_moments(problem.base, problem.names, inputs)

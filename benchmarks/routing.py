@@ -28,7 +28,7 @@ from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.method.routed import fit_router_to
 from fusion_bench_didi.method.se_merging import SEMerging
 from fusion_bench_didi.models.dynamic import DynamicModel
-from fusion_bench_didi.pools.images import load_images
+from fusion_bench_didi.pools.inputs import load_inputs
 from fusion_bench_didi.routers.capture import blocks
 from fusion_bench_didi.routers.files import make_router
 from fusion_bench_didi.routers.representation import (
@@ -232,7 +232,7 @@ def measure(root: Path, label: str) -> dict[str, Any]:
     modelpool = FolderCLIPVisionModelPool(root=str(root))
     validation, test = Stream(root, "validation"), Stream(root, "test")
     didi: DynamicModel = quiet(DiDiMerging(budget=1.4).run, modelpool).eval()
-    pixels = [load_images(modelpool, t, IMAGES, seed=0) for t in didi.tasks]
+    pixels = [load_inputs(modelpool, t, IMAGES, seed=0) for t in didi.tasks]
     plain = modelpool.load_model("_pretrained_").eval()
 
     rows = [row("DiDi-M, oracle", didi, test, plain)]

@@ -17,7 +17,7 @@ from fusion_bench.utils import instantiate
 from torch import Tensor
 
 from ..models.dynamic import DynamicModel
-from ..pools.images import load_images, require_images
+from ..pools.inputs import Inputs, load_inputs, parts, require_inputs
 from ..routers.base import Router
 from ..routers.files import make_router
 from ..taskpool.task_switching import attach
@@ -122,10 +122,10 @@ def check_head(
         ModelPoolError: naming the tasks without any.
     """
     if router.head != "none":
-        require_images(
+        require_inputs(
             modelpool,
             aliases,
-            purpose="The router's head is fitted to unlabelled images",
+            purpose="The router's head is fitted to unlabelled data",
             otherwise=", or choose a training-free router: method.router=projection method.head=none",
         )
 
@@ -143,8 +143,8 @@ def attach_router(
     model.attach_router(router)
     if router.head != "none":
         with method.profile("fit router"):
-            pixels = [
-                load_images(
+            inputs = [
+                load_inputs(
                     modelpool,
                     task,
                     method.images,
@@ -153,21 +153,30 @@ def attach_router(
                 )
                 for task in model.tasks
             ]
-            fit_router_to(model, pixels, seed=method.seed)
+            fit_router_to(model, inputs, seed=method.seed)
     model.info["router"] = router.report()
 
 
 @torch.no_grad()
 def fit_router_to(
-    model: DynamicModel, pixels: Sequence[Tensor], *, seed: int = 0
+    model: DynamicModel, inputs: Sequence[Inputs], *, seed: int = 0
 ) -> None:
     """Fit the head of the attached router to one batch of inputs per task, in the order of ``model.tasks``."""
     router = model.router
     device = next(model.backbone.parameters()).device
     model.eval()
     features = [
-        torch.cat([router.features(model, x.to(device)) for x in batch.split(BATCH)])
-        for batch in pixels
+        torch.cat(
+            [
+                router.features(
+                    model,
+                    *(x.to(device) for x in args),
+                    **{key: x.to(device) for key, x in named.items()},
+                )
+                for args, named in parts(batch, BATCH)
+            ]
+        )
+        for batch in inputs
     ]
     counts = torch.tensor([len(part) for part in features])
     labels = torch.arange(len(features)).repeat_interleave(counts).to(device)

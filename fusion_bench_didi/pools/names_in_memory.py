@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..task_vectors.sources import (
@@ -42,7 +42,7 @@ class Names:
         infos = {
             name: TensorInfo(tuple(tensor.shape), tensor.dtype)
             for name, tensor in module.state_dict().items()
-            if name not in aliases
+            if name not in aliases and isinstance(tensor, Tensor)
         }
         return cls(module, infos, aliases)
 
@@ -116,7 +116,8 @@ def _ignored(name: str, model: nn.Module) -> bool:
     """Whether the class says that it may find this tensor in a checkpoint and has no use for it."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     patterns = (*patterns, r"position_ids$", r"rotary_emb\.inv_freq$")
-    return any(re.search(pattern, name) for pattern in patterns)
+    computed = name in dict(model.named_buffers())  # not of the state dict
+    return computed or any(re.search(pattern, name) for pattern in patterns)
 
 
 def _tied_head(names: Names, directory: Path, label: str) -> tuple[str, str] | None:

@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..errors import ModelPoolError
+from ..task_vectors.cast import CastSource
+from ..task_vectors.float8 import Float8Source
 from ..task_vectors.lora_adapter import AdapterSource, fan_in_first
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.reader import TaskVectors
@@ -25,6 +27,8 @@ from .weight_files import Weights, open_weights
 log = logging.getLogger(__name__)
 
 BASE = "_pretrained_"
+_PLACE, _TARGET = "pretrained_model_name_or_path", "_target_"
+_TYPES = ("dtype", "torch_dtype")
 
 
 def check_pool(modelpool: BaseModelPool) -> None:
@@ -65,9 +69,17 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
     """
     _refuse_adapter(modelpool)
     entry = modelpool._models[BASE]
-    if isinstance(entry, nn.Module):
+    if not isinstance(entry, nn.Module):
+        return load_model(modelpool, BASE)
+    try:
         return copy.deepcopy(entry)
-    return load_model(modelpool, BASE)
+    except (
+        RuntimeError
+    ) as error:  # of tensors that are computed, and of parametrizations
+        raise ModelPoolError(
+            f"The base model {BASE!r} ({type(entry).__name__}) cannot be copied ({error}). Give an entry with a _target_ that "
+            "loads it."
+        ) from error
 
 
 def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
@@ -76,14 +88,24 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
     Raises:
         ModelPoolError: if it gives something else than a model.
     """
-    lazy = getattr(modelpool, "enable_lazy_loading", False)
-    if lazy:
+    entry = modelpool._models[name]
+    if isinstance(entry, nn.Module):
+        return entry
+    if getattr(modelpool, "enable_lazy_loading", False):
+        whole = _eager(modelpool, entry)
         modelpool = copy.copy(modelpool)
         modelpool.enable_lazy_loading = False
-    if name == BASE:
-        model = modelpool.load_pretrained_model()
-    else:
-        model = modelpool.load_model(name)
+        modelpool._models = {**modelpool._models, name: whole}
+    try:
+        if name == BASE:
+            model = modelpool.load_pretrained_model()
+        else:
+            model = modelpool.load_model(name)
+    except Exception as error:  # of any type, of the host and of what it calls
+        raise ModelPoolError(
+            f"{type(modelpool).__name__} cannot load {name!r} from {entry!r} ({type(error).__name__}: {error}). Mend its entry in "
+            "modelpool.models."
+        ) from error
     if not isinstance(model, nn.Module):
         raise ModelPoolError(
             f"{type(modelpool).__name__} gives a {type(model).__name__} for {name!r}, expected a model (torch.nn.Module). "
@@ -99,6 +121,11 @@ def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
         entry = OmegaConf.to_container(entry, resolve=True)
     if isinstance(entry, dict) and _whole(entry):
         entry = entry["config_path"]
+    given = {k: v for k, v in _given(modelpool).items() if k not in _TYPES}
+    if given and isinstance(entry, str):
+        entry = {_PLACE: entry}
+    if isinstance(entry, dict):
+        entry = {**_eager(modelpool, entry), **given}
     cls = type(backbone)
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
@@ -143,8 +170,7 @@ def open_pool(
         base,
         {
             name: adapter_source(modelpool, name, known, names)
-            or _file_source(modelpool, name, names)
-            or ModuleSource(_loaded(modelpool, name), name)
+            or CastSource.over(_whole_source(modelpool, name, names), base)
             for name in modelpool.model_names
         },
         exclude=tuple(exclude),
@@ -243,6 +269,16 @@ def adapter_directory(modelpool: BaseModelPool, name: str) -> Path | None:
     return directory if directory and (directory / CONFIG).is_file() else None
 
 
+def _whole_source(
+    modelpool: BaseModelPool, name: str, names: Names | None
+) -> TensorSource:
+    """A whole fine-tuned model, from its files or as the pool loads it."""
+    found = _file_source(modelpool, name, names)
+    if found is not None:
+        return found
+    return Float8Source.over(ModuleSource(_loaded(modelpool, name), name))
+
+
 def _file_source(
     modelpool: BaseModelPool, name: str, names: Names | None = None
 ) -> TensorSource | None:
@@ -280,7 +316,14 @@ def _resolved(repo: str, platform: str) -> Path:
 
 @functools.cache
 def _downloaded(repo: str, platform: str) -> Path:
-    return Path(resolve_repo_path(repo_id=repo, repo_type="model", platform=platform))
+    try:
+        found = resolve_repo_path(repo_id=repo, repo_type="model", platform=platform)
+    except Exception as error:  # of any type, of hubs and networks
+        raise ModelPoolError(
+            f"{repo!r} is neither a directory nor a model that can be had from the hub ({error}). Mend its entry in "
+            "modelpool.models."
+        ) from error
+    return Path(found)
 
 
 #: Arguments of ``from_pretrained`` that do not change which weights are read, nor what they are.
@@ -305,16 +348,39 @@ _HARMLESS = {
 _KNOWN = {"variant", "use_safetensors", "subfolder"}
 
 
-def _asked(modelpool: BaseModelPool, name: str) -> tuple[str | None, Weights | None]:
-    """Repository and weights of an entry; None for both where only the host knows."""
+def _eager(modelpool: BaseModelPool, entry: Any) -> Any:
+    """An entry; of a pool that loads lazily it may name a class in place of its ``from_pretrained``."""
+    lazy = getattr(modelpool, "enable_lazy_loading", False)
+    if not lazy or not isinstance(entry, (dict, DictConfig)) or _TARGET not in entry:
+        return entry
+    name = entry[_TARGET].removesuffix(".from_pretrained")
+    return type(entry)({**entry, _TARGET: f"{name}.from_pretrained"})
+
+
+def _given(modelpool: BaseModelPool) -> dict[str, Any]:
+    """Arguments that the pool hands to every ``from_pretrained``; they come before those of an entry."""
+    found: dict[str, Any] = {}
+    for place in ("model_kwargs", "_model_kwargs"):
+        found |= dict(getattr(modelpool, place, None) or {})
+    return found
+
+
+def _arguments(modelpool: BaseModelPool, name: str) -> dict[str, Any] | None:
+    """What ``from_pretrained`` is called with for an entry; None for other entries."""
     entry = modelpool._models[name]
     if isinstance(entry, str):
-        entry = {"pretrained_model_name_or_path": entry}
+        entry = {_PLACE: entry}
     if not isinstance(entry, (dict, DictConfig)):
+        return None
+    return {**_eager(modelpool, entry), **_given(modelpool)}
+
+
+def _asked(modelpool: BaseModelPool, name: str) -> tuple[str | None, Weights | None]:
+    """Repository and weights of an entry; None for both where only the host knows."""
+    entry = _arguments(modelpool, name)
+    if entry is None:
         return None, None
-    for place in ("model_kwargs", "_model_kwargs"):
-        entry = {**dict(getattr(modelpool, place, None) or {}), **dict(entry)}
-    target = str(entry.get("_target_", ".from_pretrained"))
+    target = str(entry.get(_TARGET, ".from_pretrained"))
     if not target.endswith(".from_pretrained") or set(entry) - _HARMLESS - _KNOWN:
         return None, None
     weights = Weights(
@@ -322,4 +388,4 @@ def _asked(modelpool: BaseModelPool, name: str) -> tuple[str | None, Weights | N
         entry.get("use_safetensors"),
         entry.get("subfolder") or "",
     )
-    return entry.get("pretrained_model_name_or_path"), weights
+    return entry.get(_PLACE), weights

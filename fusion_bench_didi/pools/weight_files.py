@@ -40,8 +40,18 @@ def open_weights(
     Raises:
         CheckpointMismatchError: for a broken file or index.
     """
-    source = _found(directory / weights.subfolder, label, weights)
+    home = directory / weights.subfolder
+    source = None if _elsewhere(home, label) else _found(home, label, weights)
     return None if source is None else Float8Source.over(source)
+
+
+def _elsewhere(home: Path, label: str) -> bool:
+    """Whether the configuration names the file of the weights."""
+    file = home / "config.json"
+    if not file.is_file():
+        return False
+    config = read_json(file, label, "the configuration of a model")
+    return isinstance(config, Mapping) and bool(config.get("transformers_weights"))
 
 
 def _found(directory: Path, label: str, weights: Weights) -> TensorSource | None:

@@ -123,13 +123,35 @@ def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def pooled(states: Tensor, how: Literal["cls", "mean", "both"]) -> Tensor:
-    """(B, n) from token states (B, N, n); ``both``: mean and standard deviation over tokens beside the first token."""
+def token_mask(states: Tensor, mask: Tensor | None) -> Tensor | None:
+    """(B, N) of a batch of texts, where states (B, N, n) are of its tokens; None where all count."""
+    if mask is None or states.ndim != 3 or mask.shape != states.shape[:2]:
+        return None
+    return mask.bool()
+
+
+def pooled(
+    states: Tensor, how: Literal["cls", "mean", "both"], mask: Tensor | None = None
+) -> Tensor:
+    """(B, n) from token states (B, N, n); ``both``: mean and standard deviation over tokens beside the first token.
+
+    Args:
+        mask: the tokens that count, (B, N).
+    """
     if states.ndim == 2:
         return states
+    mask = token_mask(states, mask)
     states = states.flatten(1, -2)
     if how == "cls":
         return states[:, 0]
+    mean, std = states.mean(1), None
+    if mask is not None:
+        weights = mask[..., None].to(states)
+        count = weights.sum(1)
+        mean = (states * weights).sum(1) / count
+        spread = ((states - mean[:, None]).square() * weights).sum(1)
+        std = (spread / (count - 1).clamp_min(1)).sqrt()
     if how == "mean":
-        return states.mean(1)
-    return torch.cat([states[:, 0], states.mean(1), states.std(1)], 1)
+        return mean
+    std = states.std(1) if std is None else std
+    return torch.cat([states[:, 0], mean, std], 1)

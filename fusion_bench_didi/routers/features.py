@@ -45,7 +45,8 @@ class FeatureRouter(Router):
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         found = record(model, args, kwargs, outputs_of=self.names)
-        states = [pooled(found[name], self.pooling) for name in self.names]
+        mask = kwargs.get("attention_mask")
+        states = [pooled(found[name], self.pooling, mask) for name in self.names]
         return torch.cat(states, 1).float()
 
 

@@ -18,21 +18,27 @@ from torch.nn import functional as F
 from ..lowrank.svd import spectrum
 from ..serving.layers import apart, patches
 from .base import RoutedModel, Router
-from .capture import blocks, layer_names, record
+from .capture import blocks, layer_names, record, token_mask
 
 EPS = 1e-6
 
 
-def responses(x: Tensor, basis: Tensor) -> Tensor:
+def responses(x: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tensor:
     """Logarithm of the mean squared response of each direction, and of the input's energy.
 
     Args:
         x: (B, N, n).
         basis: (K, n) orthonormal rows per task.
+        mask: (B, N), the tokens that count; all if None.
 
     Returns:
         (B, K + 1) in float32; the last column is the energy.
     """
+    if (
+        mask is not None
+    ):  # zeros respond with nothing: only the number of tokens is left to mend
+        weights = mask / mask.float().mean(1, keepdim=True)
+        x = x * weights.sqrt()[..., None].to(x)
     inner = (x.flatten(0, 1) @ basis.mT).square_().view(*x.shape[:2], -1)
     inner = inner.mean(1, dtype=torch.float32)  # (B, K)
     energy = x.square().sum(-1, dtype=torch.float32).mean(1, keepdim=True)  # (B, 1)
@@ -81,7 +87,8 @@ class ProjectionRouter(Router):
         for i, name in enumerate(self.names):
             x = rows_of(model.backbone.get_submodule(name), found[name])
             basis = self._buffers[f"basis_{i}"].to(x)
-            parts.append(responses(x, basis))
+            mask = token_mask(found[name], kwargs.get("attention_mask"))
+            parts.append(responses(x, basis, mask))
         return torch.cat(parts, 1)
 
     def plain_scores(self, features: Tensor) -> Tensor:

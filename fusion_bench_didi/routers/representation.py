@@ -157,7 +157,8 @@ class RepresentationRouter(Router):
         found = record(
             model, args, kwargs, weights=row, outputs_of=self.names, **options
         )
-        return [pooled(found[name], self.pooling) for name in self.names]
+        mask = kwargs.get("attention_mask")
+        return [pooled(found[name], self.pooling, mask) for name in self.names]
 
     def plain_scores(self, features: Tensor) -> Tensor:
         parts = features.split(len(self.tasks), 1)

@@ -138,12 +138,13 @@ class _Classification(_TextTaskPool):
         """Texts of about one length together, padded to the longest."""
         rows = pd.read_parquet(self._test_datasets[task_name]).head(self.limit)
         texts, labels = (rows[self.columns[c]].tolist() for c in ("text", "label"))
-        found = self.loaded_tokenizer(texts, truncation=True, max_length=self.max_length)  # fmt: skip
-        order = sorted(range(len(texts)), key=lambda i: len(found["input_ids"][i]))
+        cut = {"truncation": True, "max_length": self.max_length}
+        ids = self.loaded_tokenizer(texts, **cut)["input_ids"]
+        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            rows = {key: [value[i] for i in chosen] for key, value in found.items()}
-            inputs = self.loaded_tokenizer.pad(rows, return_tensors="pt")
+            found = [texts[i] for i in chosen]
+            inputs = self.loaded_tokenizer(found, padding=True, return_tensors="pt", **cut)  # fmt: skip
             yield dict(inputs), torch.tensor([labels[i] for i in chosen])
 
     def logits(

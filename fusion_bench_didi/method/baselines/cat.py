@@ -15,7 +15,7 @@ from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 
-from ...pools.images import load_images, require_images
+from ...pools.inputs import Inputs, load_inputs, parts, require_inputs
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.scan import scan
 from ..base import PoolMethod
@@ -37,7 +37,7 @@ class CATMerging(PoolMethod):
     ``theta = theta_0 + alpha sum_i tau_i``. Scales of layer norms and all shifts are treated coordinate by coordinate in the same way;
     a shift is multiplied with 1 in every task, so that for ``lambda >= 1`` none is cut.
 
-    Data: ``images`` images per task, labels unused, from the pool's train datasets, or its validation datasets.
+    Data: ``images`` images (or texts) per task, labels unused, from the pool's train datasets, or its validation datasets.
 
     Source: two independent second-hand descriptions, a review of the paper and a port of its code to language models,
     which agree in the formula; the authors' code was not at hand. Inferred: all ``B_k`` are found from the whole task
@@ -77,10 +77,10 @@ class CATMerging(PoolMethod):
             ModelPoolError: if the pool has no images for some task; before any weight is read.
         """
         modelpool = self.checked(modelpool)
-        require_images(
+        require_inputs(
             modelpool,
             self.task_aliases,
-            purpose="CAT-Merging needs a few unlabelled images per task",
+            purpose="CAT-Merging needs a few unlabelled images or texts per task",
         )
         backbone, task_vectors = self.opened(modelpool)
         with self.profile("scan"):
@@ -121,17 +121,17 @@ class CATMerging(PoolMethod):
 
     def _inputs(self, modelpool: BaseModelPool, task: str) -> dict[str, Tensor]:
         """What each tensor of the fine-tuned model is multiplied with, on a few images of its task."""
-        pixels = load_images(
+        inputs = load_inputs(
             modelpool, task, self.images, seed=self.seed, aliases=self.task_aliases
         )
         model = modelpool.load_model(task)
-        found = record_inputs(model, pixels.to(next(model.parameters()).device))
+        found = record_inputs(model, inputs)
         if not found:
             log.warning("%s: no nn.Linear or nn.LayerNorm was called.", task)
         return found
 
 
-def record_inputs(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+def record_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Inputs of all linear layers and layer norms that are called, by the name of the tensor they are multiplied with.
 
     Returns:
@@ -157,9 +157,13 @@ def record_inputs(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.LayerNorm))
     ]
-    training = model.training
+    training, device = model.training, next(model.parameters()).device
+    # one text at a time: padding is no input
+    size = len(inputs) if isinstance(inputs, Tensor) else 1
     try:
-        model.eval()(pixels)
+        for args, named in parts(inputs, size):
+            named = {key: value.to(device) for key, value in named.items()}
+            model.eval()(*(x.to(device) for x in args), **named)
     finally:
         model.train(training)
         for handle in handles:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from ..errors import CheckpointMismatchError
 from .lora_adapter import WAY_OUT
-from .sources import TensorInfo, TensorSource
+from .sources import STORED, TensorInfo, TensorSource
 
 Infos = Mapping[str, TensorInfo]
 
@@ -55,10 +55,16 @@ def check_alignment(
     expected = {n for n in expected if not matches(n, exclude)}
     adapters = {t: s for t, s in tuned.items() if s.partial}
     faults = [
-        f"{task}: {fault}"
-        for task, adapter in adapters.items()
-        for name, fault in adapter.faults.items()
+        f"{task}: {fault if source.partial else f'{name} {fault}'}"
+        for task, source in {base.label: base, **tuned}.items()
+        for name, fault in source.faults.items()
         if not matches(name, exclude)
+    ]
+    faults += [
+        f"{task}: {name} is another than that of the base model {base.label}, and no tensor that could be kept"
+        for task, source in tuned.items()
+        for name, state in source.extra.items()
+        if state != base.extra.get(name) and not matches(name, exclude)
     ]
     if not held & set(reference) and not faults:
         raise CheckpointMismatchError(
@@ -107,8 +113,11 @@ def _misfits(
     """Tensors of the base model's name and another shape or kind."""
     for name in sorted(set(found) & set(reference)):
         have, want = found[name], reference[name]
-        if not have.floating:
-            yield f"{name} is of an integer type, the base model has {want.dtype}"
+        if have.dtype is None:
+            yield f"{name} is of a type that torch does not have, the base model has {want.dtype}"
+        elif not have.floating:
+            kind = "an integer type" if have.dtype in STORED else f"type {have.dtype}"
+            yield f"{name} is of {kind}, the base model has {want.dtype}"
         elif have.shape != want.shape and name not in fresh:
             if not matches(name, (*own, *HEADS)):
                 yield f"{name} is {have.shape}, the base model has {want.shape}"

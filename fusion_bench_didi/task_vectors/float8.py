@@ -29,11 +29,8 @@ class Float8Source(TensorSource):
     """
 
     def __init__(self, source: TensorSource):
-        self.label, self.partial, self.faults = (
-            source.label,
-            source.partial,
-            source.faults,
-        )
+        self.label, self.partial = source.label, source.partial
+        self.faults, self.extra = source.faults, source.extra
         self._source = source
         self._infos = dict(source.infos())
         self._scales: dict[str, str] = {}

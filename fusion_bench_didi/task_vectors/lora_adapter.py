@@ -203,6 +203,11 @@ class AdapterSource(TensorSource):
             )
             return
         a, b = (self._source.infos()[keys[half]] for half in "AB")
+        if not a.floating or not b.floating:
+            self.faults[name] = (
+                f"{keys['A']} is of {a.dtype} and {keys['B']} of {b.dtype}, expected floating point"
+            )
+            return
         rank = self._settings.rank_of(module)
         ones = (1,) * (len(b.shape) - 2)  # a convolution's kernel is all in lora_A
         if a.shape[:1] != (rank,) or b.shape[1:] != (rank, *ones):
@@ -214,8 +219,7 @@ class AdapterSource(TensorSource):
         turned = want is not None and self._turned(name, shape, want.shape)
         shape = shape[::-1] if turned else shape
         # the fine-tuned model would be saved in the base model's type
-        dtype = (want or a).dtype if a.dtype and b.dtype else None
-        self._infos[name] = TensorInfo(shape, dtype)
+        self._infos[name] = TensorInfo(shape, (want or a).dtype)
         self._pairs[name] = Pair(
             keys["A"], keys["B"], rank, self._settings.scale_of(module), turned
         )

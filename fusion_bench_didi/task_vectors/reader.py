@@ -10,6 +10,7 @@ sources of what they change, as factors where they can):
 """
 
 import fnmatch
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,9 +18,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import ModelPoolError, SettingsError
+from ..errors import CheckpointMismatchError, ModelPoolError, SettingsError
 from .alignment import check_alignment, floating, matches, some
-from .sources import TensorInfo, TensorSource, aligned
+from .float8 import FLOAT8
+from .sources import STORED, TensorInfo, TensorSource, aligned
 from .tensor import ChangedTensor, matrix_shape
 
 
@@ -78,6 +80,12 @@ class TaskVectors:
             ignored=self.ignored,
             loaded=self.loaded,
         )
+        stiff = [n for n, info in self.infos.items() if info.dtype in FLOAT8]
+        if stiff:
+            raise CheckpointMismatchError(
+                f"The base model {self.base.label} has {some(stiff)} in {self.infos[stiff[0]].dtype}, which cannot hold merged "
+                "values. Give it in bfloat16, or leave these tensors out with method.exclude=[...]."
+            )
         known = {*self.base.infos(), *self._held, *self.ignored}
         for key in ("exclude", "as_vectors", "own"):
             for pattern in getattr(self, key):
@@ -143,23 +151,29 @@ class TaskVectors:
         if name not in source.infos():
             return None
         value = source.read(name)
-        if name in self.fresh or name not in self.base.infos():
-            return value
-        base = self.base.read(name)
-        same = value.shape == base.shape and value.dtype == base.dtype
-        return None if same and value.equal(base) else value
+        if name not in self.fresh and name in self.base.infos():
+            base = self.base.read(name)
+            same = value.shape == base.shape and value.dtype == base.dtype
+            if same and value.equal(base):
+                return None
+        if value.dtype not in STORED:
+            raise CheckpointMismatchError(
+                f"{task}: {name} is of {value.dtype}, which files do not hold, and differs from the base model's. Convert it, "
+                "or leave it out with method.exclude=[...]."
+            )
+        return value
 
     def ordered(self, tasks: Sequence[str]) -> "TaskVectors":
         """The same with tasks in the given order."""
         return replace(self, tuned={task: self.tuned[task] for task in tasks})
 
     def tuned_dtype(self, name: str) -> torch.dtype:
-        """The type in which the first fine-tuned checkpoint that holds the tensor stores it."""
-        for task in self.tasks:
-            info = self._sources[task].infos().get(name)
-            if info is not None and info.floating:
-                return info.dtype
-        return self.infos[name].dtype
+        """The type in which fine-tuned checkpoints store a tensor; one that holds them all where they differ."""
+        held = (source.infos().get(name) for source in self._sources.values())
+        types = {info.dtype for info in held if info is not None and info.floating}
+        if not types:
+            return self.infos[name].dtype
+        return functools.reduce(torch.promote_types, sorted(types, key=str))
 
     def is_matrix(self, name: str) -> bool:
         m, n = matrix_shape(self.infos[name].shape)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from ..errors import CheckpointMismatchError
 from ..lowrank.factors import LowRankFactors
 
+#: What torch calls the state of a module that is none of its tensors.
+EXTRA_STATE = "_extra_state"
 #: Files are mapped anew after so many bytes read from a model.
 MAPPED_BYTES = 2**25
 #: What a tensor may map beyond itself: systems cache files in pages of up to this size, and map them whole.
@@ -31,6 +34,9 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -41,6 +47,8 @@ _DTYPES = {
     "U64": torch.uint64,
     "BOOL": torch.bool,
 }
+#: Types that files hold.
+STORED = frozenset(_DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,14 @@ class TensorSource(ABC):
         partial: what it does not hold is as in the base model.
         faults: what cannot be merged, by name, "" for the whole; found from headers.
         unused: tensors that the model does not take from the checkpoint, and why.
+        extra: what a live model keeps beside its tensors (``get_extra_state``), as bytes.
     """
 
     label: str
     partial: bool = False
     faults: Mapping[str, str] = MappingProxyType({})
     unused: Mapping[str, str] = MappingProxyType({})
+    extra: Mapping[str, bytes] = MappingProxyType({})
 
     @abstractmethod
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -105,11 +115,17 @@ class ModuleSource(TensorSource):
 
     def __init__(self, module: nn.Module, label: str):
         self.label = label
-        kept = set(module.state_dict(keep_vars=True))
+        state = module.state_dict(keep_vars=True)
         self._tensors = {
             name: tensor.detach()
             for name, tensor in (*module.named_parameters(), *module.named_buffers())
-            if name in kept
+            if name in state
+        }
+        self.faults = {n: f for n, t in self._tensors.items() if (f := fault_of(t))}
+        self.extra = {
+            name: pickle.dumps(value)
+            for name, value in state.items()
+            if name.rpartition(".")[2] == EXTRA_STATE
         }
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -119,6 +135,15 @@ class ModuleSource(TensorSource):
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def fault_of(tensor: Tensor) -> str | None:
+    """Why the values of a tensor cannot be read."""
+    if tensor.is_meta:
+        return "is without values (on the meta device, as in a model that is loaded in part)"
+    if tensor.layout != torch.strided:
+        return f"is of layout {tensor.layout}, expected a dense tensor"
+    return None
 
 
 class Watched:
@@ -221,10 +246,15 @@ class PickleSource(TensorSource):
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
         self._watched = Watched(label)
+        unused: dict[str, str] = {}
         for file in files:
             self._watched.opened(file)
-            for name, value in _state_dict(file, label).items():
+            tensors, beside = _state_dict(file, label)
+            for name, value in tensors.items():
                 self._tensors[name], self._files[name] = value, file
+            unused.update(dict.fromkeys(beside, "beside the state dict's tensors"))
+        self.unused = unused
+        self.faults = {n: f for n, t in self._tensors.items() if (f := fault_of(t))}
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return {
@@ -236,8 +266,12 @@ class PickleSource(TensorSource):
         return self._tensors[name].clone()
 
 
-def _state_dict(file: Path, label: str) -> dict[str, Tensor]:
-    """The tensors of a pickle; other plain values beside them (a step, a list of classes) are none of the model's."""
+def _state_dict(file: Path, label: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a pickle; other plain values beside them (a step, a list of classes) are none of the model's.
+
+    Returns:
+        tensors by name; names of other values that hold some.
+    """
     way_out = "Save the model's state dict as safetensors."
     try:
         try:
@@ -258,13 +292,20 @@ def _state_dict(file: Path, label: str) -> dict[str, Tensor]:
         raise CheckpointMismatchError(
             f"{label}: {file} holds dictionaries {nested[:4]}, expected tensors by name. {way_out}"
         )
-    strange = [k for k in tensors if not isinstance(k, str)]
-    sparse = [k for k, v in tensors.items() if v.layout != torch.strided]
-    if strange or sparse:
+    if strange := [k for k in tensors if not isinstance(k, str)]:
         raise CheckpointMismatchError(
-            f"{label}: {file} holds {(strange or sparse)[:4]}, expected dense tensors by name. {way_out}"
+            f"{label}: {file} holds {strange[:4]}, expected tensors by name. {way_out}"
         )
-    return tensors
+    return tensors, [str(k) for k, v in state.items() if k not in tensors and _deep(v)]
+
+
+def _deep(value: Any) -> bool:
+    """Whether there are tensors within a value."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_deep, value))
+    return isinstance(value, Tensor)
 
 
 class RenamedSource(TensorSource):
@@ -282,7 +323,12 @@ class RenamedSource(TensorSource):
         unused: Mapping[str, str] = MappingProxyType({}),
     ):
         self.label = source.label
-        self.unused = {**source.unused, **unused}
+        self.unused, self.extra = {**source.unused, **unused}, source.extra
+        self.faults = {
+            new: source.faults[old]
+            for new, old in names.items()
+            if old in source.faults
+        }
         self._source, self._names = source, names
 
     def infos(self) -> Mapping[str, TensorInfo]:

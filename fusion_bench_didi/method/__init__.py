@@ -2,12 +2,16 @@
 
 from .baselines.bitdelta import BitDelta
 from .baselines.cat import CATMerging
+from .baselines.compeft import ComPEFT
 from .baselines.dare import DARE
 from .baselines.emr import EMRMerging
 from .baselines.free import FreeMerging
+from .baselines.t_switch import TSwitch
 from .baselines.tall_mask import TallMaskMerging
 from .baselines.tsv_c import TSVCompression
+from .baselines.tvq import TaskVectorQuantization
 from .baselines.twin import TwinMerging
+from .baselines.ultra_delta import UltraDelta
 from .didi import DiDiMerging
 from .routed import RoutedMethod
 from .se_merging import SEMerging
@@ -15,6 +19,7 @@ from .se_merging import SEMerging
 __all__ = [
     "BitDelta",
     "CATMerging",
+    "ComPEFT",
     "DARE",
     "DiDiMerging",
     "EMRMerging",
@@ -22,6 +27,9 @@ __all__ = [
     "RoutedMethod",
     "SEMerging",
     "TSVCompression",
+    "TSwitch",
     "TallMaskMerging",
+    "TaskVectorQuantization",
     "TwinMerging",
+    "UltraDelta",
 ]

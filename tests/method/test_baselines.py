@@ -38,6 +38,11 @@ DYNAMIC = {
     "bitdelta": lambda: methods.BitDelta(others="bfloat16"),
     "dare": lambda: methods.DARE(positions="stored", others="pretrained"),
     "dare seed": lambda: methods.DARE(width=4, tensors="linear"),
+    "t_switch": lambda: methods.TSwitch(),
+    "compeft": lambda: methods.ComPEFT(),
+    "tvq": lambda: methods.TaskVectorQuantization(),
+    "rtvq": lambda: methods.TaskVectorQuantization(width=2, base_width=3),
+    "ultra_delta": lambda: methods.UltraDelta(drop=0.9),
 }
 
 
@@ -696,7 +701,8 @@ def test_excluded_tensors_stay(dynamic, tiny_clip):
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-YAML = ["tsv_c", "tall_mask", "twin", "free", "cat", "emr", "bitdelta", "dare"]
+YAML = ["tsv_c", "tall_mask", "twin", "free", "cat", "emr"]
+YAML += ["bitdelta", "dare", "t_switch", "compeft", "tvq", "ultra_delta"]
 
 
 @pytest.mark.parametrize("name", YAML)

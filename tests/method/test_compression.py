@@ -174,3 +174,176 @@ def test_dare_keeps_the_expected_change():
 
 def test_nothing_is_stored_where_nothing_is_kept():
     assert methods.DARE(drop=0.999999).delta("w", "a", gaussian(3, 3)) is None
+
+
+# --- T-Switch and ComPEFT ---------------------------------------------------------------------------------------------
+
+
+def top_of_sign(tau: np.ndarray, share: float) -> np.ndarray:
+    """Signs of the largest positive and negative entries, zero elsewhere."""
+    out = np.zeros(tau.size)
+    for sign in (1, -1):
+        order = [i for i in np.argsort(-sign * tau.ravel()) if sign * tau.flat[i] > 0]
+        out[order[: int(len(order) * share)]] = sign
+    return out.reshape(tau.shape)
+
+
+@pytest.mark.parametrize("norm", ["kept", "whole"])
+@pytest.mark.parametrize("drop", [0.6, 0.9])
+def test_t_switch(tiny_clip, drop, norm):
+    def expected(task, name, tau):
+        kept = top_of_sign(tau, 1 - drop)
+        if not kept.any():
+            return kept
+        lengthy = tau * (kept != 0) if norm == "kept" else tau
+        return kept * np.linalg.norm(lengthy) / np.linalg.norm(kept)
+
+    method = methods.TSwitch(drop=drop, norm=norm)
+    assert_changes(method.run(tiny_clip.pool_models()), tiny_clip, expected)
+
+
+@pytest.mark.parametrize("drop", [0.6, 0.9])
+def test_t_switch_takes_the_entropy_of_its_mask_and_a_bit_per_sign(drop):
+    keep = 1 - drop
+    entropy = -keep * np.log2(keep) - drop * np.log2(drop)
+    found = bits_per_entry(methods.TSwitch(drop=drop), gaussian(1500, 1000))
+    assert found == pytest.approx(entropy + keep, rel=0.001)
+
+
+def test_compeft(tiny_clip):
+    tau = task_vectors(tiny_clip)
+    flat = {t: np.concatenate([v.ravel() for v in x.values()]) for t, x in tau.items()}
+
+    def expected(task, name, value):
+        sizes = np.sort(np.abs(flat[task]))
+        limit = sizes[len(sizes) - int(0.1 * len(sizes)) - 1]
+        scale = 1.5 * flat[task].std()
+        return np.where(np.abs(value) >= limit, scale * np.sign(value), 0)
+
+    model = methods.ComPEFT(alpha=1.5).run(tiny_clip.pool_models())
+    assert_changes(model, tiny_clip, expected)
+
+
+def test_compeft_looks_at_the_tensors_that_it_compresses(tiny_clip):
+    """A huge change of another tensor moves neither threshold nor scale."""
+    settings = {"tensors": "linear", "others": "pretrained"}
+    before = methods.ComPEFT(**settings).run(tiny_clip.pool_models())
+    found = changes(before, tiny_clip)
+    for model in tiny_clip.tuned.values():
+        model.vision_model.embeddings.class_embedding.data += 100
+    after = methods.ComPEFT(**settings).run(tiny_clip.pool_models())
+    for task, tensors in changes(after, tiny_clip).items():
+        for name, value in tensors.items():
+            np.testing.assert_array_equal(value, found[task][name])
+
+
+# --- TVQ --------------------------------------------------------------------------------------------------------------
+
+
+def quantized(tau: np.ndarray, bits: int) -> np.ndarray:
+    if tau.min() == tau.max():
+        return tau
+    step = (tau.max() - tau.min()) / (2**bits - 1)
+    zero = -np.round(tau.min() / step)
+    codes = np.clip(np.round(tau / step) + zero, 0, 2**bits - 1)
+    return (codes - zero) * step
+
+
+def mostly_close(found: np.ndarray, expected: np.ndarray, atol: float) -> bool:
+    """But for entries half-way between two codes, which float32 may round to the other one."""
+    return (np.abs(found - expected) <= atol).mean() >= 1 - 2 / found.size - 1e-3
+
+
+@pytest.mark.parametrize("width, base_width", [(3, None), (2, None), (2, 3), (4, 8)])
+def test_tvq(tiny_clip, width, base_width):
+    method = methods.TaskVectorQuantization(width=width, base_width=base_width)
+    model = method.run(tiny_clip.pool_models())
+    tau = task_vectors(tiny_clip)
+    for task, found in changes(model, tiny_clip).items():
+        for name, change in found.items():
+            base = 0 * change
+            if base_width is not None:
+                mean = np.mean([tau[t][name] for t in tau], axis=0)
+                base = quantized(mean, base_width)
+            expected = base + quantized(tau[task][name] - base, width)
+            assert mostly_close(change, expected, 3e-7), (task, name)
+    sizes = [p.numel() for p in tiny_clip.base.parameters()]
+    widths = [width] * 3 + ([] if base_width is None else [base_width])
+    bits = sum(8 * -(-w * n // 8) + 64 for w in widths for n in sizes)
+    assert model.storage.excl_bits == bits
+
+
+def test_a_task_that_changed_nothing_is_itself_around_a_mean(tiny_clip):
+    with torch.no_grad():
+        for base, own in zip(
+            tiny_clip.base.parameters(), tiny_clip.tuned["svhn"].parameters()
+        ):
+            own.copy_(base)
+    method = methods.TaskVectorQuantization(width=8, base_width=3)
+    found = changes(method.run(tiny_clip.pool_models()), tiny_clip)
+    most = max(np.abs(v).max() for v in task_vectors(tiny_clip)["mnist"].values())
+    assert max(np.abs(v).max() for v in found["svhn"].values()) < most / 100
+
+
+# --- UltraDelta -------------------------------------------------------------------------------------------------------
+
+
+def ultra_delta(tau: Tensors, task: str, drop: float, step: float, bits: int):
+    """Pruned and raised codes of all linear layers of a task, as the description has it."""
+    coded = {n: grid(v, bits) for n, v in tau.items() if is_linear(n, v)}
+    total, passed, rates = sum(v.size for v in coded.values()), 0, {}
+    for name in sorted(coded, key=lambda n: coded[n].std()):
+        passed += coded[name].size
+        third = 0 if passed <= total / 3 else 1 if passed <= 2 * total / 3 else 2
+        rates[name] = [drop + step, drop, None][third]
+    spent = sum(r * coded[n].size for n, r in rates.items() if r is not None)
+    last = sum(coded[n].size for n, r in rates.items() if r is None)
+    found = {}
+    for name, value in coded.items():
+        rate = rates[name]
+        if rate is None:
+            rate = min(0.99, max(0.0, (drop * total - spent) / last))
+        order, out = words_of(5, task, name, value.shape), np.zeros_like(value)
+        for code in np.unique(value):
+            places = sorted(
+                np.argwhere(value == code).tolist(), key=lambda p: order[*p]
+            )
+            for place in places[round(len(places) * rate) :]:
+                out[*place] = code / (1 - drop)
+        found[name] = out
+    return found
+
+
+@pytest.mark.parametrize("trace_norm", [True, False])
+def test_ultra_delta(tiny_clip, trace_norm):
+    settings = {"drop": 0.8, "step": 0.05, "width": 3, "seed": 5, "gain": 0.9}
+    model = methods.UltraDelta(trace_norm=trace_norm, **settings).run(
+        tiny_clip.pool_models()
+    )
+    tau = task_vectors(tiny_clip)
+    known = {t: ultra_delta(tau[t], t, 0.8, 0.05, 3) for t in tau}
+    norms = {
+        t: sum(np.linalg.svd(v, compute_uv=False).sum() for v in known[t].values())
+        for t in tau
+    }
+    for task, found in changes(model, tiny_clip).items():
+        gain = 0.9 * (min(norms.values()) / norms[task] if trace_norm else 1)
+        for name, change in found.items():
+            expected = gain * known[task].get(name, 0 * change)
+            assert mostly_close(change, expected, 1e-5), (task, name)
+    kept = sum(np.count_nonzero(v) for v in known["mnist"].values())
+    linear = sum(v.size for v in known["mnist"].values())
+    assert kept / linear == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("drop, ratio", [(0.97, 50.9), (0.99, 132.5)])
+def test_ultra_delta_is_as_small_as_the_paper_counts(drop, ratio):
+    method = methods.UltraDelta()
+    method._rates, method._gains = {"a": {"w": drop}}, {"a": 1.0}
+    found = 16 / bits_per_entry(method, gaussian(1500, 1000))
+    assert found == pytest.approx(ratio, rel=0.005)
+
+
+def test_ultra_delta_refuses_to_drop_more_than_all():
+    with pytest.raises(SettingsError, match=r"drop \+ step = 1.0"):
+        methods.UltraDelta(drop=0.995, step=0.01)

@@ -2,9 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ...deltas.base import Delta
@@ -19,6 +20,8 @@ from ..base import DynamicMethod
 Compressed = Literal["linear", "matrices", "all"]
 #: What becomes of the others: whole in the checkpoints' type or in 16 bits, or left at the base model's value.
 Others = Literal["checkpoint", "bfloat16", "pretrained"]
+#: A part of all entries that is left out: never all.
+Dropped = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DeltaCompression(DynamicMethod):

@@ -6,20 +6,16 @@ Example:
         taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from fusion_bench import auto_register_config
-from pydantic import Field
 from torch import Tensor
 
 from ...deltas.entries import ScatteredDelta, SeededDelta, between_ends, drawn
 from ...options import Count, Positive
 from ...quantization.counters import seed_of
-from .compression import Compressed, DeltaCompression, Others
-
-#: A part of all entries that is left out: never all.
-Dropped = Annotated[float, Field(ge=0, lt=1)]
+from .compression import Compressed, DeltaCompression, Dropped, Others
 
 
 @auto_register_config

@@ -344,6 +344,19 @@ def test_ultra_delta_is_as_small_as_the_paper_counts(drop, ratio):
     assert found == pytest.approx(ratio, rel=0.005)
 
 
+def test_ultra_delta_of_vectors_too(tiny_clip):
+    """Which have no trace norm: gains are those without them, where nothing else is pruned otherwise."""
+    gains = []
+    for tensors in ("matrices", "all"):
+        method = methods.UltraDelta(drop=0.8, step=0.0, tensors=tensors)
+        model = method.run(tiny_clip.pool_models())
+        gains.append(method._gains)
+    assert gains[0] == pytest.approx(gains[1])
+    assert min(gains[0].values()) < max(gains[0].values()) == 1.0
+    kept = model.modulators["mnist"].deltas
+    assert any(kept.get(n).shape == (32,) for n in model.touched if kept.get(n))
+
+
 def test_ultra_delta_refuses_to_drop_more_than_all():
     with pytest.raises(SettingsError, match=r"drop \+ step = 1.0"):
         methods.UltraDelta(drop=0.995, step=0.01)

@@ -96,3 +96,8 @@ def account(
 
 def dtype_bits(dtype: torch.dtype) -> int:
     return 8 * torch.empty((), dtype=dtype).element_size()
+
+
+def told(deltas: Mapping[str, Delta]) -> set[str]:
+    """Names of tensors of which something is stored."""
+    return {name for name, delta in deltas.items() if delta.bits}

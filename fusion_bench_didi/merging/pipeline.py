@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..allocation.leftover import climb
 from ..allocation.spectra import total_cost
-from ..deltas.sink import InMemory, Sink
-from ..deltas.storage import account
+from ..deltas.sink import Experts, InMemory, Shared, Sink
+from ..deltas.storage import account, told
 from ..task_vectors.loop import Progress, no_progress
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, account_of, scan
@@ -64,7 +64,10 @@ class Plan:
             },
         )
 
-    def report(self, errors: Mapping[str, Tensor]) -> MergeReport:
+    def report(
+        self, errors: Mapping[str, Tensor], shared: Shared, experts: Experts
+    ) -> MergeReport:
+        """What was done, with errors per tensor and what is stored."""
         decisions = self.decisions.items()
         return MergeReport(
             self.context.tasks,
@@ -74,7 +77,12 @@ class Plan:
             forms={name: d.form.name for name, d in decisions},
             subspaces={n: d.point for n, d in decisions if d.form.name == "tucker"},
             seconds=self.seconds,
-            tensors=account_of(self.context.task_vectors, self.scan),
+            tensors=account_of(
+                self.context.task_vectors,
+                self.scan,
+                told(shared),
+                {task: told(deltas) for task, deltas in experts.items()},
+            ),
         )
 
 
@@ -195,7 +203,7 @@ def merge(
             shared, experts = sink.close()
     unit_bits = context.inventory.unit_bits
     storage = account(shared, experts, unit_bits=unit_bits)
-    report = planned.report(errors)
+    report = planned.report(errors, shared, experts)
     return MergeResult(shared, experts, planned.ranks, storage, report)
 
 

@@ -6,6 +6,7 @@ from .baselines.compeft import ComPEFT
 from .baselines.dare import DARE
 from .baselines.emr import EMRMerging
 from .baselines.free import FreeMerging
+from .baselines.lossless import LosslessDifference
 from .baselines.t_switch import TSwitch
 from .baselines.tall_mask import TallMaskMerging
 from .baselines.tsv_c import TSVCompression
@@ -24,6 +25,7 @@ __all__ = [
     "DiDiMerging",
     "EMRMerging",
     "FreeMerging",
+    "LosslessDifference",
     "RoutedMethod",
     "SEMerging",
     "TSVCompression",

@@ -19,11 +19,12 @@ from torch import nn
 from ..checkpoint.directory import whole_directory
 from ..checkpoint.stream import DeltaWriter
 from ..deltas.sink import EncodedTensor, InMemory, Sink
-from ..errors import SettingsError
+from ..deltas.storage import told
+from ..errors import CheckpointMismatchError, SettingsError
 from ..merging.encoding import encode_own
 from ..models import DynamicModel
 from ..models.pool_saving import attach_saving
-from ..options import Patterns, check_arguments
+from ..options import Aliases, FilePath, Patterns, check_arguments
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import (
@@ -33,6 +34,7 @@ from ..pools.opening import (
     open_pool,
 )
 from ..pools.task_names import check_tasks, pool_tasks
+from ..task_vectors.alignment import some
 from ..task_vectors.loop import Progress, each
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, account_of, model_bits, scan
@@ -118,6 +120,22 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         keys = [k for k in ("exclude", "as_vectors", "own") if hasattr(self, k)]
         return {key: as_patterns(getattr(self, key)) for key in keys}
 
+    def changed(self, task_vectors: TaskVectors) -> list[str]:
+        """Names of the tensors that some task changed, for methods that keep nothing of a single task.
+
+        Raises:
+            CheckpointMismatchError: naming tensors that only their task could have: heads, statistics, what the base model
+                lacks.
+        """
+        found = scan(task_vectors, self.fabric.device)
+        if found.changed_own:
+            raise CheckpointMismatchError(
+                f"{self.title} makes what tasks share, and {some(found.changed_own)} are each task's own (heads, statistics of "
+                "batches, tensors that the base model's checkpoint lacks). Leave them at the base model's value with "
+                "method.exclude=[...], or choose a method that keeps them, didi for instance."
+            )
+        return found.changed
+
     def order(self, tasks: Iterable[str]) -> list[str]:
         """The order in which sums over tasks are taken; sorted, so that the pool's order changes no bit."""
         return sorted(tasks)
@@ -186,10 +204,10 @@ class DynamicMethod(PoolMethod):
 
     def __init__(
         self,
-        exclude: Sequence[str] = (),
-        own: Sequence[str] = (),
-        task_aliases: Mapping[str, str] | None = None,
-        output_dir: str | None = None,
+        exclude: Patterns = (),
+        own: Patterns = (),
+        task_aliases: Aliases = None,
+        output_dir: FilePath | None = None,
         overwrite: bool = False,
         **kwargs: Any,
     ):
@@ -254,7 +272,12 @@ class DynamicMethod(PoolMethod):
             unit_bits=sum(model_bits(task_vectors, found).values()),
             info={
                 **self.facts(modelpool, backbone),
-                "tensors": account_of(task_vectors, found),
+                "tensors": account_of(
+                    task_vectors,
+                    found,
+                    told(shared),
+                    {task: told(deltas) for task, deltas in experts.items()},
+                ),
             },
         )
 

@@ -7,7 +7,6 @@ Example:
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -31,6 +30,7 @@ from ..merging.settings import (
 )
 from ..models import DiDiModel
 from ..options import (
+    Aliases,
     Count,
     FilePath,
     Gigabytes,
@@ -99,7 +99,7 @@ class DiDiMerging(PoolMethod):
         factor_memory_gb: Gigabytes = 4.0,
         output_dir: FilePath | None = None,
         overwrite: bool = False,
-        task_aliases: Mapping[str, str] | None = None,
+        task_aliases: Aliases = None,
         dry_run: bool = False,
         **kwargs: Any,
     ):

@@ -16,11 +16,24 @@ from fusion_bench import auto_register_config
 from rich.progress import Progress
 
 from ..checkpoint.directory import write_json
-from ..errors import DiDiError
+from ..errors import DiDiError, SettingsError
+from ..options import (
+    Aliases,
+    FilePath,
+    Fraction,
+    Gigabytes,
+    NonNegative,
+    Pattern,
+    Patterns,
+    PositiveCount,
+    Scale,
+    Seed,
+    Share,
+)
 from ..recombination import components
 from ..recombination.components import PATTERNS, ComponentReader
 from ..recombination.evolution import SearchSettings
-from ..recombination.front import PICKS, named_picks, pareto_front, plot_front
+from ..recombination.front import named_picks, pareto_front, plot_front
 from ..recombination.library import Library, save_modules
 from ..recombination.model import RecombinedModel
 from ..recombination.objectives import (
@@ -32,7 +45,6 @@ from ..recombination.objectives import (
 from ..recombination.operators import OperatorSettings, rate_of
 from ..recombination.search import nsga2
 from ..recombination.validation import check_pools, scorer_from_pools
-from ..task_vectors.scan import scan
 from .base import PoolMethod
 
 log = logging.getLogger(__name__)
@@ -60,8 +72,8 @@ class MERGE(PoolMethod):
     def __init__(
         self,
         objective: Literal["validation", "proxy"] = "validation",
-        validation_samples: int | None = 256,
-        pick: str | int = "balanced",
+        validation_samples: PositiveCount | None = 256,
+        pick: Literal["performance", "balanced", "storage"] | int = "balanced",
         operators: Sequence[str] = (
             "average",
             "task_arithmetic",
@@ -70,33 +82,27 @@ class MERGE(PoolMethod):
             "didi@0.06",
             "didi@0.12",
         ),
-        scaling: float = 0.3,
-        ties_keep: float = 0.2,
-        clip: float = 1e-4,
-        low_rank_bits: int = 4,
-        components: Mapping[str, str] | None = None,
-        population: int = 20,
-        evaluations: int = 300,
-        surrogate_generations: int = 15,
-        trees: int = 100,
-        mutation_rate: float = 1.0,
-        seed: int = 0,
-        directory: str | None = None,
-        library_memory_gb: float = 2.0,
-        exclude: Sequence[str] = (),
-        task_aliases: Mapping[str, str] | None = None,
+        scaling: Scale = 0.3,
+        ties_keep: Share = 0.2,
+        clip: Fraction = 1e-4,
+        low_rank_bits: Literal[4, 8] = 4,
+        components: Mapping[str, Pattern] | None = None,
+        population: PositiveCount = 20,
+        evaluations: PositiveCount = 300,
+        surrogate_generations: PositiveCount = 15,
+        trees: PositiveCount = 100,
+        mutation_rate: NonNegative = 1.0,
+        seed: Seed = 0,
+        directory: FilePath | None = None,
+        library_memory_gb: Gigabytes = 2.0,
+        exclude: Patterns = (),
+        task_aliases: Aliases = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if objective not in ("validation", "proxy"):
-            raise ValueError(f"objective={objective!r}; choose validation or proxy.")
-        if pick not in PICKS and not isinstance(pick, int):
-            raise ValueError(
-                f"pick={pick!r}; choose one of {', '.join(PICKS)}, or an index into the front."
-            )
-        if not operators:
-            raise ValueError("operators is empty; give [average] at least.")
-        for operator in operators:
+        if not self.operators:
+            raise SettingsError("operators is empty; give [average] at least.")
+        for operator in self.operators:
             rate_of(operator)
         self.search_settings()
         self.operator_settings()
@@ -129,7 +135,7 @@ class MERGE(PoolMethod):
             check_pools(modelpool, taskpool, tasks, self.task_aliases)
         backbone, task_vectors = self.opened(modelpool)
         with self.profile("scan"):
-            names = scan(task_vectors).changed
+            names = self.changed(task_vectors)
         parts = components(task_vectors, names, self.components or PATTERNS)
         reader = ComponentReader(task_vectors)
         space = Space.of(parts, reader, list(self.operators))
@@ -166,7 +172,7 @@ class MERGE(PoolMethod):
         self.print_profile_summary()
         index = picks[self.pick] if self.pick in picks else int(self.pick)
         if not -len(front) <= index < len(front):
-            raise ValueError(f"pick={self.pick}: the front has {len(front)} points.")
+            raise SettingsError(f"pick={self.pick}: the front has {len(front)} points.")
         chosen = front[index]
         log.info(
             "%d evaluations, %d modules made, %d points on the front; pick %s: performance %.4f, x_excl %.4f",

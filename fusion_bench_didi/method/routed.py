@@ -7,16 +7,17 @@ Example:
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.utils import instantiate
-from torch import Tensor
 
+from ..errors import SettingsError
 from ..models.dynamic import DynamicModel
+from ..options import Aliases, Fraction, ImageCount, Positive, Seed
 from ..pools.inputs import Inputs, load_inputs, parts, require_inputs
 from ..routers.base import Router
 from ..routers.files import make_router
@@ -42,22 +43,23 @@ class RoutedMethod(PoolMethod):
     def __init__(
         self,
         base_method: Any = None,
-        router: Literal["projection", "representation", "mlp", "none"] = "projection",
+        router: Literal[
+            "projection", "representation", "mlp", "oracle", "none"
+        ] = "projection",
         hard: bool = True,
-        temperature: float = 1.0,
+        temperature: Positive = 1.0,
         fallback: Literal["none", "shared"] = "none",
-        threshold: float = 0.0,
+        threshold: Fraction = 0.0,
         head: Literal["none", "discriminant", "mlp"] | None = None,
-        images: int = 500,
-        seed: int = 0,
+        images: ImageCount = 500,
+        seed: Seed = 0,
         router_options: Mapping[str, Any] | None = None,
-        task_aliases: Mapping[str, str] | None = None,
+        task_aliases: Aliases = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if images < 2:
-            raise ValueError(f"images={images}: a head needs at least two per task.")
         self.routes = router not in ("none", "oracle")
+        check_router(lambda: self._router(["one", "other"]))
 
     def run(self, modelpool: Any) -> DynamicModel:
         """Merge by the base method, then attach the router.
@@ -99,10 +101,22 @@ class RoutedMethod(PoolMethod):
         )
 
 
+def check_router(make: Callable[[], Router | None]) -> None:
+    """A router must be one that can be made.
+
+    Raises:
+        SettingsError: if it cannot.
+    """
+    try:
+        make()
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"There is no such router: {error}") from error
+
+
 def instantiated(method: Any, owner: Any) -> Any:
     """A method from its configuration (or as it is), under the program and the task aliases of the method that holds it."""
     if method is None:
-        raise ValueError("base_method is missing: give a method's configuration.")
+        raise SettingsError("base_method is missing: give a method's configuration.")
     if isinstance(method, Mapping) or "_target_" in getattr(method, "keys", list)():
         method = instantiate(method)
     method._program = owner._program

@@ -20,12 +20,13 @@ from ..deltas.plain import DenseDelta, OwnDelta
 from ..deltas.sink import EncodedTensor, InMemory
 from ..merging.encoding import encode_own
 from ..models.dynamic import DynamicModel
+from ..options import Aliases, Fraction, ImageCount, Patterns, Positive, Scale, Seed
 from ..pools.opening import load_backbone, open_pool
 from ..routers.representation import RepresentationRouter
 from ..task_vectors.scan import model_bits, scan
 from .base import PoolMethod
 from .didi import DiDiMerging
-from .routed import attach_router, check_head, instantiated
+from .routed import attach_router, check_head, check_router, instantiated
 
 log = logging.getLogger(__name__)
 
@@ -63,27 +64,24 @@ class SEMerging(PoolMethod):
         experts: Literal["individuals", "didi"] = "individuals",
         didi: Mapping[str, Any] | None = None,
         layers: Sequence[int | str] = (-1,),
-        pooling: str = "cls",
-        distance: str = "l2",
-        normalization: str = "mean",
-        prefer: str = "near",
+        pooling: Literal["cls", "mean"] = "cls",
+        distance: Literal["l2", "cosine"] = "l2",
+        normalization: Literal["none", "mean", "minmax"] = "mean",
+        prefer: Literal["near", "far"] = "near",
         assignment: Literal["soft", "hard"] = "soft",
-        temperature: float = 0.1,
-        total_mass: float = 1.0,
-        fallback: str = "none",
-        threshold: float = 0.0,
-        head: str = "none",
-        images: int = 500,
-        seed: int = 0,
-        exclude: Sequence[str] = (),
-        task_aliases: Mapping[str, str] | None = None,
+        temperature: Positive = 0.1,
+        total_mass: Scale = 1.0,
+        fallback: Literal["none", "shared"] = "none",
+        threshold: Fraction = 0.0,
+        head: Literal["none", "discriminant", "mlp"] = "none",
+        images: ImageCount = 500,
+        seed: Seed = 0,
+        exclude: Patterns = (),
+        task_aliases: Aliases = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if experts not in ("individuals", "didi"):
-            raise ValueError(f"experts={experts!r}; choose individuals or didi.")
-        if assignment not in ("soft", "hard"):
-            raise ValueError(f"assignment={assignment!r}; choose soft or hard.")
+        check_router(lambda: self.router(["one", "other"]))
 
     def run(self, modelpool: Any) -> DynamicModel:
         """The experts with SE-Merging's router attached.

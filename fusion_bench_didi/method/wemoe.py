@@ -20,6 +20,7 @@ Its training is not the authors' (tanganke/weight-ensembling_MoE at c401fdc), wh
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm.auto import trange
 
+from ..errors import SettingsError
+from ..options import Aliases, Count, Positive, PositiveCount, Scale, check_fields
 from ..pools.merged_adapters import adapted
 from ..pools.task_names import names_of, pool_tasks
 
@@ -43,36 +46,55 @@ TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class WEMoESettings:
+    """The keys of ``config/method/didi/wemoe.yaml``; what is None is as the training has it.
+
+    Raises:
+        SettingsError: for values of another type or range.
+    """
+
+    init_lambda: Scale = 0.3
+    router_hidden_layers: Literal[0, 1, 2] = 2
+    training: Literal["host", "published"] = "host"
+    lr: Positive | None = None
+    lr_schedule: Literal["constant", "cosine"] | None = None
+    max_steps: Count = 1000
+    batch_size: PositiveCount = 16
+    batch_reduce: bool | None = None
+    batch_reduce_at_test: bool = False
+    use_grad_accumulate: bool = True
+    num_workers: Count = 0
+    task_aliases: Aliases = None
+
+    def __post_init__(self):
+        check_fields(self)
+        for key, value in TRAINING[self.training].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+
+
 class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
     """Weight-ensembling mixture of experts on CLIP vision towers.
 
-    Args: as the keys of ``config/method/didi/wemoe.yaml``.
+    Args: as the fields of :class:`WEMoESettings`.
 
     Raises:
-        ValueError: for a training or schedule that there is not.
+        SettingsError: for a setting that there is not.
     """
 
     task_aliases: Mapping[str, str] | None = None
 
-    def __init__(
-        self,
-        *,
-        training: Literal["host", "published"] = "host",
-        batch_reduce_at_test: bool = False,
-        task_aliases: Mapping[str, str] | None = None,
-        **config: Any,
-    ):
-        if training not in TRAINING:
-            raise ValueError(f"training={training!r}; choose host or published.")
-        for key, value in TRAINING[training].items():
-            config[key] = value if config.get(key) is None else config[key]
-        if config["lr_schedule"] not in ("constant", "cosine"):
-            raise ValueError(
-                f"lr_schedule={config['lr_schedule']!r}; choose constant or cosine."
+    def __init__(self, **settings: Any):
+        known = [field.name for field in fields(WEMoESettings)]
+        if unknown := sorted(set(settings) - set(known)):
+            raise SettingsError(
+                f"WEMoEMerging has no setting {unknown[0]}. There are {known}."
             )
-        super().__init__(OmegaConf.create(config))
-        self.batch_reduce_at_test = batch_reduce_at_test
-        self.task_aliases = task_aliases
+        found = asdict(WEMoESettings(**settings))
+        self.batch_reduce_at_test = found.pop("batch_reduce_at_test")
+        self.task_aliases = found.pop("task_aliases")
+        super().__init__(OmegaConf.create(found))
 
     def run(self, modelpool: Any) -> nn.Module:
         """Build, adapt on the test images, and route every image by itself.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import SettingsError
 from .genome import Genome, canonical, crossover, mutate
 from .objectives import Space
 
@@ -40,7 +41,7 @@ class SearchSettings:
             ("trees", 1),
         ):
             if getattr(self, name) < least:
-                raise ValueError(
+                raise SettingsError(
                     f"{name}={getattr(self, name)}; give at least {least}."
                 )
 

@@ -9,13 +9,16 @@ Inferred: the scale of TIES (1, disjoint mean) and of task arithmetic (0.3); the
 its abbreviation only, DiDi's low-rank modules stand in its place.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from ..deltas.quantized import AffineDelta
+from ..errors import SettingsError
 from ..lowrank.static_merge import shared_matrix
 from .low_rank import Parts, SVDCache, low_rank
 
@@ -41,9 +44,9 @@ class OperatorSettings:
 
     def __post_init__(self):
         if not 0 <= self.clip < 0.5:
-            raise ValueError(f"clip={self.clip} is not in [0, 0.5).")
+            raise SettingsError(f"clip={self.clip} is not in [0, 0.5).")
         if self.bits not in (4, 8):
-            raise ValueError(f"low_rank_bits={self.bits}; choose 4 or 8.")
+            raise SettingsError(f"low_rank_bits={self.bits}; choose 4 or 8.")
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -53,15 +56,16 @@ def rate_of(operator: str) -> float | None:
     """The budget of a low-rank operator; None for a static one.
 
     Raises:
-        ValueError: for an unknown operator.
+        SettingsError: for an unknown operator.
     """
     if operator in STATIC:
         return None
     if operator.startswith(LOW_RANK):
-        rate = float(operator.removeprefix(LOW_RANK))
-        if rate > 0:
-            return rate
-    raise ValueError(
+        with suppress(ValueError):
+            rate = float(operator.removeprefix(LOW_RANK))
+            if 0 < rate < math.inf:
+                return rate
+    raise SettingsError(
         f"operator {operator!r}; choose from {', '.join(STATIC)} and {LOW_RANK}<size per task>, {LOW_RANK}0.1 for instance."
     )
 

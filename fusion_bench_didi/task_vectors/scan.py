@@ -1,7 +1,7 @@
 """One read of every tensor: is it finite, is it changed, and how much energy has each task vector?"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,20 +103,31 @@ def scan(
     return result
 
 
-def account_of(task_vectors: TaskVectors, scan: Scan) -> dict[str, dict[str, Any]]:
+def account_of(
+    task_vectors: TaskVectors,
+    scan: Scan,
+    shared: Container[str],
+    experts: Mapping[str, Container[str]],
+) -> dict[str, dict[str, Any]]:
     """What became of every tensor of every checkpoint: by task, how many are merged and how many equal the base model's, and the
     names of all others with the reason.
+
+    Args:
+        shared: names of the tensors of which tasks share something.
+        experts: by task, of which there is something of its own.
     """
     account = {}
     for t, task in enumerate(task_vectors.tasks):
-        merged = sum(bool(energy[t] > 0) for energy in scan.energy.values())
+        changed = [name for name, energy in scan.energy.items() if energy[t] > 0]
+        left = [n for n in changed if n not in shared and n not in experts[task]]
         own = [name for name, kept in scan.own.items() if kept[t]]
         account[task] = {
-            "merged": merged,
+            "merged": len(changed) - len(left),
             "equal to the base model": len(scan.energy)
-            - merged
+            - len(changed)
             + sum(not kept[t] for kept in scan.own.values()),
             "kept as the task has them": own,
+            "left as in the base model": left,
             "excluded": task_vectors.excluded(task),
             "not taken from the checkpoint": dict(task_vectors.unused(task)),
         }

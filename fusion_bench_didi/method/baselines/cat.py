@@ -7,7 +7,7 @@ Example:
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,17 @@ from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 
+from ...options import (
+    Aliases,
+    Count,
+    NonNegative,
+    Patterns,
+    PositiveCount,
+    Scale,
+    Seed,
+)
 from ...pools.inputs import Inputs, load_inputs, parts, require_inputs
 from ...task_vectors.reader import TaskVectors
-from ...task_vectors.scan import scan
 from ..base import PoolMethod
 
 log = logging.getLogger(__name__)
@@ -54,20 +62,16 @@ class CATMerging(PoolMethod):
 
     def __init__(
         self,
-        scale: float = 0.3,
-        directions: int = 3,
-        weight: float = 5.0,
-        images: int = 3,
-        seed: int = 0,
-        exclude: Sequence[str] = (),
-        task_aliases: Mapping[str, str] | None = None,
+        scale: Scale = 0.3,
+        directions: Count = 3,
+        weight: NonNegative = 5.0,
+        images: PositiveCount = 3,
+        seed: Seed = 0,
+        exclude: Patterns = (),
+        task_aliases: Aliases = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if directions < 0 or images < 1:
-            raise ValueError(
-                f"directions={directions} must be at least 0, images={images} at least 1."
-            )
 
     @torch.no_grad()
     def run(self, modelpool: Any) -> nn.Module:
@@ -84,7 +88,7 @@ class CATMerging(PoolMethod):
         )
         backbone, task_vectors = self.opened(modelpool)
         with self.profile("scan"):
-            names = scan(task_vectors, self.fabric.device).changed
+            names = self.changed(task_vectors)
         with self.profile("layer inputs"):
             inputs = [
                 self._inputs(modelpool, task)

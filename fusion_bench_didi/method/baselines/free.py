@@ -19,11 +19,12 @@ from torch import Tensor
 from ...deltas.masks import SparseDelta
 from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
-from ...errors import ModelPoolError
+from ...errors import ModelPoolError, SettingsError
+from ...options import Part, Patterns, Positive, Scale
 from ...task_vectors.loop import Progress, each
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
-from ..base import DynamicMethod
+from ..base import DynamicMethod, as_patterns
 
 log = logging.getLogger(__name__)
 
@@ -68,30 +69,24 @@ class FreeMerging(DynamicMethod):
     def __init__(
         self,
         filter: Literal["paper", "code"] = "paper",
-        cutoff: float | None = None,
-        shared_scale: float | None = None,
-        keep: float = 0.01,
-        expert_scale: float | None = None,
-        patterns: Sequence[str] = ("*attn*", "*mlp*"),
+        cutoff: Positive | None = None,
+        shared_scale: Scale | None = None,
+        keep: Part = 0.01,
+        expert_scale: Scale | None = None,
+        patterns: Patterns = ("*attn*", "*mlp*"),
         biases: Literal["mean", "pretrained", "released"] = "mean",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if filter not in PUBLISHED:
-            raise ValueError(f"filter={filter!r}; choose paper or code.")
-        if biases not in ("mean", "pretrained", "released"):
-            raise ValueError(f"biases={biases!r}; choose mean, pretrained or released.")
         if biases == "released" and filter != "code":
-            raise ValueError(
+            raise SettingsError(
                 "biases='released' is of filter=code: the paper has no factor for a whole model."
             )
-        if not 0 < keep < 1:
-            raise ValueError(f"keep={keep} is not between 0 and 1.")
 
     def prepare(
         self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
     ) -> None:
-        patterns = list(self.patterns)
+        patterns = list(as_patterns(self.patterns))
         if not any(map(self._filtered, names)):
             raise ModelPoolError(
                 f"No changed tensor matches patterns={patterns}; there are {list(names[:4])} ... "
@@ -180,7 +175,7 @@ class FreeMerging(DynamicMethod):
 
     def _filtered(self, name: str) -> bool:
         """Whether a tensor takes part."""
-        return any(fnmatch.fnmatchcase(name, p) for p in self.patterns)
+        return any(fnmatch.fnmatchcase(name, p) for p in as_patterns(self.patterns))
 
     def _is_weight(self, tensor: ChangedTensor) -> bool:
         """Whether it has a spectrum; the released code knows that of matrices only."""

@@ -19,6 +19,7 @@ from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
 from ...errors import UnknownTaskError
 from ...lowrank.factored import as_dense
+from ...options import NonNegative, Share
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
@@ -47,18 +48,12 @@ class TallMaskMerging(DynamicMethod):
     def __init__(
         self,
         multi_task: Literal["ties", "task_arithmetic"] = "ties",
-        ties_keep: float = 0.2,
-        threshold: float = 0.4,
-        thresholds: Mapping[str, float] | None = None,
+        ties_keep: Share = 0.2,
+        threshold: NonNegative = 0.4,
+        thresholds: Mapping[str, NonNegative] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if multi_task not in ("ties", "task_arithmetic"):
-            raise ValueError(
-                f"multi_task={multi_task!r}; choose ties or task_arithmetic."
-            )
-        if not 0 < ties_keep <= 1:
-            raise ValueError(f"ties_keep={ties_keep} is not in (0, 1].")
 
     @property
     def title(self) -> str:

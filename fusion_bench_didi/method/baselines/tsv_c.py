@@ -12,6 +12,7 @@ from fusion_bench import auto_register_config
 
 from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
+from ...options import Share
 from ...task_vectors.tensor import ChangedTensor
 from ..base import DynamicMethod
 from .singular import rank_of, truncated
@@ -36,16 +37,12 @@ class TSVCompression(DynamicMethod):
 
     def __init__(
         self,
-        rank_fraction: float | None = None,
+        rank_fraction: Share | None = None,
         conv: Literal["dense", "matrix"] = "dense",
         fold_sigma: bool = True,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if conv not in ("dense", "matrix"):
-            raise ValueError(f"conv={conv!r}; choose dense or matrix.")
-        if rank_fraction is not None and not 0 < rank_fraction <= 1:
-            raise ValueError(f"rank_fraction={rank_fraction} is not in (0, 1].")
 
     def encode(self, tensor: ChangedTensor) -> EncodedTensor:
         vectors, shape = tensor.stacked(), tensor.shape

@@ -12,6 +12,7 @@ from fusion_bench import auto_register_config
 
 from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
+from ...options import Fraction, Scale
 from ...task_vectors.tensor import ChangedTensor
 from ..base import DynamicMethod
 from .singular import rank_of, truncated
@@ -38,16 +39,12 @@ class TwinMerging(DynamicMethod):
 
     def __init__(
         self,
-        scale: float = 0.3,
-        rank_fraction: float = 0.1,
+        scale: Scale = 0.3,
+        rank_fraction: Fraction = 0.1,
         conv: Literal["matrix", "dense"] = "matrix",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if conv not in ("dense", "matrix"):
-            raise ValueError(f"conv={conv!r}; choose matrix or dense.")
-        if not 0 <= rank_fraction <= 1:
-            raise ValueError(f"rank_fraction={rank_fraction} is not in [0, 1].")
 
     def encode(self, tensor: ChangedTensor) -> EncodedTensor:
         vectors, shape, dtype = tensor.stacked(), tensor.shape, tensor.dtype

@@ -64,12 +64,11 @@ def main() -> None:
     fine_tune(models, suite, tasks)
     if arguments.models_only:
         return
-    os.environ |= {
-        "DIDI_TEXT_MODELS": str(models),
-        "DIDI_TEXT_DATA": str(suite / "data"),
-        "DIDI_TEXT_TASKS": "[" + ",".join(tasks) + "]",
-    }
-    comparison_page.run("text", arguments.at)
+    places = {"DIDI_TEXT_MODELS": str(models), "DIDI_TEXT_DATA": str(suite / "data")}
+    os.environ |= places
+    chosen = "[" + ",".join(tasks) + "]"
+    only = [f"{pool}.tasks={chosen}" for pool in ("modelpool", "taskpool")]
+    comparison_page.run("text", arguments.at, *only)
     comparison_page.write_pages()
 
 

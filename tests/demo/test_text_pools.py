@@ -6,6 +6,7 @@ import torch
 from exact_models import bert, exact_model, pool_of, tokens
 from helpers import BASE, QUICK
 from host_pools import tokenizer
+from omegaconf import OmegaConf
 
 from fusion_bench_didi.demo.text_pools import FolderTextModelPool, FolderTextTaskPool
 from fusion_bench_didi.errors import ModelPoolError
@@ -13,6 +14,7 @@ from fusion_bench_didi.method.baselines.cat import CATMerging, record_inputs
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.method.routed import RoutedMethod
 from fusion_bench_didi.pools.inputs import load_inputs, parts
+from fusion_bench_didi.programs.compare import ComparisonProgram
 from fusion_bench_didi.routers.files import make_router
 
 TASKS = {"a": 3, "b": 5}
@@ -110,3 +112,26 @@ def test_inputs_of_layers_hold_no_padding(suite):
     assert len(rows) == int(inputs["attention_mask"].sum())
     merged = CATMerging(images=2).run(pool)
     assert type(merged).__name__ == "BertModel"
+
+
+def test_a_comparison_runs_on_text(suite, tmp_path):
+    home = "fusion_bench_didi.demo.text_pools.FolderText"
+    entries = {
+        "individuals": {"method": "individuals", "group": "reference"},
+        "averaging": {"method": "simple_average", "group": "static"},
+        "didi": {"method": "didi", "overrides": {"budget": 1.9}, "group": "dynamic"},
+    }
+    program = ComparisonProgram(
+        entries=OmegaConf.create(entries),
+        modelpool=OmegaConf.create({"_target_": f"{home}ModelPool", **suite}),
+        taskpool=OmegaConf.create({"_target_": f"{home}TaskPool", **suite}),
+        path=OmegaConf.create({"log_dir": str(tmp_path)}),
+        save_artifacts=True,
+        report=False,
+        seed=0,
+    )
+    own, averaged, kept = program.run()["rows"]
+    assert not own["error"] and not averaged["error"] and not kept["error"]
+    assert kept["x_excl"] <= 1.9 and averaged["x_excl"] == 1
+    assert kept["accuracy"].keys() == TASKS.keys()
+    assert kept["average"] == pytest.approx(own["average"], abs=0.1)

@@ -1,5 +1,6 @@
 """Text tasks: accuracy and perplexity are those of each task's own model, in the layout of the host's CLIP pools."""
 
+import inspect
 import json
 import math
 
@@ -7,8 +8,10 @@ import pandas as pd
 import pytest
 import torch
 from exact_models import bert, exact_model, llama, pool_of
-from helpers import BASE, didi
+from fusion_bench.utils import instantiate
+from helpers import BASE, REPOSITORY, didi
 from host_pools import tokenizer
+from omegaconf import OmegaConf
 from torch import nn
 
 from fusion_bench_didi.errors import DiDiError, UnknownTaskError
@@ -171,3 +174,29 @@ def test_text_files_that_cannot_be_are_refused(settings, message, data):
     given = {"files": {"a": str(data / "a.txt")}, **settings}
     with pytest.raises(DiDiError, match=message):
         PerplexityTaskPool(tokenizer=tokenizer(), **given)
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    [("text", {"root": "", "tasks": ["a"]}), ("perplexity", {"files": {"a": "a.txt"}})],
+)
+def test_yaml_makes_the_pool(name, given, data, tmp_path):
+    """Every key is a setting, every setting a key."""
+    config = OmegaConf.load(REPOSITORY / "config" / "taskpool" / "didi" / f"{name}.yaml")  # fmt: skip
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    settings = {"tokenizer": str(tmp_path / "tokenizer")}
+    for key, value in given.items():
+        settings[key] = str(data) if key == "root" else value
+    if "files" in settings:
+        settings["files"] = {"a": str(data / "a.txt")}
+    pool = instantiate(OmegaConf.merge(config, settings))
+    model = classifiers()["a"] if name == "text" else llama()
+    assert 0 <= pool.evaluate(model.eval())["a"]["accuracy"] <= 1
+    known = {
+        key
+        for cls in type(pool).__mro__
+        if cls.__module__.startswith("fusion_bench_didi")
+        for key, p in inspect.signature(cls.__init__).parameters.items()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and key != "self"
+    }
+    assert set(config) - {"_target_"} == known

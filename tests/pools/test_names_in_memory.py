@@ -250,6 +250,18 @@ def test_tensors_that_the_class_does_not_load_are_named(tmp_path):
     assert_exact(pool)
 
 
+def test_buffers_that_models_compute_are_in_old_files_only(tmp_path):
+    base = gpt2()
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    mask = "transformer.h.0.attn.bias"
+    assert mask in dict(base.named_buffers()) and mask not in base.state_dict()
+    change_file(tmp_path / "a", lambda t: {**t, mask: torch.ones(1, 1, 8, 8)})
+    pool = pool_of(tmp_path, GPT2LMHeadModel)
+    vectors = open_pool(pool, load_backbone(pool))
+    assert vectors.unused("a") == {mask: "not loaded by GPT2LMHeadModel"}
+    assert_exact(pool)
+
+
 # --- tied tensors -----------------------------------------------------------------
 
 

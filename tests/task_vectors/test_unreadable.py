@@ -1,0 +1,122 @@
+"""Tensors whose values cannot be read, kept or written are named in an error; what is no tensor of the model, in the account."""
+
+import copy
+import math
+
+import pytest
+import torch
+from exact_models import llama, seeded
+from fusion_bench.modelpool import CausalLMPool
+from helpers import BASE, didi, fine_tuned
+from torch import nn
+
+from fusion_bench_didi.errors import CheckpointMismatchError, NonFiniteError
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.register_buffer("extra", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+class Stateful(Net):
+    state: object = {"version": 1}
+
+    def get_extra_state(self) -> object:
+        return self.state
+
+    def set_extra_state(self, state: object) -> None:
+        self.state = state
+
+
+def models(make=Net) -> dict[str, nn.Module]:
+    base = seeded(make)
+    return {BASE: base, "a": fine_tuned(base, 1), "b": fine_tuned(base, 2)}
+
+
+@pytest.mark.parametrize("name", [BASE, "a"])
+def test_models_without_values(name):
+    pool = models()
+    pool[name] = copy.deepcopy(pool[name]).to("meta")
+    with pytest.raises(
+        CheckpointMismatchError, match=f"{name}: body.weight is without"
+    ):
+        didi(pool)
+
+
+def test_sparse_buffers():
+    pool = models()
+    pool["b"].extra = torch.eye(3).to_sparse()
+    with pytest.raises(CheckpointMismatchError, match="b: extra is of layout.*sparse"):
+        didi(pool)
+    assert didi(pool, exclude=["extra"]).tasks == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "state", [{"version": 2}, torch.ones(2)], ids=["plain", "tensor"]
+)
+def test_state_that_is_no_tensor(state):
+    pool = models(Stateful)
+    assert didi(pool).tasks == ["a", "b"]
+    pool["a"].state = state
+    with pytest.raises(CheckpointMismatchError, match="a: _extra_state is another"):
+        didi(pool)
+
+
+def test_types_that_files_do_not_hold():
+    pool = models()
+    for name, model in pool.items():
+        model.extra = torch.full((3,), complex(len(name)), dtype=torch.complex128)
+    with pytest.raises(CheckpointMismatchError, match="extra is of torch.complex128"):
+        didi(pool)
+    for model in pool.values():
+        model.extra = torch.ones(3, dtype=torch.complex128)
+    assert didi(pool).tasks == ["a", "b"]
+
+
+@pytest.mark.parametrize("value", [1 + 2j, math.nan])
+def test_complex_buffers_are_kept_or_not_finite(value, tmp_path):
+    pool = models()
+    for model in pool.values():
+        model.extra = torch.zeros(3, dtype=torch.complex64)
+    pool["a"].extra[1] = value
+    if math.isnan(abs(value)):
+        with pytest.raises(NonFiniteError, match=r"a: extra \(1 entries\)"):
+            didi(pool)
+    else:
+        didi(pool).save_pretrained(tmp_path / "merged")
+        assert didi(pool).materialize("a").extra.equal(pool["a"].extra)
+
+
+def test_a_base_model_in_float8_cannot_hold_merged_values():
+    pool = models()
+    weight = pool[BASE].body.weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(CheckpointMismatchError, match="body.weight in torch.float8"):
+        didi(pool)
+
+
+def test_live_fine_tuned_models_in_float8():
+    pool = models()
+    value = pool["a"].body.weight.detach().to(torch.float8_e5m2)
+    pool["a"].body.weight = nn.Parameter(value, requires_grad=False)
+    found = didi(pool, budget=1e9).materialize("a").body.weight
+    torch.testing.assert_close(found, value.float(), atol=1e-2, rtol=1e-2)
+
+
+def test_tensors_within_other_values_of_a_pickle(tmp_path):
+    base = llama()
+    entries = {}
+    for name, model in {BASE: base, "a": fine_tuned(base, 1), "b": base}.items():
+        model.save_pretrained(tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+        state = {**model.state_dict(), "optimizer": {"m": [torch.ones(2)]}, "step": 3}
+        torch.save(state, tmp_path / name / "pytorch_model.bin")
+        entries[name] = str(tmp_path / name)
+    merged = didi(CausalLMPool(entries, tokenizer=None))
+    unused = merged.info["tensors"]["a"]["not taken from the checkpoint"]
+    assert unused == {"optimizer": "beside the state dict's tensors"}

@@ -45,6 +45,7 @@ from fusion_bench_didi.deltas.entries import (
     drawn,
     signs,
 )
+from fusion_bench_didi.deltas.lossless import LosslessDelta
 from fusion_bench_didi.deltas.masks import MaskedDelta, SparseDelta
 from fusion_bench_didi.deltas.plain import (
     DenseDelta,
@@ -132,6 +133,7 @@ def every_form() -> tuple[dict, dict]:
         "e": {
             "conv.weight": Precision("int2", 2).dense(conv, [(draw(M, 8), None)])[0][0],
             "second.bias": AffineDelta.of(draw(N)),
+            "norm.weight": LosslessDelta.of(draw(N), body().norm.weight.detach()),
             "norm.bias": SpectralDelta((N,), draw(N, 1), draw(1), draw(1, 1)),
         },
     }

@@ -176,6 +176,11 @@ def _scattered(entry: Entry, found: Found) -> Expected:
     }
 
 
+def _lossless(entry: Entry, found: Found) -> Expected:
+    stream = (("U8",), (_side(found, "stream", 0),))
+    return {"stream": stream, "like": (FLOATS, (0,))}
+
+
 def _bases(entry: Entry, found: Found) -> Expected:
     m, n = entry.sides
     parts = {}
@@ -219,6 +224,7 @@ FORMS: dict[str, Form] = {
     "uniform": Form(_uniform, dims=0, options=("width",)),
     "scattered": Form(_scattered, dims=0, options=("width",)),
     "seeded": Form(_some_values, dims=0, options=("width", "seed", "keep")),
+    "lossless": Form(_lossless, dims=0),
     "bases": Form(_bases),
     "rounded_bases": Form(
         _rounded_bases,
@@ -309,7 +315,7 @@ def check_together(
 
 
 #: forms that are nothing by themselves, or only for themselves
-NEVER_SHARED = ("own", "masked", "core", "rounded_core")
+NEVER_SHARED = ("own", "lossless", "masked", "core", "rounded_core")
 NEVER_OF_A_TASK = ("bases", "rounded_bases")
 
 

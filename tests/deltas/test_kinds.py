@@ -107,7 +107,7 @@ def test_spectral_delta():
 
 
 #: only ever shared; in place of what is shared
-SHARED, OWN = {"bases", "rounded_bases"}, {"own"}
+SHARED, OWN = {"bases", "rounded_bases"}, {"own", "lossless"}
 
 
 def _pairs() -> dict[str, tuple[Delta, Delta]]:

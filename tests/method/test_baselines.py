@@ -42,6 +42,7 @@ DYNAMIC = {
     "compeft": lambda: methods.ComPEFT(),
     "tvq": lambda: methods.TaskVectorQuantization(),
     "rtvq": lambda: methods.TaskVectorQuantization(width=2, base_width=3),
+    "lossless": lambda: methods.LosslessDifference(),
     "ultra_delta": lambda: methods.UltraDelta(drop=0.9),
 }
 
@@ -703,6 +704,7 @@ def test_excluded_tensors_stay(dynamic, tiny_clip):
 
 YAML = ["tsv_c", "tall_mask", "twin", "free", "cat", "emr"]
 YAML += ["bitdelta", "dare", "t_switch", "compeft", "tvq", "ultra_delta"]
+YAML += ["lossless"]
 
 
 @pytest.mark.parametrize("name", YAML)

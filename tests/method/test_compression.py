@@ -360,3 +360,18 @@ def test_ultra_delta_of_vectors_too(tiny_clip):
 def test_ultra_delta_refuses_to_drop_more_than_all():
     with pytest.raises(SettingsError, match=r"drop \+ step = 1.0"):
         methods.UltraDelta(drop=0.995, step=0.01)
+
+
+# --- lossless ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lossless(make_tiny_clip, dtype):
+    clip = make_tiny_clip()
+    models = {n: m.to(dtype) for n, m in clip.pool_models().items()}
+    model = methods.LosslessDifference().run(models)
+    for task in clip.tasks:
+        own = dict(models[task].named_parameters())
+        for name, value in model.materialize(task).named_parameters():
+            assert value.dtype == dtype and value.equal(own[name])
+    assert 0.5 < model.storage.x_excl / len(clip.tasks) < 1

@@ -1,0 +1,47 @@
+"""Fine-tuned models without any loss, as differences of whole numbers from the base model.
+
+Example:
+
+    fusion_bench method=didi/lossless modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
+        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
+"""
+
+from typing import Any
+
+from fusion_bench import auto_register_config
+
+from ...deltas.lossless import LosslessDelta
+from ...deltas.plain import OwnDelta
+from ...deltas.sink import EncodedTensor
+from ...task_vectors.tensor import ChangedTensor
+from ..base import DynamicMethod
+
+
+@auto_register_config
+class LosslessDifference(DynamicMethod):
+    """Every bit of every fine-tuned model: what lossless coding reaches, beside which losses can be seen.
+
+    Values and base values are read as whole numbers in the order of what they stand for; their differences go byte by byte
+    through zlib. A tensor of another type than the base model's is kept as it is.
+
+    Source: the idea of FM-Delta (NeurIPS 2024) and BitX (NSDI 2026), which have coders of their own for it.
+
+    Args: as the keys of ``config/method/didi/lossless.yaml``.
+    """
+
+    title = "Lossless difference"
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+
+    def encode(self, tensor: ChangedTensor) -> EncodedTensor:
+        base, experts = tensor.base(), []
+        for task in range(len(tensor.ranks)):
+            value = tensor.tuned(task)
+            if value.dtype != base.dtype:
+                experts.append(OwnDelta(tensor.shape, value))
+            elif value.equal(base):
+                experts.append(None)
+            else:
+                experts.append(LosslessDelta.of(value, base))
+        return EncodedTensor(tensor.name, None, experts)

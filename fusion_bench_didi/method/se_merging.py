@@ -98,7 +98,7 @@ class SEMerging(PoolMethod):
             else:
                 model = self._individuals(modelpool)
         with self.profile("static merge"):
-            if self.experts == "didi":
+            if self.experts == "didi" or owned(model):
                 merged = self.static_merge(with_experts(modelpool, model))
             else:
                 merged = self.static_merge(modelpool)
@@ -189,14 +189,24 @@ def with_own_modules(modelpool: BaseModelPool) -> BaseModelPool:
     return pool
 
 
+def owned(model: DynamicModel) -> list[str]:
+    """Names of the tensors that some task keeps as its own, so that nothing is merged of them."""
+    experts = list(model.modulators.values())
+    return [
+        name
+        for name in model.touched
+        if any(isinstance(e.deltas.get(name), OwnDelta) for e in experts)
+    ]
+
+
 def with_experts(modelpool: BaseModelPool, model: DynamicModel) -> BaseModelPool:
-    """The pool with the experts of a model in place of the fine-tuned models."""
-    pool = with_own_modules(modelpool)
+    """The pool with the experts of a model in place of the fine-tuned models; what only a task has is as in the base model."""
+    pool, own = with_own_modules(modelpool), owned(model)
     stock = pool.load_model
 
     def load_model(name: Any, *args: Any, **kwargs: Any) -> nn.Module:
         if name in model.tasks:
-            return model.materialize(name)
+            return model.materialize(name, as_base=own)
         return stock(name, *args, **kwargs)
 
     pool.load_model = load_model
@@ -217,10 +227,10 @@ def as_multiple(
     state = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
     changes: dict[str, Tensor] = {}
     gram = torch.zeros(3, 3, dtype=torch.float64)  # of shared, experts, merged
-    experts = list(model.modulators.values())
+    experts, own = list(model.modulators.values()), set(owned(model))
     for name in model.touched:
-        if any(isinstance(e.deltas.get(name), OwnDelta) for e in experts):
-            continue  # nothing is merged of it
+        if name in own:
+            continue
         base = model.base_tensor(name).float()
         changes[name] = state[name].detach().to(base) - base
         delta = model.shared.get(name)

@@ -34,9 +34,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm.auto import trange
 
-from ..errors import SettingsError
+from ..errors import ModelPoolError, SettingsError
 from ..options import Aliases, Count, Positive, PositiveCount, Scale, check_fields
+from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
+from ..pools.opening import check_pool
 from ..pools.task_names import names_of, pool_tasks
 
 #: values of keys that are left open, by training
@@ -100,8 +102,10 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
         """Build, adapt on the test images, and route every image by itself.
 
         Raises:
-            ValueError: if neither the model pool nor the task pool has test images of every task.
+            ModelPoolError: if neither the model pool nor the task pool has test images of every task.
         """
+        modelpool = as_pool(modelpool)
+        check_pool(modelpool)
         modelpool = adapted(modelpool)
         taskpool = getattr(self._program, "taskpool", None)
         models = modelpool.model_names
@@ -109,7 +113,7 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
         datasets = datasets or getattr(taskpool, "_test_datasets", None) or {}
         names = names_of(models, datasets, self.task_aliases)
         if missing := [model for model in models if model not in names]:
-            raise ValueError(
+            raise ModelPoolError(
                 f"WEMoE trains its routers on unlabelled test images, and neither pool has any for {missing}. "
                 "Give modelpool.test_datasets."
             )

@@ -5,7 +5,7 @@ so that a task's weights do not depend on what was switched on before.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +238,11 @@ class DynamicModel(ModulatedModel):
         )
 
     @torch.no_grad()
-    def materialize(self, task_name: str) -> nn.Module:
+    def materialize(self, task_name: str, *, as_base: Container[str] = ()) -> nn.Module:
         """A plain, independent model of one task, of the backbone's own class.
+
+        Args:
+            as_base: names of tensors that are as in the base model.
 
         Raises:
             DiDiError: if a copy of the backbone would still run the backbone.
@@ -247,7 +250,9 @@ class DynamicModel(ModulatedModel):
         self._known(task_name)
         expert, plain = self.modulators[task_name], self._weights.copied()
         for name in self.touched:
-            self._weights.put(plain, name, self.task_tensor(name, expert))
+            base = name in as_base
+            value = self.base_tensor(name) if base else self.task_tensor(name, expert)
+            self._weights.put(plain, name, value)
         return plain
 
     def task_tensor(self, name: str, expert: TaskExpert) -> Tensor:

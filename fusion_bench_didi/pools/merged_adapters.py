@@ -7,14 +7,9 @@ from fusion_bench.modelpool import BaseModelPool
 from torch import nn
 
 from ..task_vectors.alignment import check_alignment
+from .entries import adapter_directory
 from .names_in_memory import Names
-from .opening import (
-    adapter_directory,
-    adapter_source,
-    base_of,
-    load_backbone,
-    untie_for,
-)
+from .opening import adapter_source, base_of, load_backbone, untie_for
 
 
 def adapted(modelpool: BaseModelPool) -> BaseModelPool:

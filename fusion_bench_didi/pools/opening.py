@@ -1,16 +1,14 @@
 """From a host model pool to aligned task vectors, without loading the T models where files can be read directly."""
 
 import copy
-import functools
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from fusion_bench.modelpool import BaseModelPool
-from fusion_bench.utils.modelscope import resolve_repo_path
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelPoolError
 from ..task_vectors.cast import CastSource
@@ -18,17 +16,31 @@ from ..task_vectors.float8 import Float8Source
 from ..task_vectors.lora_adapter import AdapterSource, fan_in_first
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.reader import TaskVectors
-from ..task_vectors.sources import ModuleSource, TensorInfo, TensorSource, aligned
+from ..task_vectors.sources import (
+    ModuleSource,
+    TensorInfo,
+    TensorSource,
+    aligned,
+    read_json,
+)
 from ..task_vectors.ties import untie
+from .configurations import differing
+from .entries import (
+    BASE,
+    PLACE,
+    TYPES,
+    adapter_directory,
+    asked,
+    directory_of,
+    eager,
+    given_by,
+    load_model,
+)
 from .names_in_memory import Names, apart, as_loaded
 from .task_names import normalized
-from .weight_files import Weights, open_weights
+from .weight_files import open_weights
 
 log = logging.getLogger(__name__)
-
-BASE = "_pretrained_"
-_PLACE, _TARGET = "pretrained_model_name_or_path", "_target_"
-_TYPES = ("dtype", "torch_dtype")
 
 
 def check_pool(modelpool: BaseModelPool) -> None:
@@ -42,12 +54,19 @@ def check_pool(modelpool: BaseModelPool) -> None:
             "A LazyStateDictPool gives state dictionaries, and no model to put the merged weights into. Give the same entries to "
             "the pool of their class, CausalLMPool with enable_lazy_loading: true for instance; they are read tensor by tensor too."
         )
+    if strange := [n for n in modelpool._models if not isinstance(n, str)]:
+        raise ModelPoolError(
+            f"Names of models are text, the pool has {strange}. Write {str(strange[0])!r}."
+        )
     if not modelpool.has_pretrained:
         raise ModelPoolError(
             f"The pool has no base model: no {BASE!r} among {modelpool.all_model_names}. "
             f"Task vectors are differences to it; add modelpool.models.{BASE}."
         )
     names = modelpool.model_names
+    special = {n for n in modelpool._models if n not in names} - {BASE, "_merged_"}
+    if special:
+        log.warning("%s: names in underscores are no tasks to the host.", special)
     if len(names) < 2:
         raise ModelPoolError(
             f"Merging needs at least two fine-tuned models, the pool has {len(names)}: {names}."
@@ -82,38 +101,6 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
         ) from error
 
 
-def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
-    """A model as the pool gives it, whole: a pool that would load it lazily is asked for all of it.
-
-    Raises:
-        ModelPoolError: if it gives something else than a model.
-    """
-    entry = modelpool._models[name]
-    if isinstance(entry, nn.Module):
-        return entry
-    if getattr(modelpool, "enable_lazy_loading", False):
-        whole = _eager(modelpool, entry)
-        modelpool = copy.copy(modelpool)
-        modelpool.enable_lazy_loading = False
-        modelpool._models = {**modelpool._models, name: whole}
-    try:
-        if name == BASE:
-            model = modelpool.load_pretrained_model()
-        else:
-            model = modelpool.load_model(name)
-    except Exception as error:  # of any type, of the host and of what it calls
-        raise ModelPoolError(
-            f"{type(modelpool).__name__} cannot load {name!r} from {entry!r} ({type(error).__name__}: {error}). Mend its entry in "
-            "modelpool.models."
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ModelPoolError(
-            f"{type(modelpool).__name__} gives a {type(model).__name__} for {name!r}, expected a model (torch.nn.Module). "
-            "Give an entry with a _target_ that loads one."
-        )
-    return model
-
-
 def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
     """What is needed to find the base model again: its class and where the pool took it from."""
     entry = modelpool._models[BASE]
@@ -121,11 +108,11 @@ def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
         entry = OmegaConf.to_container(entry, resolve=True)
     if isinstance(entry, dict) and _whole(entry):
         entry = entry["config_path"]
-    given = {k: v for k, v in _given(modelpool).items() if k not in _TYPES}
+    given = {k: v for k, v in given_by(modelpool).items() if k not in TYPES}
     if given and isinstance(entry, str):
-        entry = {_PLACE: entry}
+        entry = {PLACE: entry}
     if isinstance(entry, dict):
-        entry = {**_eager(modelpool, entry), **given}
+        entry = {**eager(modelpool, entry), **given}
     cls = type(backbone)
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
@@ -162,6 +149,7 @@ def open_pool(
     names, buffers, fresh = None, frozenset(), frozenset()
     if backbone is not None:
         names = Names.of(backbone)
+        _compare_configurations(modelpool, backbone)
         buffers = frozenset(name for name, _ in backbone.named_buffers())
         stored = _file_source(modelpool, BASE, names)
         if stored is not None:
@@ -181,6 +169,27 @@ def open_pool(
         ignored=ignored,
         loaded=backbone is not None,
     )
+
+
+def _compare_configurations(modelpool: BaseModelPool, backbone: nn.Module) -> None:
+    """Say where a fine-tuned model computes something else than the base model, which runs all of them."""
+    if not isinstance(backbone, PreTrainedModel):
+        return
+    for task in modelpool.model_names:
+        config = getattr(modelpool._models[task], "config", None)
+        directory = None if config else directory_of(modelpool, task)
+        if directory is not None:
+            file = directory / asked(modelpool, task)[1].subfolder / "config.json"
+            found = file.is_file()
+            config = read_json(file, task, "a model's configuration") if found else None
+        if not isinstance(config, (dict, PretrainedConfig)):
+            continue
+        for found in differing(backbone.config, config):
+            log.warning(
+                "%s was fine-tuned with another configuration than the base model's, which all tasks run under: %s.",
+                task,
+                found,
+            )
 
 
 def untie_for(
@@ -263,12 +272,6 @@ def adapter_source(
     return AdapterSource.of_directory(directory, name, known, turned)
 
 
-def adapter_directory(modelpool: BaseModelPool, name: str) -> Path | None:
-    """Where the adapter behind a pool entry lies; with both in a directory, transformers too takes the adapter."""
-    directory = _directory(modelpool, name)
-    return directory if directory and (directory / CONFIG).is_file() else None
-
-
 def _whole_source(
     modelpool: BaseModelPool, name: str, names: Names | None
 ) -> TensorSource:
@@ -286,106 +289,15 @@ def _file_source(
     source = _opened(modelpool, name)
     if source is None or names is None:
         return source
-    _, weights = _asked(modelpool, name)
-    place = _directory(modelpool, name) / weights.subfolder
+    _, weights = asked(modelpool, name)
+    place = directory_of(modelpool, name) / weights.subfolder
     return as_loaded(source, names, place)
 
 
 def _opened(modelpool: BaseModelPool, name: str) -> TensorSource | None:
     """The weight files behind a pool entry, under their own names."""
-    directory = _directory(modelpool, name)
+    directory = directory_of(modelpool, name)
     if directory is None:
         return None
-    _, weights = _asked(modelpool, name)
+    _, weights = asked(modelpool, name)
     return open_weights(directory, name, weights)
-
-
-def _directory(modelpool: BaseModelPool, name: str) -> Path | None:
-    repo, weights = _asked(modelpool, name)
-    if repo is None or weights is None:
-        return None
-    directory = _resolved(repo, getattr(modelpool, "_platform", "hf"))
-    return directory if directory.is_dir() else None
-
-
-def _resolved(repo: str, platform: str) -> Path:
-    """Where a repository lies; a local directory is looked at anew, and the hub, which is slow to answer, asked once."""
-    local = Path(repo).expanduser()
-    return local if local.is_dir() else _downloaded(repo, platform)
-
-
-@functools.cache
-def _downloaded(repo: str, platform: str) -> Path:
-    try:
-        found = resolve_repo_path(repo_id=repo, repo_type="model", platform=platform)
-    except Exception as error:  # of any type, of hubs and networks
-        raise ModelPoolError(
-            f"{repo!r} is neither a directory nor a model that can be had from the hub ({error}). Mend its entry in "
-            "modelpool.models."
-        ) from error
-    return Path(found)
-
-
-#: Arguments of ``from_pretrained`` that do not change which weights are read, nor what they are.
-_HARMLESS = {
-    "_target_",
-    "_partial_",
-    "attn_implementation",
-    "cache_dir",
-    "device_map",
-    "dtype",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "num_labels",
-    "pretrained_model_name_or_path",
-    "token",
-    "torch_dtype",
-    "trust_remote_code",
-    "use_cache",
-    "use_flash_attention_2",
-}
-#: Those that are understood here.
-_KNOWN = {"variant", "use_safetensors", "subfolder"}
-
-
-def _eager(modelpool: BaseModelPool, entry: Any) -> Any:
-    """An entry; of a pool that loads lazily it may name a class in place of its ``from_pretrained``."""
-    lazy = getattr(modelpool, "enable_lazy_loading", False)
-    if not lazy or not isinstance(entry, (dict, DictConfig)) or _TARGET not in entry:
-        return entry
-    name = entry[_TARGET].removesuffix(".from_pretrained")
-    return type(entry)({**entry, _TARGET: f"{name}.from_pretrained"})
-
-
-def _given(modelpool: BaseModelPool) -> dict[str, Any]:
-    """Arguments that the pool hands to every ``from_pretrained``; they come before those of an entry."""
-    found: dict[str, Any] = {}
-    for place in ("model_kwargs", "_model_kwargs"):
-        found |= dict(getattr(modelpool, place, None) or {})
-    return found
-
-
-def _arguments(modelpool: BaseModelPool, name: str) -> dict[str, Any] | None:
-    """What ``from_pretrained`` is called with for an entry; None for other entries."""
-    entry = modelpool._models[name]
-    if isinstance(entry, str):
-        entry = {_PLACE: entry}
-    if not isinstance(entry, (dict, DictConfig)):
-        return None
-    return {**_eager(modelpool, entry), **_given(modelpool)}
-
-
-def _asked(modelpool: BaseModelPool, name: str) -> tuple[str | None, Weights | None]:
-    """Repository and weights of an entry; None for both where only the host knows."""
-    entry = _arguments(modelpool, name)
-    if entry is None:
-        return None, None
-    target = str(entry.get(_TARGET, ".from_pretrained"))
-    if not target.endswith(".from_pretrained") or set(entry) - _HARMLESS - _KNOWN:
-        return None, None
-    weights = Weights(
-        entry.get("variant"),
-        entry.get("use_safetensors"),
-        entry.get("subfolder") or "",
-    )
-    return entry.get(_PLACE), weights

@@ -11,6 +11,7 @@ from fusion_bench_didi.method import (
     CATMerging,
     EMRMerging,
     FreeMerging,
+    SEMerging,
     TallMaskMerging,
     TSVCompression,
     TwinMerging,
@@ -55,6 +56,22 @@ def test_methods_keep_heads_and_statistics(method, heads, tmp_path):
             assert found[name].equal(want[name]), name
         account = merged.info["tensors"][task]
         assert set(account["kept as the task has them"]) == set(own)
+
+
+@pytest.mark.parametrize("experts", ["individuals", "didi"])
+def test_se_merging_starts_from_a_merge_of_what_is_shared(experts):
+    pool = models()
+    method = SEMerging(
+        base_method={"_target_": "fusion_bench.method.SimpleAverageAlgorithm"},
+        experts=experts,
+        didi={"budget": 9},
+        layers=["mlp"],
+    )
+    merged = method.run(pool)
+    for task in "ab":
+        found, want = merged.materialize(task).state_dict(), pool[task].state_dict()
+        for name in (*OWN, "head.weight", "head.bias"):
+            assert found[name].equal(want[name]), name
 
 
 def test_the_account_names_what_a_method_leaves_as_it_was():

@@ -1,0 +1,150 @@
+"""Entries of a host pool: what ``from_pretrained`` is called with, where that lies, and the model as the pool gives it."""
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.utils.modelscope import resolve_repo_path
+from omegaconf import DictConfig
+from torch import nn
+
+from ..errors import DiDiError, ModelPoolError
+from ..task_vectors.lora_config import CONFIG
+from .weight_files import Weights
+
+BASE = "_pretrained_"
+PLACE, TARGET = "pretrained_model_name_or_path", "_target_"
+TYPES = ("dtype", "torch_dtype")
+
+
+def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
+    """A model as the pool gives it, whole: a pool that would load it lazily is asked for all of it.
+
+    Raises:
+        ModelPoolError: if it gives something else than a model.
+    """
+    entry = modelpool._models[name]
+    if isinstance(entry, nn.Module):
+        return entry
+    if getattr(modelpool, "enable_lazy_loading", False):
+        whole = eager(modelpool, entry)
+        modelpool = copy.copy(modelpool)
+        modelpool.enable_lazy_loading = False
+        modelpool._models = {**modelpool._models, name: whole}
+    try:
+        if name == BASE:
+            model = modelpool.load_pretrained_model()
+        else:
+            model = modelpool.load_model(name)
+    except DiDiError:
+        raise
+    except Exception as error:  # of any type, of the host and of what it calls
+        raise ModelPoolError(
+            f"{type(modelpool).__name__} cannot load {name!r} from {entry!r} ({type(error).__name__}: {error}). Mend its entry in "
+            "modelpool.models."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ModelPoolError(
+            f"{type(modelpool).__name__} gives a {type(model).__name__} for {name!r}, expected a model (torch.nn.Module). "
+            "Give an entry with a _target_ that loads one."
+        )
+    return model
+
+
+def adapter_directory(modelpool: BaseModelPool, name: str) -> Path | None:
+    """Where the adapter behind a pool entry lies; with both in a directory, transformers too takes the adapter."""
+    directory = directory_of(modelpool, name)
+    return directory if directory and (directory / CONFIG).is_file() else None
+
+
+def directory_of(modelpool: BaseModelPool, name: str) -> Path | None:
+    repo, weights = asked(modelpool, name)
+    if repo is None or weights is None:
+        return None
+    directory = _resolved(repo, getattr(modelpool, "_platform", "hf"))
+    return directory if directory.is_dir() else None
+
+
+def _resolved(repo: str, platform: str) -> Path:
+    """Where a repository lies; a local directory is looked at anew, and the hub, which is slow to answer, asked once."""
+    local = Path(repo).expanduser()
+    return local if local.is_dir() else _downloaded(repo, platform)
+
+
+@functools.cache
+def _downloaded(repo: str, platform: str) -> Path:
+    try:
+        found = resolve_repo_path(repo_id=repo, repo_type="model", platform=platform)
+    except Exception as error:  # of any type, of hubs and networks
+        raise ModelPoolError(
+            f"{repo!r} is neither a directory nor a model that can be had from the hub ({error}). Mend its entry in "
+            "modelpool.models."
+        ) from error
+    return Path(found)
+
+
+#: Arguments of ``from_pretrained`` that do not change which weights are read, nor what they are.
+_HARMLESS = {
+    "_target_",
+    "_partial_",
+    "attn_implementation",
+    "cache_dir",
+    "device_map",
+    "dtype",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "num_labels",
+    "pretrained_model_name_or_path",
+    "token",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_cache",
+    "use_flash_attention_2",
+}
+#: Those that are understood here.
+_KNOWN = {"variant", "use_safetensors", "subfolder"}
+
+
+def eager(modelpool: BaseModelPool, entry: Any) -> Any:
+    """An entry; of a pool that loads lazily it may name a class in place of its ``from_pretrained``."""
+    lazy = getattr(modelpool, "enable_lazy_loading", False)
+    if not lazy or not isinstance(entry, (dict, DictConfig)) or TARGET not in entry:
+        return entry
+    name = entry[TARGET].removesuffix(".from_pretrained")
+    return type(entry)({**entry, TARGET: f"{name}.from_pretrained"})
+
+
+def given_by(modelpool: BaseModelPool) -> dict[str, Any]:
+    """Arguments that the pool hands to every ``from_pretrained``; they come before those of an entry."""
+    found: dict[str, Any] = {}
+    for place in ("model_kwargs", "_model_kwargs"):
+        found |= dict(getattr(modelpool, place, None) or {})
+    return found
+
+
+def _arguments(modelpool: BaseModelPool, name: str) -> dict[str, Any] | None:
+    """What ``from_pretrained`` is called with for an entry; None for other entries."""
+    entry = modelpool._models[name]
+    if isinstance(entry, str):
+        entry = {PLACE: entry}
+    if not isinstance(entry, (dict, DictConfig)):
+        return None
+    return {**eager(modelpool, entry), **given_by(modelpool)}
+
+
+def asked(modelpool: BaseModelPool, name: str) -> tuple[str | None, Weights | None]:
+    """Repository and weights of an entry; None for both where only the host knows."""
+    entry = _arguments(modelpool, name)
+    if entry is None:
+        return None, None
+    target = str(entry.get(TARGET, ".from_pretrained"))
+    if not target.endswith(".from_pretrained") or set(entry) - _HARMLESS - _KNOWN:
+        return None, None
+    weights = Weights(
+        entry.get("variant"),
+        entry.get("use_safetensors"),
+        entry.get("subfolder") or "",
+    )
+    return entry.get(PLACE), weights

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.checkpoint.fields import CHECKSUM, checksum
+from fusion_bench_didi.deltas.banded import BandedLowRankDelta
 from fusion_bench_didi.deltas.entries import (
     ScatteredDelta,
     SeededDelta,
@@ -58,6 +59,7 @@ from fusion_bench_didi.deltas.quantized import AffineDelta
 from fusion_bench_didi.errors import DiDiError
 from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
+from fusion_bench_didi.quantization.rounding import round_factors
 from fusion_bench_didi.recombination.library import ModularExpert
 from fusion_bench_didi.recombination.model import RecombinedModel
 from fusion_bench_didi.recombination.objectives import Evaluation
@@ -133,11 +135,18 @@ def every_form() -> tuple[dict, dict]:
         "e": {
             "conv.weight": Precision("int2", 2).dense(conv, [(draw(M, 8), None)])[0][0],
             "second.bias": AffineDelta.of(draw(N)),
+            "second.weight": _banded(LowRankFactors(draw(N, 3), draw(3, M))),
             "norm.weight": LosslessDelta.of(draw(N), body().norm.weight.detach()),
             "norm.bias": SpectralDelta((N,), draw(N, 1), draw(1), draw(1, 1)),
         },
     }
     return shared, experts
+
+
+def _banded(factors: LowRankFactors) -> BandedLowRankDelta:
+    pairs = zip(factors.up.split(1, 1), factors.down.split(1), (8, 3, 2))
+    bands = [round_factors(LowRankFactors(u, d), bits=bits) for u, d, bits in pairs]
+    return BandedLowRankDelta.of(factors.shape, bands)
 
 
 def _scattered(value: Tensor) -> ScatteredDelta:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deltas.banded import BANDS
 from ..deltas.base import Delta
 from ..deltas.entries import CODE_WIDTHS
 from ..deltas.masks import SparseDelta, unpack_bits
@@ -181,6 +182,13 @@ def _lossless(entry: Entry, found: Found) -> Expected:
     return {"stream": stream, "like": (FLOATS, (0,))}
 
 
+def _banded(entry: Entry, found: Found) -> Expected:
+    """Ranks tell the lengths, which are held against them where codes are decoded."""
+    up, down = ((("U8",), (_side(found, part, 0),)) for part in ("up", "down"))
+    scale = (FLOATS, (_side(found, "scale", 0),))
+    return {"up": up, "down": down, "scale": scale, "ranks": (("I32",), (len(BANDS),))}
+
+
 def _bases(entry: Entry, found: Found) -> Expected:
     m, n = entry.sides
     parts = {}
@@ -224,6 +232,7 @@ FORMS: dict[str, Form] = {
     "uniform": Form(_uniform, dims=0, options=("width",)),
     "scattered": Form(_scattered, dims=0, options=("width",)),
     "seeded": Form(_some_values, dims=0, options=("width", "seed", "keep")),
+    "banded_low_rank": Form(_banded),
     "lossless": Form(_lossless, dims=0),
     "bases": Form(_bases),
     "rounded_bases": Form(

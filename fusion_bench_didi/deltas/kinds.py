@@ -1,6 +1,15 @@
 """Every stored form by the name that files know it by."""
 
-from . import entries, lossless, masks, plain, quantized, tucker
+from . import banded, entries, lossless, masks, plain, quantized, tucker
 from .base import KINDS
 
-__all__ = ["KINDS", "entries", "lossless", "masks", "plain", "quantized", "tucker"]
+__all__ = [
+    "KINDS",
+    "banded",
+    "entries",
+    "lossless",
+    "masks",
+    "plain",
+    "quantized",
+    "tucker",
+]

@@ -4,6 +4,7 @@ from .baselines.bitdelta import BitDelta
 from .baselines.cat import CATMerging
 from .baselines.compeft import ComPEFT
 from .baselines.dare import DARE
+from .baselines.delta_come import DeltaCoMe
 from .baselines.emr import EMRMerging
 from .baselines.free import FreeMerging
 from .baselines.lossless import LosslessDifference
@@ -22,6 +23,7 @@ __all__ = [
     "CATMerging",
     "ComPEFT",
     "DARE",
+    "DeltaCoMe",
     "DiDiMerging",
     "EMRMerging",
     "FreeMerging",

@@ -5,6 +5,7 @@ import torch
 
 from fusion_bench_didi.checkpoint.deltas import read_deltas
 from fusion_bench_didi.checkpoint.stream import write_deltas
+from fusion_bench_didi.deltas.banded import BandedLowRankDelta
 from fusion_bench_didi.deltas.base import Delta
 from fusion_bench_didi.deltas.entries import (
     ScatteredDelta,
@@ -126,6 +127,7 @@ def _pairs() -> dict[str, tuple[Delta, Delta]]:
         RoundedDenseDelta.of(shape, dense),
         RoundedLowRankDelta.of(shape, round_factors(low, bits=4)),
         AffineDelta.of(_random(4, 5)),
+        BandedLowRankDelta.of(shape, [round_factors(low, bits=b) for b in (8, 3, 2)]),
         UniformDelta.of(*between_ends(_random(4, 5), 3), 3),
         ScatteredDelta.of(torch.eye(4, 5) > 0, *signs(_random(4), 0.5), 1),
         SeededDelta.of(
@@ -155,7 +157,14 @@ def test_what_lies_beyond_the_shared_part(kind):
         product = delta.beyond_product(given)
         if product is not None:
             torch.testing.assert_close(product.dense(), expected)
-    factored = {"low_rank", "spectral", "rounded_low_rank", "core", "rounded_core"}
+    factored = {
+        "banded_low_rank",
+        "low_rank",
+        "spectral",
+        "rounded_low_rank",
+        "core",
+        "rounded_core",
+    }
     assert (product is not None) == (kind in factored)
 
 

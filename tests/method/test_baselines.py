@@ -43,6 +43,7 @@ DYNAMIC = {
     "tvq": lambda: methods.TaskVectorQuantization(),
     "rtvq": lambda: methods.TaskVectorQuantization(width=2, base_width=3),
     "lossless": lambda: methods.LosslessDifference(),
+    "delta_come": lambda: methods.DeltaCoMe(others="checkpoint"),
     "ultra_delta": lambda: methods.UltraDelta(drop=0.9),
 }
 
@@ -704,7 +705,7 @@ def test_excluded_tensors_stay(dynamic, tiny_clip):
 
 YAML = ["tsv_c", "tall_mask", "twin", "free", "cat", "emr"]
 YAML += ["bitdelta", "dare", "t_switch", "compeft", "tvq", "ultra_delta"]
-YAML += ["lossless"]
+YAML += ["lossless", "delta_come"]
 
 
 @pytest.mark.parametrize("name", YAML)

@@ -58,7 +58,7 @@ class DeltaCompression(DynamicMethod):
         vectors = tensor.stacked()
         if self.compresses(tensor.name, tensor.shape):
             pairs = zip(self._tasks, vectors)
-            found = [self.delta(tensor.name, task, tau) for task, tau in pairs]
+            found = [self.delta(tensor.name, *p) if p[1].any() else None for p in pairs]
         elif self.others == "pretrained":
             return None
         else:

@@ -132,7 +132,8 @@ def _rounded_low_rank(entry: Entry, found: Found) -> Expected:
 
 def _rounded_dense(entry: Entry, found: Found) -> Expected:
     codes = _codes(entry.options["bits"], *entry.shape)
-    return {"codes": codes, "scale": (FLOATS, entry.shape[:1])}
+    rows = entry.shape[:1] if len(entry.shape) > 1 else (1,)
+    return {"codes": codes, "scale": (FLOATS, rows)}
 
 
 def _affine(entry: Entry, found: Found) -> Expected:
@@ -225,7 +226,7 @@ FORMS: dict[str, Form] = {
     "low_rank": Form(_low_rank),
     "spectral": Form(_spectral),
     "rounded_low_rank": Form(_rounded_low_rank, options=("bits",)),
-    "rounded_dense": Form(_rounded_dense, dims=2, options=("bits",)),
+    "rounded_dense": Form(_rounded_dense, dims=0, options=("bits",)),
     "affine8": Form(_affine, dims=0),
     "masked": Form(_masked, dims=0),
     "sparse": Form(_sparse, dims=0),

@@ -38,11 +38,13 @@ class Precision:
         name: a floating type, or ``int2`` to ``int8``.
         bits: per value.
         dtype: of floating storage; None for integer codes.
+        cast: expected squared error of the type relative to the energy, where another would lose less.
     """
 
     name: str
     bits: int
     dtype: torch.dtype | None = None
+    cast: float = 0.0
 
     @property
     def rounding(self) -> float:
@@ -50,12 +52,12 @@ class Precision:
 
         The factors are refitted to one another as rounded, which leaves little more than one rounding.
         """
-        return RELATIVE_ERROR[self.bits] * 1.5 if self.dtype is None else 0.0
+        return RELATIVE_ERROR[self.bits] * 1.5 if self.dtype is None else self.cast
 
     @property
     def rounding_dense(self) -> float:
         """Expected squared error of a matrix stored whole, relative to its energy."""
-        return RELATIVE_ERROR[self.bits] if self.dtype is None else 0.0
+        return RELATIVE_ERROR[self.bits] if self.dtype is None else self.cast
 
     def whole(self, numel: Tensor | int) -> Tensor | int:
         """Bits of so many numbers, in whole bytes."""
@@ -121,6 +123,10 @@ class Precision:
         return [RoundedDenseDelta.of(shape, rounded) for rounded in made], errors
 
 
+#: Between the codes and the own type of a vector.
+BFLOAT16 = Precision("bfloat16", 16, torch.bfloat16, cast=2.0**-20)
+
+
 def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:
     """The precisions that a setting allows for a tensor, cheapest first.
 
@@ -142,6 +148,18 @@ def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:
     if name == "auto":
         return (*(Precision(code, bits) for code, bits in _CODES.items()), as_is)
     raise SettingsError(f"factor_dtype={name!r}; choose one of {', '.join(NAMES)}.")
+
+
+def vector_precisions(own: torch.dtype) -> tuple[Precision, ...]:
+    """The precisions in which a vector competes for bits, cheapest first.
+
+    Args:
+        own: type of the tensor in the checkpoints.
+    """
+    *codes, as_is = precisions("auto", own)
+    if as_is.bits > BFLOAT16.bits:
+        codes.append(BFLOAT16)
+    return (*codes, as_is)
 
 
 def vector_dtype(

@@ -15,7 +15,7 @@ class RoundedLowRankDelta(Delta):
     """A low-rank product with integer factors and one float32 scale per direction: ``shared + (up * scale) @ down``.
 
     Args:
-        up, down: (m, r) and (r, n) codes, stored as ``lowrank/codes.py`` says.
+        up, down: (m, r) and (r, n) codes, stored as ``quantization/codes.py`` says.
         scale: (r,).
         bits: of a code.
     """
@@ -62,8 +62,8 @@ class RoundedDenseDelta(Delta):
     """Every entry as an integer code with one float32 scale per row of the matrix: ``shared + level * scale``.
 
     Args:
-        codes: of the tensor's shape, stored as ``lowrank/codes.py`` says.
-        scale: (m,).
+        codes: of the tensor's shape, stored as ``quantization/codes.py`` says.
+        scale: (m,); (1,) for a vector.
         bits: of a code.
     """
 
@@ -86,7 +86,7 @@ class RoundedDenseDelta(Delta):
 
     def own(self) -> Tensor:
         value = levels(self.codes, self.width, self.shape)
-        value.flatten(1).mul_(self.scale[:, None])
+        value.view(len(self.scale), -1).mul_(self.scale[:, None])
         return value
 
 

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from ..allocation.spectra import Rate
-from ..deltas.precision import Precision, precisions, vector_dtype
+from ..deltas.precision import (
+    Precision,
+    precisions,
+    vector_dtype,
+    vector_precisions,
+)
 from ..deltas.storage import dtype_bits
 from ..errors import BudgetError
 from ..task_vectors.reader import TaskVectors
@@ -22,15 +27,17 @@ class Inventory:
 
     Args:
         matrices, vectors, own: changed tensors by class, sorted; own ones are kept as each task has them.
+        flat: vectors of no fixed precision, which compete with the matrices for bits; not among ``vectors``.
         sides: (m, n) of each tensor viewed as a matrix.
         unit_bits: one fine-tuned model.
         vector_bits, own_bits: what vectors and own tensors will cost.
-        precisions: allowed for each matrix, cheapest first.
+        precisions: allowed for each tensor that competes, cheapest first.
         vector_dtypes: of each vector.
     """
 
     matrices: tuple[str, ...]
     vectors: tuple[str, ...]
+    flat: tuple[str, ...]
     own: tuple[str, ...]
     sides: Mapping[str, tuple[int, int]]
     unit_bits: int
@@ -39,8 +46,13 @@ class Inventory:
     precisions: Mapping[str, tuple[Precision, ...]]
     vector_dtypes: Mapping[str, torch.dtype]
 
+    @property
+    def competing(self) -> tuple[str, ...]:
+        """Tensors among which the budget is divided, sorted."""
+        return tuple(sorted((*self.matrices, *self.flat)))
+
     def cheapest(self, name: str) -> Precision:
-        """The cheapest precision of a matrix."""
+        """The cheapest precision of a tensor."""
         return self.precisions[name][0]
 
     def rate(self, name: str) -> Rate:
@@ -56,11 +68,15 @@ def take_inventory(
     task_vectors: TaskVectors, settings: MergeSettings, scan: Scan | None = None
 ) -> Inventory:
     """Sort the tensors into classes and price them; without a scan every tensor counts as changed."""
-    names = scan.changed if scan else list(task_vectors.infos)
+    infos = task_vectors.infos
+    names = scan.changed if scan else list(infos)
     matrices = [n for n in names if task_vectors.is_matrix(n)]
     vectors = [n for n in names if not task_vectors.is_matrix(n)]
+    chosen = settings.factor_dtype == "auto" and settings.vectors == "expert"
+    flat = [n for n in vectors if chosen and min(matrix_shape(infos[n].shape)) < 2]
+    vectors = [n for n in vectors if n not in flat]
     types = {n: task_vectors.tuned_dtype(n) for n in names}
-    sizes = {n: task_vectors.infos[n].numel for n in names}
+    sizes = {n: infos[n].numel for n in names}
 
     def copies(name: str) -> int:
         if settings.vectors == "expert":
@@ -69,12 +85,12 @@ def take_inventory(
         return int(settings.vectors == "shared")
 
     kept = scan.own if scan else dict.fromkeys(task_vectors.own_infos, ())
-    infos = {n: task_vectors.own_by_task(n) for n in kept}
+    own = {n: task_vectors.own_by_task(n) for n in kept}
     if scan:
         unit_bits = sum(model_bits(task_vectors, scan).values())
     else:
         unit_bits = sum(sizes[n] * dtype_bits(types[n]) for n in names)
-        unit_bits += sum(info[0].bits for info in infos.values())
+        unit_bits += sum(info[0].bits for info in own.values())
     as_is = sum(sizes[n] * dtype_bits(types[n]) * copies(n) for n in vectors)
     share = as_is / max(settings.budget.bits(unit_bits), 1)
     stored = {
@@ -83,12 +99,16 @@ def take_inventory(
     return Inventory(
         matrices=tuple(matrices),
         vectors=tuple(vectors),
+        flat=tuple(flat),
         own=tuple(scan.changed_own if scan else kept),
-        sides={n: matrix_shape(task_vectors.infos[n].shape) for n in names},
+        sides={n: matrix_shape(infos[n].shape) for n in names},
         unit_bits=unit_bits,
         vector_bits=sum(sizes[n] * dtype_bits(stored[n]) * copies(n) for n in vectors),
-        own_bits=sum(_own_bits(infos[n], which) for n, which in kept.items()),
-        precisions={n: precisions(settings.factor_dtype, types[n]) for n in matrices},
+        own_bits=sum(_own_bits(own[n], which) for n, which in kept.items()),
+        precisions={
+            **{n: precisions(settings.factor_dtype, types[n]) for n in matrices},
+            **{n: vector_precisions(types[n]) for n in flat},
+        },
         vector_dtypes=stored,
     )
 

@@ -105,7 +105,7 @@ def plan(
         observe = partial(sample_of, bounds) if settings.joint else None
         found = scan(task_vectors, device, observe=observe)
     inventory = take_inventory(task_vectors, settings, found)
-    energies = {name: found.energy[name] for name in inventory.matrices}
+    energies = {name: found.energy[name] for name in inventory.competing}
     context = MergeContext(
         task_vectors,
         settings,
@@ -134,7 +134,7 @@ def plan(
         decisions[name] = Decision(
             name, choice.form, choice.precision, point, choice.bases
         )
-    decisions = {name: decisions[name] for name in inventory.matrices}
+    decisions = {name: decisions[name] for name in inventory.competing}
     return Plan(context, found, decisions, seconds)
 
 

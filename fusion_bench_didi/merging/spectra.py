@@ -79,6 +79,8 @@ def extended(
     """Matrices with longer spectra, where the ranks came to the end of those that are known."""
     reach = {}
     for name, one in table.items():
+        if name in context.inventory.flat:
+            continue  # there are no directions
         known, bound = one.spectra.sigma.shape[1], bounds.rank_bound(name)
         if known < bound and _short(bounds, one, ranks[name]):
             reach[name] = bounds.reach(name, max(2 * known, bounds.initial_rank(name)))

@@ -247,7 +247,6 @@ FAULTS: dict[str, list[Callable[[dict], object]]] = {
         lambda c: c["deltas"][0].update(shape=[2**40, 2**40]),
         lambda c: c["deltas"][0].update(shape=[1] * 40),
         lambda c: delta(c, "rounded_low_rank").update(shape=[]),
-        lambda c: delta(c, "rounded_dense").update(shape=[12]),
         lambda c: c["deltas"][0].pop("shape"),
     ],
     r"deltas\[\d+\].options": [

@@ -6,6 +6,7 @@ import pytest
 from helpers import PLAIN, didi
 from merged_tasks import pool
 
+from fusion_bench_didi.errors import ModelPoolError
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.task_vectors.sources import SafetensorsSource
 
@@ -16,7 +17,7 @@ def test_dry_run_prints_the_plan_and_reads_no_weights(pool, monkeypatch, capsys)
 
     monkeypatch.setattr(SafetensorsSource, "read", no_reading)
     monkeypatch.setattr(pool, "load_model", no_reading)
-    with pytest.raises(AssertionError, match="weights were read"):
+    with pytest.raises(ModelPoolError, match="weights were read"):
         didi(pool, budget=1.4)
     assert DiDiMerging(budget=1.4, dry_run=True, **PLAIN).run(pool) is None
     plan = capsys.readouterr().out

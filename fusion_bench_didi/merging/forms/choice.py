@@ -49,7 +49,7 @@ def choose_forms(
         samples: of the matrices that may well be stored dense.
     """
     names = context.inventory.matrices
-    if not names:
+    if not context.inventory.competing:
         return {}, {}
     guess = first_guess(context, bounds.budget)
 
@@ -59,7 +59,9 @@ def choose_forms(
         return look.experts, [c for form in FORMS for c in form.choices(look)]
 
     found = dict(context.each("decompose", look_at, names))
-    table = {name: found[name][0] for name in names}
+    flat = {n: (_dense_alone(context, n), []) for n in context.inventory.flat}
+    found = dict(sorted((found | flat).items()))
+    table = {name: one for name, (one, _) in found.items()}
     while True:
         rows = [one.spectra for one in table.values()]
         ranks = dict(zip(table, greedy(rows, bounds.budget)))
@@ -104,13 +106,15 @@ def _experts_alone(look: Look) -> Decomposed:
     context, name = look.context, look.name
     reach, piloted = reach_of(look)
     if not reach:
-        return Decomposed(
-            as_dense(context, name, look.energy)[0].spectra(
-                name, look.sides, look.weights
-            ),
-            None,
-        )
+        return _dense_alone(context, name)
     found = decomposed(
         context, look.bounds, name, reach=reach, shared_rank=0, vectors=look.matrices
     )
     return replace(found, piloted=piloted)
+
+
+def _dense_alone(context: MergeContext, name: str) -> Decomposed:
+    """Task vectors that are stored dense or not at all."""
+    curve = as_dense(context, name, context.energy[name])[0]
+    sides, weights = context.sides(name), context.weights[name]
+    return Decomposed(curve.spectra(name, sides, weights), None)

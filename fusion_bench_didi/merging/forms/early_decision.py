@@ -38,7 +38,7 @@ ROUNDING = 1e-6
 
 def first_guess(context: MergeContext, budget: int) -> FirstGuess:
     """The choice of precisions if every matrix is stored dense or not at all."""
-    names = context.inventory.matrices
+    names = context.inventory.competing
     options = [
         [
             curve.weighted(context.weights[n])

@@ -180,7 +180,8 @@ class Watched:
             raise CheckpointMismatchError(
                 f"{self._label}: {file} is no file. Download or write it again."
             )
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        times = found.st_mtime_ns, found.st_ctime_ns
+        return found.st_dev, found.st_ino, found.st_size, *times
 
 
 class SafetensorsSource(TensorSource):

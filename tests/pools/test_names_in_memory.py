@@ -428,7 +428,10 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
 # --- inputs that change -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["rewritten", "replaced", "cut short", "removed"])
+CHANGES = ("rewritten", "dated back", "replaced", "link moved", "cut short", "removed")
+
+
+@pytest.mark.parametrize("how", CHANGES)
 @pytest.mark.parametrize("form", ["safetensors", "pickle"])
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, how, form):
     base = llama(False)
@@ -441,13 +444,19 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, how, form):
     (file,) = {*(tmp_path / "a").glob("model.safetensors")} or {
         tmp_path / "a" / "pytorch_model.bin"
     }
-    content = file.read_bytes()
+    content, dates = file.read_bytes(), os.stat(file)
+    other = file.with_suffix(".new")
+    other.write_bytes(content)
     if how == "rewritten":
         os.utime(file, ns=(0, 0))
+    elif how == "dated back":
+        file.write_bytes(bytes(len(content)))
+        os.utime(file, ns=(dates.st_atime_ns, dates.st_mtime_ns))
     elif how == "replaced":
-        other = file.with_suffix(".new")
-        other.write_bytes(content)
         os.replace(other, file)
+    elif how == "link moved":
+        file.unlink()
+        file.symlink_to(other)
     elif how == "cut short":
         os.truncate(file, len(content) // 2)
     else:

@@ -1,0 +1,81 @@
+"""One unit for every account: what a fine-tuned model's changed tensors take, counters and heads of other sizes among them."""
+
+import copy
+
+import pytest
+import torch
+from exact_models import seeded
+from fusion_bench.method import SimpleAverageAlgorithm
+from helpers import BASE, fine_tuned
+from torch import nn
+
+from fusion_bench_didi.artifacts.saving import save_artifact
+from fusion_bench_didi.method import (
+    BitDelta,
+    DiDiMerging,
+    EMRMerging,
+    FreeMerging,
+    TallMaskMerging,
+    TSVCompression,
+    TwinMerging,
+)
+from fusion_bench_didi.pools.host_forms import as_pool
+from fusion_bench_didi.programs.sizes import model_size, pool_facts
+
+DYNAMIC = (
+    *(BitDelta, DiDiMerging, EMRMerging, FreeMerging),
+    *(TallMaskMerging, TSVCompression, TwinMerging),
+)
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int = 3):
+        super().__init__()
+        self.mlp, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.mlp(x)))
+
+
+def pool_of(heads: tuple[int, int]) -> dict[str, nn.Module]:
+    models = {BASE: seeded(Net)}
+    for seed, (task, classes) in enumerate(zip("ab", heads), 1):
+        models[task] = fine_tuned(seeded(lambda: Net(classes)), seed)
+        models[task].norm.running_mean.add_(seed)
+        models[task].norm.running_var.mul_(seed + 1)
+        models[task].norm.num_batches_tracked.fill_(2**40 + seed)
+    return models
+
+
+@pytest.mark.parametrize("method", DYNAMIC, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("heads", [(3, 3), (3, 5)], ids=str)
+def test_methods_and_programs_have_one_unit_and_count_what_is_written(
+    method, heads, tmp_path
+):
+    models = pool_of(heads)
+    facts = pool_facts(as_pool(models), copy.deepcopy(models[BASE]))
+    floats = 8 * 8 + 5 * 8 + (3 * 9 + heads[1] * 9) // 2
+    assert facts.unit_bits == 32 * floats + 64  # and an int64 counter
+    merged = method().run(as_pool(models))
+    assert merged.unit_bits == facts.unit_bits
+    size = model_size(merged, copy.deepcopy(models[BASE]), facts)
+    found = save_artifact(
+        merged, tmp_path / "saved", base=models[BASE], types=facts.types
+    )
+    assert round(size.x_excl * facts.unit_bits) == 8 * found.beyond
+
+
+def test_static_merges_and_individuals_write_their_counters(tmp_path):
+    models = pool_of((3, 3))
+    pool = as_pool(models)
+    facts = pool_facts(pool, models[BASE])
+    static = SimpleAverageAlgorithm(inplace=False).run(pool)
+    for what, made, count in (
+        ("static", static, 1),
+        ("individuals", list(pool.named_models()), 2),
+    ):
+        found = save_artifact(
+            made, tmp_path / what, base=models[BASE], types=facts.types
+        )
+        assert 8 * found.beyond == count * facts.unit_bits

@@ -10,8 +10,8 @@ from ..lowrank.factored import as_dense
 from ..lowrank.factors import Matrix
 from ..lowrank.row_blocks import Difference, materialize, mean_of
 from ..lowrank.static_merge import shared_matrix
-from ..parallel import HeapTrimmer
 from ..task_vectors.loop import Progress, Result, each
+from ..task_vectors.parallel import HeapTrimmer
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.tensor import ChangedTensor
 from .basis_store import BasisStore

@@ -101,7 +101,7 @@ def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
     """The scales, one per entry or such that they broadcast."""
     if scale.numel() == 1:
         return scale.reshape(())
-    if scale.ndim == 1:
+    if scale.ndim == 1 and len(shape) == 2:
         scale = scale[:, None]
     for side, block in enumerate(_block(tuple(shape), tuple(scale.shape))):
         if scale.shape[side] not in (1, shape[side]):

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from ..parallel import HeapTrimmer, exclusive_if, ordered_map, workers_for
+from .parallel import HeapTrimmer, exclusive_if, ordered_map, workers_for
 from .reader import TaskVectors
 
 #: Called with the stage, the tensors done and the tensors in all.

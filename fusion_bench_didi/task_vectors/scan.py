@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ModelPoolError, NonFiniteError
 from ..lowrank.factors import energy_of
 from ..lowrank.row_blocks import squared_norms
-from ..parallel import ordered_map, workers_for
+from .parallel import ordered_map, workers_for
 from .reader import TaskVectors
 from .tensor import ChangedTensor
 

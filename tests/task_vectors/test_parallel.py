@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fusion_bench_didi.parallel import GROWTH, HeapTrimmer, ordered_map
 from fusion_bench_didi.task_vectors import sources
+from fusion_bench_didi.task_vectors.parallel import GROWTH, HeapTrimmer, ordered_map
 from fusion_bench_didi.task_vectors.sources import SafetensorsSource
 
 

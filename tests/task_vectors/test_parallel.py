@@ -48,7 +48,9 @@ def test_memory_is_given_back_when_the_process_has_grown(monkeypatch):
         def memory_info(self):
             return SimpleNamespace(rss=resident[0])
 
-    monkeypatch.setattr("fusion_bench_didi.task_vectors.parallel.psutil.Process", Process)
+    monkeypatch.setattr(
+        "fusion_bench_didi.task_vectors.parallel.psutil.Process", Process
+    )
     release = HeapTrimmer()
     release._trim = lambda _: given.append(resident[0])
     for resident[0] in (GROWTH // 2, 2 * GROWTH, 3 * GROWTH, 3 * GROWTH + 1):

@@ -15,13 +15,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from fusion_bench.modelpool import BaseModelPool
-from fuzz import body
+from fuzz import M, _modules, body
 from helpers import family
 
 from fusion_bench_didi.artifacts import load_artifact
 from fusion_bench_didi.checkpoint import exchange, stream
-from fusion_bench_didi.errors import DiDiError
+from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.programs.entries import Entry
+from fusion_bench_didi.programs.results import blank_row
+from fusion_bench_didi.programs.rows import RowStore
+from fusion_bench_didi.recombination.library import load_modules, save_modules
+from fusion_bench_didi.routers import make_router
 
 torch.set_num_threads(1)
 EVENTS = frozenset(
@@ -78,22 +83,78 @@ def found_at(target: Path) -> str:
         return f"broken: {error}"
 
 
+def save(budget: float, target: Path, overwrite: bool) -> None:
+    MADE[budget].save_pretrained(target, overwrite=overwrite)
+
+
+def save_routed(budget: float, target: Path, overwrite: bool) -> None:
+    """A model with a router, which has a file of its own."""
+    model = MADE[budget]
+    router = make_router("mlp", model.tasks, layers=["first"], pooling="mean")
+    labels = torch.arange(2).repeat(9)
+    router.fit(torch.linspace(-1, 1, 18 * M).view(18, M), labels, epochs=1, width=4)
+    model.attach_router(router).save_pretrained(target, overwrite=overwrite)
+
+
+def merge_to(budget: float, target: Path, overwrite: bool) -> None:
+    merge(budget, output_dir=str(target), overwrite=overwrite)
+
+
+def save_library(budget: float, target: Path, overwrite: bool) -> None:
+    save_modules(target, _modules().values())
+
+
+def library_at(target: Path) -> str:
+    """``absent``, ``some`` or 0.5 for all modules; those that lie there are whole."""
+    there = [p.name for p in target.glob("*") if not p.name.startswith(".")]
+    try:
+        found = load_modules(target, there)
+    except CheckpointMismatchError as error:
+        return f"broken: {error}"
+    return "absent" if not found else "0.5" if len(found) == len(_modules()) else "some"
+
+
+def save_row(budget: float, target: Path, overwrite: bool) -> None:
+    entry = {"method": "emr"}
+    row = blank_row(Entry("a", "A", "emr", "dynamic"), entry)
+    RowStore(target, {"seed": 0}).save("a", {**row, "budget": budget})
+
+
+def row_at(target: Path) -> str:
+    if not (target / "rows" / "a.json").exists():
+        return "absent"
+    try:
+        return str(RowStore(target, {"seed": 0}).load("a")["budget"])
+    except DiDiError as error:
+        return f"broken: {error}"
+
+
+#: what writes, and what tells what is there
+KINDS = {
+    "save": (save, found_at),
+    "router": (save_routed, found_at),
+    "merge": (merge_to, found_at),
+    "library": (save_library, library_at),
+    "row": (save_row, row_at),
+}
+
+
+def remains(home: Path) -> list[str]:
+    """What is there beside results."""
+    hidden = (p for p in home.rglob("*") if p.name[0] == "." or p.suffix == ".tmp")
+    return sorted(p.name for p in hidden)
+
+
 def kills(directory: Path, scenario: str) -> list[dict]:
     """What is left of a scenario that is killed before its first event, its second one, and so on.
 
     Args:
-        scenario: ``save`` or ``merge``, then perhaps ``overwrite``, and ``renames`` where names cannot be exchanged.
+        scenario: one of :data:`KINDS`, then perhaps ``overwrite``, and ``renames`` where names cannot be exchanged.
     """
     directory.mkdir()
     what, *how = scenario.split()
     overwrite, renamed = "overwrite" in how, exchange._renamed
-
-    def write(budget: float, target: Path, overwrite: bool, what: str = what) -> None:
-        if what == "save":
-            MADE[budget].save_pretrained(target, overwrite=overwrite)
-        else:
-            merge(budget, output_dir=str(target), overwrite=overwrite)
-
+    (write, found), before = KINDS[what], KINDS["save" if what == "merge" else what][0]
     if "renames" in how:
         exchange._renamed = lambda *_: False
     write(0.9, directory / "warm", False)  # whatever is imported late
@@ -104,12 +165,11 @@ def kills(directory: Path, scenario: str) -> list[dict]:
         target = home / "m"
         home.mkdir()
         if overwrite:
-            write(0.9, target, False, "save")
+            before(0.9, target, False)
         ended = forked(lambda: write(0.5, target, overwrite), n)
-        first = found_at(target)
-        left = sorted(p.name for p in home.iterdir() if p.name != "m")
-        write(0.5, target, True, "save")
-        again = [found_at(target), *sorted(p.name for p in home.iterdir())]
+        first, left = found(target), remains(home)
+        before(0.5, target, True)
+        again = [found(target), *remains(home), *sorted(p.name for p in home.iterdir())]
         outcomes.append({"found": first, "left": left, "again": again})
     exchange._renamed = renamed
     return outcomes

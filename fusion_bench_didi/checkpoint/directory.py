@@ -4,7 +4,6 @@ A merged model is a directory: ``model.safetensors`` (in shards above some size,
 card. It is written beside its place, which is locked meanwhile, and put there in one step.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -12,11 +11,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointMismatchError, DiDiError
+from ..files import sync, write_whole
 from .exchange import exchange, rename_new
 from .fields import read_object
 from .locks import held, is_held
@@ -82,10 +82,14 @@ def _check_replaceable(target: str | Path, place: Path, overwrite: bool) -> None
         )
 
 
-def is_ours(directory: Path) -> bool:
-    """Whether a directory says that this package wrote it."""
+def is_ours(directory: Path, file: str = CONFIG) -> bool:
+    """Whether a directory says that this package wrote it.
+
+    Args:
+        file: that says so.
+    """
     try:
-        found = read_object(directory / CONFIG, whole=False)
+        found = read_object(directory / file, whole=False)
     except CheckpointMismatchError:
         return False
     by = found.get("versions")
@@ -103,16 +107,7 @@ def whole_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[
             after it; the result is kept under another name then.
     """
     place = check_target(target, overwrite=overwrite)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            sure = stack.enter_context(held(_lock(place)))
-        except BlockingIOError:
-            raise _busy(target) from None
-        except PermissionError as error:
-            raise DiDiError(
-                f"{target} cannot be locked ({error}). Remove that file if no other run writes there."
-            ) from error
+    with alone(place, named=target) as sure:
         if sure:
             _sweep(place)
         check_target(place, overwrite=overwrite, probe=False)
@@ -123,10 +118,35 @@ def whole_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[
             _open_up(beside)
             _flush(beside)
             _put(beside, place, overwrite)
-            _sync(place.parent)
+            sync(place.parent)
         finally:
             if beside.exists():
                 shutil.rmtree(beside)
+
+
+@contextmanager
+def alone(place: Path, *, named: str | Path | None = None) -> Iterator[bool]:
+    """While the block runs, no other run writes there; False where the file system has no locks.
+
+    Args:
+        place: a file or directory; what it shall lie in is made.
+        named: as messages call it.
+
+    Raises:
+        DiDiError: if another run is writing there, or it cannot be locked.
+    """
+    target = named or place
+    with ExitStack() as stack:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            sure = stack.enter_context(held(_lock(place)))
+        except BlockingIOError:
+            raise _busy(target) from None
+        except OSError as error:
+            raise DiDiError(
+                f"{target} cannot be locked ({error}). Choose another directory, or remove what is in the way."
+            ) from error
+        yield sure
 
 
 def _put(beside: Path, place: Path, overwrite: bool) -> None:
@@ -175,6 +195,13 @@ def _sweep(place: Path) -> None:
                 shutil.rmtree(path)
 
 
+def sweep(place: Path) -> None:
+    """Remove what dead runs left beside a target, unless a run is writing there."""
+    with suppress(DiDiError), alone(place) as sure:
+        if sure:
+            _sweep(place)
+
+
 def _open_up(directory: Path) -> None:
     """Temporary files are private; what they become has the rights of any new file."""
     umask = os.umask(0)
@@ -187,23 +214,9 @@ def _open_up(directory: Path) -> None:
 def _flush(directory: Path) -> None:
     """Everything in it to the disk, so that its name does not come before its content."""
     for path in (*directory.rglob("*"), directory):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the system cannot
-            raise
-    finally:
-        os.close(fd)
+        sync(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written beside and renamed."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")
-    _sync(beside)
-    os.replace(beside, path)
+    """Written whole."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")

@@ -105,6 +105,11 @@ class Field:
             self.fail(f"one of {', '.join(sorted(choices))}")
         return self.value
 
+    def number(self) -> float:
+        if type(self.value) not in (int, float):
+            self.fail("a number")
+        return self.value
+
     def shape(self) -> tuple[int, ...]:
         """Sides of a tensor."""
         sides = tuple(field.integer() for field in self.elements())
@@ -153,11 +158,14 @@ def inside(directory: Path, name: str) -> Path:
     )
 
 
-def read_object(file: Path, *, whole: bool = True) -> dict[str, Any]:
+def read_object(
+    file: Path, *, whole: bool = True, finite: bool = True
+) -> dict[str, Any]:
     """The object of a JSON file.
 
     Args:
         whole: it must be as it was when it was sealed, if it was.
+        finite: as for :func:`sealed`.
 
     Raises:
         CheckpointMismatchError: if it is no file, no JSON, ambiguous (a key twice), or was altered after it was sealed.
@@ -174,7 +182,7 @@ def read_object(file: Path, *, whole: bool = True) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"it holds no object but {type(found).__name__}")
         if whole and CHECKSUM in found:
-            if odd:
+            if odd and finite:
                 raise ValueError(f"{odd[0]} is no number")
             if found[CHECKSUM] != checksum(found):
                 raise ValueError("it was altered after it was written")
@@ -185,12 +193,14 @@ def read_object(file: Path, *, whole: bool = True) -> dict[str, Any]:
     return found
 
 
-def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(value: Mapping[str, Any], *, finite: bool = True) -> dict[str, Any]:
     """An object with a checksum, as it comes back from a file.
 
-    JSON has no infinity and no NaN; they become strings that ``float`` understands.
+    Args:
+        finite: JSON has no infinity and no NaN; they become strings that ``float`` understands. Else they are written as
+            Python writes and reads them.
     """
-    plain = json.loads(json.dumps(_finite(value)))
+    plain = json.loads(json.dumps(_finite(value) if finite else value))
     return {**plain, CHECKSUM: checksum(plain)}
 
 

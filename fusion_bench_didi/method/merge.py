@@ -48,6 +48,8 @@ from ..recombination.validation import check_pools, scorer_from_pools
 from .base import PoolMethod
 
 log = logging.getLogger(__name__)
+#: what a search leaves: its state, and the front that it found
+STATE, FRONT = "search.json", "front.json"
 
 
 @auto_register_config
@@ -128,6 +130,7 @@ class MERGE(PoolMethod):
             raise DiDiError(
                 "MERGE searches with pymoo, which is not installed: pip install 'fusion-bench-didi[merge]'."
             )
+        directory = self._directory()
         modelpool = self.checked(modelpool)
         taskpool = getattr(self._program, "taskpool", None)
         if self.objective == "validation":
@@ -154,14 +157,13 @@ class MERGE(PoolMethod):
                 )
         memory = int(8 * 2**30 * self.library_memory_gb)
         library = Library(reader, self.operator_settings(), memory_bits=memory)
-        directory = self._directory()
         with self.profile("search"), Progress(transient=True) as bar:
             row = bar.add_task("MERGE: evaluations", total=self.evaluations)
             found = nsga2(
                 space,
                 Evaluator(space, library, scorer),
                 self.search_settings(),
-                state=directory and directory / "search.json",
+                state=directory and directory / STATE,
                 described=self._described(space, scorer),
                 progress=lambda done, total: bar.update(row, completed=done),
             )
@@ -201,11 +203,22 @@ class MERGE(PoolMethod):
         return self.connect(model, modelpool)
 
     def _directory(self) -> Path | None:
-        """Where front, library and state go; nothing is written without a place."""
-        if self.directory is not None:
-            return Path(self.directory)
+        """Where front, library and state go; nothing is written without a place.
+
+        Raises:
+            FileExistsError: if a front lies there that no search left.
+        """
         log_dir = self.log_dir if self._program is not None else None
-        return Path(log_dir) / "merge" if log_dir else None
+        place = self.directory or (log_dir and Path(log_dir) / "merge")
+        if not place:
+            return None
+        front, state = (Path(place) / name for name in (FRONT, STATE))
+        if front.exists() and not state.exists():
+            raise FileExistsError(
+                f"{front} exists without a {STATE} beside it, so it may be of something else. Choose another method.directory, or "
+                "remove it."
+            )
+        return Path(place)
 
     def _described(self, space: Space, scorer: Any) -> dict[str, Any]:
         """What a state must agree in to be continued."""
@@ -242,7 +255,7 @@ class MERGE(PoolMethod):
             for e, c in zip(front, chains)
         ]
         write_json(
-            directory / "front.json",
+            directory / FRONT,
             {
                 "method": self.title,
                 "objective": self.objective,

@@ -85,7 +85,11 @@ def _shards(index: Path, label: str) -> list[Path]:
             f"{label}: {index} is not an index of shards (it has no weight_map). Download or write it again."
         )
     shards = sorted({str(name) for name in names.values()})
-    outside = [name for name in shards if Path(name).name != name or name in ("", "..")]
+    outside = [
+        name
+        for name in shards
+        if Path(name).name != name or name in ("", "..") or not name.isprintable()
+    ]
     if outside:
         raise CheckpointMismatchError(
             f"{label}: {index} names {outside[0]!r}, expected files beside it. Download it again, from a source that you trust."

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from .. import compat
 from ..checkpoint.deltas import versions
-from ..checkpoint.directory import write_json
+from ..checkpoint.directory import alone, write_json
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import check_pool, load_backbone
@@ -25,7 +25,7 @@ from .entries import declared, read_entries
 from .entry_run import Bench, run_entry, summary
 from .progress import Watch, quiet, terminal
 from .results import FORMAT, assemble
-from .rows import RowStore
+from .rows import COMPARISON, SETTINGS, RowStore
 from .scoring import Scorer
 from .sizes import pool_facts
 
@@ -82,7 +82,12 @@ class ComparisonProgram(FabricModelFusionProgram):
 
         Raises:
             ComparisonError: if the directory holds rows of another configuration.
+            DiDiError: if another run is writing to it.
         """
+        with alone(self.directory / SETTINGS, named=self.directory):
+            return self._compare()
+
+    def _compare(self) -> dict[str, Any]:
         store = RowStore(self.directory, self._settings(), restart=self.restart)
         for entry in self.entries:
             store.check(entry.key, declared(entry))
@@ -156,5 +161,5 @@ class ComparisonProgram(FabricModelFusionProgram):
             tasks=bench.scorer.tasks,
             facts=bench.facts,
         )
-        write_json(self.directory / "comparison.json", comparison)
+        write_json(self.directory / COMPARISON, comparison)
         return comparison

@@ -7,23 +7,23 @@
     <directory>/searches/            what methods that search keep between runs
     <directory>/artifacts/<key>/     the model of a row, if asked for
 
-A row is written beside its name and renamed, so that a file is whole whenever the process is killed. Everything else in
-the directory follows from these files.
+A row is written beside its name and renamed, so that a file is whole whenever the process is killed, and sealed by a checksum.
+Everything else in the directory follows from these files.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.directory import is_ours, write_json
-from ..checkpoint.fields import read_object
+from ..checkpoint.fields import CHECKSUM, Field, read_object, sealed
 from ..errors import CheckpointMismatchError
 from .entries import ComparisonError
 
-SETTINGS, ROWS = "settings.json", "rows"
+SETTINGS, ROWS, COMPARISON = "settings.json", "rows", "comparison.json"
 SEARCHES, ARTIFACTS = "searches", "artifacts"
 
 
@@ -68,27 +68,31 @@ class RowStore:
         file = self._file(key)
         if not file.is_file():
             return None
-        row = _read(file)
-        if not {"accuracy", "complete", "entry", "error"} <= row.keys():
-            raise ComparisonError(
-                f"{file} is no row of a comparison. Remove it, and the row is made anew."
-            )
-        return row
+        return _read(file, _check_row)
 
     def save(self, key: str, row: Mapping[str, Any]) -> None:
-        write_json(self._file(key), row)
+        write_json(self._file(key), sealed(row, finite=False))
 
     def _forget(self) -> None:
         """Remove what runs left in the directory, and nothing else that lies there."""
+        settings = self.directory / SETTINGS
+        if settings.exists() and not is_ours(self.directory, SETTINGS):
+            raise ComparisonError(
+                f"{settings} is not that of a comparison, so nothing is removed. Give another directory (path.log_dir=...)."
+            )
         for file in self.rows.glob("*.json*"):
-            file.unlink()
+            if file.suffix == ".tmp" or _is_row(file):
+                file.unlink()
         for place in (self.directory / ARTIFACTS).glob("*"):
-            if is_ours(place):
+            if is_ours(place) and not place.is_symlink():
                 shutil.rmtree(place)
         for place in (self.directory / SEARCHES).glob("*"):
-            if (place / "search.json").is_file() or (place / "front.json").is_file():
+            found = (place / name for name in ("search.json", "front.json"))
+            if any(file.is_file() for file in found) and not place.is_symlink():
                 shutil.rmtree(place)
-        (self.directory / SETTINGS).unlink(missing_ok=True)
+        if settings.exists():
+            (self.directory / COMPARISON).unlink(missing_ok=True)
+            settings.unlink()
         for name in (ROWS, ARTIFACTS, SEARCHES):
             with suppress(OSError):  # it does not exist, or something else lies there
                 (self.directory / name).rmdir()
@@ -100,12 +104,17 @@ class RowStore:
         file = self.directory / SETTINGS
         if file.is_file():
             self._refuse(_read(file), self.settings, "")
-        elif any(self.rows.glob("*.json")):
+        elif any(map(_is_row, self.rows.glob("*.json"))):
             raise ComparisonError(
                 f"{self.rows} holds rows, but {file} is missing, so nobody knows of which pools. "
                 + _WAYS_OUT
             )
-        write_json(file, self.settings)
+        elif (self.directory / COMPARISON).exists():
+            raise ComparisonError(
+                f"{self.directory} holds a {COMPARISON}, but no {SETTINGS}, so it may be of something else. Give another directory "
+                "(path.log_dir=...), or remove that file."
+            )
+        write_json(file, sealed(self.settings, finite=False))
 
     def _refuse(self, there: Any, here: Any, prefix: str) -> None:
         found = [prefix + line for line in differences(there, here)]
@@ -133,13 +142,55 @@ def differences(there: Any, here: Any, path: str = "") -> list[str]:
     return [] if there == here else [f"{path}: {there!r} -> {here!r}"]
 
 
-def _read(file: Path) -> dict[str, Any]:
+#: of a row, by what they may be
+_TEXTS = ("key", "method")
+_NUMBERS = (
+    *("x_excl", "x_incl", "bytes_excl", "bytes_incl"),
+    *("seconds", "peak_gb", "added_gb", "budget"),
+)
+
+
+def _check_row(row: Field) -> None:
+    """What is worked with must be there, and be what it is taken for."""
+    for name in _TEXTS:
+        row[name].text()
+    for name in _NUMBERS:
+        if row[name].value is not None:
+            row[name].number()
+    for _, accuracy in row["accuracy"].entries():
+        accuracy.number()
+    for note in row["notes"].elements():
+        note.text()
+    row["entry"].mapping()
+    row["entry"]["method"].text()
+    if row["error"].value is not None:
+        row["error"].text()
+    if type(row["complete"].value) is not bool:
+        row["complete"].fail("true or false")
+    if row["complete"].value and not row["accuracy"].value:
+        row["accuracy"].fail("that of every task")
+
+
+def _is_row(file: Path) -> bool:
     try:
-        return read_object(file)
+        return {"accuracy", "complete", "entry", "error"} <= read_object(
+            file, whole=False
+        ).keys()
+    except CheckpointMismatchError:
+        return False
+
+
+def _read(
+    file: Path, check: Callable[[Field], None] = lambda _: None
+) -> dict[str, Any]:
+    try:
+        found = read_object(file, finite=False)
+        check(Field(file, found))
     except CheckpointMismatchError as error:
         raise ComparisonError(
             f"{file} is damaged ({error}). Remove it, and what it held is made anew."
         ) from error
+    return {k: v for k, v in found.items() if k != CHECKSUM}
 
 
 def _plain(value: Any) -> Any:

@@ -50,7 +50,7 @@ def plot_front(
     """PNG and SVG of all evaluations, the front, the picks, and other methods as (label, storage, performance)."""
     from matplotlib.figure import Figure
 
-    from ..report.style import color, look
+    from ..report.style import color, look, save_figure
 
     front = [evaluations[i] for i in pareto_front(evaluations)]
     with look():
@@ -90,6 +90,6 @@ def plot_front(
         axes.legend(loc="lower right")
         directory.mkdir(parents=True, exist_ok=True)
         files = [directory / f"{name}.{suffix}" for suffix in ("png", "svg")]
-        figure.savefig(files[0])
-        figure.savefig(files[1], metadata={"Date": None})
+        for file in files:
+            save_figure(figure, file)
     return files

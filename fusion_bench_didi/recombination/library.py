@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoint.deltas import read_deltas, read_manifest, write_manifest
-from ..checkpoint.directory import whole_directory
+from ..checkpoint.directory import sweep, whole_directory
 from ..checkpoint.fields import Field, inside
 from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
@@ -133,6 +133,7 @@ def save_modules(directory: Path, modules: Iterable[ModularExpert]) -> list[str]
     distinct = {module.id: module for module in modules}
     for key, module in distinct.items():
         if (directory / key / MODULE).is_file():
+            sweep(directory / key)
             continue
         facts = {
             "id": key,

@@ -12,16 +12,15 @@ to the result of an unbroken one.
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.directory import write_json
-from ..checkpoint.fields import Field, read_object
-from ..checkpoint.locks import held
+from ..checkpoint.directory import alone, write_json
+from ..checkpoint.fields import Field, read_object, sealed
 from ..errors import DiDiError
 from .evolution import SearchSettings, evolve, survivors
 from .genome import Genome, canonical, mutate, no_merging, one_group, random_genome
@@ -59,7 +58,7 @@ def nsga2(
     Raises:
         DiDiError: if the state is of another search, cannot be read, or another run is writing it.
     """
-    with _alone(state):
+    with nullcontext() if state is None else alone(state):
         return _searched(space, evaluate, settings, state, described, progress)
 
 
@@ -151,29 +150,12 @@ def _propose(
     return [fresh[i] for i in survivors(guess(fresh), count)]
 
 
-@contextmanager
-def _alone(state: Path | None) -> Iterator[None]:
-    """No other run writes the state meanwhile."""
-    if state is None:
-        yield
-        return
-    state.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(held(state.with_name(f".{state.name}.lock")))
-        except BlockingIOError:
-            raise DiDiError(
-                f"Another run is writing to {state}. Wait for it, or choose another method.directory."
-            ) from None
-        yield
-
-
 def _load(
     state: Path | None, label: dict, space: Space
 ) -> tuple[list[Evaluation], list[int], int]:
     if state is None or not state.is_file():
         return [], [], 0
-    found = Field(state, read_object(state))
+    found = Field(state, read_object(state, finite=False))
     there = found["search"].mapping()
     expected = json.loads(json.dumps(label))
     if there != expected:
@@ -207,21 +189,17 @@ def _evaluation(field: Field, space: Space) -> Evaluation:
     numbers = [field["performance"], field["storage"]]
     numbers += [score for _, score in field["scores"].entries()]
     for number in numbers:
-        if type(number.value) not in (int, float):
-            number.fail("a number")
+        number.number()
     return Evaluation(**field.mapping())
 
 
 def _save(state, label, archive, kept, generation) -> None:
     if state is None:
         return
-    state.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        state,
-        {
-            "search": label,
-            "generation": generation,
-            "kept": kept,
-            "evaluations": [e.as_dict() for e in archive],
-        },
-    )
+    found = {
+        "search": label,
+        "generation": generation,
+        "kept": kept,
+        "evaluations": [e.as_dict() for e in archive],
+    }
+    write_json(state, sealed(found, finite=False))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..errors import DiDiError
+
 Kind = Literal["reference", "static", "dynamic", "routed", "ours", "variant"]
 
 #: in the order in which tables and legends show them
@@ -28,7 +30,20 @@ class Comparison:
 
     @classmethod
     def read(cls, file: str | Path) -> "Comparison":
-        return cls(json.loads(Path(file).read_text()))
+        """From a file.
+
+        Raises:
+            DiDiError: if it holds no comparison.
+        """
+        try:
+            data = json.loads(Path(file).read_text(encoding="utf-8"))
+            if not isinstance(data, dict) or not {"tasks", "rows"} <= data.keys():
+                raise ValueError("it has no tasks and rows")
+        except (OSError, ValueError, RecursionError) as error:
+            raise DiDiError(
+                f"{file} is no comparison ({error}). Give a directory that didi_compare wrote, or run it again."
+            ) from error
+        return cls(data)
 
     @property
     def tasks(self) -> list[str]:

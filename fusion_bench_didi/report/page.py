@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
+from ..files import write_whole
 from . import interactive, plots
 from .comparison import Comparison
 from .style import look
@@ -41,7 +42,7 @@ _TITLES = {
 def write(comparison: Comparison, directory: Path) -> Path:
     """``comparison.html``."""
     file = directory / "comparison.html"
-    file.write_text(render(comparison), encoding="utf-8")
+    write_whole(file, render(comparison))
     return file
 
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from . import labels
 from .comparison import Comparison, kind
 from .module_plots import energy_plot, rank_plot
-from .style import KINDS, color, look
+from .style import KINDS, color, look, save_figure
 
 
 def write(comparison: Comparison, directory: Path) -> list[Path]:
@@ -21,8 +21,8 @@ def write(comparison: Comparison, directory: Path) -> list[Path]:
     with look():
         for name, picture in draw(comparison).items():
             png, svg = (directory / f"{name}.{suffix}" for suffix in ("png", "svg"))
-            picture.savefig(png)
-            picture.savefig(svg, metadata={"Date": None})
+            save_figure(picture, png)
+            save_figure(picture, svg)
             plt.close(picture)
             files += [png, svg]
     return files

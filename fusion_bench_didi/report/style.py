@@ -2,9 +2,14 @@
 marker each."""
 
 import contextlib
+import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import matplotlib
+from matplotlib.figure import Figure
+
+from ..files import write_whole
 
 #: kind -> (color, matplotlib marker, plotly symbol, label)
 KINDS = {
@@ -51,3 +56,11 @@ def look() -> Iterator[None]:
 
 def color(kind: str) -> str:
     return KINDS[kind][0]
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """A picture in the format of its file's ending; the same picture gives the same file."""
+    ending, out = file.suffix.removeprefix("."), io.BytesIO()
+    dated = {"metadata": {"Date": None}} if ending == "svg" else {}
+    figure.savefig(out, format=ending, **dated)
+    write_whole(file, out.getvalue())

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..files import write_whole
 from .comparison import GROUPS, Comparison, best_two
 
 Row = Mapping[str, Any]
@@ -17,7 +18,7 @@ def write(comparison: Comparison, directory: Path) -> list[Path]:
     files = []
     for suffix, make in makers.items():
         files.append(directory / f"comparison.{suffix}")
-        files[-1].write_text(make(comparison))
+        write_whole(files[-1], make(comparison))
     return files
 
 

@@ -1,0 +1,187 @@
+"""Rows of a comparison on disk: of one run at a time, as they were written, and nothing else's."""
+
+import json
+import math
+import os
+import random
+import shutil
+
+import pytest
+from fuzz import body, every_form
+
+from fusion_bench_didi.checkpoint.directory import alone, write_json
+from fusion_bench_didi.checkpoint.fields import CHECKSUM, sealed
+from fusion_bench_didi.errors import DiDiError
+from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.programs.compare import ComparisonProgram
+from fusion_bench_didi.programs.entries import ComparisonError, Entry
+from fusion_bench_didi.programs.results import blank_row
+from fusion_bench_didi.programs.rows import RowStore
+
+SETTINGS = {"format": 1, "seed": 0, "versions": {"fusion-bench-didi": "1"}}
+ROW = {
+    **blank_row(Entry("emr", "EMR", "emr", "dynamic"), {"method": "emr"}),
+    **{"accuracy": {"mnist": 0.75}, "complete": True, "x_excl": 1.5, "notes": ["n"]},
+}
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = RowStore(tmp_path, SETTINGS)
+    store.save("emr", ROW)
+    return store
+
+
+def write_json_in(file, value):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, value)
+
+
+@pytest.mark.parametrize("budget", [None, 1.25, math.inf])
+def test_a_row_comes_back_as_it_was(store, budget):
+    row = {**ROW, "budget": budget, "relative_error": math.inf}
+    store.save("emr", row)
+    assert store.load("emr") == row and store.load("ties") is None
+    RowStore(store.directory, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["rows/emr.json", "settings.json"])
+def test_no_flipped_bit_is_read_as_another_figure(store, name):
+    file, rng = store.directory / name, random.Random(0)
+    content = file.read_bytes()
+    for _ in range(500):
+        altered = bytearray(content)
+        altered[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(altered)
+        try:
+            found = RowStore(store.directory, SETTINGS).load("emr")
+        except ComparisonError:
+            continue
+        assert {key: found[key] for key in ROW} == ROW
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accuracy": {"mnist": "high"}},
+        {"accuracy": {}},
+        {"accuracy": [0.5]},
+        {"x_excl": "1.5"},
+        {"x_incl": True},
+        {"bytes_excl": [1]},
+        {"budget": {}},
+        {"seconds": "fast"},
+        {"notes": "n"},
+        {"notes": [1]},
+        {"error": 1},
+        {"complete": 1},
+        {"entry": {}},
+        {"entry": None},
+        {"key": 5},
+    ],
+    ids=str,
+)
+def test_fields_that_are_none_are_named(store, change):
+    """They were raw errors at the end of the run, or wrong figures."""
+    write_json(store._file("emr"), sealed({**ROW, **change}))
+    (name,) = change
+    with pytest.raises(ComparisonError, match=rf"emr.json: {name}.*Remove it"):
+        store.load("emr")
+
+
+@pytest.mark.parametrize("field", [k for k in ROW])
+def test_fields_that_are_gone_are_named(store, field):
+    write_json(store._file("emr"), sealed({k: v for k, v in ROW.items() if k != field}))
+    with pytest.raises(ComparisonError, match=f"{field} is missing"):
+        store.load("emr")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", "{}", "\0" * 99, '{"a": 1, "a": 2}'])
+def test_a_damaged_row_is_named(store, text):
+    store._file("emr").write_text(text)
+    with pytest.raises(ComparisonError, match="rows/emr.json .* made anew"):
+        store.load("emr")
+    (store.directory / "settings.json").write_text(text)
+    with pytest.raises(ComparisonError, match="settings.json|seed: None -> 0"):
+        RowStore(store.directory, SETTINGS)
+
+
+def test_rows_written_before_there_were_checksums_go_on(store):
+    for file in (store._file("emr"), store.directory / "settings.json"):
+        content = json.loads(file.read_text())
+        del content[CHECKSUM]
+        write_json(file, content)
+    assert RowStore(store.directory, SETTINGS).load("emr") == ROW
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path):
+    """They wrote to one temporary file, of which half a row came."""
+    program = object.__new__(ComparisonProgram)
+    program.directory = tmp_path / "run"
+    with alone(tmp_path / "run" / "settings.json"):
+        with pytest.raises(DiDiError, match="Another run is writing to .*run. Wait"):
+            program.run()
+
+
+@pytest.mark.parametrize("parent", ["file", "missing/../file"])
+def test_a_place_that_cannot_be_one_is_named(tmp_path, parent):
+    (tmp_path / "file").touch()
+    program = object.__new__(ComparisonProgram)
+    program.directory = tmp_path / parent / "run"
+    with pytest.raises(DiDiError, match="cannot be locked"):
+        program.run()
+
+
+def test_forgetting_removes_what_runs_left_only(store):
+    home = store.directory
+    DiDiModel(body(), *every_form(), unit_bits=10000).save_pretrained(
+        home / "artifacts" / "emr"
+    )
+    write_json_in(home / "searches" / "merge" / "search.json", {})
+    (home / "rows" / "ties.json.tmp").touch()
+    mine = [
+        home / "artifacts" / "mine" / "config.json",
+        home / "searches" / "notes.txt",
+        home / "rows" / "notes.txt",
+        home / "rows" / "table.json",
+        home / "rows" / "package.json.lock",
+        home / "config.yaml",
+    ]
+    for file in mine:
+        write_json_in(file, {})
+    outside = home.with_name("outside")
+    shutil.copytree(home / "artifacts" / "emr", outside)
+    os.symlink(outside, home / "artifacts" / "linked")
+    write_json_in(outside / "search.json", {})
+    os.symlink(outside, home / "searches" / "linked")
+    RowStore(home, {**SETTINGS, "seed": 1}, restart=True)
+    files = {p for p in home.rglob("*") if p.is_file()}
+    assert files == {*mine, home / "settings.json"}
+    assert len(list(outside.iterdir())) > 2
+
+
+@pytest.mark.parametrize("content", [{"theme": "dark"}, {"format": 1}, []])
+def test_settings_of_something_else_are_left_alone(tmp_path, content):
+    """An editor's, say."""
+    file = tmp_path / "settings.json"
+    write_json(file, content)
+    write_json_in(tmp_path / "rows" / "x.json", {"theme": "dark"})
+    before = file.read_text()
+    for restart in (False, True):
+        with pytest.raises(ComparisonError, match="settings.json|another config"):
+            RowStore(tmp_path, SETTINGS, restart=restart)
+    assert file.read_text() == before and (tmp_path / "rows" / "x.json").exists()
+
+
+def test_rows_without_settings_are_refused(store):
+    (store.directory / "settings.json").unlink()
+    with pytest.raises(ComparisonError, match="settings.json is missing"):
+        RowStore(store.directory, SETTINGS)
+    RowStore(store.directory, SETTINGS, restart=True)
+
+
+def test_a_comparison_of_something_else_is_left_alone(tmp_path):
+    write_json(tmp_path / "comparison.json", {"phones": []})
+    with pytest.raises(ComparisonError, match="may be of something else"):
+        RowStore(tmp_path, SETTINGS)

@@ -30,7 +30,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.append(str(Path(__file__).parent))  # as pytest has it
 
+import fuzz_inputs as more
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -319,6 +321,11 @@ CASES = {
     "wemoe": Case(_wemoe, _read_model),
     "adapter": Case(_write_adapter, _read_adapter),
     "state": Case(_write_state, _read_state),
+    "shards": Case(more.write_shards, more.read_weights),
+    "pickles": Case(more.write_pickles, more.read_weights),
+    "float8": Case(more.write_float8, more.read_weights),
+    "rows": Case(more.write_rows, more.read_rows),
+    "old": Case(more.write_old, more.read_old),
 }
 
 # --- changes ------------------------------------------------------------------

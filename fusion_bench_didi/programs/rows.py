@@ -12,6 +12,7 @@ Everything else in the directory follows from these files.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -66,9 +67,9 @@ class RowStore:
 
     def load(self, key: str) -> dict[str, Any] | None:
         file = self._file(key)
-        if not file.is_file():
+        if not os.path.lexists(file):
             return None
-        return _read(file, _check_row)
+        return _read(file, lambda row: _check_row(row, key))
 
     def save(self, key: str, row: Mapping[str, Any]) -> None:
         write_json(self._file(key), sealed(row, finite=False))
@@ -102,7 +103,7 @@ class RowStore:
 
     def _agree(self) -> None:
         file = self.directory / SETTINGS
-        if file.is_file():
+        if os.path.lexists(file):
             self._refuse(_read(file), self.settings, "")
         elif any(map(_is_row, self.rows.glob("*.json"))):
             raise ComparisonError(
@@ -143,17 +144,16 @@ def differences(there: Any, here: Any, path: str = "") -> list[str]:
 
 
 #: of a row, by what they may be
-_TEXTS = ("key", "method")
 _NUMBERS = (
     *("x_excl", "x_incl", "bytes_excl", "bytes_incl"),
     *("seconds", "peak_gb", "added_gb", "budget"),
 )
 
 
-def _check_row(row: Field) -> None:
+def _check_row(row: Field, key: str) -> None:
     """What is worked with must be there, and be what it is taken for."""
-    for name in _TEXTS:
-        row[name].text()
+    row["key"].one_of([key])
+    row["method"].text()
     for name in _NUMBERS:
         if row[name].value is not None:
             row[name].number()
@@ -167,8 +167,10 @@ def _check_row(row: Field) -> None:
         row["error"].text()
     if type(row["complete"].value) is not bool:
         row["complete"].fail("true or false")
-    if row["complete"].value and not row["accuracy"].value:
-        row["accuracy"].fail("that of every task")
+    if row["complete"].value:
+        row["x_excl"].number()
+        if not row["accuracy"].value:
+            row["accuracy"].fail("that of every task")
 
 
 def _is_row(file: Path) -> bool:

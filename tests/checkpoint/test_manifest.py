@@ -12,6 +12,7 @@ import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
 from fuzz import body, every_form, limits, reseal
+from fuzz_inputs import FORMAT_1, old_body
 from helpers import BASE, REPOSITORY, didi, family, fine_tuned, floats, same_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,24 +31,7 @@ from fusion_bench_didi.method.merge import MERGE
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.recombination.library import load_module
 
-FORMAT_1 = REPOSITORY / "tests/data/format1"
-
-
 # --- files of format 1 --------------------------------------------------------
-
-
-def old_body() -> nn.Module:
-    """The base model of the files, which were written before manifests were sealed."""
-    base = nn.Sequential(
-        nn.Linear(20, 24),
-        nn.GELU(),
-        nn.LayerNorm(24),
-        nn.Linear(24, 16),
-        nn.Tanh(),
-        nn.Linear(16, 6),
-    )
-    base.load_state_dict(load_file(FORMAT_1 / "backbone.safetensors"))
-    return base.eval()
 
 
 @pytest.mark.parametrize(

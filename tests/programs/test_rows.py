@@ -79,6 +79,8 @@ def test_no_flipped_bit_is_read_as_another_figure(store, name):
         {"entry": {}},
         {"entry": None},
         {"key": 5},
+        {"key": "../emr"},
+        {"x_excl": None},
     ],
     ids=str,
 )
@@ -185,3 +187,14 @@ def test_a_comparison_of_something_else_is_left_alone(tmp_path):
     write_json(tmp_path / "comparison.json", {"phones": []})
     with pytest.raises(ComparisonError, match="may be of something else"):
         RowStore(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "loop"])
+@pytest.mark.parametrize("name", ["rows/emr.json", "settings.json"])
+def test_what_is_no_file_is_named(store, name, kind):
+    file = store.directory / name
+    file.unlink()
+    make = {"directory": os.mkdir, "pipe": os.mkfifo}
+    make.get(kind, lambda path: os.symlink(path.name, path))(file)
+    with pytest.raises(ComparisonError, match=f"{name} is damaged"):
+        RowStore(store.directory, SETTINGS).load("emr")

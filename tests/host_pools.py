@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from exact_models import SIDES, seeded, tokens
 from fusion_bench import modelpool as pools
-from fusion_bench.compat import modelpool as old_pools  # first: the host's imports are a circle
+from fusion_bench.compat import modelpool as old_pools
 from fusion_bench.modelpool import BaseModelPool
 from helpers import BASE, fine_tuned, pictures, write_clip
 from omegaconf import OmegaConf

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import BASE, Oddities, OpenClipLike, didi, family, floats, same_bits
 from merged_tasks import assert_task_weights, gpt2
+from torch import nn
 
 from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
 
@@ -147,3 +148,36 @@ def test_the_models_of_the_pool_are_left_alone(tiny_clip):
     for name, live in tiny_clip.pool_models().items():
         assert same_bits(before[name], floats(live)), name
         assert all(p.requires_grad for p in live.parameters())
+
+
+CHOICES = [
+    {},
+    {"shared": "mean"},
+    {"allocation": "uniform", "residual": "full"},
+    {"vectors": "shared"},
+]
+KINDS = ["all stored whole", "all in one shape", "no matrix changed", "one task's only"]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merges_without_a_matrix(kind, choice):
+    base = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    models = family(base)
+    if kind == "no matrix changed" or kind == "one task's only":
+        for model in list(models.values())[1:]:
+            model[0].weight = base[0].weight
+    if kind == "one task's only":
+        list(models.values())[1].load_state_dict(base.state_dict())
+    if kind == "all stored whole":
+        choice = {**choice, "as_vectors": ["*"]}
+    elif kind == "all in one shape":
+        choice = {**choice, "exclude": ["0.*"]}
+    merged = didi(models, budget=6, **choice)
+    error = 0.0
+    for task in merged.tasks:
+        found, want = merged.materialize(task).state_dict(), models[task].state_dict()
+        for name in merged.touched:
+            error += float((found[name] - want[name]).square().sum())
+    assert error < 1e-3 or choice.get("vectors") == "shared"
+    assert merged.touched and merged.storage.x_excl <= 6

@@ -57,9 +57,8 @@ def sample_of(
 ) -> Sample | None:
     """A sample, where a matrix may well be stored dense and a decomposition would cost more than the sample's."""
     name = tensor.name
-    if name not in bounds.inventory.precisions or any(
-        rank is not None for rank in tensor.ranks
-    ):
+    matrix = name in bounds.inventory.matrices
+    if not matrix or any(rank is not None for rank in tensor.ranks):
         return None  # an adapter's factors are decomposed at once
     rank = bounds.initial_rank(name)
     asked = bounds.even_share_pays_dense(name) and rank < bounds.rank_bound(name)

@@ -101,6 +101,8 @@ def _check(instance: Any, types: Mapping[str, Any]) -> None:
             what = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
             faults.append(f"{name}={value!r}: {what}.")
             continue
+        if type(value) is bool and type(found) in (int, float):
+            faults.append(f"{name}={value!r}: a number is expected.")
         if type(found) in (bool, int, float, str) and type(found) is not type(value):
             object.__setattr__(instance, name, found)
     if faults:

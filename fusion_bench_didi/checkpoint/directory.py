@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..errors import CheckpointMismatchError, DiDiError
 from ..files import sync, write_whole
 from .exchange import exchange, rename_new
@@ -43,8 +45,16 @@ def check_target(
             this package.
         DiDiError: if another run is writing to it, or it cannot be made.
     """
-    place = Path(os.path.realpath(Path(target).expanduser()))
-    if os.path.lexists(place):
+    try:
+        place = Path(os.path.realpath(Path(target).expanduser()))
+        os.lstat(place)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise DiDiError(
+            f"{str(target)[:_LONGEST]} cannot be made ({error}). Choose another directory."
+        ) from error
+    else:
         _check_replaceable(target, place, overwrite)
     parent = next(p for p in place.parents if os.path.lexists(p))
     if not parent.is_dir():
@@ -114,7 +124,12 @@ def whole_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[
         name = f".{_short(place.name)}."
         beside = Path(tempfile.mkdtemp(prefix=name, suffix=".tmp", dir=place.parent))
         try:
-            yield beside
+            try:
+                yield beside
+            except SafetensorError as error:  # what the system says is in it
+                raise DiDiError(
+                    f"{target} cannot be written ({error}). Nothing was changed there; make room, or choose another directory."
+                ) from error
             _open_up(beside)
             _flush(beside)
             _put(beside, place, overwrite)

@@ -9,6 +9,7 @@ from fusion_bench_didi.errors import SettingsError
 
 STATIC = {"_target_": "fusion_bench.method.SimpleAverageAlgorithm"}
 HOMES = {
+    "DiDiMerging": "didi",
     "MERGE": "merge",
     "WEMoEMerging": "wemoe",
     "RoutedMethod": "routed",
@@ -52,6 +53,9 @@ WRONG = [
     ("SEMerging", {"base_method": STATIC, "total_mass": "much"}),
     ("SEMerging", {"base_method": STATIC, "didi": 3}),
     ("WEMoEMerging", {"lr": "slow"}),
+    ("DiDiMerging", {"budget": True}),
+    ("MERGE", {"population": True}),
+    ("TwinMerging", {"scale": False}),
     ("WEMoEMerging", {"router_hidden_layers": 3}),
     ("WEMoEMerging", {"learning_rate": 1e-3}),
 ]

@@ -8,6 +8,7 @@ Text comes from ``benchmarks/notes``: every figure in it is a field such as ``{a
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -87,7 +88,9 @@ def run(suite: str, place: Path, *changes: str) -> None:
         for row in data["rows"]
     ]
     data["machine"] = machine()
-    write_json(DOCS / f"comparison_{suite}.json", data)
+    here = Path.cwd()  # paths are as seen from the repository, on every machine
+    plain = json.dumps(data).replace(f"{here}/", "").replace(str(here.parent), "..")
+    write_json(DOCS / f"comparison_{suite}.json", json.loads(plain))
     for picture in PICTURES[suite]:
         shutil.copy(place / f"{picture}.png", DOCS / "img" / f"{suite}_{picture}.png")
 

@@ -1,8 +1,11 @@
 """What ``adapter_config.json`` tells of a LoRA adapter: rank and scale per module, and whether it is a plain one."""
 
 import math
+import re
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,12 @@ VARIANTS = (
 #: Starts that leave the base model's weights alone; others (PiSSA, OLoRA, ...) take part of them into the adapter.
 STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
-#: Matching a pattern with a name takes microseconds, or for ever.
-MATCH_SECONDS = 1.0
+#: Matching a pattern with a name takes microseconds, or for ever; so long may all slow ones of an adapter take.
+MATCH_SECONDS = 2.0
+_SLOW = 0.005
 _LONGEST_PATTERN = 1000
+#: Counted repetitions are written out in memory, nested ones by their product.
+_MOST_REPETITIONS = 10**4
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class LoraSettings:
     ranks: Mapping[str, int] | None = None
     alphas: Mapping[str, float] | None = None
     fan_in_first: bool = False
+    _patience: "Patience" = field(
+        default_factory=lambda: Patience(MATCH_SECONDS), repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "LoraSettings":
@@ -66,13 +75,19 @@ class LoraSettings:
         )
 
     def rank_of(self, module: str) -> int:
-        return _matched(self.ranks, module, self.rank)
+        return _matched(self.ranks, module, self.rank, self._patience)
 
     def scale_of(self, module: str) -> float:
         rank = self.rank_of(module)
-        return _matched(self.alphas, module, self.alpha) / (
-            math.sqrt(rank) if self.root else rank
-        )
+        alpha = _matched(self.alphas, module, self.alpha, self._patience)
+        return alpha / (math.sqrt(rank) if self.root else rank)
+
+
+@dataclass
+class Patience:
+    """Seconds that are left for slow patterns."""
+
+    left: float
 
 
 def read_config(directory: Path, label: str) -> dict[str, Any]:
@@ -147,26 +162,40 @@ def _fault_of(pattern: str) -> str | None:
     """What is wrong with a regular expression."""
     if len(pattern) > _LONGEST_PATTERN:
         return f"of {_LONGEST_PATTERN} characters at most"
+    ranges = re.findall(r"\{[\d\s,]*\}", pattern)
+    counts = [max(map(int, re.findall(r"\d+", text)), default=1) for text in ranges]
+    if math.prod(count or 1 for count in counts) > _MOST_REPETITIONS:
+        return f"that repeats nothing more than {_MOST_REPETITIONS} times"
     try:
+        re.compile(pattern)  # as PEFT does; regex knows more, such as recursion
         _end_of_name(pattern)
-    except (regex.error, RecursionError) as error:
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
         return str(error)
     return None
 
 
+@cache
 def _end_of_name(pattern: str) -> Any:
     """As PEFT matches names: the pattern stands for their end, after a dot."""
     return regex.compile(rf"(.*\.)?({pattern})$", regex.V0)
 
 
-def _matched(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _matched(
+    patterns: Mapping[str, Any] | None, module: str, default: Any, patience: Patience
+) -> Any:
     for pattern, value in (patterns or {}).items():
+        started = time.perf_counter()
         try:
-            if _end_of_name(pattern).match(module, timeout=MATCH_SECONDS):
-                return value
+            found = _end_of_name(pattern).match(
+                module, timeout=max(patience.left, _SLOW)
+            )
         except TimeoutError as error:
             raise CheckpointMismatchError(
-                f"{CONFIG}: matching {pattern!r} with {module!r} takes more than {MATCH_SECONDS} s, so that nobody knows "
-                "whether it ends. Write a pattern without nested repetitions, or leave the adapter out."
+                f"{CONFIG}: matching {pattern!r} with {module!r}, and what was slow before, takes more than {MATCH_SECONDS} s, so "
+                "that nobody knows whether it ends. Write a pattern without nested repetitions, or leave the adapter out."
             ) from error
+        took = time.perf_counter() - started
+        patience.left -= took if took > _SLOW else 0
+        if found:
+            return value
     return default

@@ -22,8 +22,6 @@ from fusion_bench_didi.checkpoint.fields import CHECKSUM, inside, sealed
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.method.merge import MERGE
 from fusion_bench_didi.models.dynamic import DiDiModel
-from fusion_bench_didi.task_vectors import lora_config
-from fusion_bench_didi.task_vectors.lora_config import LoraSettings, variants
 
 MARK = "ran"
 
@@ -545,48 +543,3 @@ def test_what_is_no_file_does_not_hang(saved, tiny_clip, name):
         os.mkfifo(file)
     with pytest.raises((CheckpointMismatchError, FileNotFoundError), match=file.name):
         DiDiModel.from_pretrained(saved, tiny_clip.base)
-
-
-@pytest.mark.parametrize(
-    "pattern", ["(a|aa)+$x", "(?R)", "(?:(?:(?:a?){50}){50}){50}b", "((a*)*)*b"]
-)
-def test_patterns_that_never_end_are_refused(monkeypatch, pattern):
-    monkeypatch.setattr(lora_config, "MATCH_SECONDS", 0.2)
-    config = {"peft_type": "LORA", "r": 4, "rank_pattern": {pattern: 2}}
-    name = "model.layers.0." + "a" * 80
-    assert variants(config) == []
-    try:
-        assert LoraSettings.of(config).rank_of(name) == 4
-    except CheckpointMismatchError as error:
-        assert repr(pattern) in str(error) and "without nested" in str(error)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"r": "8"},
-        {"r": 0},
-        {"r": True},
-        {"lora_alpha": None},
-        {"lora_alpha": float("nan")},
-        {"lora_alpha": "16"},
-        {"rank_pattern": ["q_proj"]},
-        {"rank_pattern": {"q_proj": "8"}},
-        {"rank_pattern": {"q_proj": -1}},
-        {"rank_pattern": {"(": 8}},
-        {"rank_pattern": {"a" * 2000: 8}},
-        {"alpha_pattern": {"q_proj": [1]}},
-        {"alpha_pattern": 8},
-    ],
-    ids=lambda change: str(change)[:40],
-)
-def test_settings_of_adapters_that_are_none_are_faults(change):
-    (fault,) = variants({"peft_type": "LORA", "r": 8, "lora_alpha": 16, **change})
-    assert next(iter(change)) in fault and "expected" in fault
-
-
-@pytest.mark.parametrize("text", ["[1, 2]", '"r"', "3", "[[1, 2]]", "{", "\xff", ""])
-def test_configurations_of_adapters_that_are_none(tmp_path, text):
-    (tmp_path / "adapter_config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(CheckpointMismatchError, match="mnist: .*adapter_config.json"):
-        lora_config.read_config(tmp_path, "mnist")

@@ -165,7 +165,7 @@ def vector_precisions(own: torch.dtype) -> tuple[Precision, ...]:
 def vector_dtype(
     name: str, own: torch.dtype, *, share: float, few: float = 0.02
 ) -> torch.dtype:
-    """In what type vectors are stored: never in integer codes, for they are few and outliers rule them.
+    """In what type tensors are stored that do not compete for bits: whole ones, and vectors where precisions are not chosen.
 
     Args:
         share: of the budget that they take in their own type; ``auto`` goes to bfloat16 where that is above ``few``.

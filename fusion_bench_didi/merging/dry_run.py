@@ -19,12 +19,14 @@ def describe(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     modules = len(task_vectors.tasks) + (settings.shared != "none")
     numel = sum(map(inventory.numel, inventory.matrices))
     share = left / (modules * numel) if numel else 0.0
+    sharing = "low-rank modules" + " and other vectors" * bool(inventory.flat)
     lines = [
         f"{len(task_vectors.tasks)} tasks: {', '.join(task_vectors.tasks)}",
-        f"{len(inventory.matrices)} matrices, {len(inventory.vectors)} vectors, {len(inventory.own)} tensors of each task's own; "
+        f"{len(inventory.matrices)} matrices, {len(inventory.vectors) + len(inventory.flat)} vectors, {len(inventory.own)} tensors "
+        "of each task's own; "
         "one fine-tuned model is "
         f"{inventory.unit_bits / 8e6:.1f} MB, the budget {settings.budget.ratio} leaves {left / 8e6:.1f} MB for "
-        f"low-rank modules after {inventory.vector_bits / 8e6:.2f} MB of vectors and {inventory.own_bits / 8e6:.2f} MB of own tensors.",
+        f"{sharing} after {inventory.vector_bits / 8e6:.2f} MB of vectors and {inventory.own_bits / 8e6:.2f} MB of own tensors.",
         "",
         f"{'matrix':<60} {'shape':>14} {'bytes/rank':>11} {'even rank':>10}",
     ]
@@ -47,7 +49,7 @@ def describe(task_vectors: TaskVectors, settings: MergeSettings) -> str:
 def _read_gb(task_vectors: TaskVectors, inventory: Inventory) -> float:
     """All fine-tuned tensors, and the base model's where it is subtracted from them; an adapter's factors."""
     bits = 0
-    for name in (*inventory.matrices, *inventory.vectors):
+    for name in (*inventory.competing, *inventory.vectors):
         ranks, info = task_vectors.ranks(name), task_vectors.infos[name]
         sides = sum(inventory.sides[name])
         whole = ranks.count(None)

@@ -42,7 +42,7 @@ class Plan:
     """The first half of a merge: everything is decided, nothing is encoded yet.
 
     Args:
-        decisions: per matrix, sorted by name.
+        decisions: per tensor that competes for bits, sorted by name.
         seconds: per stage.
     """
 
@@ -52,10 +52,15 @@ class Plan:
     seconds: dict[str, float]
 
     @property
+    def matrices(self) -> dict[str, Decision]:
+        """Decisions without those of vectors, which have no ranks."""
+        return {n: self.decisions[n] for n in self.context.inventory.matrices}
+
+    @property
     def ranks(self) -> RankAllocation:
         """Rank of what is stored, per matrix."""
         tasks = self.context.tasks
-        rows = {n: d.form.ranks(d, len(tasks)) for n, d in self.decisions.items()}
+        rows = {n: d.form.ranks(d, len(tasks)) for n, d in self.matrices.items()}
         return RankAllocation(
             shared={name: k[0] for name, k in rows.items()},
             experts={
@@ -68,14 +73,14 @@ class Plan:
         self, errors: Mapping[str, Tensor], shared: Shared, experts: Experts
     ) -> MergeReport:
         """What was done, with errors per tensor and what is stored."""
-        decisions = self.decisions.items()
+        decisions, matrices = self.decisions.items(), self.matrices.items()
         return MergeReport(
             self.context.tasks,
             {name: self.context.energy[name] for name, _ in decisions},
             {name: errors[name] for name, _ in decisions},
             precision={name: d.precision.name for name, d in decisions},
-            forms={name: d.form.name for name, d in decisions},
-            subspaces={n: d.point for n, d in decisions if d.form.name == "tucker"},
+            forms={name: d.form.name for name, d in matrices},
+            subspaces={n: d.point for n, d in matrices if d.form.name == "tucker"},
             seconds=self.seconds,
             tensors=account_of(
                 self.context.task_vectors,

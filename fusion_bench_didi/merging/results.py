@@ -24,9 +24,9 @@ class MergeReport:
 
     Args:
         tasks: sorted; the order of all (T,) tensors.
-        energy: per matrix, (T,) squared norms of the task vectors.
-        errors: per matrix, (T,) squared norms of what is not reproduced.
-        precision: per matrix, how its numbers are quantized.
+        energy: per matrix, and vector that competes with them for bits, (T,) squared norms of the task vectors.
+        errors: likewise, (T,) squared norms of what is not reproduced.
+        precision: likewise, how its numbers are quantized.
         forms: per matrix, the name of its storage form.
         subspaces: sizes p and q of the cores of the matrices that are stored in shared bases.
         seconds: per stage.
@@ -44,7 +44,7 @@ class MergeReport:
 
     @property
     def relative_error(self) -> float:
-        """Energy not reproduced over energy, all matrices and tasks."""
+        """Energy not reproduced over energy, all tensors that compete for bits and tasks."""
         lost = sum(float(e.sum()) for e in self.errors.values())
         return lost / max(sum(float(e.sum()) for e in self.energy.values()), 1e-300)
 
@@ -52,8 +52,8 @@ class MergeReport:
     def energy_kept(self) -> dict[str, list[float]]:
         """Per matrix, the fraction of each task's energy that is reproduced."""
         return {
-            name: (1 - self.errors[name] / energy.clamp(min=1e-300)).tolist()
-            for name, energy in self.energy.items()
+            name: (1 - self.errors[name] / self.energy[name].clamp(min=1e-300)).tolist()
+            for name in self.forms
         }
 
 

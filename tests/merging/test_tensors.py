@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from fusion_bench.modelpool import BaseModelPool
 from helpers import BASE, Oddities, OpenClipLike, didi, family, floats, same_bits
 from merged_tasks import assert_task_weights, gpt2
 from torch import nn
 
 from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
+from fusion_bench_didi.method.didi import DiDiMerging
 
 
 def test_convolution_and_fused_attention_are_matrices():
@@ -181,3 +183,22 @@ def test_merges_without_a_matrix(kind, choice):
             error += float((found[name] - want[name]).square().sum())
     assert error < 1e-3 or choice.get("vectors") == "shared"
     assert merged.touched and merged.storage.x_excl <= 6
+
+
+def test_vectors_take_bits_but_have_no_ranks(tiny_clip, capsys):
+    """What matrices and vectors are told apart by: ranks, forms and energy kept are of matrices, the error is of both."""
+    models = tiny_clip.pool_models()
+    sides = {n: p.ndim for n, p in tiny_clip.base.named_parameters()}
+    model = didi(models, budget=0.3, factor_dtype="auto")
+    matrices = {n for n in model.touched if sides[n] > 1}
+    assert matrices < set(model.touched)
+    assert set(model.info["ranks"]["shared"]) == matrices
+    assert set(model.info["forms"]) == set(model.info["energy_kept"]) == matrices
+    vectors = {n for n in model.info["precision"]} - matrices
+    assert vectors and all(sides[n] == 1 for n in vectors)
+    assert DiDiMerging(budget=0.3, dry_run=True).run(BaseModelPool(models)) is None
+    printed = capsys.readouterr().out
+    assert (
+        f"{len(matrices)} matrices, {sum(d < 2 for d in sides.values())} vectors"
+        in printed
+    )

@@ -7,7 +7,8 @@ from fusion_bench.compat import modelpool as first_version
 from fusion_bench.modelpool import BaseModelPool
 from omegaconf import DictConfig, OmegaConf
 
-_PLACE = "pretrained_model_name_or_path"
+from .entries import PLACE, TARGET
+
 #: Pools that are of one class of models, by their own class: what an entry without ``_target_`` means.
 CLASSES = {
     "CLIPVisionModelPool": "CLIPVisionModel",
@@ -43,11 +44,11 @@ def as_pool(modelpool: Any) -> BaseModelPool:
 
 
 def _completed(entry: Any, kind: str) -> Any:
-    target = {"_target_": f"transformers.{CLASSES[kind]}.from_pretrained"}
+    target = {TARGET: f"transformers.{CLASSES[kind]}.from_pretrained"}
     if isinstance(entry, str) and kind not in _TAKE_STRINGS:
-        return {**target, _PLACE: entry}
+        return {**target, PLACE: entry}
     mapping = isinstance(entry, (Mapping, DictConfig))
-    if mapping and "_target_" not in entry and _PLACE in entry:
+    if mapping and TARGET not in entry and PLACE in entry:
         return {**target, **entry}
     return entry
 

@@ -14,7 +14,6 @@ from fusion_bench import auto_register_config
 from torch import Tensor
 
 from ...deltas.entries import ScatteredDelta, signs
-from ...lowrank.factored import as_dense
 from ...options import Positive, Share
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
@@ -52,14 +51,10 @@ class ComPEFT(DeltaCompression):
         self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
     ) -> None:
         super().prepare(task_vectors, names, progress)
-        infos = task_vectors.infos
-        names = [name for name in names if self.compresses(name, infos[name].shape)]
         self._cut: dict[str, tuple[float, float]] = {}
-        for i, task in enumerate(task_vectors.tasks):
-            found = [torch.zeros(1)] if not names else []
-            for name in names:
-                matrix = task_vectors.tensor(name, self.fabric.device).matrix(i)
-                found.append(as_dense(matrix).flatten())
+        names = list(self.compressed(task_vectors, names))
+        for i, task in enumerate(task_vectors.tasks if names else ()):
+            found = [self.read(task_vectors, name, i).flatten() for name in names]
             entries = torch.cat(found)
             limit = trim_threshold(entries.abs(), self.density)
             self._cut[task] = limit, float(entries.std(correction=0))

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...deltas.base import Delta
 from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
+from ...lowrank.factored import as_dense
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
@@ -54,16 +55,37 @@ class DeltaCompression(DynamicMethod):
     ) -> None:
         self._tasks = task_vectors.tasks
 
+    def compressed(
+        self, task_vectors: TaskVectors, names: Sequence[str]
+    ) -> dict[str, int]:
+        """Number of entries of those among the names that are compressed."""
+        sizes = {name: task_vectors.infos[name] for name in names}
+        return {n: i.numel for n, i in sizes.items() if self.compresses(n, i.shape)}
+
+    def read(self, task_vectors: TaskVectors, name: str, task: int) -> Tensor:
+        """One task vector of one tensor, in its shape, float32.
+
+        Args:
+            task: its position.
+        """
+        matrix = task_vectors.tensor(name, self.fabric.device).matrix(task)
+        return as_dense(matrix).view(task_vectors.infos[name].shape)
+
     def encode(self, tensor: ChangedTensor) -> EncodedTensor | None:
-        vectors = tensor.stacked()
-        if self.compresses(tensor.name, tensor.shape):
-            pairs = zip(self._tasks, vectors)
-            found = [self.delta(tensor.name, *p) if p[1].any() else None for p in pairs]
+        name, shape = tensor.name, tensor.shape
+        if self.compresses(name, shape):
+
+            def stored(task: str, tau: Tensor) -> Delta | None:
+                return self.delta(name, task, tau)
+
         elif self.others == "pretrained":
             return None
         else:
-            half = self.others == "bfloat16"
-            dtype = torch.bfloat16 if half else tensor.dtype
-            found = [DenseDelta(tensor.shape, tau.to(dtype).cpu()) for tau in vectors]
-        experts = [d if tau.any() else None for d, tau in zip(found, vectors)]
-        return EncodedTensor(tensor.name, None, experts)
+            dtype = torch.bfloat16 if self.others == "bfloat16" else tensor.dtype
+
+            def stored(task: str, tau: Tensor) -> Delta | None:
+                return DenseDelta(shape, tau.to(dtype).cpu())
+
+        pairs = zip(self._tasks, tensor.stacked())
+        experts = [stored(task, tau) if tau.any() else None for task, tau in pairs]
+        return EncodedTensor(name, None, experts)

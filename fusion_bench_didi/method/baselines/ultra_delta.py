@@ -7,6 +7,7 @@ Example:
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from ...deltas.entries import ScatteredDelta, between_ends
 from ...errors import SettingsError
-from ...lowrank.factored import as_dense
 from ...lowrank.svd import singular_values
 from ...options import Count, Positive
 from ...quantization.counters import random_words, seed_of
@@ -71,23 +71,15 @@ class UltraDelta(DeltaCompression):
         self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
     ) -> None:
         super().prepare(task_vectors, names, progress)
-        infos, tasks = task_vectors.infos, task_vectors.tasks
-        names = [name for name in names if self.compresses(name, infos[name].shape)]
-        norms = {}
+        tasks, norms = task_vectors.tasks, {}
+        sizes = self.compressed(task_vectors, names)
         for i, task in enumerate(tasks):
-
-            def read(name: str) -> Tensor:
-                matrix = task_vectors.tensor(name, self.fabric.device).matrix(i)
-                return as_dense(matrix).view(infos[name].shape)
-
-            spread = {
-                name: float(self._coded(read(name)).std(correction=0)) for name in names
-            }
-            sizes = {name: infos[name].numel for name in names}
+            read = partial(self.read, task_vectors, task=i)
+            spread = {n: float(self._coded(read(n)).std(correction=0)) for n in sizes}
             self._rates[task] = pruning_rates(spread, sizes, self.drop, self.step)
             self._gains[task] = 1.0
             if self.trace_norm:
-                kept = [self.delta(name, task, read(name)) for name in names]
+                kept = [self.delta(name, task, read(name)) for name in sizes]
                 norms[task] = sum(_trace_norm(delta) for delta in kept if delta)
             progress("pruning", i, len(tasks))
         least = min((norm for norm in norms.values() if norm > 0), default=0.0)

@@ -205,3 +205,10 @@ def pictures(seed: int, count: int = 12, classes: int = 10) -> list[dict]:
         }
         for _ in range(count)
     ]
+
+
+def ideal_bits(symbols: Tensor, alphabet: int) -> float:
+    """Entropy of the symbols under their own frequencies: what a static code of them takes at least."""
+    counts = torch.bincount(symbols.flatten().cpu(), minlength=alphabet).double()
+    shares = counts / counts.sum().clamp(min=1)
+    return float(-torch.special.xlogy(counts, shares).sum() / torch.tensor(2.0).log())

@@ -64,13 +64,6 @@ def decode(stream: Tensor, table: Tensor, numel: int) -> Tensor:
     return torch.from_numpy(found)
 
 
-def ideal_bits(symbols: Tensor, alphabet: int) -> float:
-    """Entropy of the symbols under their own frequencies: what a static code of them takes at least."""
-    counts = torch.bincount(symbols.flatten().cpu(), minlength=alphabet).double()
-    shares = counts / counts.sum().clamp(min=1)
-    return float(-torch.special.xlogy(counts, shares).sum() / torch.tensor(2.0).log())
-
-
 def _model(table: Tensor) -> constriction.stream.model.Categorical:
     weights = table.cpu().to(torch.float64).numpy()
     if len(weights) < 2 or not weights.any():

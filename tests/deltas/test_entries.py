@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import ideal_bits
 
 from fusion_bench_didi.deltas.entries import (
     CODE_WIDTHS,
@@ -14,7 +15,6 @@ from fusion_bench_didi.deltas.entries import (
 )
 from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.quantization.counters import random_words, seed_of
-from fusion_bench_didi.quantization.entropy import ideal_bits
 
 M64 = 2**64 - 1
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from helpers import ideal_bits
 from torch import Tensor
 
 from fusion_bench_didi.quantization.entropy import (
@@ -11,7 +12,6 @@ from fusion_bench_didi.quantization.entropy import (
     decode,
     encode,
     frequencies,
-    ideal_bits,
 )
 
 

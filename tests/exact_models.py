@@ -25,6 +25,14 @@ from fusion_bench_didi.models.dynamic import DynamicModel
 
 #: the sides of all language models here
 SIDES = {"vocab_size": 64, "pad_token_id": 0}
+#: two layers of attention in which two heads share keys and values
+GROUPED = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def exact_model(models: Mapping[str, nn.Module]) -> DynamicModel:
@@ -88,11 +96,7 @@ def llama(**options: Any) -> LlamaForCausalLM:
     return seeded(
         lambda: LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
+                **GROUPED,
                 **{**SIDES, **options},
             )
         )
@@ -104,11 +108,7 @@ def qwen(**options: Any) -> Qwen2ForCausalLM:
     return seeded(
         lambda: Qwen2ForCausalLM(
             Qwen2Config(
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
+                **GROUPED,
                 tie_word_embeddings=True,
                 **{**SIDES, **options},
             )

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from exact_models import (
+    GROUPED,
     exact_model,
     gpt2,
     llama,
@@ -44,11 +45,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False}
 def gemma() -> Gemma2ForCausalLM:
     """A head that is tied, norms that add one, windows and softcaps."""
     config = Gemma2Config(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **GROUPED,
         head_dim=8,
         sliding_window=4,
         vocab_size=64,
@@ -59,11 +56,7 @@ def gemma() -> Gemma2ForCausalLM:
 def qwen3() -> Qwen3ForCausalLM:
     """Norms on queries and keys, which are four-dimensional there."""
     config = Qwen3Config(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **GROUPED,
         head_dim=8,
         vocab_size=64,
         pad_token_id=0,

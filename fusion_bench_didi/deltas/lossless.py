@@ -42,7 +42,8 @@ class LosslessDelta(OwnDelta):
     def applied(self, base: Tensor, shared=None) -> Tensor:
         size, like = self.like.element_size(), self.like.dtype
         planes = _unpacked(self.stream, size * self.numel).view(size, -1)
-        folded = planes.mT.contiguous().view(_INTEGERS[size]).view(self.shape)
+        # flat first: of a single entry the bytes may lie anyhow
+        folded = planes.mT.reshape(-1).view(_INTEGERS[size]).view(self.shape)
         # a shift that brings zeros in
         most = (1 << (8 * size - 1)) - 1
         difference = ((folded >> 1) & most) ^ -(folded & 1)
@@ -79,4 +80,6 @@ def _unpacked(stream: Tensor, size: int) -> Tensor:
         raise CheckpointMismatchError(
             f"A compressed tensor is not of {size} bytes. Write the model again."
         )
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(bytearray(found), dtype=torch.uint8)

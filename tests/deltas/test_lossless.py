@@ -18,7 +18,7 @@ def value(count: int, seed: int) -> torch.Tensor:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -32,6 +32,14 @@ def test_every_bit_comes_back(dtype):
     assert bits(delta.applied(base.double())).equal(
         bits(tuned)
     ), "of a wider base model"
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2,), (1, 2), (0,), (3, 0)])
+def test_tensors_of_few_entries_come_back(shape, dtype):
+    count = torch.Size(shape).numel()
+    base, tuned = (value(count, seed).to(dtype).view(shape) for seed in (0, 1))
+    assert bits(LosslessDelta.of(tuned, base).applied(base)).equal(bits(tuned))
 
 
 def test_an_independent_decoder_reads_it():

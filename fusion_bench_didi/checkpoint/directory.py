@@ -78,8 +78,8 @@ def _check_replaceable(target: str | Path, place: Path, overwrite: bool) -> None
         )
     if not overwrite:
         raise FileExistsError(
-            f"{target} exists. Choose another directory, or pass overwrite=True "
-            "(merged_model_save_kwargs.overwrite=true on the command line)."
+            f"{target} exists. Choose another directory, or pass overwrite=True (on the command line method.overwrite=true for "
+            "method.output_dir, +merged_model_save_kwargs.overwrite=true for merged_model_save_path)."
         )
     if any(place.iterdir()) and not is_ours(place):
         raise FileExistsError(

@@ -16,14 +16,14 @@ from rich.progress import Progress as Bars
 from rich.progress import track
 from torch import nn
 
-from ..checkpoint.directory import whole_directory
+from ..checkpoint.directory import check_target, whole_directory
 from ..checkpoint.stream import DeltaWriter
 from ..deltas.sink import EncodedTensor, InMemory, Sink
 from ..deltas.storage import told
 from ..errors import CheckpointMismatchError, SettingsError
 from ..merging.encoding import encode_own
 from ..models import DynamicModel
-from ..models.pool_saving import attach_saving
+from ..models.pool_saving import attach_saving, check_saving
 from ..options import Aliases, FilePath, Patterns, check_arguments
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
@@ -61,6 +61,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     title: ClassVar[str]
     #: whether what is merged finds every sample's task by itself
     routes: bool = False
+    #: whether it is a model with experts, which appears in a directory whole or not at all
+    dynamic: ClassVar[bool] = True
     exclude: Sequence[str] | None = None
     own: Sequence[str] | None = None
     task_aliases: Mapping[str, str] | None = None
@@ -92,10 +94,15 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         Raises:
             ModelPoolError: no base model, fewer than two tasks, or names that mean the same task.
             UnknownTaskError: if the task pool has a task that no model covers.
-            DiDiError: if the task pool cannot tell a model its task.
+            DiDiError: if the task pool cannot tell a model its task, or what is saved cannot be written where it shall be.
+            FileExistsError: if something lies there.
         """
         modelpool = as_pool(modelpool)
         check_pool(modelpool)
+        if self.dynamic:
+            check_saving(self._program, self.output_dir)
+        if self.output_dir is not None:
+            check_target(self.output_dir, overwrite=self.overwrite)
         taskpool = getattr(self._program, "taskpool", None)
         if taskpool is not None:
             if not self.routes:
@@ -183,6 +190,11 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             model.storage.x_excl,
             model.storage.x_incl,
         )
+        if empty := _without_anything(model):
+            log.warning(
+                "Nothing is stored for %s, so that they are the base model: give more budget, or let the method take more tensors.",
+                ", ".join(empty),
+            )
         taskpool = getattr(self._program, "taskpool", None)
         if taskpool is not None:
             attach(taskpool, known=model.tasks, aliases=self.task_aliases)
@@ -294,6 +306,17 @@ def progress_bars() -> Iterator[Progress]:
             bars.update(rows[stage], completed=done + 1, total=total)
 
         yield progress
+
+
+def _without_anything(model: DynamicModel) -> list[str]:
+    """Tasks that differ from the base model in the checkpoints, and not in what is stored."""
+    return [
+        task
+        for task, told in model.info.get("tensors", {}).items()
+        if told["left as in the base model"]
+        and not told["merged"]
+        and not told["kept as the task has them"]
+    ]
 
 
 def as_patterns(value: Patterns) -> tuple[str, ...]:

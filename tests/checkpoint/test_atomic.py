@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fusion_bench.modelpool import BaseModelPool
@@ -31,6 +32,7 @@ from fusion_bench_didi.checkpoint.locks import Lock, Scratch, held, is_held
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError, SettingsError
 from fusion_bench_didi.merging import pipeline
 from fusion_bench_didi.merging.basis_store import BasisStore
+from fusion_bench_didi.method.baselines.tsv_c import TSVCompression
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.models.pool_saving import attach_saving, check_saving
@@ -594,6 +596,25 @@ def test_where_the_program_saves_is_looked_at_before_the_merge(tmp_path):
     os.symlink(tmp_path / "new", tmp_path / "link")
     with pytest.raises(SettingsError, match="are both"):
         check_saving(Program(str(tmp_path / "new")), str(tmp_path / "link"))
+
+
+@pytest.mark.parametrize("make", [DiDiMerging, TSVCompression])
+@pytest.mark.parametrize("where", ["program", "output_dir", "file"])
+def test_a_merge_whose_place_is_taken_reads_nothing(tmp_path, monkeypatch, make, where):
+    small().save_pretrained(tmp_path / "m")
+    (tmp_path / "file").write_text("mine")
+    pool = BaseModelPool({"_pretrained_": body(), "a": body(), "b": body()})
+    place = str(tmp_path / ("file" if where == "file" else "m"))
+    method = make(output_dir=None if where == "program" else place)
+    if where == "program":
+        method._program = SimpleNamespace(taskpool=None, **vars(Program(place)))
+
+    def never(*_, **__):
+        raise AssertionError("models were read")
+
+    monkeypatch.setattr("fusion_bench_didi.method.base.adapted", never)
+    with pytest.raises(FileExistsError, match="another directory"):
+        method.run(pool)
 
 
 def one_module() -> ModularExpert:

@@ -21,6 +21,7 @@ from fusion_bench_didi.errors import (
     UnknownTaskError,
 )
 from fusion_bench_didi.lowrank import svd
+from fusion_bench_didi.method.baselines.delta_come import DeltaCoMe
 from fusion_bench_didi.method.didi import DiDiMerging
 
 FIRST = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -94,6 +95,20 @@ def test_every_model_equals_the_base(tiny_clip, no_svd):
     models = {BASE: tiny_clip.base, "mnist": tiny_clip.base, "svhn": tiny_clip.base}
     with pytest.raises(ModelPoolError, match="All task vectors are zero: mnist, svhn"):
         didi(models)
+
+
+def test_everything_is_excluded(tiny_clip):
+    with pytest.raises(ModelPoolError, match="fewer patterns in method.exclude"):
+        didi(tiny_clip.pool_models(), exclude=["*"])
+
+
+@pytest.mark.parametrize(
+    "make, settings",
+    [(DiDiMerging, {"budget": 1e-6}), (DeltaCoMe, {"bits": 0.01})],
+)
+def test_a_merge_that_stores_nothing_says_so(tiny_clip, caplog, make, settings):
+    make(**settings).run(tiny_clip.pool_models())
+    assert "Nothing is stored for eurosat, mnist, svhn" in caplog.text
 
 
 # --- checkpoints that do not line up --------------------------------------------

@@ -59,6 +59,7 @@ class CATMerging(PoolMethod):
     """
 
     title = "CAT-Merging"
+    dynamic = False
 
     def __init__(
         self,

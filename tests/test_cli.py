@@ -90,6 +90,7 @@ def test_command_merges_saves_evaluates_and_reports(workplace, tiny_clip):
         cwd=workplace,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Failed to pretty print" not in done.stdout + done.stderr
     report = json.loads((workplace / "report" / "program_report.json").read_text())
     for task in TASKS:
         assert 0 <= report[task]["accuracy"] <= 1

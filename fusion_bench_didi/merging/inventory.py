@@ -1,6 +1,6 @@
 """What is to be merged: tensors by class, their sizes, and what each costs in the precisions allowed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,18 @@ def matrix_budget(inventory: Inventory, settings: MergeSettings) -> int:
             what += f" and the tasks' own tensors ({', '.join(inventory.own[:3])} ...)"
         raise BudgetError(
             f"budget={settings.budget.ratio} is too small: {what} alone take {smallest:.6f}. Give at least that, or store "
-            "fewer with method.vectors=shared or pretrained."
+            f"fewer: {', '.join(_ways_to_store_less(settings))}."
         )
     return left
+
+
+def _ways_to_store_less(settings: MergeSettings) -> Iterator[str]:
+    """Settings that are not set and take less of the budget before matrices get any."""
+    if settings.vectors == "expert" and settings.factor_dtype != "auto":
+        yield "factor_dtype=auto (vectors of as many bits as pay)"
+        yield "vectors=shared"
+    if settings.vectors == "shared" and settings.factor_dtype == "auto":
+        yield "vectors=expert (of as many bits as pay)"
+    if settings.vectors != "pretrained":
+        yield "vectors=pretrained"
+    yield "fewer patterns in as_vectors or own"

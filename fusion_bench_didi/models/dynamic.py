@@ -344,7 +344,7 @@ class DynamicModel(ModulatedModel):
         )
 
     def _known(self, task_name: str) -> None:
-        if task_name not in self.modulators:
+        if not isinstance(task_name, str) or task_name not in self.modulators:
             raise UnknownTaskError(
                 f"Task {task_name!r} is not in the merged model, which holds {self.tasks}."
             )

@@ -96,9 +96,15 @@ def scan(
         {name: seen for name, (_, seen) in found.items() if seen is not None},
     )
     if not result.changed and not result.changed_own:
+        left_out = any(map(task_vectors.excluded, tasks))
+        way_out = (
+            "Give fewer patterns in method.exclude, which leaves tensors out"
+            if left_out
+            else "Check that the pool does not load the base weights for every task"
+        )
         raise ModelPoolError(
-            f"All task vectors are zero: {', '.join(task_vectors.tasks)} equal the base model "
-            f"{task_vectors.base.label} in every tensor. Check that the pool does not load the base weights for every task."
+            f"All task vectors are zero: {', '.join(tasks)} equal the base model {task_vectors.base.label} in every tensor that is "
+            f"merged. {way_out}."
         )
     return result
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..models.dynamic import DynamicModel
 from ..pools.task_names import resolve_task
 from ..routers.features import OracleRouter
-from .task_switching import dynamic_model_in
+from .task_switching import dynamic_model_in, told_of
 
 
 class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
@@ -105,7 +105,7 @@ class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
                 "unknown_rate": dynamic.router.unknown_rate,
             }
         if isinstance(dynamic, DynamicModel):
-            report["didi"] = {"storage": dynamic.storage.as_dict(), **dynamic.info}
+            report["didi"] = told_of(dynamic)
         return report
 
     def _heads(self, tasks: list[str]) -> list[Tensor]:

@@ -155,12 +155,23 @@ def _reporting(evaluate, tasks: list[str], aliases):
             if hook is not None:
                 hook.model = None  # kept, it would outlive its evaluation
         if isinstance(dynamic, DynamicModel) and isinstance(report, dict):
-            report["didi"] = {"storage": dynamic.storage.as_dict(), **dynamic.info}
+            report["didi"] = told_of(dynamic)
             if _routes(dynamic):
                 report["didi"]["router"] = dynamic.router.report()
         return report
 
     return wrapper
+
+
+def told_of(model: DynamicModel) -> dict[str, Any]:
+    """Storage of a model and how it came about, without empty lists: the host's printer of reports fails on them."""
+
+    def printable(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {k: printable(v) for k, v in value.items() if v != [] and v != ()}
+
+    return printable({"storage": model.storage.as_dict(), **model.info})
 
 
 def _hook_of(taskpool: Any) -> Any:

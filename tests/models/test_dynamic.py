@@ -62,6 +62,9 @@ def test_unknown_task_names_those_there_are(model):
             UnknownTaskError, match=r"'cars' is not .*'mnist', 'svhn', 'eurosat'"
         ):
             method("cars")
+        for odd in (None, 0, ["mnist"]):
+            with pytest.raises(UnknownTaskError, match="is not in the merged model"):
+                method(odd)
     assert model.current_task == "mnist"
 
 

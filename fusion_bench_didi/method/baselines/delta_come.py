@@ -6,7 +6,7 @@ Example:
         taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from fusion_bench import auto_register_config
 from torch import Tensor
@@ -17,7 +17,7 @@ from ...lowrank.svd import spectrum
 from ...options import Count, Positive
 from ...quantization.rounding import round_factors
 from ...task_vectors.tensor import matrix_shape
-from .compression import Compressed, DeltaCompression, Others
+from .compression import DeltaCompression, Others
 
 #: Shorter side of the matrices for which the paper's numbers of directions are meant.
 _SIDE = 4096
@@ -47,15 +47,11 @@ class DeltaCoMe(DeltaCompression):
         bits: Positive = 1.0,
         eight: Count = 2,
         three: Count = 32,
-        tensors: Compressed = "linear",
+        tensors: Literal["linear", "matrices"] = "linear",
         others: Others = "pretrained",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-
-    def compresses(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Vectors have no directions."""
-        return len(shape) > 1 and super().compresses(name, shape)
 
     def delta(self, name: str, task: str, tau: Tensor) -> BandedLowRankDelta | None:
         shape = tuple(tau.shape)

@@ -530,7 +530,7 @@ def test_shipped_entries_are_sound():
     entries = read_entries(config.entries)
     assert all(isinstance(e, Entry) for e in entries)
     budgets = [e.overrides.get("budget") for e in entries if e.family == "DiDi"]
-    assert budgets == [0.24, 0.5, 1.0, 1.24, 1.4, 2.0, None]
+    assert budgets == [0.06, 0.12, 0.24, 0.5, 1.0, 1.24, 1.4, 2.0, None]
     assert len({e.name for e in entries}) == len(entries)
 
 

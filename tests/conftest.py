@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 from helpers import REPOSITORY
 from safetensors.torch import save_file
 from torch import Tensor
@@ -121,6 +122,13 @@ def tiny_clip() -> TinyClip:
 @pytest.fixture(scope="session")
 def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_clip().save(tmp_path_factory.mktemp("tiny_clip"))
+
+
+@pytest.fixture(autouse=True)
+def class_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's class names are for the whole process; suites that bring tasks of the same names replace them."""
+    known = dict(CLIPTemplateFactory._dataset_mapping)
+    monkeypatch.setattr(CLIPTemplateFactory, "_dataset_mapping", known)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -28,29 +28,44 @@ def refine_precision(
         the rows at their new rates, and the ranks, filled again.
     """
     rows, ranks = list(table), fill(table, ranks, budget)
-    if not rows:
-        return rows, ranks
+    left = budget - total_cost(rows, ranks)
+    finer = [_finer(*one) for one in zip(rows, ranks, ladders)]
     while True:
-        left = budget - total_cost(rows, ranks)
-        best = (0.0, -1, rows[0].rate)
-        for i, (row, k, ladder) in enumerate(zip(rows, ranks, ladders)):
-            rates = [rate for rate, _ in ladder]
-            level = rates.index(row.rate)
-            if level + 1 == len(ladder):
-                continue
-            finer = replace(row, rate=rates[level + 1])
-            extra = finer.cost(k) - row.cost(k)
-            if not 0 < extra <= left:
-                continue
-            energy = row.sigma.double().square().sum(1) + row.tail_energy
-            kept = float((row.module_weights * energy * (k > 0))[1:].sum())
-            gain = (ladder[level][1] - ladder[level + 1][1]) * kept / extra
-            best = max(best, (gain, i, finer.rate), key=lambda entry: entry[0])
-        gain, i, rate = best
-        if gain <= 0:
+        fitting = [i for i, step in enumerate(finer) if step and step.bits <= left]
+        i = max(fitting, key=lambda i: finer[i].gain, default=-1)
+        if i < 0 or finer[i].gain <= 0:
             return rows, ranks
-        rows[i] = replace(rows[i], rate=rate)
-        ranks = fill(rows, ranks, budget)
+        left += rows[i].cost(ranks[i])
+        rows[i] = finer[i].row
+        # no step of another row fits, for what is left never grows
+        (ranks[i],) = fill([rows[i]], [ranks[i]], left)
+        left -= rows[i].cost(ranks[i])
+        finer[i] = _finer(rows[i], ranks[i], ladders[i])
+
+
+class _Finer(NamedTuple):
+    """A row in its next precision, how many bits that takes more, and what it gains per bit."""
+
+    row: MatrixSpectra
+    bits: int
+    gain: float
+
+
+def _finer(
+    row: MatrixSpectra, ranks: Tensor, ladder: Sequence[tuple[Rate, float]]
+) -> _Finer | None:
+    """None where there is no other precision or it costs nothing."""
+    level = [rate for rate, _ in ladder].index(row.rate)
+    if level + 1 == len(ladder):
+        return None
+    finer = replace(row, rate=ladder[level + 1][0])
+    bits = finer.cost(ranks) - row.cost(ranks)
+    if bits <= 0:
+        return None
+    energy = row.sigma.double().square().sum(1) + row.tail_energy
+    kept = float((row.module_weights * energy * (ranks > 0))[1:].sum())
+    gain = (ladder[level][1] - ladder[level + 1][1]) * kept / bits
+    return _Finer(finer, bits, gain)
 
 
 def climb(

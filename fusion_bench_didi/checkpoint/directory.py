@@ -31,7 +31,11 @@ _LONGEST = 200
 
 
 def check_target(
-    target: str | Path, *, overwrite: bool = False, probe: bool = True
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    probe: bool = True,
+    mark: str = CONFIG,
 ) -> Path:
     """The directory that would be written for a target; nothing is touched.
 
@@ -39,6 +43,7 @@ def check_target(
 
     Args:
         probe: look whether another run is writing to it.
+        mark: the file that says what this package wrote.
 
     Raises:
         FileExistsError: if it exists and may not be replaced: without ``overwrite`` nothing may, with it a model saved by
@@ -55,7 +60,7 @@ def check_target(
             f"{str(target)[:_LONGEST]} cannot be made ({error}). Choose another directory."
         ) from error
     else:
-        _check_replaceable(target, place, overwrite)
+        _check_replaceable(target, place, overwrite, mark)
     parent = next(p for p in place.parents if os.path.lexists(p))
     if not parent.is_dir():
         raise DiDiError(
@@ -70,7 +75,9 @@ def check_target(
     return place
 
 
-def _check_replaceable(target: str | Path, place: Path, overwrite: bool) -> None:
+def _check_replaceable(
+    target: str | Path, place: Path, overwrite: bool, mark: str
+) -> None:
     if not place.is_dir():
         kind = "a file" if place.is_file() else "neither a file nor a directory"
         raise FileExistsError(
@@ -81,9 +88,9 @@ def _check_replaceable(target: str | Path, place: Path, overwrite: bool) -> None
             f"{target} exists. Choose another directory, or pass overwrite=True (on the command line method.overwrite=true for "
             "method.output_dir, +merged_model_save_kwargs.overwrite=true for merged_model_save_path)."
         )
-    if any(place.iterdir()) and not is_ours(place):
+    if any(place.iterdir()) and not is_ours(place, mark):
         raise FileExistsError(
-            f"{target} exists and is no saved model of this package ({CONFIG} does not say so), so it is not overwritten. "
+            f"{target} exists and is no saved model of this package ({mark} does not say so), so it is not overwritten. "
             "Choose another directory."
         )
     if os.path.ismount(place):
@@ -107,20 +114,25 @@ def is_ours(directory: Path, file: str = CONFIG) -> bool:
 
 
 @contextmanager
-def whole_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_directory(
+    target: str | Path, *, overwrite: bool = False, mark: str = CONFIG
+) -> Iterator[Path]:
     """A directory to write into that takes its name only when the block ends well.
 
     While the block runs no other run may write to the target. What dead runs left beside it is removed.
+
+    Args:
+        mark: as of :func:`check_target`; the block has to write it.
 
     Raises:
         FileExistsError, DiDiError: as by :func:`check_target`, before the block and, if the target came to be meanwhile,
             after it; the result is kept under another name then.
     """
-    place = check_target(target, overwrite=overwrite)
+    place = check_target(target, overwrite=overwrite, mark=mark)
     with alone(place, named=target) as sure:
         if sure:
             _sweep(place)
-        check_target(place, overwrite=overwrite, probe=False)
+        check_target(place, overwrite=overwrite, probe=False, mark=mark)
         name = f".{_short(place.name)}."
         beside = Path(tempfile.mkdtemp(prefix=name, suffix=".tmp", dir=place.parent))
         try:
@@ -132,7 +144,7 @@ def whole_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[
                 ) from error
             _open_up(beside)
             _flush(beside)
-            _put(beside, place, overwrite)
+            _put(beside, place, overwrite, mark)
             sync(place.parent)
         finally:
             if beside.exists():
@@ -164,11 +176,11 @@ def alone(place: Path, *, named: str | Path | None = None) -> Iterator[bool]:
         yield sure
 
 
-def _put(beside: Path, place: Path, overwrite: bool) -> None:
+def _put(beside: Path, place: Path, overwrite: bool, mark: str) -> None:
     """Give what was written its name; if it cannot be had any more, another one."""
     try:
         if os.path.lexists(place):
-            check_target(place, overwrite=overwrite, probe=False)
+            check_target(place, overwrite=overwrite, probe=False, mark=mark)
             exchange(beside, place)
         else:
             rename_new(beside, place)

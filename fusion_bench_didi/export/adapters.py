@@ -1,0 +1,293 @@
+"""One task of a merged model as a LoRA adapter in PEFT's files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..checkpoint.tensors import independent
+from ..deltas.base import Delta
+from ..deltas.plain import OwnDelta
+from ..errors import DiDiError, SettingsError
+from ..lowrank.factors import LowRankFactors
+from ..models.dynamic import DynamicModel
+from ..options import PositiveCount, check_fields
+from ..task_vectors.tensor import matrix_shape
+from .factors import fitted
+from .modules import Refusal, Site, sites
+from .report import Carried
+
+#: The largest rank that vLLM's kernels are made for.
+MOST_PADDED = 512
+#: Names in a PEFT file begin with it.
+_PREFIX = "base_model.model."
+_FILE = "adapter_model.safetensors"
+_OTHER_SHAPE = "of another shape or type than the base model's"
+_BY_PEFT_ALONE = "servers read adapters of linear layers alone; carry=all is for PEFT"
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """How adapters are made.
+
+    Args:
+        shared: what all tasks share is in every adapter (``concat``), or in a base checkpoint beside them (``fold``).
+        max_rank: of any module of an adapter; no limit if None.
+        pad_rank: all modules of one rank, filled up with zeros, for servers that know no other; at most 512.
+        factor_dtype: of the factors; the base model's if None.
+        carry: ``linear``: layers that servers read; ``all``: also convolutions, embeddings, norms and biases, which PEFT
+            reads.
+
+    Raises:
+        SettingsError: for values that are none of these, or contradict each other.
+    """
+
+    shared: Literal["concat", "fold"] = "concat"
+    max_rank: PositiveCount | None = None
+    pad_rank: bool = False
+    factor_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    carry: Literal["linear", "all"] = "linear"
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.pad_rank and (self.max_rank or 0) > MOST_PADDED:
+            raise SettingsError(
+                f"max_rank={self.max_rank} with pad_rank: servers of one rank per adapter go to {MOST_PADDED}. Give at most that."
+            )
+
+    @property
+    def limit(self) -> int | None:
+        """The largest rank of a module."""
+        return MOST_PADDED if self.pad_rank and not self.max_rank else self.max_rank
+
+    def dtype(self, model: nn.Module) -> torch.dtype:
+        """Of the factors of an adapter of a model."""
+        if self.factor_dtype is not None:
+            return getattr(torch, self.factor_dtype)
+        return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+@dataclass
+class _Content:
+    """What an adapter will hold: factors by module, whole tensors by their names in the file."""
+
+    parts: dict[str, tuple[Site, LowRankFactors]] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    modules: set[str] = field(default_factory=set)
+    biases: bool = False
+    carried: dict[str, Carried] = field(default_factory=dict)
+
+
+class AdapterWriter:
+    """Writes tasks of one merged model as adapters of one base model.
+
+    Args:
+        before: the base model of the merge.
+        under: the model that adapters are of; ``before``, or that with the shared part in it.
+    """
+
+    def __init__(
+        self,
+        model: DynamicModel,
+        settings: AdapterSettings,
+        before: nn.Module,
+        under: nn.Module,
+    ):
+        self.model, self.settings, self.under = model, settings, under
+        self.sites, self.refused = sites(before)
+        self.dtype = settings.dtype(under)
+
+    def write(
+        self, task: str, place: Path, source: Mapping[str, str]
+    ) -> dict[str, Carried]:
+        """Write a task's adapter; how each of its tensors is carried.
+
+        Raises:
+            DiDiError: if it carries nothing.
+        """
+        content = self._content(task)
+        if not content.parts:
+            ways = sorted({c.why for c in content.carried.values() if c.why})
+            raise DiDiError(
+                f"Nothing that {task} changes is in a layer that an adapter of carry={self.settings.carry} is for"
+                f"{': ' if ways else ''}{'; '.join(ways)}. Export it as plain or patch."
+            )
+        place.mkdir()
+        self._config(content, source).save_pretrained(place)
+        tensors = dict(content.whole)
+        for site, factors in content.parts.values():
+            for part, value in site.layout(factors).items():
+                tensors[f"{_PREFIX}{site.module}.{part}"] = value
+        tensors = {name: independent(tensors[name]) for name in sorted(tensors)}
+        save_file(tensors, place / _FILE, metadata={"format": "pt"})
+        return content.carried
+
+    def _content(self, task: str) -> _Content:
+        content, rest = _Content(), []
+        for name in self.model.touched:
+            site = self.sites.get(name)
+            if site is None or (
+                self.settings.carry == "linear" and site.kind != "linear"
+            ):
+                rest.append(name)
+            else:
+                content.carried[name] = self._factors(task, name, site, content)
+        for name in sorted(
+            rest, key=_is_bias
+        ):  # modules that are whole hold their biases
+            content.carried[name] = self._whole(task, name, content)
+        if self.settings.pad_rank and content.parts:
+            rank = max(factors.rank for _, factors in content.parts.values())
+            for module, (site, factors) in content.parts.items():
+                content.parts[module] = site, _padded(factors, rank)
+        return content
+
+    def _factors(self, task: str, name: str, site: Site, content: _Content) -> Carried:
+        """Add the factors of a weight."""
+        wanted, size = self._wanted(task, name)
+        if wanted is None:
+            return Carried("left out", 1.0, why=_OTHER_SHAPE)
+        if not bool(wanted.any()):
+            return Carried("base")
+        found = fitted(
+            wanted,
+            self._product(task, name),
+            max_rank=self.settings.limit,
+            dtype=self.dtype,
+        )
+        if found.factors.rank:
+            content.parts[site.module] = site, found.factors
+        error = found.lost / size if size else 0.0
+        rank = found.factors.rank
+        return Carried(
+            "factors", error, rank, f"cut to rank {rank}" if found.cut else ""
+        )
+
+    def _whole(self, task: str, name: str, content: _Content) -> Carried:
+        """Add a tensor that has no factors, where PEFT carries it; nothing where it does not."""
+        wanted, size = self._wanted(task, name)
+        if wanted is not None and not bool(wanted.any()):
+            return Carried("base")
+        lost = 1.0 if wanted is None or not size else _norm(wanted) / size
+        if wanted is None:
+            return Carried("left out", lost, why=_OTHER_SHAPE)
+        owner, _, leaf = name.rpartition(".")
+        tied = self.refused.get(name, Refusal("")).together
+        if why := self._why_not(name):
+            return Carried("left out", lost, why=why)
+        if _is_bias(name) and owner not in content.modules:
+            layer = f"{owner}.base_layer" if owner in content.parts else owner
+            content.biases = True
+            content.whole[f"{_PREFIX}{layer}.{leaf}"] = self._value(task, name)
+            return Carried("whole")
+        for module in tied or (owner,):
+            content.modules.add(module)
+            for other in self.under.get_submodule(module).state_dict():
+                same = name if tied and other == leaf else f"{module}.{other}"
+                content.whole[f"{_PREFIX}{module}.{other}"] = self._value(task, same)
+        return Carried("whole")
+
+    def _why_not(self, name: str) -> str:
+        """Why a tensor without factors cannot be carried; empty if it can."""
+        refusal, owner = self.refused.get(name), name.rpartition(".")[0]
+        if refusal and not refusal.together:
+            return refusal.why
+        if self.settings.carry == "linear":
+            return refusal.why if refusal else _BY_PEFT_ALONE
+        if not owner or [*self.under.get_submodule(owner).children()]:
+            return "of a module with others inside, which PEFT does not replace"
+        parent = self.under.get_submodule(owner.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            return "in fused attention, of which PEFT replaces no layer"
+        return ""
+
+    def _value(self, task: str, name: str) -> Tensor:
+        """A tensor as ``materialize`` has it."""
+        base = self._tensor(name)
+        if name not in self.model.touched:
+            return base
+        return self.model.task_tensor(name, self.model.modulators[task]).to(base.dtype)
+
+    def _tensor(self, name: str) -> Tensor:
+        """Of the model under the adapters."""
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.under.get_submodule(owner), leaf).detach()
+
+    def _wanted(self, task: str, name: str) -> tuple[Tensor | None, float]:
+        """What the adapter has to add to a tensor viewed as a matrix, and the norm of the task's whole change.
+
+        The first is None for tensors of a task's own that cannot be added to the base model's.
+        """
+        expert, base = self.model.modulators[task], self.model.base_tensor(name)
+        value, under = self.model.task_tensor(name, expert), self._tensor(name)
+        if value.shape != under.shape or not value.is_floating_point():
+            return None, 0.0
+        size = _norm(value.float() - base.float())
+        # what the base model's type rounds away is no change
+        same = torch.equal(value.to(under.dtype), under)
+        rest = torch.zeros_like(value) if same else value.float() - under.float()
+        return rest.reshape(matrix_shape(rest.shape)), size
+
+    def _product(self, task: str, name: str) -> LowRankFactors | None:
+        """The same as it is stored, if that is a product."""
+        delta: Delta | None = self.model.modulators[task].deltas.get(name)
+        shared: Delta | None = self.model.shared.get(name)
+        if isinstance(delta, OwnDelta):
+            return None
+        if self.settings.shared == "fold":
+            return None if delta is None else delta.beyond_product(shared)
+        if delta is not None:
+            return delta.product(shared)
+        return None if shared is None else shared.product()
+
+    def _config(self, content: _Content, source: Mapping[str, str]) -> Any:
+        from peft import LoraConfig, TaskType
+
+        # a name may be the end of another: the longer ones are asked first
+        modules = sorted(content.parts, key=lambda name: (-len(name), name))
+        ranks = {name: content.parts[name][1].rank for name in modules}
+        rank = max(ranks.values())
+        generates = hasattr(self.under, "prepare_inputs_for_generation")
+        encoder = getattr(
+            getattr(self.under, "config", None), "is_encoder_decoder", False
+        )
+        turned = any(
+            type(self.under.get_submodule(name)).__name__ == "Conv1D"
+            for name in modules
+        )
+        return LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=sorted(modules),
+            rank_pattern=ranks,
+            alpha_pattern=dict(ranks),
+            fan_in_fan_out=turned,
+            lora_dropout=0.0,
+            bias="all" if content.biases else "none",
+            modules_to_save=sorted(content.modules) or None,
+            task_type=TaskType.CAUSAL_LM if generates and not encoder else None,
+            base_model_name_or_path=source.get("place"),
+            revision=source.get("revision"),
+            inference_mode=True,
+        )
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
+
+
+def _padded(factors: LowRankFactors, rank: int) -> LowRankFactors:
+    """The same product with so many directions, the last of them zero."""
+    extra = rank - factors.rank
+    pad = nn.functional.pad
+    return LowRankFactors(
+        pad(factors.up, (0, extra)), pad(factors.down, (0, 0, 0, extra))
+    )
+
+
+def _norm(value: Tensor) -> float:
+    return float(torch.linalg.vector_norm(value.float()))

@@ -1,0 +1,145 @@
+"""Exports held against ``materialize``: weight by weight, and the outputs of one made-up batch."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DiDiError
+from .report import Carried
+
+#: Units of rounding that the arithmetic of a reader may differ by from ours.
+UNITS = 8
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a model, those that it does not save too."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: value.detach() for name, value in named}
+
+
+def check_equal(found: Mapping[str, Tensor], wanted: nn.Module, what: str) -> None:
+    """Every tensor that was read must be, bit for bit, the model's of that name.
+
+    Raises:
+        DiDiError: naming the first that is not, or that is missing.
+    """
+    expected = wanted.state_dict()
+    tied = {value.data_ptr() for name, value in expected.items() if name in found}
+    for name, value in expected.items():
+        if name not in found:
+            if value.data_ptr() not in tied:
+                raise DiDiError(f"{what} lacks {name}, so it was not kept.")
+        elif not same_bits(found[name], value):
+            raise DiDiError(
+                f"{what}: {name} is not what the merged model has, so it was not kept."
+            )
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are of one type and shape and hold the same bits."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(bits(left), bits(right))
+
+
+def bits(value: Tensor) -> Tensor:
+    """A tensor's entries as integers, so that zeros of both signs differ and NaN is itself."""
+    widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if not value.is_floating_point():
+        return value
+    return value.contiguous().cpu().view(widths[value.element_size()])
+
+
+@torch.no_grad()
+def check_close(
+    found: nn.Module,
+    wanted: nn.Module,
+    base: nn.Module,
+    carried: Mapping[str, Carried],
+    what: str,
+) -> None:
+    """Tensors must be off by no more than the report says and rounding explains; those it does not speak of, by nothing.
+
+    Raises:
+        DiDiError: naming the first that is not.
+    """
+    read, expected, before = state(found), state(wanted), state(base)
+    for name, value in expected.items():
+        here = read.get(name)
+        if here is None or here.shape != value.shape:
+            if name in carried and carried[name].how == "left out":
+                continue
+            raise DiDiError(f"{what} has no {name} of its shape, so it was not kept.")
+        if name not in carried:
+            if not same_bits(here, before[name]):
+                raise DiDiError(
+                    f"{what} changes {name}, which the task does not; it was not kept."
+                )
+            continue
+        off = torch.linalg.vector_norm(here.double() - value.double())
+        change = torch.linalg.vector_norm(value.double() - before[name].double())
+        size = torch.linalg.vector_norm(value.double())
+        eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+        allowed = 1.01 * carried[name].error * change + UNITS * eps * size
+        if not off <= allowed:
+            raise DiDiError(
+                f"{what}: {name} is off by {float(off):.3g}, expected at most {float(allowed):.3g}; it was not kept. Report "
+                "this with the architecture, or export as plain or patch."
+            )
+
+
+def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
+    """A small batch for a model of transformers; None where none can be told from its configuration."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", "")
+    draw = torch.Generator().manual_seed(0)
+    first = next(model.parameters(), None)
+    device = first.device if first is not None else "cpu"
+    if main == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", None)
+        channels = getattr(vision, "num_channels", 3)
+        if not isinstance(size, int):
+            return None
+        pixels = torch.randn(2, channels, size, size, generator=draw)
+        return {main: pixels.to(device, first.dtype)}
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    vocabulary = getattr(text, "vocab_size", None)
+    if main != "input_ids" or not isinstance(vocabulary, int):
+        return None
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, 8), generator=draw)
+    found = {main: ids.to(device)}
+    if getattr(config, "is_encoder_decoder", False):
+        found["decoder_input_ids"] = found[main]
+    return found
+
+
+@torch.no_grad()
+def outputs_differ(
+    found: nn.Module, wanted: nn.Module, inputs: Mapping[str, Any] | None
+) -> float | None:
+    """The largest difference of two models' outputs in parts of the largest output; None without inputs."""
+    inputs = example_inputs(wanted) if inputs is None else inputs
+    if inputs is None:
+        return None
+    results = [list(_floats(m.eval()(**inputs))) for m in (found, wanted)]
+    worst = 0.0
+    for here, there in zip(*results, strict=True):
+        size = float(there.abs().max())
+        off = float((here.double() - there.double()).abs().max())
+        worst = max(worst, off / size if size else off)
+    return worst
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    """Floating-point tensors of an output."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _floats(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _floats(value)

@@ -1,0 +1,152 @@
+"""What all exports begin and end with: tasks, the base model, where it lies, and the directory."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from ..checkpoint.deltas import versions, write_manifest
+from ..checkpoint.directory import check_target, whole_directory
+from ..errors import DiDiError, UnknownTaskError
+from ..models.dynamic import DynamicModel
+from .report import ExportReport
+
+#: The file that says what an exported directory holds.
+MANIFEST = "export.json"
+#: Where an exported base model lies beside those of tasks; no task of a pool can have this name.
+BASE = "_pretrained_"
+#: Files of tokenizers and processors, which are data.
+COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def asked_tasks(model: DynamicModel, tasks: Sequence[str] | str | None) -> list[str]:
+    """The tasks to export, all if None.
+
+    Raises:
+        UnknownTaskError: naming those that the model does not hold.
+        DiDiError: for none.
+    """
+    asked = [tasks] if isinstance(tasks, str) else list(tasks or model.tasks)
+    if unknown := [task for task in asked if task not in model.tasks]:
+        raise UnknownTaskError(
+            f"The merged model holds no {', '.join(map(repr, unknown))}; it holds {model.tasks}."
+        )
+    if not asked:
+        raise DiDiError(
+            "The merged model holds no task, so there is nothing to export."
+        )
+    return list(dict.fromkeys(asked))
+
+
+def folder(task: str) -> str:
+    """A task's name as the name of a file, which no other task's is."""
+    name = quote(task, safe="")
+    return name.replace(".", "%2E", 1) if name.startswith(".") else name
+
+
+def base_model(model: DynamicModel) -> nn.Module:
+    """An independent copy of the backbone with the base model's weights."""
+    return model.materialize(model.tasks[0], as_base=model.touched)
+
+
+@torch.no_grad()
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Overwrite a parameter or buffer by a value of its shape."""
+    owner, _, leaf = name.rpartition(".")
+    getattr(module.get_submodule(owner), leaf).copy_(value)
+
+
+def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
+    """Where the base model lies: repository or directory, and its revision where one was named.
+
+    Args:
+        given: takes the place of what the merged model remembers.
+    """
+    known: Any = model.info.get("backbone", {}).get("source")
+    source: Any = str(given) if given is not None else known
+    if isinstance(source, Mapping):
+        place = source.get("pretrained_model_name_or_path")
+        revision = source.get("revision")
+        source = place if isinstance(place, str) else None
+        return {k: v for k, v in (("place", source), ("revision", revision)) if v}
+    return {"place": source} if isinstance(source, str) and source else {}
+
+
+def copy_companions(source: Mapping[str, str], directory: Path) -> str | None:
+    """Put tokenizer, processor and generation settings of the base model beside a checkpoint.
+
+    Returns:
+        why there are none, if there are none.
+    """
+    place = source.get("place")
+    if place is None:
+        return "no tokenizer or processor was copied: the base model was in memory. Name its directory or repository (base)."
+    home = Path(place)
+    if not home.is_dir():
+        try:
+            home = Path(
+                snapshot_download(
+                    place,
+                    revision=source.get("revision"),
+                    allow_patterns=list(COMPANIONS),
+                )
+            )
+        except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            return (
+                f"no tokenizer or processor was copied: {place} is no directory and cannot be fetched "
+                f"({type(error).__name__}). Name another one (base)."
+            )
+    found = [home / name for name in COMPANIONS if (home / name).is_file()]
+    for file in found:
+        if not (directory / file.name).exists():
+            shutil.copyfile(file, directory / file.name)
+    return None if found else f"{place} holds no tokenizer or processor to copy."
+
+
+@contextmanager
+def export_directory(
+    target: str | Path, *, overwrite: bool
+) -> Iterator[tuple[Path, Path]]:
+    """A directory to write an export into, and the place that it takes when all of it is written and checked.
+
+    Raises:
+        FileExistsError, DiDiError: as by :func:`~fusion_bench_didi.checkpoint.directory.whole_directory`.
+    """
+    final = check_target(target, overwrite=overwrite, mark=MANIFEST)
+    with whole_directory(target, overwrite=overwrite, mark=MANIFEST) as place:
+        yield place, final
+
+
+def write_report(place: Path, report: ExportReport) -> ExportReport:
+    """Leave the report beside what it is about."""
+    write_manifest(place / MANIFEST, {**report.as_dict(), "versions": versions()})
+    return report
+
+
+def weight_bytes(place: Path) -> int:
+    """Of the safetensors files in a directory."""
+    return sum(file.stat().st_size for file in place.glob("*.safetensors"))

@@ -1,0 +1,107 @@
+"""Which modules of a model take a low-rank adapter, and how the factors of their weight are laid out in it.
+
+A weight is changed by ``up @ down`` as the merged model has it: (m, r) and (r, n), m the weight's first side.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..lowrank.factors import LowRankFactors
+
+#: Part of a PEFT file's name of a tensor -> tensor.
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight that an adapter changes by two factors.
+
+    Args:
+        module: its name.
+        kind: ``linear``; or ``convolution`` or ``embedding``, which PEFT reads and servers do not.
+    """
+
+    module: str
+    kind: str
+    layout: Callable[[LowRankFactors], Parts]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A weight of such a layer that takes no factors.
+
+    Args:
+        together: modules that hold it, which an adapter can hold whole instead; none where it cannot.
+    """
+
+    why: str
+    together: tuple[str, ...] = ()
+
+
+def sites(model: nn.Module) -> tuple[dict[str, Site], dict[str, Refusal]]:
+    """The weights that take an adapter, by tensor name, and those of the same layers that do not."""
+    owners = _owners(model)
+    inside = {
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child, _ in module.named_modules()
+    }
+    found: dict[str, Site] = {}
+    refused: dict[str, Refusal] = {}
+    for name, module in model.named_modules():
+        layout, tensor = _layout(module), f"{name}.weight"
+        if layout is None or not name:
+            continue
+        together = owners[id(module.weight)]
+        if len(together) > 1:
+            others = ", ".join(sorted(together - {tensor}))
+            modules = tuple(sorted(t.rpartition(".")[0] for t in together))
+            refused[tensor] = Refusal(f"tied to {others}", modules)
+        elif name in inside:
+            refused[tensor] = Refusal(
+                "in fused attention, which does not run its output layer's forward"
+            )
+        else:
+            found[tensor] = Site(name, *layout)
+    return found, refused
+
+
+def _owners(model: nn.Module) -> Mapping[int, set[str]]:
+    """Names of every parameter, by its identity."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return names
+
+
+def _layout(
+    module: nn.Module,
+) -> tuple[str, Callable[[LowRankFactors], Parts]] | None:
+    if isinstance(module, nn.Linear):
+        return "linear", _linear
+    if type(module).__name__ == "Conv1D":  # transformers', of GPT-2
+        return "linear", lambda factors: _linear(factors.mT)
+    if isinstance(module, nn.Embedding):
+        return "embedding", _embedding
+    if isinstance(module, nn.Conv2d) and module.groups == 1:
+        sides = module.weight.shape[1:]
+        return "convolution", lambda factors: _convolution(factors, tuple(sides))
+    return None
+
+
+def _linear(factors: LowRankFactors) -> Parts:
+    return {"lora_A.weight": factors.down, "lora_B.weight": factors.up}
+
+
+def _embedding(factors: LowRankFactors) -> Parts:
+    return {"lora_embedding_A": factors.up.mT, "lora_embedding_B": factors.down.mT}
+
+
+def _convolution(factors: LowRankFactors, sides: tuple[int, ...]) -> Parts:
+    return {
+        "lora_A.weight": factors.down.unflatten(1, sides),
+        "lora_B.weight": factors.up[:, :, None, None],
+    }

@@ -1,0 +1,165 @@
+"""Patches: the positions of a base model's tensors at which a task's differ, and the values there.
+
+One safetensors file per task. For a tensor ``NAME`` it holds ``NAME.indices`` (int32 positions in the flattened tensor,
+ascending; int64 beyond 2^31 entries) and ``NAME.values`` in the base model's type, or the whole tensor as ``NAME`` where
+that is smaller. Names are those of the base model's state dict, tied tensors under their first. Values take the place of the base model's, nothing is added, so that the result is exact. The header says
+``sparse``, ``sparsity``, ``changed_params`` (JSON), ``base``, and ``base_digest`` of the tensors that are patched. This is the
+form of delta weight updates that TRL describes and vLLM's ``load_checkpoint_weight_patches`` takes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint.backbone import digests
+from ..checkpoint.tensors import independent
+from ..errors import CheckpointMismatchError
+from ..models.dynamic import DynamicModel
+from ..task_vectors.ties import tied_names
+from .checks import bits, check_equal
+from .common import (
+    asked_tasks,
+    base_model,
+    export_directory,
+    folder,
+    source_of,
+    write_report,
+)
+from .report import Carried, ExportReport
+
+INDICES, VALUES = ".indices", ".values"
+_LARGEST = torch.iinfo(torch.int32).max
+
+
+def to_patch(
+    model: DynamicModel,
+    directory: str | Path,
+    *,
+    tasks: Sequence[str] | str | None = None,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a patch per task, ``directory/TASK.safetensors``.
+
+    Each is applied to the base model again and gives, bit for bit, ``materialize``.
+
+    Args:
+        tasks: all if None.
+        base: the name that patches give the base model; where the merge took it from if None.
+
+    Raises:
+        UnknownTaskError: for tasks that the model does not hold.
+        FileExistsError: if the directory exists and ``overwrite`` is false, or is no export.
+    """
+    asked, source = asked_tasks(model, tasks), source_of(model, base)
+    base_state = base_model(model)
+    second = tied_names(base_state)
+    before = {n: v for n, v in base_state.state_dict().items() if n not in second}
+    tensors: dict[str, dict[str, Carried]] = {}
+    sizes = {}
+    with export_directory(directory, overwrite=overwrite) as (place, final):
+        for task in asked:
+            whole = model.materialize(task)
+            file = place / f"{folder(task)}.safetensors"
+            after = whole.state_dict()
+            tensors[task] = _write(file, before, after, model.touched, source)
+            check_equal(patched(file, before), whole, f"The patch of {task}")
+            sizes[task] = file.stat().st_size
+        report = ExportReport("patch", str(final), tensors, sizes)
+        return write_report(place, report)
+
+
+def _write(
+    file: Path,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    touched: Sequence[str],
+    source: Mapping[str, str],
+) -> dict[str, Carried]:
+    found: dict[str, Tensor] = {}
+    carried: dict[str, Carried] = {}
+    changed, entries = 0, 0
+    for name in sorted(touched):
+        part, count = _difference(name, before[name], after[name])
+        found |= part
+        changed, entries = changed + count, entries + after[name].numel()
+        how = "base" if not part else "whole" if name in part else "sparse"
+        carried[name] = Carried(how)
+    names = [name for name, one in carried.items() if one.how != "base"]
+    header = {
+        "format": "pt",
+        "sparse": "True",
+        "sparsity": f"{1 - changed / max(entries, 1):.6f}",
+        "changed_params": json.dumps(names),
+        "base": source.get("place", ""),
+        "base_digest": base_digest({name: before[name] for name in names}),
+    }
+    save_file(found, file, metadata=header)
+    return carried
+
+
+def _difference(
+    name: str, before: Tensor, after: Tensor
+) -> tuple[dict[str, Tensor], int]:
+    """What a patch holds of a tensor, and how many of its entries change."""
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return {name: independent(after)}, after.numel()
+    different = (bits(before) != bits(after)).flatten()
+    index = different.nonzero().squeeze(1)
+    if not len(index):
+        return {}, 0
+    index = index.to(torch.int32) if after.numel() <= _LARGEST else index
+    sparse = len(index) * (index.element_size() + after.element_size())
+    if sparse >= after.numel() * after.element_size():
+        return {name: independent(after)}, len(index)
+    values = after.detach().cpu().flatten()[index.long()]
+    return {name + INDICES: index, name + VALUES: values}, len(index)
+
+
+def base_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, shape and value."""
+    found = sorted(digests(tensors).items())
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def patched(file: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with a patch applied; tensors that it does not change are the same objects.
+
+    Args:
+        tensors: of the base model.
+
+    Raises:
+        CheckpointMismatchError: if they are not those that the patch is of, or the file is no patch.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            parts = {name: opened.get_tensor(name) for name in opened.keys()}
+        names = json.loads(header["changed_params"])
+        digest = header["base_digest"]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointMismatchError(
+            f"{file} is no patch as to_patch writes it ({type(error).__name__}: {error}). Write it again."
+        ) from error
+    missing = [name for name in names if name not in tensors]
+    if missing or base_digest({name: tensors[name] for name in names}) != digest:
+        what = f"they lack {missing[0]}" if missing else "their values differ"
+        raise CheckpointMismatchError(
+            f"{file} is a patch of {header.get('base') or 'another base model'}, not of the tensors given: {what}. Give that "
+            "model's, in the type that it was exported with."
+        )
+    return {**tensors, **{name: _patched(name, tensors[name], parts) for name in names}}
+
+
+def _patched(name: str, before: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    if name in parts:
+        return parts[name]
+    after = before.detach().clone().flatten()
+    after[parts[name + INDICES].long()] = parts[name + VALUES]
+    return after.view(before.shape)

@@ -1,0 +1,109 @@
+"""PEFT adapters, one per task: ``W_t = W + B A`` with the scale in B.
+
+In every module ``lora_alpha`` is the rank, so that the scale is 1, and both patterns are written with full names: PEFT,
+and readers of one rank and one alpha per adapter, then compute the same. What all tasks share is concatenated to every task's
+factors, or folded into a base checkpoint that is written too.
+"""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..models.dynamic import DynamicModel
+from .adapters import AdapterSettings, AdapterWriter
+from .checks import check_close, outputs_differ
+from .common import (
+    BASE,
+    asked_tasks,
+    base_model,
+    export_directory,
+    folder,
+    put,
+    source_of,
+    weight_bytes,
+    write_report,
+)
+from .plain import write_checkpoint
+from .report import Carried, ExportReport
+
+
+def to_peft(
+    model: DynamicModel,
+    directory: str | Path,
+    *,
+    tasks: Sequence[str] | str | None = None,
+    settings: AdapterSettings = AdapterSettings(),
+    base: str | Path | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write an adapter per task, ``directory/TASK``, and with ``shared=fold`` its base model, ``directory/_pretrained_``.
+
+    PEFT reads each adapter back; merged into the base model it gives the weights of ``materialize`` but for what the report
+    says, and applied to it the outputs that the report compares.
+
+    Args:
+        tasks: all if None.
+        base: repository or directory that the adapters name as their base; where the merge took it from if None.
+        inputs: keyword arguments of the model to compare outputs with; made up where the model's configuration tells how.
+
+    Raises:
+        DiDiError: if nothing of a task is in a form that an adapter carries, or if PEFT reads something else.
+        UnknownTaskError: for tasks that the model does not hold.
+        FileExistsError: if the directory exists and ``overwrite`` is false, or is no export.
+    """
+    asked, source = asked_tasks(model, tasks), source_of(model, base)
+    before = base_model(model)
+    fold = settings.shared == "fold"
+    under = _folded(model) if fold else before
+    writer = AdapterWriter(model, settings, before, under)
+    tensors: dict[str, dict[str, Carried]] = {}
+    differ: dict[str, float | None] = {}
+    sizes, notes = {}, []
+    with export_directory(directory, overwrite=overwrite) as (place, final):
+        if fold:
+            note = write_checkpoint(under, place / BASE, source)
+            notes += [note] if note else []
+            sizes[BASE] = weight_bytes(place / BASE)
+            source = {"place": str(final / BASE)}
+        elif not source:
+            notes.append(
+                "the adapters name no base model: it was in memory. Name its directory or repository (base)."
+            )
+        for task in asked:
+            home = place / folder(task)
+            tensors[task] = writer.write(task, home, source)
+            sizes[task] = weight_bytes(home)
+            wanted, found = model.materialize(task), applied(under, home)
+            differ[task] = outputs_differ(found, wanted, inputs)
+            check_close(
+                found.merge_and_unload(),
+                wanted,
+                before,
+                tensors[task],
+                f"The adapter of {task}",
+            )
+        report = ExportReport("peft", str(final), tensors, sizes, differ, tuple(notes))
+        return write_report(place, report)
+
+
+def applied(base: nn.Module, adapter: Path) -> nn.Module:
+    """A copy of a base model with an adapter on it, as PEFT reads it."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # of its own: biases that are trained, tied weights, layers that are (in, out)
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(copy.deepcopy(base), adapter).eval()
+
+
+def _folded(model: DynamicModel) -> nn.Module:
+    """The base model with what all tasks share added, in its own type."""
+    folded = base_model(model)
+    for name, shared in model.shared.items():
+        put(folded, name, shared.applied(model.base_tensor(name)))
+    return folded

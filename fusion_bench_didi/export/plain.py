@@ -1,0 +1,105 @@
+"""Plain checkpoints: one ordinary model per task, as any library loads it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..checkpoint.tensors import write_tensors
+from ..models.dynamic import DynamicModel
+from ..task_vectors.ties import tied_names
+from .checks import check_equal
+from .common import (
+    asked_tasks,
+    copy_companions,
+    export_directory,
+    folder,
+    source_of,
+    weight_bytes,
+    write_report,
+)
+from .report import Carried, ExportReport
+
+
+def to_plain(
+    model: DynamicModel,
+    directory: str | Path,
+    *,
+    tasks: Sequence[str] | str | None = None,
+    base: str | Path | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a whole checkpoint per task, ``directory/TASK``, in the base model's type.
+
+    Weights are read back and are bit for bit those of ``materialize``.
+
+    Args:
+        tasks: all if None.
+        base: where the base model's tokenizer and processor lie; where the merge took it from if None.
+        max_shard_size: of a file with weights, as ``5GB``.
+
+    Raises:
+        UnknownTaskError: for tasks that the model does not hold.
+        FileExistsError: if the directory exists and ``overwrite`` is false, or is no export.
+    """
+    asked, source = asked_tasks(model, tasks), source_of(model, base)
+    notes: dict[str, None] = {}
+    with export_directory(directory, overwrite=overwrite) as (place, final):
+        sizes = {}
+        for task in asked:
+            whole = model.materialize(task)
+            home = place / folder(task)
+            note = write_checkpoint(whole, home, source, max_shard_size=max_shard_size)
+            check_equal(read_again(home, whole), whole, f"The checkpoint of {task}")
+            sizes[task] = weight_bytes(home)
+            notes |= {note: None} if note else {}
+        carried = {n: Carried("whole") for n in model.touched}
+        report = ExportReport(
+            "plain",
+            str(final),
+            {task: carried for task in asked},
+            sizes,
+            notes=tuple(notes),
+        )
+        return write_report(place, report)
+
+
+def write_checkpoint(
+    model: nn.Module,
+    place: Path,
+    source: Mapping[str, str],
+    *,
+    max_shard_size: str = "5GB",
+) -> str | None:
+    """Write weights, configuration and what belongs to them; why there is no tokenizer, if there is none."""
+    place.mkdir()
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(place, max_shard_size=max_shard_size)
+    else:
+        write_tensors(place, _untied(model))
+    return copy_companions(source, place)
+
+
+def _untied(model: nn.Module) -> dict[str, Tensor]:
+    """A state dict without the second names of tied tensors, for which safetensors has no place."""
+    second = tied_names(model)
+    return {n: v for n, v in model.state_dict().items() if n not in second}
+
+
+def read_again(place: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by the model's names, which are not those of the file where a class translates them."""
+    if getattr(model, "_checkpoint_conversion_mapping", None):
+        return type(model).from_pretrained(place, dtype=model.dtype).state_dict()
+    return read_all(place)
+
+
+def read_all(place: Path) -> dict[str, Tensor]:
+    """Every tensor of the safetensors files in a directory."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(place.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}
+    return found

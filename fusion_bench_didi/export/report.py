@@ -1,0 +1,79 @@
+"""What an export carries of every tensor, and what it loses."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+#: As low-rank factors; whole; at the changed positions; in the base checkpoint that is exported too; not at all.
+How = Literal["factors", "whole", "sparse", "base", "left out"]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """How one tensor of one task is exported.
+
+    Args:
+        error: norm of what is lost, in parts of the norm of the task's change; 1 where all of the change is.
+        rank: of factors.
+        why: no better.
+    """
+
+    how: How
+    error: float = 0.0
+    rank: int | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what is lost by it.
+
+    Args:
+        form: ``peft``, ``plain`` or ``patch``.
+        directory: where it lies.
+        tensors: by task, then name; of the tensors that the merged model changes.
+        bytes: of the files with weights, by task; ``_pretrained_`` for a base checkpoint.
+        outputs: by task the largest difference of an output to that of ``materialize``, in parts of the largest output;
+            None where the model could not be tried.
+        notes: what else a user has to know.
+    """
+
+    form: str
+    directory: str
+    tensors: Mapping[str, Mapping[str, Carried]]
+    bytes: Mapping[str, int]
+    outputs: Mapping[str, float | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lossy(self) -> dict[str, dict[str, Carried]]:
+        """By task, the tensors of which something is lost beyond the rounding of their type."""
+        return {
+            task: {n: c for n, c in tensors.items() if c.why}
+            for task, tensors in self.tensors.items()
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-plain."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.form} in {self.directory}"]
+        for task, size in self.bytes.items():
+            lines.append(f"  {task}: {size / 1e6:.2f} MB{self._summary(task)}")
+        for task, tensors in self.lossy.items():
+            lines += [
+                f"  {task}: {name}: {c.how}{'' if c.rank is None else f', rank {c.rank}'}, {c.error:.2%} of its change is "
+                f"lost ({c.why})"
+                for name, c in tensors.items()
+            ]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _summary(self, task: str) -> str:
+        carried = self.tensors.get(task, {}).values()
+        counts = {how: sum(c.how == how for c in carried) for how in How.__args__}
+        parts = [f"{count} {how}" for how, count in counts.items() if count]
+        output = self.outputs.get(task)
+        if output is not None:
+            parts.append(f"outputs within {output:.1e}")
+        return f" ({', '.join(parts)})" if parts else ""

@@ -1,0 +1,165 @@
+"""Adapters: PEFT computes what ``materialize`` does, and what an adapter cannot carry is said."""
+
+import json
+
+import pytest
+import torch
+from exact_models import bert, gpt2, llama, qwen
+from helpers import BASE, OpenClipLike, didi, family
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from fusion_bench_didi.deltas.plain import LowRankDelta
+from fusion_bench_didi.errors import DiDiError, SettingsError, UnknownTaskError
+from fusion_bench_didi.export import AdapterSettings, to_peft
+from fusion_bench_didi.models.dynamic import DiDiModel
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+ALL = AdapterSettings(carry="all", factor_dtype="float32")
+IDS = {"input_ids": torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6]])}
+
+
+def low_rank(base, *, shared: int = 2, ranks: tuple[int, ...] = (1, 3)) -> DiDiModel:
+    """Low-rank changes of the linear layers of decoder blocks alone."""
+    draw = torch.Generator().manual_seed(0)
+
+    def delta(shape, rank):
+        up, down = (torch.randn(n, rank, generator=draw) / 8 for n in shape)
+        return LowRankDelta(tuple(shape), up, down.mT)
+
+    named = {n: p.shape for n, p in base.named_parameters() if "proj" in n}
+    experts = {
+        f"task {i}": {n: delta(s, rank) for n, s in named.items()}
+        for i, rank in enumerate(ranks)
+    }
+    parts = {n: delta(s, shared) for n, s in named.items()} if shared else {}
+    return DiDiModel(base, parts, experts, unit_bits=1)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**IDS).logits
+
+
+@pytest.mark.parametrize(
+    "make, shared",
+    [(llama, "fold"), (qwen, "concat"), (gpt2, "fold"), (bert, "concat")],
+)
+def test_peft_computes_what_materialize_does(make, shared, tmp_path):
+    base = make()
+    model = didi(family(base), budget=0.4, factor_dtype="auto")
+    settings = AdapterSettings(carry="all", factor_dtype="float32", shared=shared)
+    report = to_peft(model, tmp_path / "out", settings=settings)
+    assert not any(report.lossy.values())
+    assert max(report.outputs.values()) < 1e-5
+    place = tmp_path / "out" / BASE
+    under = type(base).from_pretrained(place) if shared == "fold" else make()
+    found = PeftModel.from_pretrained(under, tmp_path / "out/svhn")
+    wanted = logits(model.materialize("svhn"))
+    assert torch.allclose(logits(found), wanted, rtol=0, atol=1e-5)
+    assert not torch.allclose(logits(make()), wanted, rtol=0, atol=1e-2)
+
+
+def test_scales_are_one_and_ranks_those_that_are_stored(tmp_path):
+    model = low_rank(llama())
+    report = to_peft(model, tmp_path / "out")
+    for task, rank in (("task%200", 3), ("task%201", 5)):
+        config = json.loads(
+            (tmp_path / "out" / task / "adapter_config.json").read_text()
+        )
+        assert config["r"] == config["lora_alpha"] == rank
+        assert config["rank_pattern"] == config["alpha_pattern"]
+        assert set(config["rank_pattern"]) == set(config["target_modules"])
+        assert set(config["rank_pattern"].values()) == {rank}
+    assert not any(report.lossy.values()) and max(report.outputs.values()) < 1e-5
+
+
+def test_folded_adapters_hold_the_experts_alone(tmp_path):
+    settings = AdapterSettings(shared="fold")
+    report = to_peft(low_rank(llama()), tmp_path / "out", settings=settings)
+    config = json.loads((tmp_path / "out/task%200/adapter_config.json").read_text())
+    assert config["r"] == 1
+    assert config["base_model_name_or_path"] == str(tmp_path / "out" / BASE)
+    assert max(report.outputs.values()) < 1e-5
+
+
+def test_padded_adapters_have_one_rank_and_change_nothing(tmp_path):
+    model = low_rank(llama(), shared=0, ranks=(2, 3))
+    first = model.modulators["task 0"].deltas
+    for name in list(first)[:3]:
+        del first[name]
+    settings = AdapterSettings(pad_rank=True)
+    report = to_peft(model, tmp_path / "out", settings=settings)
+    assert max(report.outputs.values()) < 1e-5
+    for task, rank in (("task%200", 2), ("task%201", 3)):
+        file = tmp_path / "out" / task / "adapter_model.safetensors"
+        ranks = {min(value.shape) for value in load_file(file).values()}
+        assert ranks == {rank}
+
+
+def test_a_cut_is_the_best_of_its_rank_and_its_error_is_told(tmp_path):
+    model = low_rank(llama(), ranks=(6, 6))
+    report = to_peft(model, tmp_path / "out", settings=AdapterSettings(max_rank=4))
+    expert = model.modulators["task 0"]
+    for name, one in report.tensors["task 0"].items():
+        change = (model.task_tensor(name, expert) - model.base_tensor(name)).double()
+        values = torch.linalg.svdvals(change).square()
+        best = (values[4:].sum() / values.sum()).sqrt()
+        assert one.rank == 4 and one.why == "cut to rank 4"
+        assert one.error == pytest.approx(float(best), rel=1e-4)
+
+
+def test_what_servers_do_not_read_is_listed_with_all_of_its_change(tmp_path):
+    model = didi(family(llama()), budget=9.0)
+    report = to_peft(model, tmp_path / "out")
+    left = report.lossy["mnist"]
+    assert set(left) == {
+        n for n in model.touched if "proj" not in n and "head" not in n
+    }
+    assert {one.how for one in left.values()} == {"left out"}
+    assert {one.error for one in left.values()} == {1.0}
+    assert "model.norm.weight: left out, 100.00%" in str(report)
+
+
+def test_fused_attention_and_bare_parameters_are_listed(tmp_path):
+    model = didi(family(OpenClipLike()), budget=9.0)
+    report = to_peft(
+        model,
+        tmp_path / "out",
+        settings=ALL,
+        inputs={"images": torch.ones(2, 3, 16, 16)},
+    )
+    left = report.lossy["svhn"]
+    assert {"attn.in_proj_weight", "attn.out_proj.weight", "proj"} <= set(left)
+    assert "conv1.weight" not in left and report.outputs["svhn"] > 1e-3
+
+
+def test_bfloat16_factors_lose_their_rounding_and_no_more(tmp_path):
+    settings = AdapterSettings(factor_dtype="bfloat16")
+    report = to_peft(low_rank(llama()), tmp_path / "out", settings=settings)
+    errors = [one.error for one in report.tensors["task 1"].values()]
+    assert 1e-4 < max(errors) < 2 * torch.finfo(torch.bfloat16).eps
+    assert not any(report.lossy.values())
+
+
+def test_refusals(tmp_path):
+    model = low_rank(llama())
+    with pytest.raises(UnknownTaskError, match="no 'moon'; it holds .'task 0'"):
+        to_peft(model, tmp_path / "out", tasks="moon")
+    with pytest.raises(SettingsError, match="max_rank=600 with pad_rank"):
+        AdapterSettings(max_rank=600, pad_rank=True)
+    with pytest.raises(SettingsError, match="carry='some'"):
+        AdapterSettings(carry="some")
+    only = {"model.norm.weight": torch.ones(32)}
+    norms = DiDiModel(
+        llama(), {}, {"a": {n: delta_of(v) for n, v in only.items()}}, unit_bits=1
+    )
+    with pytest.raises(DiDiError, match="Nothing that a changes .* Export it as plain"):
+        to_peft(norms, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def delta_of(value):
+    from fusion_bench_didi.deltas.plain import DenseDelta
+
+    return DenseDelta(tuple(value.shape), value)

@@ -1,0 +1,68 @@
+"""Plain checkpoints: bit for bit ``materialize``, with all that belongs to a model."""
+
+import json
+
+import pytest
+import torch
+from exact_models import llama, qwen
+from helpers import OpenClipLike, didi, family
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fusion_bench_didi.export import to_plain
+
+
+@pytest.mark.parametrize(
+    "make, dtype", [(llama, torch.float32), (qwen, torch.bfloat16)]
+)
+def test_a_checkpoint_is_materialize_bit_for_bit(make, dtype, tmp_path):
+    model = didi(family(make().to(dtype)), budget=0.5, factor_dtype="auto")
+    report = to_plain(model, tmp_path / "out", max_shard_size="20KB")
+    assert len(list((tmp_path / "out/svhn").glob("*.safetensors"))) > 1
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out/svhn", dtype="auto")
+    wanted = model.materialize("svhn").state_dict()
+    assert found.dtype == dtype
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, wanted[name]), name
+    assert set(report.bytes) == {"mnist", "svhn"}
+
+
+def test_tokenizer_and_generation_config_come_along(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "tokenizer.json").write_text("{}")
+    (base / "generation_config.json").write_text('{"temperature": 0.5}')
+    (base / "modeling.py").write_text("raise SystemExit")
+    model = didi(family(llama()), budget=0.5)
+    report = to_plain(model, tmp_path / "out", tasks="mnist", base=base)
+    files = {file.name for file in (tmp_path / "out/mnist").iterdir()}
+    assert {"tokenizer.json", "generation_config.json", "config.json"} <= files
+    assert "modeling.py" not in files and not report.notes
+    assert not (tmp_path / "out/svhn").exists()
+
+
+def test_a_model_in_memory_has_no_tokenizer_which_is_said(tmp_path):
+    report = to_plain(didi(family(llama()), budget=0.5), tmp_path / "out")
+    assert "no tokenizer" in report.notes[0] and "no tokenizer" in str(report)
+    written = json.loads((tmp_path / "out/export.json").read_text())
+    assert written["form"] == "plain" and written["bytes"] == dict(report.bytes)
+
+
+def test_models_that_are_not_transformers(tmp_path):
+    model = didi(family(OpenClipLike()), budget=0.5)
+    to_plain(model, tmp_path / "out")
+    found = load_file(tmp_path / "out/mnist/model.safetensors")
+    wanted = model.materialize("mnist").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_only_an_export_is_overwritten(tmp_path):
+    model = didi(family(OpenClipLike()), budget=0.5)
+    to_plain(model, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        to_plain(model, tmp_path / "out")
+    to_plain(model, tmp_path / "out", tasks="svhn", overwrite=True)
+    assert not (tmp_path / "out/mnist").exists()
+    model.save_pretrained(tmp_path / "merged")
+    with pytest.raises(FileExistsError, match="export.json does not say so"):
+        to_plain(model, tmp_path / "merged", overwrite=True)

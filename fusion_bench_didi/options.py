@@ -1,12 +1,14 @@
-"""Types of settings with their ranges, and the one check of a setting against its type."""
+"""Types of settings with their ranges, and the one check of a setting against its name and type."""
 
+import difflib
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from types import FunctionType
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from omegaconf import Container, OmegaConf
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -60,6 +62,58 @@ Pattern = Annotated[str, AfterValidator(_compiling)]
 Patterns = Sequence[str] | str | None
 
 
+Class = TypeVar("Class", bound=type)
+_GATHERING = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
+def checked(cls: Class) -> Class:
+    """A class whose constructor refuses keywords that neither it nor its bases have, and values of another type or range.
+
+    Raises:
+        SettingsError: from the constructor, with the nearest name that there is.
+    """
+    construct = cls.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        outermost = type(self).__init__ is __init__
+        if outermost:
+            check_keywords(cls, kwargs)
+            names = [*signature(construct).parameters][1:]
+            _found({**dict(zip(names, args)), **kwargs}, _types(cls))
+        construct(self, *args, **kwargs)
+        if outermost:
+            check_arguments(self)
+
+    cls.__init__ = __init__
+    return cls
+
+
+def check_keywords(cls: type, given: Iterable[str]) -> None:
+    """Keywords of a constructor must be parameters of it or of a base class; those of Hydra, with an underscore, are free.
+
+    Raises:
+        SettingsError: naming one that is none, and the nearest that is.
+    """
+    known: dict[str, None] = {}
+    for base in cls.__mro__[:-1]:
+        function = vars(base).get("__init__")
+        if isinstance(function, FunctionType):
+            parameters = list(signature(function).parameters.values())[1:]
+            known |= {p.name: None for p in parameters if p.kind not in _GATHERING}
+    for key in given:
+        if key not in known and not key.startswith("_"):
+            raise unknown_setting(cls.__name__, key, known)
+
+
+def unknown_setting(owner: str, key: str, known: Iterable[str]) -> SettingsError:
+    """What is wrong with a key that nothing reads."""
+    names = sorted(name for name in known if not name.startswith("_"))
+    close = difflib.get_close_matches(key, names, n=1)
+    hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(names)}."
+    return SettingsError(f"{owner} has no setting {key}. {hint}")
+
+
 def check_arguments(instance: Any) -> None:
     """Hold the attributes that are named after arguments of ``__init__`` against the types of these, and convert them.
 
@@ -68,14 +122,19 @@ def check_arguments(instance: Any) -> None:
     Raises:
         SettingsError: naming every value that is not of its type or not in its range.
     """
+    _check(instance, _types(type(instance)))
+
+
+def _types(cls: type) -> dict[str, Any]:
+    """Types of the arguments of a constructor and of those of its bases."""
     types: dict[str, Any] = {}
-    for cls in reversed(type(instance).__mro__):
-        function = vars(cls).get("__init__")
-        if isinstance(function, FunctionType) and not _of_host(cls):
+    for base in reversed(cls.__mro__):
+        function = vars(base).get("__init__")
+        if isinstance(function, FunctionType) and not _of_host(base):
             hints = get_type_hints(function, include_extras=True)
             known = signature(function).parameters
             types |= {name: hints[name] for name in known if name in hints}
-    _check(instance, types)
+    return types
 
 
 def _of_host(cls: type) -> bool:
@@ -89,23 +148,38 @@ def check_fields(instance: Any) -> None:
 
 
 def _check(instance: Any, types: Mapping[str, Any]) -> None:
-    faults = []
-    for name, wanted in types.items():
-        if not hasattr(instance, name):
+    values = {
+        name: getattr(instance, name) for name in types if hasattr(instance, name)
+    }
+    for name, found in _found(values, types).items():
+        if type(found) in (bool, int, float, str) and type(found) is not type(
+            values[name]
+        ):
+            object.__setattr__(instance, name, found)
+
+
+def _found(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as their types have them.
+
+    Raises:
+        SettingsError: naming every one that is not of its type or not in its range.
+    """
+    faults, kept = [], {}
+    for name, value in values.items():
+        if name not in types:
             continue
-        value = getattr(instance, name)
         plain = OmegaConf.to_container(value) if isinstance(value, Container) else value
         try:
-            found = TypeAdapter(wanted).validate_python(plain)
+            found = TypeAdapter(types[name]).validate_python(plain)
         except ValidationError as error:
             what = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
             faults.append(f"{name}={value!r}: {what}.")
             continue
         if type(value) is bool and type(found) in (int, float):
             faults.append(f"{name}={value!r}: a number is expected.")
-        if type(found) in (bool, int, float, str) and type(found) is not type(value):
-            object.__setattr__(instance, name, found)
+        kept[name] = found
     if faults:
         raise SettingsError(
             "\n  ".join(["Settings of another type or range:", *faults])
         )
+    return kept

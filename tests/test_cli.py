@@ -94,10 +94,22 @@ def test_command_merges_saves_evaluates_and_reports(workplace, tiny_clip):
     report = json.loads((workplace / "report" / "program_report.json").read_text())
     for task in TASKS:
         assert 0 <= report[task]["accuracy"] <= 1
-    storage = report["didi"]["storage"]
+    last = done.stdout.strip().splitlines()[-11:]
+    assert last[0].split() == ["task", "accuracy"]
+    assert [line.split()[0] for line in last[1:5]] == [*TASKS, "average"]
+    assert f"model      {workplace / 'merged'}" in last
+    assert "3 tasks" in last[5] and "of keeping all 3 models" in last[6]
+
+    whole = json.loads(Path(report["didi"]["details"]).read_text())
+    log = (workplace / "out" / "cli.log").read_text()
+    assert f"report saved to {report['didi']['details']}" in log
+    assert (
+        "DiDi-Merging: decompose (" in log
+    )  # a line per stage where there is no terminal
+    storage = whole["didi"]["storage"]
     assert 1.2 < storage["x_excl"] <= 1.24
     assert storage["x_incl"] == pytest.approx(storage["x_excl"] + 1)
-    assert set(report["didi"]["ranks"]["experts"]) == set(TASKS)
+    assert set(whole["didi"]["ranks"]["experts"]) == set(TASKS)
 
     model = DiDiModel.from_pretrained(workplace / "merged")
     assert model.storage.as_dict() == storage

@@ -9,10 +9,8 @@ import warnings
 
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
 
 from ..programs.compare import ComparisonProgram
-from ..report.tables import number
 from .suite import build_suite
 
 ENTRIES = {
@@ -55,35 +53,14 @@ def main() -> None:
         config = {"entries": ENTRIES, **POOLS, "path": {"log_dir": directory}}
         program = ComparisonProgram(**OmegaConf.create(config), seed=0, report=False)
         comparison = program.run()
-    console = Console(width=150)
-    console.print(table(comparison))
-    console.print(
-        "stored: beyond the backbone, in units of one fine-tuned model. retention: mean over tasks of accuracy /\n"
-        "fine-tuned accuracy. The same from the command line, and every other method:\n"
+    Console().print(
+        "The same from the command line, and every other method:\n"
         "  fusion_bench method=didi modelpool=didi/demo taskpool=didi/demo\n"
         "  fusion_bench --config-name didi_compare",
         highlight=False,
     )
     if failed := [r["method"] for r in comparison["rows"] if r["error"]]:
         raise SystemExit(f"failed: {', '.join(failed)}")
-
-
-def table(comparison: dict) -> Table:
-    """The rows of a comparison for a terminal."""
-    made = Table(title="DiDi-Merging on the embedded suite, test accuracy in %")
-    made.add_column("method", no_wrap=True)
-    for head in ("average", "retention", "stored", "seconds", *comparison["tasks"]):
-        made.add_column(head, justify="right", no_wrap=True)
-    for row in comparison["rows"]:
-        made.add_row(
-            row["method"],
-            number(row["average"], 1, 100),
-            number(row["retention"]["mean_of_ratios"], 1, 100),
-            number(row["x_excl"], 2),
-            number(row["seconds"], 1),
-            *(number(value, 0, 100) for value in row["accuracy"].values()),
-        )
-    return made
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from omegaconf import DictConfig, OmegaConf
 from transformers import CLIPModel
 
+from ..options import FilePath, checked
 from .registry import register_suite_tasks
 from .tasks import Split
 
 
 def open_folder(
-    root: str | Path, tasks: Sequence[str] | None = None
+    root: FilePath | Path, tasks: Sequence[str] | None = None
 ) -> tuple[Path, list[str]]:
     """The folder and the chosen tasks, whose class names the host knows from now on.
 
@@ -51,6 +52,7 @@ def open_folder(
     return root, chosen
 
 
+@checked
 class FolderCLIPVisionModelPool(CLIPVisionModelPool):
     """The models and images of a suite.
 
@@ -65,7 +67,7 @@ class FolderCLIPVisionModelPool(CLIPVisionModelPool):
     }
 
     def __init__(
-        self, *, root: str, tasks: Sequence[str] | None = None, **kwargs: Any
+        self, *, root: FilePath, tasks: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         folder, names = open_folder(root, tasks)
         towers = {
@@ -89,6 +91,7 @@ class FolderCLIPVisionModelPool(CLIPVisionModelPool):
         return super().load_clip_model(model_name, *args, **kwargs)
 
 
+@checked
 class FolderCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
     """Zero-shot classification on a suite's images.
 
@@ -106,7 +109,7 @@ class FolderCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
     def __init__(
         self,
         *,
-        root: str,
+        root: FilePath,
         tasks: Sequence[str] | None = None,
         split: Split = "test",
         decode_once: bool = False,

@@ -1,10 +1,12 @@
 """Suites as one shuffled stream of all tasks: ``taskpool=didi/mixed``."""
 
+from ..options import checked
 from ..taskpool.mixed_stream import MixedStreamCLIPVisionModelTaskPool
 from .folder_pools import FolderCLIPVisionModelTaskPool
 from .pools import DemoCLIPVisionModelTaskPool
 
 
+@checked
 class MixedDemoTaskPool(
     MixedStreamCLIPVisionModelTaskPool, DemoCLIPVisionModelTaskPool
 ):
@@ -16,6 +18,7 @@ class MixedDemoTaskPool(
     )
 
 
+@checked
 class MixedFolderTaskPool(
     MixedStreamCLIPVisionModelTaskPool, FolderCLIPVisionModelTaskPool
 ):

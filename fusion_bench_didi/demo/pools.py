@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..options import Seed, checked
 from .folder_pools import FolderCLIPVisionModelPool, FolderCLIPVisionModelTaskPool
 from .suite import Size, build_suite
 
@@ -18,7 +19,7 @@ class _DemoSuite:
     def __init__(
         self,
         *,
-        seed: int = 0,
+        seed: Seed = 0,
         cache_dir: str | Path | None = None,
         size: Size = "full",
         **kwargs: Any,
@@ -34,6 +35,7 @@ class _DemoSuite:
         return type(pool._config_mapping)(kept | own)
 
 
+@checked
 class DemoCLIPVisionModelPool(_DemoSuite, FolderCLIPVisionModelPool):
     """The base model and the fine-tuned models of the demo suite, with its pictures.
 
@@ -47,6 +49,7 @@ class DemoCLIPVisionModelPool(_DemoSuite, FolderCLIPVisionModelPool):
     _config_mapping = _DemoSuite.mapping(FolderCLIPVisionModelPool)
 
 
+@checked
 class DemoCLIPVisionModelTaskPool(_DemoSuite, FolderCLIPVisionModelTaskPool):
     """Zero-shot classification on the demo suite's pictures.
 

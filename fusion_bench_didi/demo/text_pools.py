@@ -17,6 +17,7 @@ from fusion_bench.modelpool import SequenceClassificationModelPool
 from omegaconf import OmegaConf
 
 from ..errors import ModelPoolError
+from ..options import FilePath, checked
 from ..taskpool.text import TextClassificationTaskPool, parquet_files
 from .tasks import Split
 
@@ -40,6 +41,7 @@ def tasks_of(root: str | Path, tasks: Sequence[str] | None = None) -> list[str]:
     return chosen
 
 
+@checked
 class FolderTextModelPool(SequenceClassificationModelPool):
     """The encoders and texts of a suite.
 
@@ -57,8 +59,8 @@ class FolderTextModelPool(SequenceClassificationModelPool):
     def __init__(
         self,
         *,
-        root: str,
-        data: str,
+        root: FilePath,
+        data: FilePath,
         tasks: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -79,6 +81,7 @@ class FolderTextModelPool(SequenceClassificationModelPool):
         self.root, self.data, self.tasks = root, data, tasks
 
 
+@checked
 class FolderTextTaskPool(TextClassificationTaskPool):
     """Accuracy on a suite's texts.
 
@@ -91,8 +94,8 @@ class FolderTextTaskPool(TextClassificationTaskPool):
     def __init__(
         self,
         *,
-        root: str,
-        data: str,
+        root: FilePath,
+        data: FilePath,
         tasks: Sequence[str] | None = None,
         split: Split = "test",
         **kwargs: Any,

@@ -2,6 +2,7 @@
 
 from ..deltas.storage import dtype_bits
 from ..task_vectors.reader import TaskVectors
+from ..units import readable
 from .inventory import Inventory, matrix_budget, take_inventory
 from .settings import MergeSettings
 
@@ -25,8 +26,12 @@ def describe(task_vectors: TaskVectors, settings: MergeSettings) -> str:
         f"{len(inventory.matrices)} matrices, {len(inventory.vectors) + len(inventory.flat)} vectors, {len(inventory.own)} tensors "
         "of each task's own; "
         "one fine-tuned model is "
-        f"{inventory.unit_bits / 8e6:.1f} MB, the budget {settings.budget.ratio} leaves {left / 8e6:.1f} MB for "
-        f"{sharing} after {inventory.vector_bits / 8e6:.2f} MB of vectors and {inventory.own_bits / 8e6:.2f} MB of own tensors.",
+        f"{readable(inventory.unit_bits)}, the budget {settings.budget.ratio} leaves {readable(left)} for "
+        f"{sharing} after {readable(inventory.vector_bits)} of vectors and {readable(inventory.own_bits)} of own tensors.",
+        "",
+        "bytes/rank: what one more rank of the shared part or of one task's expert takes in the matrix. even rank: what each of them "
+        "would get",
+        "if all matrices and tasks had equal shares of the budget; the merge itself shares it by what reduces the error most.",
         "",
         f"{'matrix':<60} {'shape':>14} {'bytes/rank':>11} {'even rank':>10}",
     ]
@@ -41,7 +46,7 @@ def describe(task_vectors: TaskVectors, settings: MergeSettings) -> str:
     peak = _peak_gb(task_vectors, inventory, settings, left)
     lines += [
         "",
-        f"to read: {read:.2f} GB per pass; predicted peak memory: {peak:.2f} GB",
+        f"to read: {readable(8e9 * read)} per pass; predicted peak memory: {readable(8e9 * peak)}",
     ]
     return "\n".join(lines)
 

@@ -1,6 +1,5 @@
 """What the methods share: how a pool is opened, and how a dynamic model is connected to the host."""
 
-import difflib
 import logging
 import warnings
 from abc import abstractmethod
@@ -13,7 +12,6 @@ from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from fusion_bench.modelpool import BaseModelPool
 from omegaconf import OmegaConf
 from rich.progress import Progress as Bars
-from rich.progress import track
 from torch import nn
 
 from ..checkpoint.directory import check_target, whole_directory
@@ -24,7 +22,7 @@ from ..errors import CheckpointMismatchError, SettingsError
 from ..merging.encoding import encode_own
 from ..models import DynamicModel
 from ..models.pool_saving import attach_saving, check_saving
-from ..options import Aliases, FilePath, Patterns, check_arguments
+from ..options import Aliases, FilePath, Patterns, check_arguments, unknown_setting
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import (
@@ -40,6 +38,7 @@ from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, account_of, model_bits, scan
 from ..task_vectors.tensor import ChangedTensor
 from ..taskpool.task_switching import attach, check_switching
+from .ending import attach_ending
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +77,9 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             if key in kwargs and (value is None or kwargs[key] == value):
                 _deprecated(f"{key} has no effect any more.")
                 kwargs.pop(key)
-        known = sorted(k for k in self._config_mapping.values() if k[0] != "_")
+        known = self._config_mapping.values()
         for key in kwargs:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"There are {known}."
-            raise SettingsError(f"{type(self).__name__} has no setting {key}. {hint}")
+            raise unknown_setting(type(self).__name__, key, known)
         super().__init__()
         check_arguments(self)
         if self.overwrite and self.output_dir is None:
@@ -97,6 +94,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             DiDiError: if the task pool cannot tell a model its task, or what is saved cannot be written where it shall be.
             FileExistsError: if something lies there.
         """
+        attach_ending(self)
         modelpool = as_pool(modelpool)
         check_pool(modelpool)
         if self.dynamic:
@@ -163,7 +161,10 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
     def track(self, names: Sequence[str], stage: str) -> Iterator[str]:
         """The names, with a progress bar."""
-        yield from track(names, f"{self.title}: {stage}", transient=True)
+        with progress_bars(self.title) as progress:
+            for done, name in enumerate(names):
+                yield name
+                progress(stage, done, len(names))
 
     def streamed(
         self, tasks: Sequence[str], make: Callable[[Sink], DynamicModel]
@@ -251,7 +252,6 @@ class DynamicMethod(PoolMethod):
                 modelpool, backbone, task_vectors, found, sink
             ),
         )
-        self.print_profile_summary()
         return self.connect(model, modelpool)
 
     def _compressed(
@@ -267,7 +267,7 @@ class DynamicMethod(PoolMethod):
         def encode(name: str) -> EncodedTensor | None:
             return self.encode(task_vectors.tensor(name, device))
 
-        with self.profile("compress"), progress_bars() as progress, sink:
+        with self.profile("compress"), progress_bars(self.title) as progress, sink:
             self.prepare(task_vectors, names, progress)
             for name in found.changed_own:
                 sink.put(encode_own(task_vectors, name))
@@ -295,14 +295,17 @@ class DynamicMethod(PoolMethod):
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """A bar per stage."""
+def progress_bars(title: str) -> Iterator[Progress]:
+    """A bar per stage; where nobody sees bars, a line in the log as it begins."""
     with Bars(transient=True) as bars:
         rows: dict[str, Any] = {}
+        watched = bars.console.is_terminal
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage not in rows:
                 rows[stage] = bars.add_task(stage, total=total)
+                if not watched:
+                    log.info("%s: %s (%d)", title, stage, total)
             bars.update(rows[stage], completed=done + 1, total=total)
 
         yield progress

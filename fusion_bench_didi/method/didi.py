@@ -164,7 +164,6 @@ class DiDiMerging(PoolMethod):
             sorted(modelpool.model_names),
             lambda sink: self._merged(modelpool, backbone, task_vectors, sink),
         )
-        self.print_profile_summary()
         log.info("relative error %.4f", model.info["relative_error"])
         return self.connect(model, modelpool)
 
@@ -175,7 +174,7 @@ class DiDiMerging(PoolMethod):
         task_vectors: TaskVectors,
         sink: Sink,
     ) -> DiDiModel:
-        with self.profile("merge"), progress_bars() as progress:
+        with self.profile("merge"), progress_bars(self.title) as progress:
             result = merge(
                 task_vectors,
                 self.settings(),

@@ -171,7 +171,6 @@ class MERGE(PoolMethod):
         picks = named_picks(front)
         with self.profile("library"):
             chains = self._leave(directory, space, library, found, front, picks)
-        self.print_profile_summary()
         index = picks[self.pick] if self.pick in picks else int(self.pick)
         if not -len(front) <= index < len(front):
             raise SettingsError(f"pick={self.pick}: the front has {len(front)} points.")

@@ -108,7 +108,6 @@ class SEMerging(PoolMethod):
         else:
             router.anchor(rest)
         attach_router(self, model, router, modelpool)
-        self.print_profile_summary()
         return self.connect(model, modelpool)
 
     def router(self, tasks: Sequence[str]) -> RepresentationRouter:

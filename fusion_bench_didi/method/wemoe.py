@@ -34,8 +34,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm.auto import trange
 
-from ..errors import ModelPoolError, SettingsError
-from ..options import Aliases, Count, Positive, PositiveCount, Scale, check_fields
+from ..errors import ModelPoolError
+from ..options import (
+    Aliases,
+    Count,
+    Positive,
+    PositiveCount,
+    Scale,
+    check_fields,
+    unknown_setting,
+)
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import check_pool
@@ -90,9 +98,7 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
     def __init__(self, **settings: Any):
         known = [field.name for field in fields(WEMoESettings)]
         if unknown := sorted(set(settings) - set(known)):
-            raise SettingsError(
-                f"WEMoEMerging has no setting {unknown[0]}. There are {known}."
-            )
+            raise unknown_setting(type(self).__name__, unknown[0], known)
         found = asdict(WEMoESettings(**settings))
         self.batch_reduce_at_test = found.pop("batch_reduce_at_test")
         self.task_aliases = found.pop("task_aliases")

@@ -17,10 +17,13 @@ from rich.console import Console
 from .. import compat
 from ..checkpoint.deltas import versions
 from ..checkpoint.directory import alone, write_json
+from ..options import check_keywords
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import check_pool, load_backbone
 from ..pools.task_names import check_tasks
+from ..report.loggers import log_metrics, row_metrics
+from ..report.terminal import print_table
 from .entries import declared, read_entries
 from .entry_run import Bench, run_entry, summary
 from .progress import Watch, quiet, terminal
@@ -59,6 +62,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         save_artefacts: bool | None = None,
         **kwargs: Any,
     ):
+        check_keywords(type(self), kwargs)
         super().__init__(
             method=None,
             modelpool=modelpool,
@@ -100,6 +104,7 @@ class ComparisonProgram(FabricModelFusionProgram):
 
                 for file in write_report(self.directory):
                     console.print(f"wrote {file}")
+        print_table(comparison, f"{len(comparison['tasks'])} tasks, {self.directory}")
         return comparison
 
     def _bench(self, store: RowStore) -> Bench:
@@ -134,7 +139,10 @@ class ComparisonProgram(FabricModelFusionProgram):
                 rows[entry.key] = run_entry(bench, entry, rows, watch)
                 watch.done(summary(rows[entry.key]))
                 self._write(rows, bench)
-        return self._write(rows, bench)
+        comparison = self._write(rows, bench)
+        for row in comparison["rows"]:
+            log_metrics(self.fabric, row_metrics(row))
+        return comparison
 
     def new_modelpool(self) -> Any:
         """A model pool that no earlier method has touched; the program's from now on."""

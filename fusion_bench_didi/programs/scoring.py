@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..pools.task_names import TASKS, pool_tasks
+from ..report.answer import figure
 from ..taskpool.task_switching import HOOKS, attach
 from .entries import ComparisonError
 
@@ -42,7 +43,8 @@ class Scorer:
         """The model's accuracy (or the pool's own first figure) on the task."""
         with self._only(task):
             report = self.taskpool.evaluate(model)
-        return _figure(report[task])
+        name, value = figure(report[task])
+        return value
 
     def release(self) -> None:
         """Drop the pool's references to the last model."""
@@ -73,14 +75,3 @@ def _names(value: Any) -> list[str]:
     if isinstance(value, str):
         return value.split(",")
     return [str(name) for name in value] if isinstance(value, Iterable) else []
-
-
-def _figure(result: Any) -> float:
-    if not isinstance(result, Mapping):
-        return float(result)
-    name = (
-        "accuracy"
-        if "accuracy" in result
-        else next(k for k, v in result.items() if isinstance(v, (int, float)))
-    )
-    return float(result[name])

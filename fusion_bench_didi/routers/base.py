@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnknownTaskError
+from ..options import Fraction, Positive, checked
 from ..serving.forward import MixedForward
 from .heads import HEADS, fit_head
 
@@ -69,6 +70,7 @@ def weights_from(
     return weights
 
 
+@checked
 class Router(nn.Module):
     """Finds weights over tasks for every sample.
 
@@ -89,23 +91,15 @@ class Router(nn.Module):
         tasks: list[str],
         *,
         hard: bool = True,
-        temperature: float = 1.0,
+        temperature: Positive = 1.0,
         fallback: Literal["none", "shared"] = "none",
-        threshold: float = 0.0,
+        threshold: Fraction = 0.0,
         head: Literal["none", "discriminant", "mlp"] = "none",
     ):
         super().__init__()
-        if fallback not in ("none", "shared"):
-            raise ValueError(f"fallback={fallback!r}; choose none or shared.")
-        if head not in ("none", *HEADS):
-            raise ValueError(f"head={head!r}; choose one of none, {', '.join(HEADS)}.")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be positive.")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold={threshold} is not in [0, 1].")
         self.tasks = list(tasks)
-        self.hard, self.temperature = hard, float(temperature)
-        self.fallback, self.threshold, self.head = fallback, float(threshold), head
+        self.hard, self.temperature = hard, temperature
+        self.fallback, self.threshold, self.head = fallback, threshold, head
         self.last: Tensor | None = None
         self.reset()
 

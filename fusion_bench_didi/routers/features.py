@@ -6,10 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..options import checked
 from .base import RoutedModel, Router
 from .capture import layer_names, pooled, record
 
 
+@checked
 class FeatureRouter(Router):
     """A small network on pooled states of the shared model, trained on images whose task is known (no class labels).
 
@@ -31,8 +33,6 @@ class FeatureRouter(Router):
         **options: Any,
     ):
         super().__init__(tasks, head=head, **options)
-        if pooling not in ("cls", "mean", "both"):
-            raise ValueError(f"pooling={pooling!r}; choose cls, mean or both.")
         self.layers, self.pooling = list(layers), pooling
 
     def options(self) -> dict[str, Any]:
@@ -50,6 +50,7 @@ class FeatureRouter(Router):
         return torch.cat(states, 1).float()
 
 
+@checked
 class OracleRouter(Router):
     """Is told the tasks of the next batch by :meth:`tell`; what the mixed-stream pool measures others against."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..lowrank.svd import spectrum
+from ..options import PositiveCount, checked
 from ..serving.layers import apart, patches
 from .base import RoutedModel, Router
 from .capture import blocks, layer_names, record, token_mask
@@ -45,6 +46,7 @@ def responses(x: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.cat([inner, energy], 1).add(EPS).log()
 
 
+@checked
 class ProjectionRouter(Router):
     """Training-free routing by expert subspaces.
 
@@ -62,7 +64,7 @@ class ProjectionRouter(Router):
         tasks: list[str],
         *,
         layers: Sequence[int | str] | None = None,
-        directions: int = 16,
+        directions: PositiveCount = 16,
         **options: Any,
     ):
         super().__init__(tasks, **options)

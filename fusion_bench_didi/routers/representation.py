@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ..deltas.names import escaped, unescaped
+from ..options import Scale, checked
 from .base import RoutedModel, Router
 from .capture import layer_names, pooled, record
 
-DISTANCES = ("l2", "cosine")
-NORMALIZATIONS = ("none", "mean", "minmax")
 _ANCHOR = "anchor:"
 
 
@@ -42,6 +41,7 @@ def normalized(distances: Tensor, how: str) -> Tensor:
     return (distances - low) / (high - low).clamp_min(1e-12)
 
 
+@checked
 class RepresentationRouter(Router):
     """SE-Merging's router.
 
@@ -69,27 +69,18 @@ class RepresentationRouter(Router):
         distance: Literal["l2", "cosine"] = "l2",
         normalization: Literal["none", "mean", "minmax"] = "mean",
         prefer: Literal["near", "far"] = "near",
-        merged_weight: float | None = None,
-        merged_shared: float = 1.0,
-        total_mass: float = 1.0,
+        merged_weight: Scale | None = None,
+        merged_shared: Scale = 1.0,
+        total_mass: Scale = 1.0,
         **options: Any,
     ):
         super().__init__(tasks, **options)
-        choices = (
-            ("pooling", pooling, ("cls", "mean")),
-            ("distance", distance, DISTANCES),
-            ("normalization", normalization, NORMALIZATIONS),
-            ("prefer", prefer, ("near", "far")),
-        )
-        for key, value, allowed in choices:
-            if value not in allowed:
-                raise ValueError(f"{key}={value!r}; choose {' or '.join(allowed)}.")
         self.layers, self.pooling, self.distance = list(layers), pooling, distance
         self.normalization, self.prefer = normalization, prefer
         if merged_weight is None:
             merged_weight = 1 / len(tasks)
         self.merged_weight, self.merged_shared = float(merged_weight), merged_shared
-        self.total_mass = float(total_mass)
+        self.total_mass = total_mass
 
     def options(self) -> dict[str, Any]:
         names = ("layers", "pooling", "distance", "normalization", "prefer")

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.dynamic import DynamicModel
+from ..options import Aliases, PositiveCount, Seed, checked
 from ..pools.task_names import resolve_task
 from ..routers.features import OracleRouter
 from .task_switching import dynamic_model_in, told_of
 
 
+@checked
 class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
     """Evaluates static models, models with a router, and dynamic models that are given each sample's task.
 
@@ -38,10 +40,10 @@ class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
     def __init__(
         self,
         *args: Any,
-        stream_batch_size: int = 64,
-        seed: int = 0,
-        limit: int | None = None,
-        task_aliases: Mapping[str, str] | None = None,
+        stream_batch_size: PositiveCount = 64,
+        seed: Seed = 0,
+        limit: PositiveCount | None = None,
+        task_aliases: Aliases = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)

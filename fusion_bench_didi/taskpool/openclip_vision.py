@@ -2,8 +2,10 @@
 
 from fusion_bench.taskpool import OpenCLIPVisionModelTaskPool
 
+from ..options import checked
 from .task_switching import TaskAware
 
 
+@checked
 class TaskAwareOpenCLIPVisionModelTaskPool(TaskAware, OpenCLIPVisionModelTaskPool):
     """Evaluates any model with ``set_task`` on each task with that task's expert."""

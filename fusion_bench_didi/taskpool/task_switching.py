@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import DiDiError
 from ..models.dynamic import DynamicModel
+from ..options import Aliases
 from ..pools.task_names import check_tasks, pool_tasks, resolve_task
 from .lm_eval_harness import is_harness, task_by_task
 
@@ -101,7 +102,7 @@ class TaskAware:
     def __init__(
         self,
         *args: Any,
-        task_aliases: Mapping[str, str] | None = None,
+        task_aliases: Aliases = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)

@@ -9,20 +9,23 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
 from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.taskpool import BaseTaskPool
 from fusion_bench.utils import count_parameters
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import DiDiError
+from ..options import FilePath, PositiveCount, checked
 from .task_switching import TaskAware
 
+Split = Literal["train", "validation", "test"]
 #: a batch, and what it is scored against
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -34,17 +37,11 @@ class _TextTaskPool(BaseTaskPool, LightningFabricMixin):
         self,
         tokenizer: str | Any,
         *,
-        batch_size: int = 64,
-        limit: int | None = None,
+        batch_size: PositiveCount = 64,
+        limit: PositiveCount | None = None,
         **kwargs: Any,
     ):
-        if unknown := [key for key in kwargs if not key.startswith("_")]:
-            raise DiDiError(f"{type(self).__name__} has no setting {unknown[0]}.")
         super().__init__(**kwargs)
-        if batch_size < 1 or (limit is not None and limit < 1):
-            raise DiDiError(
-                f"batch_size={batch_size}, limit={limit}: both are counts of at least 1 (limit: null for all)."
-            )
         self.tokenizer, self.batch_size, self.limit = tokenizer, batch_size, limit
         self._test_datasets: dict[str, Any] = {}
         self._made: dict[str, list[Batch]] = {}
@@ -112,14 +109,14 @@ class _TextTaskPool(BaseTaskPool, LightningFabricMixin):
 class _Classification(_TextTaskPool):
     def __init__(
         self,
-        root: str,
+        root: FilePath,
         tokenizer: str | Any,
         *,
         tasks: Sequence[str] | None = None,
-        split: str = "test",
-        heads: Mapping[str, str] | None = None,
-        max_length: int = 128,
-        columns: Mapping[str, str] | None = None,
+        split: Split = "test",
+        heads: Mapping[str, FilePath] | None = None,
+        max_length: PositiveCount = 128,
+        columns: Mapping[Literal["text", "label"], str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(tokenizer, **kwargs)
@@ -169,6 +166,7 @@ class _Classification(_TextTaskPool):
         return self._shells[task_name]
 
 
+@checked
 class TextClassificationTaskPool(TaskAware, _Classification):
     """Accuracy of sequence classifiers on ``ROOT/TASK/{train,validation,test}-*.parquet``, each task under its expert.
 
@@ -193,13 +191,11 @@ class _Perplexity(_TextTaskPool):
         files: Mapping[str, str | Sequence[str]],
         tokenizer: str | Any,
         *,
-        context: int = 512,
-        batch_size: int = 8,
+        context: Annotated[int, Field(ge=2)] = 512,
+        batch_size: PositiveCount = 8,
         **kwargs: Any,
     ):
         super().__init__(tokenizer, batch_size=batch_size, **kwargs)
-        if context < 2:
-            raise DiDiError(f"context={context}: a window needs at least two tokens.")
         self.files, self.context = files, context
         self._test_datasets = {
             task: _found(task, given) for task, given in files.items()
@@ -245,6 +241,7 @@ class _Perplexity(_TextTaskPool):
         return {**found, "perplexity": math.exp(found["loss"])}
 
 
+@checked
 class PerplexityTaskPool(TaskAware, _Perplexity):
     """Perplexity of language models on text files, each task under its expert.
 

@@ -104,7 +104,6 @@ class CATMerging(PoolMethod):
                 value = live[name]
                 change = self._merged(task_vectors, name, inputs)
                 value.copy_(value.float() + self.scale * change.to(value.device))
-        self.print_profile_summary()
         return backbone
 
     def _merged(

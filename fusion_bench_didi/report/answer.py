@@ -1,0 +1,148 @@
+"""What a run ends with: some ten lines that say how good the merged model is, what it takes, and where it lies."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..units import readable
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Everything that a finished run is asked about.
+
+    Args:
+        title: of the method.
+        tasks: in the order of the table.
+        metric: what the figures are.
+        figures, base, own: per task, of the merged model, of the base model and of the task's own fine-tuned model; the
+            last two as far as they are known.
+        storage: as by ``StorageReport.as_dict``; empty where nothing is counted.
+        error: energy of the task vectors that is not reproduced, in parts of all; None if unknown.
+        seconds: of the merge.
+        files: what was written, by what it is.
+    """
+
+    title: str
+    tasks: Sequence[str]
+    metric: str = "accuracy"
+    figures: Mapping[str, float] = field(default_factory=dict)
+    base: Mapping[str, float] = field(default_factory=dict)
+    own: Mapping[str, float] = field(default_factory=dict)
+    storage: Mapping = field(default_factory=dict)
+    error: float | None = None
+    seconds: float | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([*self._table(), *self._facts()])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The figures by name, as loggers take them."""
+        found = {f"{self.metric}/{task}": v for task, v in self.figures.items()}
+        if self.figures:
+            found[f"{self.metric}/average"] = _mean(list(self.figures.values()))
+        if ratios := self._ratios():
+            found["retention"] = _mean(list(ratios.values()))
+        if self.storage:
+            sizes = storage_units(self.storage)
+            found |= {f"storage/{name}": value for name, value in sizes.items()}
+        if self.error is not None:
+            found["relative_error"] = self.error
+        if self.seconds is not None:
+            found["seconds"] = self.seconds
+        return found
+
+    def _ratios(self) -> dict[str, float]:
+        """Retention per task; none unless it is known of all."""
+        if not self.figures or any(not self.own.get(task) for task in self.figures):
+            return {}
+        return {task: value / self.own[task] for task, value in self.figures.items()}
+
+    def _table(self) -> list[str]:
+        if not self.figures:
+            return []
+        columns = {
+            self.metric: self.figures,
+            "base model": self.base,
+            "own model": self.own,
+            "retention": self._ratios(),
+        }
+        columns = {head: column for head, column in columns.items() if column}
+        width = max(len("average"), *map(len, self.tasks))
+        lines = [f"{'task':<{width}}" + "".join(f"{head:>12}" for head in columns)]
+        for task in self.figures:
+            cells = (_percent(column.get(task)) for column in columns.values())
+            lines.append(f"{task:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
+        means = (
+            _percent(_mean([column.get(task) for task in self.figures]))
+            for column in columns.values()
+        )
+        return [
+            *lines,
+            f"{'average':<{width}}" + "".join(f"{cell:>12}" for cell in means),
+        ]
+
+    def _facts(self) -> list[str]:
+        count = f"{len(self.tasks)} tasks" + (
+            "" if self.figures else f": {', '.join(self.tasks)}"
+        )
+        lines = [f"{'method':<11}{self.title}, {count}"]
+        if self.error is not None:
+            lines[0] += f", relative error {self.error:.2g}"
+        if self.storage:
+            lines.append(f"{'storage':<11}{storage_line(self.storage)}")
+        if self.seconds is not None:
+            lines.append(f"{'merged in':<11}{self.seconds:.1f} s")
+        lines += [f"{what:<11}{place}" for what, place in self.files.items()]
+        return lines
+
+
+def storage_units(storage: Mapping) -> dict[str, float]:
+    """An account in the units that people ask for.
+
+    Args:
+        storage: as by ``StorageReport.as_dict``.
+
+    Returns:
+        ``x_excl``, ``x_incl``: in fine-tuned models, without and with the backbone; ``megabytes`` beyond the backbone;
+        ``x_of_all``: with the backbone, against keeping every fine-tuned model.
+    """
+    tasks = max(len(storage["expert_bits"]), 1)
+    return {
+        "x_excl": storage["x_excl"],
+        "x_incl": storage["x_incl"],
+        "megabytes": storage["x_excl"] * storage["unit_bits"] / 8e6,
+        "x_of_all": storage["x_incl"] / tasks,
+    }
+
+
+def storage_line(storage: Mapping) -> str:
+    """The same in a line."""
+    units, tasks = storage_units(storage), len(storage["expert_bits"])
+    size = readable(storage["x_excl"] * storage["unit_bits"])
+    return (
+        f"{units['x_excl']:.2f}x of one fine-tuned model beyond the backbone = {size}; with the backbone "
+        f"{units['x_incl']:.2f}x, which is {units['x_of_all']:.2f}x of keeping all {tasks} models"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    if not values or any(value is None for value in values):
+        return None
+    return sum(values) / len(values)
+
+
+def figure(result: object) -> tuple[str, float] | None:
+    """Name and value of what a task pool says of a task: its accuracy, or its first number; None where there is none."""
+    if isinstance(result, (int, float)):
+        return "figure", float(result)
+    if not isinstance(result, Mapping):
+        return None
+    numbers = {k: float(v) for k, v in result.items() if isinstance(v, (int, float))}
+    name = "accuracy" if "accuracy" in numbers else next(iter(numbers), None)
+    return None if name is None else (name, numbers[name])

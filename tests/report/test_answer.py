@@ -1,0 +1,130 @@
+"""What a run ends with, and what loggers get: few lines, three units, figures of others only where they are known."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from lightning.fabric.loggers import CSVLogger
+
+from fusion_bench_didi.report.answer import Answer, figure, storage_units
+from fusion_bench_didi.report.loggers import log_metrics, row_metrics
+from fusion_bench_didi.report.references import known_figures
+from fusion_bench_didi.report.terminal import print_table
+from fusion_bench_didi.units import readable
+
+STORAGE = {
+    "unit_bits": 8_000_000,
+    "x_excl": 1.4,
+    "x_incl": 2.4,
+    "expert_bits": {"a": 1, "b": 2, "c": 3},
+}
+FIGURES = {"a": 0.9, "b": 0.6, "c": 0.3}
+
+
+def row(key: str, accuracy: dict, **changes) -> dict:
+    mean = sum(accuracy.values()) / len(accuracy)
+    return {
+        "key": key,
+        "method": key,
+        "error": None,
+        "accuracy": accuracy,
+        "average": mean,
+        "retention": {"mean_of_ratios": 0.5},
+        "x_excl": 1.4,
+        "x_incl": 2.4,
+        "bytes_excl": 1_400_000,
+        "seconds": None,
+        **changes,
+    }
+
+
+def comparison(*rows: dict, **config) -> dict:
+    return {"tasks": list(FIGURES), "rows": list(rows), "config": config}
+
+
+def test_answer_is_a_table_and_a_line_per_fact():
+    answer = Answer(
+        "Some-Merging, budget 1.4",
+        [*FIGURES],
+        figures=FIGURES,
+        own={"a": 1.0, "b": 0.8, "c": 0.5},
+        storage=STORAGE,
+        error=0.01,
+        seconds=3.21,
+        files={"details": "there/report.json"},
+    )
+    lines = str(answer).splitlines()
+    assert lines[0].split() == ["task", "accuracy", "own", "model", "retention"]
+    assert lines[2].split() == ["b", "60.0", "80.0", "75.0"]
+    assert lines[4].split() == ["average", "60.0", "76.7", "75.0"]
+    told = "\n".join(lines[5:])
+    assert "1.40x" in told and "1.40 MB" in told and "0.80x of keeping all 3" in told
+    assert "3.2 s" in told and "there/report.json" in told
+    assert len(lines) == 9
+
+
+def test_what_is_not_known_is_not_printed():
+    lines = str(Answer("Static", ["a"], figures={"a": 0.5}, own={"b": 1})).splitlines()
+    assert lines[0].split() == ["task", "accuracy", "own", "model"]
+    assert lines[1].split() == ["a", "50.0", "–"]
+    assert "retention" not in Answer("", ["a"], figures={"a": 0.5}).metrics
+    assert "tasks: a" not in lines[-1] and len(lines) == 4
+
+
+def test_units_of_storage():
+    units = storage_units(STORAGE)
+    assert units["megabytes"] == pytest.approx(1.4)
+    assert units["x_of_all"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    "bits, text",
+    [(0, "0 bytes"), (8 * 999, "999 bytes"), (8 * 1234, "1.23 kB"), (8 * 56_700, "56.7 kB"), (8 * 999_900, "1.00 MB"), (8e15, "1000 TB")],  # fmt: skip
+)
+def test_readable_sizes(bits, text):
+    assert readable(bits) == text
+
+
+def test_figure_of_a_task():
+    assert figure({"loss": 2, "accuracy": 0.5}) == ("accuracy", 0.5)
+    assert figure({"perplexity": 3.0, "loss": 1.0}) == ("perplexity", 3.0)
+    assert figure(0.25) == ("figure", 0.25)
+    assert figure({"text": "none"}) is None and figure(None) is None
+
+
+def test_figures_of_others_come_from_a_comparison_on_equal_pools(tmp_path):
+    base, own = row("pretrained", FIGURES), row("individuals", {**FIGURES, "a": 1.0})
+    pools = {"modelpool": {"x": 1}, "taskpool": {"y": 2}}
+    told = comparison(base, own, row("didi", FIGURES), **pools)
+    (tmp_path / "comparison.json").write_text(json.dumps(told))
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    assert known_figures(run, pools) == {
+        "pretrained": FIGURES,
+        "individuals": {**FIGURES, "a": 1.0},
+    }
+    assert known_figures(run, {**pools, "taskpool": {"y": 3}}) == {}
+    assert known_figures(run / "too" / "deep", pools) == {}
+
+
+def test_table_of_a_comparison_says_what_failed(capsys):
+    rows = [row("didi", FIGURES), row("bad", FIGURES, error="ValueError: no")]
+    print_table(comparison(*rows))
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if "didi" in line)
+    assert [cell.strip() for cell in line.strip("│").split("│")] == (
+        ["didi", "60.0", "50.0", "1.40", "1.4", "0.80", "–", "90", "60", "30"]
+    )
+    assert "bad" in printed and "failed" in printed
+
+
+def test_loggers_get_the_figures_at_once(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    fabric = SimpleNamespace(_loggers=[logger], loggers=[logger], is_global_zero=True)
+    fabric.log_dict = logger.log_metrics
+    log_metrics(fabric, row_metrics(row("didi", FIGURES)))
+    log_metrics(fabric, Answer("", ["a"], figures={"a": 0.5}, storage=STORAGE).metrics)
+    head, *values = (tmp_path / "metrics.csv").read_text().splitlines()
+    names = head.split(",")
+    assert {"didi/average", "didi/accuracy/a", "storage/megabytes"} <= set(names)
+    assert "didi/seconds" not in names and len(values) == 2

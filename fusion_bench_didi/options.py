@@ -63,6 +63,7 @@ Patterns = Sequence[str] | str | None
 
 
 Class = TypeVar("Class", bound=type)
+_BY_PLACE = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _GATHERING = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
@@ -79,7 +80,8 @@ def checked(cls: Class) -> Class:
         outermost = type(self).__init__ is __init__
         if outermost:
             check_keywords(cls, kwargs)
-            names = [*signature(construct).parameters][1:]
+            parameters = list(signature(construct).parameters.values())[1:]
+            names = [p.name for p in parameters if p.kind in _BY_PLACE]
             _found({**dict(zip(names, args)), **kwargs}, _types(cls))
         construct(self, *args, **kwargs)
         if outermost:

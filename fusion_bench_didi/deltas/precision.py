@@ -83,6 +83,10 @@ class Precision:
         scales = 0 if self.dtype is not None else SCALE_BITS
         return bits + scales * (up + down + tasks * p)
 
+    def core_bits(self, p: int, q: int) -> int:
+        """What one task's coordinates (p, q) in common bases cost."""
+        return self.whole(p * q) + (0 if self.dtype is not None else SCALE_BITS * p)
+
     def common_rounding(self, shape: tuple[int, int], p: Tensor, q: Tensor) -> Tensor:
         """Expected squared error of ``U C_t V``, each of them rounded, relative to its energy."""
         rounded = 1 + (p < shape[0]).double() + (q < shape[1]).double()

@@ -15,6 +15,7 @@ from ..task_vectors.parallel import HeapTrimmer
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.tensor import ChangedTensor
 from .basis_store import BasisStore
+from .given import Given
 from .inventory import Inventory
 from .settings import MergeSettings
 
@@ -29,6 +30,7 @@ class MergeContext:
         weights: (T,) of the squared errors, per matrix.
         device: where the arithmetic happens.
         store: takes the half SVDs between planning and encoding.
+        given: the finished model that is added to; None for a merge from the start.
     """
 
     task_vectors: TaskVectors
@@ -39,6 +41,7 @@ class MergeContext:
     device: torch.device | str
     progress: Progress
     store: BasisStore
+    given: Given | None = None
     trimmer: HeapTrimmer = field(default_factory=HeapTrimmer)
 
     @property

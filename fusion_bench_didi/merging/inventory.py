@@ -65,9 +65,17 @@ class Inventory:
 
 
 def take_inventory(
-    task_vectors: TaskVectors, settings: MergeSettings, scan: Scan | None = None
+    task_vectors: TaskVectors,
+    settings: MergeSettings,
+    scan: Scan | None = None,
+    *,
+    unit_bits: int | None = None,
 ) -> Inventory:
-    """Sort the tensors into classes and price them; without a scan every tensor counts as changed."""
+    """Sort the tensors into classes and price them; without a scan every tensor counts as changed.
+
+    Args:
+        unit_bits: one fine-tuned model, of an account that stands already; counted if None.
+    """
     infos = task_vectors.infos
     names = scan.changed if scan else list(infos)
     matrices = [n for n in names if task_vectors.is_matrix(n)]
@@ -86,7 +94,9 @@ def take_inventory(
 
     kept = scan.own if scan else dict.fromkeys(task_vectors.own_infos, ())
     own = {n: task_vectors.own_by_task(n) for n in kept}
-    if scan:
+    if unit_bits is not None:
+        pass
+    elif scan:
         unit_bits = sum(model_bits(task_vectors, scan).values())
     else:
         unit_bits = sum(sizes[n] * dtype_bits(types[n]) for n in names)

@@ -28,6 +28,7 @@ from .encoding import encode_all
 from .forms import Decision
 from .forms.choice import Placed, Ranked, choose_forms, experts_only
 from .forms.early_decision import sample_of
+from .given import Given
 from .inventory import matrix_budget, take_inventory
 from .loss_weights import loss_weights
 from .rank_bounds import RankBounds
@@ -97,20 +98,24 @@ def plan(
     *,
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
+    given: Given | None = None,
 ) -> Plan:
     """Scan, look, choose and allocate; arguments and errors as of :func:`merge`."""
     seconds: dict[str, float] = {}
     task_vectors = task_vectors.ordered(sorted(task_vectors.tasks))
+    unit_bits = None if given is None else given.unit_bits
+    joint = settings.joint or bool(given and given.bases)
     with _timed(seconds, "scan"):
         # what is sampled is decided by headers, as if every tensor was changed
-        expected = take_inventory(task_vectors, settings)
+        expected = take_inventory(task_vectors, settings, unit_bits=unit_bits)
         budget = settings.budget.bits(expected.unit_bits)
         budget -= expected.vector_bits + expected.own_bits
         bounds = RankBounds(task_vectors, expected, settings, max(budget, 0), device)
-        observe = partial(sample_of, bounds) if settings.joint else None
+        observe = partial(sample_of, bounds) if joint else None
         found = scan(task_vectors, device, observe=observe)
-    inventory = take_inventory(task_vectors, settings, found)
-    energies = {name: found.energy[name] for name in inventory.competing}
+    inventory = take_inventory(task_vectors, settings, found, unit_bits=unit_bits)
+    weighed = found.energy if given is None else given.weighed(found.energy)
+    energies = {name: weighed[name] for name in inventory.competing}
     context = MergeContext(
         task_vectors,
         settings,
@@ -120,12 +125,13 @@ def plan(
         device,
         progress,
         BasisStore(settings.factor_memory_gb),
+        given,
     )
     budget = matrix_budget(inventory, settings)
     bounds = RankBounds(task_vectors, inventory, settings, budget, device)
     placed: dict[str, Placed] = {}
     with _timed(seconds, "decompose"):
-        if settings.joint:
+        if joint:
             ranked, placed = choose_forms(context, bounds, found.observed)
         else:
             ranked = experts_only(context, bounds)
@@ -183,6 +189,7 @@ def merge(
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
     sink: Sink | None = None,
+    given: Given | None = None,
 ) -> MergeResult:
     """DiDi-Merging of T task vectors under one budget.
 
@@ -192,12 +199,15 @@ def merge(
         device: where the arithmetic happens; results are on the CPU.
         progress: called with (stage, tensors done, tensors in all).
         sink: where stored deltas go, of the tasks sorted; kept in memory if None.
+        given: the finished model that tasks are added to; a merge from the start if None.
 
     Raises:
         NonFiniteError, ModelPoolError: from the first read.
         BudgetError: if the vectors alone exceed the budget.
     """
-    planned = plan(task_vectors, settings, device=device, progress=progress)
+    planned = plan(
+        task_vectors, settings, device=device, progress=progress, given=given
+    )
     context, errors = planned.context, {}
     with _timed(planned.seconds, "refine"):
         with sink or InMemory(context.tasks) as sink:

@@ -1,7 +1,7 @@
 """What a merge gives: stored deltas, ranks, the storage account, and a report of what it did."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -66,3 +66,18 @@ class MergeResult:
     ranks: RankAllocation
     storage: StorageReport
     report: MergeReport
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-plain, as they are saved with the model."""
+        report = self.report
+        return {
+            "relative_error": report.relative_error,
+            "seconds": dict(report.seconds),
+            "ranks": asdict(self.ranks),
+            "energy_kept": report.energy_kept,
+            "energy_tasks": list(report.tasks),
+            "precision": dict(report.precision),
+            "forms": dict(report.forms),
+            "subspaces": dict(report.subspaces),
+            "tensors": dict(report.tensors),
+        }

@@ -186,15 +186,7 @@ class DiDiMerging(PoolMethod):
             **self.facts(modelpool, backbone),
             "budget": self.budget,
             "settings": asdict(self.settings()),
-            "relative_error": result.report.relative_error,
-            "seconds": dict(result.report.seconds),
-            "ranks": asdict(result.ranks),
-            "energy_kept": result.report.energy_kept,
-            "energy_tasks": list(result.report.tasks),
-            "precision": dict(result.report.precision),
-            "forms": dict(result.report.forms),
-            "subspaces": dict(result.report.subspaces),
-            "tensors": dict(result.report.tensors),
+            **result.facts(),
         }
         return DiDiModel(
             backbone,

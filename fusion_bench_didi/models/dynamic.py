@@ -121,6 +121,21 @@ class DynamicModel(ModulatedModel):
         for name in before - set(self.touched):
             self._weights.forget(name)
 
+    def hold(
+        self,
+        shared: Mapping[str, Delta],
+        experts: Mapping[str, Mapping[str, Delta]],
+    ) -> None:
+        """Hold other deltas than before; no task is set then."""
+        self.unset_task()
+        before = set(self.touched)
+        self.shared, self.modulators = NamedModules(shared), NamedModules()
+        for task, deltas in experts.items():
+            self.add_modulator(task, TaskExpert(deltas))
+        for name in before - set(self.touched):
+            self._weights.forget(name)
+        self._mixed, self._mixed_state = {}, None
+
     def set_task(self, task_name: str) -> None:
         """Make the backbone the model of this task.
 

@@ -196,6 +196,13 @@ def untie_for(
     modelpool: BaseModelPool, backbone: nn.Module, tasks: Iterable[str]
 ) -> None:
     """Take tied tensors of the base model apart that differ from one another in a fine-tuned model."""
+    untie(backbone, needed_apart(modelpool, backbone, tasks))
+
+
+def needed_apart(
+    modelpool: BaseModelPool, backbone: nn.Module, tasks: Iterable[str]
+) -> set[str]:
+    """Names of tied tensors of the base model that differ from the others in a fine-tuned model."""
     names, found = Names.of(backbone), set[str]()
     for task in tasks if names.aliases else ():
         if directory := adapter_directory(modelpool, task):
@@ -206,7 +213,7 @@ def untie_for(
             found |= adapter.apart(names.aliases)
         elif source := _opened(modelpool, task):
             found |= apart(source, names)
-    untie(backbone, found)
+    return found
 
 
 def base_of(

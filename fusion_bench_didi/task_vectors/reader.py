@@ -43,7 +43,7 @@ class TaskVectors:
         loaded: the base model's tensors are those that it has in memory, not just all of its checkpoint.
 
     Raises:
-        ModelPoolError: for fewer than two tasks.
+        ModelPoolError: for no task.
         CheckpointMismatchError: listing every missing, extra, wrongly shaped or wrongly typed tensor of every
             checkpoint; nothing but headers has been read then.
     """
@@ -60,10 +60,9 @@ class TaskVectors:
     _sources: Mapping[str, TensorSource] = field(init=False, repr=False)
 
     def __post_init__(self):
-        if len(self.tuned) < 2:
+        if not self.tuned:
             raise ModelPoolError(
-                f"Merging needs at least two fine-tuned models, the pool has {len(self.tuned)}: "
-                f"{list(self.tuned)}. Add models to modelpool.models."
+                "There is no fine-tuned model, expected one at least. Add models to modelpool.models."
             )
         reference = floating(self.base)
         sources = {

@@ -2,10 +2,11 @@
 
 from .base import Choice, Decision, Form, Look
 from .experts import EXPERTS
+from .given_bases import GIVEN_BASES
 from .shared_mean import SHARED_MEAN
 from .tucker import TUCKER
 
 #: What competes with experts alone.
-FORMS: tuple[Form, ...] = (SHARED_MEAN, TUCKER)
+FORMS: tuple[Form, ...] = (SHARED_MEAN, TUCKER, GIVEN_BASES)
 
 __all__ = ["EXPERTS", "FORMS", "Choice", "Decision", "Form", "Look"]

@@ -1,0 +1,213 @@
+"""Where an edit happens: a model in memory, or a saved directory of which nothing but the deltas is read."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+
+from ..checkpoint.deltas import read_config, read_deltas, versions, write_manifest
+from ..checkpoint.directory import CONFIG, check_target, whole_directory
+from ..checkpoint.stream import write_deltas
+from ..deltas.storage import StorageReport
+from ..errors import DiDiError, SettingsError
+from ..models.dynamic import DynamicModel
+from ..models.model_card import model_card
+from ..models.saving import check_config
+from ..routers.files import FILE as ROUTER_FILE
+from .stored import Stored
+
+Place = Union[DynamicModel, str, Path]
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What an edit gave.
+
+    Args:
+        before, after: the storage accounts.
+        model: that was edited in memory, or loaded to be.
+        directory: that was written.
+        facts: of the operation, as in the model's ``info["edits"]``.
+    """
+
+    before: StorageReport
+    after: StorageReport
+    model: DynamicModel | None
+    directory: Path | None
+    facts: Mapping[str, Any]
+
+
+def in_place(
+    place: Place,
+    edit: Callable[[Stored], Stored],
+    *,
+    output_dir: str | Path | None,
+    overwrite: bool,
+    drop_router: bool,
+    keeps_tasks: bool = False,
+) -> Edited:
+    """Edit a model in memory, or a directory without its backbone.
+
+    Args:
+        edit: pure; what it raises leaves everything as it was.
+        output_dir: is written; the directory itself if None, which ``overwrite`` must allow.
+        drop_router: take off a router of other tasks.
+        keeps_tasks: a router stays the same.
+
+    Raises:
+        SettingsError: if nothing would be written.
+        DiDiError: for a router that would no longer fit.
+    """
+    target = target_of(place, output_dir, overwrite=overwrite)
+    if isinstance(place, DynamicModel):
+        return edited_model(
+            place, edit, target, overwrite, drop_router or keeps_tasks, keeps_tasks
+        )
+    source, config = Path(place), read_config(place)
+    before = stored_of(source, config)
+    if "router" in config and not keeps_tasks:
+        check_router_goes(drop_router, str(source))
+    after = edit(before)
+    router = config.get("router") if keeps_tasks else None
+    write(target, after, config, overwrite=overwrite, router_of=router and source)
+    return Edited(
+        before.storage, after.storage, None, Path(target), after.info["edits"][-1]
+    )
+
+
+def edited_model(
+    model: DynamicModel,
+    edit: Callable[[Stored], Stored],
+    target: str | Path | None,
+    overwrite: bool,
+    drop_router: bool,
+    keep_router: bool = False,
+) -> Edited:
+    """Edit a model in memory, and save it if there is a target."""
+    if model.router is not None:
+        check_router_goes(drop_router, "The model")
+    before = Stored.of(model)
+    after = edit(before)
+    router = model.router if keep_router else None
+    model.attach_router(None)
+    take(model, after)
+    if router is not None:
+        model.attach_router(router)
+    if target is not None:
+        model.save_pretrained(target, overwrite=overwrite)
+    return Edited(
+        before.storage,
+        model.storage,
+        model,
+        None if target is None else Path(target),
+        after.info["edits"][-1],
+    )
+
+
+def take(model: DynamicModel, stored: Stored) -> None:
+    """Make a model hold what is stored."""
+    model.hold(stored.shared, stored.experts)
+    model.info = dict(stored.info)
+    model.unit_bits, model.backbone_bits = stored.unit_bits, stored.backbone_bits
+
+
+def target_of(
+    place: Place, output_dir: str | Path | None, *, overwrite: bool
+) -> str | Path | None:
+    """The directory that will be written, looked at before any work; None for none.
+
+    Raises:
+        SettingsError: if the edit of a directory would be lost, or ``overwrite`` does nothing.
+        FileExistsError, DiDiError: as by :func:`~fusion_bench_didi.checkpoint.directory.check_target`.
+    """
+    target = output_dir
+    if output_dir is None and not isinstance(place, DynamicModel):
+        if not overwrite:
+            raise SettingsError(
+                f"{place} would be edited and written nowhere. Give output_dir, or overwrite=True to replace the directory."
+            )
+        target = place
+    if target is None and overwrite:
+        raise SettingsError("overwrite is of output_dir, which is not set.")
+    if target is not None:
+        check_target(target, overwrite=overwrite)
+    return target
+
+
+def stored_of(directory: Path, config: Mapping[str, Any] | None = None) -> Stored:
+    """What a saved model stores; its backbone is not needed.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointMismatchError: for damaged files, or a model that is no deltas per task.
+        DiDiError: for a directory of format 1.
+    """
+    config = read_config(directory) if config is None else config
+    check_config(DynamicModel, directory, config)
+    if "fingerprint" in config["backbone"]:
+        raise DiDiError(
+            f"{directory} was written by an early version, whose checks of the base model are others. Load the model and save it "
+            "again, then edit that."
+        )
+    shared, experts = read_deltas(directory, config)
+    routing = config["storage"].get("routing_bits", 0) if "router" in config else 0
+    return Stored(
+        shared,
+        experts,
+        config["unit_bits"],
+        config["backbone_bits"],
+        config["info"],
+        routing,
+        getattr(torch, config["backbone"]["dtype"] or "float32"),
+    )
+
+
+def write(
+    target: str | Path,
+    stored: Stored,
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    router_of: Path | None = None,
+) -> None:
+    """Write a model whose backbone is not at hand; the directory appears whole or not at all.
+
+    Args:
+        config: of a saved model of the same backbone.
+        router_of: directory whose router is kept; ``config`` is its configuration.
+    """
+    with whole_directory(target, overwrite=overwrite) as place:
+        parts = write_deltas(place, stored.shared, stored.experts)
+        new = {
+            "model_class": config["model_class"],
+            "unit_bits": stored.unit_bits,
+            "backbone_bits": stored.backbone_bits,
+            "backbone": config["backbone"],
+            "storage": stored.storage.as_dict(),
+            "info": {k: v for k, v in stored.info.items() if k != "backbone"},
+            "versions": versions(),
+            **parts,
+        }
+        if router_of is not None:
+            new["router"] = config["router"]
+            if (router_of / ROUTER_FILE).exists():
+                shutil.copyfile(router_of / ROUTER_FILE, place / ROUTER_FILE)
+        (place / "README.md").write_text(model_card(new))
+        write_manifest(place / CONFIG, new)
+
+
+def check_router_goes(drop_router: bool, what: str) -> None:
+    """A router of other tasks may only go if that is wanted.
+
+    Raises:
+        DiDiError: if it is not.
+    """
+    if not drop_router:
+        raise DiDiError(
+            f"{what} has a router, which is for the tasks that there are now. Pass drop_router=True, and make a router for the "
+            "edited model."
+        )

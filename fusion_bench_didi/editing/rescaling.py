@@ -1,0 +1,195 @@
+"""A merged model at a smaller budget, from what it stores: no checkpoint is needed.
+
+What is stored is decoded into task vectors, one matrix at a time and as factors where it is stored as such, and these are merged
+at the smaller budget. Two roundings follow one another, so that the error is at most
+
+    ``||tau - D'|| <= ||tau - D|| + ||D - D'||``,
+
+where D is what was stored of a task vector tau, and D' what is stored of D; the two errors are close to orthogonal, and their
+squares add up.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..deltas.base import Delta
+from ..deltas.plain import OwnDelta
+from ..errors import BudgetError
+from ..lowrank.factors import energy_of
+from ..merging.given import Given
+from ..merging.pipeline import merge
+from ..merging.results import MergeResult
+from ..merging.settings import Budget, MergeSettings
+from ..task_vectors.reader import TaskVectors
+from ..task_vectors.sources import TensorInfo
+from .places import Edited, Place, in_place
+from .settings import merged_with
+from .sources import DecodedExpert, Zeros
+from .stored import Stored
+
+#: Parts of a task vector's energy below which what was kept of it does not tell how large it was.
+_TOLD = 0.05
+
+
+def rescale(
+    place: Place,
+    *,
+    budget: float,
+    settings: MergeSettings | None = None,
+    device: torch.device | str = "cpu",
+    output_dir: str | Path | None = None,
+    overwrite: bool = False,
+) -> Edited:
+    """Store the tasks of a merged model anew within a smaller budget; a router stays.
+
+    Args:
+        place: a model, which is changed, or the directory of one, of which the deltas alone are read.
+        budget: for all of it, in the unit of the model's account.
+        settings: of the merge; those that the model was merged with if None.
+        output_dir: where to write; the directory itself if None and ``overwrite`` is set.
+
+    Raises:
+        BudgetError: if the model is as small already, or tensors that are kept whole take more.
+        FileExistsError, SettingsError, CheckpointMismatchError, DiDiError: before anything is changed.
+    """
+    limit = Budget(budget)
+    return in_place(
+        place,
+        lambda stored: rescaled(stored, limit, settings, device=device),
+        output_dir=output_dir,
+        overwrite=overwrite,
+        drop_router=False,
+        keeps_tasks=True,
+    )
+
+
+def rescaled(
+    stored: Stored,
+    budget: Budget,
+    settings: MergeSettings | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Stored:
+    """What is stored, within a smaller budget."""
+    start = time.perf_counter()
+    total, before = budget.bits(stored.unit_bits), stored.storage
+    if total >= before.excl_bits:
+        raise BudgetError(
+            f"budget={budget.ratio} is no smaller than what the model takes, {before.x_excl:.6g}. Nothing is gained by storing "
+            "it anew; more than it holds can only come of the checkpoints."
+        )
+    own = {
+        task: {n: d for n, d in deltas.items() if isinstance(d, OwnDelta)}
+        for task, deltas in stored.experts.items()
+    }
+    kept = sum(d.bits for deltas in own.values() for d in deltas.values())
+    left = total - kept - stored.routing_bits
+    if left <= 0:
+        raise BudgetError(
+            f"budget={budget.ratio} is too small: tensors that tasks keep as they are, and the router, alone take "
+            f"{(kept + stored.routing_bits) / stored.unit_bits:.6f}. Give more than that."
+        )
+    limit = Budget(left / stored.unit_bits)
+    if settings is None:
+        settings = merged_with(stored.info, limit)
+    settings = replace(settings, budget=limit)
+    given = Given(stored.unit_bits, _energies(stored))
+    result = merge(decoded(stored), settings, device=device, given=given)
+    experts = {task: {**result.experts[task], **own[task]} for task in stored.tasks}
+    after = replace(stored, shared=result.shared, experts=experts).useful()
+    after = replace(after, info=_told_anew(stored.info, result, budget, settings))
+    return after.edited(
+        "rescale",
+        budget=budget.ratio,
+        before=before.x_excl,
+        relative_error=result.report.relative_error,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def decoded(stored: Stored) -> TaskVectors:
+    """What is stored as task vectors on a base model of zeros; tensors of a task's own are left out."""
+    deltas = [*stored.shared.items()]
+    for expert in stored.experts.values():
+        deltas += [(n, d) for n, d in expert.items() if not isinstance(d, OwnDelta)]
+    infos = {name: TensorInfo(delta.shape, stored.dtype) for name, delta in deltas}
+    return TaskVectors(
+        Zeros(infos),
+        {
+            task: DecodedExpert(task, _changes(expert), stored.shared, infos)
+            for task, expert in stored.experts.items()
+        },
+    )
+
+
+def _changes(expert: Mapping[str, Delta]) -> dict[str, Delta]:
+    return {n: d for n, d in expert.items() if not isinstance(d, OwnDelta)}
+
+
+def _energies(stored: Stored) -> dict[str, Tensor]:
+    """(T,) squared norms of the task vectors that were merged, as far as is known: what is stored over the part that it is.
+
+    Errors are weighed by the size of whole task vectors, as they were.
+    """
+    tasks, order = sorted(stored.tasks), stored.info.get("energy_tasks", [])
+    vectors = decoded(stored).ordered(tasks)
+    found = {}
+    for name, kept in stored.info.get("energy_kept", {}).items():
+        if name not in vectors.infos:
+            continue
+        tensor = vectors.tensor(name)
+        parts = [_told_part(kept, order, task) for task in tasks]
+        energy = [float(energy_of(tensor.matrix(t))) for t in range(len(tasks))]
+        found[name] = torch.tensor([e / p for e, p in zip(energy, parts)]).double()
+    return found
+
+
+def _told_part(kept: list[float], order: list[str], task: str) -> float:
+    part = kept[order.index(task)] if task in order else 1.0
+    return part if part > _TOLD else 1.0
+
+
+def _told_anew(
+    info: Mapping[str, Any],
+    result: MergeResult,
+    budget: Budget,
+    settings: MergeSettings,
+) -> dict[str, Any]:
+    """Facts of the model: those of what is stored now, with the errors of both steps where they are against checkpoints."""
+    found, facts = dict(info), result.facts()
+    first, again = info.get("relative_error"), facts.pop("relative_error")
+    tensors = facts.pop("tensors")
+    order, kept = info.get("energy_tasks", []), info.get("energy_kept", {})
+    facts["energy_kept"] = {
+        name: [
+            part
+            * (kept[name][order.index(task)] if _knows(kept, order, name, task) else 1)
+            for part, task in zip(parts, facts["energy_tasks"])
+        ]
+        for name, parts in facts["energy_kept"].items()
+    }
+    found |= facts
+    found |= {"budget": budget.ratio, "settings": asdict(settings)}
+    if first is not None:
+        most = math.sqrt(first) + math.sqrt(again) * (1 + math.sqrt(first))
+        found["relative_error"] = most**2
+    found["tensors"] = {
+        task: {
+            **info.get("tensors", {}).get(task, {}),
+            "merged": told["merged"],
+            "left as in the base model": told["left as in the base model"],
+        }
+        for task, told in tensors.items()
+    }
+    return found
+
+
+def _knows(kept: Mapping[str, Any], order: list[str], name: str, task: str) -> bool:
+    return name in kept and task in order

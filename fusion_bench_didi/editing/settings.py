@@ -1,0 +1,44 @@
+"""Settings of a merge, found again in what was saved with its model."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..allocation.learned import LearningSettings
+from ..lowrank.refinement import RefinementSettings
+from ..merging.settings import Budget, MergeSettings
+
+
+def merged_with(info: Mapping[str, Any], budget: Budget) -> MergeSettings:
+    """The settings of the merge that a model's ``info`` tells of, with another budget; the defaults for other methods' models."""
+    told = info.get("settings")
+    names = {field.name for field in fields(MergeSettings)}
+    if not isinstance(told, Mapping) or set(told) != names:
+        return MergeSettings(budget)
+    given = {
+        **told,
+        "budget": budget,
+        "learning": LearningSettings(**told["learning"]),
+        "refining": RefinementSettings(**told["refining"]),
+    }
+    return MergeSettings(
+        **{k: float(v) if k == "factor_memory_gb" else v for k, v in given.items()}
+    )
+
+
+def alone(given: MergeSettings | Mapping[str, Any], budget: Budget) -> MergeSettings:
+    """Settings for one task by itself, which shares nothing anew.
+
+    Args:
+        given: of a merge, or a model's ``info``.
+    """
+    if not isinstance(given, MergeSettings):
+        given = merged_with(given, budget)
+    return MergeSettings(
+        budget,
+        shared="none",
+        normalization=given.normalization,
+        vectors="pretrained" if given.vectors == "pretrained" else "expert",
+        factor_dtype=given.factor_dtype,
+        factor_memory_gb=given.factor_memory_gb,
+    )

@@ -1,0 +1,107 @@
+"""What a merged model stores beyond its backbone, as the editing operations take and give it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..deltas.base import Delta
+from ..deltas.plain import OwnDelta
+from ..deltas.storage import StorageReport, account
+from ..deltas.tucker import Bases, Core
+from ..errors import DiDiError, UnknownTaskError
+from ..models.dynamic import DynamicModel
+from ..models.saving import CLASSES
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Deltas and their account.
+
+    Args:
+        shared: by tensor name.
+        experts: by task, then tensor name.
+        unit_bits, backbone_bits: of the account.
+        info: JSON-plain facts that are saved with the model.
+        routing_bits: of the router.
+        dtype: of the backbone, in which deltas are stored that are not quantized.
+    """
+
+    shared: Mapping[str, Delta]
+    experts: Mapping[str, Mapping[str, Delta]]
+    unit_bits: int
+    backbone_bits: int
+    info: Mapping[str, Any]
+    routing_bits: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, model: DynamicModel) -> "Stored":
+        """What a model in memory stores.
+
+        Raises:
+            DiDiError: if it is made of modules in chains, which are no deltas of one task.
+        """
+        names = [kind.__name__ for kind in type(model).__mro__]
+        parts = next((CLASSES[name] for name in names if name in CLASSES), None)
+        if parts != "deltas":
+            raise DiDiError(
+                f"A {type(model).__name__} cannot be edited, expected a DiDiModel or DynamicModel: one backbone with deltas per "
+                "task. Edit what it was made of, and make it again."
+            )
+        return cls(
+            dict(model.shared.items()),
+            {t: dict(e.deltas.items()) for t, e in model.modulators.items()},
+            model.unit_bits,
+            model.backbone_bits,
+            model.info,
+            0 if model.router is None else model.router.bits,
+            next(p.dtype for p in model.backbone.parameters() if p.is_floating_point()),
+        )
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.experts)
+
+    @property
+    def storage(self) -> StorageReport:
+        return account(
+            self.shared,
+            self.experts,
+            unit_bits=self.unit_bits,
+            backbone_bits=self.backbone_bits,
+            routing_bits=self.routing_bits,
+        )
+
+    def known(self, task: str) -> None:
+        """The task must be there.
+
+        Raises:
+            UnknownTaskError: naming those that are.
+        """
+        if task not in self.experts:
+            raise UnknownTaskError(
+                f"Task {task!r} is not in the merged model, which holds {self.tasks}."
+            )
+
+    def useful(self) -> "Stored":
+        """Without shared parts that no task uses: bases without cores, and what every task has in its own way."""
+        shared = {
+            name: delta
+            for name, delta in self.shared.items()
+            if any(_uses(e.get(name), delta) for e in self.experts.values())
+        }
+        return replace(self, shared=shared)
+
+    def edited(self, operation: str, **facts: Any) -> "Stored":
+        """The same with a line more in the history of edits."""
+        edits = [*self.info.get("edits", ()), {"operation": operation, **facts}]
+        return replace(self, info={**self.info, "edits": edits})
+
+
+def _uses(own: Delta | None, shared: Delta) -> bool:
+    """Whether a task's tensor depends on the shared part."""
+    if isinstance(own, OwnDelta):
+        return False
+    return isinstance(own, Core) or not isinstance(shared, Bases)

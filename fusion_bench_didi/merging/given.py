@@ -1,0 +1,32 @@
+"""A finished model that tasks are added to: what of it a merge has to count with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..deltas.tucker import Bases
+
+
+@dataclass(frozen=True)
+class Given:
+    """What stands before a merge begins; task vectors are differences to the base model with its shared part.
+
+    Args:
+        unit_bits: one fine-tuned model, of the finished model's account.
+        energy: per tensor, (T,) squared norms by which errors are weighed: those of the whole task vectors.
+        bases: per matrix, common bases that cores may be written in.
+    """
+
+    unit_bits: int
+    energy: Mapping[str, Tensor]
+    bases: Mapping[str, Bases] = field(default_factory=dict)
+
+    def weighed(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Energies to weigh errors by: those given, else, also where these are nothing, those found."""
+        return {
+            name: torch.where(own > 0, own, rest)
+            for name, rest in found.items()
+            for own in [self.energy.get(name, rest)]
+        }

@@ -1,0 +1,137 @@
+"""Laws of smaller budgets: no byte beyond them, no less error than the optimum and hardly more, never more than the bound."""
+
+import copy
+import math
+
+import pytest
+from helpers import BASE, didi, floats
+from torch import nn
+from tucker_models import linears
+
+from fusion_bench_didi.editing import add_task, remove_task, rescale
+from fusion_bench_didi.errors import BudgetError, SettingsError
+from fusion_bench_didi.models import DiDiModel
+from fusion_bench_didi.routers.files import make_router
+
+
+def distance(found, expected):
+    """Squared norm between the tasks of two models, or of one and the checkpoints."""
+    lost = 0.0
+    for task in found.tasks:
+        own = floats(found.materialize(task))
+        if isinstance(expected, dict):
+            other = floats(expected[task])
+        else:
+            other = floats(expected.materialize(task))
+        lost += sum(
+            float((own[n] - v).double().square().sum()) for n, v in other.items()
+        )
+    return lost
+
+
+def check(models, before, budget, **settings):
+    """Rescaled to a budget: the laws; returns the error over the optimum's."""
+    model = copy.deepcopy(before)
+    found = rescale(model, budget=budget)
+    assert model.tasks == before.tasks
+    assert 0.9 * budget < model.storage.x_excl <= budget
+    stored = (
+        *model.shared.values(),
+        *(d for e in model.modulators.values() for d in e.deltas.values()),
+    )
+    assert model.storage.excl_bits == sum(d.bits for d in stored)
+    assert found.after == model.storage and found.before == before.storage
+    optimum = didi(
+        {t: models[t] for t in (BASE, *before.tasks)}, budget=budget, **settings
+    )
+    lost, least = distance(model, models), distance(optimum, models)
+    first, again = distance(before, models), distance(model, before)
+    assert lost <= (math.sqrt(first) + math.sqrt(again)) ** 2 * (1 + 1e-6)
+    base = DiDiModel(
+        copy.deepcopy(models[BASE]), {}, {t: {} for t in before.tasks}, unit_bits=1
+    )
+    assert lost / distance(base, models) <= model.info["relative_error"] * 1.05
+    # the errors of both steps are close to orthogonal
+    assert lost <= 1.1 * (first + least)
+    return lost / least
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"factor_dtype": "auto"},
+        {"factor_dtype": "int4", "shared": "subspaces"},
+        {"shared": "mean"},
+    ],
+    ids=str,
+)
+def test_errors_of_both_steps_add_up(settings):
+    models = linears(5)
+    before = didi(models, budget=0.8, **settings)
+    for budget in (0.4, 0.2):
+        assert check(models, before, budget, **settings) > 0.98
+
+
+def test_whole_models_are_as_good_as_merged_at_that_budget(tiny_clip):
+    """One of the tasks was added later."""
+    models = tiny_clip.pool_models()
+    some = {t: models[t] for t in (BASE, "mnist", "svhn")}
+    before = didi(some, budget=0.5, factor_dtype="auto")
+    add_task(before, models["eurosat"], "eurosat", budget=0.25)
+    assert 0.98 < check(models, before, 0.3, factor_dtype="auto") < 1.02
+
+
+def test_directories_need_neither_backbone_nor_checkpoints(tmp_path):
+    models = linears(3)
+    model = didi(models, budget=0.8, factor_dtype="auto")
+    model.attach_router(make_router("oracle", model.tasks))
+    model.save_pretrained(tmp_path / "large")
+    found = rescale(tmp_path / "large", budget=0.2, output_dir=tmp_path / "small")
+    assert found.model is None
+    rescale(model, budget=0.2)
+    again = DiDiModel.from_pretrained(tmp_path / "small", copy.deepcopy(models[BASE]))
+    assert again.storage == model.storage == found.after
+    assert again.router.tasks == model.tasks and model.router is not None
+    assert distance(again, model) < 1e-9 * distance(again, models)
+    assert again.info["edits"][-1]["operation"] == "rescale"
+    assert again.info["budget"] == 0.2
+    # and again, and with a task less
+    again.attach_router(None)
+    rescale(again, budget=0.1)
+    remove_task(again, "1")
+    assert again.storage.x_excl < 0.1 and again.tasks == ["0", "2"]
+
+
+def test_tensors_of_a_tasks_own_stay_as_they_are():
+    base = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3))
+    models = {BASE: base}
+    for task, model in linears(3, side=32).items():
+        if task != BASE:
+            models[task] = nn.Sequential(
+                nn.Linear(32, 32), nn.Linear(32, 3 + int(task))
+            )
+            models[task][0].load_state_dict(base[0].state_dict())
+            models[task][0].weight.data += model.weight.data
+    model = didi(models, budget=1.2, own=["1.*"], factor_dtype="auto")
+    rescale(model, budget=0.6)
+    assert model.storage.x_excl <= 0.6
+    for task in model.tasks:
+        assert model.materialize(task)[1].weight.equal(models[task][1].weight)
+    with pytest.raises(BudgetError, match="as they are"):
+        rescale(model, budget=0.1)
+
+
+def test_what_is_no_smaller_is_refused(tmp_path):
+    model = didi(linears(3), budget=0.3, factor_dtype="auto")
+    storage = model.storage
+    for budget in (0.3, 5.0, math.inf):
+        with pytest.raises(BudgetError, match="no smaller"):
+            rescale(model, budget=budget)
+    with pytest.raises(BudgetError, match="leaves nothing"):
+        rescale(model, budget=0.0)
+    model.save_pretrained(tmp_path / "there")
+    with pytest.raises(SettingsError, match="written nowhere"):
+        rescale(tmp_path / "there", budget=0.1)
+    with pytest.raises(FileNotFoundError):
+        rescale(tmp_path / "nothing", budget=0.1, output_dir=tmp_path / "out")
+    assert model.storage == storage and not (tmp_path / "out").exists()

@@ -151,19 +151,21 @@ class DiDiMerging(PoolMethod):
         Returns:
             the merged model; None after a dry run.
         """
-        settings = self.settings()
-        modelpool = self.checked(modelpool)
-        choice = self.tensor_patterns()
-        if self.dry_run:
-            print(describe(open_pool(modelpool, **choice), settings))
-            return None
-        with self.profile("load backbone"):
-            backbone = load_backbone(modelpool)
-        task_vectors = open_pool(modelpool, backbone, **choice)
-        model = self.streamed(
-            sorted(modelpool.model_names),
-            lambda sink: self._merged(modelpool, backbone, task_vectors, sink),
-        )
+        settings, ranks = self.settings(), self.processes
+        with self.together():
+            modelpool = self.checked(modelpool)
+            choice = self.tensor_patterns()
+            if self.dry_run:
+                if ranks.leads:
+                    print(describe(open_pool(modelpool, **choice), settings))
+                return None
+            with self.profile("load backbone"):
+                backbone = load_backbone(modelpool)
+            task_vectors = open_pool(modelpool, backbone, **choice)
+            model = self.streamed(
+                sorted(modelpool.model_names),
+                lambda sink: self._merged(modelpool, backbone, task_vectors, sink),
+            )
         log.info("relative error %.4f", model.info["relative_error"])
         return self.connect(model, modelpool)
 
@@ -174,13 +176,16 @@ class DiDiMerging(PoolMethod):
         task_vectors: TaskVectors,
         sink: Sink,
     ) -> DiDiModel:
-        with self.profile("merge"), progress_bars(self.title) as progress:
+        ranks = self.processes
+        bars = progress_bars(self.title, ranks)
+        with self.profile("merge"), bars as progress:
             result = merge(
                 task_vectors,
                 self.settings(),
                 device=self.fabric.device,
                 progress=progress,
                 sink=sink,
+                ranks=ranks,
             )
         info = {
             **self.facts(modelpool, backbone),

@@ -37,6 +37,7 @@ from ..options import (
     NonNegative,
     Patterns,
     Positive,
+    PositiveCount,
     Scale,
     Share,
 )
@@ -96,6 +97,7 @@ class DiDiMerging(PoolMethod):
         own: Patterns = (),
         exclude: Patterns = (),
         factor_dtype: str = "auto",
+        max_rank: PositiveCount | None = None,
         factor_memory_gb: Gigabytes = 4.0,
         output_dir: FilePath | None = None,
         overwrite: bool = False,
@@ -143,6 +145,7 @@ class DiDiMerging(PoolMethod):
             vectors=self.vectors,
             factor_dtype=self.factor_dtype,
             factor_memory_gb=self.factor_memory_gb,
+            max_rank=self.max_rank,
         )
 
     def run(self, modelpool: Any) -> DiDiModel | None:

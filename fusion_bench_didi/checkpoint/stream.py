@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..deltas.base import Delta
+from ..deltas.grouped import apart
 from ..deltas.sink import EncodedTensor, Experts, Shared
 from ..distributed.ranks import ALONE, Ranks
-from .deltas import entry_of, read_deltas
+from .deltas import entry_of, in_groups, read_deltas
 from .directory import write_json
 from .tensors import file_digest, independent
 
@@ -132,10 +133,12 @@ def write_deltas(
     experts: Mapping[str, Mapping[str, Delta]],
 ) -> dict[str, Any]:
     """Write all deltas of a model in memory; returns the manifest for :func:`~.deltas.read_deltas`."""
+    common, own, groups = apart(experts)
     deltas = [(None, name, delta) for name, delta in shared.items()]
-    for task, own in experts.items():
-        deltas += [(task, name, delta) for name, delta in own.items()]
-    sizes = [sum(t.nbytes for t in delta.tensors().values()) for *_, delta in deltas]
+    deltas += [(None, name, delta, label) for (label, name), delta in common.items()]
+    for task, some in own.items():
+        deltas += [(task, name, delta) for name, delta in some.items()]
+    sizes = [sum(t.nbytes for t in d.tensors().values()) for _, _, d, *_ in deltas]
     shards = _cut(deltas, sizes, MAX_SHARD)
     names, digests, keys, entries = _names(len(shards)), {}, [], []
     for name, shard in zip(names, shards):
@@ -144,19 +147,20 @@ def write_deltas(
         keys.append(list(tensors))
         digests[name] = _write(directory / name, tensors)
     _write_index(directory, names, keys, sum(sizes))
-    return _manifest(list(experts), entries, names, digests)
+    manifest = _manifest(list(experts), entries, names, digests)
+    return {**manifest, **(in_groups(groups) if groups else {})}
 
 
 def _listed(
-    deltas: Iterable[tuple[str | None, str, Delta | None]],
+    deltas: Iterable[tuple],
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Entries of the manifest, and tensors by key, of deltas with their tasks and tensors' names."""
+    """Entries of the manifest, and tensors by key, of deltas behind their tasks and tensors' names; labels of groups may follow."""
     entries, tensors = [], {}
     places: set[int] = set()
-    for task, name, delta in deltas:
+    for task, name, delta, *group in deltas:
         if delta is None:
             continue
-        entry = entry_of(task, name, delta)
+        entry = entry_of(task, name, delta, *group)
         entries.append(entry)
         for part, value in delta.tensors().items():
             value = independent(value)

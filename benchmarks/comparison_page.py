@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import language_page
 from benchmarks.suites import DEFAULT, NOTES, in_words, machine, write_json
 from fusion_bench_didi.report.comparison import Comparison
 from fusion_bench_didi.report.tables import as_markdown
@@ -37,7 +38,25 @@ PICTURES = {
     ),
     "demo": ("accuracy_vs_storage",),
     "text": ("accuracy_vs_storage", "accuracy_by_task"),
+    "language": ("accuracy_vs_storage",),
 }
+
+#: Budgets of few bits, of which language models are judged.
+FEW_BITS = {"001": 0.01, "003": 0.03, "010": 0.1}
+#: Rows of the language suite: those whose methods run on language models, in some minutes.
+LANGUAGE_ROWS = (
+    *("pretrained", "individuals", "averaging", "task_arithmetic", "ties", "tsv_m"),
+    *("emr", "tall_ties", "twin", "tsv_c", "bitdelta", "dare_090", "t_switch_090"),
+    *(
+        "compeft_10",
+        "ultra_delta_090",
+        "delta_come",
+        "didi_001",
+        "didi_003",
+        "didi_010",
+    ),
+    *("didi_024", "didi_050", "didi_100", "didi_140", "didi_m_projection"),
+)
 #: What a suite cannot run, or runs otherwise than didi_compare has it.
 CHANGES = {
     "text": (
@@ -54,6 +73,14 @@ CHANGES = {
             )
         ),
     ),
+    "language": (
+        f"only=[{','.join(LANGUAGE_ROWS)}]",
+        *(
+            f"+entries.didi_{key}={{name:'DiDi {budget}',method:didi,overrides:{{budget:{budget}}},"
+            "group:dynamic,family:DiDi,routing:oracle}"
+            for key, budget in FEW_BITS.items()
+        ),
+    ),
 }
 #: Fields of a row that pages need; ranks and energies per matrix are of the pictures.
 LEFT_OUT = ("ranks", "energy_kept", "energy_tasks")
@@ -62,12 +89,13 @@ LEFT_OUT = ("ranks", "energy_kept", "energy_tasks")
 def command(suite: str, place: Path) -> list[str]:
     """The comparison's command line."""
     pools, start = f"didi/{suite}", []
-    if suite in ("real8", "text"):
+    if suite in ("real8", "text", "language"):
         pools, start = suite, ["--config-dir", "benchmarks/conf"]
     return [
         *("fusion_bench", *start, "--config-name", "didi_compare"),
         *(f"modelpool={pools}", f"taskpool={pools}"),
-        *(f"path.log_dir={place}", "save_artifacts=true"),
+        f"path.log_dir={place}",
+        *([] if suite == "language" else ["save_artifacts=true"]),
         *CHANGES.get(suite, ()),
     ]
 
@@ -126,11 +154,13 @@ def page(suite: str) -> str:
     """The page of one comparison."""
     comparison = Comparison.read(DOCS / f"comparison_{suite}.json")
     line = shlex.join(command(suite, Path("outputs") / suite))
+    more = language_page.fields(comparison) if suite == "language" else {}
     return (
         (NOTES / f"comparison_{suite}.md")
         .read_text()
         .format(
             **figures(comparison),
+            **more,
             command=line,
             table=as_markdown(comparison).rstrip(),
             machine=in_words(comparison.data["machine"]),

@@ -1,16 +1,12 @@
 """The unit in which encoded tensors pass from a form to memory, files, account and report."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from ..distributed.ranks import ALONE, Ranks
 from .base import Delta
-
-#: Bits of deltas that ranks exchange at once.
-BATCH_BITS = 2**30
 
 Shared = Mapping[str, Delta]
 Experts = Mapping[str, Mapping[str, Delta]]
@@ -34,19 +30,13 @@ class EncodedTensor:
 
 
 class Sink(Protocol):
-    """Takes encoded tensors, from any thread, and gives all deltas back. A context: left by an error, nothing more is written."""
+    """Takes encoded tensors one by one and gives all deltas back. A context: left by an error, nothing more is written."""
 
     def put(self, tensor: EncodedTensor) -> None:
         """Take one tensor; its experts are those of the sink's tasks, in their order."""
 
-    def close(
-        self, order: Sequence[str], ranks: Ranks = ALONE
-    ) -> tuple[Shared, Experts]:
-        """All deltas that any rank took, shared and by task.
-
-        Args:
-            order: of the tensors' names; what comes after a sink goes by it, whoever was faster.
-        """
+    def close(self) -> tuple[Shared, Experts]:
+        """All deltas, shared and by task."""
 
     def __enter__(self) -> "Sink": ...
 
@@ -54,60 +44,28 @@ class Sink(Protocol):
 
 
 class InMemory:
-    """Keeps deltas as they are; of several ranks each ends with all of them.
+    """Keeps deltas as they are.
 
     Args:
         tasks: in the order of ``EncodedTensor.experts``.
     """
 
     def __init__(self, tasks: Sequence[str]):
-        self._tasks = tuple(tasks)
-        self._taken: dict[str, EncodedTensor] = {}
+        self._shared: dict[str, Delta] = {}
+        self._experts: dict[str, dict[str, Delta]] = {task: {} for task in tasks}
 
     def put(self, tensor: EncodedTensor) -> None:
-        self._taken[tensor.name] = tensor
+        if tensor.shared is not None:
+            self._shared[tensor.name] = tensor.shared
+        for deltas, delta in zip(self._experts.values(), tensor.experts, strict=True):
+            if delta is not None:
+                deltas[tensor.name] = delta
 
-    def close(
-        self, order: Sequence[str], ranks: Ranks = ALONE
-    ) -> tuple[Shared, Experts]:
-        taken = self._of_all(ranks)
-        shared: dict[str, Delta] = {}
-        experts: dict[str, dict[str, Delta]] = {task: {} for task in self._tasks}
-        for name in filter(taken.__contains__, order):
-            tensor = taken[name]
-            if tensor.shared is not None:
-                shared[name] = tensor.shared
-            for deltas, delta in zip(experts.values(), tensor.experts, strict=True):
-                if delta is not None:
-                    deltas[name] = delta
-        return shared, experts
-
-    def _of_all(self, ranks: Ranks) -> dict[str, EncodedTensor]:
-        if ranks.size == 1:
-            return self._taken
-        batches = batched(self._taken.values())
-        found = {}
-        for turn in range(max(ranks.gather(len(batches)))):
-            for some in ranks.gather(batches[turn] if turn < len(batches) else []):
-                found.update((tensor.name, tensor) for tensor in some)
-        return found
+    def close(self) -> tuple[Shared, Experts]:
+        return self._shared, self._experts
 
     def __enter__(self) -> "InMemory":
         return self
 
     def __exit__(self, *error) -> None:
         return None
-
-
-def batched(tensors: Iterable[EncodedTensor]) -> list[list[EncodedTensor]]:
-    """Groups of about :data:`BATCH_BITS`, so that no exchange takes much memory."""
-    found: list[list[EncodedTensor]] = []
-    left = 0
-    for tensor in tensors:
-        if left <= 0:
-            found.append([])
-            left = BATCH_BITS
-        found[-1].append(tensor)
-        deltas = (tensor.shared, *tensor.experts)
-        left -= sum(delta.bits for delta in deltas if delta is not None)
-    return found

@@ -7,10 +7,15 @@ from .inventory import Inventory, matrix_budget, take_inventory
 from .settings import MergeSettings
 
 
-def describe(task_vectors: TaskVectors, settings: MergeSettings) -> str:
+def describe(
+    task_vectors: TaskVectors, settings: MergeSettings, *, streamed: bool = False
+) -> str:
     """A table of the matrices, what a rank costs in each, the ranks of an even split, and the cost of the run.
 
     Nothing but headers is read, so every tensor counts as changed.
+
+    Args:
+        streamed: whether tensors are written to a directory as they are made.
 
     Raises:
         BudgetError: if the budget cannot hold the vectors.
@@ -39,12 +44,12 @@ def describe(task_vectors: TaskVectors, settings: MergeSettings) -> str:
         (m, n), rate = inventory.sides[name], inventory.rate(name)
         even = int(share * m * n / rate.per_rank)
         even = min(even, task_vectors.joint_rank(name))
-        top = "dense" if rate.most is None else str(rate.cap)
-        rank = top if even > rate.cap else str(even)
+        rank = "dense" if even > rate.cap else str(even)
         cost = rate.per_rank // 8
         lines.append(f"{name:<60} {f'{m} x {n}':>14} {cost:>11} {rank:>10}")
     read = _read_gb(task_vectors, inventory)
-    peak = _peak_gb(task_vectors, inventory, settings, left)
+    held = inventory.unit_bits if streamed else 2 * inventory.unit_bits + left
+    peak = _peak_gb(task_vectors, inventory, settings, held)
     lines += [
         "",
         f"to read: {readable(8e9 * read)} per pass; predicted peak memory: {readable(8e9 * peak)}",
@@ -66,8 +71,9 @@ def _read_gb(task_vectors: TaskVectors, inventory: Inventory) -> float:
     return bits / 8e9
 
 
-def _peak_gb(task_vectors, inventory, settings, left) -> float:
-    """Backbone twice (live and pristine), stored modules, kept factors up to their limit, one matrix of all models."""
+def _peak_gb(task_vectors, inventory, settings, held) -> float:
+    """What is held (the backbone; live, pristine and with its modules where nothing is written), kept factors up to their
+    limit, one matrix of all models."""
     tasks = len(task_vectors.tasks)
     working = kept = 0
     for name in inventory.matrices:
@@ -78,4 +84,4 @@ def _peak_gb(task_vectors, inventory, settings, left) -> float:
         working = max(working, 4 * numbers * (2 * tasks + 6))
         kept += 4 * (tasks + 1) * rank // 2 * (m + n)
     kept = min(kept, settings.factor_memory_gb * 2**30)
-    return (2 * inventory.unit_bits / 8 + left / 8 + kept + working) / 1e9
+    return (held / 8 + kept + working) / 1e9

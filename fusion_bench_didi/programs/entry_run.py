@@ -109,7 +109,10 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
         if entry.method == "individuals":
             name = resolve_task(task, pool.model_names, bench.aliases)
             model = pool.load_model(name)
-        row["accuracy"][task] = bench.scorer.score(model, task)
+        accuracy, loss = bench.scorer.scores(model, task)
+        row["accuracy"][task] = accuracy
+        if loss is not None:
+            row["loss"][task] = loss
         bench.store.save(entry.key, row)
 
 

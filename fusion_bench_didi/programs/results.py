@@ -22,6 +22,7 @@ def blank_row(entry: Entry, declared: Mapping[str, Any]) -> dict[str, Any]:
         "complete": False,
         "error": None,
         "accuracy": {},
+        "loss": {},
         "x_excl": None,
         "x_incl": None,
         "bytes_excl": None,
@@ -90,6 +91,7 @@ def _row(
 
 
 _DETAILS = (
+    "loss",
     "bytes_written",
     "bytes_of_headers",
     "traceback",

@@ -159,6 +159,8 @@ def _check_row(row: Field, key: str) -> None:
             row[name].number()
     for _, accuracy in row["accuracy"].entries():
         accuracy.number()
+    for _, loss in row["loss"].entries() if "loss" in row else ():
+        loss.number()
     for note in row["notes"].elements():
         note.text()
     row["entry"].mapping()

@@ -41,10 +41,14 @@ class Scorer:
 
     def score(self, model: nn.Module, task: str) -> float:
         """The model's accuracy (or the pool's own first figure) on the task."""
+        return self.scores(model, task)[0]
+
+    def scores(self, model: nn.Module, task: str) -> tuple[float, float | None]:
+        """As :meth:`score`, and the loss where the pool tells one."""
         with self._only(task):
-            report = self.taskpool.evaluate(model)
-        name, value = figure(report[task])
-        return value
+            found = self.taskpool.evaluate(model)[task]
+        loss = found.get("loss") if isinstance(found, Mapping) else None
+        return figure(found)[1], None if loss is None else float(loss)
 
     def release(self) -> None:
         """Drop the pool's references to the last model."""

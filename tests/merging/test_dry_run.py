@@ -34,6 +34,17 @@ def test_dry_run_finds_the_faults_that_headers_show(pool, monkeypatch):
         didi(pool, budget=0.001, dry_run=True)
 
 
+def test_dry_run_of_a_merge_into_a_directory_predicts_less_memory(
+    pool, capsys, tmp_path
+):
+    peaks = []
+    for place in (None, str(tmp_path / "merged")):
+        didi(pool, budget=1.4, dry_run=True, output_dir=place)
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        peaks.append(float(last.split()[-2]))
+    assert not (tmp_path / "merged").exists() and peaks[1] <= peaks[0]
+
+
 def test_dry_run_works_on_live_models(tiny_clip, capsys):
     models = copy.deepcopy(tiny_clip.pool_models())
     assert didi(models, budget=1.4, dry_run=True) is None

@@ -1,2 +1,0 @@
-# flake8: noqa F401
-from .didi_merging import DiDiMerging

@@ -27,3 +27,7 @@ class BudgetError(DiDiError):
 
 class UnknownTaskError(DiDiError):
     """A task was asked for that the merged model does not hold."""
+
+
+class RankError(DiDiError):
+    """Another process of the same merge failed, ended, or does not get on."""

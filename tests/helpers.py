@@ -22,7 +22,7 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionModel,
 )
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.merging.settings import Budget, MergeSettings

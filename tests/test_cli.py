@@ -1,82 +1,20 @@
 """The real command in its own process: merge, save, evaluate with the host's stock pools, report."""
 
 import json
-import os
-import subprocess
-import sysconfig
 from pathlib import Path
 
-import datasets
 import pytest
-from helpers import pictures, write_clip
-from omegaconf import OmegaConf
+from helpers import pictures
+from workplaces import TASKS, fusion_bench, write_workplace
 
 from fusion_bench_didi.models.dynamic import DiDiModel
 
 pytestmark = pytest.mark.slow
-TASKS = ("mnist", "svhn", "eurosat")
-
-
-def fusion_bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    script = Path(sysconfig.get_path("scripts")) / "fusion_bench"
-    out = cwd / "out"
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cwd / "cache")}
-    return subprocess.run(
-        [
-            str(script),
-            f"--config-dir={cwd / 'conf'}",
-            f"hydra.run.dir={out}",
-            f"path.log_dir={out}",
-            "print_config=false",
-            *arguments,
-        ],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture
 def workplace(tiny_clip, tmp_path) -> Path:
-    """Models, data and a configuration of stock pools, as a user would have them."""
-    clip = write_clip(tmp_path / "clip", tiny_clip.base)
-    models = tiny_clip.save(tmp_path / "models")
-    data = {}
-    for seed, task in enumerate(TASKS):
-        rows = pictures(seed)
-        columns = {key: [row[key] for row in rows] for key in ("image", "label")}
-        features = datasets.Features(
-            image=datasets.Image(), label=datasets.Value("int64")
-        )
-        folder = tmp_path / "data" / task
-        folder.mkdir(parents=True)
-        table = datasets.Dataset.from_dict(columns, features=features)
-        table.to_parquet(folder / "test-00000-of-00001.parquet")
-        data[task] = {
-            "_target_": "datasets.load_dataset",
-            "path": str(folder),
-            "split": "test",
-        }
-    pool = {
-        "defaults": [{"CLIPVisionModelPool@": "_template"}],
-        "models": {name: str(models / name) for name in ("_pretrained_", *TASKS)},
-        "processor": str(clip),
-    }
-    tasks = {
-        "defaults": [{"CLIPVisionModelTaskPool@": "_template"}],
-        "base_model": str(clip),
-        "test_datasets": data,
-        "dataloader_kwargs": {
-            "batch_size": 6,
-            "num_workers": 0,
-            "pin_memory": False,
-        },
-    }
-    for group, content in (("modelpool", pool), ("taskpool", tasks)):
-        (tmp_path / "conf" / group).mkdir(parents=True)
-        OmegaConf.save(content, tmp_path / "conf" / group / "tiny.yaml")
-    return tmp_path
+    return write_workplace(tmp_path, tiny_clip)
 
 
 def test_command_merges_saves_evaluates_and_reports(workplace, tiny_clip):

@@ -38,7 +38,7 @@ class ExpertsCurve:
         """Weighted error (T, K) and bits (K,) of an expert at ranks 0, 1, ..., cap and, last, dense."""
         energy = self.sigma.double().square()
         whole = energy.sum(1) + self.tail_energy.double()
-        cap = min((self.rate.dense - 1) // self.rate.per_rank, energy.shape[1])
+        cap = min(self.rate.cap, energy.shape[1])
         # summed from the end, so that nothing is left where nothing is
         left = energy.flip(1).cumsum(1).flip(1)
         left = torch.cat([left, energy.new_zeros(len(energy), 1)], 1)[:, : cap + 1]
@@ -47,7 +47,10 @@ class ExpertsCurve:
         error = torch.cat([error, self.rounding_dense * whole[:, None]], 1)
         bits = torch.arange(cap + 2, dtype=torch.float64) * self.rate.per_rank
         bits[-1] = self.rate.dense
-        return weights.double()[:, None] * error, bits
+        error = weights.double()[:, None] * error
+        if self.rate.most is not None:
+            error[:, -1] = torch.inf
+        return error, bits
 
     def ranks(self, weights: Tensor, multiplier: float, full: int) -> Tensor:
         """(T,) of the experts where ``error + multiplier * bits`` is least; ``full`` where they are whole.

@@ -6,7 +6,7 @@ full rank are never used. Letters: ``T`` tasks, ``q`` kept singular values, ``k`
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,18 +15,31 @@ from ..lowrank.coupling import Coupling
 from ..lowrank.decomposition import Decomposition
 from ..lowrank.factors import full_rank
 
+#: Bits that no budget has, and whose sums stay whole numbers.
+NEVER = 2**50
+
 
 @dataclass(frozen=True)
 class Rate:
-    """What a module of one matrix costs, in bits: per unit of rank, and stored dense."""
+    """What a module of one matrix costs, in bits: per unit of rank, and stored dense.
+
+    Args:
+        most: the largest rank that is allowed; there is no dense form then.
+    """
 
     per_rank: int
     dense: int
+    most: int | None = None
 
     @property
     def cap(self) -> int:
-        """The largest rank that costs less than the dense form."""
-        return max((self.dense - 1) // self.per_rank, 0)
+        """The largest rank that is allowed and costs less than the dense form."""
+        cap = max((self.dense - 1) // self.per_rank, 0)
+        return cap if self.most is None else min(cap, self.most)
+
+    def limited(self, most: int | None) -> "Rate":
+        """The same up to a rank, without a dense form; as it is if None."""
+        return self if most is None else replace(self, dense=NEVER, most=most)
 
     def of(self, rank: int, full: int) -> int:
         return self.dense if rank >= full else rank * self.per_rank

@@ -32,17 +32,26 @@ class TuckerCurve:
 
     @classmethod
     def of(
-        cls, spaces: TuckerBases, bits: Tensor, rounding: Tensor, tasks: int
+        cls,
+        spaces: TuckerBases,
+        bits: Tensor,
+        rounding: Tensor,
+        tasks: int,
+        *,
+        most: int | None = None,
     ) -> "TuckerCurve":
         """
         Args:
             bits: of every pair of sizes.
             rounding: relative squared error that rounding adds to what is kept, as ``bits``.
             tasks: T; more than T q columns are of no use, nor more than T p rows.
+            most: the largest rank of a core that is allowed.
         """
         p, q = spaces.sizes_up[:, None], spaces.sizes_down
         m, n = spaces.up.shape[0], spaces.down.shape[1]
         useless = (p > tasks * q) | (q > tasks * p) | ((p == m) & (q == n))
+        if most is not None:
+            useless = useless | (torch.minimum(p, q) > most)
         bits = bits.double().masked_fill(useless, NEVER)
         error = spaces.energy - spaces.kept * (1 - rounding)
         error = error.clamp(min=EXACT * spaces.energy)

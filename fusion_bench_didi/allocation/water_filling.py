@@ -52,7 +52,7 @@ def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
     weights = row.module_weights.tolist()
     for j in row.free:
         weight = weights[j]
-        last, jump = dense_from(row, j)
+        last, jump = dense_from(row, j) if row.rate.most is None else (row.cap, 0.0)
         energy = row.sigma[j, :last].double().square()
         gain = torch.cat([energy / per_rank, torch.tensor([jump]).double()])
         reached = torch.cat([torch.arange(1, last + 1), torch.tensor([row.full])])

@@ -4,13 +4,16 @@ Nothing is parsed out of tensor names, and nothing is read or made room for befo
 of the files: a damaged file is refused. Files of format 1 have no checksum and are read as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..deltas.base import Delta
+from ..deltas.grouped import GroupedDelta
 from ..deltas.kinds import KINDS
 from ..deltas.names import escaped
+from ..deltas.plain import OwnDelta
 from ..errors import CheckpointMismatchError, DiDiError
 from .directory import CONFIG, write_json
 from .fields import CHECKSUM, Field, read_object, sealed
@@ -29,11 +32,21 @@ from .tensors import open_tensors
 
 #: what is written; all from 1 on are read
 FORMAT = 2
+#: of models some of whose tasks share what others do not
+GROUPED = 3
 
 
-def entry_of(task: str | None, name: str, delta: Delta) -> dict[str, Any]:
-    """A delta in the manifest; its tensors are found under ``key`` and the name of the part."""
+def entry_of(
+    task: str | None, name: str, delta: Delta, group: str | None = None
+) -> dict[str, Any]:
+    """A delta in the manifest; its tensors are found under ``key`` and the name of the part.
+
+    Args:
+        task: None for what tasks share.
+        group: of the tasks that share it; of all if None.
+    """
     owner = "shared" if task is None else f"experts/{_segment(task)}"
+    owner = owner if group is None else f"groups/{_segment(group)}"
     without = [part for part in delta.parts if getattr(delta, part) is None]
     return {
         "task": task,
@@ -43,7 +56,17 @@ def entry_of(task: str | None, name: str, delta: Delta) -> dict[str, Any]:
         "key": f"{owner}/{_segment(name)}",
         "options": delta.options(),
         **({"without": without} if without else {}),
+        **({} if group is None else {"group": group}),
     }
+
+
+def in_groups(groups: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says beside its deltas if tasks are in groups.
+
+    Args:
+        groups: by label the ``tasks`` of a group, and the ``tensors`` of which they share something else than the others.
+    """
+    return {"groups": groups, "format": GROUPED}
 
 
 def _segment(name: str) -> str:
@@ -58,17 +81,42 @@ def entries_of(manifest: Field) -> list[Entry]:
         CheckpointMismatchError: for a field that is not as written, a delta that is there twice or of no task.
     """
     tasks, entries = manifest["tasks"].texts(), []
-    places: set[tuple[str | None, str]] = set()
+    groups = _groups(manifest, tasks)
+    places: set[tuple[str | None, str | None, str]] = set()
     keys: set[str] = set()
     for field in manifest["deltas"].elements():
         task, tensor, key = field["task"], field["tensor"].text(), field["key"].text()
         owner = None if task.value is None else task.one_of(tasks)
-        if (owner, tensor) in places or key in keys:
+        group = field["group"].one_of(groups) if "group" in field else None
+        if group is not None and (owner, tensor in groups[group]["tensors"]) != (
+            None,
+            True,
+        ):
+            field.fail("what a group shares of one of its tensors")
+        if (owner, group, tensor) in places or key in keys:
             field.fail("every tensor of a task once, under a key of its own")
-        places.add((owner, tensor))
+        places.add((owner, group, tensor))
         keys.add(key)
-        entries.append(_entry(field, owner, tensor, key))
+        entries.append(replace(_entry(field, owner, tensor, key), group=group))
     return entries
+
+
+def _groups(manifest: Field, tasks: list[str]) -> dict[str, dict[str, list[str]]]:
+    """By label the tasks and tensors of every group.
+
+    Raises:
+        CheckpointMismatchError: for a task that is in two of them, or in none of the model's.
+    """
+    if "groups" not in manifest:
+        return {}
+    found, seen = {}, set[str]()
+    for label, group in manifest["groups"].entries():
+        members = group["tasks"].texts()
+        if seen.intersection(members) or not set(members) <= set(tasks):
+            group["tasks"].fail("tasks of the model, each in one group")
+        seen.update(members)
+        found[label] = {"tasks": members, "tensors": group["tensors"].texts()}
+    return found
 
 
 def _entry(field: Field, task: str | None, tensor: str, key: str) -> Entry:
@@ -93,20 +141,31 @@ def read_deltas(
     *,
     verify: bool = True,
     name: str = CONFIG,
+    only: Container[str] | None = None,
 ) -> tuple[dict[str, Delta], dict[str, dict[str, Delta]]]:
     """Read back what a :class:`~.stream.DeltaWriter` wrote.
 
     Args:
         verify: hold every file against its SHA-256, and its contents against their form.
         name: of the manifest's file.
+        only: tasks to read, and what they share; the bytes of others are not looked at, nor is the SHA-256 of files. All if
+            None.
 
     Raises:
         CheckpointMismatchError: for a missing, truncated or altered file, and for tensors that are not those of their form.
     """
     place = directory / name
     fields = Field(place, manifest)
-    entries = entries_of(fields)
-    where = open_tensors(directory, fields["files"].files(), verify=verify)
+    entries, groups = entries_of(fields), _groups(fields, manifest["tasks"])
+    tasks = [t for t in manifest["tasks"] if only is None or t in only]
+    groups = {
+        label: {**group, "tasks": [t for t in group["tasks"] if t in tasks]}
+        for label, group in groups.items()
+    }
+    entries = [e for e in entries if e.task is None or e.task in tasks]
+    entries = [e for e in entries if e.group is None or groups[e.group]["tasks"]]
+    whole = verify and only is None
+    where = open_tensors(directory, fields["files"].files(), verify=whole)
     for entry in entries:
         found = {}
         for part in _parts(entry):
@@ -118,7 +177,8 @@ def read_deltas(
             found[part] = read_header(where[key], key)
         check_parts(entry, found, place)
     shared: dict[str, Delta] = {}
-    experts: dict[str, dict[str, Delta]] = {task: {} for task in manifest["tasks"]}
+    experts: dict[str, dict[str, Delta]] = {task: {} for task in tasks}
+    common: dict[str, dict[str, Delta]] = {label: {} for label in groups}
     for entry in entries:
         keys = {part: f"{entry.key}.{part}" for part in _parts(entry)}
         parts = dict.fromkeys(entry.without)
@@ -127,10 +187,25 @@ def read_deltas(
         if verify:
             check_content(delta, entry, place)
         owner = shared if entry.task is None else experts[entry.task]
+        owner = owner if entry.group is None else common[entry.group]
         owner[entry.tensor] = delta
+    apart = {
+        task: (label, set(group["tensors"]))
+        for label, group in groups.items()
+        for task in group["tasks"]
+    }
     for task, deltas in experts.items():
+        label, own = apart.get(task, ("", ()))
         for tensor, delta in deltas.items():
-            check_together(task, tensor, delta, shared.get(tensor), place)
+            beside = common[label] if tensor in own else shared
+            check_together(task, tensor, delta, beside.get(tensor), place)
+        for tensor in sorted(own):
+            delta = deltas.get(tensor)
+            beside = common[label].get(tensor)
+            there = [d for d in (delta, beside, shared.get(tensor)) if d is not None]
+            if there and not isinstance(delta, OwnDelta):
+                shape = there[0].shape
+                deltas[tensor] = GroupedDelta(shape, label, beside, delta)
     return shared, experts
 
 
@@ -167,9 +242,9 @@ def read_manifest(path: Path, *, unmarked: int | None = None) -> dict[str, Any]:
     """
     found = read_object(path)
     told = found.get("format", unmarked)
-    if type(told) is not int or not 1 <= told <= FORMAT:
+    if type(told) is not int or not 1 <= told <= GROUPED:
         raise DiDiError(
-            f"{path} is of format {told!r}, this version reads 1 to {FORMAT}. Update fusion-bench-didi."
+            f"{path} is of format {told!r}, this version reads 1 to {GROUPED}. Update fusion-bench-didi."
         )
     if told > 1 and CHECKSUM not in found:
         raise CheckpointMismatchError(

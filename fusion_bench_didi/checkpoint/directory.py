@@ -17,7 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import CheckpointMismatchError, DiDiError
+from ..distributed.ranks import Ranks
+from ..errors import CheckpointMismatchError, DiDiError, RankError
 from ..files import sync, write_whole
 from .exchange import exchange, rename_new
 from .fields import read_object
@@ -149,6 +150,37 @@ def whole_directory(
         finally:
             if beside.exists():
                 shutil.rmtree(beside)
+
+
+@contextmanager
+def common_directory(
+    ranks: Ranks, target: str | Path, *, overwrite: bool = False
+) -> Iterator[Path]:
+    """As :func:`whole_directory`, for several ranks that write into it together: rank 0 makes it and puts it into its place.
+
+    Raises:
+        RankError: if another rank failed, or does not see the directory.
+    """
+    if ranks.size == 1:
+        with whole_directory(target, overwrite=overwrite) as place:
+            yield place
+        return
+    with ExitStack() as stack:
+        place = None
+        if ranks.leads:
+            made = whole_directory(target, overwrite=overwrite)
+            place = stack.enter_context(made)
+        place = ranks.from_first(place)
+        blind = [
+            rank for rank, seen in enumerate(ranks.gather(place.is_dir())) if not seen
+        ]
+        if blind:
+            raise RankError(
+                f"Rank {blind[0]} does not see {place.parent}, which rank 0 writes to. Choose a directory that all machines share."
+            )
+        yield place
+        ranks.gather(None)  # nobody writes any more
+    ranks.gather(None)  # it has its name
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Entry:
         key: in front of its tensors' names in the file.
         options: as the form's constructor takes them.
         without: parts that it does not have.
+        group: of tasks that share it, if not all do.
     """
 
     task: str | None
@@ -62,6 +63,7 @@ class Entry:
     key: str
     options: Mapping[str, int]
     without: frozenset[str]
+    group: str | None = None
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -1,116 +1,130 @@
-"""The one writer of stored deltas: shards that are written behind the arithmetic, and mapped from there afterwards."""
+"""The writers of stored deltas: pieces of one tensor each, written as they are made, and the shards that are cut of them.
 
+Shards are cut by the order of the tensors, not by who was ready when, so that files are the same to the byte however many
+threads and processes made them.
+"""
+
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..deltas.base import Delta
+from ..deltas.grouped import apart
 from ..deltas.sink import EncodedTensor, Experts, Shared
-from .deltas import entry_of, read_deltas
+from ..distributed.ranks import ALONE, Ranks
+from .deltas import entry_of, in_groups, read_deltas
 from .directory import write_json
 from .tensors import file_digest, independent
 
-#: Deltas of a merge wait in memory up to this size before they are written.
+#: Pieces are put together to shards of this size; what is larger is a shard by itself.
 SHARD_BYTES = 2**27
 #: Shards of a model that is in memory anyway.
 MAX_SHARD = 5 * 10**9
+Item = TypeVar("Item")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-class DeltaWriter:
-    """A :class:`~fusion_bench_didi.deltas.sink.Sink` that writes to a directory from a thread of its own.
-
-    As a context: left by an error, it waits for the shard that is being written, and writes no other.
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of all tasks as it lies in a file of its own.
 
     Args:
-        directory: exists; gets ``model.safetensors``, or shards and their index.
+        entries: of its deltas in the manifest.
+        keys: of what is stored, in this order.
+        size: bytes of that.
+        file: None where nothing is stored.
+        digest: SHA-256 of the file.
+    """
+
+    entries: list[dict[str, Any]]
+    keys: list[str]
+    size: int
+    file: Path | None = None
+    digest: str = ""
+
+
+class DeltaWriter:
+    """A :class:`~fusion_bench_didi.deltas.sink.Sink` that writes every tensor at once, in the thread that made it.
+
+    Args:
+        directory: exists, for all ranks; gets ``model.safetensors``, or shards and their index.
         tasks: in the order of ``EncodedTensor.experts``.
-        shard_bytes: what waits in memory at most.
+        pieces: exists, for all ranks; where tensors wait for their shard.
 
     Attributes:
         manifest: what :func:`~.deltas.read_deltas` needs, once it is closed.
     """
 
-    def __init__(
-        self, directory: Path, tasks: Sequence[str], *, shard_bytes: int | None = None
-    ):
-        self.manifest: dict[str, Any] = {
-            "tasks": list(tasks),
-            "deltas": [],
-            "files": {},
-        }
-        self._directory = directory
-        self._limit = SHARD_BYTES if shard_bytes is None else shard_bytes
-        self._waiting: dict[str, Tensor] = {}
-        self._places: set[int] = set()
-        self._size = 0
-        self._shards: list[tuple[Path, list[str], int]] = []
-        self._digests: list[Future[str]] = []
-        self._thread = ThreadPoolExecutor(1)
+    def __init__(self, directory: Path, tasks: Sequence[str], pieces: Path):
+        self.manifest: dict[str, Any] = {}
+        self._tasks = list(tasks)
+        self._directory, self._place = directory, pieces
+        self._pieces: dict[str, Piece] = {}
 
     def put(self, tensor: EncodedTensor) -> None:
-        tasks = (None, *self.manifest["tasks"])
-        deltas = (tensor.shared, *tensor.experts)
-        for task, delta in zip(tasks, deltas, strict=True):
-            if delta is not None:
-                self.put_delta(task, tensor.name, delta)
+        owners = zip(
+            (None, *self._tasks), (tensor.shared, *tensor.experts), strict=True
+        )
+        entries, tensors = _listed((owner, tensor.name, d) for owner, d in owners)
+        size, file, digest = sum(t.nbytes for t in tensors.values()), None, ""
+        if tensors:
+            name = hashlib.sha256(tensor.name.encode()).hexdigest()[:32]
+            file = self._place / f"{name}.safetensors"
+            digest = _write(file, tensors)
+        self._pieces[tensor.name] = Piece(entries, list(tensors), size, file, digest)
 
-    def put_delta(self, task: str | None, name: str, delta: Delta) -> None:
-        """Take one delta; ``task`` None for the shared part."""
-        entry = entry_of(task, name, delta)
-        self.manifest["deltas"].append(entry)
-        for part, value in delta.tensors().items():
-            value = independent(value)
-            if value.nbytes and value.data_ptr() in self._places:
-                value = value.clone()  # several tasks may hold one tensor
-            self._places.add(value.data_ptr())
-            self._waiting[f"{entry['key']}.{part}"] = value
-            self._size += value.nbytes
-        if self._size >= self._limit:
-            self._flush()
-
-    def close(self) -> tuple[Shared, Experts]:
-        """Write what waits, name the shards, and map all of it."""
-        self.finish()
+    def close(
+        self, order: Sequence[str], ranks: Ranks = ALONE
+    ) -> tuple[Shared, Experts]:
+        """Put the pieces of all ranks together to shards, and map all of it; every rank writes some."""
+        found: dict[str, Piece] = {}
+        for some in ranks.gather(self._pieces):
+            found.update(some)
+        pieces = [found[name] for name in order if name in found]
+        sizes = [piece.size for piece in pieces if piece.file]
+        shards = _cut([p for p in pieces if p.file], sizes, SHARD_BYTES)
+        names = _names(len(shards))
+        mine = list(zip(names, shards))[ranks.rank :: ranks.size]
+        digests: dict[str, str] = {}
+        for some in ranks.gather({name: self._shard(name, s) for name, s in mine}):
+            digests.update(some)
+        entries = [entry for piece in pieces for entry in piece.entries]
+        self.manifest = _manifest(self._tasks, entries, names, digests)
+        if ranks.leads:
+            keys = [[key for piece in shard for key in piece.keys] for shard in shards]
+            _write_index(self._directory, names, keys, sum(sizes))
         return read_deltas(self._directory, self.manifest, verify=False)
 
-    def finish(self) -> dict[str, Any]:
-        """Write what waits and name the shards; the manifest."""
-        self._flush()
-        digests = [digest.result() for digest in self._digests]
-        count, weight_map, total = len(self._shards), {}, 0
-        for i, ((file, names, size), digest) in enumerate(zip(self._shards, digests)):
-            final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            final = _SINGLE if count == 1 else final
-            os.replace(file, self._directory / final)
-            self.manifest["files"][final] = digest
-            weight_map.update(dict.fromkeys(names, final))
-            total += size
-        if count > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(self._directory / _INDEX, index)
-        return self.manifest
+    def _shard(self, name: str, pieces: Sequence[Piece]) -> str:
+        """Write one; its SHA-256."""
+        file = self._directory / name
+        if len(pieces) == 1:
+            try:
+                os.link(pieces[0].file, file)
+            except OSError:  # the file system has no second names
+                shutil.copyfile(pieces[0].file, file)
+            return pieces[0].digest
+        tensors: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for piece in pieces:
+                held = stack.enter_context(safe_open(piece.file, framework="pt"))
+                tensors |= {key: held.get_tensor(key) for key in piece.keys}
+            return _write(file, tensors)
 
     def __enter__(self) -> "DeltaWriter":
         return self
 
     def __exit__(self, *error) -> None:
-        self._waiting = {}
-        self._thread.shutdown(cancel_futures=True)
-
-    def _flush(self) -> None:
-        if self._digests:
-            self._digests[-1].result()  # never more than one shard waits for the disk
-        if self._waiting:
-            file = self._directory / f"shard-{len(self._shards)}.safetensors"
-            self._shards.append((file, list(self._waiting), self._size))
-            self._digests.append(self._thread.submit(_write, file, self._waiting))
-            self._waiting, self._places, self._size = {}, set(), 0
+        return None
 
 
 def write_deltas(
@@ -118,15 +132,83 @@ def write_deltas(
     shared: Mapping[str, Delta],
     experts: Mapping[str, Mapping[str, Delta]],
 ) -> dict[str, Any]:
-    """Write all deltas; returns the manifest for :func:`~.deltas.read_deltas`."""
-    with DeltaWriter(directory, list(experts), shard_bytes=MAX_SHARD) as writer:
-        for task, deltas in ((None, shared), *experts.items()):
-            for name, delta in deltas.items():
-                writer.put_delta(task, name, delta)
-        return writer.finish()
+    """Write all deltas of a model in memory; returns the manifest for :func:`~.deltas.read_deltas`."""
+    common, own, groups = apart(experts)
+    deltas = [(None, name, delta) for name, delta in shared.items()]
+    deltas += [(None, name, delta, label) for (label, name), delta in common.items()]
+    for task, some in own.items():
+        deltas += [(task, name, delta) for name, delta in some.items()]
+    sizes = [sum(t.nbytes for t in d.tensors().values()) for _, _, d, *_ in deltas]
+    shards = _cut(deltas, sizes, MAX_SHARD)
+    names, digests, keys, entries = _names(len(shards)), {}, [], []
+    for name, shard in zip(names, shards):
+        told, tensors = _listed(shard)
+        entries += told
+        keys.append(list(tensors))
+        digests[name] = _write(directory / name, tensors)
+    _write_index(directory, names, keys, sum(sizes))
+    manifest = _manifest(list(experts), entries, names, digests)
+    return {**manifest, **(in_groups(groups) if groups else {})}
+
+
+def _listed(
+    deltas: Iterable[tuple],
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Entries of the manifest, and tensors by key, of deltas behind their tasks and tensors' names; labels of groups may follow."""
+    entries, tensors = [], {}
+    places: set[int] = set()
+    for task, name, delta, *group in deltas:
+        if delta is None:
+            continue
+        entry = entry_of(task, name, delta, *group)
+        entries.append(entry)
+        for part, value in delta.tensors().items():
+            value = independent(value)
+            if value.nbytes and value.data_ptr() in places:
+                value = value.clone()  # several tasks may hold one tensor
+            places.add(value.data_ptr())
+            tensors[f"{entry['key']}.{part}"] = value
+    return entries, tensors
+
+
+def _cut(items: Sequence[Item], sizes: Sequence[int], most: int) -> list[list[Item]]:
+    """Shards, each full as soon as it holds so many bytes."""
+    shards: list[list[Item]] = []
+    held = most
+    for item, size in zip(items, sizes):
+        if held >= most:
+            shards.append([])
+            held = 0
+        shards[-1].append(item)
+        held += size
+    return shards
+
+
+def _names(count: int) -> list[str]:
+    """Files of so many shards."""
+    if count == 1:
+        return [_SINGLE]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _manifest(
+    tasks: list[str], entries: list, names: Sequence[str], digests: Mapping[str, str]
+) -> dict[str, Any]:
+    files = {name: digests[name] for name in names}
+    return {"tasks": tasks, "deltas": entries, "files": files}
+
+
+def _write_index(
+    directory: Path, names: Sequence[str], keys: Sequence[Sequence[str]], total: int
+) -> None:
+    """Where each tensor is, if there are several files."""
+    if len(names) > 1:
+        where = {key: name for name, held in zip(names, keys) for key in held}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_json(directory / _INDEX, index)
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a shard; its SHA-256."""
+    """Write a shard or a piece; its SHA-256."""
     save_file(tensors, file, metadata={"format": "pt"})
     return file_digest(file)

@@ -1,12 +1,16 @@
 """The unit in which encoded tensors pass from a form to memory, files, account and report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from ..distributed.ranks import ALONE, Ranks
 from .base import Delta
+
+#: Bits of deltas that ranks exchange at once.
+BATCH_BITS = 2**30
 
 Shared = Mapping[str, Delta]
 Experts = Mapping[str, Mapping[str, Delta]]
@@ -30,13 +34,19 @@ class EncodedTensor:
 
 
 class Sink(Protocol):
-    """Takes encoded tensors one by one and gives all deltas back. A context: left by an error, nothing more is written."""
+    """Takes encoded tensors, from any thread, and gives all deltas back. A context: left by an error, nothing more is written."""
 
     def put(self, tensor: EncodedTensor) -> None:
         """Take one tensor; its experts are those of the sink's tasks, in their order."""
 
-    def close(self) -> tuple[Shared, Experts]:
-        """All deltas, shared and by task."""
+    def close(
+        self, order: Sequence[str], ranks: Ranks = ALONE
+    ) -> tuple[Shared, Experts]:
+        """All deltas that any rank took, shared and by task.
+
+        Args:
+            order: of the tensors' names; what comes after a sink goes by it, whoever was faster.
+        """
 
     def __enter__(self) -> "Sink": ...
 
@@ -44,28 +54,60 @@ class Sink(Protocol):
 
 
 class InMemory:
-    """Keeps deltas as they are.
+    """Keeps deltas as they are; of several ranks each ends with all of them.
 
     Args:
         tasks: in the order of ``EncodedTensor.experts``.
     """
 
     def __init__(self, tasks: Sequence[str]):
-        self._shared: dict[str, Delta] = {}
-        self._experts: dict[str, dict[str, Delta]] = {task: {} for task in tasks}
+        self._tasks = tuple(tasks)
+        self._taken: dict[str, EncodedTensor] = {}
 
     def put(self, tensor: EncodedTensor) -> None:
-        if tensor.shared is not None:
-            self._shared[tensor.name] = tensor.shared
-        for deltas, delta in zip(self._experts.values(), tensor.experts, strict=True):
-            if delta is not None:
-                deltas[tensor.name] = delta
+        self._taken[tensor.name] = tensor
 
-    def close(self) -> tuple[Shared, Experts]:
-        return self._shared, self._experts
+    def close(
+        self, order: Sequence[str], ranks: Ranks = ALONE
+    ) -> tuple[Shared, Experts]:
+        taken = self._of_all(ranks)
+        shared: dict[str, Delta] = {}
+        experts: dict[str, dict[str, Delta]] = {task: {} for task in self._tasks}
+        for name in filter(taken.__contains__, order):
+            tensor = taken[name]
+            if tensor.shared is not None:
+                shared[name] = tensor.shared
+            for deltas, delta in zip(experts.values(), tensor.experts, strict=True):
+                if delta is not None:
+                    deltas[name] = delta
+        return shared, experts
+
+    def _of_all(self, ranks: Ranks) -> dict[str, EncodedTensor]:
+        if ranks.size == 1:
+            return self._taken
+        batches = batched(self._taken.values())
+        found = {}
+        for turn in range(max(ranks.gather(len(batches)))):
+            for some in ranks.gather(batches[turn] if turn < len(batches) else []):
+                found.update((tensor.name, tensor) for tensor in some)
+        return found
 
     def __enter__(self) -> "InMemory":
         return self
 
     def __exit__(self, *error) -> None:
         return None
+
+
+def batched(tensors: Iterable[EncodedTensor]) -> list[list[EncodedTensor]]:
+    """Groups of about :data:`BATCH_BITS`, so that no exchange takes much memory."""
+    found: list[list[EncodedTensor]] = []
+    left = 0
+    for tensor in tensors:
+        if left <= 0:
+            found.append([])
+            left = BATCH_BITS
+        found[-1].append(tensor)
+        deltas = (tensor.shared, *tensor.experts)
+        left -= sum(delta.bits for delta in deltas if delta is not None)
+    return found

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from .base import Delta
+from .grouped import commons
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StorageReport:
         unit_bits: one fine-tuned model.
         backbone_bits: the base model's values of the changed tensors. A saved model refers to them, so that all of them are
             needed beside what it stores, also where they are only ever used together with a shared part.
-        shared_bits: what all tasks use.
+        shared_bits: what all tasks use, or all of a group.
         expert_bits: per task.
         routing_bits: the router; 0 when the task is given.
         layer_bits: shared and experts together, per tensor.
@@ -78,13 +79,14 @@ def account(
         backbone_bits: ``unit_bits`` if None (base and checkpoints are of one type).
     """
     layers: dict[str, int] = {}
-    for part in (shared, *experts.values()):
-        for name, delta in part.items():
-            layers[name] = layers.get(name, 0) + delta.bits
+    pairs = [pair for deltas in experts.values() for pair in deltas.items()]
+    grouped = [(name, delta) for (_, name), delta in commons(pairs).items()]
+    for name, delta in (*shared.items(), *pairs, *grouped):
+        layers[name] = layers.get(name, 0) + delta.bits
     return StorageReport(
         unit_bits=unit_bits,
         backbone_bits=unit_bits if backbone_bits is None else backbone_bits,
-        shared_bits=sum(d.bits for d in shared.values()),
+        shared_bits=sum(d.bits for _, d in (*shared.items(), *grouped)),
         expert_bits={
             task: sum(d.bits for d in deltas.values())
             for task, deltas in experts.items()

@@ -9,11 +9,13 @@ from ..compat import lazy
 
 if TYPE_CHECKING:
     from .adding import add_task
+    from .combining import combine
     from .removing import remove_task
     from .rescaling import rescale
 
 _HOME = {
     "add_task": "adding",
+    "combine": "combining",
     "remove_task": "removing",
     "rescale": "rescaling",
 }

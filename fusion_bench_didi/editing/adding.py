@@ -75,7 +75,7 @@ def add_task(
     limit = Budget(budget)
     target = target_of(place, output_dir, overwrite=overwrite)
     model = place
-    if not isinstance(place, DynamicModel):
+    if not isinstance(place, nn.Module):
         model = DiDiModel.from_pretrained(place, backbone)
     stored = Stored.of(model)
     check_name(name, stored.tasks)

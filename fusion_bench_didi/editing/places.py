@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Union
 
 import torch
+from torch import nn
 
 from ..checkpoint.deltas import read_config, read_deltas, versions, write_manifest
 from ..checkpoint.directory import CONFIG, check_target, whole_directory
@@ -63,7 +64,7 @@ def in_place(
         DiDiError: for a router that would no longer fit.
     """
     target = target_of(place, output_dir, overwrite=overwrite)
-    if isinstance(place, DynamicModel):
+    if isinstance(place, nn.Module):
         return edited_model(
             place, edit, target, overwrite, drop_router or keeps_tasks, keeps_tasks
         )
@@ -88,9 +89,9 @@ def edited_model(
     keep_router: bool = False,
 ) -> Edited:
     """Edit a model in memory, and save it if there is a target."""
+    before = Stored.of(model)
     if model.router is not None:
         check_router_goes(drop_router, "The model")
-    before = Stored.of(model)
     after = edit(before)
     router = model.router if keep_router else None
     model.attach_router(None)
@@ -125,7 +126,7 @@ def target_of(
         FileExistsError, DiDiError: as by :func:`~fusion_bench_didi.checkpoint.directory.check_target`.
     """
     target = output_dir
-    if output_dir is None and not isinstance(place, DynamicModel):
+    if output_dir is None and not isinstance(place, nn.Module):
         if not overwrite:
             raise SettingsError(
                 f"{place} would be edited and written nowhere. Give output_dir, or overwrite=True to replace the directory."

@@ -55,12 +55,16 @@ class BasisStore:
 
 
 class KeptBases:
-    """Bases that a store holds."""
+    """Bases that a store holds; on the rank that decomposed the matrix, which also encodes it."""
 
     _released: weakref.finalize
 
     def __init__(self, bases: Bases | None, file: Path | None):
         self._bases, self._file = bases, file
+
+    def __reduce__(self):
+        """On another rank, which does not encode this matrix, they are not there."""
+        return KeptBases, (None, None)
 
     def load(self) -> Bases:
         """The bases, which stay where they are."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..distributed.ownership import SOLO, Crew
 from ..lowrank.factored import as_dense
 from ..lowrank.factors import Matrix
 from ..lowrank.row_blocks import Difference, materialize, mean_of
@@ -31,6 +32,7 @@ class MergeContext:
         device: where the arithmetic happens.
         store: takes the half SVDs between planning and encoding.
         given: the finished model that is added to; None for a merge from the start.
+        crew: the processes at it.
     """
 
     task_vectors: TaskVectors
@@ -42,6 +44,7 @@ class MergeContext:
     progress: Progress
     store: BasisStore
     given: Given | None = None
+    crew: Crew = SOLO
     trimmer: HeapTrimmer = field(default_factory=HeapTrimmer)
 
     @property
@@ -74,7 +77,7 @@ class MergeContext:
     def each(
         self, stage: str, function: Callable[[str], Result], names: Iterable[str]
     ) -> Iterator[tuple[str, Result]]:
-        """Names and results of the one loop over tensors."""
+        """Names and results of the one loop over tensors, on all ranks."""
         return each(
             self.task_vectors,
             stage,
@@ -83,4 +86,5 @@ class MergeContext:
             device=self.device,
             progress=self.progress,
             trimmer=self.trimmer,
+            crew=self.crew,
         )

@@ -44,7 +44,8 @@ def describe(
         (m, n), rate = inventory.sides[name], inventory.rate(name)
         even = int(share * m * n / rate.per_rank)
         even = min(even, task_vectors.joint_rank(name))
-        rank = "dense" if even > rate.cap else str(even)
+        top = "dense" if rate.most is None else str(rate.cap)
+        rank = top if even > rate.cap else str(even)
         cost = rate.per_rank // 8
         lines.append(f"{name:<60} {f'{m} x {n}':>14} {cost:>11} {rank:>10}")
     read = _read_gb(task_vectors, inventory)

@@ -1,36 +1,58 @@
 """Encoding every tensor as it was decided: truncate, refine, quantize, and measure what is not reproduced."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..deltas.plain import DenseDelta, OwnDelta
-from ..deltas.sink import EncodedTensor
+from ..deltas.sink import EncodedTensor, Sink
+from ..task_vectors.loop import spread
 from ..task_vectors.reader import TaskVectors
 from .context import MergeContext
 from .forms import Decision
 
 
 def encode_all(
-    context: MergeContext, decisions: Mapping[str, Decision]
-) -> Iterator[EncodedTensor]:
-    """Tasks' own tensors, vectors, then matrices, large ones first; the bases that decisions stand on are used up."""
-    for name in context.inventory.own:
-        yield encode_own(context.task_vectors, name)
+    context: MergeContext, decisions: Mapping[str, Decision], sink: Sink
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Tasks' own tensors, vectors, then matrices, large ones first; the bases that decisions stand on are used up.
+
+    Returns:
+        the names in this order, and their (T,) squared errors.
+    """
     dropped = context.settings.vectors == "pretrained"
     vectors = () if dropped else context.inventory.vectors
 
-    def encode(name: str) -> EncodedTensor:
+    def own(name: str) -> EncodedTensor:
+        return encode_own(context.task_vectors, name)
+
+    def vector(name: str) -> EncodedTensor:
+        return encode_vector(context, name)
+
+    def matrix(name: str) -> EncodedTensor:
         decision = decisions[name]
         return decision.form.encode(context, decision)
 
-    for stage, function, names in (
-        ("vectors", lambda name: encode_vector(context, name), vectors),
-        ("refine", encode, decisions),
+    def stored(encode: Callable[[str], EncodedTensor], name: str) -> Tensor | None:
+        tensor = encode(name)
+        sink.put(tensor)
+        return tensor.errors
+
+    order, errors = [], {}
+    for name, _ in spread(
+        context.crew, "own", partial(stored, own), context.inventory.own
     ):
-        for item in context.each(stage, function, names):
-            yield item[1]
-            del item  # not kept while the next is waited for
+        order.append(name)
+    for stage, encode, names in (
+        ("vectors", vector, vectors),
+        ("refine", matrix, decisions),
+    ):
+        for name, lost in context.each(stage, partial(stored, encode), names):
+            order.append(name)
+            errors[name] = lost
+    return order, errors
 
 
 def encode_own(task_vectors: TaskVectors, name: str) -> EncodedTensor:

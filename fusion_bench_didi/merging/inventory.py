@@ -14,6 +14,7 @@ from ..deltas.precision import (
 )
 from ..deltas.storage import dtype_bits
 from ..errors import BudgetError
+from ..lowrank.factors import full_rank
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, model_bits
 from ..task_vectors.sources import TensorInfo
@@ -33,6 +34,7 @@ class Inventory:
         vector_bits, own_bits: what vectors and own tensors will cost.
         precisions: allowed for each tensor that competes, cheapest first.
         vector_dtypes: of each vector.
+        max_rank: of shared part and expert together, of matrices of larger full rank; no limit if None.
     """
 
     matrices: tuple[str, ...]
@@ -45,6 +47,7 @@ class Inventory:
     own_bits: int
     precisions: Mapping[str, tuple[Precision, ...]]
     vector_dtypes: Mapping[str, torch.dtype]
+    max_rank: int | None = None
 
     @property
     def competing(self) -> tuple[str, ...]:
@@ -57,7 +60,18 @@ class Inventory:
 
     def rate(self, name: str) -> Rate:
         """What a module of a matrix costs in its cheapest precision."""
-        return self.cheapest(name).rate(*self.sides[name])
+        return self.rate_in(self.cheapest(name), name)
+
+    def rate_in(self, precision: Precision, name: str, *, shared_rank: int = 0) -> Rate:
+        """What a module costs, beside a shared part of a rank."""
+        most = self.most(name)
+        left = None if most is None else max(most - shared_rank, 0)
+        return precision.rate(*self.sides[name]).limited(left)
+
+    def most(self, name: str) -> int | None:
+        """The largest rank that a task's change of a matrix may have; None where any may."""
+        free = self.max_rank is None or full_rank(*self.sides[name]) <= self.max_rank
+        return None if free else self.max_rank
 
     def numel(self, name: str) -> int:
         m, n = self.sides[name]
@@ -120,6 +134,7 @@ def take_inventory(
             **{n: vector_precisions(types[n]) for n in flat},
         },
         vector_dtypes=stored,
+        max_rank=settings.max_rank,
     )
 
 

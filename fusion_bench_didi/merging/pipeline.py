@@ -3,7 +3,8 @@
 A matrix is read three times: for its energy and a sample; to be decomposed, while every storage form offers what it can do;
 and to be encoded as was decided. One matrix of all T models at a time: what a look leaves behind are curves and, while they
 fit ``factor_memory_gb``, half SVDs. Tasks are worked on in sorted order and matrices by sorted name, so that neither order of
-the pool changes a bit of the result.
+the pool changes a bit of the result. Of several processes each does this for the tensors that it owns (``distributed/``), and
+knows all curves, so that all decide alike.
 """
 
 import time
@@ -19,6 +20,8 @@ from ..allocation.leftover import climb
 from ..allocation.spectra import total_cost
 from ..deltas.sink import Experts, InMemory, Shared, Sink
 from ..deltas.storage import account, told
+from ..distributed.ownership import Crew
+from ..distributed.ranks import ALONE, Ranks
 from ..task_vectors.loop import Progress, no_progress
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, account_of, scan
@@ -99,12 +102,14 @@ def plan(
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
     given: Given | None = None,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """Scan, look, choose and allocate; arguments and errors as of :func:`merge`."""
     seconds: dict[str, float] = {}
     task_vectors = task_vectors.ordered(sorted(task_vectors.tasks))
     unit_bits = None if given is None else given.unit_bits
     joint = settings.joint or bool(given and given.bases)
+    crew = Crew.of(ranks, task_vectors.sizes)
     with _timed(seconds, "scan"):
         # what is sampled is decided by headers, as if every tensor was changed
         expected = take_inventory(task_vectors, settings, unit_bits=unit_bits)
@@ -112,7 +117,7 @@ def plan(
         budget -= expected.vector_bits + expected.own_bits
         bounds = RankBounds(task_vectors, expected, settings, max(budget, 0), device)
         observe = partial(sample_of, bounds) if joint else None
-        found = scan(task_vectors, device, observe=observe)
+        found = scan(task_vectors, device, observe=observe, crew=crew)
     inventory = take_inventory(task_vectors, settings, found, unit_bits=unit_bits)
     weighed = found.energy if given is None else given.weighed(found.energy)
     energies = {name: weighed[name] for name in inventory.competing}
@@ -126,6 +131,7 @@ def plan(
         progress,
         BasisStore(settings.factor_memory_gb),
         given,
+        crew,
     )
     budget = matrix_budget(inventory, settings)
     bounds = RankBounds(task_vectors, inventory, settings, budget, device)
@@ -190,6 +196,7 @@ def merge(
     progress: Progress = no_progress,
     sink: Sink | None = None,
     given: Given | None = None,
+    ranks: Ranks = ALONE,
 ) -> MergeResult:
     """DiDi-Merging of T task vectors under one budget.
 
@@ -200,22 +207,25 @@ def merge(
         progress: called with (stage, tensors done, tensors in all).
         sink: where stored deltas go, of the tasks sorted; kept in memory if None.
         given: the finished model that tasks are added to; a merge from the start if None.
+        ranks: the processes that do it together; all of them call this with the same arguments and get the same result.
 
     Raises:
         NonFiniteError, ModelPoolError: from the first read.
         BudgetError: if the vectors alone exceed the budget.
     """
     planned = plan(
-        task_vectors, settings, device=device, progress=progress, given=given
+        task_vectors,
+        settings,
+        device=device,
+        progress=progress,
+        given=given,
+        ranks=ranks,
     )
-    context, errors = planned.context, {}
+    context = planned.context
     with _timed(planned.seconds, "refine"):
         with sink or InMemory(context.tasks) as sink:
-            for tensor in encode_all(context, planned.decisions):
-                errors[tensor.name] = tensor.errors
-                sink.put(tensor)
-                del tensor
-            shared, experts = sink.close()
+            order, errors = encode_all(context, planned.decisions, sink)
+            shared, experts = sink.close(order, ranks)
     unit_bits = context.inventory.unit_bits
     storage = account(shared, experts, unit_bits=unit_bits)
     report = planned.report(errors, shared, experts)

@@ -44,11 +44,11 @@ def refined(
     """Ranks and precisions after what they left of the budget was spent on finer precision."""
     options = [context.inventory.precisions[row.name] for row in table]
     ladders = [
-        [(p.rate(*row.shape), p.rounding) for p in allowed]
+        [(p.rate(*row.shape).limited(row.rate.most), p.rounding) for p in allowed]
         for row, allowed in zip(table, options)
     ]
     rows, ranks = refine_precision(table, ranks, ladders, budget)
     return ranks, [
-        next(p for p in allowed if p.rate(*row.shape) == row.rate)
-        for row, allowed in zip(rows, options)
+        allowed[[rate for rate, _ in ladder].index(row.rate)]
+        for row, allowed, ladder in zip(rows, options, ladders)
     ]

@@ -13,7 +13,7 @@ from ..deltas.precision import precisions
 from ..errors import BudgetError, SettingsError
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..lowrank.static_merge import SharedMerge
-from ..options import Gigabytes, Scale, Share, check_fields
+from ..options import Gigabytes, PositiveCount, Scale, Share, check_fields
 
 Normalization = Literal["none", "root", "matrix"]
 Residual = Literal["truncated", "full"]
@@ -91,6 +91,8 @@ class MergeSettings:
         normalization: weight of a squared error: ``none`` 1 (plain MSE); ``matrix`` 1 / (energy of this matrix of the
             task), the relative error; ``root`` the geometric mean of the two.
         factor_dtype: one of ``precision.NAMES``.
+        max_rank: of what a task changes in any matrix, the shared part and its expert together; no matrix is stored whole
+            then. What adapters of that rank carry.
 
     Raises:
         SettingsError: naming every value that is none of those there are, and every one that has no effect beside the
@@ -111,6 +113,7 @@ class MergeSettings:
     warm_start: bool = True
     refining: RefinementSettings = RefinementSettings()
     factor_memory_gb: Gigabytes = 4.0
+    max_rank: PositiveCount | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -152,6 +155,8 @@ class MergeSettings:
                 f"residual=full with shared={self.shared}: there is no shared matrix whose residuals could be stored. Set "
                 "shared=mean (auto, task_arithmetic, ties), or residual=truncated."
             )
+        if self.max_rank is not None:
+            yield from self._beyond_adapters()
         if self.allocation == "uniform" and not self.joint and self.static != "none":
             if self.residual == "truncated":
                 yield (
@@ -163,6 +168,19 @@ class MergeSettings:
             yield (
                 "allocation=learned from a warm start: where shared ranks are chosen first, the greedy ranks that it would "
                 "start from are the optimum. Set allocation=greedy, residual=full (as in the paper), or warm_start=false."
+            )
+
+    def _beyond_adapters(self) -> Iterator[str]:
+        """Settings by which a task's change would be of a larger rank than ``max_rank``."""
+        if self.vectors == "expert":
+            yield (
+                "max_rank with vectors=expert: adapters carry no biases and norms of a task. Set vectors=shared, which an export "
+                "folds into its base model, or pretrained."
+            )
+        if self.allocation != "greedy" or self.residual != "truncated":
+            yield (
+                f"max_rank with allocation={self.allocation}, residual={self.residual}: ranks of the shared part and of experts are "
+                "bounded together where that of the shared part is chosen first. Set allocation=greedy, residual=truncated."
             )
 
     def _without_effect(self) -> Iterator[str]:

@@ -36,7 +36,7 @@ class Decomposed:
 
     def priced(self, precision: Precision) -> "Decomposed":
         """The same in another precision."""
-        rate = precision.rate(*self.spectra.shape)
+        rate = precision.rate(*self.spectra.shape).limited(self.spectra.rate.most)
         return replace(self, spectra=replace(self.spectra, rate=rate))
 
 

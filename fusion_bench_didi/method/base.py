@@ -1,6 +1,7 @@
 """What the methods share: how a pool is opened, and how a dynamic model is connected to the host."""
 
 import logging
+import shutil
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,10 +15,12 @@ from omegaconf import OmegaConf
 from rich.progress import Progress as Bars
 from torch import nn
 
-from ..checkpoint.directory import check_target, whole_directory
+from ..checkpoint.directory import check_target, common_directory
 from ..checkpoint.stream import DeltaWriter
 from ..deltas.sink import EncodedTensor, InMemory, Sink
 from ..deltas.storage import told
+from ..distributed.ownership import Crew
+from ..distributed.ranks import ALONE, Ranks, ranks_here
 from ..errors import CheckpointMismatchError, SettingsError
 from ..merging.encoding import encode_own
 from ..models import DynamicModel
@@ -33,7 +36,7 @@ from ..pools.opening import (
 )
 from ..pools.task_names import check_tasks, pool_tasks
 from ..task_vectors.alignment import some
-from ..task_vectors.loop import Progress, each
+from ..task_vectors.loop import Progress, Result, each, spread
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, account_of, model_bits, scan
 from ..task_vectors.tensor import ChangedTensor
@@ -85,6 +88,22 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         if self.overwrite and self.output_dir is None:
             raise SettingsError("overwrite is of output_dir, which is not set.")
 
+    @property
+    def processes(self) -> Ranks:
+        """The processes that Fabric, or whoever started this one, made for the job."""
+        self.fabric  # starts them
+        return ranks_here()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Other ranks are told if the block fails here."""
+        ranks = self.processes
+        try:
+            yield
+        except BaseException as error:
+            ranks.fail(error)
+            raise
+
     def checked(self, modelpool: Any) -> BaseModelPool:
         """The pool, after every check that needs no file.
 
@@ -97,9 +116,9 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         attach_ending(self)
         modelpool = as_pool(modelpool)
         check_pool(modelpool)
-        if self.dynamic:
+        if self.dynamic and self.processes.leads:
             check_saving(self._program, self.output_dir)
-        if self.output_dir is not None:
+        if self.output_dir is not None and self.processes.leads:
             check_target(self.output_dir, overwrite=self.overwrite)
         taskpool = getattr(self._program, "taskpool", None)
         if taskpool is not None:
@@ -176,10 +195,18 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """
         if self.output_dir is None:
             return make(InMemory(tasks))
-        with whole_directory(self.output_dir, overwrite=self.overwrite) as place:
-            writer = DeltaWriter(place, tasks)
+        ranks = self.processes
+        target = common_directory(ranks, self.output_dir, overwrite=self.overwrite)
+        with target as place:
+            pieces = place / "pieces"
+            if ranks.leads:
+                pieces.mkdir()
+            ranks.gather(None)
+            writer = DeltaWriter(place, tasks, pieces)
             model = make(writer)
-            model.write_config(place, {**writer.manifest, "tasks": model.tasks})
+            if ranks.leads:
+                shutil.rmtree(pieces)
+                model.write_config(place, {**writer.manifest, "tasks": model.tasks})
         return model
 
     def connect(self, model: DynamicModel, modelpool: BaseModelPool) -> DynamicModel:
@@ -199,7 +226,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         taskpool = getattr(self._program, "taskpool", None)
         if taskpool is not None:
             attach(taskpool, known=model.tasks, aliases=self.task_aliases)
-        attach_saving(modelpool)
+        attach_saving(modelpool, self.processes)
         return model
 
 
@@ -242,17 +269,38 @@ class DynamicMethod(PoolMethod):
 
     def run(self, modelpool: Any) -> DynamicModel:
         """Merge the pool."""
-        modelpool = self.checked(modelpool)
-        backbone, task_vectors = self.opened(modelpool)
-        with self.profile("scan"):
-            found = scan(task_vectors, self.fabric.device)
-        model = self.streamed(
-            task_vectors.tasks,
-            lambda sink: self._compressed(
-                modelpool, backbone, task_vectors, found, sink
-            ),
-        )
+        with self.together():
+            modelpool = self.checked(modelpool)
+            backbone, task_vectors = self.opened(modelpool)
+            self._crew = Crew.of(self.processes, task_vectors.sizes)
+            with self.profile("scan"):
+                found = scan(task_vectors, self.fabric.device, crew=self._crew)
+            model = self.streamed(
+                task_vectors.tasks,
+                lambda sink: self._compressed(
+                    modelpool, backbone, task_vectors, found, sink
+                ),
+            )
         return self.connect(model, modelpool)
+
+    def each(
+        self,
+        task_vectors: TaskVectors,
+        stage: str,
+        function: Callable[[str], Result],
+        names: Sequence[str],
+        progress: Progress,
+    ) -> Iterator[tuple[str, Result]]:
+        """Names and results of the one loop over tensors, on all ranks."""
+        return each(
+            task_vectors,
+            stage,
+            function,
+            names,
+            device=self.fabric.device,
+            progress=progress,
+            crew=self._crew,
+        )
 
     def _compressed(
         self,
@@ -262,21 +310,23 @@ class DynamicMethod(PoolMethod):
         found: Scan,
         sink: Sink,
     ) -> DynamicModel:
-        device, names = self.fabric.device, found.changed
+        device, names, crew = self.fabric.device, found.changed, self._crew
 
-        def encode(name: str) -> EncodedTensor | None:
-            return self.encode(task_vectors.tensor(name, device))
+        def encode(name: str) -> None:
+            tensor = self.encode(task_vectors.tensor(name, device))
+            if tensor is not None:
+                sink.put(tensor)
 
-        with self.profile("compress"), progress_bars(self.title) as progress, sink:
+        def keep(name: str) -> None:
+            sink.put(encode_own(task_vectors, name))
+
+        bars = progress_bars(self.title, crew.ranks)
+        with self.profile("compress"), bars as progress, sink:
             self.prepare(task_vectors, names, progress)
-            for name in found.changed_own:
-                sink.put(encode_own(task_vectors, name))
-            for _, tensor in each(
-                task_vectors, "encode", encode, names, device=device, progress=progress
-            ):
-                if tensor is not None:
-                    sink.put(tensor)
-            shared, experts = sink.close()
+            order = [n for n, _ in spread(crew, "own", keep, found.changed_own)]
+            done = self.each(task_vectors, "encode", encode, names, progress)
+            order += [name for name, _ in done]
+            shared, experts = sink.close(order, crew.ranks)
         return DynamicModel(
             backbone,
             shared,
@@ -295,9 +345,9 @@ class DynamicMethod(PoolMethod):
 
 
 @contextmanager
-def progress_bars(title: str) -> Iterator[Progress]:
-    """A bar per stage; where nobody sees bars, a line in the log as it begins."""
-    with Bars(transient=True) as bars:
+def progress_bars(title: str, ranks: Ranks = ALONE) -> Iterator[Progress]:
+    """A bar per stage, of rank 0; where nobody sees bars, a line in the log as it begins."""
+    with Bars(transient=True, disable=not ranks.leads) as bars:
         rows: dict[str, Any] = {}
         watched = bars.console.is_terminal
 

@@ -37,6 +37,7 @@ from ..options import (
     NonNegative,
     Patterns,
     Positive,
+    PositiveCount,
     Scale,
     Share,
 )
@@ -96,6 +97,7 @@ class DiDiMerging(PoolMethod):
         own: Patterns = (),
         exclude: Patterns = (),
         factor_dtype: str = "auto",
+        max_rank: PositiveCount | None = None,
         factor_memory_gb: Gigabytes = 4.0,
         output_dir: FilePath | None = None,
         overwrite: bool = False,
@@ -143,6 +145,7 @@ class DiDiMerging(PoolMethod):
             vectors=self.vectors,
             factor_dtype=self.factor_dtype,
             factor_memory_gb=self.factor_memory_gb,
+            max_rank=self.max_rank,
         )
 
     def run(self, modelpool: Any) -> DiDiModel | None:
@@ -151,21 +154,23 @@ class DiDiMerging(PoolMethod):
         Returns:
             the merged model; None after a dry run.
         """
-        settings = self.settings()
-        modelpool = self.checked(modelpool)
-        choice = self.tensor_patterns()
-        if self.dry_run:
-            streamed = self.output_dir is not None
-            vectors = open_pool(modelpool, **choice)
-            print(describe(vectors, settings, streamed=streamed))
-            return None
-        with self.profile("load backbone"):
-            backbone = load_backbone(modelpool)
-        task_vectors = open_pool(modelpool, backbone, **choice)
-        model = self.streamed(
-            sorted(modelpool.model_names),
-            lambda sink: self._merged(modelpool, backbone, task_vectors, sink),
-        )
+        settings, ranks = self.settings(), self.processes
+        with self.together():
+            modelpool = self.checked(modelpool)
+            choice = self.tensor_patterns()
+            if self.dry_run:
+                streamed = self.output_dir is not None
+                if ranks.leads:
+                    vectors = open_pool(modelpool, **choice)
+                    print(describe(vectors, settings, streamed=streamed))
+                return None
+            with self.profile("load backbone"):
+                backbone = load_backbone(modelpool)
+            task_vectors = open_pool(modelpool, backbone, **choice)
+            model = self.streamed(
+                sorted(modelpool.model_names),
+                lambda sink: self._merged(modelpool, backbone, task_vectors, sink),
+            )
         log.info("relative error %.4f", model.info["relative_error"])
         return self.connect(model, modelpool)
 
@@ -176,13 +181,16 @@ class DiDiMerging(PoolMethod):
         task_vectors: TaskVectors,
         sink: Sink,
     ) -> DiDiModel:
-        with self.profile("merge"), progress_bars(self.title) as progress:
+        ranks = self.processes
+        bars = progress_bars(self.title, ranks)
+        with self.profile("merge"), bars as progress:
             result = merge(
                 task_vectors,
                 self.settings(),
                 device=self.fabric.device,
                 progress=progress,
                 sink=sink,
+                ranks=ranks,
             )
         info = {
             **self.facts(modelpool, backbone),

@@ -16,6 +16,7 @@ from fusion_bench import auto_register_config
 from rich.progress import Progress
 
 from ..checkpoint.directory import write_json
+from ..distributed.ranks import check_alone
 from ..errors import DiDiError, SettingsError
 from ..options import (
     Aliases,
@@ -130,6 +131,7 @@ class MERGE(PoolMethod):
             raise DiDiError(
                 "MERGE searches with pymoo, which is not installed: pip install 'fusion-bench-didi[merge]'."
             )
+        check_alone(self.processes, self.title)
         directory = self._directory()
         modelpool = self.checked(modelpool)
         taskpool = getattr(self._program, "taskpool", None)

@@ -168,7 +168,7 @@ class SEMerging(PoolMethod):
             dtype, shape = vectors.tuned_dtype(name), vectors.infos[name].shape
             deltas = [DenseDelta(shape, v.to(dtype)) for v in vectors.read(name)]
             sink.put(EncodedTensor(name, None, deltas))
-        _, experts = sink.close()
+        _, experts = sink.close([*found.changed_own, *found.changed])
         return DynamicModel(
             backbone,
             {},

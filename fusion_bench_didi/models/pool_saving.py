@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from ..checkpoint.directory import check_target
+from ..distributed.ranks import ALONE, Ranks
 from ..errors import SettingsError
 from .dynamic import DynamicModel
 
@@ -13,8 +14,8 @@ log = logging.getLogger(__name__)
 _MARK = "_didi_saving"
 
 
-def attach_saving(modelpool: Any) -> None:
-    """Make ``modelpool.save_model`` write dynamic models by their own ``save_pretrained``.
+def attach_saving(modelpool: Any, ranks: Ranks = ALONE) -> None:
+    """Make ``modelpool.save_model`` write dynamic models by their own ``save_pretrained``; of several ranks, rank 0's.
 
     The host's pools would write a pickle of the state dict, or call the backbone's ``save_pretrained``, which saves one
     task's weights as if they were the model.
@@ -35,7 +36,13 @@ def attach_saving(modelpool: Any) -> None:
                     "have" if len(ignored) > 1 else "has",
                     type(model).__name__,
                 )
-            model.save_pretrained(path, overwrite=overwrite)
+            try:
+                if ranks.leads:
+                    model.save_pretrained(path, overwrite=overwrite)
+            except BaseException as error:
+                ranks.fail(error)
+                raise
+            ranks.gather(None)  # it lies there for all
         else:
             stock(model, path, *args, **kwargs)
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from .. import compat
 from ..checkpoint.deltas import versions
 from ..checkpoint.directory import alone, write_json
+from ..distributed.ranks import check_alone, ranks_here
 from ..options import check_keywords
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
@@ -87,7 +88,10 @@ class ComparisonProgram(FabricModelFusionProgram):
         Raises:
             ComparisonError: if the directory holds rows of another configuration.
             DiDiError: if another run is writing to it.
+            RankError: on several processes.
         """
+        self.fabric  # starts them
+        check_alone(ranks_here(), "The comparison")
         with alone(self.directory / SETTINGS, named=self.directory):
             return self._compare()
 

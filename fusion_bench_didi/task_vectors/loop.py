@@ -1,10 +1,14 @@
-"""The one loop over tensors: names are worked on side by side, large ones first, and results come with progress."""
+"""The one loop over tensors: names are worked on side by side, large ones first, and results come with progress.
+
+Of several processes each works on the tensors that it owns, and all get all results.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
 
+from ..distributed.ownership import SOLO, Crew
 from .parallel import HeapTrimmer, exclusive_if, ordered_map, workers_for
 from .reader import TaskVectors
 
@@ -17,6 +21,12 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """Tells nobody."""
 
 
+def by_size(task_vectors: TaskVectors, names: Iterable[str]) -> list[str]:
+    """Tensors in the order in which they are worked on: large ones first, ties by name."""
+    infos = task_vectors.infos
+    return sorted(names, key=lambda name: (-infos[name].numel, name))
+
+
 def each(
     task_vectors: TaskVectors,
     stage: str,
@@ -26,24 +36,50 @@ def each(
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
     trimmer: HeapTrimmer | None = None,
+    crew: Crew = SOLO,
 ) -> Iterator[tuple[str, Result]]:
     """Names and results; large tensors first, so that no core waits for one at the end, and one by one where they are huge.
 
     Args:
         function: of a tensor's name; called on several threads.
         trimmer: gives freed memory back between results.
+        crew: who works on what; results of other ranks are copies.
     """
-    infos = task_vectors.infos
-    names = sorted(names, key=lambda name: (-infos[name].numel, name))
+    names = by_size(task_vectors, names)
 
     def one(name: str) -> Result:
         with exclusive_if(task_vectors.tensor(name).large):
             return function(name)
 
-    results = ordered_map(one, names, workers=workers_for(device))
-    for done, (name, result) in enumerate(zip(names, results)):
+    results = spread(crew, stage, one, names, workers=workers_for(device))
+    for done, (name, result) in enumerate(results):
         progress(stage, done, len(names))
         yield name, result
         del result  # not kept while the next is waited for
         if trimmer is not None:
             trimmer()
+
+
+def spread(
+    crew: Crew,
+    stage: str,
+    function: Callable[[str], Result],
+    names: Iterable[str],
+    *,
+    workers: int = 1,
+) -> Iterator[tuple[str, Result]]:
+    """Names and results, in the order of the names; every rank calls the function of its own."""
+    names = list(names)
+    mine = crew.mine(names)
+
+    def one(name: str) -> Result:
+        with crew.ranks.working(f"{name} ({stage})"):
+            return function(name)
+
+    results = zip(mine, ordered_map(one, mine, workers=workers))
+    if crew.ranks.size == 1:
+        yield from results
+        return
+    found = crew.gathered(dict(results))
+    for name in names:
+        yield name, found.pop(name)

@@ -184,6 +184,16 @@ class TaskVectors:
         dtype, info = self.tuned_dtype(name), self.infos[name]
         return ChangedTensor(name, info, self.base, sources, dtype, device)
 
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes to be read of every tensor, merged or a task's own, of all models; of adapters, those of what they change."""
+        found = {
+            n: info.bits // 8 * (1 + len(self.tuned)) for n, info in self.infos.items()
+        }
+        for name in self.own_infos:
+            found[name] = sum(info.bits // 8 for info in self.own_by_task(name))
+        return found
+
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """All task vectors of one tensor in float32, (T, *shape)."""
         return self.tensor(name, device).stacked()

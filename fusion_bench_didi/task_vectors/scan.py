@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.ownership import SOLO, Crew
 from ..errors import ModelPoolError, NonFiniteError
 from ..lowrank.factors import energy_of
 from ..lowrank.row_blocks import squared_norms
-from .parallel import ordered_map, workers_for
+from .loop import spread
+from .parallel import workers_for
 from .reader import TaskVectors
 from .tensor import ChangedTensor
 
@@ -53,8 +55,12 @@ def scan(
     device: torch.device | str = "cpu",
     *,
     observe: Observe | None = None,
+    crew: Crew = SOLO,
 ) -> Scan:
     """Read everything once.
+
+    Args:
+        crew: who reads what; all get the same.
 
     Raises:
         NonFiniteError: naming every task and tensor with NaN or infinity.
@@ -68,9 +74,8 @@ def scan(
         asked = observe is not None and _usable(energy)
         return energy, observe(tensor, energy) if asked else None
 
-    names = list(task_vectors.infos)
-    results = ordered_map(one, names, workers=workers_for(device))
-    found = dict(zip(names, results))
+    names, workers = list(task_vectors.infos), workers_for(device)
+    found = dict(spread(crew, "scan", one, names, workers=workers))
     faults = [
         fault
         for name, (energy, _) in found.items()
@@ -78,12 +83,19 @@ def scan(
         for fault in _non_finite(task_vectors, name, energy)
     ]
     tasks, own = task_vectors.tasks, {}
-    for name in task_vectors.own_infos:
-        values = [task_vectors.own_value(name, task) for task in tasks]
-        own[name] = tuple(value is not None for value in values)
-        for task, value in zip(tasks, values):
-            if value is not None and (bad := int((~value.isfinite()).sum())):
-                faults.append(f"{task}: {name} ({bad} entries)")
+
+    def kept(name: str) -> list[int | None]:
+        """Entries that are not finite, by task; None where a task has the base model's value."""
+        values = (task_vectors.own_value(name, task) for task in tasks)
+        return [None if v is None else int((~v.isfinite()).sum()) for v in values]
+
+    for name, bad in spread(crew, "scan", kept, task_vectors.own_infos, workers=1):
+        own[name] = tuple(count is not None for count in bad)
+        faults += [
+            f"{task}: {name} ({count} entries)"
+            for task, count in zip(tasks, bad)
+            if count
+        ]
     if faults:
         raise NonFiniteError(
             "Some checkpoints hold NaN, infinity or changes beyond what float32 can square:\n  "

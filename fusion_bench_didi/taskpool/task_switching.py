@@ -1,8 +1,10 @@
 """How a dynamic model learns which task is being evaluated.
 
-The host has no such signal, but its program builds the task pool before the method runs, and every pool calls one method
-per task with the task's name. :func:`attach` wraps that method on the *instance*, so that unmodified stock pools evaluate
-any model with ``set_task`` (ours and the host's EMR) on the right expert.
+The released host has no such signal, but its program builds the task pool before the method runs, and every pool calls one
+method per task with the task's name. :func:`attach` wraps that method on the *instance*, so that unmodified stock pools
+evaluate any model with ``set_task`` (ours and the host's EMR) on the right expert. A host whose pools switch tasks themselves
+(``upstream/task_aware_evaluation``) calls ``set_task`` of the pool instead: nothing is wrapped then, only our rule of names
+and our routers are put in its place.
 """
 
 import functools
@@ -53,7 +55,9 @@ def attach(
     aliases = dict(aliases or {})
     setattr(taskpool, _ALIASES, aliases)
     hook = hook_name(taskpool)
-    if hook is not None:
+    if switches_tasks(taskpool):
+        taskpool.set_task = _switching(taskpool.set_task, aliases)
+    elif hook is not None:
         setattr(taskpool, hook, _telling(getattr(taskpool, hook), aliases))
     elif is_harness(taskpool):
         tell = functools.partial(_tell, aliases=aliases)
@@ -78,12 +82,17 @@ def check_switching(taskpool: Any) -> None:
     stock = kind.__module__.partition(".")[0] == "fusion_bench"
     if not stock or kind.__name__ == "DummyTaskPool" or is_harness(taskpool):
         return
-    if hook_name(taskpool) is None:
+    if hook_name(taskpool) is None and not switches_tasks(taskpool):
         raise DiDiError(
             f"{kind.__name__} runs a model without saying on which task, so no expert could be chosen. Evaluate by another task "
             "pool (those of the host that go task by task, or of fusion_bench_didi.taskpool), by taskpool=dummy and by hand, or "
             "let a router find the task: method=didi/routed."
         )
+
+
+def switches_tasks(taskpool: Any) -> bool:
+    """Whether a pool calls its own ``set_task(model, task_name)`` before each task."""
+    return getattr(taskpool, "switches_tasks", False) is True
 
 
 def hook_name(taskpool: Any) -> str | None:
@@ -107,6 +116,19 @@ class TaskAware:
     ):
         super().__init__(*args, **kwargs)
         attach(self, aliases=task_aliases)
+
+
+def _switching(stock, aliases):
+    """The host's hook, by our rule of names; what is none of the models that we know is the host's."""
+
+    @functools.wraps(stock)
+    def set_task(model, task_name):
+        if dynamic_model_in(model) is None:
+            return stock(model, task_name)
+        _tell(model, task_name, aliases)
+        return True
+
+    return set_task
 
 
 def _telling(method, aliases):

@@ -301,7 +301,7 @@ def test_what_is_no_merged_model_is_refused(tmp_path, saved, tiny_clip):
         tmp_path, None, "is not a merged model saved by fusion", FileNotFoundError
     )
     rewrite_config(saved, lambda config: config.update(format=99))
-    expected = "format 99, this version reads 1 to 2"
+    expected = "format 99, this version reads 1 to 3"
     expect_refused(saved, tiny_clip.base, expected, DiDiError)
 
 

@@ -30,8 +30,14 @@ from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskP
 from fusion_bench_didi.taskpool.openclip_vision import (
     TaskAwareOpenCLIPVisionModelTaskPool,
 )
+from fusion_bench_didi.taskpool.task_switching import HOOKS
 
 TASKS = ("mnist", "svhn", "eurosat")
+#: Of hosts whose pools have no signal of their own, as those released.
+needs_us = pytest.mark.skipif(
+    getattr(CLIPVisionModelTaskPool, "switches_tasks", False),
+    reason="this host tells models their task",
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,43 @@ def test_stock_clip_pool_evaluates_each_task_with_its_expert(tiny_clip, clip_poo
     assert report["average"]["accuracy"] == pytest.approx(mean)
 
 
+class SwitchingPool(CLIPVisionModelTaskPool):
+    """A pool of a host that tells models their task itself, as ``upstream/task_aware_evaluation`` makes all of them."""
+
+    switches_tasks = True
+
+    def set_task(self, model, task_name):
+        told = getattr(model, "set_task", None)
+        if told is not None:
+            told(task_name)
+        return told is not None
+
+    def on_task_evaluation_begin(self, classifier, task_name):
+        self.set_task(classifier.clip_model.vision_model, task_name)
+        super().on_task_evaluation_begin(classifier, task_name)
+
+
+def test_a_host_that_switches_tasks_is_not_wrapped(tiny_clip, clip_pool):
+    pool = clip_pool(kind=SwitchingPool)
+    model = through_program(tiny_clip.pool_models(), pool)
+    assert not {*HOOKS} & {*vars(pool)}, "the host's own signal is enough"
+    report = pool.evaluate(model)
+    assert_each_task_by_its_own_model(report, model, clip_pool().evaluate)
+    assert report["didi"]["storage"] == model.storage.as_dict()
+
+
+def test_aliases_hold_where_the_host_switches(tiny_clip, clip_pool):
+    pool = clip_pool(("cifar10", "svhn"), SwitchingPool)
+    models, aliases = tiny_clip.pool_models(), {"cifar10": "mnist"}
+    model = through_program(models, pool, task_aliases=aliases)
+    report = pool.evaluate(model)
+    plain = clip_pool(("cifar10", "svhn")).evaluate(model.materialize("mnist"))
+    assert report["cifar10"] == pytest.approx(plain["cifar10"])
+    other = torch.nn.Linear(2, 2)
+    other.set_task = lambda name: setattr(other, "told", name)
+    assert pool.set_task(other, "svhn") and other.told == "svhn"
+
+
 def test_order_of_evaluation_does_not_matter(tiny_clip, clip_pool):
     pool = clip_pool()
     model = through_program(tiny_clip.pool_models(), pool)
@@ -105,6 +148,7 @@ def test_task_aware_clip_pool_needs_no_program(tiny_clip, clip_pool):
     assert_each_task_by_its_own_model(report, model, clip_pool().evaluate)
 
 
+@needs_us
 def test_stock_clip_pool_without_help_fails_loudly(tiny_clip, clip_pool):
     """Never a silent evaluation on whatever expert was on last."""
     model = didi(tiny_clip.pool_models(), budget=0.7)
@@ -164,6 +208,7 @@ def test_names_that_differ_by_case_and_dashes_meet(tiny_clip, clip_pool):
     assert report["fashion_mnist"] == pytest.approx(expected)
 
 
+@needs_us
 def test_emr_of_the_host_is_evaluated_task_by_task(tiny_clip, clip_pool):
     pool = CLIPVisionModelPool(tiny_clip.pool_models())
     model = EMRMerging().run(pool)
@@ -179,6 +224,7 @@ def test_emr_of_the_host_is_evaluated_task_by_task(tiny_clip, clip_pool):
     assert len({round(loss, 3) for loss in losses}) == 3
 
 
+@needs_us
 def test_attaching_twice_changes_nothing(tiny_clip, clip_pool):
     pool = clip_pool()
     through_program(tiny_clip.pool_models(), pool)

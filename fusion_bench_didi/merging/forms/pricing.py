@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ...allocation.experts_curve import ExpertsCurve
+from ...allocation.spectra import Rate
+from ...deltas.precision import Precision
 from ..context import MergeContext
 
 
@@ -15,17 +17,26 @@ def in_all_precisions(
     shared_rank: int,
     sigma: Tensor,
     tail_energy: Tensor,
+    *,
+    whole: bool = False,
 ) -> list[ExpertsCurve]:
     """Experts of known spectra beside a shared part of some rank, cheapest precision first.
 
     Args:
         sigma: (T, q).
         tail_energy: (T,) beyond them.
+        whole: as if any matrix might be stored dense.
     """
+
+    def rate(precision: Precision) -> Rate:
+        if whole:
+            return precision.rate(*context.sides(name))
+        return context.inventory.rate_in(precision, name, shared_rank=shared_rank)
+
     return [
         ExpertsCurve(
             shared_rank,
-            p.rate(*context.sides(name)),
+            rate(p),
             p.name,
             sigma,
             tail_energy,
@@ -41,7 +52,7 @@ def as_dense(
 ) -> list[ExpertsCurve]:
     """Dense experts, or none, of (T,) squared norms, in every precision allowed."""
     nothing = torch.zeros(len(energy), 0)
-    return in_all_precisions(context, name, shared_rank, nothing, energy)
+    return in_all_precisions(context, name, shared_rank, nothing, energy, whole=True)
 
 
 def least(

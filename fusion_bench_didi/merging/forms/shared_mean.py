@@ -69,6 +69,7 @@ def _beside_low_rank(form: SharedMean, look: Look) -> Iterator[Choice]:
         one = half_svd(left(vectors[first]), max_rank=q, name=name)
         beside = replace(
             own,
+            rate=own.rate.limited(own.rate.most and max(own.rate.most - k, 0)),
             shared_rank=k,
             sigma=one.S.cpu()[None],
             tail_energy=torch.tensor([one.tail_energy]),
@@ -184,6 +185,8 @@ def _shared_ranks(
     if not own.sigma.shape[1] and own.rounding_dense:
         times.append(1 / own.rounding_dense)  # dense experts lose no more of it
     ranks = {int((gain >= multiplier * many).sum()) for many in times}
+    if rate.most is not None:
+        return sorted({min(k, rate.most) for k in ranks} - {0})
     most = min(q, rate.cap) if mean.tail_energy > 0 else rate.cap
     return sorted({full if k >= most else k for k in ranks} - {0})
 

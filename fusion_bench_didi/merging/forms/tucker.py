@@ -41,7 +41,10 @@ class Tucker:
         share = look.bounds.even_share(name)
         precisions = context.inventory.precisions[name]
         dense = {p: p.rate(*shape).dense for p in precisions}
-        held = any(p.rounding_dense < SPENT and share >= b for p, b in dense.items())
+        most = context.inventory.most(name)
+        held = most is None and any(
+            p.rounding_dense < SPENT and share >= b for p, b in dense.items()
+        )
         allowed = [p for p, bits in dense.items() if share <= WORTH_CORES * bits]
         if held or not allowed or not context.settings.tucker or look.dense:
             return
@@ -51,13 +54,13 @@ class Tucker:
         if subspace_overlap(found, weights) < WORTH_TOGETHER:
             return
         # bases alone cannot take more than what the matrix is likely to be given
-        most = REACH * share * len(found) / allowed[0].bits
+        values = REACH * share * len(found) / allowed[0].bits
         spaces = tucker_bases(
             look.matrices,
             weights,
             bases=found if min(shape) >= svd.SKETCH_SIDE else None,
-            max_up=max(int(most / shape[0]), 1),
-            max_down=max(int(most / shape[1]), 1),
+            max_up=max(int(values / shape[0]), 1),
+            max_down=max(int(values / shape[1]), 1),
             name=name,
         )
         empty = spaces.up.new_zeros(0)
@@ -68,7 +71,7 @@ class Tucker:
         for precision in allowed:
             bits = precision.common_bits(shape, tasks, p, q)
             rounding = precision.common_rounding(shape, p, q)
-            curve = TuckerCurve.of(spaces, bits, rounding, tasks)
+            curve = TuckerCurve.of(spaces, bits, rounding, tasks, most=most)
             yield Choice(self, precision, curve, kept)
 
     def encode(self, context: MergeContext, decision: Decision) -> EncodedTensor:

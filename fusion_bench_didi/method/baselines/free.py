@@ -21,7 +21,7 @@ from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
 from ...errors import ModelPoolError, SettingsError
 from ...options import Part, Patterns, Positive, Scale
-from ...task_vectors.loop import Progress, each
+from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
 from ..base import DynamicMethod, as_patterns
@@ -160,9 +160,7 @@ class FreeMerging(DynamicMethod):
             rows = torch.stack([t.reshape(len(t), -1) for t in (kept, vectors)])
             return rows.abs().mean(2, dtype=torch.float64).cpu()  # (2, T)
 
-        found = each(
-            task_vectors, "rescaling", sizes, names, device=device, progress=progress
-        )
+        found = self.each(task_vectors, "rescaling", sizes, names, progress)
         # tensors that no task changed would count in both means, and cancel
         experts, rest = sum(size for _, size in found)  # (T,) each
         if not experts.any():

@@ -1,0 +1,68 @@
+"""docs/serving_export.md, of what the stages of smollm2.py left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_INTRO = """# Served by others
+
+A merged SmolLM2-135M of three tasks (a few steps of fine-tuning of the last layers each), exported as adapters and patches and
+served by other software. Made by `python examples/serve/smollm2.py prepare | vllm | llama | page`; greedy tokens of every
+task for four prompts, {tokens} tokens each, are held against those of `materialize` in transformers, in the same type.
+
+## What was exported
+
+The merged model stores {stored:.3f} of one fine-tuned model and has a relative error of {relative_error:.4f}. The errors below are
+of the export alone, against that model.
+
+| export | MB, all tasks | largest rank | tensors left out | largest loss of a tensor's change | outputs of PEFT against `materialize` |
+|---|--:|--:|--:|--:|--:|
+"""
+
+_LIMITS = """
+## What servers read
+
+| server | adapters | what to pass |
+|---|---|---|
+| PEFT | every rank, all of `--carry all` | nothing |
+| vLLM | linear layers; the largest rank of any module decides about `--max-lora-rank` (1, 8, 16, 32, 64, 128, 256, 320 or 512). Versions that know one rank per adapter read these too, for alpha is the rank everywhere | `vllm serve BASE --enable-lora --max-lora-rank R --lora-modules TASK=OUT/TASK ...`; `--pad-rank` if it refuses uneven ranks |
+| SGLang (not run here) | linear layers, rank and alpha patterns in recent versions | `python -m sglang.launch_server --model-path BASE --lora-paths TASK=OUT/TASK ... --max-lora-rank R` |
+| llama.cpp | linear layers and embeddings, any rank per tensor | `convert_hf_to_gguf.py BASE`, `convert_lora_to_gguf.py OUT/TASK --base BASE`, then `llama-server -m BASE.gguf --lora TASK.gguf` |
+
+With `--shared fold` the base model of a server is `OUT/_pretrained_`. A patch changes a model in place: vLLM takes its sparse tensors by
+`load_checkpoint_weight_patches` and its whole ones by `load_weights` (`examples/serve/vllm_patch.py`); one model, one task at a time.
+"""
+
+
+def page(work: Path, docs: Path) -> None:
+    """Write the page, and its figures as JSON."""
+    prepared = _read(work / "prepared.json")
+    reference = _read(work / "reference.json")["tokens"]["float32"]["base"]
+    tokens = max(len(answer["tokens"]) for answer in reference.values())
+    text = _INTRO.format(tokens=tokens, **prepared)
+    exports = {k: v for k, v in prepared.items() if isinstance(v, dict)}
+    for name, one in exports.items():
+        outputs = "" if one["outputs"] is None else f"{one['outputs']:.1e}"
+        rank = one["largest rank"] or ""
+        text += f"| {name} | {one['megabytes']:.1f} | {rank} | {one['left out']} | {one['worst error']:.1%} | {outputs} |\n"
+    figures: dict[str, Any] = {"exports": exports}
+    text += "\n## What servers answered\n\n"
+    text += "| server | what | same to the last token | margins of the logit where others part |\n|---|---|--:|---|\n"
+    for file, title in (("vllm.json", "vLLM"), ("llama.json", "llama.cpp")):
+        if not (work / file).exists():
+            continue
+        found = figures[title] = _read(work / file)
+        rows = {k: v for k, v in found.items() if isinstance(v, dict)}
+        for what, one in (rows or {"GGUF adapters, float32": found}).items():
+            margins = ", ".join(f"{margin:.3g}" for margin in one["margins"])
+            text += f"| {found['version']} | {what.replace('_', ' ')} | {one['same']} of {one['of']} | {margins} |\n"
+    text += (
+        "\nMargins are of the reference: how far the token that was taken is before the next. Arithmetic in another order moves logits; "
+        "in bfloat16 by a few hundredths, and the next tokens then follow another path.\n"
+    )
+    (docs / "serving_export.md").write_text(text + _LIMITS)
+    (docs / "serving_export.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text())

@@ -1,0 +1,59 @@
+"""Which rank works on which tensor: it alone reads it, decomposes it, encodes it and writes it; what is small goes to all."""
+
+import heapq
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .ranks import ALONE, Ranks
+
+Result = TypeVar("Result")
+
+
+def owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """The rank of every tensor: the largest first, each to the rank that has least so far; ties by name and by rank.
+
+    Args:
+        sizes: bytes to be read.
+        count: of ranks.
+    """
+    loads = [(0, rank) for rank in range(count)]
+    found = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, rank = heapq.heappop(loads)
+        found[name] = rank
+        heapq.heappush(loads, (load + sizes[name], rank))
+    return found
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The ranks of one merge and what each of them owns.
+
+    Args:
+        owner: rank by tensor name; not asked where there is one rank.
+    """
+
+    ranks: Ranks = ALONE
+    owner: Mapping[str, int] | None = None
+
+    @classmethod
+    def of(cls, ranks: Ranks, sizes: Mapping[str, int]) -> "Crew":
+        """Tensors of these sizes in bytes, shared out."""
+        return cls(ranks, owners(sizes, ranks.size))
+
+    def mine(self, names: Collection[str]) -> list[str]:
+        """Those that this rank owns."""
+        if self.ranks.size == 1:
+            return list(names)
+        return [name for name in names if self.owner[name] == self.ranks.rank]
+
+    def gathered(self, found: Mapping[str, Result]) -> dict[str, Result]:
+        """What all ranks found, by name; called by all of them."""
+        together: dict[str, Result] = {}
+        for one in self.ranks.gather(dict(found)):
+            together.update(one)
+        return together
+
+
+SOLO = Crew()

@@ -1,0 +1,204 @@
+"""The processes of one job, what they tell one another, and how long they wait for one another.
+
+Values are exchanged on the CPU (gloo), whatever device the job computes on. Before an exchange every rank waits until all
+others are there, and watches them meanwhile: a rank that failed says so, and one that does not get on is named with what it
+was last at. Letters: none; a *rank* is the number of a process here, never that of a matrix.
+"""
+
+import contextlib
+import os
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import RankError
+
+Value = TypeVar("Value")
+
+#: Seconds for which a rank may be at one and the same tensor before others give up waiting for it.
+PATIENCE = float(os.environ.get("FUSION_BENCH_DIDI_RANK_TIMEOUT", 1800))
+#: Seconds between two looks at who is there; from the first to the last.
+_LOOKS = 0.002, 0.2
+
+
+class Ranks:
+    """The processes of a job, of which this is one.
+
+    Attributes:
+        rank: of this process.
+        size: how many there are.
+    """
+
+    rank = 0
+    size = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what there is one of."""
+        return self.rank == 0
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Others are told what this process is at while the block runs."""
+        yield
+
+    def gather(self, value: Value) -> list[Value]:
+        """The value of every rank, by rank; called by all of them. Those of others are copies."""
+        return [value]
+
+    def from_first(self, value: Value) -> Value:
+        """The value of rank 0."""
+        return self.gather(value if self.leads else None)[0]
+
+    def fail(self, error: BaseException) -> None:
+        """Tell those that wait for this process that it failed."""
+
+
+ALONE = Ranks()
+
+
+class _Several(Ranks):
+    """Ranks of an initialized ``torch.distributed``."""
+
+    def __init__(self):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self._store = self._common_store()
+        self._turn = self._steps = 0
+        self._now: list[str] = []
+        self._lock = threading.Lock()
+
+    def _common_store(self) -> dist.TCPStore:
+        """Kept by rank 0; what ranks say about themselves is there."""
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        options = {"timeout": timedelta(seconds=60), "wait_for_workers": False}
+        store = None
+        if self.leads:
+            store = dist.TCPStore(host, 0, is_master=True, **options)
+        port = [store.port if store else None]
+        dist.broadcast_object_list(port, src=0, group=self._group)
+        return store or dist.TCPStore(host, port[0], is_master=False, **options)
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        with self._lock:
+            self._now.append(what)
+            self._say()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._now.remove(what)
+                self._say()
+
+    def _say(self) -> None:
+        self._steps += 1
+        what = ", ".join(self._now) or "what comes between matrices"
+        with _told():
+            self._store.set(f"at/{self.rank}", f"{self._steps} {what}")
+
+    def fail(self, error: BaseException) -> None:
+        what = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):  # rank 0, which keeps the store, is gone
+            self._store.set("failed", f"{self.rank} {what[:2000]}")
+
+    def gather(self, value: Value) -> list[Value]:
+        sent = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        self._turn += 1
+        with _told():
+            self._store.set(f"turn/{self._turn}/{self.rank}", "")
+            self._wait()
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            here = torch.tensor([len(sent)])
+            dist.all_gather(sizes, here, group=self._group)
+            found: list[Any] = []
+            for rank, size in enumerate(sizes):
+                mine = rank == self.rank
+                there = sent if mine else torch.empty(int(size), dtype=torch.uint8)
+                dist.broadcast(there, src=rank, group=self._group)
+                found.append(value if mine else pickle.loads(there.numpy()))
+                del there
+        return found
+
+    def _wait(self) -> None:
+        """Until every rank has come to this exchange.
+
+        Raises:
+            RankError: if one failed, or does not get on.
+        """
+        missing = {r: (None, time.monotonic()) for r in range(self.size)}
+        pause = _LOOKS[0]
+        while True:
+            there = [r for r in missing if self._has(f"turn/{self._turn}/{r}")]
+            for rank in there:
+                del missing[rank]
+            if not missing:
+                return
+            if self._has("failed"):
+                rank, _, what = self._store.get("failed").decode().partition(" ")
+                raise RankError(f"Rank {rank} of {self.size} failed: {what}")
+            for rank, (before, since) in missing.items():
+                at = self._store.get(f"at/{rank}") if self._has(f"at/{rank}") else b""
+                if at != before:
+                    missing[rank] = at, time.monotonic()
+                elif time.monotonic() - since > PATIENCE:
+                    what = at.decode().partition(" ")[2] or "nothing yet"
+                    raise RankError(
+                        f"Rank {rank} of {self.size} has not got on for {PATIENCE:g} s; it was last at {what}. What is finished "
+                        "is kept where there is an output_dir: run the same command again, with "
+                        "FUSION_BENCH_DIDI_RANK_TIMEOUT=<seconds> if a matrix takes longer than that."
+                    )
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LOOKS[1])
+
+    def _has(self, key: str) -> bool:
+        return self._store.check([key])
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A connection that breaks means that a process at its other end has ended."""
+    try:
+        yield
+    except RankError:
+        raise
+    except (RuntimeError, ConnectionError) as error:
+        raise RankError(
+            f"Another rank of this merge has ended or cannot be reached ({str(error).splitlines()[0]}). Look at what it printed; "
+            "what is finished is kept where there is an output_dir: run the same command again."
+        ) from error
+
+
+_several: _Several | None = None
+
+
+def ranks_here() -> Ranks:
+    """The processes of this job; :data:`ALONE` where there is no other. The first call is one that all make."""
+    global _several
+    if not dist.is_available() or not dist.is_initialized():
+        _several = None
+        return ALONE
+    if dist.get_world_size() == 1:
+        return ALONE
+    if _several is None:
+        _several = _Several()
+    return _several
+
+
+def check_alone(ranks: Ranks, what: str) -> None:
+    """
+    Raises:
+        RankError: if there are several ranks.
+    """
+    if ranks.size > 1:
+        raise RankError(
+            f"{what} runs on one process, and there are {ranks.size}: each would do all of it. Set fabric.devices=1 and "
+            "fabric.num_nodes=1."
+        )

@@ -1,0 +1,269 @@
+"""Two merged models of one base model as one: the tasks of both, every output as it was.
+
+Where both share the same of a tensor, the tasks go on sharing it. Where they do not, what the second model shares is kept apart,
+for its tasks as a group (``deltas/grouped.py``), stored and held once.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.deltas import read_config
+from ..deltas.base import Delta
+from ..deltas.grouped import GroupedDelta, groups_of
+from ..deltas.plain import OwnDelta
+from ..deltas.tucker import Bases
+from ..errors import CheckpointMismatchError, DiDiError, SettingsError
+from ..models.dynamic import DynamicModel
+from ..pools.task_names import normalized
+from ..task_vectors.alignment import some
+from .places import (
+    Edited,
+    Place,
+    check_router_goes,
+    edited_model,
+    stored_of,
+    target_of,
+    write,
+)
+from .stored import Stored
+
+#: Facts of one merge that are none of two.
+_OF_ONE = (
+    "relative_error",
+    "energy_kept",
+    "energy_tasks",
+    "precision",
+    "forms",
+    "subspaces",
+    "seconds",
+)
+
+
+def combine(
+    first: Place,
+    second: Place,
+    *,
+    output_dir: str | Path | None = None,
+    overwrite: bool = False,
+    drop_router: bool = False,
+) -> Edited:
+    """The tasks of two merged models of one base model.
+
+    Args:
+        first: a model, which then holds the tasks of both, or the directory of one.
+        second: another model, which stays as it is, or directory.
+        output_dir: where to write; the first directory if None and ``overwrite`` is set.
+        drop_router: leave routers behind, which do not know the tasks of the other model.
+
+    Raises:
+        DiDiError: for tasks of one name, or a router.
+        CheckpointMismatchError: if the base models are not the same.
+        FileExistsError, SettingsError: before anything is changed.
+    """
+    target = target_of(first, output_dir, overwrite=overwrite)
+    live = [isinstance(place, DynamicModel) for place in (first, second)]
+    if all(live):
+        if second.router is not None:
+            check_router_goes(drop_router, "The second model")
+        other = Stored.of(second)
+        check_names(Stored.of(first), other)
+        _check_backbones(first, second)
+        return edited_model(
+            first,
+            lambda stored: combined(stored, other),
+            target,
+            overwrite,
+            drop_router,
+        )
+    if any(live):
+        raise SettingsError(
+            "A model in memory and a directory are given. Load the directory, or save the model, and give two of a kind."
+        )
+    places = Path(first), Path(second)
+    configs = [read_config(place) for place in places]
+    for place, config in zip(places, configs):
+        if "router" in config:
+            check_router_goes(drop_router, str(place))
+    check_entries(*(config["backbone"] for config in configs), names=places)
+    before, other = map(stored_of, places, configs)
+    after = combined(before, other)
+    entry = configs[0]["backbone"]
+    digests = {**configs[1]["backbone"]["tensors"], **entry["tensors"]}
+    config = {**configs[0], "backbone": {**entry, "tensors": digests}}
+    write(target, after, config, overwrite=overwrite)
+    return Edited(
+        before.storage, after.storage, None, Path(target), after.info["edits"][-1]
+    )
+
+
+def combined(first: Stored, second: Stored) -> Stored:
+    """What both store; shared parts of the second that the first does not have are kept apart."""
+    check_names(first, second)
+    labels = _labels(first, second)
+    shared = dict(first.shared)
+    apart = set()
+    for name in (*first.shared, *second.shared):
+        one, other = first.shared.get(name), second.shared.get(name)
+        if one is None and isinstance(other, Bases):
+            shared[name] = other  # they are nothing to the tasks of the first
+        elif not (isinstance(one, Bases) and other is None) and not same(one, other):
+            apart.add(name)
+    experts = {
+        task: _beside(deltas, second.shared, labels[task], apart, first.shared)
+        for task, deltas in second.experts.items()
+    }
+    after = replace(
+        first,
+        shared=shared,
+        experts={**first.experts, **experts},
+        unit_bits=max(first.unit_bits, second.unit_bits),
+        backbone_bits=max(first.backbone_bits, second.backbone_bits),
+        info=_told(first.info, second.info),
+        routing_bits=0,
+    ).useful()
+    return after.edited(
+        "combine",
+        first=first.tasks,
+        second=second.tasks,
+        methods=[s.info.get("method") for s in (first, second)],
+        apart=sorted(apart),
+    )
+
+
+def _beside(
+    deltas: Mapping[str, Delta],
+    shared: Mapping[str, Delta],
+    label: str,
+    apart: Iterable[str],
+    instead: Mapping[str, Delta],
+) -> dict[str, Delta]:
+    """A task's deltas where the model shares something else than before, in a group with that label."""
+    found = dict(deltas)
+    for name, delta in deltas.items():
+        if isinstance(delta, GroupedDelta):
+            parts = delta.shape, label, delta.common, delta.inner
+            found[name] = GroupedDelta(*parts)
+    for name in apart:
+        delta, common = deltas.get(name), shared.get(name)
+        if isinstance(delta, (OwnDelta, GroupedDelta)):
+            continue
+        known = next(d for d in (delta, common, instead.get(name)) if d is not None)
+        found[name] = GroupedDelta(known.shape, label, common, delta)
+    return found
+
+
+def _labels(first: Stored, second: Stored) -> dict[str, str]:
+    """Labels of groups for the tasks of the second model, none of which the first has; tasks of one group stay in one."""
+    taken, counts = set(groups_of(first.experts)), iter(range(1, 10**9))
+    fresh = (str(i) for i in counts if str(i) not in taken)
+    of_second = groups_of(second.experts)
+    labels = dict.fromkeys(second.tasks, next(fresh))
+    for group in of_second.values():
+        labels |= dict.fromkeys(group["tasks"], next(fresh))
+    return labels
+
+
+@torch.no_grad()
+def same(one: Delta | None, other: Delta | None) -> bool:
+    """Whether two deltas are stored alike, to the bit."""
+    if one is None or other is None:
+        return one is other
+    mine, theirs = one.tensors(), other.tensors()
+    return (
+        (one.kind, one.shape, one.options())
+        == (other.kind, other.shape, other.options())
+        and mine.keys() == theirs.keys()
+        and all(
+            mine[part].dtype == value.dtype and mine[part].equal(value)
+            for part, value in theirs.items()
+        )
+    )
+
+
+def check_names(first: Stored, second: Stored) -> None:
+    """No two tasks may be called alike.
+
+    Raises:
+        DiDiError: naming those that are.
+    """
+    known = {normalized(task): task for task in first.tasks}
+    both = [
+        f"{known[normalized(task)]!r} and {task!r}"
+        for task in second.tasks
+        if normalized(task) in known
+    ]
+    if both:
+        raise DiDiError(
+            f"Both models have tasks of one name: {', '.join(both)}. Remove them from one of the models first."
+        )
+
+
+def check_entries(
+    one: Mapping[str, Any], other: Mapping[str, Any], *, names: Iterable[Any]
+) -> None:
+    """Two saved models must be of one base model, by the digests of its tensors.
+
+    Raises:
+        CheckpointMismatchError: naming tensors that differ.
+    """
+    mine, theirs = one.get("tensors", {}), other.get("tensors", {})
+    both = mine.keys() & theirs.keys()
+    differ = sorted(name for name in both if mine[name] != theirs[name])
+    untied = set(one.get("untied", ())) ^ set(other.get("untied", ()))
+    if one["class"] != other["class"] or not both or differ or untied:
+        what = f"its tensors differ ({some(differ or untied)})"
+        if one["class"] != other["class"] or not both:
+            what = f"one is a {one['class']}, the other a {other['class']}"
+        raise _other_base(what, *names)
+
+
+def _check_backbones(first: DynamicModel, second: DynamicModel) -> None:
+    """The same for models in memory; both are the base model then."""
+    first.unset_task()
+    second.unset_task()
+    mine, theirs = (_tensors(m.backbone) for m in (first, second))
+    differ = [
+        name
+        for name in sorted(mine.keys() | theirs.keys())
+        if name not in mine
+        or name not in theirs
+        or mine[name].shape != theirs[name].shape
+        or not mine[name].cpu().equal(theirs[name].to(mine[name].dtype).cpu())
+    ]
+    replaced = _replaced(first) & _replaced(second)
+    if differ := [name for name in differ if name not in replaced]:
+        what = f"its tensors differ ({some(differ)})"
+        raise _other_base(what, "the first model", "the second")
+
+
+def _replaced(model: DynamicModel) -> set[str]:
+    """Tensors that every task has as its own, or that the base model's checkpoint does not hold."""
+    fresh = model.info.get("backbone", {}).get("fresh") or ()
+    return {*fresh, *(set(model.touched) - set(model.base_tensors()))}
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.state_dict())
+
+
+def _other_base(what: str, first: Any, second: Any) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        f"{first} and {second} are not of one base model: {what}. Combine models that were merged on the same one."
+    )
+
+
+def _told(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of the first model's merge, with those of the tasks of both."""
+    info = {k: v for k, v in first.items() if k not in _OF_ONE}
+    for key in ("parents", "tensors"):
+        if key in first or key in second:
+            info[key] = {**first.get(key, {}), **second.get(key, {})}
+    if "ranks" in first:
+        experts = first["ranks"]["experts"] | second.get("ranks", {}).get("experts", {})
+        info["ranks"] = {**first["ranks"], "experts": experts}
+    return info

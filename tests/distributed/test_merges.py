@@ -1,0 +1,97 @@
+"""Several processes write the bytes that one process writes, and each ends with the whole model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fusion_bench.modelpool import BaseModelPool
+from helpers import BASE, didi, floats, same_bits
+from ranks import on_ranks
+from test_golden import adapters, clip, convolution, decaying, layers
+
+from fusion_bench_didi.checkpoint import stream
+from fusion_bench_didi.method import FreeMerging
+from fusion_bench_didi.models.dynamic import DiDiModel
+
+#: Merges to a directory, by what is special about them.
+CASES = {
+    "default": lambda _, **to: didi(clip(), budget=0.6, factor_dtype="auto", **to),
+    "sampled": lambda _, **to: didi(
+        layers(decaying), budget=0.12, factor_dtype="auto", **to
+    ),
+    "own tensors": lambda _, **to: didi(convolution(), own=["proj"], **to),
+    "adapters": lambda home, **to: didi(
+        adapters(home), budget=0.05, factor_dtype="auto", **to
+    ),
+    "baseline": lambda _, **to: FreeMerging(filter="code", **to).run(
+        BaseModelPool(convolution())
+    ),
+}
+#: Cases of more ranks than two.
+MORE = ("default",)
+
+
+def contents(directory: Path) -> dict[str, bytes | dict]:
+    """Files by name; of the manifest what does not tell the time or the place."""
+    found = {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+    del found["README.md"]
+    config = json.loads(found.pop("config.json"))
+    del config["checksum"]
+    for key in ("seconds", "parents", "settings"):
+        config["info"].pop(key, None)
+    config["backbone"].pop("source")
+    return {**found, "config.json": config}
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory) -> dict[int, Path]:
+    """The merges of one, two and three ranks."""
+    whole, stream.SHARD_BYTES = stream.SHARD_BYTES, 8_000  # several files
+    homes = {}
+    for size in (1, 2, 3):
+        home = homes[size] = tmp_path_factory.mktemp(f"of {size}")
+
+        def merges(rank: int) -> None:
+            for case in MORE if size > 2 else CASES:
+                inputs = home / f"{rank} {case}"
+                inputs.mkdir()
+                CASES[case](inputs, output_dir=str(home / case))
+
+        if size == 1:
+            merges(0)
+        else:
+            assert on_ranks(size, merges) == [None] * size
+    stream.SHARD_BYTES = whole
+    return homes
+
+
+@pytest.mark.parametrize(
+    ("size", "case"), [*((2, case) for case in CASES), *((3, case) for case in MORE)]
+)
+def test_files_are_those_of_one_process(homes, case, size):
+    one, several = contents(homes[1] / case), contents(homes[size] / case)
+    assert one.keys() == several.keys()
+    assert [name for name in one if one[name] != several[name]] == []
+    assert len(one) > 3 or case in ("adapters", "baseline")
+
+
+def test_every_rank_holds_the_whole_model_in_memory():
+    def change(_: int):
+        model = didi(clip(), budget=0.6)
+        return {task: floats(model.materialize(task)) for task in model.tasks}
+
+    one = change(0)
+    for found in on_ranks(2, change):
+        for task in one:
+            assert same_bits(one[task], found[task])
+
+
+def test_the_host_saves_once(tmp_path):
+    def save(_: int) -> None:
+        pool = BaseModelPool(clip())
+        model = didi(pool, budget=0.6)
+        pool.save_model(model, str(tmp_path / "saved"))
+        assert DiDiModel.from_pretrained(tmp_path / "saved", clip()[BASE])
+
+    assert on_ranks(2, save) == [None, None]
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]

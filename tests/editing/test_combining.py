@@ -1,0 +1,192 @@
+"""Laws of models that are combined: outputs of all tasks as before, what is shared stored once, one base model."""
+
+import copy
+
+import pytest
+import torch
+from helpers import BASE, didi, fine_tuned, floats, same_bits
+from safetensors.torch import load_file
+from torch import nn
+from tucker_models import linears
+
+from fusion_bench_didi.checkpoint.deltas import read_config
+from fusion_bench_didi.deltas.grouped import GroupedDelta
+from fusion_bench_didi.deltas.masks import MaskedDelta, SparseDelta
+from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta, OwnDelta
+from fusion_bench_didi.deltas.tucker import BasesDelta, CoreDelta
+from fusion_bench_didi.editing import add_task, combine, remove_task, rescale
+from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError, SettingsError
+from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
+from fusion_bench_didi.routers.files import make_router
+from fusion_bench_didi.serving.banks import Serving
+
+SHAPE = (6, 6)
+
+
+def drawn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shared_part(form, seed):
+    if form == "bases":
+        return BasesDelta(SHAPE, drawn(seed, 6, 2), drawn(seed + 1, 2, 6))
+    if form == "dense":
+        return DenseDelta(SHAPE, drawn(seed, 6, 6))
+    if form == "low rank":
+        return LowRankDelta(SHAPE, drawn(seed, 6, 1), drawn(seed + 1, 1, 6))
+    return None
+
+
+def expert(form, seed):
+    """What may stand beside a shared part."""
+    if form == "bases":
+        return CoreDelta(SHAPE, drawn(seed, 2, 2))
+    if form == "dense":
+        return MaskedDelta.of(drawn(seed, 6, 6) > 0, 0.7)
+    if form == "low rank":
+        return LowRankDelta(SHAPE, drawn(seed, 6, 1), drawn(seed + 1, 1, 6))
+    return SparseDelta.of(drawn(seed, 6, 6).relu(), torch.float32)
+
+
+def base():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 3)).eval()
+
+
+def model_of(form, seed, tasks):
+    """A model of two tasks with experts and one that is as what is shared."""
+    experts = {t: {"0.weight": expert(form, seed + 9 * i)} for i, t in enumerate(tasks)}
+    experts[tasks[-1]] = {"1.bias": OwnDelta((3,), drawn(seed, 3))}
+    shared = shared_part(form, seed)
+    shared = {} if shared is None else {"0.weight": shared}
+    return DiDiModel(base(), shared, experts, unit_bits=6 * 6 * 32)
+
+
+def values(model):
+    return {task: floats(model.materialize(task)) for task in model.tasks}
+
+
+FORMS = ("none", "bases", "dense", "low rank")
+
+
+@pytest.mark.parametrize("second", FORMS)
+@pytest.mark.parametrize("first", FORMS)
+def test_outputs_are_as_before_for_all_forms(first, second, tmp_path):
+    one, other = model_of(first, 0, "abc"), model_of(second, 100, "xyz")
+    expected = values(one) | values(other)
+    bits = one.storage.excl_bits + other.storage.excl_bits
+    for name, model in (("one", one), ("other", other)):
+        model.save_pretrained(tmp_path / name)
+    places = tmp_path / "one", tmp_path / "other", tmp_path / "both"
+    combine(places[0], places[1], output_dir=places[2])
+    loaded = DiDiModel.from_pretrained(places[2], base())
+    other.set_task("x")
+    found = combine(one, other)
+    assert values(other).keys() == {*"xyz"}
+    for model in (one, loaded):
+        assert model.tasks == [*"abcxyz"]
+        assert all(same_bits(v, expected[t]) for t, v in values(model).items())
+        # nothing is stored twice
+        assert model.storage.excl_bits == bits == found.after.excl_bits
+        x = drawn(5, 7, 6)
+        for serving in (Serving(), Serving(hold=False), Serving(0.5, 0)):
+            model.serving = serving
+            mixed = model(x, task_ids=[*model.tasks, None])
+            for i, task in enumerate(model.tasks):
+                alone = model.materialize(task)(x[i : i + 1])
+                torch.testing.assert_close(mixed[i : i + 1], alone)
+    size = sum(v.nbytes for v in load_file(places[2] / "model.safetensors").values())
+    assert 8 * size == bits
+    grouped = any(
+        isinstance(d, GroupedDelta) for d in one.modulators["x"].deltas.values()
+    )
+    assert read_config(places[2])["format"] == (3 if grouped else 2)
+    # whoever goes takes along what was theirs
+    for task in "xyz":
+        remove_task(loaded, task)
+    assert loaded.storage.shared_bits == model_of(first, 0, "abc").storage.shared_bits
+    assert all(same_bits(v, expected[t]) for t, v in values(loaded).items())
+
+
+def test_what_is_shared_alike_stays_shared():
+    models = linears()
+    whole = didi(models, budget=0.1, shared="subspaces", factor_dtype="int4")
+    assert len(whole.shared)
+    halves = [copy.deepcopy(whole), copy.deepcopy(whole)]
+    for half, gone in zip(halves, ("34567", "012")):
+        for task in gone:
+            remove_task(half, task)
+    storage = whole.storage
+    found = combine(*halves)
+    assert found.after.excl_bits == storage.excl_bits and not found.facts["apart"]
+    after = values(halves[0])
+    assert all(same_bits(v, after[t]) for t, v in values(whole).items())
+
+
+def test_three_models_and_what_can_be_done_next(tmp_path):
+    parts = [model_of("dense", 50 * i, t) for i, t in enumerate(("abc", "def", "ghi"))]
+    expected = {t: v for part in parts for t, v in values(part).items()}
+    pair = combine(parts[1], parts[2]).model
+    three = combine(parts[0], pair).model
+    assert all(same_bits(v, expected[t]) for t, v in values(three).items())
+    three.save_pretrained(tmp_path / "three")
+    again = DiDiModel.from_pretrained(tmp_path / "three", base())
+    twin = copy.deepcopy(again)
+    assert all(same_bits(v, expected[t]) for t, v in values(twin).items())
+    assert again.storage == three.storage
+    add_task(again, fine_tuned(base(), 3), "new", budget=2.0)
+    rest = values(again)
+    assert all(same_bits(rest[t], v) for t, v in expected.items())
+    rescale(again, budget=0.6 * again.storage.x_excl)
+    assert not any(
+        isinstance(d, GroupedDelta)
+        for e in again.modulators.values()
+        for d in e.deltas.values()
+    )
+
+
+def test_what_does_not_go_together_is_refused(tmp_path):
+    one = model_of("dense", 0, "abc")
+    storage = one.storage
+    with pytest.raises(DiDiError, match="'b' and 'B'"):
+        combine(one, model_of("dense", 1, "xBz"))
+    other = model_of("bases", 0, "xyz")
+    with torch.no_grad():
+        other.backbone[1].weight += 1
+    with pytest.raises(CheckpointMismatchError, match="one base model.*1.weight"):
+        combine(one, other)
+    one.save_pretrained(tmp_path / "one")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointMismatchError, match="one base model.*1.weight"):
+        combine(tmp_path / "one", tmp_path / "other", output_dir=tmp_path / "out")
+    with pytest.raises(SettingsError, match="two of a kind"):
+        combine(one, tmp_path / "other")
+    right = model_of("bases", 0, "xyz")
+    right.attach_router(make_router("oracle", right.tasks))
+    with pytest.raises(DiDiError, match="has a router"):
+        combine(one, right)
+    assert one.storage == storage and not (tmp_path / "out").exists()
+    assert isinstance(combine(one, right, drop_router=True).model, DynamicModel)
+    with pytest.raises(DiDiError, match="cannot be edited"):
+        remove_task(nn.Linear(2, 2), "a")
+
+
+def test_manifests_of_groups_are_held_against_their_form(tmp_path):
+    from fusion_bench_didi.checkpoint.deltas import write_manifest
+
+    one, other = model_of("dense", 0, "abc"), model_of("dense", 100, "xyz")
+    combine(one, other, output_dir=tmp_path / "both")
+    config = read_config(tmp_path / "both")
+    (label, group), *_ = config["groups"].items()
+    for groups in (
+        {label: {**group, "tasks": ["x", "q"]}},
+        {label: group, "2": group},
+        {label: {**group, "tensors": []}},
+        {},
+        [],
+    ):
+        changed = {k: v for k, v in config.items() if k != "checksum"}
+        write_manifest(tmp_path / "both" / "config.json", {**changed, "groups": groups})
+        with pytest.raises(CheckpointMismatchError):
+            DiDiModel.from_pretrained(tmp_path / "both", base())

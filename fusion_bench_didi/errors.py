@@ -31,3 +31,7 @@ class UnknownTaskError(DiDiError):
 
 class RankError(DiDiError):
     """Another process of the same merge failed, ended, or does not get on."""
+
+
+class ResumeError(DiDiError):
+    """What lies beside the output is of another merge, so that this one cannot go on from there."""

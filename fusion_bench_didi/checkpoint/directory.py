@@ -147,6 +147,7 @@ def whole_directory(
             _flush(beside)
             _put(beside, place, overwrite, mark)
             sync(place.parent)
+            shutil.rmtree(journal_of(place), ignore_errors=True)
         finally:
             if beside.exists():
                 shutil.rmtree(beside)
@@ -228,6 +229,12 @@ def _busy(target: str | Path) -> DiDiError:
     return DiDiError(
         f"Another run is writing to {target}. Wait for it, or choose another directory."
     )
+
+
+def journal_of(place: str | Path) -> Path:
+    """Where a merge into a place leaves what it has finished, until the place holds all of it."""
+    place = Path(os.path.realpath(Path(place).expanduser()))
+    return place.with_name(f".{_short(place.name)}.journal")
 
 
 def _lock(place: Path) -> Path:

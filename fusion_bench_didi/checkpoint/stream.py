@@ -4,7 +4,6 @@ Shards are cut by the order of the tensors, not by who was ready when, so that f
 threads and processes made them.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..deltas.sink import EncodedTensor, Experts, Shared
 from ..distributed.ranks import ALONE, Ranks
 from .deltas import entry_of, in_groups, read_deltas
 from .directory import write_json
+from .journal import Journal
 from .tensors import file_digest, independent
 
 #: Pieces are put together to shards of this size; what is larger is a shard by itself.
@@ -30,6 +31,8 @@ SHARD_BYTES = 2**27
 #: Shards of a model that is in memory anyway.
 MAX_SHARD = 5 * 10**9
 Item = TypeVar("Item")
+#: Of the journal.
+_STAGE = "encode"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -43,6 +46,7 @@ class Piece:
         size: bytes of that.
         file: None where nothing is stored.
         digest: SHA-256 of the file.
+        errors: (T,) squared, of what is not reproduced; None where it was not measured.
     """
 
     entries: list[dict[str, Any]]
@@ -50,6 +54,7 @@ class Piece:
     size: int
     file: Path | None = None
     digest: str = ""
+    errors: Tensor | None = None
 
 
 class DeltaWriter:
@@ -58,16 +63,16 @@ class DeltaWriter:
     Args:
         directory: exists, for all ranks; gets ``model.safetensors``, or shards and their index.
         tasks: in the order of ``EncodedTensor.experts``.
-        pieces: exists, for all ranks; where tensors wait for their shard.
+        journal: where tensors wait for their shard, those of earlier runs too.
 
     Attributes:
         manifest: what :func:`~.deltas.read_deltas` needs, once it is closed.
     """
 
-    def __init__(self, directory: Path, tasks: Sequence[str], pieces: Path):
+    def __init__(self, directory: Path, tasks: Sequence[str], journal: Journal):
         self.manifest: dict[str, Any] = {}
         self._tasks = list(tasks)
-        self._directory, self._place = directory, pieces
+        self._directory, self._journal = directory, journal
         self._pieces: dict[str, Piece] = {}
 
     def put(self, tensor: EncodedTensor) -> None:
@@ -77,10 +82,26 @@ class DeltaWriter:
         entries, tensors = _listed((owner, tensor.name, d) for owner, d in owners)
         size, file, digest = sum(t.nbytes for t in tensors.values()), None, ""
         if tensors:
-            name = hashlib.sha256(tensor.name.encode()).hexdigest()[:32]
-            file = self._place / f"{name}.safetensors"
+            file = self._journal.new_file()
             digest = _write(file, tensors)
-        self._pieces[tensor.name] = Piece(entries, list(tensors), size, file, digest)
+        errors = tensor.errors
+        piece = Piece(entries, list(tensors), size, file, digest, errors)
+        told = None if errors is None else errors.tolist()
+        facts = {"entries": entries, "keys": piece.keys, "size": size, "errors": told}
+        self._journal.done(_STAGE, tensor.name, file=file, digest=digest, facts=facts)
+        self._pieces[tensor.name] = piece
+
+    def recall(self, name: str) -> Piece | None:
+        line = self._journal.find(_STAGE, name)
+        if line is None:
+            self._journal.begin(_STAGE, name)
+            return None
+        told = dict(line.facts)
+        if told["errors"] is not None:
+            told["errors"] = torch.tensor(told["errors"], dtype=torch.float64)
+        piece = Piece(**told, file=line.file, digest=line.digest)
+        self._pieces[name] = piece
+        return piece
 
     def close(
         self, order: Sequence[str], ranks: Ranks = ALONE

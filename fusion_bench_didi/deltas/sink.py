@@ -33,11 +33,20 @@ class EncodedTensor:
     errors: Tensor | None = None
 
 
+class Held(Protocol):
+    """What a sink tells of a tensor that it holds: its errors."""
+
+    errors: Tensor | None
+
+
 class Sink(Protocol):
     """Takes encoded tensors, from any thread, and gives all deltas back. A context: left by an error, nothing more is written."""
 
     def put(self, tensor: EncodedTensor) -> None:
         """Take one tensor; its experts are those of the sink's tasks, in their order."""
+
+    def recall(self, name: str) -> Held | None:
+        """What is held of a tensor, were it from an earlier run; None of one that has to be encoded now."""
 
     def close(
         self, order: Sequence[str], ranks: Ranks = ALONE
@@ -66,6 +75,9 @@ class InMemory:
 
     def put(self, tensor: EncodedTensor) -> None:
         self._taken[tensor.name] = tensor
+
+    def recall(self, name: str) -> Held | None:
+        return self._taken.get(name)
 
     def close(
         self, order: Sequence[str], ranks: Ranks = ALONE

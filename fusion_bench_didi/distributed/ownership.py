@@ -3,7 +3,7 @@
 import heapq
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .ranks import ALONE, Ranks
 
@@ -26,21 +26,38 @@ def owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     return found
 
 
+class Memory(Protocol):
+    """What earlier runs of the same merge found."""
+
+    def stage(self, name: str) -> str:
+        """A name for one round of a stage that the same round had in an earlier run."""
+
+    def recall(self, stage: str, name: str) -> Any:
+        """What was found of a tensor; None where nothing was."""
+
+    def record(self, stage: str, name: str, found: Any) -> None:
+        """Keep what was found of a tensor."""
+
+
 @dataclass(frozen=True)
 class Crew:
-    """The ranks of one merge and what each of them owns.
+    """The ranks of one merge, what each of them owns, and what is finished.
 
     Args:
         owner: rank by tensor name; not asked where there is one rank.
+        memory: None where nothing is kept for later runs.
     """
 
     ranks: Ranks = ALONE
     owner: Mapping[str, int] | None = None
+    memory: Memory | None = None
 
     @classmethod
-    def of(cls, ranks: Ranks, sizes: Mapping[str, int]) -> "Crew":
+    def of(
+        cls, ranks: Ranks, sizes: Mapping[str, int], memory: Memory | None = None
+    ) -> "Crew":
         """Tensors of these sizes in bytes, shared out."""
-        return cls(ranks, owners(sizes, ranks.size))
+        return cls(ranks, owners(sizes, ranks.size), memory)
 
     def mine(self, names: Collection[str]) -> list[str]:
         """Those that this rank owns."""

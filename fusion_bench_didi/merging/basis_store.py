@@ -3,11 +3,14 @@
 import itertools
 import threading
 import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..checkpoint.journal import Journal
 from ..checkpoint.locks import Scratch
 from ..lowrank.svd import HalfSVD
 
@@ -20,13 +23,16 @@ class BasisStore:
     Args:
         memory_gb: held in memory; what comes later goes to files in a temporary directory (``TMPDIR`` says where), which
             is removed with the store, or by the next one if the process is killed.
+        journal: takes files in its place, which stay until what they are for is encoded.
     """
 
-    def __init__(self, memory_gb: float):
+    def __init__(self, memory_gb: float, journal: Journal | None = None):
         self._left = memory_gb * 2**30
+        self._journal = journal
         self._lock = threading.Lock()
         self._count = itertools.count()
         self._scratch: Scratch | None = None
+        self._files: dict[str, set[Path]] = {}
 
     def keep(self, bases: Bases) -> "KeptBases":
         """Hold bases until the result is gone, or was taken."""
@@ -35,11 +41,14 @@ class BasisStore:
             fits = size <= self._left
             if fits:
                 self._left -= size
-            elif self._scratch is None:
+            elif self._scratch is None and self._journal is None:
                 self._scratch = Scratch()
         if fits:
             kept = KeptBases(bases, None)
             kept._released = weakref.finalize(kept, self._give_back, size)
+        elif self._journal is not None:
+            kept = KeptBases(None, self._written(bases))
+            return kept
         else:
             file = self._scratch.path / f"{next(self._count)}.safetensors"
             save_file(_tensors(bases), file)
@@ -49,6 +58,27 @@ class BasisStore:
         kept._released.atexit = False
         return kept
 
+    def lasting(self, kept: "KeptBases") -> Path:
+        """The file of the journal that holds bases; they are written there if they are in memory."""
+        return kept._file or self._written(kept._bases)
+
+    def lay(self, name: str, files: Iterable[Path]) -> None:
+        """Note files of the journal that hold bases of a matrix."""
+        with self._lock:
+            self._files.setdefault(name, set()).update(files)
+
+    def encoded(self, name: str) -> None:
+        """The bases of a matrix are not needed any more."""
+        with self._lock:
+            files = self._files.pop(name, ())
+        for file in files:
+            file.unlink(missing_ok=True)
+
+    def _written(self, bases: Bases) -> Path:
+        file = self._journal.new_file()
+        save_file(_tensors(bases), file)
+        return file
+
     def _give_back(self, size: int) -> None:
         with self._lock:
             self._left += size
@@ -57,10 +87,11 @@ class BasisStore:
 class KeptBases:
     """Bases that a store holds; on the rank that decomposed the matrix, which also encodes it."""
 
-    _released: weakref.finalize
+    _released: Callable[[], Any]
 
     def __init__(self, bases: Bases | None, file: Path | None):
         self._bases, self._file = bases, file
+        self._released = lambda: None
 
     def __reduce__(self):
         """On another rank, which does not encode this matrix, they are not there."""

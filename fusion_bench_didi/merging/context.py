@@ -75,7 +75,12 @@ class MergeContext:
         return as_dense(self.static_merge(name, [materialize(d) for d in differences]))
 
     def each(
-        self, stage: str, function: Callable[[str], Result], names: Iterable[str]
+        self,
+        stage: str,
+        function: Callable[[str], Result],
+        names: Iterable[str],
+        *,
+        kept: bool = True,
     ) -> Iterator[tuple[str, Result]]:
         """Names and results of the one loop over tensors, on all ranks."""
         return each(
@@ -87,4 +92,5 @@ class MergeContext:
             progress=self.progress,
             trimmer=self.trimmer,
             crew=self.crew,
+            kept=kept,
         )

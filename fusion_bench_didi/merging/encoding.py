@@ -36,20 +36,25 @@ def encode_all(
         return decision.form.encode(context, decision)
 
     def stored(encode: Callable[[str], EncodedTensor], name: str) -> Tensor | None:
-        tensor = encode(name)
-        sink.put(tensor)
-        return tensor.errors
+        held = sink.recall(name)
+        if held is None:
+            held = encode(name)
+            sink.put(held)
+            context.store.encoded(name)
+        return held.errors
 
     order, errors = [], {}
     for name, _ in spread(
-        context.crew, "own", partial(stored, own), context.inventory.own
+        context.crew, "own", partial(stored, own), context.inventory.own, kept=False
     ):
         order.append(name)
     for stage, encode, names in (
         ("vectors", vector, vectors),
         ("refine", matrix, decisions),
     ):
-        for name, lost in context.each(stage, partial(stored, encode), names):
+        for name, lost in context.each(
+            stage, partial(stored, encode), names, kept=False
+        ):
             order.append(name)
             errors[name] = lost
     return order, errors

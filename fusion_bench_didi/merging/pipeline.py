@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..allocation.leftover import climb
 from ..allocation.spectra import total_cost
+from ..checkpoint.journal import Journal
 from ..deltas.sink import Experts, InMemory, Shared, Sink
 from ..deltas.storage import account, told
 from ..distributed.ownership import Crew
@@ -28,6 +29,7 @@ from ..task_vectors.scan import Scan, account_of, scan
 from .basis_store import BasisStore
 from .context import MergeContext
 from .encoding import encode_all
+from .finished import Finished
 from .forms import Decision
 from .forms.choice import Placed, Ranked, choose_forms, experts_only
 from .forms.early_decision import sample_of
@@ -103,13 +105,16 @@ def plan(
     progress: Progress = no_progress,
     given: Given | None = None,
     ranks: Ranks = ALONE,
+    journal: Journal | None = None,
 ) -> Plan:
     """Scan, look, choose and allocate; arguments and errors as of :func:`merge`."""
     seconds: dict[str, float] = {}
     task_vectors = task_vectors.ordered(sorted(task_vectors.tasks))
     unit_bits = None if given is None else given.unit_bits
     joint = settings.joint or bool(given and given.bases)
-    crew = Crew.of(ranks, task_vectors.sizes)
+    store = BasisStore(settings.factor_memory_gb, journal)
+    memory = None if journal is None else Finished(journal, store)
+    crew = Crew.of(ranks, task_vectors.sizes, memory)
     with _timed(seconds, "scan"):
         # what is sampled is decided by headers, as if every tensor was changed
         expected = take_inventory(task_vectors, settings, unit_bits=unit_bits)
@@ -129,7 +134,7 @@ def plan(
         loss_weights(energies, settings.normalization),
         device,
         progress,
-        BasisStore(settings.factor_memory_gb),
+        store,
         given,
         crew,
     )
@@ -197,6 +202,7 @@ def merge(
     sink: Sink | None = None,
     given: Given | None = None,
     ranks: Ranks = ALONE,
+    journal: Journal | None = None,
 ) -> MergeResult:
     """DiDi-Merging of T task vectors under one budget.
 
@@ -209,6 +215,8 @@ def merge(
         given: the finished model that tasks are added to; a merge from the start if None.
         ranks: the processes that do it together; all of them call this with the same arguments and get the same result.
 
+        journal: what earlier runs finished, which is not done again; a sink that writes has it too.
+
     Raises:
         NonFiniteError, ModelPoolError: from the first read.
         BudgetError: if the vectors alone exceed the budget.
@@ -220,6 +228,7 @@ def merge(
         progress=progress,
         given=given,
         ranks=ranks,
+        journal=journal,
     )
     context = planned.context
     with _timed(planned.seconds, "refine"):

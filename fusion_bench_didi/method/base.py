@@ -1,13 +1,15 @@
 """What the methods share: how a pool is opened, and how a dynamic model is connected to the host."""
 
 import logging
-import shutil
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import torch
 from fusion_bench import BaseAlgorithm, auto_register_config
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from fusion_bench.modelpool import BaseModelPool
@@ -15,7 +17,9 @@ from omegaconf import OmegaConf
 from rich.progress import Progress as Bars
 from torch import nn
 
+from ..checkpoint.deltas import versions
 from ..checkpoint.directory import check_target, common_directory
+from ..checkpoint.journal import Journal, left_if_worth, open_journal
 from ..checkpoint.stream import DeltaWriter
 from ..deltas.sink import EncodedTensor, InMemory, Sink
 from ..deltas.storage import told
@@ -23,6 +27,7 @@ from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks, ranks_here
 from ..errors import CheckpointMismatchError, SettingsError
 from ..merging.encoding import encode_own
+from ..merging.finished import Finished
 from ..models import DynamicModel
 from ..models.pool_saving import attach_saving, check_saving
 from ..options import Aliases, FilePath, Patterns, check_arguments, unknown_setting
@@ -38,13 +43,24 @@ from ..pools.task_names import check_tasks, pool_tasks
 from ..task_vectors.alignment import some
 from ..task_vectors.loop import Progress, Result, each, spread
 from ..task_vectors.reader import TaskVectors
-from ..task_vectors.scan import Scan, account_of, model_bits, scan
+from ..task_vectors.scan import account_of, model_bits, scan
 from ..task_vectors.tensor import ChangedTensor
 from ..taskpool.task_switching import attach, check_switching
 from .ending import attach_ending
 
 log = logging.getLogger(__name__)
 
+#: What becomes of a merge into output_dir that was cut off.
+Resume = Literal["continue", "fresh"]
+#: Settings that change nothing of what is stored.
+RUNNING = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "task_aliases",
+    "dry_run",
+    "factor_memory_gb",
+)
 #: Keys of earlier releases by what they are called now.
 RENAMED = {"normalisation": "normalization"}
 #: Keys of earlier releases that are gone, with the only value that still means what it did.
@@ -70,6 +86,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     task_aliases: Mapping[str, str] | None = None
     output_dir: str | None = None
     overwrite: bool = False
+    resume: Resume = "continue"
 
     def __init__(self, **kwargs: Any):
         for old, new in RENAMED.items():
@@ -87,6 +104,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         check_arguments(self)
         if self.overwrite and self.output_dir is None:
             raise SettingsError("overwrite is of output_dir, which is not set.")
+        if self.resume != "continue" and self.output_dir is None:
+            raise SettingsError("resume is of output_dir, which is not set.")
 
     @property
     def processes(self) -> Ranks:
@@ -186,28 +205,53 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 progress(stage, done, len(names))
 
     def streamed(
-        self, tasks: Sequence[str], make: Callable[[Sink], DynamicModel]
+        self,
+        task_vectors: TaskVectors,
+        make: Callable[[Sink, Journal | None], DynamicModel],
     ) -> DynamicModel:
         """The model that ``make`` leaves in a sink: in memory, or in ``output_dir``, which appears whole or not at all.
 
+        What is finished lies in a journal beside it meanwhile, and stays there if this ends before the model is whole.
+
         Args:
-            tasks: in the order in which they are encoded.
+            task_vectors: tasks in the order in which they are encoded.
         """
+        tasks, ranks = task_vectors.tasks, self.processes
         if self.output_dir is None:
-            return make(InMemory(tasks))
-        ranks = self.processes
+            return make(InMemory(tasks), None)
         target = common_directory(ranks, self.output_dir, overwrite=self.overwrite)
         with target as place:
-            pieces = place / "pieces"
-            if ranks.leads:
-                pieces.mkdir()
-            ranks.gather(None)
-            writer = DeltaWriter(place, tasks, pieces)
-            model = make(writer)
-            if ranks.leads:
-                shutil.rmtree(pieces)
-                model.write_config(place, {**writer.manifest, "tasks": model.tasks})
+            journal = open_journal(
+                Path(os.path.realpath(Path(self.output_dir).expanduser())),
+                self.identity(task_vectors) if ranks.leads else {},
+                fresh=self.resume == "fresh",
+                ranks=ranks,
+            )
+            with left_if_worth(journal, ranks):
+                writer = DeltaWriter(place, tasks, journal)
+                model = make(writer, journal)
+                if ranks.leads:
+                    model.write_config(place, {**writer.manifest, "tasks": model.tasks})
         return model
+
+    def identity(self, task_vectors: TaskVectors) -> dict[str, str]:
+        """What a merge that was cut off must have in common with the one that goes on: method, settings, inputs, versions."""
+        config = OmegaConf.to_container(self.config, resolve=True)
+        settings = {
+            f"method.{key}": repr(value)
+            for key, value in config.items()
+            if key[0] != "_" and key not in RUNNING
+        }
+        kernels = (
+            f"{self.fabric.device.type}, {torch.backends.cpu.get_cpu_capability()}"
+        )
+        return {
+            "method": type(self).__name__,
+            **settings,
+            **task_vectors.identity,
+            **{f"version of {name}": told for name, told in versions().items()},
+            "kernels": kernels,
+        }
 
     def connect(self, model: DynamicModel, modelpool: BaseModelPool) -> DynamicModel:
         """Make the program's task pool tell the model its task, and the model pool save it in its own form."""
@@ -240,6 +284,7 @@ class DynamicMethod(PoolMethod):
         task_aliases: task pool name -> model name.
         output_dir: write the merged model there while it is made, never holding it; it stays mapped from there.
         overwrite: of ``output_dir``.
+        resume: a merge into ``output_dir`` that was cut off goes on (``continue``), or is forgotten (``fresh``).
     """
 
     def __init__(
@@ -249,6 +294,7 @@ class DynamicMethod(PoolMethod):
         task_aliases: Aliases = None,
         output_dir: FilePath | None = None,
         overwrite: bool = False,
+        resume: Resume = "continue",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -272,13 +318,10 @@ class DynamicMethod(PoolMethod):
         with self.together():
             modelpool = self.checked(modelpool)
             backbone, task_vectors = self.opened(modelpool)
-            self._crew = Crew.of(self.processes, task_vectors.sizes)
-            with self.profile("scan"):
-                found = scan(task_vectors, self.fabric.device, crew=self._crew)
             model = self.streamed(
-                task_vectors.tasks,
-                lambda sink: self._compressed(
-                    modelpool, backbone, task_vectors, found, sink
+                task_vectors,
+                lambda sink, journal: self._compressed(
+                    modelpool, backbone, task_vectors, sink, journal
                 ),
             )
         return self.connect(model, modelpool)
@@ -290,6 +333,8 @@ class DynamicMethod(PoolMethod):
         function: Callable[[str], Result],
         names: Sequence[str],
         progress: Progress,
+        *,
+        kept: bool = True,
     ) -> Iterator[tuple[str, Result]]:
         """Names and results of the one loop over tensors, on all ranks."""
         return each(
@@ -300,6 +345,7 @@ class DynamicMethod(PoolMethod):
             device=self.fabric.device,
             progress=progress,
             crew=self._crew,
+            kept=kept,
         )
 
     def _compressed(
@@ -307,24 +353,33 @@ class DynamicMethod(PoolMethod):
         modelpool: BaseModelPool,
         backbone: nn.Module,
         task_vectors: TaskVectors,
-        found: Scan,
         sink: Sink,
+        journal: Journal | None,
     ) -> DynamicModel:
-        device, names, crew = self.fabric.device, found.changed, self._crew
+        device, memory = self.fabric.device, journal and Finished(journal)
+        self._crew = crew = Crew.of(self.processes, task_vectors.sizes, memory)
+        with self.profile("scan"):
+            found = scan(task_vectors, device, crew=crew)
+        names = found.changed
 
         def encode(name: str) -> None:
-            tensor = self.encode(task_vectors.tensor(name, device))
-            if tensor is not None:
-                sink.put(tensor)
+            if sink.recall(name) is None:
+                tensor = self.encode(task_vectors.tensor(name, device))
+                if tensor is not None:
+                    sink.put(tensor)
 
         def keep(name: str) -> None:
-            sink.put(encode_own(task_vectors, name))
+            if sink.recall(name) is None:
+                sink.put(encode_own(task_vectors, name))
 
         bars = progress_bars(self.title, crew.ranks)
         with self.profile("compress"), bars as progress, sink:
             self.prepare(task_vectors, names, progress)
-            order = [n for n, _ in spread(crew, "own", keep, found.changed_own)]
-            done = self.each(task_vectors, "encode", encode, names, progress)
+            own = spread(crew, "own", keep, found.changed_own, kept=False)
+            order = [name for name, _ in own]
+            done = self.each(
+                task_vectors, "encode", encode, names, progress, kept=False
+            )
             order += [name for name, _ in done]
             shared, experts = sink.close(order, crew.ranks)
         return DynamicModel(

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..allocation.learned import LearningSettings
 from ..allocation.water_filling import Allocation
+from ..checkpoint.journal import Journal
 from ..deltas.sink import Sink
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..merging.dry_run import describe
@@ -43,7 +44,7 @@ from ..options import (
 )
 from ..pools.opening import load_backbone, open_pool
 from ..task_vectors.reader import TaskVectors
-from .base import PoolMethod, progress_bars
+from .base import PoolMethod, Resume, progress_bars
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class DiDiMerging(PoolMethod):
         factor_memory_gb: Gigabytes = 4.0,
         output_dir: FilePath | None = None,
         overwrite: bool = False,
+        resume: Resume = "continue",
         task_aliases: Aliases = None,
         dry_run: bool = False,
         **kwargs: Any,
@@ -168,8 +170,10 @@ class DiDiMerging(PoolMethod):
                 backbone = load_backbone(modelpool)
             task_vectors = open_pool(modelpool, backbone, **choice)
             model = self.streamed(
-                sorted(modelpool.model_names),
-                lambda sink: self._merged(modelpool, backbone, task_vectors, sink),
+                task_vectors.ordered(sorted(task_vectors.tasks)),
+                lambda sink, journal: self._merged(
+                    modelpool, backbone, task_vectors, sink, journal
+                ),
             )
         log.info("relative error %.4f", model.info["relative_error"])
         return self.connect(model, modelpool)
@@ -180,6 +184,7 @@ class DiDiMerging(PoolMethod):
         backbone: nn.Module,
         task_vectors: TaskVectors,
         sink: Sink,
+        journal: Journal | None,
     ) -> DiDiModel:
         ranks = self.processes
         bars = progress_bars(self.title, ranks)
@@ -191,6 +196,7 @@ class DiDiMerging(PoolMethod):
                 progress=progress,
                 sink=sink,
                 ranks=ranks,
+                journal=journal,
             )
         info = {
             **self.facts(modelpool, backbone),

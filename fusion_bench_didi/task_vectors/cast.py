@@ -40,6 +40,10 @@ class CastSource(TensorSource):
             for name, info in self._source.infos().items()
         }
 
+    @property
+    def identity(self) -> dict[str, str]:
+        return self._source.identity
+
     def read(self, name: str) -> Tensor:
         value = self._source.read(name)
         return value.to(self._types.get(name, value.dtype))

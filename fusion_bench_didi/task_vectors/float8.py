@@ -60,6 +60,10 @@ class Float8Source(TensorSource):
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
+    @property
+    def identity(self) -> dict[str, str]:
+        return self._source.identity
+
     def read(self, name: str) -> Tensor:
         value = self._source.read(name)
         if value.dtype not in FLOAT8:

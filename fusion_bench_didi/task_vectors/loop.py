@@ -37,6 +37,7 @@ def each(
     progress: Progress = no_progress,
     trimmer: HeapTrimmer | None = None,
     crew: Crew = SOLO,
+    kept: bool = True,
 ) -> Iterator[tuple[str, Result]]:
     """Names and results; large tensors first, so that no core waits for one at the end, and one by one where they are huge.
 
@@ -44,6 +45,7 @@ def each(
         function: of a tensor's name; called on several threads.
         trimmer: gives freed memory back between results.
         crew: who works on what; results of other ranks are copies.
+        kept: as of :func:`spread`.
     """
     names = by_size(task_vectors, names)
 
@@ -51,7 +53,8 @@ def each(
         with exclusive_if(task_vectors.tensor(name).large):
             return function(name)
 
-    results = spread(crew, stage, one, names, workers=workers_for(device))
+    workers = workers_for(device)
+    results = spread(crew, stage, one, names, workers=workers, kept=kept)
     for done, (name, result) in enumerate(results):
         progress(stage, done, len(names))
         yield name, result
@@ -67,14 +70,25 @@ def spread(
     names: Iterable[str],
     *,
     workers: int = 1,
+    kept: bool = True,
 ) -> Iterator[tuple[str, Result]]:
-    """Names and results, in the order of the names; every rank calls the function of its own."""
-    names = list(names)
+    """Names and results, in the order of the names; every rank calls the function of its own.
+
+    Args:
+        kept: results are for later runs too, which do not call it again.
+    """
+    names, memory = list(names), crew.memory if kept else None
     mine = crew.mine(names)
+    turn = stage if memory is None else memory.stage(stage)
 
     def one(name: str) -> Result:
-        with crew.ranks.working(f"{name} ({stage})"):
-            return function(name)
+        found = None if memory is None else memory.recall(turn, name)
+        if found is None:
+            with crew.ranks.working(f"{name} ({stage})"):
+                found = function(name)
+                if memory is not None:
+                    memory.record(turn, name, found)
+        return found
 
     results = zip(mine, ordered_map(one, mine, workers=workers))
     if crew.ranks.size == 1:

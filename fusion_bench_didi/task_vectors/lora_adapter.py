@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from ..errors import CheckpointMismatchError
 from ..lowrank.factors import LowRankFactors
 from .lora_config import CONFIG, LoraSettings, read_config, variants
-from .sources import PickleSource, SafetensorsSource, TensorInfo, TensorSource, renaming
+from .sources import (
+    PickleSource,
+    SafetensorsSource,
+    TensorInfo,
+    TensorSource,
+    digest_of,
+    renaming,
+)
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -112,6 +119,11 @@ class AdapterSource(TensorSource):
     def infos(self) -> Mapping[str, TensorInfo]:
         """The tensors that it changes."""
         return self._infos
+
+    @property
+    def identity(self) -> dict[str, str]:
+        pairs = digest_of(repr(sorted(self._pairs.items())).encode())
+        return {**self._source.identity, "configuration": pairs}
 
     def read(self, name: str) -> Tensor:
         """The fine-tuned value of a tensor that it holds whole."""

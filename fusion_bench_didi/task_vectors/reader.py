@@ -128,6 +128,16 @@ class TaskVectors:
                 found[name] = infos[0]
         return found
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells these checkpoints from others, by model and file."""
+        sources = {"the base model": self.base, **self._sources}
+        return {
+            f"{model}, {file}" if file else model: told
+            for model, source in sources.items()
+            for file, told in source.identity.items()
+        }
+
     def unused(self, task: str) -> Mapping[str, str]:
         """Tensors of a checkpoint that the model does not take from it, and why."""
         known, source = self.base.infos(), self._sources[task]

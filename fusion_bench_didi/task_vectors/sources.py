@@ -1,5 +1,6 @@
 """Where tensors come from: live modules and files, described without being read, under the base model's names."""
 
+import hashlib
 import json
 import math
 import os
@@ -93,6 +94,11 @@ class TensorSource(ABC):
     def infos(self) -> Mapping[str, TensorInfo]:
         """What the headers tell, by name."""
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells these tensors from others of the same headers, by file, as far as files tell; values of live models."""
+        return {"": digest_of(repr(sorted(self.infos().items())).encode())}
+
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """The value of a tensor."""
@@ -136,6 +142,19 @@ class ModuleSource(TensorSource):
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    @property
+    def identity(self) -> dict[str, str]:
+        found = hashlib.sha256(super().identity[""].encode())
+        for _, tensor in sorted(self._tensors.items()):
+            for block in tensor.reshape(-1).split(2**20):
+                found.update(block.cpu().contiguous().view(torch.uint8).numpy())
+        return {"in memory": found.hexdigest()[:16]}
+
+
+def digest_of(content: bytes) -> str:
+    """A short name for some bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
 
 def fault_of(tensor: Tensor) -> str | None:
     """Why the values of a tensor cannot be read."""
@@ -160,6 +179,14 @@ class Watched:
     def opened(self, file: Path) -> None:
         """Note a file before it is opened."""
         self._seen[file] = self._stamp(file)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Size and date of every file."""
+        return {
+            str(file): f"{stamp[2]} bytes of {stamp[3] / 1e9:.6f}"
+            for file, stamp in self._seen.items()
+        }
 
     def check(self, file: Path) -> None:
         """It is still the file that was opened, of the same size and date."""
@@ -213,6 +240,10 @@ class SafetensorsSource(TensorSource):
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
+    @property
+    def identity(self) -> dict[str, str]:
+        return self._watched.identity
+
     def read(self, name: str) -> Tensor:
         file = self._files[name]
         self._watched.check(file)  # of a file cut short not even an error would be left
@@ -261,6 +292,10 @@ class PickleSource(TensorSource):
         return {
             n: TensorInfo(tuple(t.shape), t.dtype) for n, t in self._tensors.items()
         }
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return self._watched.identity
 
     def read(self, name: str) -> Tensor:
         self._watched.check(self._files[name])
@@ -335,6 +370,10 @@ class RenamedSource(TensorSource):
     def infos(self) -> Mapping[str, TensorInfo]:
         infos = self._source.infos()
         return {name: infos[inner] for name, inner in self._names.items()}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return self._source.identity
 
     def read(self, name: str) -> Tensor:
         return self._source.read(self._names[name])

@@ -70,6 +70,7 @@ def test_every_value_of_the_yaml_reaches_the_settings():
         "dry_run",
         "output_dir",
         "overwrite",
+        "resume",
     }
     elsewhere.add("_target_")
     alone = {"shared_scale", "max_rank", *alternating}

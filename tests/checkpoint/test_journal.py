@@ -1,0 +1,239 @@
+"""A merge that was cut off goes on: to the bytes of an unbroken one, without doing again what is finished, and only if it is the same."""
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from fusion_bench.modelpool import BaseModelPool
+from helpers import didi
+from ranks import on_ranks
+from safetensors.torch import load_file, save_file
+from test_golden import clip, decaying, layers, within_spaces
+
+from fusion_bench_didi.allocation.curves import PerTaskCurve
+from fusion_bench_didi.checkpoint.journal import Journal, read_lines
+from fusion_bench_didi.checkpoint.records import Records
+from fusion_bench_didi.errors import (
+    DiDiError,
+    NonFiniteError,
+    ResumeError,
+    SettingsError,
+)
+from fusion_bench_didi.method import TSVCompression
+from fusion_bench_didi.method.didi import DiDiMerging
+
+#: Merges by what is special about their way to be decided.
+CASES = {
+    "default": lambda **to: didi(clip(), budget=0.6, factor_dtype="auto", **to),
+    "subspaces": lambda **to: didi(
+        layers(within_spaces), budget=0.02, factor_dtype="auto", **to
+    ),
+    "spilled": lambda **to: didi(
+        layers(decaying), budget=0.12, factor_memory_gb=1e-6, **to
+    ),
+    "baseline": lambda **to: TSVCompression(**to).run(BaseModelPool(clip())),
+}
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(monkeypatch, count: int) -> Counter:
+    """Lines of a journal by stage, of which only so many can be written."""
+    begun: Counter = Counter()
+    done, begin = Journal.done, Journal.begin
+
+    def noted(self, stage, name):
+        begun[stage.split()[0], name] += 1
+        begin(self, stage, name)
+
+    def cut(self, *args, **kwargs):
+        if sum(begun.values()) > count:
+            raise Cut
+        done(self, *args, **kwargs)
+
+    monkeypatch.setattr(Journal, "begin", noted)
+    monkeypatch.setattr(Journal, "done", cut)
+    return begun
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_goes_on_to_the_same_bytes(tmp_path, monkeypatch, case):
+    with monkeypatch.context() as patch:
+        begun = cut_after(patch, 10**6)
+        CASES[case](output_dir=str(tmp_path / "whole"))
+    steps = sum(begun.values())
+    goal = weights(tmp_path / "whole")
+    target, journal = tmp_path / "cut", tmp_path / ".cut.journal"
+    seen, cuts = Counter(), 0
+    while not target.exists():
+        with monkeypatch.context() as patch:
+            begun = cut_after(patch, max(int(0.3 * steps), 1))
+            try:
+                CASES[case](output_dir=str(target))
+            except Cut:
+                assert journal.is_dir() and not target.exists()
+                cuts += 1
+        seen += begun
+    assert cuts > 2
+    assert weights(target) == goal
+    assert [p.name for p in tmp_path.iterdir() if p.name[0] == "."] == []
+    # of every run at most the tensor that it was at is done twice
+    assert sum(seen.values()) - len(seen) <= cuts
+
+
+@pytest.fixture(scope="module")
+def goal(tmp_path_factory) -> dict[str, bytes]:
+    """What an unbroken merge writes."""
+    place = tmp_path_factory.mktemp("whole") / "whole"
+    CASES["default"](output_dir=str(place))
+    return weights(place)
+
+
+def test_goes_on_with_other_processes(tmp_path, monkeypatch, goal):
+    case = CASES["default"]
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 50)
+        case(output_dir=str(tmp_path / "cut"))
+    lines = read_lines(tmp_path / ".cut.journal")
+    assert {stage.split()[0] for stage, _ in lines} >= {"scan", "decompose"}
+
+    def again(_: int):
+        with monkeypatch.context() as patch:
+            begun = cut_after(patch, 10**6)
+            case(output_dir=str(tmp_path / "cut"))
+            return list(begun)
+
+    first, second = on_ranks(2, again)
+    finished = {(stage.split()[0], name) for stage, name in lines}
+    assert first and second
+    assert not finished & {*first, *second}, "nothing is done again"
+    assert weights(tmp_path / "cut") == goal
+
+
+@pytest.mark.parametrize("events", [85, 130])
+def test_a_kill_is_a_cut_like_any_other(tmp_path, monkeypatch, goal, events):
+    case, left = CASES["default"], [events]
+    write = Journal._write
+
+    def killing(self, told):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, told)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_write", killing)
+        (found,) = on_ranks(1, lambda _: case(output_dir=str(tmp_path / "cut")))
+    assert found is None and not (tmp_path / "cut").exists()
+    case(output_dir=str(tmp_path / "cut"))
+    assert weights(tmp_path / "cut") == goal
+    assert [p.name for p in tmp_path.iterdir()] == ["cut"]
+
+
+# --- what is not the same merge ----------------------------------------------------
+
+
+@pytest.fixture
+def cut(tmp_path, monkeypatch, tiny_clip_dir):
+    """A merge of files that was cut off, as a function of other settings."""
+
+    def run(**settings):
+        models = {name: str(tmp_path / "in" / name) for name in NAMES}
+        pool = CLIPVisionModelPool(models)
+        options = {"budget": 0.6, "refine_sweeps": 2, **settings}
+        return DiDiMerging(**options, output_dir=str(tmp_path / "out")).run(pool)
+
+    from fusion_bench.modelpool import CLIPVisionModelPool
+
+    NAMES = [p.name for p in tiny_clip_dir.iterdir()]
+    for file in tiny_clip_dir.rglob("*.*"):
+        copy = tmp_path / "in" / file.relative_to(tiny_clip_dir)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 50)
+        run()
+    return run
+
+
+def test_a_changed_setting_is_named(cut, tmp_path):
+    with pytest.raises(ResumeError, match=r"method\.budget: 0\.5, was 0\.6"):
+        cut(budget=0.5)
+    with pytest.raises(ResumeError, match="resume=fresh"):
+        cut(vectors="shared")
+    cut(budget=0.5, resume="fresh")
+    assert (
+        json.loads((tmp_path / "out/config.json").read_text())["info"]["budget"] == 0.5
+    )
+
+
+def test_a_changed_input_is_named(cut, tmp_path):
+    file = tmp_path / "in" / "svhn" / "model.safetensors"
+    tensors = load_file(file)
+    name = max(tensors, key=lambda n: tensors[n].numel())
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ResumeError, match="svhn.*model.safetensors: .*was"):
+        cut()
+    assert cut(resume="fresh").tasks
+
+
+def test_settings_that_change_nothing_may_change(cut):
+    assert cut(factor_memory_gb=0.0, task_aliases={"x": "svhn"}).tasks
+
+
+def test_damaged_findings_are_made_again(cut, tmp_path):
+    journal = tmp_path / ".out.journal"
+    for file in journal.glob("*.jsonl"):
+        file.write_bytes(file.read_bytes()[:-7])  # cut off within a line
+    for file in journal.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    assert cut().info["relative_error"] < 1
+    assert not journal.exists()
+
+
+def test_an_input_that_cannot_be_merged_leaves_no_journal(tmp_path):
+    models = clip()
+    with torch.no_grad():
+        next(models["svhn"].parameters()).view(-1)[0] = torch.nan
+    with pytest.raises(NonFiniteError):
+        didi(models, output_dir=str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fresh_without_an_output_is_refused():
+    with pytest.raises(SettingsError, match="resume is of output_dir"):
+        DiDiMerging(resume="fresh")
+
+
+# --- records -----------------------------------------------------------------------
+
+
+def test_records_come_back_as_they_were():
+    curve = PerTaskCurve(torch.rand(2, 3).double(), torch.arange(3.0), 7)
+    value = {"a": (1, 2.5, None, [torch.float16, "x"]), 3: [curve, curve]}
+    records = Records((PerTaskCurve,))
+    again = records.unpacked(records.packed(value))
+    assert again["a"] == value["a"] and again[3][0] is again[3][1]
+    assert torch.equal(again[3][0].error, curve.error) and again[3][0].shared == 7
+    with pytest.raises(TypeError, match="a Path|PosixPath"):
+        records.packed(Path("x"))
+
+
+def test_records_build_nothing_else():
+    packed = Records((PerTaskCurve,)).packed(
+        PerTaskCurve(torch.ones(1, 1), torch.ones(1))
+    )
+    with pytest.raises(KeyError, match="PerTaskCurve"):
+        Records().unpacked(packed)
+    assert issubclass(ResumeError, DiDiError)

@@ -7,6 +7,7 @@ of the files: a damaged file is refused. Files of format 1 have no checksum and 
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..deltas.base import Delta
@@ -142,6 +143,7 @@ def read_deltas(
     verify: bool = True,
     name: str = CONFIG,
     only: Container[str] | None = None,
+    beside: Mapping[str, Delta] = MappingProxyType({}),
 ) -> tuple[dict[str, Delta], dict[str, dict[str, Delta]]]:
     """Read back what a :class:`~.stream.DeltaWriter` wrote.
 
@@ -150,6 +152,7 @@ def read_deltas(
         name: of the manifest's file.
         only: tasks to read, and what they share; the bytes of others are not looked at, nor is the SHA-256 of files. All if
             None.
+        beside: what tasks share that is kept elsewhere.
 
     Raises:
         CheckpointMismatchError: for a missing, truncated or altered file, and for tensors that are not those of their form.
@@ -197,15 +200,15 @@ def read_deltas(
     for task, deltas in experts.items():
         label, own = apart.get(task, ("", ()))
         for tensor, delta in deltas.items():
-            beside = common[label] if tensor in own else shared
-            check_together(task, tensor, delta, beside.get(tensor), place)
+            parts = common[label] if tensor in own else {**beside, **shared}
+            check_together(task, tensor, delta, parts.get(tensor), place)
         for tensor in sorted(own):
             delta = deltas.get(tensor)
-            beside = common[label].get(tensor)
-            there = [d for d in (delta, beside, shared.get(tensor)) if d is not None]
+            part = common[label].get(tensor)
+            there = [d for d in (delta, part, shared.get(tensor)) if d is not None]
             if there and not isinstance(delta, OwnDelta):
                 shape = there[0].shape
-                deltas[tensor] = GroupedDelta(shape, label, beside, delta)
+                deltas[tensor] = GroupedDelta(shape, label, part, delta)
     return shared, experts
 
 

@@ -10,12 +10,16 @@ from ..compat import lazy
 if TYPE_CHECKING:
     from .adding import add_task
     from .combining import combine
+    from .library import AdapterLibrary
+    from .loading import load_tasks
     from .removing import remove_task
     from .rescaling import rescale
 
 _HOME = {
     "add_task": "adding",
     "combine": "combining",
+    "AdapterLibrary": "library",
+    "load_tasks": "loading",
     "remove_task": "removing",
     "rescale": "rescaling",
 }

@@ -121,7 +121,7 @@ def load(cls: type[Model], directory: str | Path, backbone: nn.Module | None) ->
     backbones.take_apart(entry, backbone)
     info = {**config["info"], "backbone": entry}
     model = cls.from_parts(place, config, backbone, info)
-    _check_shapes(model, place)
+    check_shapes(model, place)
     tensors = model.base_tensors()
     backbones.check(place, entry, model.backbone, tensors, fresh=fresh)
     if "router" in config:
@@ -177,7 +177,7 @@ def check_config(cls: type, place: Path, config: Mapping[str, Any]) -> None:
         check_router(fields["router"], tasks)
 
 
-def _check_shapes(model: Saved, place: Path) -> None:
+def check_shapes(model: Saved, place: Path) -> None:
     """What is stored must be of the shapes of the backbone's tensors, before anything is worked out.
 
     Raises:

@@ -1,0 +1,292 @@
+"""A library of merged tasks of one base model: any number of adapters, each read by itself.
+
+::
+
+    <library>/library.json           the base model: class, place, digests of its tensors
+    <library>/shared/<digest>/       what tasks of one merge share, stored once
+    <library>/tasks/<name>/          one task: config.json, model.safetensors
+
+Tasks appear and disappear one by one, each whole or not at all; there is no list that all of them stand in, so that any number
+of processes may add at the same time. A task's files have a checksum of their own.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from torch import nn
+
+from ..checkpoint import backbone as backbones
+from ..checkpoint.deltas import (
+    read_config,
+    read_deltas,
+    read_manifest,
+    versions,
+    write_manifest,
+)
+from ..checkpoint.directory import CONFIG, alone, whole_directory
+from ..checkpoint.fields import Field
+from ..checkpoint.stream import write_deltas
+from ..deltas.base import Delta
+from ..deltas.grouped import GroupedDelta
+from ..errors import CheckpointMismatchError, DiDiError
+from ..models.dynamic import DynamicModel
+from .combining import check_entries, combined
+from .loading import check_known, on_backbone
+from .places import Place, stored_of
+from .stored import Stored
+
+INDEX = "library.json"
+_SHARED, _TASKS = "shared", "tasks"
+#: Bytes of a name as that of a directory.
+_LONGEST = 200
+
+
+class AdapterLibrary:
+    """A directory of tasks; made at the first :meth:`add`.
+
+    Args:
+        place: the directory.
+
+    Raises:
+        CheckpointMismatchError: if it is there and no library.
+    """
+
+    def __init__(self, place: str | Path):
+        self.place = Path(place).expanduser()
+        if self.place.exists() and any(self.place.iterdir()):
+            self._entry()
+
+    def __contains__(self, task: str) -> bool:
+        return isinstance(task, str) and (self._of_task(task) / CONFIG).is_file()
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names, sorted; no file is opened."""
+        home = self.place / _TASKS
+        found = home.iterdir() if home.is_dir() else ()
+        names = (p.name for p in found if not p.name.startswith("."))
+        return sorted(unquote(name) for name in names)
+
+    def bits(self, task: str) -> int:
+        """What one task takes, without what it shares with others."""
+        return self._config(task)["bits"].integer()
+
+    def add(
+        self,
+        source: Place,
+        tasks: Iterable[str] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> list[str]:
+        """Take tasks of a merged model, all if None; returns their names.
+
+        Raises:
+            FileExistsError: if a task is there and ``overwrite`` is false; nothing is written then.
+            CheckpointMismatchError: for a model of another base model.
+            UnknownTaskError: for a task that the model does not hold.
+        """
+        if isinstance(source, nn.Module):
+            stored = Stored.of(source)
+            source.unset_task()
+            values = {name: source.base_tensor(name) for name in source.touched}
+            known = source.info.get("backbone", {})
+            entry = backbones.describe(source.backbone, values, known)
+        else:
+            config = read_config(source)
+            stored, entry = stored_of(Path(source), config), config["backbone"]
+        asked = stored.tasks if tasks is None else list(dict.fromkeys(tasks))
+        check_known(asked, stored.tasks, Path(str(source)[:_LONGEST]))
+        for task in asked:
+            name = quote(task, safe=" ")
+            if not task or task.startswith(".") or len(name) > _LONGEST:
+                raise DiDiError(
+                    f"{task!r} is no name for a task of a library, expected 1 to {_LONGEST} bytes that begin with no dot."
+                )
+            if not overwrite and task in self:
+                raise FileExistsError(
+                    f"{self.place} has a task {task!r} already. Choose another name, or pass overwrite=True."
+                )
+        self._same_base(entry)
+        for task in asked:
+            self._write(stored, task, overwrite)
+        return asked
+
+    def remove(self, task: str) -> None:
+        """Forget a task; what only it shared is gone too.
+
+        Raises:
+            UnknownTaskError: if it is not there.
+        """
+        check_known([task], self.tasks, self.place)
+        place = self._of_task(task)
+        with alone(place):
+            gone = place.with_name(f".{place.name}.gone")
+            shutil.rmtree(gone, ignore_errors=True)
+            place.rename(gone)
+            shutil.rmtree(gone)
+        with alone(self.place / _SHARED):
+            used = {self._config(other)["shared"].value for other in self.tasks}
+            home = self.place / _SHARED
+            for part in home.iterdir() if home.is_dir() else ():
+                if part.name not in used and not part.name.startswith("."):
+                    shutil.rmtree(part)
+
+    def load(
+        self, tasks: str | Iterable[str], backbone: nn.Module | None = None
+    ) -> DynamicModel:
+        """A model of some tasks, in the order given; files of others are not opened.
+
+        Args:
+            backbone: the base model, taken over; loaded from where the first merge took it if None.
+
+        Raises:
+            UnknownTaskError: for a task that is not there.
+            CheckpointMismatchError: for damaged files, or another base model.
+        """
+        asked = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
+        if not asked:
+            raise DiDiError("No task is asked for. Name one or more.")
+        missing = [task for task in asked if task not in self]
+        if missing:
+            check_known(missing, self.tasks, self.place)
+        by_part: dict[str | None, Stored] = {}
+        for task in asked:
+            config = self._config(task)
+            part = config["shared"].value
+            if part not in by_part:
+                by_part[part] = self._empty(config, part)
+            by_part[part] = self._with(by_part[part], task, config)
+        stored = reduce(combined, by_part.values())
+        experts = {task: stored.experts[task] for task in asked}
+        stored = replace(stored, experts=experts).useful()
+        return on_backbone(stored, self._entry(), self.place, backbone)
+
+    def _of_task(self, task: str) -> Path:
+        return self.place / _TASKS / quote(task, safe=" ")
+
+    def _config(self, task: str) -> Field:
+        place = self._of_task(task)
+        config = Field(place / CONFIG, read_config(place))
+        if config["tasks"].texts() != [task]:
+            config["tasks"].fail(f"{task!r} alone")
+        config["unit_bits"].integer(1)
+        config["backbone_bits"].integer()
+        config["info"].mapping()
+        if config["shared"].value is not None:
+            config["shared"].digest()
+        return config
+
+    def _empty(self, config: Field, part: str | None) -> Stored:
+        """What tasks of one merge share, without tasks."""
+        shared: Mapping[str, Delta] = {}
+        if part is not None:
+            place = self.place / _SHARED / part
+            shared, _ = read_deltas(place, read_config(place))
+        units = config["unit_bits"].value, config["backbone_bits"].value
+        return Stored(shared, {}, *units, {"method": "AdapterLibrary"})
+
+    def _with(self, stored: Stored, task: str, config: Field) -> Stored:
+        """The same with one task more."""
+        place = self._of_task(task)
+        _, experts = read_deltas(place, config.value, beside=stored.shared)
+        info = {
+            key: {**stored.info.get(key, {}), task: config["info"].value.get(key)}
+            for key in ("parents", "tensors")
+        }
+        return replace(
+            stored,
+            experts={**stored.experts, **experts},
+            info={**stored.info, **info},
+            unit_bits=max(stored.unit_bits, config["unit_bits"].value),
+            backbone_bits=max(stored.backbone_bits, config["backbone_bits"].value),
+        )
+
+    def _write(self, stored: Stored, task: str, overwrite: bool) -> None:
+        shared, expert = seen_by(stored, task)
+        part = digest_of(shared) if shared else None
+        if part is not None and not (self.place / _SHARED / part).exists():
+            self._write_shared(part, shared)
+        info = {
+            key: stored.info.get(key, {}).get(task) for key in ("parents", "tensors")
+        }
+        with whole_directory(self._of_task(task), overwrite=overwrite) as place:
+            manifest = write_deltas(place, {}, {task: expert})
+            config = {
+                "unit_bits": stored.unit_bits,
+                "backbone_bits": stored.backbone_bits,
+                "bits": sum(delta.bits for delta in expert.values()),
+                "shared": part,
+                "info": info,
+                "versions": versions(),
+                **manifest,
+            }
+            write_manifest(place / CONFIG, config)
+
+    def _write_shared(self, part: str, shared: Mapping[str, Delta]) -> None:
+        try:
+            with whole_directory(self.place / _SHARED / part) as place:
+                manifest = write_deltas(place, shared, {})
+                write_manifest(place / CONFIG, {"versions": versions(), **manifest})
+        except FileExistsError:  # another process wrote the same
+            pass
+
+    def _entry(self) -> dict[str, Any]:
+        """Of the base model.
+
+        Raises:
+            CheckpointMismatchError: if this is no library.
+        """
+        file = self.place / INDEX
+        fields = Field(file, read_manifest(file))
+        backbones.check_entry(fields["backbone"])
+        return fields["backbone"].value
+
+    def _same_base(self, entry: Mapping[str, Any]) -> None:
+        """The base model of the library; of a new one it becomes that.
+
+        Raises:
+            CheckpointMismatchError: if it is another.
+        """
+        if "fingerprint" in entry:
+            raise DiDiError(
+                "The model was written by an early version, whose checks of the base model are others. Load it and save it again."
+            )
+        self.place.mkdir(parents=True, exist_ok=True)
+        with alone(self.place / INDEX):
+            if (self.place / INDEX).exists():
+                check_entries(self._entry(), entry, names=(self.place, "the model"))
+                return
+            found = {"versions": versions(), "backbone": dict(entry)}
+            write_manifest(self.place / INDEX, found)
+
+
+def seen_by(stored: Stored, task: str) -> tuple[dict[str, Delta], dict[str, Delta]]:
+    """What one task shares with others, and what is its own; groups are taken apart."""
+    shared, expert = dict(stored.shared), {}
+    for name, delta in stored.experts[task].items():
+        if not isinstance(delta, GroupedDelta):
+            expert[name] = delta
+            continue
+        shared.pop(name, None)
+        if delta.common is not None:
+            shared[name] = delta.common
+        if delta.inner is not None:
+            expert[name] = delta.inner
+    return shared, expert
+
+
+def digest_of(deltas: Mapping[str, Delta]) -> str:
+    """SHA-256 of names, forms and tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(deltas):
+        delta = deltas[name]
+        told = backbones.digests(delta.tensors())
+        what = (name, delta.kind, delta.shape, sorted(delta.options().items()))
+        digest.update(repr((*what, sorted(told.items()))).encode())
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""Some tasks of a saved model, or of a library, without reading the others."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import backbone as backbones
+from ..checkpoint.deltas import read_config, read_deltas
+from ..errors import UnknownTaskError
+from ..models.dynamic import DiDiModel, DynamicModel
+from ..models.saving import check_config, check_shapes
+from .stored import Stored
+
+
+def load_tasks(
+    directory: str | Path, tasks: Iterable[str], backbone: nn.Module | None = None
+) -> DynamicModel:
+    """A saved model with some of its tasks, in the order given; the bytes of others are not read.
+
+    The SHA-256 of the files is that of all tasks together, and is not looked at; shapes and types of what is read are.
+
+    Args:
+        backbone: the base model; loaded from where the merge took it if None.
+
+    Raises:
+        UnknownTaskError: for a task that is not there.
+        CheckpointMismatchError: for damaged files, or another base model.
+    """
+    place, config = Path(directory), read_config(directory)
+    check_config(DynamicModel, place, config)
+    asked = list(dict.fromkeys(tasks))
+    check_known(asked, config["tasks"], place)
+    shared, experts = read_deltas(place, config, only=asked)
+    stored = Stored(
+        shared,
+        {task: experts[task] for task in asked},
+        config["unit_bits"],
+        config["backbone_bits"],
+        config["info"],
+    )
+    return on_backbone(stored.useful(), config["backbone"], place, backbone)
+
+
+def on_backbone(
+    stored: Stored, entry: Mapping[str, Any], place: Path, backbone: nn.Module | None
+) -> DynamicModel:
+    """The model of what is stored, on the base model that an entry of a configuration names.
+
+    Args:
+        place: for messages, and for relative paths in the entry.
+
+    Raises:
+        CheckpointMismatchError: if the backbone is another.
+        DiDiError: if it cannot be loaded as data.
+    """
+    fresh = frozenset[str]()
+    if backbone is None:
+        backbone, fresh = backbones.load_backbone(entry, place)
+    backbones.take_apart(entry, backbone)
+    model = DiDiModel(
+        backbone,
+        stored.shared,
+        stored.experts,
+        unit_bits=stored.unit_bits,
+        backbone_bits=stored.backbone_bits,
+        info={**stored.info, "backbone": entry},
+    )
+    check_shapes(model, place)
+    tensors = {name: model.base_tensor(name) for name in model.touched}
+    backbones.check(place, entry, model.backbone, tensors, fresh=fresh)
+    return model
+
+
+def check_known(asked: Iterable[str], there: Iterable[str], place: Path) -> None:
+    """Tasks must be there.
+
+    Raises:
+        UnknownTaskError: naming those that are not.
+    """
+    there = list(there)
+    if unknown := [task for task in asked if task not in there]:
+        some = f"{there[:8]} and {len(there) - 8} more" if len(there) > 8 else there
+        raise UnknownTaskError(f"{place} holds no task {unknown}, only {some}.")

@@ -1,0 +1,138 @@
+"""Laws of libraries: a task comes back as it was put in, and nothing of another is read for it."""
+
+import copy
+
+import pytest
+import torch
+from helpers import BASE, didi, floats, same_bits
+from shared_forms import base, drawn, model_of, values
+from torch import nn
+from tucker_models import linears
+
+from fusion_bench_didi.deltas.plain import DenseDelta
+from fusion_bench_didi.editing import AdapterLibrary, combine, load_tasks
+from fusion_bench_didi.errors import (
+    CheckpointMismatchError,
+    DiDiError,
+    UnknownTaskError,
+)
+from fusion_bench_didi.models.dynamic import DynamicModel
+
+
+def spoil(place):
+    """Whatever is read of it is an error."""
+    for file in place.iterdir():
+        file.write_bytes(b"nothing")
+
+
+def test_tasks_of_many_merges_come_back_as_they_were(tmp_path):
+    library = AdapterLibrary(tmp_path / "library")
+    models = [
+        model_of(form, 50 * i, tasks)
+        for i, (form, tasks) in enumerate(
+            {"dense": "abc", "bases": "def", "low rank": "ghi", "none": "jkl"}.items()
+        )
+    ]
+    expected = {t: v for model in models for t, v in values(model).items()}
+    models[1].save_pretrained(tmp_path / "saved")
+    library.add(models[0])
+    library.add(tmp_path / "saved")
+    library.add(combine(models[2], models[3]).model)
+    assert library.tasks == sorted(expected)
+    assert len([*(tmp_path / "library" / "shared").iterdir()]) >= 3
+    for asked in ([t] for t in expected), (["l", "a", "e", "g", "b"], [*expected]):
+        for tasks in asked:
+            model = library.load(tasks, base())
+            assert model.tasks == tasks
+            assert all(same_bits(v, expected[t]) for t, v in values(model).items())
+    # one alone takes what it takes
+    one = library.load("d", base()).storage
+    assert one.excl_bits == one.shared_bits + library.bits("d")
+
+
+def test_one_task_is_read_without_the_others(tmp_path):
+    models = linears()
+    model = didi(models, budget=0.1, shared="subspaces", factor_dtype="int4")
+    expected = values(model)
+    library = AdapterLibrary(tmp_path / "library")
+    library.add(model)
+    for task in "0124567":
+        spoil(tmp_path / "library" / "tasks" / task)
+    assert "3" in library and library.tasks == [*"01234567"]
+    found = library.load("3", copy.deepcopy(models[BASE]))
+    assert same_bits(floats(found.materialize("3")), expected["3"])
+    with pytest.raises(CheckpointMismatchError):
+        library.load("4", copy.deepcopy(models[BASE]))
+    # so it is in the directory of a merged model, where one file holds all
+    model.save_pretrained(tmp_path / "whole")
+    some = load_tasks(tmp_path / "whole", ["5", "2"], copy.deepcopy(models[BASE]))
+    assert some.tasks == ["5", "2"]
+    assert all(same_bits(v, expected[t]) for t, v in values(some).items())
+    with pytest.raises(UnknownTaskError, match="'no'.*'0', '1'"):
+        load_tasks(tmp_path / "whole", ["no"], copy.deepcopy(models[BASE]))
+
+
+def test_many_adapters_and_names_of_all_kinds(tmp_path):
+    names = [f"task {i}" for i in range(40)] + ["a/b", "..", "ä.b", "100%", "A", "a"]
+    names.remove("..")
+    experts = {
+        name: {"0.weight": DenseDelta((6, 6), drawn(i, 6, 6))}
+        for i, name in enumerate(names)
+    }
+    model = DynamicModel(base(), {}, experts, unit_bits=36 * 32)
+    library = AdapterLibrary(tmp_path / "library")
+    assert library.tasks == [] and library.add(model) == names
+    again = AdapterLibrary(tmp_path / "library")
+    assert again.tasks == sorted(names)
+    for name in names[-8:]:
+        found = again.load(name, base())
+        assert same_bits(
+            floats(found.materialize(name)), floats(model.materialize(name))
+        )
+    assert not (tmp_path / "library" / "shared").exists()
+
+
+def test_tasks_go_with_what_only_they_shared(tmp_path):
+    library = AdapterLibrary(tmp_path)
+    library.add(model_of("dense", 0, "abc"))
+    library.add(model_of("bases", 9, "xyz"), ["x", "y"])
+    assert library.tasks == [*"abcxy"]
+    library.remove("x")
+    assert len([*(tmp_path / "shared").glob("[!.]*")]) == 2
+    library.remove("y")
+    assert library.tasks == [*"abc"]
+    assert len([*(tmp_path / "shared").glob("[!.]*")]) == 1
+    with pytest.raises(UnknownTaskError, match="'x'"):
+        library.remove("x")
+
+
+def test_what_does_not_belong_is_refused_before_anything_is_written(tmp_path):
+    library, model = AdapterLibrary(tmp_path / "library"), model_of("dense", 0, "abc")
+    library.add(model, ["a"])
+    with pytest.raises(FileExistsError, match="'a' already"):
+        library.add(model)
+    assert library.tasks == ["a"]
+    library.add(model, overwrite=True)
+    with pytest.raises(UnknownTaskError, match="'q'"):
+        library.add(model, ["q"])
+    other = model_of("dense", 0, "xyz")
+    with torch.no_grad():
+        other.backbone[0].weight += 1
+    with pytest.raises(CheckpointMismatchError, match="one base model"):
+        library.add(other)
+    with pytest.raises(CheckpointMismatchError, match="not the one"):
+        library.load("a", other.backbone)
+    with pytest.raises(UnknownTaskError, match="'x'"):
+        library.load(["a", "x"], base())
+    with pytest.raises(DiDiError, match="No task"):
+        library.load([], base())
+    hidden = DynamicModel(base(), {}, {".a": {}, "b": {}}, unit_bits=32)
+    with pytest.raises(DiDiError, match="no name"):
+        library.add(hidden)
+    assert library.tasks == [*"abc"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").touch()
+    with pytest.raises(CheckpointMismatchError, match="library.json"):
+        AdapterLibrary(tmp_path / "elsewhere")
+    with pytest.raises(DiDiError, match="cannot be edited"):
+        library.add(nn.Linear(2, 2))

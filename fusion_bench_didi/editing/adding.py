@@ -140,7 +140,9 @@ def fitted(
     beside = replace(
         task_vectors, base=SharedBase(task_vectors.base, shared), tuned={task: source}
     )
-    given = Given(stored.unit_bits, whole.energy, bases)
+    products = {name: delta.product() for name, delta in shared.items()}
+    ranks = {name: found.rank for name, found in products.items() if found is not None}
+    given = Given(stored.unit_bits, whole.energy, bases, ranks)
     result = merge(beside, settings, device=device, given=given)
     report = result.report
     lost = sum(float(e.sum()) for e in report.errors.values())

@@ -12,11 +12,11 @@ from ..merging.settings import Budget, MergeSettings
 def merged_with(info: Mapping[str, Any], budget: Budget) -> MergeSettings:
     """The settings of the merge that a model's ``info`` tells of, with another budget; the defaults for other methods' models."""
     told = info.get("settings")
-    names = {field.name for field in fields(MergeSettings)}
-    if not isinstance(told, Mapping) or set(told) != names:
+    if not isinstance(told, Mapping) or not isinstance(told.get("learning"), Mapping):
         return MergeSettings(budget)
+    names = {field.name for field in fields(MergeSettings)}
     given = {
-        **told,
+        **{key: value for key, value in told.items() if key in names},
         "budget": budget,
         "learning": LearningSettings(**told["learning"]),
         "refining": RefinementSettings(**told["refining"]),
@@ -34,11 +34,14 @@ def alone(given: MergeSettings | Mapping[str, Any], budget: Budget) -> MergeSett
     """
     if not isinstance(given, MergeSettings):
         given = merged_with(given, budget)
+    bounded = given.max_rank is not None
+    plain = given.vectors == "pretrained" or bounded
     return MergeSettings(
         budget,
         shared="none",
         normalization=given.normalization,
-        vectors="pretrained" if given.vectors == "pretrained" else "expert",
+        max_rank=given.max_rank,
+        vectors="pretrained" if plain else "expert",
         factor_dtype=given.factor_dtype,
         factor_memory_gb=given.factor_memory_gb,
     )

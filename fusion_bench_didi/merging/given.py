@@ -17,11 +17,13 @@ class Given:
         unit_bits: one fine-tuned model, of the finished model's account.
         energy: per tensor, (T,) squared norms by which errors are weighed: those of the whole task vectors.
         bases: per matrix, common bases that cores may be written in.
+        ranks: per matrix, of the shared part that every task's change holds.
     """
 
     unit_bits: int
     energy: Mapping[str, Tensor]
     bases: Mapping[str, Bases] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def weighed(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Energies to weigh errors by: those given, else, also where these are nothing, those found."""

@@ -1,7 +1,7 @@
 """What is to be merged: tensors by class, their sizes, and what each costs in the precisions allowed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +19,7 @@ from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, model_bits
 from ..task_vectors.sources import TensorInfo
 from ..task_vectors.tensor import matrix_shape
+from .given import Given
 from .settings import MergeSettings
 
 
@@ -35,6 +36,7 @@ class Inventory:
         precisions: allowed for each tensor that competes, cheapest first.
         vector_dtypes: of each vector.
         max_rank: of shared part and expert together, of matrices of larger full rank; no limit if None.
+        taken: of it, by a shared part that stands already.
     """
 
     matrices: tuple[str, ...]
@@ -48,6 +50,7 @@ class Inventory:
     precisions: Mapping[str, tuple[Precision, ...]]
     vector_dtypes: Mapping[str, torch.dtype]
     max_rank: int | None = None
+    taken: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def competing(self) -> tuple[str, ...]:
@@ -71,7 +74,7 @@ class Inventory:
     def most(self, name: str) -> int | None:
         """The largest rank that a task's change of a matrix may have; None where any may."""
         free = self.max_rank is None or full_rank(*self.sides[name]) <= self.max_rank
-        return None if free else self.max_rank
+        return None if free else max(self.max_rank - self.taken.get(name, 0), 0)
 
     def numel(self, name: str) -> int:
         m, n = self.sides[name]
@@ -83,12 +86,12 @@ def take_inventory(
     settings: MergeSettings,
     scan: Scan | None = None,
     *,
-    unit_bits: int | None = None,
+    given: Given | None = None,
 ) -> Inventory:
     """Sort the tensors into classes and price them; without a scan every tensor counts as changed.
 
     Args:
-        unit_bits: one fine-tuned model, of an account that stands already; counted if None.
+        given: the finished model that is added to, whose account stands already.
     """
     infos = task_vectors.infos
     names = scan.changed if scan else list(infos)
@@ -108,8 +111,8 @@ def take_inventory(
 
     kept = scan.own if scan else dict.fromkeys(task_vectors.own_infos, ())
     own = {n: task_vectors.own_by_task(n) for n in kept}
-    if unit_bits is not None:
-        pass
+    if given is not None:
+        unit_bits = given.unit_bits
     elif scan:
         unit_bits = sum(model_bits(task_vectors, scan).values())
     else:
@@ -135,6 +138,7 @@ def take_inventory(
         },
         vector_dtypes=stored,
         max_rank=settings.max_rank,
+        taken={} if given is None else given.ranks,
     )
 
 

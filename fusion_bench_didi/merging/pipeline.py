@@ -110,20 +110,19 @@ def plan(
     """Scan, look, choose and allocate; arguments and errors as of :func:`merge`."""
     seconds: dict[str, float] = {}
     task_vectors = task_vectors.ordered(sorted(task_vectors.tasks))
-    unit_bits = None if given is None else given.unit_bits
     joint = settings.joint or bool(given and given.bases)
     store = BasisStore(settings.factor_memory_gb, journal)
     memory = None if journal is None else Finished(journal, store)
     crew = Crew.of(ranks, task_vectors.sizes, memory)
     with _timed(seconds, "scan"):
         # what is sampled is decided by headers, as if every tensor was changed
-        expected = take_inventory(task_vectors, settings, unit_bits=unit_bits)
+        expected = take_inventory(task_vectors, settings, given=given)
         budget = settings.budget.bits(expected.unit_bits)
         budget -= expected.vector_bits + expected.own_bits
         bounds = RankBounds(task_vectors, expected, settings, max(budget, 0), device)
         observe = partial(sample_of, bounds) if joint else None
         found = scan(task_vectors, device, observe=observe, crew=crew)
-    inventory = take_inventory(task_vectors, settings, found, unit_bits=unit_bits)
+    inventory = take_inventory(task_vectors, settings, found, given=given)
     weighed = found.energy if given is None else given.weighed(found.energy)
     energies = {name: weighed[name] for name in inventory.competing}
     context = MergeContext(

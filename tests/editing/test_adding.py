@@ -8,7 +8,7 @@ from helpers import BASE, didi, fine_tuned, floats, same_bits
 from torch import nn
 from tucker_models import linears
 
-from fusion_bench_didi.deltas.plain import DenseDelta, OwnDelta
+from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta, OwnDelta
 from fusion_bench_didi.deltas.tucker import Bases, Core
 from fusion_bench_didi.editing import add_task, remove_task
 from fusion_bench_didi.errors import (
@@ -20,6 +20,7 @@ from fusion_bench_didi.errors import (
     SettingsError,
     UnknownTaskError,
 )
+from fusion_bench_didi.merging.settings import Budget, MergeSettings
 from fusion_bench_didi.models import DiDiModel
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.routers.files import make_router
@@ -257,3 +258,15 @@ def test_what_cannot_be_added_or_removed_changes_nothing(models, tmp_path):
         assert model.storage == storage
         assert all(same_bits(before[t], floats(model.materialize(t))) for t in before)
         edit(drop_router=True)
+
+
+def test_bounds_on_ranks_hold_together_with_what_is_shared():
+    """A task's change stays what an adapter of that rank carries."""
+    models = linears()
+    up, down = torch.randn(64, 3), torch.randn(3, 64)
+    part = LowRankDelta((64, 64), up, down)
+    model = DiDiModel(models[BASE], {"weight": part}, {"0": {}}, unit_bits=64 * 64 * 32)
+    bound = MergeSettings(Budget(1.0), max_rank=6, vectors="pretrained")
+    add_task(model, models["7"], "7", budget=0.5, settings=bound)
+    assert model.modulators["7"].deltas["weight"].own_product().rank == 3
+    assert model.modulators["7"].deltas["weight"].product(part).rank == 6

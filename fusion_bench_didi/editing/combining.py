@@ -91,7 +91,7 @@ def combine(
             check_router_goes(drop_router, str(place))
     check_entries(*(config["backbone"] for config in configs), names=places)
     before, other = map(stored_of, places, configs)
-    after = combined(before, other)
+    after = combined(before, other).of_directories(*places)
     entry = configs[0]["backbone"]
     digests = {**configs[1]["backbone"]["tensors"], **entry["tensors"]}
     config = {**configs[0], "backbone": {**entry, "tensors": digests}}

@@ -72,7 +72,7 @@ def in_place(
     before = stored_of(source, config)
     if "router" in config and not keeps_tasks:
         check_router_goes(drop_router, str(source))
-    after = edit(before)
+    after = edit(before).of_directories(source)
     router = config.get("router") if keeps_tasks else None
     write(target, after, config, overwrite=overwrite, router_of=router and source)
     return Edited(

@@ -99,6 +99,12 @@ class Stored:
         edits = [*self.info.get("edits", ()), {"operation": operation, **facts}]
         return replace(self, info={**self.info, "edits": edits})
 
+    def of_directories(self, *places: Any) -> "Stored":
+        """The same with the last edit told to be of models that lay there."""
+        *edits, last = self.info["edits"]
+        last = {**last, "directories": [str(place) for place in places]}
+        return replace(self, info={**self.info, "edits": [*edits, last]})
+
 
 def _uses(own: Delta | None, shared: Delta) -> bool:
     """Whether a task's tensor depends on the shared part."""

@@ -132,6 +132,9 @@ class DynamicModel(ModulatedModel):
         self.shared, self.modulators = NamedModules(shared), NamedModules()
         for task, deltas in experts.items():
             self.add_modulator(task, TaskExpert(deltas))
+        device = next(self.backbone.parameters()).device
+        self.shared.to(device)
+        self.modulators.to(device)
         for name in before - set(self.touched):
             self._weights.forget(name)
         self._mixed, self._mixed_state = {}, None

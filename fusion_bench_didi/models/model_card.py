@@ -44,6 +44,9 @@ def model_card(
         "| part | MB | in fine-tuned models |",
         "|---|---|---|",
     ]
+    if edits := info.get("edits"):
+        done = (f"{e['operation']} {e.get('task', '')}".strip() for e in edits)
+        lines.insert(-2, f"Edited after the merge: {_line(', '.join(done))}.\n")
     unit = storage["unit_bits"]
     rows = [("shared", storage["shared_bits"])]
     rows += [(f"expert {task}", bits) for task, bits in storage["expert_bits"].items()]

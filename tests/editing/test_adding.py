@@ -148,14 +148,17 @@ def test_directories_are_edited_as_models_are(models, tmp_path):
     name = "model.safetensors"
     assert (four / name).read_bytes() == files[name]
     assert {f.name: f.read_bytes() for f in place.iterdir()} == files
-    assert "| d |" not in (four / "README.md").read_text()
+    page = (four / "README.md").read_text()
+    assert "| d |" not in page and "Edited after the merge: add d, remove d." in page
+    assert third.info["edits"][1]["directories"] == [str(four)]
 
 
 def test_a_checkpoint_may_be_a_directory_or_an_adapter(
     tiny_clip, tiny_clip_dir, tmp_path
 ):
     pool = {k: v for k, v in tiny_clip.pool_models().items() if k != "svhn"}
-    model, other = didi(pool, budget=0.3), didi(pool, budget=0.3)
+    model = didi(pool, budget=0.3)
+    other = copy.deepcopy(model)
     add_task(model, tiny_clip_dir / "svhn", "svhn", budget=0.2)
     add_task(other, tiny_clip.tuned["svhn"], "svhn", budget=0.2)
     assert same_bits(*(floats(m.materialize("svhn")) for m in (model, other)))

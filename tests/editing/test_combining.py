@@ -12,7 +12,13 @@ from tucker_models import linears
 
 from fusion_bench_didi.checkpoint.deltas import read_config
 from fusion_bench_didi.deltas.grouped import GroupedDelta
-from fusion_bench_didi.editing import add_task, combine, remove_task, rescale
+from fusion_bench_didi.editing import (
+    add_task,
+    combine,
+    load_tasks,
+    remove_task,
+    rescale,
+)
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError, SettingsError
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.routers.files import make_router
@@ -51,6 +57,8 @@ def test_outputs_are_as_before_for_all_forms(first, second, tmp_path):
         isinstance(d, GroupedDelta) for d in one.modulators["x"].deltas.values()
     )
     assert read_config(places[2])["format"] == (3 if grouped else 2)
+    some = load_tasks(places[2], ["y", "b"], base())
+    assert all(same_bits(v, expected[t]) for t, v in values(some).items())
     # whoever goes takes along what was theirs
     for task in "xyz":
         remove_task(loaded, task)

@@ -104,7 +104,9 @@ def build_tiny_clip(
         tuned[task] = copy.deepcopy(base)
         with torch.no_grad():
             for name, value in tuned[task].named_parameters():
-                generator = _generator(seed, task, name)
+                # the same under transformers 5, whose names lack the prefix
+                whole = "vision_model." + name.removeprefix("vision_model.")
+                generator = _generator(seed, task, whole)
                 value += scale * _task_vector(value, generator, rank)
     return TinyClip(base, tuned)
 

@@ -190,7 +190,8 @@ def write_clip(directory: Path, vision: CLIPVisionModel) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = CLIPModel(config)
-    clip.vision_model.load_state_dict(vision.vision_model.state_dict())
+    tower = getattr(vision, "vision_model", vision)  # transformers 4, and 5
+    clip.vision_model.load_state_dict(tower.state_dict())
     clip.save_pretrained(directory)
     return directory
 

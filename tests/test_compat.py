@@ -10,6 +10,7 @@ from fusion_bench_didi.compat import MOVED, RENAMED
 
 # What the host cannot import without typing.override, and we need.
 HOST_OPENCLIP = "import fusion_bench.modelpool.openclip_vision, fusion_bench.taskpool.openclip_vision"
+TRANSFORMERS = int(version("transformers").split(".")[0])
 # Ends with 3 on the one error that the workaround is for, with 1 on any other.
 EXPECT_IMPORT_ERROR = """
 try:
@@ -68,19 +69,43 @@ def test_start_of_hydra_stays_light(run_python):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(
-    int(version("transformers").split(".")[0]) >= 5, reason="runs with transformers 5"
-)
-def test_pin_of_transformers_is_still_needed(run_python):
-    """setup.cfg allows no transformers 5, which has no ``CLIPVisionTransformer``."""
-    module = "transformers.models.clip.modeling_clip"
-    without = f"import {module} as clip; del clip.CLIPVisionTransformer\n"
-    host = "import fusion_bench.taskpool.clip_vision"
-    done = run_python(without + expect_import_error(host, module))
+GONE_NAME = "transformers.models.clip.modeling_clip"
+HOST_CLIP = "import fusion_bench.taskpool.clip_vision"
+
+
+@pytest.mark.skipif(TRANSFORMERS < 5, reason="transformers 4 has the name")
+def test_name_that_transformers_5_lacks_is_still_needed(run_python):
+    """The host alone: our finder is put away before it looks."""
+    done = run_python(expect_import_error(HOST_CLIP, GONE_NAME))
     assert done.returncode == 3, (
-        "The host's CLIP task pool imports without CLIPVisionTransformer (or fails for "
-        f"another reason): try setup.cfg without `transformers<5`. {done.stderr}"
+        "The host's CLIP task pools import under transformers 5 without our help (or fail for another reason): remove "
+        f"fusion_bench_didi.compat.GONE. {done.stderr}"
     )
+
+
+def test_import_of_the_package_puts_the_name_back(run_python):
+    """Whichever is imported first, and nothing of transformers is before it is asked for."""
+    for first in (
+        "import fusion_bench_didi, sys; assert 'transformers' not in sys.modules",
+        f"import {GONE_NAME}, fusion_bench_didi",
+    ):
+        done = run_python(f"{first}; {HOST_CLIP}")
+        assert done.returncode == 0, done.stderr
+
+
+def test_names_are_put_back_only_where_they_are_gone(run_python):
+    """As under transformers 5: the name taken out by hand, and left alone where it is there."""
+    done = run_python(
+        f"import {GONE_NAME} as clip\n"
+        "from fusion_bench_didi.compat import complete\n"
+        "before = vars(clip).pop('CLIPVisionTransformer', None)\n"
+        "complete(clip)\n"
+        "assert clip.CLIPVisionTransformer is clip.CLIPVisionModel\n"
+        "clip.CLIPVisionTransformer = None\n"
+        "complete(clip)\n"
+        "assert clip.CLIPVisionTransformer is None"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("old", MOVED)

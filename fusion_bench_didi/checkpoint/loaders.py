@@ -20,6 +20,9 @@ from torch import nn
 from transformers.utils import cached_file
 
 from ..errors import DiDiError
+from ..pools.weight_files import Weights, open_weights
+from ..task_vectors.sources import TensorSource
+from ..task_vectors.tower_names import fill
 
 #: Classes of the host that its model pools load by ``from_pretrained``.
 HOST_CLASSES = frozenset(
@@ -110,6 +113,8 @@ def load(
         raise DiDiError(
             f"The backbone cannot be loaded from {source!r} ({type(error).__name__}: {error}). {_WAY_OUT}"
         ) from error
+    if found["missing_keys"] and fill(model, _weights(arguments)):
+        return model, frozenset()
     return model, frozenset(found["missing_keys"])
 
 
@@ -241,6 +246,14 @@ def _check_files(place: str, subfolder: str, revision: str | None) -> None:
                 raise _refused(
                     f"{file} with {key}={value!r}", f"one of {sorted(ATTENTION)}"
                 )
+
+
+def _weights(arguments: Mapping[str, Any]) -> TensorSource | None:
+    """The weight files of what was just loaded."""
+    asked = {key: arguments.get(key) for key in ("variant", "use_safetensors")}
+    inside, revision = arguments.get("subfolder", ""), arguments.get("revision")
+    file = _file_of(arguments[_PLACE], "config.json", inside, revision)
+    return file and open_weights(Path(file).parent, "the backbone", Weights(**asked))
 
 
 def _file_of(place: str, name: str, subfolder: str, revision: str | None) -> str | None:

@@ -15,6 +15,7 @@ from ..deltas.storage import StorageReport
 from ..errors import CheckpointMismatchError, DiDiError
 from ..routers.base import Router
 from ..routers.files import check_router, read_router, write_router
+from ..task_vectors.tower_names import respelled
 from .model_card import model_card
 
 #: Classes of saved models, and the key under which their manifest says what is stored.
@@ -118,6 +119,8 @@ def load(cls: type[Model], directory: str | Path, backbone: nn.Module | None) ->
     entry, fresh = config["backbone"], frozenset[str]()
     if backbone is None:
         backbone, fresh = backbones.load_backbone(entry, place)
+    config = _spelled_as(backbone, config)
+    entry = config["backbone"]
     backbones.take_apart(entry, backbone)
     info = {**config["info"], "backbone": entry}
     model = cls.from_parts(place, config, backbone, info)
@@ -127,6 +130,28 @@ def load(cls: type[Model], directory: str | Path, backbone: nn.Module | None) ->
     if "router" in config:
         _attach(model, read_router(place, config["router"]), place)
     return model
+
+
+def _spelled_as(backbone: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with tensors named as the backbone of this transformers names them."""
+    if "deltas" not in config or "tensors" not in config["backbone"]:
+        return config
+    entry = config["backbone"]
+    lists = {key: entry[key] for key in ("fresh", "untied") if key in entry}
+    names = {*entry["tensors"], *(delta["tensor"] for delta in config["deltas"])}
+    names.update(*lists.values())
+    buffers = (name for name, _ in backbone.named_buffers())
+    here = respelled(sorted(names), {*backbone.state_dict(), *buffers})
+    if all(name == new for name, new in here.items()):
+        return config
+    deltas = [{**d, "tensor": here[d["tensor"]]} for d in config["deltas"]]
+    tensors = {here[name]: digest for name, digest in entry["tensors"].items()}
+    told = {key: [here[name] for name in names] for key, names in lists.items()}
+    return {
+        **config,
+        "deltas": deltas,
+        "backbone": {**entry, **told, "tensors": tensors},
+    }
 
 
 def _attach(model: Saved, router: Router, place: Path) -> None:

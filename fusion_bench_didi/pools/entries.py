@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import DiDiError, ModelPoolError
 from ..task_vectors.lora_config import CONFIG
-from .weight_files import Weights
+from ..task_vectors.tower_names import fill
+from .weight_files import Weights, open_weights
 
 BASE = "_pretrained_"
 PLACE, TARGET = "pretrained_model_name_or_path", "_target_"
@@ -50,6 +51,8 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
             f"{type(modelpool).__name__} gives a {type(model).__name__} for {name!r}, expected a model (torch.nn.Module). "
             "Give an entry with a _target_ that loads one."
         )
+    if directory := directory_of(modelpool, name):
+        fill(model, open_weights(directory, name, asked(modelpool, name)[1]))
     return model
 
 

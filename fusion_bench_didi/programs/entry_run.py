@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ..artifacts.saving import save_artifact
+from ..pools.entries import load_model
 from ..pools.opening import backbone_reference, load_backbone
 from ..pools.task_names import resolve_task
 from .entries import ComparisonError, Entry, declared, method_config
@@ -89,7 +90,7 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
     pool, types = bench.new_modelpool(), bench.facts.types
     if entry.method == "individuals":
         model, size = None, individuals_size(bench.facts)
-        artifact: Any = ((name, pool.load_model(name)) for name in pool.model_names)
+        artifact: Any = ((name, load_model(pool, name)) for name in pool.model_names)
     elif entry.method == "pretrained":
         artifact = model = load_backbone(pool)
         size, types = pretrained_size(), {}
@@ -108,7 +109,7 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
         watch.stage(f"evaluating {task}", done=1 + len(row["accuracy"]))
         if entry.method == "individuals":
             name = resolve_task(task, pool.model_names, bench.aliases)
-            model = pool.load_model(name)
+            model = load_model(pool, name)
         accuracy, loss = bench.scorer.scores(model, task)
         row["accuracy"][task] = accuracy
         if loss is not None:

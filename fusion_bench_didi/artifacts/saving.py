@@ -24,6 +24,7 @@ from ..checkpoint import backbone as backbones
 from ..checkpoint.deltas import read_config, versions, write_manifest
 from ..checkpoint.directory import CONFIG, whole_directory
 from ..checkpoint.fields import Field
+from ..checkpoint.hub import local_directory
 from ..errors import CheckpointMismatchError
 from ..models.dynamic import DynamicModel
 from .forms import (
@@ -109,18 +110,25 @@ def save_artifact(
     return written(directory)
 
 
-def load_artifact(
-    directory: str | Path, backbone: nn.Module | None = None
+def load(
+    directory: str | Path,
+    backbone: nn.Module | str | Path | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> nn.Module | dict[str, nn.Module]:
-    """The model again; individuals as a dictionary of models.
+    """Load a saved model of any method; individuals come as a dictionary of models.
 
     Args:
-        backbone: the base model, which is taken over; loaded from where the merge took it if None.
+        directory: or repository of the hub, ``"user/name"``.
+        backbone: the base model, which is taken over, or its directory or repository; loaded from where the merge took it if None.
+        revision, token: of the repository.
 
     Raises:
         CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
     """
-    place, config = Path(directory), read_config(directory)
+    place = local_directory(directory, revision=revision, token=token)
+    config = read_config(place)
     fields = Field(place / CONFIG, config)
     if "model_class" in config:
         name = fields["model_class"].one_of(_HOMES)
@@ -129,9 +137,8 @@ def load_artifact(
     kind, names = fields["kind"].one_of(READERS), fields["names"].texts()
     backbones.check_entry(fields["backbone"])
     check_forms(fields, place)
-    entry, fresh = config["backbone"], frozenset[str]()
-    if backbone is None:
-        backbone, fresh = backbones.load_backbone(entry, place)
+    entry = config["backbone"]
+    backbone, fresh = backbones.resolved(entry, place, backbone)
     backbones.take_apart(entry, backbone)
     state = tensors_of(backbone)
     lacking = [name for name in names if name not in state]
@@ -143,6 +150,10 @@ def load_artifact(
     named = {name: state[name] for name in names}
     backbones.check(place, entry, backbone, named, fresh=fresh)
     return READERS[kind](place, config, backbone)
+
+
+#: the name until now
+load_artifact = load
 
 
 def written(directory: str | Path) -> Written:

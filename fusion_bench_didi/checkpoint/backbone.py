@@ -152,6 +152,26 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def resolved(
+    entry: Mapping[str, Any], directory: Path, given: nn.Module | str | Path | None
+) -> tuple[nn.Module, frozenset[str]]:
+    """The base model given, or loaded from the place given, or from where the entry says.
+
+    Returns:
+        the model, and the names of tensors that its checkpoint does not hold.
+    """
+    if isinstance(given, nn.Module):
+        return given, frozenset()
+    if given is None:
+        return load_backbone(entry, directory)
+    place, source = str(given), entry["source"]
+    if Path(place).expanduser().is_dir():
+        place = str(Path(place).expanduser().absolute())
+    if isinstance(source, Mapping):
+        place = {**source, "pretrained_model_name_or_path": place}
+    return load_backbone({**entry, "source": place}, directory)
+
+
 def load_backbone(
     entry: Mapping[str, Any], directory: Path
 ) -> tuple[nn.Module, frozenset[str]]:

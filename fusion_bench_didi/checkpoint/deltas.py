@@ -16,7 +16,7 @@ from ..deltas.kinds import KINDS
 from ..deltas.names import escaped
 from ..deltas.plain import OwnDelta
 from ..errors import CheckpointMismatchError, DiDiError
-from .directory import CONFIG, write_json
+from .directory import CONFIG, MARK, write_json
 from .fields import CHECKSUM, Field, read_object, sealed
 from .parts import (
     FORMS,
@@ -259,6 +259,11 @@ def read_manifest(path: Path, *, unmarked: int | None = None) -> dict[str, Any]:
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """Sealed by a checksum; what is there when it is written is what the file speaks of."""
     write_json(path, sealed({"format": FORMAT, **manifest}))
+
+
+def written_by() -> dict[str, str]:
+    """For the header of a file of weights: one entry, for several would be written in any order, and files be others each time."""
+    return {MARK: f"{versions()[MARK]}, format {FORMAT}"}
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from ..deltas.base import Delta
 from ..deltas.grouped import apart
 from ..deltas.sink import EncodedTensor, Experts, Shared
 from ..distributed.ranks import ALONE, Ranks
-from .deltas import entry_of, in_groups, read_deltas
+from .deltas import entry_of, in_groups, read_deltas, written_by
 from .directory import write_json
 from .journal import Journal
 from .tensors import file_digest, independent
@@ -230,6 +230,6 @@ def _write_index(
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a shard or a piece; its SHA-256."""
-    save_file(tensors, file, metadata={"format": "pt"})
+    """Write a shard or a piece, which says who wrote it; its SHA-256."""
+    save_file(tensors, file, metadata=written_by())
     return file_digest(file)

@@ -164,6 +164,9 @@ def joined(stored: Stored, name: str, fit: Fit, parent: str | None) -> Stored:
     info = dict(stored.info)
     info["parents"] = {**info.get("parents", {}), name: parent}
     info["tensors"] = {**info.get("tensors", {}), name: dict(fit.tensors)}
+    if "relative_errors" in info:
+        errors = {**info["relative_errors"], name: fit.relative_error}
+        info["relative_errors"] = errors
     if "ranks" in info:
         experts = {**info["ranks"]["experts"], name: dict(ranks)}
         info["ranks"] = {**info["ranks"], "experts": experts}

@@ -61,7 +61,7 @@ def without(stored: Stored, name: str) -> Stored:
 def _forgotten(info: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What is known of the merge, without what is of one task."""
     info = dict(info)
-    for key in ("parents", "tensors"):
+    for key in ("parents", "tensors", "relative_errors"):
         if key in info:
             info[key] = {t: v for t, v in info[key].items() if t != name}
     if "ranks" in info:

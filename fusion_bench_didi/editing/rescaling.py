@@ -156,6 +156,12 @@ def _told_part(kept: list[float], order: list[str], task: str) -> float:
     return part if part > _TOLD else 1.0
 
 
+def _at_most(first: float, again: float) -> float:
+    """The relative error of two steps, the second of which is relative to what the first left."""
+    most = math.sqrt(first) + math.sqrt(again) * (1 + math.sqrt(first))
+    return most**2
+
+
 def _told_anew(
     info: Mapping[str, Any],
     result: MergeResult,
@@ -165,7 +171,7 @@ def _told_anew(
     """Facts of the model: those of what is stored now, with the errors of both steps where they are against checkpoints."""
     found, facts = dict(info), result.facts()
     first, again = info.get("relative_error"), facts.pop("relative_error")
-    tensors = facts.pop("tensors")
+    tensors, errors = facts.pop("tensors"), facts.pop("relative_errors")
     order, kept = info.get("energy_tasks", []), info.get("energy_kept", {})
     facts["energy_kept"] = {
         name: [
@@ -178,8 +184,13 @@ def _told_anew(
     found |= facts
     found |= {"budget": budget.ratio, "settings": asdict(settings)}
     if first is not None:
-        most = math.sqrt(first) + math.sqrt(again) * (1 + math.sqrt(first))
-        found["relative_error"] = most**2
+        found["relative_error"] = _at_most(first, again)
+    known = info.get("relative_errors", {})
+    found["relative_errors"] = {
+        task: _at_most(known[task], error)
+        for task, error in errors.items()
+        if task in known
+    }
     found["tensors"] = {
         task: {
             **info.get("tensors", {}).get(task, {}),

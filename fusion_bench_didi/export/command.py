@@ -6,11 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..artifacts.saving import load_artifact
-from ..checkpoint.backbone import load_backbone
-from ..checkpoint.deltas import read_config
-from ..checkpoint.directory import CONFIG, check_target
-from ..checkpoint.fields import Field
+from ..artifacts.saving import load
+from ..checkpoint.directory import check_target
 from ..errors import DiDiError, SettingsError
 from ..models.dynamic import DynamicModel
 from .adapters import AdapterSettings
@@ -75,17 +72,7 @@ def export(
 
 
 def _loaded(directory: str | Path, base: str | Path | None) -> DynamicModel:
-    backbone = None
-    if base is not None:
-        config = read_config(directory)
-        entry = dict(Field(Path(directory) / CONFIG, config)["backbone"].mapping())
-        place, source = str(base), entry.get("source")
-        if Path(base).is_dir():
-            place = str(Path(base).absolute())
-        if isinstance(source, Mapping):
-            place = {**source, "pretrained_model_name_or_path": place}
-        backbone, _ = load_backbone({**entry, "source": place}, Path(directory))
-    model = load_artifact(directory, backbone)
+    model = load(directory, base)
     if not isinstance(model, DynamicModel):
         raise DiDiError(
             f"{directory} holds no experts on a backbone, which is what is exported; its models are plain checkpoints already."

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..deltas.base import Delta
@@ -49,6 +50,14 @@ class MergeReport:
         return lost / max(sum(float(e.sum()) for e in self.energy.values()), 1e-300)
 
     @property
+    def relative_errors(self) -> dict[str, float]:
+        """The same per task."""
+        zero = torch.zeros(len(self.tasks), dtype=torch.float64)
+        lost = sum((e.double().cpu() for e in self.errors.values()), zero)
+        whole = sum((e.double().cpu() for e in self.energy.values()), zero)
+        return dict(zip(self.tasks, (lost / whole.clamp(min=1e-300)).tolist()))
+
+    @property
     def energy_kept(self) -> dict[str, list[float]]:
         """Per matrix, the fraction of each task's energy that is reproduced."""
         return {
@@ -72,6 +81,7 @@ class MergeResult:
         report = self.report
         return {
             "relative_error": report.relative_error,
+            "relative_errors": report.relative_errors,
             "seconds": dict(report.seconds),
             "ranks": asdict(self.ranks),
             "energy_kept": report.energy_kept,

@@ -17,9 +17,10 @@ from torch import nn
 from ..checkpoint.directory import write_json
 from ..models import DynamicModel
 from ..pools.task_names import pool_tasks
-from ..report.answer import Answer, figure, storage_units
+from ..report.answer import Answer, figure
 from ..report.loggers import log_metrics
 from ..report.references import known_figures
+from ..units import storage_units
 
 log = logging.getLogger(__name__)
 _MARK = "_didi_ending"

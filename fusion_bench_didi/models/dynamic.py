@@ -18,8 +18,9 @@ from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
 from ..deltas.storage import StorageReport, account
-from ..errors import UnknownTaskError
+from ..errors import SettingsError, UnknownTaskError
 from ..routers.base import Router
+from ..routers.files import RouterName, make_router
 from ..serving.banks import AnyBank, Serving, bank_of
 from ..serving.copies import adopted, deep_copy
 from ..serving.forward import MixedForward
@@ -27,6 +28,8 @@ from ..serving.layers import is_turned
 from . import saving
 from .experts import NamedModules, TaskExpert
 from .methods import attribute, no_task
+from .model_card import CardFacts
+from .overview import as_html, overview
 from .weights import BackboneWeights
 
 
@@ -230,14 +233,27 @@ class DynamicModel(ModulatedModel):
             )
         return banks
 
-    def attach_router(self, router: Router | None) -> "DynamicModel":
+    def attach_router(
+        self, router: Router | RouterName | None, **options: Any
+    ) -> "DynamicModel":
         """Let a router find the task of every sample; None takes it off again.
 
         A task that is set by hand still comes first.
 
+        Args:
+            router: or its name, ``subspace`` and ``representation`` need no data; others are to be fitted.
+            options: of the router that is named.
+
         Raises:
             UnknownTaskError: if the router is for other tasks.
+            SettingsError: for options of none, or of a router that was made already.
         """
+        if isinstance(router, str):
+            router = make_router(router, self.tasks, **options)
+        elif options:
+            raise SettingsError(
+                f"{', '.join(options)}: of a router that is given by its name."
+            )
         if router is not None:
             router.bind(self)
         self.unset_task()
@@ -309,18 +325,81 @@ class DynamicModel(ModulatedModel):
         self._weights.restore()
 
     def save_pretrained(
-        self, save_directory: str | Path, *, overwrite: bool = False, **_: Any
+        self,
+        save_directory: str | Path,
+        *,
+        overwrite: bool = False,
+        license: str = "unknown",
+        datasets: Sequence[str] = (),
     ) -> None:
         """Write weights, configuration and model card; the directory appears whole or not at all.
+
+        Args:
+            license: for the card, an identifier of the hub: ``mit``, ``apache-2.0``, ...
+            datasets: for the card, on which the fine-tuned models were trained, by their names on the hub.
 
         Raises:
             FileExistsError: if it exists and ``overwrite`` is false.
         """
-        saving.save(self, save_directory, overwrite=overwrite)
+        card = CardFacts(license=license, datasets=tuple(datasets))
+        saving.save(self, save_directory, overwrite=overwrite, card=card)
 
-    def write_config(self, directory: Path, parts: Mapping[str, Any]) -> None:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        license: str = "unknown",
+        datasets: Sequence[str] = (),
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload merged model",
+    ) -> str:
+        """Upload the merged model, shared part and all experts; :meth:`from_pretrained` loads it by the same name.
+
+        Args:
+            repo_id: ``user/name``; made if there is none.
+            base_model: repository of the base model, if the merge took it from elsewhere.
+            license, datasets: as of :meth:`save_pretrained`.
+            private, token, revision, commit_message: as of ``huggingface_hub``.
+
+        Returns:
+            where the commit is to be seen.
+        """
+        from .publishing import push  # only where it is asked for
+
+        return push(
+            self,
+            repo_id,
+            base_model=base_model,
+            license=license,
+            datasets=datasets,
+            private=private,
+            token=token,
+            revision=revision,
+            message=commit_message,
+        )
+
+    def described(self) -> dict[str, Any]:
+        """What the model is, JSON-plain: everything of the saved configuration that needs no file."""
+        return saving.described(self)
+
+    def __repr__(self) -> str:
+        return overview(self.described())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.described())
+
+    def write_config(
+        self,
+        directory: Path,
+        parts: Mapping[str, Any],
+        *,
+        card: CardFacts = CardFacts(),
+    ) -> None:
         """Write what stands beside the weights, which :meth:`write_parts` wrote and returned ``parts`` of."""
-        saving.write_config(self, directory, parts)
+        saving.write_config(self, directory, parts, card=card)
 
     def write_parts(self, directory: Path) -> dict[str, Any]:
         """Write what is stored; returns what :meth:`from_parts` needs, JSON-plain, with ``tasks`` among it."""
@@ -332,17 +411,24 @@ class DynamicModel(ModulatedModel):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, backbone: nn.Module | None = None
+        cls,
+        directory: str | Path,
+        backbone: nn.Module | str | Path | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> "DynamicModel":
-        """Load what :meth:`save_pretrained` wrote.
+        """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote: the class that was saved, if it is one of this kind.
 
         Args:
-            backbone: the base model; loaded from where the merge took it if None.
+            directory: or repository of the hub, ``"user/name"``.
+            backbone: the base model, or its directory or repository; loaded from where the merge took it if None.
+            revision, token: of the repository.
 
         Raises:
-            CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
+            CheckpointMismatchError: for damaged files, a model of another class, or another backbone than the one that was merged.
         """
-        return saving.load(cls, directory, backbone)
+        return saving.load(cls, directory, backbone, revision=revision, token=token)
 
     @classmethod
     def from_parts(

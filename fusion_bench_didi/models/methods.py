@@ -28,7 +28,7 @@ _LOOKING = (
 #: Methods that model classes define to be looked at through.
 _SEEN = ("get_input_embeddings", "get_output_embeddings", "get_position_embeddings")
 #: Methods of such classes that hand on what runs, or the weights as they are.
-_HANDING_ON = ("get_encoder", "get_decoder", "push_to_hub")
+_HANDING_ON = ("get_encoder", "get_decoder")
 
 
 class Called(RoutedModel, Protocol):

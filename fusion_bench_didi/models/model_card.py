@@ -1,29 +1,48 @@
 """The README.md beside saved weights."""
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..units import readable
+from .overview import is_repository, place_of
 
-def model_card(
-    config: Mapping[str, Any], home: str = "fusion_bench_didi.models"
-) -> str:
-    """Tasks, budget, storage table and parents of a merged model, in the hub's format.
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What only the maker of a model can say for its card.
+
+    Args:
+        place: by which readers load it: its repository, or the directory that the card lies in.
+        license: an identifier of the hub.
+        datasets: of the hub, on which the fine-tuned models were trained.
+    """
+
+    place: str = "."
+    license: str = "unknown"
+    datasets: Sequence[str] = ()
+
+
+def model_card(config: Mapping[str, Any], facts: CardFacts = CardFacts()) -> str:
+    """Tasks, budget, storage table and parents of a merged model, in the hub's format; without places of this machine.
 
     Args:
         config: the saved configuration.
-        home: where its class is imported from.
     """
     storage, info, backbone = config["storage"], config["info"], config["backbone"]
-    parents, source = info.get("parents", {}), _place(backbone["source"])
+    parents, source = info.get("parents", {}), place_of(backbone["source"])
     header = ModelCardData(
-        base_model=source if _is_repository(source) else None,
+        base_model=source if is_repository(source) else None,
+        license=facts.license,
+        datasets=list(facts.datasets) or None,
         library_name="fusion-bench",
         tags=["model-merging", "didi-merging"],
     )
+    error = info.get("relative_error")
     lines = [
         "---",
         header.to_yaml(),
@@ -31,17 +50,13 @@ def model_card(
         "",
         f"# {config['model_class']}: {len(config['tasks'])} tasks on one backbone",
         "",
-        f"Made by `{info.get('method', 'fusion_bench_didi')}` with budget {info.get('budget', 'not recorded')}.",
-        f"Backbone: `{backbone['class']}` from `{_line(source or 'memory')}` (not contained).",
+        f"Made by `{info.get('method', 'fusion_bench_didi')}` with budget {info.get('budget', 'not recorded')}"
+        + ("." if error is None else f", relative error {error:.2g}."),
+        f"Backbone: `{backbone['class']}` from {_shown(source)} (not contained).",
         "",
-        "```python",
-        f"from {home} import {config['model_class']}",
+        *_usage(config, source, facts.place),
         "",
-        f'model = {config["model_class"]}.from_pretrained("<this directory>", backbone=...)',
-        *(f"model.set_task({json.dumps(task)})" for task in config["tasks"][:1]),
-        "```",
-        "",
-        "| part | MB | in fine-tuned models |",
+        "| part | size | in fine-tuned models |",
         "|---|---|---|",
     ]
     if edits := info.get("edits"):
@@ -55,22 +70,40 @@ def model_card(
         ("with the backbone", round(storage["x_incl"] * unit)),
     ]
     lines += [
-        f"| {_cell(name)} | {bits / 8e6:.2f} | {bits / unit:.4f} |"
+        f"| {_cell(name)} | {readable(bits)} | {bits / unit:.4f} |"
         for name, bits in rows
     ]
     lines += ["", "| task | fine-tuned model |", "|---|---|"]
     lines += [
-        f"| {_cell(task)} | {_cell(parents.get(task) or 'a model in memory')} |"
+        f"| {_cell(task)} | {_cell(_shown(parents.get(task)))} |"
         for task in config["tasks"]
     ]
     return "\n".join(lines) + "\n"
 
 
-def _place(source: Any) -> str | None:
-    """Where the base model lies, of what a pool's entry may be."""
-    if isinstance(source, Mapping):
-        source = source.get("pretrained_model_name_or_path")
-    return source if isinstance(source, str) else None
+def _usage(config: Mapping[str, Any], source: str | None, place: str) -> list[str]:
+    """Python that loads the model, and sets its first task."""
+    call = f"model = load({json.dumps(place)})"
+    if source is None:
+        cls = config["backbone"]["class"].rpartition(".")[2]
+        call = f"{call[:-1]}, base_model)  # the {cls} that the merge started from"
+    return [
+        "```python",
+        "from fusion_bench_didi import load",
+        "",
+        call,
+        *(f"model.set_task({json.dumps(task)})" for task in config["tasks"][:1]),
+        "```",
+    ]
+
+
+def _shown(source: str | None) -> str:
+    """A repository by its name, a directory by its last part."""
+    if not source:
+        return "a model in memory"
+    if is_repository(source):
+        return f"`{_line(source)}`"
+    return f"`{_line(PurePath(source).name)}` in a local directory"
 
 
 def _line(text: str) -> str:
@@ -79,9 +112,4 @@ def _line(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|")
-
-
-def _is_repository(source: str | None) -> bool:
-    """Whether a source is a name on the hub, which is all that the card's header may name."""
-    return bool(source) and source.count("/") == 1 and not Path(source).exists()
+    return " ".join(text.split()).replace("|", "\\|")

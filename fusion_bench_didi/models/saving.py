@@ -10,13 +10,14 @@ from ..checkpoint import backbone as backbones
 from ..checkpoint.deltas import entries_of, read_config, versions, write_manifest
 from ..checkpoint.directory import CONFIG, whole_directory
 from ..checkpoint.fields import Field, inside
+from ..checkpoint.hub import local_directory
 from ..deltas.base import Delta
 from ..deltas.storage import StorageReport
 from ..errors import CheckpointMismatchError, DiDiError
 from ..routers.base import Router
 from ..routers.files import check_router, read_router, write_router
 from ..task_vectors.tower_names import respelled
-from .model_card import model_card
+from .model_card import CardFacts, model_card
 
 #: Classes of saved models, and the key under which their manifest says what is stored.
 CLASSES = {"DynamicModel": "deltas", "DiDiModel": "deltas", "RecombinedModel": "chains"}
@@ -45,7 +46,9 @@ class Saved(Protocol):
 
     def attach_router(self, router: Router | None) -> Any: ...
 
-    def write_config(self, directory: Path, parts: Mapping[str, Any]) -> None: ...
+    def write_config(
+        self, directory: Path, parts: Mapping[str, Any], *, card: CardFacts = ...
+    ) -> None: ...
 
     def write_parts(self, directory: Path) -> dict[str, Any]: ...
 
@@ -62,7 +65,13 @@ class Saved(Protocol):
 Model = TypeVar("Model", bound=Saved)
 
 
-def save(model: Saved, directory: str | Path, *, overwrite: bool) -> None:
+def save(
+    model: Saved,
+    directory: str | Path,
+    *,
+    overwrite: bool,
+    card: CardFacts = CardFacts(),
+) -> None:
     """Write weights, configuration and model card; the directory appears whole or not at all.
 
     Raises:
@@ -70,14 +79,21 @@ def save(model: Saved, directory: str | Path, *, overwrite: bool) -> None:
         DiDiError: if another run is writing to it, or it cannot be made.
     """
     with whole_directory(directory, overwrite=overwrite) as place:
-        model.write_config(place, model.write_parts(place))
+        model.write_config(place, model.write_parts(place), card=card)
 
 
-def write_config(model: Saved, directory: Path, parts: Mapping[str, Any]) -> None:
+def write_config(
+    model: Saved,
+    directory: Path,
+    parts: Mapping[str, Any],
+    *,
+    card: CardFacts = CardFacts(),
+) -> None:
     """Write what stands beside the weights: configuration, router and model card.
 
     Args:
         parts: what the model's ``write_parts`` returned.
+        card: what its maker says.
     """
     tensors = model.base_tensors()
     backbone = backbones.describe(
@@ -86,39 +102,55 @@ def write_config(model: Saved, directory: Path, parts: Mapping[str, Any]) -> Non
         model.info.get("backbone", {}),
         replaced=set(model.touched) - set(tensors),
     )
-    config = {
-        "model_class": type(model).__name__,
-        "unit_bits": model.unit_bits,
-        "backbone_bits": model.backbone_bits,
-        "backbone": backbone,
-        "storage": model.storage.as_dict(),
-        "info": {k: v for k, v in model.info.items() if k != "backbone"},
-        "versions": versions(),
-        **parts,
-    }
+    config = {**described(model), "backbone": backbone, "versions": versions(), **parts}
     if model.router is not None:
         config["router"] = write_router(directory, model.router)
-    home = type(model).__module__.rpartition(".")[0]
-    (directory / "README.md").write_text(model_card(config, home))
+    (directory / "README.md").write_text(model_card(config, card))
     write_manifest(directory / CONFIG, config)
 
 
-def load(cls: type[Model], directory: str | Path, backbone: nn.Module | None) -> Model:
+def described(model: Saved) -> dict[str, Any]:
+    """What a model is, JSON-plain, without what only files know."""
+    cls = type(model.backbone)
+    known = {"class": f"{cls.__module__}.{cls.__qualname__}", "source": None}
+    found: dict[str, Any] = {
+        "model_class": type(model).__name__,
+        "unit_bits": model.unit_bits,
+        "backbone_bits": model.backbone_bits,
+        "backbone": {**known, **model.info.get("backbone", {})},
+        "storage": model.storage.as_dict(),
+        "info": {k: v for k, v in model.info.items() if k != "backbone"},
+        "tasks": list(model.modulators.keys()),
+    }
+    if model.router is not None:
+        found["router"] = {"kind": model.router.kind}
+    return found
+
+
+def load(
+    cls: type[Model],
+    directory: str | Path,
+    backbone: nn.Module | str | Path | None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Model:
     """What :func:`save` wrote.
 
     Args:
-        backbone: the base model; loaded from where the merge took it if None.
+        directory: or repository of the hub.
+        backbone: the base model, or where it lies; loaded from where the merge took it if None.
+        revision, token: of the repository.
 
     Raises:
-        CheckpointMismatchError: for damaged files, or another backbone than the one that was merged.
+        CheckpointMismatchError: for damaged files, another backbone than the one that was merged, or a model of another class.
         DiDiError: if the backbone cannot be loaded as data, see :mod:`.checkpoint.loaders`.
     """
-    place = Path(directory)
+    place = local_directory(directory, revision=revision, token=token)
     config = read_config(place)
     check_config(cls, place, config)
-    entry, fresh = config["backbone"], frozenset[str]()
-    if backbone is None:
-        backbone, fresh = backbones.load_backbone(entry, place)
+    cls = _class_of(cls, place, config)
+    backbone, fresh = backbones.resolved(config["backbone"], place, backbone)
     config = _spelled_as(backbone, config)
     entry = config["backbone"]
     backbones.take_apart(entry, backbone)
@@ -154,6 +186,33 @@ def _spelled_as(backbone: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _class_of(cls: type[Model], place: Path, config: Mapping[str, Any]) -> type[Model]:
+    """The class that was saved, which must be the one asked for or one of its kind.
+
+    Raises:
+        CheckpointMismatchError: if it is not.
+    """
+    name = config["model_class"]
+    if cls.__name__ not in CLASSES and name in {c.__name__ for c in cls.__mro__}:
+        return cls  # a user's own, of ours
+    kinds = [cls]
+    for kind in kinds:
+        if kind.__name__ == name:
+            return kind
+        kinds += kind.__subclasses__()
+    raise _other_class(cls, place, config)
+
+
+def _other_class(
+    cls: type, place: Path, config: Mapping[str, Any]
+) -> CheckpointMismatchError:
+    name, method = config["model_class"], config.get("info", {}).get("method")
+    by = f" of {method}" if method else ""
+    return CheckpointMismatchError(
+        f"{place} holds a {name}{by}, which is no {cls.__name__}. Load it by {name}.from_pretrained, or by fusion_bench_didi.load."
+    )
+
+
 def _attach(model: Saved, router: Router, place: Path) -> None:
     """Give the model its router, which may name layers or tensors that the backbone does not have."""
     try:
@@ -181,10 +240,7 @@ def check_config(cls: type, place: Path, config: Mapping[str, Any]) -> None:
     name = fields["model_class"].one_of({*CLASSES, cls.__name__})
     parts = CLASSES[own[0]]
     if CLASSES.get(name, parts) != parts:
-        raise CheckpointMismatchError(
-            f"{place} holds a {name}, which is no {cls.__name__}. Load it by {name}.from_pretrained, or by "
-            "fusion_bench_didi.load."
-        )
+        raise _other_class(cls, place, config)
     fields["unit_bits"].integer(1)
     fields["backbone_bits"].integer()
     fields["info"].mapping()

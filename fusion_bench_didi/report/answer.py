@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..units import readable
+from ..units import storage_line, storage_units
 
 
 @dataclass(frozen=True)
@@ -96,35 +96,6 @@ class Answer:
             lines.append(f"{'merged in':<11}{self.seconds:.1f} s")
         lines += [f"{what:<11}{place}" for what, place in self.files.items()]
         return lines
-
-
-def storage_units(storage: Mapping) -> dict[str, float]:
-    """An account in the units that people ask for.
-
-    Args:
-        storage: as by ``StorageReport.as_dict``.
-
-    Returns:
-        ``x_excl``, ``x_incl``: in fine-tuned models, without and with the backbone; ``megabytes`` beyond the backbone;
-        ``x_of_all``: with the backbone, against keeping every fine-tuned model.
-    """
-    tasks = max(len(storage["expert_bits"]), 1)
-    return {
-        "x_excl": storage["x_excl"],
-        "x_incl": storage["x_incl"],
-        "megabytes": storage["x_excl"] * storage["unit_bits"] / 8e6,
-        "x_of_all": storage["x_incl"] / tasks,
-    }
-
-
-def storage_line(storage: Mapping) -> str:
-    """The same in a line."""
-    units, tasks = storage_units(storage), len(storage["expert_bits"])
-    size = readable(storage["x_excl"] * storage["unit_bits"])
-    return (
-        f"{units['x_excl']:.2f}x of one fine-tuned model beyond the backbone = {size}; with the backbone "
-        f"{units['x_incl']:.2f}x, which is {units['x_of_all']:.2f}x of keeping all {tasks} models"
-    )
 
 
 def _percent(value: float | None) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,19 +23,26 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
+#: ``subspace`` and ``projection`` are one: by the experts' subspaces. ``representation``: by how far each expert is from the merged
+#: model. ``mlp``: a small network that is fitted. ``oracle``: is told. ``none``: no router.
+RouterName = Literal[
+    "subspace", "projection", "representation", "mlp", "oracle", "none"
+]
+ALIASES = {"subspace": "projection"}
 FILE = "router.safetensors"
 
 
-def make_router(kind: str, tasks: list[str], **options: Any) -> Router | None:
+def make_router(kind: RouterName, tasks: list[str], **options: Any) -> Router | None:
     """A router by name; None for ``none``.
 
     Raises:
         ValueError: for an unknown name.
     """
+    kind = ALIASES.get(kind, kind)
     if kind == "none":
         return None
     if kind not in ROUTERS:
-        names = ", ".join(("none", *sorted(ROUTERS)))
+        names = ", ".join(("none", *sorted({*ROUTERS, *ALIASES})))
         raise ValueError(f"router={kind!r}; choose one of {names}.")
     return ROUTERS[kind](tasks, **options)
 

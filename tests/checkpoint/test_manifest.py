@@ -453,7 +453,9 @@ def test_files_that_hold_a_tensor_twice_are_refused(saved):
 def test_a_model_is_loaded_by_its_own_kind_of_class(saved, tmp_path):
     from fusion_bench_didi.recombination.model import RecombinedModel
 
-    assert type(DynamicModel.from_pretrained(saved, body())) is DynamicModel
+    assert type(DynamicModel.from_pretrained(saved, body())) is DiDiModel
+    with pytest.raises(CheckpointMismatchError, match="holds a DynamicModel"):
+        DiDiModel.from_pretrained(FORMAT_1 / "emr", old_body())
     with pytest.raises(CheckpointMismatchError, match="Load it by DiDiModel"):
         RecombinedModel.from_pretrained(saved, body())
     with pytest.raises(CheckpointMismatchError, match="model_class is missing"):

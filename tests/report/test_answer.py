@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from lightning.fabric.loggers import CSVLogger
 
-from fusion_bench_didi.report.answer import Answer, figure, storage_units
+from fusion_bench_didi.report.answer import Answer, figure
 from fusion_bench_didi.report.loggers import log_metrics, row_metrics
 from fusion_bench_didi.report.references import known_figures
 from fusion_bench_didi.report.terminal import print_table
-from fusion_bench_didi.units import readable
+from fusion_bench_didi.units import readable, storage_units
 
 STORAGE = {
     "unit_bits": 8_000_000,

@@ -1,0 +1,170 @@
+"""A merged model on one screen: tasks, budget, storage by part, bits and ranks, errors and parents.
+
+Made of the saved configuration, or of what a live model would save, so that ``repr(model)`` and ``didi inspect`` are one.
+"""
+
+import statistics
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..units import readable, storage_line
+
+#: So many tasks have a line each.
+MOST_TASKS = 12
+_WIDTH = 100
+
+
+def overview(config: Mapping[str, Any]) -> str:
+    """A screen of text.
+
+    Args:
+        config: as saved.
+    """
+    lines = [_cut(title_of(config))]
+    lines += [
+        textwrap.fill(f"{what:<9}{value}", _WIDTH, subsequent_indent=" " * 9)
+        for what, value in facts_of(config).items()
+    ]
+    heads, rows = tasks_of(config)
+    if rows:
+        table = [heads, *rows[:MOST_TASKS]]
+        widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
+        lines += ["", *(_aligned(row, widths) for row in table)]
+        if len(rows) > MOST_TASKS:
+            lines.append(f"… and {len(rows) - MOST_TASKS} more")
+    return "\n".join(lines)
+
+
+def as_html(config: Mapping[str, Any]) -> str:
+    """The same for notebooks."""
+    facts = (
+        f"<tr><th style='text-align:left'>{escape(what)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
+        for what, value in facts_of(config).items()
+    )
+    heads, rows = tasks_of(config)
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for row in rows
+    )
+    return (
+        f"<div><strong>{escape(title_of(config))}</strong><table>{''.join(facts)}</table>"
+        f"<details><summary>{len(rows)} tasks</summary><table><tr>{head}</tr>{body}</table></details></div>"
+    )
+
+
+def title_of(config: Mapping[str, Any]) -> str:
+    """What it is, in a line."""
+    kind = config.get("model_class") or config.get("kind", "model")
+    method = config.get("info", {}).get("method")
+    by = f" by {method}" if method else ""
+    backbone = config["backbone"]
+    cls = backbone["class"].rpartition(".")[2]
+    place = place_of(backbone.get("source")) or "memory"
+    return f"{kind}{by}: {len(names_of(config))} tasks on {cls} from {place}"
+
+
+def names_of(config: Mapping[str, Any]) -> list[str]:
+    """The tasks."""
+    if "tasks" in config:
+        return list(config["tasks"])
+    return [one["task"] for one in config.get("experts", [])]
+
+
+def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of the whole model, a line each."""
+    info, storage = config.get("info", {}), config.get("storage")
+    facts = {}
+    if info.get("budget") is not None:
+        counted = info.get("settings", {}).get("budget", {})
+        within = isinstance(counted, Mapping) and counted.get("include_backbone")
+        facts["budget"] = f"{info['budget']:g}" + (
+            ", the backbone counted" if within else " beyond the backbone"
+        )
+    if storage:
+        facts["storage"] = storage_line(storage)
+        facts["parts"] = _parts(storage)
+    for what, key in (("bits", "precision"), ("forms", "forms")):
+        if info.get(key):
+            counts = Counter(info[key].values()).most_common()
+            facts[what] = ", ".join(f"{name} {count}" for name, count in counts)
+    if info.get("ranks"):
+        ranks = info["ranks"]
+        own = [k for ranks in ranks["experts"].values() for k in ranks.values()]
+        facts["ranks"] = (
+            f"shared {_spread(list(ranks['shared'].values()))}; experts {_spread(own)}"
+        )
+    if info.get("relative_error") is not None:
+        error = info["relative_error"]
+        facts["error"] = f"{error:.2g} of the task vectors' energy is not reproduced"
+    if router := config.get("router"):
+        facts["router"] = router["kind"]
+    if version := config.get("versions", {}).get("fusion-bench-didi"):
+        facts["written"] = f"by fusion_bench_didi {version}"
+    return facts
+
+
+def tasks_of(config: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row per task."""
+    info, storage = config.get("info", {}), config.get("storage") or {}
+    bits, parents = storage.get("expert_bits", {}), info.get("parents", {})
+    errors = info.get("relative_errors", {})
+    columns = {
+        "own": lambda task: readable(bits[task]) if task in bits else "–",
+        "error": lambda task: f"{errors[task]:.2g}" if task in errors else "–",
+        "fine-tuned model": lambda task: parents.get(task) or "a model in memory",
+    }
+    known = {"own": bits, "error": errors, "fine-tuned model": parents}
+    columns = {head: cell for head, cell in columns.items() if known[head]}
+    rows = [
+        [task, *(str(cell(task)) for cell in columns.values())]
+        for task in names_of(config)
+    ]
+    return ["task", *columns], rows
+
+
+def place_of(source: Any) -> str | None:
+    """Where a base model lies, of what a pool's entry may be."""
+    if isinstance(source, Mapping):
+        source = source.get("pretrained_model_name_or_path")
+    return source if isinstance(source, str) else None
+
+
+def is_repository(source: str | None) -> bool:
+    """Whether a place is a name on the hub."""
+    return bool(source) and source.count("/") <= 1 and not Path(source).exists()
+
+
+def _parts(storage: Mapping[str, Any]) -> str:
+    own = list(storage["expert_bits"].values())
+    each = sorted({readable(min(own)), readable(max(own))}) if own else ["nothing"]
+    if len(each) == 2:
+        each = [readable(min(own)), readable(max(own))]
+    told = (
+        f"shared {readable(storage['shared_bits'])}, experts {' to '.join(each)} each"
+    )
+    if storage.get("routing_bits"):
+        told += f", router {readable(storage['routing_bits'])}"
+    return told
+
+
+def _spread(ranks: Sequence[int]) -> str:
+    if not any(ranks):
+        return "none"
+    low, high = min(ranks), max(ranks)
+    if low == high:
+        return str(low)
+    return f"{low} to {high} (median {statistics.median(ranks):g})"
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    return _cut("  ".join(cell.ljust(width) for cell, width in zip(row, widths)))
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.splitlines()).rstrip()
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"

@@ -114,7 +114,7 @@ def declared(entry: Entry) -> dict[str, Any]:
     config = entry.method
     if entry.method not in SPECIAL:
         try:
-            config = _with_overrides(entry)
+            config = composed(entry)
         except Exception as error:  # its row will say so; the others run
             config = f"{type(error).__name__}: {error}"
     return {
@@ -142,7 +142,7 @@ def method_config(
         hydra.errors.MissingConfigException: if there is no such method.
         omegaconf.errors.ConfigKeyError: if an override names a key that the method does not have.
     """
-    config = _with_overrides(entry)
+    config = composed(entry)
     if budget is not None:
         config["budget"] = budget + bool(config.get("budget_includes_backbone"))
     if entry.fit_to_side:
@@ -152,7 +152,8 @@ def method_config(
     return config
 
 
-def _with_overrides(entry: Entry) -> dict[str, Any]:
+def composed(entry: Entry) -> dict[str, Any]:
+    """The configuration of an entry's method with the entry's overrides."""
     if isinstance(entry.method, str):
         config = _compose(entry.method, entry.choose)
     else:

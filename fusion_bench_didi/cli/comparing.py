@@ -1,0 +1,82 @@
+"""``didi compare`` and ``didi report``."""
+
+import click
+
+from . import options
+
+
+@click.command()
+@options.out
+@click.option("--suite", default=None, help="Folder of CLIP towers and images; the demo, which is made on the spot, if left out.")  # fmt: skip
+@click.option("--only", default="", help="Names of methods, with commas between; all if left out.")  # fmt: skip
+@click.option("--skip", default="", help="Names of methods that are left out.")
+@click.option("--tasks", default="", help="Some of the tasks, with commas between; all if left out.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True)
+@click.option("--no-report", is_flag=True, help="Only the table, no plots and page.")
+@click.argument("overrides", nargs=-1)
+def compare(
+    out: str,
+    suite: str | None,
+    only: str,
+    skip: str,
+    tasks: str,
+    seed: int,
+    no_report: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Run many methods on one suite, and print one table of accuracy and storage.
+
+    A run that was stopped goes on where it was. OVERRIDES are those of fusion_bench --config-name didi_compare, which is
+    the same: modelpool=... taskpool=...
+
+    \b
+    Examples:
+      didi compare -o outputs/demo --only pretrained,individuals,didi_m,emr
+      didi compare -o outputs/mine --suite ./suite
+    """
+    from fusion_bench import RuntimeConstants
+    from fusion_bench.utils import instantiate
+    from fusion_bench.utils.hydra_utils import initialize_hydra_config
+    from omegaconf import OmegaConf, open_dict
+
+    config = initialize_hydra_config("didi_compare", [*overrides, f"seed={seed}"])
+    with open_dict(config):
+        config.path.log_dir = out
+        config.only, config.skip = _names(only), _names(skip)
+        config.report = not no_report
+        if suite is not None:
+            home = "fusion_bench_didi.demo.folder_pools"
+            for pool, cls in (
+                ("modelpool", f"{home}.FolderCLIPVisionModelPool"),
+                ("taskpool", f"{home}.FolderCLIPVisionModelTaskPool"),
+            ):
+                config[pool] = {"_target_": cls, "_recursive_": False, "root": suite}
+        for pool in ("modelpool", "taskpool") if tasks else ():
+            config[pool].tasks = _names(tasks)
+    OmegaConf.resolve(config)
+    RuntimeConstants.print_function_call = False
+    instantiate(config).run()
+
+
+@click.command(no_args_is_help=True)
+@click.argument("directory")
+def report(directory: str) -> None:
+    """Make tables, plots and page of a comparison anew from its comparison.json, and print the table.
+
+    \b
+    Example:
+      didi report outputs/demo
+    """
+    from pathlib import Path
+
+    from ..report import Comparison, write_report
+    from ..report.terminal import print_table
+
+    comparison = Comparison.read(Path(directory) / "comparison.json")
+    for file in write_report(directory):
+        click.echo(f"wrote {file}")
+    print_table(comparison.data)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,43 @@
+"""``didi export``."""
+
+import click
+
+from . import options
+
+
+@click.command(no_args_is_help=True)
+@click.argument("directory")
+@click.argument("out")
+@click.option("--form", type=click.Choice(["peft", "plain", "patch"]), required=True, help="LoRA adapters; whole checkpoints; what changes in one.")  # fmt: skip
+@click.option("--task", "tasks", multiple=True, help="May be repeated; all if left out.")  # fmt: skip
+@options.base
+@options.settings
+@options.overwrite
+def export(
+    directory: str,
+    out: str,
+    form: str,
+    tasks: tuple[str, ...],
+    base: str | None,
+    settings: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Write a merged model in the form of other libraries, an entry per task, held against the model before it appears.
+
+    \b
+    Examples:
+      didi export merged adapters --form peft
+      didi export merged models --form plain --task mnist
+    """
+    from ..export import export as write
+
+    report = write(
+        directory,
+        out,
+        form=form,
+        tasks=list(tasks) or None,
+        base=base,
+        overwrite=overwrite,
+        **options.values_of(settings),
+    )
+    click.echo(str(report))

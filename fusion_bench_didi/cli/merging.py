@@ -1,0 +1,184 @@
+"""``didi merge`` and ``didi settings``."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options
+
+BASE = "_pretrained_"
+
+
+@click.command(no_args_is_help=True)
+@click.argument("base")
+@click.argument("models", nargs=-1, required=True, metavar="[TASK=]MODEL...")
+@options.out
+@click.option("--method", default="didi", show_default=True, help="As after method= on the host's command line: didi/paper, didi/emr, didi/tsv_c, ...")  # fmt: skip
+@click.option("--budget", type=float, default=None, help="What is stored beyond the base model, in units of one fine-tuned model; 1.4 if left out.")  # fmt: skip
+@options.settings
+@options.overwrite
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]), help="Where the arithmetic happens.")  # fmt: skip
+@click.option("--model-class", default=None, help="Class of transformers; the one that the models' config.json names if left out.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Check all headers, print the plan, and read no weights.")  # fmt: skip
+def merge(
+    base: str,
+    models: tuple[str, ...],
+    out: str,
+    method: str,
+    budget: float | None,
+    settings: tuple[str, ...],
+    overwrite: bool,
+    device: str,
+    model_class: str | None,
+    dry_run: bool,
+) -> None:
+    """Merge fine-tuned models, or LoRA adapters, of one base model.
+
+    BASE and every MODEL are directories or repositories of the hub. A task is called as its MODEL's directory unless
+    TASK= says otherwise.
+
+    \b
+    Examples:
+      didi merge openai/clip-vit-base-patch32 mnist=./a svhn=./b -o merged
+      didi merge base a b c -o merged --budget 0.5 -s refine_sweeps=5
+      didi merge base a b -o merged --method didi/emr
+      didi merge base a b -o merged --dry-run
+
+    All settings of a method: didi settings METHOD
+    """
+    import lightning
+
+    from ..checkpoint.directory import check_target
+    from ..models import DynamicModel
+
+    check_target(out, overwrite=overwrite)
+    given = options.values_of(settings)
+    if budget is not None:
+        given["budget"] = budget
+    if dry_run:
+        given["dry_run"] = True
+    made = _method(method, given, out, overwrite)
+    made._fabric_instance = lightning.Fabric(accelerator=device, devices=1)
+    start = time.perf_counter()
+    model = made.run(pool_of(base, models, model_class))
+    if model is None:
+        return
+    if not made.config.get("output_dir"):
+        _save(model, out, overwrite=overwrite)
+    seconds = time.perf_counter() - start
+    told = str(model) if isinstance(model, DynamicModel) else type(model).__name__
+    click.echo(f"{told}\n\nmerged in {seconds:.1f} s; written to {out}")
+
+
+def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
+    """The host's pool of directories.
+
+    Raises:
+        click.BadParameter: for two tasks of one name.
+    """
+    from fusion_bench.modelpool import BaseModelPool
+
+    places = {BASE: base}
+    for model in models:
+        task, equals, place = model.partition("=")
+        if not equals:
+            task, place = Path(model).name, model
+        if task in places:
+            raise click.BadParameter(
+                f"two models are called {task!r}; give TASK=MODEL.", param_hint="models"
+            )
+        places[task] = place
+    name = model_class or _class_of(places)
+    load = {"_target_": f"transformers.{name}.from_pretrained"}
+    return BaseModelPool(
+        {
+            task: {**load, "pretrained_model_name_or_path": place}
+            for task, place in places.items()
+        }
+    )
+
+
+def _class_of(places: dict[str, str]) -> str:
+    """The class that all fine-tuned models name, else the base model's."""
+    from transformers import AutoConfig
+
+    named = {}
+    for task, place in places.items():
+        adapter = (Path(place) / "adapter_config.json").is_file()
+        if not adapter:
+            found = AutoConfig.from_pretrained(place).architectures or [None]
+            named[task] = found[0]
+    base = named.pop(BASE, None)
+    tuned = set(named.values())
+    chosen = tuned.pop() if len(tuned) == 1 else base
+    if chosen is None:
+        raise click.UsageError(
+            "No config.json says of which class the models are. Give --model-class, CLIPVisionModel for instance."
+        )
+    return chosen
+
+
+def _method(name: str, given: dict[str, Any], out: str, overwrite: bool) -> Any:
+    """A method from its YAML, writing to ``out`` while it merges if it can."""
+    from fusion_bench import RuntimeConstants
+    from fusion_bench.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from ..options import unknown_setting
+    from ..programs.entries import Entry, composed
+
+    config = composed(Entry(name, name, name, "dynamic"))
+    for key in given:
+        if key not in config:
+            raise unknown_setting(name, key, config)
+    config |= given
+    if "output_dir" in config and not config.get("dry_run"):
+        config |= {"output_dir": out, "overwrite": overwrite}
+    RuntimeConstants.print_function_call = False
+    return instantiate(OmegaConf.create(config))
+
+
+def _save(model: Any, out: str, *, overwrite: bool) -> None:
+    """A model with experts by its own ``save_pretrained``, a static one as a plain checkpoint."""
+    from ..checkpoint.directory import whole_directory
+    from ..models import DynamicModel
+
+    if isinstance(model, DynamicModel):
+        model.save_pretrained(out, overwrite=overwrite)
+        return
+    with whole_directory(out, overwrite=overwrite) as place:
+        model.save_pretrained(place)
+
+
+@click.command()
+@click.argument("method", required=False)
+def settings(method: str | None) -> None:
+    """Print every setting of a METHOD with what it does; without one, the names of the methods.
+
+    These are the keys after method= on the host's command line, of -s KEY=VALUE here, and of the class in Python.
+
+    \b
+    Examples:
+      didi settings
+      didi settings didi
+      didi settings didi/tvq
+    """
+    place = Path(__file__).parents[1] / "config" / "method"
+    names = {
+        str(file.relative_to(place).with_suffix("")): file
+        for file in sorted(place.rglob("*.yaml"))
+    }
+    if method is None:
+        click.echo("\n".join(names))
+    elif method in names:
+        click.echo(names[method].read_text().rstrip())
+    else:
+        import difflib
+
+        close = difflib.get_close_matches(method, names, n=1)
+        hint = (
+            f"Did you mean {close[0]}?" if close else f"There are {', '.join(names)}."
+        )
+        raise click.UsageError(f"There is no method {method}. {hint}")

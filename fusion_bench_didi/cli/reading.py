@@ -1,0 +1,94 @@
+"""``didi inspect`` and ``didi verify``."""
+
+import json
+from typing import Any
+
+import click
+
+from . import options
+
+
+@click.command(no_args_is_help=True)
+@click.argument("directory")
+@click.option("--json", "as_json", is_flag=True, help="Everything that the directory says of itself.")  # fmt: skip
+def inspect(directory: str, as_json: bool) -> None:
+    """Show a merged model on one screen: tasks, budget, storage by part, bits and ranks, errors, parents.
+
+    DIRECTORY may be a repository of the hub. No weights are read; the same as print(model) in Python.
+
+    \b
+    Examples:
+      didi inspect merged
+      didi inspect merged --json
+    """
+    from ..checkpoint.deltas import read_config
+    from ..checkpoint.hub import local_directory
+    from ..models.overview import overview
+
+    config = read_config(local_directory(directory))
+    if as_json:
+        told = {k: v for k, v in config.items() if k not in ("deltas", "files")}
+        click.echo(json.dumps(told, indent=1))
+    else:
+        click.echo(overview(config))
+
+
+@click.command(no_args_is_help=True)
+@click.argument("directory")
+@options.base
+@click.option("--files-only", is_flag=True, help="Do without the base model: files and their contents alone.")  # fmt: skip
+def verify(directory: str, base: str | None, files_only: bool) -> None:
+    """Check a merged model: checksums, contents, the base model, and that every task's weights are finite.
+
+    \b
+    Examples:
+      didi verify merged
+      didi verify merged --base ./clip
+      didi verify merged --files-only
+    """
+    from ..checkpoint.deltas import read_config, read_deltas
+    from ..checkpoint.directory import CONFIG
+    from ..checkpoint.fields import Field
+    from ..checkpoint.hub import local_directory
+    from ..checkpoint.tensors import open_tensors
+
+    place = local_directory(directory)
+    config = read_config(place)
+    if "deltas" in config:
+        read_deltas(place, config)
+    elif "files" in config:
+        open_tensors(place, Field(place / CONFIG, config)["files"].files())
+    click.echo(f"files: {_count(config)}, whole and as they were written")
+    if files_only:
+        return
+    from ..artifacts.saving import load
+
+    model = load(place, base)
+    click.echo("base model: the one of the merge")
+    click.echo(f"tasks: {_finite(model)}, every weight finite")
+
+
+def _count(config: dict[str, Any]) -> str:
+    files = len(config.get("files", ()))
+    deltas = len(config.get("deltas", ()))
+    return f"{files} with {deltas} stored tensors" if deltas else str(files or "all")
+
+
+def _finite(model: Any) -> int:
+    """The number of tasks, all of whose weights are numbers.
+
+    Raises:
+        NonFiniteError: naming the first tensor that holds others.
+    """
+    from ..errors import NonFiniteError
+    from ..models import DynamicModel
+
+    if isinstance(model, DynamicModel):
+        for task, expert in model.modulators.items():
+            for name in model.touched:
+                if not model.task_tensor(name, expert).isfinite().all():
+                    raise NonFiniteError(
+                        f"{task}: {name} holds NaN or infinity. Merge again, or copy the directory again."
+                    )
+        return len(model.tasks)
+    return len(model) if isinstance(model, dict) else 1

@@ -1,5 +1,7 @@
 """``didi compare`` and ``didi report``."""
 
+import os
+
 import click
 
 from . import options
@@ -11,7 +13,7 @@ from . import options
 @click.option("--only", default="", help="Names of methods, with commas between; all if left out.")  # fmt: skip
 @click.option("--skip", default="", help="Names of methods that are left out.")
 @click.option("--tasks", default="", help="Some of the tasks, with commas between; all if left out.")  # fmt: skip
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of whatever methods draw.")
 @click.option("--no-report", is_flag=True, help="Only the table, no plots and page.")
 @click.argument("overrides", nargs=-1)
 def compare(
@@ -34,14 +36,13 @@ def compare(
       didi compare -o outputs/demo --only pretrained,individuals,didi_m,emr
       didi compare -o outputs/mine --suite ./suite
     """
-    from fusion_bench import RuntimeConstants
     from fusion_bench.utils import instantiate
     from fusion_bench.utils.hydra_utils import initialize_hydra_config
     from omegaconf import OmegaConf, open_dict
 
-    config = initialize_hydra_config("didi_compare", [*overrides, f"seed={seed}"])
+    here = [f"path.log_dir={out}", f"path.work_dir={os.getcwd()}", f"seed={seed}"]
+    config = initialize_hydra_config("didi_compare", [*here, *overrides])
     with open_dict(config):
-        config.path.log_dir = out
         config.only, config.skip = _names(only), _names(skip)
         config.report = not no_report
         if suite is not None:
@@ -54,7 +55,7 @@ def compare(
         for pool in ("modelpool", "taskpool") if tasks else ():
             config[pool].tasks = _names(tasks)
     OmegaConf.resolve(config)
-    RuntimeConstants.print_function_call = False
+    options.silence_host()
     instantiate(config).run()
 
 

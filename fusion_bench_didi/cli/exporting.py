@@ -4,6 +4,9 @@ import click
 
 from . import options
 
+#: so many lines of a report are printed
+_MOST = 16
+
 
 @click.command(no_args_is_help=True)
 @click.argument("directory")
@@ -40,4 +43,9 @@ def export(
         overwrite=overwrite,
         **options.values_of(settings),
     )
-    click.echo(str(report))
+    lines = str(report).splitlines()
+    click.echo("\n".join(lines[:_MOST]))
+    if len(lines) > _MOST:
+        click.echo(
+            f"  … and {len(lines) - _MOST} more lines; all of them in {out}/export.json"
+        )

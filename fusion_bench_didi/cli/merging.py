@@ -101,7 +101,7 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
 
 
 def _class_of(places: dict[str, str]) -> str:
-    """The class that all fine-tuned models name, else the base model's."""
+    """The class that all fine-tuned models name, else the base model's; where none does, what transformers takes for it."""
     from transformers import AutoConfig
 
     named = {}
@@ -112,17 +112,11 @@ def _class_of(places: dict[str, str]) -> str:
             named[task] = found[0]
     base = named.pop(BASE, None)
     tuned = set(named.values())
-    chosen = tuned.pop() if len(tuned) == 1 else base
-    if chosen is None:
-        raise click.UsageError(
-            "No config.json says of which class the models are. Give --model-class, CLIPVisionModel for instance."
-        )
-    return chosen
+    return (tuned.pop() if len(tuned) == 1 else base) or "AutoModel"
 
 
 def _method(name: str, given: dict[str, Any], out: str, overwrite: bool) -> Any:
     """A method from its YAML, writing to ``out`` while it merges if it can."""
-    from fusion_bench import RuntimeConstants
     from fusion_bench.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -136,7 +130,7 @@ def _method(name: str, given: dict[str, Any], out: str, overwrite: bool) -> Any:
     config |= given
     if "output_dir" in config and not config.get("dry_run"):
         config |= {"output_dir": out, "overwrite": overwrite}
-    RuntimeConstants.print_function_call = False
+    options.silence_host()
     return instantiate(OmegaConf.create(config))
 
 

@@ -28,6 +28,13 @@ settings = click.option(
 )  # fmt: skip
 
 
+def silence_host() -> None:
+    """The host prints every call that a configuration makes, with all arguments."""
+    from fusion_bench.utils import instantiate_utils
+
+    instantiate_utils.set_print_function_call_permeanent(False)
+
+
 def values_of(settings: Sequence[str]) -> dict[str, Any]:
     """``KEY=VALUE`` as a mapping, values read as YAML.
 

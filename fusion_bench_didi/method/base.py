@@ -29,6 +29,7 @@ from ..errors import CheckpointMismatchError, SettingsError
 from ..merging.encoding import encode_own
 from ..merging.finished import Finished
 from ..models import DynamicModel
+from ..models.overview import place_of
 from ..models.pool_saving import attach_saving, check_saving
 from ..options import Aliases, FilePath, Patterns, check_arguments, unknown_setting
 from ..pools.host_forms import as_pool
@@ -190,7 +191,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             "method": self.title,
             "settings": {k: v for k, v in settings.items() if not k.startswith("_")},
             "parents": {
-                name: entry if isinstance(entry, str) else None
+                name: place_of(entry)
                 for name, entry in modelpool._models.items()
                 if name in modelpool.model_names
             },

@@ -8,7 +8,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..units import readable, storage_line
@@ -64,7 +64,7 @@ def title_of(config: Mapping[str, Any]) -> str:
     by = f" by {method}" if method else ""
     backbone = config["backbone"]
     cls = backbone["class"].rpartition(".")[2]
-    place = place_of(backbone.get("source")) or "memory"
+    place = shortened(place_of(backbone.get("source"))) or "memory"
     return f"{kind}{by}: {len(names_of(config))} tasks on {cls} from {place}"
 
 
@@ -116,7 +116,8 @@ def tasks_of(config: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns = {
         "own": lambda task: readable(bits[task]) if task in bits else "–",
         "error": lambda task: f"{errors[task]:.2g}" if task in errors else "–",
-        "fine-tuned model": lambda task: parents.get(task) or "a model in memory",
+        "fine-tuned model": lambda task: shortened(parents.get(task))
+        or "a model in memory",
     }
     known = {"own": bits, "error": errors, "fine-tuned model": parents}
     columns = {head: cell for head, cell in columns.items() if known[head]}
@@ -132,6 +133,12 @@ def place_of(source: Any) -> str | None:
     if isinstance(source, Mapping):
         source = source.get("pretrained_model_name_or_path")
     return source if isinstance(source, str) else None
+
+
+def shortened(place: str | None) -> str | None:
+    """A directory by its last two parts."""
+    parts = PurePath(place or "").parts
+    return place if len(parts) < 3 else f"…/{'/'.join(parts[-2:])}"
 
 
 def is_repository(source: str | None) -> bool:

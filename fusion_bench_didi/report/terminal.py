@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from ..units import readable
 from .tables import number
 
 LEGEND = (
@@ -36,7 +37,7 @@ def table(
     made = Table(title=title or None)
     made.add_column("method", no_wrap=True)
     tasks = comparison["tasks"] if per_task else []
-    heads = ("average", "retention", "x", "MB", "of all", "seconds")
+    heads = ("average", "retention", "x", "size", "of all", "seconds")
     for head in (*heads, *tasks):
         made.add_column(head, justify="right", no_wrap=True)
     for row in comparison["rows"]:
@@ -49,7 +50,7 @@ def table(
             number(row["average"], 1, 100),
             number(row["retention"]["mean_of_ratios"], 1, 100),
             number(row["x_excl"], 2),
-            number(size, 1 if size is not None and size < 1e8 else 0, 1e-6),
+            "–" if size is None else readable(8 * size),
             number(None if whole is None else whole / len(comparison["tasks"]), 2),
             number(row["seconds"], 1),
             *(number(row["accuracy"].get(task), 0, 100) for task in tasks),

@@ -1,0 +1,157 @@
+"""The command ``didi``: what it writes is what Python and YAML write, and what it cannot do it says in a line."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from fusion_bench.modelpool import CLIPVisionModelPool
+from helpers import BASE, floats, same_bits
+
+import fusion_bench_didi
+from fusion_bench_didi.cli import didi, main
+from fusion_bench_didi.errors import (
+    CheckpointMismatchError,
+    SettingsError,
+    UnknownTaskError,
+)
+from fusion_bench_didi.method.didi import DiDiMerging
+
+QUICK = ("-s", "refine_sweeps=2")
+
+
+def run(*arguments: object) -> str:
+    """What a command prints; what it raises is raised."""
+    found = CliRunner().invoke(didi, [*map(str, arguments)], catch_exceptions=False, standalone_mode=False)  # fmt: skip
+    if isinstance(found.exception, Exception):
+        raise found.exception
+    return found.output
+
+
+def merge(models: Path, out: Path, *arguments: object, tasks=("mnist", "svhn")) -> str:
+    places = [models / task for task in tasks]
+    return run("merge", models / BASE, *places, "-o", out, *QUICK, *arguments)
+
+
+@pytest.fixture(scope="module")
+def merged(tiny_clip_dir, tmp_path_factory) -> Path:
+    """Two tasks."""
+    out = tmp_path_factory.mktemp("cli") / "merged"
+    assert "written to" in merge(tiny_clip_dir, out, "--budget", 0.6)
+    return out
+
+
+def same_tasks(left, right, tasks) -> bool:
+    pairs = [[floats(m.materialize(task)) for m in (left, right)] for task in tasks]
+    return all(same_bits(*pair) for pair in pairs)
+
+
+def test_a_merge_is_that_of_the_method(merged, tiny_clip_dir):
+    names = (BASE, "mnist", "svhn")
+    pool = CLIPVisionModelPool({n: str(tiny_clip_dir / n) for n in names})
+    model = DiDiMerging(budget=0.6, refine_sweeps=2).run(pool)
+    loaded = fusion_bench_didi.load(merged)
+    assert same_tasks(loaded, model, ("mnist", "svhn"))
+    told = loaded.info["parents"]
+    assert told["svhn"] == str(tiny_clip_dir / "svhn")
+
+
+def test_a_directory_is_shown_and_checked(merged, tiny_clip_dir):
+    lines = run("inspect", merged).splitlines()
+    assert "2 tasks on CLIPVisionModel" in lines[0] and len(lines) < 24
+    live = repr(fusion_bench_didi.load(merged)).splitlines()
+    assert [line for line in lines if not line.startswith("written")] == live
+    assert "tasks: 2" in run("verify", merged)
+    assert "base model" not in run("verify", merged, "--files-only")
+    assert run("verify", merged, "--base", tiny_clip_dir / BASE)
+
+
+def test_a_damaged_directory_is_told(merged, tmp_path):
+    shutil.copytree(merged, tmp_path / "bad")
+    file = tmp_path / "bad" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointMismatchError):
+        run("verify", tmp_path / "bad", "--files-only")
+
+
+def test_models_are_edited_and_exported(merged, tiny_clip_dir, tmp_path):
+    new = tiny_clip_dir / "eurosat"
+    told = run("add-task", merged, new, "--budget", 0.3, "-o", tmp_path / "three")
+    assert told.startswith("before  0.60x") and "keeping all 3 models" in told
+    before = fusion_bench_didi.load(merged)
+    three = fusion_bench_didi.load(tmp_path / "three")
+    assert three.tasks == ["mnist", "svhn", "eurosat"]
+    assert same_tasks(three, before, ("mnist", "svhn"))
+    run("remove-task", tmp_path / "three", "svhn", "--overwrite")
+    run("rescale", merged, "--budget", 0.4, "-o", tmp_path / "small")
+    assert fusion_bench_didi.load(tmp_path / "small").storage.x_excl <= 0.4
+    run("export", merged, tmp_path / "plain", "--form", "plain", "--task", "svhn")
+    assert (tmp_path / "plain" / "svhn" / "model.safetensors").is_file()
+    with pytest.raises(UnknownTaskError):
+        run("remove-task", merged, "dtd", "-o", tmp_path / "none")
+
+
+def test_two_merged_models_become_one(merged, tiny_clip_dir, tmp_path):
+    base, new = tiny_clip_dir / BASE, tiny_clip_dir / "eurosat"
+    pair = (f"other={tiny_clip_dir / 'mnist'}", new)
+    run("merge", base, *pair, "-o", tmp_path / "b", *QUICK, "--budget", 0.5)
+    run("combine", merged, tmp_path / "b", "-o", tmp_path / "all")
+    tasks = fusion_bench_didi.load(tmp_path / "all").tasks
+    assert tasks == ["mnist", "svhn", "other", "eurosat"]
+
+
+def test_other_methods_merge_too(tiny_clip_dir, tmp_path):
+    places = [tiny_clip_dir / name for name in (BASE, "mnist", "svhn")]
+    run("merge", *places, "-o", tmp_path / "emr", "--method", "didi/emr")
+    assert "EMR" in run("inspect", tmp_path / "emr").splitlines()[0]
+    run("merge", *places, "-o", tmp_path / "mean", "--method", "simple_average")
+    assert (tmp_path / "mean" / "model.safetensors").is_file()
+
+
+def test_a_plan_writes_nothing(tiny_clip_dir, tmp_path, capfd):
+    merge(tiny_clip_dir, tmp_path / "m", "--dry-run")
+    assert not (tmp_path / "m").exists()
+
+
+def test_faults_are_found_before_anything_is_read(merged, tiny_clip_dir, tmp_path):
+    with pytest.raises(SettingsError, match="no setting bugdet. Did you mean budget"):
+        merge(tiny_clip_dir, tmp_path / "m", "-s", "bugdet=0.5")
+    with pytest.raises(SettingsError, match="another type or range"):
+        merge(tiny_clip_dir, tmp_path / "m", "-s", "ties_keep=2")
+    with pytest.raises(FileExistsError):
+        merge(Path("nowhere"), merged)
+    with pytest.raises(click.BadParameter, match="two models are called 'mnist'"):
+        merge(tiny_clip_dir, tmp_path / "m", tasks=("mnist", "mnist"))
+    with pytest.raises(click.BadParameter, match="no KEY=VALUE"):
+        merge(tiny_clip_dir, tmp_path / "m", "-s", "budget")
+    with pytest.raises(click.UsageError, match="Did you mean didi/tsv_c"):
+        run("settings", "didi/tsvc")
+
+
+def test_settings_are_explained():
+    assert "didi/routed" in run("settings").split()
+    told = run("settings", "didi")
+    assert "budget: 1.4" in told and "# values stored beyond the backbone" in told
+
+
+@pytest.mark.parametrize("name", didi.commands)
+def test_every_command_explains_itself_by_example(name):
+    told = run(name, "--help")
+    assert "Example" in told and f"didi {name}" in told
+    command = didi.commands[name]
+    described = [p for p in command.params if isinstance(p, click.Option)]
+    assert all(option.help for option in described)
+
+
+def test_an_error_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["didi", "inspect", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^Error: .*config.json does not exist"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["didi", "inspect"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, 2)

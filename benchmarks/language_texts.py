@@ -13,9 +13,10 @@ import sysconfig
 import tempfile
 import zipfile
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate
 from pathlib import Path
 
 #: characters of an excerpt, of a text to train on and of a held-out one
@@ -133,9 +134,6 @@ def write_texts(domain: str, place: Path) -> Path:
 
 
 def _upto(texts: list[str], size: int) -> str:
-    lengths, total = 0, 0
-    for text in texts:
-        if total >= size:
-            break
-        lengths, total = lengths + 1, total + len(text)
-    return "\n".join(islice(texts, lengths))
+    """The first of them, until there are so many characters."""
+    ends = list(accumulate(len(text) for text in texts))
+    return "\n".join(texts[: bisect_left(ends, size) + 1])

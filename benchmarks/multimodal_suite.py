@@ -129,12 +129,12 @@ def with_own(language_model: nn.Module, model: MultimodalModel) -> MultimodalMod
     return twin
 
 
-def static(method) -> Callable:
+def static(make: Callable) -> Callable:
     """A merge of the language models alone; returns the model of each task, and what is stored beyond the base model's."""
 
     def run(models: dict[str, MultimodalModel]):
         parts = {n: copy.deepcopy(m.language_model) for n, m in models.items()}
-        merged = method.run(BaseModelPool(parts)).eval()
+        merged = make().run(BaseModelPool(parts)).eval()
         own = sum(own_bytes(models[m], m) for m in MODALITIES)
         size = sum(t.nbytes for t in merged.state_dict().values())
         return (lambda task: with_own(merged, models[task])), size + own
@@ -142,11 +142,11 @@ def static(method) -> Callable:
     return run
 
 
-def dynamic(method) -> Callable:
+def dynamic(make: Callable) -> Callable:
     """A merge of everything, encoders kept, through a directory: what is evaluated is what was saved and loaded again."""
 
     def run(models: dict[str, MultimodalModel]):
-        merged = method.run(BaseModelPool(dict(models)))
+        merged = make().run(BaseModelPool(dict(models)))
         with tempfile.TemporaryDirectory() as place:
             merged.save_pretrained(Path(place) / "merged")
             again = type(merged).from_pretrained(Path(place) / "merged", copy.deepcopy(models[BASE]))  # fmt: skip
@@ -177,18 +177,18 @@ def own_bytes(model: MultimodalModel, modality: str) -> int:
 
 
 STATIC = {
-    "Averaging": static(SimpleAverageAlgorithm(show_pbar=False)),
-    "Task Arithmetic": static(TaskArithmeticAlgorithm(scaling_factor=0.4)),
+    "Averaging": static(lambda: SimpleAverageAlgorithm(show_pbar=False)),
+    "Task Arithmetic": static(lambda: TaskArithmeticAlgorithm(scaling_factor=0.4)),
     "TIES": static(
-        TiesMergingAlgorithm(
+        lambda: TiesMergingAlgorithm(
             scaling_factor=0.4, threshold=20, remove_keys=[], merge_func="sum"
         )
     ),
-    "TSV-M": static(TaskSingularVectorMerging(alpha=1.0)),
+    "TSV-M": static(lambda: TaskSingularVectorMerging(alpha=1.0)),
 }
 DYNAMIC = {
-    "EMR": dynamic(EMRMerging(own=OWN)),
-    "TSV-C": dynamic(TSVCompression(own=OWN)),
+    "EMR": dynamic(lambda: EMRMerging(own=OWN)),
+    "TSV-C": dynamic(lambda: TSVCompression(own=OWN)),
 }
 
 
@@ -197,7 +197,7 @@ def didi(models: dict[str, MultimodalModel], budget: float) -> Callable:
     unit = sum(t.nbytes for t in models[BASE].parameters())
     own = sum(own_bytes(models[m], m) for m in MODALITIES)
     shared = budget * language_bytes(models[BASE])
-    return dynamic(DiDiMerging(budget=(own + shared) / unit, own=OWN))
+    return dynamic(lambda: DiDiMerging(budget=(own + shared) / unit, own=OWN))
 
 
 def language_bytes(model: MultimodalModel) -> int:

@@ -1,11 +1,13 @@
 """Experts of three modalities on one language model: encoders and projectors are their own, through every kind of merge."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from exact_models import seeded
-from helpers import BASE
+from helpers import BASE, REPOSITORY
 
 from benchmarks import multimodal_suite
 from benchmarks.multimodal import (
@@ -79,3 +81,9 @@ def test_static_merges_leave_every_task_its_encoder(models):
         assert one.seen(name, inputs).equal(models[name].seen(name, inputs))
     own = sum(multimodal_suite.own_bytes(models[m], m) for m in MODALITIES)
     assert size == multimodal_suite.language_bytes(models[BASE]) + own
+
+
+def test_page_shows_the_figures_beside_it(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    record = json.loads(Path("docs/multimodal.json").read_text())
+    assert Path("docs/multimodal.md").read_text() == multimodal_suite.page(record)

@@ -8,7 +8,7 @@ from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
 from types import FunctionType
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from omegaconf import Container, OmegaConf
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -54,6 +54,8 @@ NonNegative = Annotated[float, Field(ge=0, le=1e9)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e9)]
 #: An amount of memory; ``inf`` for no limit.
 Gigabytes = Annotated[float, Field(ge=0)]
+#: Of a dataset; nothing may be chosen on ``test``.
+Split = Literal["train", "validation", "test"]
 #: Where to write.
 FilePath = Annotated[str | Path, AfterValidator(_named)]
 #: A regular expression.
@@ -108,12 +110,14 @@ def check_keywords(cls: type, given: Iterable[str]) -> None:
             raise unknown_setting(cls.__name__, key, known)
 
 
-def unknown_setting(owner: str, key: str, known: Iterable[str]) -> SettingsError:
-    """What is wrong with a key that nothing reads."""
+def unknown_setting(
+    owner: str, key: str, known: Iterable[str], *, more: str = ""
+) -> SettingsError:
+    """What is wrong with a key that nothing reads, and where ``more`` is said of those that are read."""
     names = sorted(name for name in known if not name.startswith("_"))
     close = difflib.get_close_matches(key, names, n=1)
     hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(names)}."
-    return SettingsError(f"{owner} has no setting {key}. {hint}")
+    return SettingsError(f"{owner} has no setting {key}. {hint}{more}")
 
 
 def check_arguments(instance: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .spectra import MatrixSpectra, total_cost
 
+#: Who gets how much rank: ``greedy`` water-filling, ``uniform`` shares, or ranks ``learned`` through a smooth truncation (Eq. 7-13).
 Allocation = Literal["learned", "greedy", "uniform"]
 
 

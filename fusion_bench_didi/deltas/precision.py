@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +28,20 @@ _FLOATS = {
     "float16": torch.float16,
 }
 _CODES = {f"int{bits}": bits for bits in WIDTHS}
-NAMES = ("checkpoint", *_FLOATS, *reversed(_CODES), "auto")
+#: In what numbers are stored: ``auto`` chooses per matrix, with its rank, among the integer types and ``checkpoint``, the type that
+#: the checkpoints have it in; any other is taken for all of them. Fewer bits leave room for more rank.
+FactorType = Literal[
+    "checkpoint",
+    "float32",
+    "bfloat16",
+    "float16",
+    "int8",
+    "int4",
+    "int3",
+    "int2",
+    "auto",
+]
+NAMES = get_args(FactorType)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ FORMAT = 1
 
 CACHE_VARIABLE = "FUSION_BENCH_DIDI_CACHE"
 
+#: ``full``: tasks that are learned, in one to three minutes. ``tiny``: three tasks in seconds, for tests.
 Size = Literal["full", "tiny"]
 
 

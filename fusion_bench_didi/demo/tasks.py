@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Callable, Literal, Mapping
+from typing import Callable, Mapping
 
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ..options import Split
 from . import painters, scenes
 from .drawing import SIDE
-
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .peft import to_peft
 from .plain import to_plain
 from .report import ExportReport
 
+#: LoRA adapters for PEFT and servers; whole checkpoints; what differs from the base model, to be put on a copy of it.
 Form = Literal["peft", "plain", "patch"]
 _NAMES = frozenset(
     {"directory", "out", "form", "tasks", "base", "overwrite"}

@@ -17,6 +17,7 @@ from .factors import LowRankFactors, Matrix, energy_of
 from .subspace_iteration import Subspace
 from .svd import half_svd
 
+#: How factors are refitted: ``alternating`` least squares, exact per module; ``adam`` as in the paper; not at all.
 Refinement = Literal["alternating", "adam", "none"]
 
 #: Directions that ``alternating`` follows per direction kept: more of the shared module, on which all others wait.

@@ -13,6 +13,7 @@ from torch import Tensor
 from .factored import Densified, accumulated, zero_like
 from .factors import Matrix
 
+#: The static merge behind the shared matrix: the mean of the task vectors, their scaled sum, TIES, or none.
 SharedMerge = Literal["mean", "task_arithmetic", "ties", "none"]
 
 

@@ -9,15 +9,20 @@ import torch
 
 from ..allocation.learned import LearningSettings
 from ..allocation.water_filling import Allocation
-from ..deltas.precision import precisions
+from ..deltas.precision import FactorType, precisions
 from ..errors import BudgetError, SettingsError
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..lowrank.static_merge import SharedMerge
 from ..options import Gigabytes, PositiveCount, Scale, Share, check_fields
 
+#: Weight of a squared error: ``none`` is 1, ``matrix`` one over the energy of the task's matrix, ``root`` the geometric mean of both.
 Normalization = Literal["none", "root", "matrix"]
+#: What experts are residuals to: the shared part as it is stored, or the whole shared matrix (Eq. 3 of the paper).
 Residual = Literal["truncated", "full"]
+#: What tasks may share: a static merge of the task vectors cut to a rank (``mean``, ``task_arithmetic``, ``ties``), the bases of a
+#: Tucker-2 form (``subspaces``), per matrix the better of mean and these (``auto``), or nothing.
 Shared = Literal["auto", "mean", "task_arithmetic", "ties", "subspaces", "none"]
+#: Biases, norms and other vectors: one copy per task, their mean for all, or the base model's.
 VectorPolicy = Literal["expert", "shared", "pretrained"]
 
 #: Keys of the YAML for the fields of the two groups of settings.
@@ -90,7 +95,7 @@ class MergeSettings:
             the whole shared matrix (``full``, Eq. 3 of the paper).
         normalization: weight of a squared error: ``none`` 1 (plain MSE); ``matrix`` 1 / (energy of this matrix of the
             task), the relative error; ``root`` the geometric mean of the two.
-        factor_dtype: one of ``precision.NAMES``.
+        factor_dtype: see :data:`~fusion_bench_didi.deltas.precision.FactorType`.
         max_rank: of what a task changes in any matrix, the shared part and its expert together; no matrix is stored whole
             then. What adapters of that rank carry.
 
@@ -108,7 +113,7 @@ class MergeSettings:
     refinement: Refinement = "alternating"
     normalization: Normalization = "root"
     vectors: VectorPolicy = "expert"
-    factor_dtype: str = "auto"
+    factor_dtype: FactorType = "auto"
     learning: LearningSettings = LearningSettings()
     warm_start: bool = True
     refining: RefinementSettings = RefinementSettings()

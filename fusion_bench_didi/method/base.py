@@ -100,7 +100,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 kwargs.pop(key)
         known = self._config_mapping.values()
         for key in kwargs:
-            raise unknown_setting(type(self).__name__, key, known)
+            more = " All of them, explained: didi settings METHOD."
+            raise unknown_setting(type(self).__name__, key, known, more=more)
         super().__init__()
         check_arguments(self)
         if self.overwrite and self.output_dir is None:

@@ -17,6 +17,7 @@ from torch import nn
 from ..allocation.learned import LearningSettings
 from ..allocation.water_filling import Allocation
 from ..checkpoint.journal import Journal
+from ..deltas.precision import FactorType
 from ..deltas.sink import Sink
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..merging.dry_run import describe
@@ -59,7 +60,7 @@ class DiDiMerging(PoolMethod):
     The paper's settings are not published; ``config/method/didi.yaml`` says what each key does. Its defaults are ours;
     ``config/method/didi/paper.yaml`` is what the paper says, with what had to be inferred named there.
 
-    Args: as the keys of ``config/method/didi.yaml``.
+    Args: as the keys of ``config/method/didi.yaml``, which ``didi settings didi`` prints.
 
     Raises:
         SettingsError, BudgetError: at construction.
@@ -97,7 +98,7 @@ class DiDiMerging(PoolMethod):
         as_vectors: Patterns = (),
         own: Patterns = (),
         exclude: Patterns = (),
-        factor_dtype: str = "auto",
+        factor_dtype: FactorType = "auto",
         max_rank: PositiveCount | None = None,
         factor_memory_gb: Gigabytes = 4.0,
         output_dir: FilePath | None = None,

@@ -64,7 +64,7 @@ class MERGE(PoolMethod):
     Source: a reconstruction from the abstract and a reading note; body and code of the paper were not at hand, and no figure
     of it was reproduced. ``fusion_bench_didi.recombination`` says what is inferred.
 
-    Args: as the keys of ``config/method/didi/merge.yaml``.
+    Args: as the keys of ``config/method/didi/merge.yaml``, which ``didi settings didi/merge`` prints.
 
     Raises:
         ModelPoolError, DiDiError: before any search, if ``objective=validation`` lacks data or heads.

@@ -35,7 +35,7 @@ class RoutedMethod(PoolMethod):
     Training-free where ``head`` is none. Otherwise the router's head is fitted to features of ``images`` images per task
     of the model pool's train (or validation) datasets; class labels are not used.
 
-    Args: as the keys of ``config/method/didi/routed.yaml``; ``router_options`` go to the router's class.
+    Args: as the keys of ``config/method/didi/routed.yaml``, which ``didi settings didi/routed`` prints; ``router_options`` go to the router's class.
     """
 
     title = "Routed"

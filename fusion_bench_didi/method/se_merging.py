@@ -52,7 +52,7 @@ class SEMerging(PoolMethod):
     the static merge trims or rotates them. Ours: ``prefer: far``, and ``head``, which fits a classifier to
     the distances on unlabelled images.
 
-    Args: as the keys of ``config/method/didi/se_merging.yaml``.
+    Args: as the keys of ``config/method/didi/se_merging.yaml``, which ``didi settings didi/se_merging`` prints.
     """
 
     title = "SE-Merging"

@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import DiDiError
-from ..options import FilePath, PositiveCount, checked
+from ..options import FilePath, PositiveCount, Split, checked
 from .task_switching import TaskAware
 
-Split = Literal["train", "validation", "test"]
 #: a batch, and what it is scored against
 Batch = tuple[dict[str, Tensor], Tensor]
 

@@ -25,7 +25,7 @@ class BitDelta(DeltaCompression):
     Source: the paper and its released code, which compress the linear layers of attention and MLP; everything else is the
     fine-tuned model's, whole. Left out: the distillation of the scales on 800 texts, for no method here sees data.
 
-    Args: as the keys of ``config/method/didi/bitdelta.yaml``.
+    Args: as the keys of ``config/method/didi/bitdelta.yaml``, which ``didi settings didi/bitdelta`` prints.
     """
 
     title = "BitDelta"

@@ -56,7 +56,7 @@ class CATMerging(PoolMethod):
     here. Tensors that belong to no ``nn.Linear`` or ``nn.LayerNorm`` that is *called* (embeddings, convolutions, the bare QKV
     matrix of ``nn.MultiheadAttention``) are added up as they are.
 
-    Args: as the keys of ``config/method/didi/cat.yaml``.
+    Args: as the keys of ``config/method/didi/cat.yaml``, which ``didi settings didi/cat`` prints.
     """
 
     title = "CAT-Merging"

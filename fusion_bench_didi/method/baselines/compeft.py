@@ -32,7 +32,7 @@ class ComPEFT(DeltaCompression):
     positions, and ``a`` is searched on validation data in .5 to 10 with densities of .05 to .5. Nothing is searched here;
     ``alpha`` and ``density`` are settings. Entries that are compared are those of the tensors that are compressed.
 
-    Args: as the keys of ``config/method/didi/compeft.yaml``.
+    Args: as the keys of ``config/method/didi/compeft.yaml``, which ``didi settings didi/compeft`` prints.
     """
 
     title = "ComPEFT"

@@ -31,7 +31,7 @@ class DARE(DeltaCompression):
     ``positions=stored``. Of our own: ``positions=seed``, for random positions need not be stored where the reader can draw
     them again (``deltas/entries.py``; the seed lies in the manifest), few-bit values, and other gains than 1.
 
-    Args: as the keys of ``config/method/didi/dare.yaml``.
+    Args: as the keys of ``config/method/didi/dare.yaml``, which ``didi settings didi/dare`` prints.
     """
 
     def __init__(

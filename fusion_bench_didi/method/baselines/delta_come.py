@@ -37,7 +37,7 @@ class DeltaCoMe(DeltaCompression):
     ``quantization/rounding.py`` instead, to the least error of their product. Everything but linear layers stays the base
     model's, as in the released code.
 
-    Args: as the keys of ``config/method/didi/delta_come.yaml``.
+    Args: as the keys of ``config/method/didi/delta_come.yaml``, which ``didi settings didi/delta_come`` prints.
     """
 
     title = "Delta-CoMe"

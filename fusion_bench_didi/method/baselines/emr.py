@@ -33,7 +33,7 @@ class EMRMerging(DynamicMethod):
     bit per entry (1.25 models beyond the backbone at T = 8; the literature's 4x has byte masks and the backbone). The
     host's own model cannot be evaluated from the command line, cannot be saved, and drifts as tasks are switched.
 
-    Args: as the keys of ``config/method/didi/emr.yaml``.
+    Args: as the keys of ``config/method/didi/emr.yaml``, which ``didi settings didi/emr`` prints.
     """
 
     title = "EMR-Merging"

@@ -61,7 +61,7 @@ class FreeMerging(DynamicMethod):
     code cancels. Biases of these layers are averaged; the code takes those of the first task of its list, with sparse
     experts (``biases=released``, first by name). Left out: the router (a ResNet-18 whose weights are not released).
 
-    Args: as the keys of ``config/method/didi/free.yaml``.
+    Args: as the keys of ``config/method/didi/free.yaml``, which ``didi settings didi/free`` prints.
     """
 
     title = "FREE-Merging"

@@ -26,7 +26,7 @@ class LosslessDifference(DynamicMethod):
 
     Source: the idea of FM-Delta (NeurIPS 2024) and BitX (NSDI 2026), which have coders of their own for it.
 
-    Args: as the keys of ``config/method/didi/lossless.yaml``.
+    Args: as the keys of ``config/method/didi/lossless.yaml``, which ``didi settings didi/lossless`` prints.
     """
 
     title = "Lossless difference"

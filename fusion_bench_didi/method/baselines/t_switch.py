@@ -30,7 +30,7 @@ class TSwitch(DeltaCompression):
     Of our own: ``norm=whole``, a scale that restores the length of the whole task vector. Left out: Auto-Switch, which
     finds the task by nearest neighbors; routers do that here for any method.
 
-    Args: as the keys of ``config/method/didi/t_switch.yaml``.
+    Args: as the keys of ``config/method/didi/t_switch.yaml``, which ``didi settings didi/t_switch`` prints.
     """
 
     title = "T-Switch"

@@ -42,7 +42,7 @@ class TallMaskMerging(DynamicMethod):
     method has no classifier here, so nothing is tuned: ``threshold`` is the middle of that set, and values found
     elsewhere are given as ``thresholds={task: value}``.
 
-    Args: as the keys of ``config/method/didi/tall_mask.yaml``.
+    Args: as the keys of ``config/method/didi/tall_mask.yaml``, which ``didi settings didi/tall_mask`` prints.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class TSVCompression(DynamicMethod):
     raises ``NotImplementedError``. The paper speaks of 10 % of a task vector per task; at its rank of 1 / T the account here
     finds 22 % on real8 (T = 8), convolution and vectors included.
 
-    Args: as the keys of ``config/method/didi/tsv_c.yaml``.
+    Args: as the keys of ``config/method/didi/tsv_c.yaml``, which ``didi settings didi/tsv_c`` prints.
     """
 
     title = "TSV-C"

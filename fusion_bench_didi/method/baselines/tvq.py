@@ -17,6 +17,7 @@ from ...deltas.sink import EncodedTensor
 from ...task_vectors.tensor import ChangedTensor
 from .compression import Compressed, DeltaCompression, Others
 
+#: Bits of an entry.
 Width = Literal[1, 2, 3, 4, 8]
 
 
@@ -31,7 +32,7 @@ class TaskVectorQuantization(DeltaCompression):
     Reconstruction from a reading note of the paper. There it feeds other merging methods; here the task is given and each
     task gets its own vector back.
 
-    Args: as the keys of ``config/method/didi/tvq.yaml``.
+    Args: as the keys of ``config/method/didi/tvq.yaml``, which ``didi settings didi/tvq`` prints.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class TwinMerging(DynamicMethod):
     Inferred: ``s`` = .3, the value of task arithmetic for CLIP; 4-D convolutions viewed as matrices. Left out: the
     learned router (a trained MLP on task data) and the code's other truncations (by magnitude, at random).
 
-    Args: as the keys of ``config/method/didi/twin.yaml``.
+    Args: as the keys of ``config/method/didi/twin.yaml``, which ``didi settings didi/twin`` prints.
     """
 
     title = "Twin-Merging"

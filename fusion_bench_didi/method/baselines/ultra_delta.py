@@ -42,7 +42,7 @@ class UltraDelta(DeltaCompression):
     their entropy here, codes b bits, which is how the paper counts (50.9 times smaller than 16 bits at s = .97, 132.5 at
     .99). It takes weights of attention and MLP; everything else stays the base model's.
 
-    Args: as the keys of ``config/method/didi/ultra_delta.yaml``.
+    Args: as the keys of ``config/method/didi/ultra_delta.yaml``, which ``didi settings didi/ultra_delta`` prints.
     """
 
     title = "UltraDelta"

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from ..compat import lazy
 
 if TYPE_CHECKING:
-    from .adapters import AdapterSettings
     from .command import export
     from .patch import patched, to_patch
     from .peft import to_peft
     from .plain import to_plain
     from .report import ExportReport
+    from .settings import AdapterSettings
 
 _HOME = {
-    "AdapterSettings": "adapters",
+    "AdapterSettings": "settings",
     "ExportReport": "report",
     "export": "command",
     "patched": "patch",

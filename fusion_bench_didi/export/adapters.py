@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,63 +12,20 @@ from torch import Tensor, nn
 from ..checkpoint.tensors import independent
 from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
-from ..errors import DiDiError, SettingsError
+from ..errors import DiDiError
 from ..lowrank.factors import LowRankFactors
 from ..models.dynamic import DynamicModel
-from ..options import PositiveCount, check_fields
 from ..task_vectors.tensor import matrix_shape
 from .factors import fitted
 from .modules import Refusal, Site, sites
 from .report import Carried
+from .settings import AdapterSettings
 
-#: The largest rank that vLLM's kernels are made for.
-MOST_PADDED = 512
 #: Names in a PEFT file begin with it.
 _PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
 _OTHER_SHAPE = "of another shape or type than the base model's"
 _BY_PEFT_ALONE = "servers read adapters of linear layers alone; carry=all is for PEFT"
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """How adapters are made.
-
-    Args:
-        shared: what all tasks share is in every adapter (``concat``), or in a base checkpoint beside them (``fold``).
-        max_rank: of any module of an adapter; no limit if None.
-        pad_rank: all modules of one rank, filled up with zeros, for servers that know no other; at most 512.
-        factor_dtype: of the factors; the base model's if None.
-        carry: ``linear``: layers that servers read; ``all``: also convolutions, embeddings, norms and biases, which PEFT
-            reads.
-
-    Raises:
-        SettingsError: for values that are none of these, or contradict each other.
-    """
-
-    shared: Literal["concat", "fold"] = "concat"
-    max_rank: PositiveCount | None = None
-    pad_rank: bool = False
-    factor_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    carry: Literal["linear", "all"] = "linear"
-
-    def __post_init__(self):
-        check_fields(self)
-        if self.pad_rank and (self.max_rank or 0) > MOST_PADDED:
-            raise SettingsError(
-                f"max_rank={self.max_rank} with pad_rank: servers of one rank per adapter go to {MOST_PADDED}. Give at most that."
-            )
-
-    @property
-    def limit(self) -> int | None:
-        """The largest rank of a module."""
-        return MOST_PADDED if self.pad_rank and not self.max_rank else self.max_rank
-
-    def dtype(self, model: nn.Module) -> torch.dtype:
-        """Of the factors of an adapter of a model."""
-        if self.factor_dtype is not None:
-            return getattr(torch, self.factor_dtype)
-        return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 @dataclass
@@ -178,6 +135,8 @@ class AdapterWriter:
         owner, _, leaf = name.rpartition(".")
         tied = self.refused.get(name, Refusal("")).together
         if why := self._why_not(name):
+            if self.settings.shared == "concat" and self._all_share(name):
+                why += "; with shared=fold the base model has it"
             return Carried("left out", lost, why=why)
         if _is_bias(name) and owner not in content.modules:
             layer = f"{owner}.base_layer" if owner in content.parts else owner
@@ -190,6 +149,11 @@ class AdapterWriter:
                 same = name if tied and other == leaf else f"{module}.{other}"
                 content.whole[f"{_PREFIX}{module}.{other}"] = self._value(task, same)
         return Carried("whole")
+
+    def _all_share(self, name: str) -> bool:
+        """Whether a tensor's change is the same for all tasks."""
+        experts = self.model.modulators.values()
+        return name in self.model.shared and not any(name in e.deltas for e in experts)
 
     def _why_not(self, name: str) -> str:
         """Why a tensor without factors cannot be carried; empty if it can."""

@@ -10,12 +10,12 @@ from ..artifacts.saving import load
 from ..checkpoint.directory import check_target
 from ..errors import DiDiError, SettingsError
 from ..models.dynamic import DynamicModel
-from .adapters import AdapterSettings
 from .common import MANIFEST, source_of
 from .patch import to_patch
 from .peft import to_peft
 from .plain import to_plain
 from .report import ExportReport
+from .settings import AdapterSettings
 
 #: LoRA adapters for PEFT and servers; whole checkpoints; what differs from the base model, to be put on a copy of it.
 Form = Literal["peft", "plain", "patch"]
@@ -42,7 +42,7 @@ def export(
         out: to write.
         tasks: all if None.
         base: repository or directory of the base model; where the merge took it from if None.
-        settings: of :class:`~.adapters.AdapterSettings`, for ``form=peft``.
+        settings: of :class:`~.settings.AdapterSettings`, for ``form=peft``.
 
     Raises:
         SettingsError: for settings of another form.
@@ -76,7 +76,8 @@ def _loaded(directory: str | Path, base: str | Path | None) -> DynamicModel:
     model = load(directory, base)
     if not isinstance(model, DynamicModel):
         raise DiDiError(
-            f"{directory} holds no experts on a backbone, which is what is exported; its models are plain checkpoints already."
+            f"{directory} is no backbone with an expert per task, which is what can be exported. Merge by a method that makes one, "
+            "such as didi."
         )
     return model
 

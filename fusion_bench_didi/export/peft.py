@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..models.dynamic import DynamicModel
-from .adapters import AdapterSettings, AdapterWriter
+from .adapters import AdapterWriter
 from .checks import check_close, outputs_differ
 from .common import (
     BASE,
@@ -29,6 +29,7 @@ from .common import (
 )
 from .plain import write_checkpoint
 from .report import Carried, ExportReport
+from .settings import AdapterSettings
 
 
 def to_peft(

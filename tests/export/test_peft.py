@@ -9,7 +9,7 @@ from helpers import BASE, OpenClipLike, didi, family
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from fusion_bench_didi.deltas.plain import LowRankDelta
+from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
 from fusion_bench_didi.errors import DiDiError, SettingsError, UnknownTaskError
 from fusion_bench_didi.export import AdapterSettings, to_peft
 from fusion_bench_didi.models.dynamic import DiDiModel
@@ -83,6 +83,18 @@ def test_folded_adapters_hold_the_experts_alone(tmp_path):
     assert max(report.outputs.values()) < 1e-5
 
 
+def test_norms_that_all_share_are_folded_and_otherwise_pointed_to(tmp_path):
+    name = "model.norm.weight"
+    model = low_rank(llama())
+    model.shared[name] = DenseDelta((32,), torch.full((32,), 0.5))
+    left = to_peft(model, tmp_path / "one").lossy["task 0"]
+    assert set(left) == {name} and "shared=fold" in left[name].why
+    settings = AdapterSettings(shared="fold")
+    report = to_peft(model, tmp_path / "two", settings=settings)
+    assert not any(report.lossy.values()) and max(report.outputs.values()) < 1e-5
+    assert report.tensors["task 0"][name].how == "base"
+
+
 def test_padded_adapters_have_one_rank_and_change_nothing(tmp_path):
     model = low_rank(llama(), shared=0, ranks=(2, 3))
     first = model.modulators["task 0"].deltas
@@ -150,16 +162,8 @@ def test_refusals(tmp_path):
         AdapterSettings(max_rank=600, pad_rank=True)
     with pytest.raises(SettingsError, match="carry='some'"):
         AdapterSettings(carry="some")
-    only = {"model.norm.weight": torch.ones(32)}
-    norms = DiDiModel(
-        llama(), {}, {"a": {n: delta_of(v) for n, v in only.items()}}, unit_bits=1
-    )
+    norm = {"model.norm.weight": DenseDelta((32,), torch.ones(32))}
+    norms = DiDiModel(llama(), {}, {"a": norm}, unit_bits=1)
     with pytest.raises(DiDiError, match="Nothing that a changes .* Export it as plain"):
         to_peft(norms, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def delta_of(value):
-    from fusion_bench_didi.deltas.plain import DenseDelta
-
-    return DenseDelta(tuple(value.shape), value)

@@ -23,7 +23,7 @@ from fusion_bench_didi.export.factors import fitted
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 
-BUDGETS, RANKS = (0.02, 0.06, 0.12), (8, 32)
+BUDGETS, RANKS = (0.02, 0.06), (8, 32)
 EXCLUDE = ["*embeddings*"]
 
 
@@ -57,8 +57,8 @@ def as_adapters(model: DiDiModel, rank: int) -> DiDiModel:
             experts[task][name] = LowRankDelta.of(
                 tuple(base.shape), found.factors, torch.bfloat16
             )
-    model.unset_task()
-    return DiDiModel(model.backbone, {}, experts, unit_bits=model.unit_bits)
+    base = model.materialize(model.tasks[0], as_base=model.touched)
+    return DiDiModel(base, {}, experts, unit_bits=model.unit_bits)
 
 
 def row(model: DiDiModel, taskpool: FolderTextTaskPool) -> dict[str, float]:

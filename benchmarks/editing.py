@@ -13,19 +13,20 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.suites import NOTES, Suite, in_words, machine, mean, write_json
 from fusion_bench_didi.demo.text_pools import FolderTextModelPool, FolderTextTaskPool
-from fusion_bench_didi.editing import add_task, rescale
+from fusion_bench_didi.editing import AdapterLibrary, add_task, rescale
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models import DiDiModel
 
 BUDGETS = (0.12, 0.24)
 CHAIN = (0.5, 0.24, 0.12)
 DOCS = Path("docs")
+PARTS = ("rescaled", "added", "seconds", "library")
 
 
 class TextSuite(Suite):
@@ -33,14 +34,15 @@ class TextSuite(Suite):
 
     Args:
         root, data: folders of the models and of the texts.
+        texts: to score on, per task.
     """
 
-    def __init__(self, root: str, data: str, *, split: str = "test"):
+    def __init__(self, root: str, data: str, *, split: str = "test", texts: int = 500):
         from fusion_bench_didi.programs.scoring import Scorer
 
         self.label = "text"
         self.modelpool = FolderTextModelPool(root=root, data=data)
-        options = {"max_length": 64, "batch_size": 128, "limit": 500}
+        options = {"max_length": 64, "batch_size": 100, "limit": texts}
         pool = FolderTextTaskPool(root=root, data=data, split=split, **options)
         self.taskpool, self.scorer = pool, Scorer(pool)
 
@@ -64,13 +66,22 @@ def kept(scores: Mapping[str, float], reference: Mapping[str, float]) -> float:
     return 100 * mean({t: s / reference[t] for t, s in scores.items()})
 
 
-def tasks_added(suite: Suite, reference: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Every task left out and added, at the bytes of a merge of all."""
+def tasks_added(
+    suite: Suite,
+    reference: Mapping[str, float],
+    budgets: Sequence[float] = BUDGETS,
+    count: int | None = None,
+) -> list[dict[str, Any]]:
+    """Tasks left out and added, one at a time, at the bytes of a merge of all.
+
+    Args:
+        count: so many tasks, all if None.
+    """
     rows, tasks = [], suite.tasks
-    for budget in BUDGETS:
+    for budget in budgets:
         whole, seconds = merged(suite, tasks, budget)
         at_once = suite.accuracy(whole)
-        for task in tasks:
+        for task in tasks[:count]:
             others = [t for t in tasks if t != task]
             share = budget / len(tasks)
             model, _ = merged(suite, others, budget - share)
@@ -129,6 +140,72 @@ def budgets_lowered(
     return rows
 
 
+def seconds_of_all(suite: Suite) -> dict[str, float]:
+    """Processor seconds of merges and edits, which other work on the machine does not change."""
+    found: dict[str, float] = {}
+
+    def timed(label: str, call: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        value = call()
+        found[label] = time.process_time() - start
+        return value
+
+    *others, task = suite.tasks
+    merged(suite, others, CHAIN[0])  # what is done once per process
+    entry = suite.modelpool._models[task]
+    for budget in CHAIN:
+        timed(f"merged {budget}", lambda: merged(suite, suite.tasks, budget))
+    for budget in BUDGETS:
+        share = budget / len(suite.tasks)
+        model, _ = merged(suite, others, budget - share)
+        timed(f"added {budget}", lambda: add_task(model, entry, task, budget=share))
+    model, _ = merged(suite, suite.tasks, CHAIN[0])
+    for before, budget in zip(CHAIN, CHAIN[1:]):
+        label = f"rescaled in a chain, from {before} {budget}"
+        timed(label, lambda: rescale(model, budget=budget))
+    model, _ = merged(suite, suite.tasks, CHAIN[0])
+    label = f"rescaled at once, from {CHAIN[0]} {CHAIN[-1]}"
+    timed(label, lambda: rescale(model, budget=CHAIN[-1]))
+    return found
+
+
+def library_filled(suite: Suite, adapters: int = 1000) -> dict[str, Any]:
+    """A library of so many tasks, which are those of a merge under many names; seconds, and bytes behind one task."""
+    model, _ = merged(suite, suite.tasks, BUDGETS[0])
+    experts = [dict(e.deltas.items()) for e in model.modulators.values()]
+    shared = dict(model.shared.items())
+    many = {f"task {i:04}": experts[i % len(experts)] for i in range(adapters)}
+    model.hold(shared, many)
+    with tempfile.TemporaryDirectory() as scratch:
+        library, seconds = AdapterLibrary(Path(scratch) / "library"), {}
+        start = time.perf_counter()
+        library.add(model)
+        seconds["add one"] = (time.perf_counter() - start) / adapters
+        start = time.perf_counter()
+        names = AdapterLibrary(library.place).tasks
+        seconds["list all"] = time.perf_counter() - start
+        backbone = suite.modelpool.load_pretrained_model()
+        start = time.perf_counter()
+        one = library.load(names[-1], backbone)
+        seconds["load one"] = time.perf_counter() - start
+        size = {
+            part: sum(f.stat().st_size for f in place.rglob("*") if f.is_file())
+            for part, place in (
+                ("one task", library.place / "tasks" / names[-1]),
+                ("shared", library.place / "shared"),
+                ("all", library.place),
+            )
+        }
+    stored = one.storage
+    return {
+        "adapters": adapters,
+        "seconds": seconds,
+        "bytes": size,
+        "expert_bytes": stored.expert_bits[names[-1]] // 8,
+        "shared_bytes": stored.shared_bits // 8,
+    }
+
+
 def _row(
     label: str,
     budget: float,
@@ -175,28 +252,27 @@ def page() -> str:
     lines = [(NOTES / "editing.md").read_text().rstrip()]
     for file in sorted(DOCS.glob("editing_*.json")):
         found = json.loads(file.read_text())
-        option = "" if found["suite"] == "real8" else f" --suite {found['suite']}"
+        option = found.get("options", "")
         lines += [
             "",
             f"## Measured: {found['suite']}, {found['split']} split",
             "",
             f"`python -m benchmarks.editing{option}` ({in_words(found['machine'])}). Retention: accuracy over fine-tuned accuracy, per "
-            "cent, mean over tasks.",
+            "cent, mean over tasks; seconds of one processor.",
             "",
-            "A task added to a merge of the others, beside a merge of all tasks at the same bytes; means over every task left out "
-            "in turn:",
+            "A task added to a merge of the others, beside a merge of all tasks at the same bytes; means over tasks left out in turn:",
             "",
-            "| budget | the new task: added | merged | all tasks: added | merged | seconds: added | merged |",
-            "|---|---|---|---|---|---|---|",
+            "| budget | left out | the new task: added | merged | all tasks: added | merged | seconds: added | merged |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         keys = ("new", "new, merged", "all", "all, merged")
         for budget in sorted({row["budget"] for row in found["added"]}):
             rows = [row for row in found["added"] if row["budget"] == budget]
             means = [sum(row[key] for row in rows) / len(rows) for key in keys]
             cells = [f"{value:.1f}" for value in means]
-            for key in ("seconds", "seconds, merged"):
-                cells.append(f"{sum(row[key] for row in rows) / len(rows):.1f}")
-            lines.append(f"| {budget} | {' | '.join(cells)} |")
+            for what in ("added", "merged"):
+                cells.append(f"{found['seconds'][f'{what} {budget}']:.1f}")
+            lines.append(f"| {budget} | {len(rows)} tasks | {' | '.join(cells)} |")
         lines += [
             "",
             "A smaller budget from what is stored, beside merges at that budget:",
@@ -205,11 +281,38 @@ def page() -> str:
             "|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {row['setting']} | {row['budget']} | {row['x_excl']:.4f} | {row['retention']:.2f} | {row['seconds']:.1f} | "
+            f"| {row['setting']} | {row['budget']} | {row['x_excl']:.4f} | {row['retention']:.2f} | {_seconds(found, row):.1f} | "
             f"{row['read'] / 1e6:.1f} |"
             for row in sorted(found["rescaled"], key=lambda row: -row["budget"])
         ]
+        lines += ["", *_of_library(found["library"])]
     return "\n".join(lines) + "\n"
+
+
+def _seconds(found: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    return found["seconds"][f"{row['setting']} {row['budget']}"]
+
+
+def _of_library(found: Mapping[str, Any]) -> list[str]:
+    seconds, size = found["seconds"], found["bytes"]
+    return [
+        f"A library of {found['adapters']} tasks: {1000 * seconds['add one']:.0f} ms to add one, {1000 * seconds['list all']:.0f} ms to "
+        f"list all, {seconds['load one']:.2f} s to load one on a backbone in memory. Loading",
+        f"one opens {size['one task'] / 1e6:.3f} MB of its own ({found['expert_bytes'] / 1e6:.3f} MB are its expert) and "
+        f"{size['shared'] / 1e6:.3f} MB that its merge shares, of {size['all'] / 1e6:.1f} MB in all.",
+    ]
+
+
+def _options(arguments: argparse.Namespace) -> str:
+    """Those of the command that are not the default and change figures."""
+    found = f" --suite {arguments.suite}" if arguments.suite else ""
+    if tuple(arguments.budgets) != BUDGETS:
+        found += f" --budgets {' '.join(map(str, arguments.budgets))}"
+    if arguments.texts != 500:
+        found += f" --texts {arguments.texts}"
+    if arguments.left_out:
+        found += f" --left-out {arguments.left_out}"
+    return found
 
 
 def main() -> None:
@@ -218,23 +321,33 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--models", default="outputs/text/models", help="of text")
     parser.add_argument("--data", default="../shared/suite/text/data", help="of text")
-    parser.add_argument("--page-only", action="store_true")
+    parser.add_argument("--texts", type=int, default=500, help="per task, of text")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to measure; others stay as they are")  # fmt: skip
+    parser.add_argument("--budgets", nargs="*", type=float, default=BUDGETS, help="of all tasks, where one is added")  # fmt: skip
+    parser.add_argument("--left-out", type=int, help="so many tasks in turn; all if left out")  # fmt: skip
     arguments = parser.parse_args()
-    if not arguments.page_only:
-        if arguments.suite == "text":
-            suite = TextSuite(arguments.models, arguments.data, split=arguments.split)
-        else:
-            suite = Suite(arguments.suite, split=arguments.split)
-        reference = suite.individuals()
-        found = {
-            "suite": Path(suite.label).name,
-            "split": arguments.split,
-            "machine": machine(),
-            "individuals": reference,
-            "rescaled": budgets_lowered(suite, reference),
-            "added": tasks_added(suite, reference),
-        }
-        write_json(DOCS / f"editing_{Path(suite.label).name}.json", found)
+    if arguments.suite == "text":
+        options = {"split": arguments.split, "texts": arguments.texts}
+        suite: Suite = TextSuite(arguments.models, arguments.data, **options)
+    else:
+        suite = Suite(arguments.suite, split=arguments.split)
+    label = Path(suite.label).name
+    file = DOCS / f"editing_{label}.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found |= {"suite": label, "split": arguments.split, "machine": machine()}
+    found["options"] = _options(arguments)
+    if {"added", "rescaled"} & {*arguments.only}:
+        reference = found["individuals"] = suite.individuals()
+    if "rescaled" in arguments.only:
+        found["rescaled"] = budgets_lowered(suite, reference)
+    if "added" in arguments.only:
+        given = arguments.budgets, arguments.left_out
+        found["added"] = tasks_added(suite, reference, *given)
+    if "seconds" in arguments.only:
+        found["seconds"] = seconds_of_all(suite)
+    if "library" in arguments.only:
+        found["library"] = library_filled(suite)
+    write_json(file, found)
     (DOCS / "editing.md").write_text(page())
 
 

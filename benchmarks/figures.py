@@ -36,6 +36,7 @@ PAGES = {
     "speed_cold": "benchmarks.speed --cold --only didi tsv_m",
     "speed_growth": "benchmarks.speed growth",
     "memory": "benchmarks.memory --runs 3",
+    "editing": "benchmarks.editing",
     "serving": "benchmarks.serving",
 }
 

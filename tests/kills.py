@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from fusion_bench.modelpool import BaseModelPool
-from fuzz import M, _modules, body
+from fuzz_cases import M, _modules, body
 from helpers import family
 
 from fusion_bench_didi.artifacts import load_artifact

@@ -4,8 +4,7 @@ Writers take the directory, what is to be written, the base model's tensors, and
 task changed; they return what the reader of the same kind needs beside the files, JSON-plain.
 """
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..checkpoint.fields import Field, inside
 from ..checkpoint.parts import TYPES, read_header
 from ..checkpoint.tensors import open_tensors, write_tensors
 from ..errors import CheckpointMismatchError
+from ..models.weights import BackboneWeights
 from ..task_vectors.sources import ModuleSource
 from .host_moe import MIXTURES, HostParts, check_mixtures, put_together
 
@@ -39,13 +39,20 @@ def write_individuals(
     base: Mapping[str, Tensor],
     types: Types,
 ) -> dict[str, Any]:
-    """The changed tensors of every model, given as (task, model), each in a directory of its own."""
+    """The changed tensors of every model, given as (task, model), each in a directory of its own.
+
+    Those that only a task has in its size, such as heads, are named beside the files.
+    """
     entries = []
     for i, (task, model) in enumerate(models):
-        inside = Path(EXPERTS) / str(i)
+        inside, state = Path(EXPERTS) / str(i), tensors_of(model)
+        own = [n for n in types if n in state and state[n].shape != base[n].shape]
+        _check_elsewhere(state, base, types, type(model).__name__, own)
         (place / inside).mkdir(parents=True)
-        own = write_static(place / inside, model, base, types)
-        entries.append({"task": task, "directory": str(inside), "files": own["files"]})
+        chosen = {name: state[name].to(dtype) for name, dtype in types.items()}
+        files = write_tensors(place / inside, chosen)
+        entry = {"task": task, "directory": str(inside), "files": files}
+        entries.append({**entry, "own": own} if own else entry)
     return {"kind": "individuals", "experts": entries}
 
 
@@ -69,9 +76,18 @@ def _check_elsewhere(
     base: Mapping[str, Tensor],
     types: Types,
     what: str,
+    own: Collection[str] = (),
 ) -> None:
-    """A state must be one of the base model's tensors, and equal to it but for ``types`` and rounding."""
-    if {n: v.shape for n, v in state.items()} != {n: v.shape for n, v in base.items()}:
+    """A state must be one of the base model's tensors, and equal to it but for ``types`` and rounding.
+
+    Args:
+        own: tensors that may be of another size.
+    """
+    given, needed = (
+        {n: v.dim() if n in own else v.shape for n, v in tensors.items()}
+        for tensors in (state, base)
+    )
+    if given != needed:
         raise TypeError(
             f"{what} cannot be saved as an artifact: it is neither a dynamic model of this package nor the host's SMILE or "
             "WEMoE, and its tensors are not those of the base model."
@@ -98,7 +114,7 @@ def check_forms(config: Field, place: Path) -> None:
         CheckpointMismatchError: naming the field that does not, or what leads out of the directory.
     """
     if config["kind"].value == "individuals":
-        tasks: set[str] = set()
+        tasks, names = set[str](), config["names"].texts()
         for expert in config["experts"].elements():
             task, directory = expert["task"].text(), expert["directory"]
             if task in tasks:
@@ -109,6 +125,8 @@ def check_forms(config: Field, place: Path) -> None:
                 directory.fail(f"a directory in {EXPERTS}")
             inside(inside(place, EXPERTS), parts[1])
             expert["files"].files()
+            if "own" in expert and set(expert["own"].texts()) - set(names):
+                expert["own"].fail("some of names")
         return
     config["files"].files()
     if config["kind"].value in MIXTURES:
@@ -123,8 +141,12 @@ def _read(
     directory: Path,
     files: Mapping[str, str],
     shapes: Mapping[str, torch.Size] | None = None,
+    own: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The tensors of files; those of ``shapes``, if given.
+
+    Args:
+        own: tensors of which only the number of sides is as in ``shapes``.
 
     Raises:
         CheckpointMismatchError: if they are others.
@@ -133,6 +155,9 @@ def _read(
     found = {name: read_header(handle, name) for name, handle in handles.items()}
     here = {name: header.shape for name, header in found.items()}
     expected = {name: tuple(shape) for name, shape in (shapes or here).items()}
+    for name in own:
+        if len(here.get(name, ())) == len(expected[name]):
+            expected[name] = here[name]
     for name in sorted(expected.keys() | here.keys()):
         if here.get(name) != expected.get(name) or found[name].dtype not in TYPES:
             raise CheckpointMismatchError(
@@ -156,14 +181,14 @@ def _read_static(
 def _read_individuals(
     directory: Path, config: Mapping[str, Any], backbone: nn.Module
 ) -> dict[str, nn.Module]:
-    return {
-        entry["task"]: _read_static(
-            directory / entry["directory"],
-            {**entry, "names": config["names"]},
-            copy.deepcopy(backbone),
-        )
-        for entry in config["experts"]
-    }
+    weights, state = BackboneWeights(backbone), tensors_of(backbone)
+    shapes, models = {name: state[name].shape for name in config["names"]}, {}
+    for entry in config["experts"]:
+        place, own = directory / entry["directory"], entry.get("own", ())
+        models[entry["task"]] = model = weights.copied()
+        for name, value in _read(place, entry["files"], shapes, own).items():
+            weights.put(model, name, value)
+    return models
 
 
 def _read_mixtures(

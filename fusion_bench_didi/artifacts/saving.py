@@ -8,8 +8,8 @@
     <directory>/backbone/model.safetensors      only where the merge overwrote the backbone itself (WEMoE)
 
 Dynamic models of this package are written by their own ``save_pretrained``. A static merge is the tensors that some task
-changed, once; individuals are the same per task; SMILE is its low-rank factors, biases and gates, WEMoE its task vectors
-and routers. The base model is referred to, not contained.
+changed, once; individuals are the same per task, heads in the task's own size; SMILE is its low-rank factors, biases and
+gates, WEMoE its task vectors and routers. The base model is referred to, not contained.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,42 +1,85 @@
-"""What models compute beside their weights: where fine-tuned models say something else than the base model, no merge is theirs."""
+"""What models compute beside their weights: where a fine-tuned model says something else than the base model, no merge is its."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
-#: Settings that no shape of a tensor tells, and that every layer's outputs depend on.
-COMPUTED = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "n_head",
-    "num_heads",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "partial_rotary_factor",
-    "sliding_window",
-    "hidden_act",
-    "hidden_activation",
-    "activation_function",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "rms_norm_eps",
+from ..errors import CheckpointMismatchError
+
+#: Settings that no shape of a tensor tells, and that outputs depend on. Others (labels, dropout, versions, types, caches) do
+#: not matter to a merge.
+COMPUTED = frozenset(
+    {
+        # how states are cut into heads
+        *("num_attention_heads", "num_key_value_heads", "n_head", "num_heads"),
+        *("encoder_attention_heads", "decoder_attention_heads", "attention_heads"),
+        # where positions enter
+        *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq"),
+        *("rotary_emb_base", "rotary_pct", "rotary_dim", "partial_rotary_factor"),
+        *("position_embedding_type", "relative_attention_max_distance", "alibi"),
+        # what is attended to
+        *("sliding_window", "layer_types", "window_size", "is_decoder"),
+        *("attention_chunk_size", "no_rope_layers"),
+        # functions of single values
+        *("hidden_act", "hidden_activation", "activation_function", "dense_act_fn"),
+        *("feed_forward_proj", "is_gated_act", "projector_hidden_act"),
+        *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps"),
+        *("norm_epsilon", "batch_norm_eps"),
+        # scales and bounds
+        *("scale_embedding", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+        *("embedding_multiplier", "residual_multiplier", "attention_multiplier"),
+        *("logits_scaling", "logit_scale", "query_pre_attn_scalar", "clip_qkv"),
+        *("final_logit_softcapping", "attn_logit_softcapping", "scale_depth"),
+        # what is connected how
+        *("do_layer_norm_before", "normalize_before", "use_parallel_residual"),
+        *("parallel_attn", "downsample_in_first_stage", "layer_type"),
+        *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
+    }
 )
+#: Families whose head scales its input where it is tied to the embedding.
+_SCALED_WHERE_TIED = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+#: Kinds of positions that depend on the longest text of pre-training.
+_BY_LENGTH = {"dynamic", "yarn", "longrope"}
+
+#: A configuration, or the content of its file.
+Configuration = PretrainedConfig | Mapping[str, Any]
 
 
-def differing(base: PretrainedConfig, tuned: PretrainedConfig | Any) -> list[str]:
-    """What two configurations say otherwise of the computation, as ``name: base model's != fine-tuned model's``.
+def check_configurations(base: Any, tuned: Mapping[str, Any]) -> None:
+    """The base model runs all tasks: under its configuration they must compute what they did.
 
     Args:
-        tuned: a configuration, or the content of its file.
+        tuned: by task; what is no configuration says nothing.
+
+    Raises:
+        CheckpointMismatchError: listing all differences of all tasks.
     """
-    if isinstance(tuned, Mapping):
-        try:
-            tuned = type(base).from_dict(dict(tuned))
-        except Exception:  # of any type: what a class makes of another's file
-            return []
-    here, there = (dict(_settings(c.to_dict())) for c in (base, tuned))
+    known = (Mapping, PretrainedConfig)
+    faults = [
+        f"{task}: {found}"
+        for task, config in tuned.items()
+        if isinstance(config, known) and isinstance(base, known)
+        for found in differing(base, config)
+    ]
+    if faults:
+        raise CheckpointMismatchError(
+            "Fine-tuned models compute something else with their weights than the base model, under which all tasks run (base "
+            "model's != fine-tuned model's):\n  "
+            + "\n  ".join(faults)
+            + "\nTake these models out of the pool. One that may run as the base model does can be given the base model's "
+            "value: beside its place in modelpool.models, in its config.json, or in the module's config."
+        )
+
+
+def differing(base: Configuration, tuned: Configuration) -> list[str]:
+    """What two configurations say otherwise of the computation, as ``name: base model's != fine-tuned model's``.
+
+    What one of them leaves out is not compared; models in models of one kind are found in one another.
+    """
+    if isinstance(base, PretrainedConfig) and isinstance(tuned, Mapping):
+        tuned = _as_class(type(base), tuned)
+    here, there = (dict(_settings(_plain(config))) for config in (base, tuned))
     return [
         f"{name}: {value!r} != {there[name]!r}"
         for name, value in here.items()
@@ -44,9 +87,51 @@ def differing(base: PretrainedConfig, tuned: PretrainedConfig | Any) -> list[str
     ]
 
 
+def _plain(config: Configuration) -> Mapping[str, Any]:
+    return config.to_dict() if isinstance(config, PretrainedConfig) else config
+
+
+def _as_class(cls: type[PretrainedConfig], file: Mapping[str, Any]) -> Configuration:
+    """A file as a class reads it, with its defaults; what another class wrote as it is."""
+    inner = (part for part in file.values() if isinstance(part, Mapping))
+    ours = [f for f in (file, *inner) if f.get("model_type", "") == cls.model_type]
+    if not ours:
+        return file
+    try:
+        return cls.from_dict(dict(ours[0]))
+    except Exception:  # of any type: what a class makes of a file
+        return file
+
+
 def _settings(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    scaling = config.get("rope_scaling")
+    kind = _kind(scaling)
     for key, value in config.items():
-        if key in COMPUTED:
+        if key == "rope_scaling":
+            yield within + key, _scaling(value)
+        elif key in COMPUTED:
             yield within + key, value
+        elif key == "tie_word_embeddings":
+            if config.get("model_type") in _SCALED_WHERE_TIED:
+                yield within + key, value
+        elif key == "max_position_embeddings":
+            if kind in _BY_LENGTH:
+                yield within + key, value
         elif key.endswith("_config") and isinstance(value, Mapping):
             yield from _settings(value, f"{within}{key}.")
+
+
+def _kind(scaling: Any) -> str | None:
+    """Of scaled rotary positions, under either name that it has had."""
+    if not isinstance(scaling, Mapping):
+        return None
+    return scaling.get("rope_type", scaling.get("type"))
+
+
+def _scaling(scaling: Any) -> Any:
+    """Rotary positions' scaling in one form; None where there is none."""
+    kind = _kind(scaling)
+    if kind in (None, "default") and not (scaling or {}).keys() - {"rope_type", "type"}:
+        return None
+    rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
+    return {**rest, "rope_type": kind}

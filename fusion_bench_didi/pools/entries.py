@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import nn
 
 from ..errors import DiDiError, ModelPoolError
 from ..task_vectors.lora_config import CONFIG
+from ..task_vectors.sources import read_json
 from ..task_vectors.tower_names import fill
+from .configurations import COMPUTED
 from .weight_files import Weights, open_weights
 
 BASE = "_pretrained_"
@@ -64,8 +67,12 @@ def adapter_directory(modelpool: BaseModelPool, name: str) -> Path | None:
 
 def directory_of(modelpool: BaseModelPool, name: str) -> Path | None:
     repo, weights = asked(modelpool, name)
-    if repo is None or weights is None:
+    if weights is None:
         return None
+    if not repo or not isinstance(repo, (str, os.PathLike)):
+        raise ModelPoolError(
+            f"{name!r} has {PLACE}={repo!r}, expected a directory or a name on the hub. Mend its entry in modelpool.models."
+        )
     directory = _resolved(repo, getattr(modelpool, "_platform", "hf"))
     return directory if directory.is_dir() else None
 
@@ -137,13 +144,30 @@ def _arguments(modelpool: BaseModelPool, name: str) -> dict[str, Any] | None:
     return {**eager(modelpool, entry), **given_by(modelpool)}
 
 
+def configuration_of(modelpool: BaseModelPool, name: str) -> Any:
+    """What an entry says of the computation: a configuration, its file's content with what the entry adds to it, or None."""
+    entry = modelpool._models[name]
+    if isinstance(entry, nn.Module):
+        return getattr(entry, "config", None)
+    directory = directory_of(modelpool, name)
+    if directory is None:
+        return None
+    file = directory / asked(modelpool, name)[1].subfolder / "config.json"
+    if not file.is_file():
+        return None
+    arguments = _arguments(modelpool, name)
+    added = {key: value for key, value in arguments.items() if key in COMPUTED}
+    return read_json(file, name, "a model's configuration") | added
+
+
 def asked(modelpool: BaseModelPool, name: str) -> tuple[str | None, Weights | None]:
     """Repository and weights of an entry; None for both where only the host knows."""
     entry = _arguments(modelpool, name)
     if entry is None:
         return None, None
     target = str(entry.get(TARGET, ".from_pretrained"))
-    if not target.endswith(".from_pretrained") or set(entry) - _HARMLESS - _KNOWN:
+    other = set(entry) - _HARMLESS - _KNOWN - COMPUTED
+    if not target.endswith(".from_pretrained") or other:
         return None, None
     weights = Weights(
         entry.get("variant"),

@@ -8,7 +8,6 @@ from typing import Any
 from fusion_bench.modelpool import BaseModelPool
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelPoolError
 from ..task_vectors.cast import CastSource
@@ -21,16 +20,16 @@ from ..task_vectors.sources import (
     TensorInfo,
     TensorSource,
     aligned,
-    read_json,
 )
 from ..task_vectors.ties import untie
-from .configurations import differing
+from .configurations import check_configurations
 from .entries import (
     BASE,
     PLACE,
     TYPES,
     adapter_directory,
     asked,
+    configuration_of,
     directory_of,
     eager,
     given_by,
@@ -141,7 +140,7 @@ def open_pool(
             taken apart where a fine-tuned model needs them to differ.
 
     Raises:
-        CheckpointMismatchError: listing all faults of all checkpoints.
+        CheckpointMismatchError: listing all faults of all checkpoints, or else of all configurations.
     """
     if backbone is not None:
         untie_for(modelpool, backbone, modelpool.model_names)
@@ -149,18 +148,19 @@ def open_pool(
     names, buffers, fresh = None, frozenset(), frozenset()
     if backbone is not None:
         names = Names.of(backbone)
-        _compare_configurations(modelpool, backbone)
         buffers = frozenset(name for name, _ in backbone.named_buffers())
         stored = _file_source(modelpool, BASE, names)
         if stored is not None:
             fresh = frozenset(set(names.infos) - set(stored.infos()) - buffers)
-    return TaskVectors(
+    tuned, configurations = {}, {}
+    for name in modelpool.model_names:
+        tuned[name] = adapter_source(modelpool, name, known, names)
+        if tuned[name] is None:
+            whole, configurations[name] = _whole_source(modelpool, name, names)
+            tuned[name] = CastSource.over(whole, base)
+    vectors = TaskVectors(
         base,
-        {
-            name: adapter_source(modelpool, name, known, names)
-            or CastSource.over(_whole_source(modelpool, name, names), base)
-            for name in modelpool.model_names
-        },
+        tuned,
         exclude=tuple(exclude),
         as_vectors=tuple(as_vectors),
         own=tuple(own),
@@ -169,27 +169,9 @@ def open_pool(
         ignored=ignored,
         loaded=backbone is not None,
     )
-
-
-def _compare_configurations(modelpool: BaseModelPool, backbone: nn.Module) -> None:
-    """Say where a fine-tuned model computes something else than the base model, which runs all of them."""
-    if not isinstance(backbone, PreTrainedModel):
-        return
-    for task in modelpool.model_names:
-        config = getattr(modelpool._models[task], "config", None)
-        directory = None if config else directory_of(modelpool, task)
-        if directory is not None:
-            file = directory / asked(modelpool, task)[1].subfolder / "config.json"
-            found = file.is_file()
-            config = read_json(file, task, "a model's configuration") if found else None
-        if not isinstance(config, (dict, PretrainedConfig)):
-            continue
-        for found in differing(backbone.config, config):
-            log.warning(
-                "%s was fine-tuned with another configuration than the base model's, which all tasks run under: %s.",
-                task,
-                found,
-            )
+    config = getattr(base, "config", None) or configuration_of(modelpool, BASE)
+    check_configurations(config, configurations)
+    return vectors
 
 
 def untie_for(
@@ -253,11 +235,6 @@ def _refuse_adapter(modelpool: BaseModelPool) -> None:
         )
 
 
-def _loaded(modelpool: BaseModelPool, name: str) -> nn.Module:
-    log.info("%s is read through the model that the pool loads.", name)
-    return load_model(modelpool, name)
-
-
 def adapter_source(
     modelpool: BaseModelPool,
     name: str,
@@ -281,12 +258,14 @@ def adapter_source(
 
 def _whole_source(
     modelpool: BaseModelPool, name: str, names: Names | None
-) -> TensorSource:
-    """A whole fine-tuned model, from its files or as the pool loads it."""
+) -> tuple[TensorSource, Any]:
+    """A whole fine-tuned model, from its files or as the pool loads it, and its configuration."""
     found = _file_source(modelpool, name, names)
     if found is not None:
-        return found
-    return Float8Source.over(ModuleSource(_loaded(modelpool, name), name))
+        return found, configuration_of(modelpool, name)
+    log.info("%s is read through the model that the pool loads.", name)
+    loaded = ModuleSource(load_model(modelpool, name), name)
+    return Float8Source.over(loaded), loaded.config
 
 
 def _file_source(

@@ -18,15 +18,19 @@ class PoolFacts:
 
     Args:
         unit_bits: one fine-tuned model (the tensors that some task changed).
+        whole_bits: the same tensors of all fine-tuned models.
         types: these tensors as far as the base model has them, and the data type in which the checkpoints store them.
         smallest_side: of the linear layers' weights.
         tasks: names of the fine-tuned models.
+        sizes: tensors of several sizes, of which the unit has an average, rounded down.
     """
 
     unit_bits: int
+    whole_bits: int
     types: Mapping[str, torch.dtype]
     smallest_side: int
     tasks: tuple[str, ...]
+    sizes: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,24 @@ def pool_facts(modelpool, backbone: nn.Module, device="cpu") -> PoolFacts:
     vectors = open_pool(modelpool, backbone)
     found, base = scan(vectors, device), vectors.base.infos()
     types = {name: vectors.tuned_dtype(name) for name in found.changed}
+    bits, tasks = model_bits(vectors, found), tuple(modelpool.model_names)
+    whole, sizes = len(tasks) * sum(bits[name] for name in found.changed), 0
     for name in found.changed_own:
-        info = vectors.own_infos[name]
-        if name in base and info.shape == base[name].shape:
-            types[name] = info.dtype
+        held = vectors.own_by_task(name)
+        if name in base:
+            types[name] = held[0].dtype
+            held += [base[name]] * (len(tasks) - len(held))
+        whole += sum(info.bits for info in held)
+        sizes += len({info.bits for info in held}) > 1
     sides = [min(v.shape) for v in backbone.parameters() if v.ndim == 2]
     linear = [min(m.weight.shape) for m in backbone.modules() if type(m) is nn.Linear]
     return PoolFacts(
-        unit_bits=sum(model_bits(vectors, found).values()),
+        unit_bits=sum(bits.values()),
+        whole_bits=whole,
         types=types,
         smallest_side=min(linear or sides),
-        tasks=tuple(modelpool.model_names),
+        tasks=tasks,
+        sizes=sizes,
     )
 
 
@@ -66,7 +77,8 @@ def pretrained_size() -> Size:
 
 
 def individuals_size(facts: PoolFacts) -> Size:
-    return Size(len(facts.tasks), len(facts.tasks), "no backbone beside them")
+    stored = facts.whole_bits / facts.unit_bits
+    return Size(stored, stored, "no backbone beside them")
 
 
 def model_size(model: nn.Module, backbone: nn.Module, facts: PoolFacts) -> Size:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from ..errors import CheckpointMismatchError
 from .lora_adapter import WAY_OUT
-from .sources import STORED, TensorInfo, TensorSource
+from .sources import TensorInfo, TensorSource
 
 Infos = Mapping[str, TensorInfo]
 
@@ -116,8 +116,7 @@ def _misfits(
         if have.dtype is None:
             yield f"{name} is of a type that torch does not have, the base model has {want.dtype}"
         elif not have.floating:
-            kind = "an integer type" if have.dtype in STORED else f"type {have.dtype}"
-            yield f"{name} is of {kind}, the base model has {want.dtype}"
+            yield f"{name} is of {have.dtype}, the base model has {want.dtype}"
         elif have.shape != want.shape and name not in fresh:
             if not matches(name, (*own, *HEADS)):
                 yield f"{name} is {have.shape}, the base model has {want.shape}"

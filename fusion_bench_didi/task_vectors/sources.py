@@ -117,10 +117,15 @@ class TensorSource(ABC):
 
 
 class ModuleSource(TensorSource):
-    """The parameters and buffers of a live module; tied parameters appear once."""
+    """The parameters and buffers of a live module; tied parameters appear once.
+
+    Attributes:
+        config: what it says of itself; None if nothing.
+    """
 
     def __init__(self, module: nn.Module, label: str):
         self.label = label
+        self.config = getattr(module, "config", None)
         state = module.state_dict(keep_vars=True)
         self._tensors = {
             name: tensor.detach()

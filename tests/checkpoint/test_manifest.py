@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
-from fuzz import body, every_form, limits, reseal
+from fuzz import limits
+from fuzz_cases import body, every_form
+from fuzz_changes import reseal
 from fuzz_inputs import FORMAT_1, old_body
-from helpers import BASE, REPOSITORY, didi, family, fine_tuned, floats, same_bits
+from helpers import BASE, didi, family, fine_tuned, floats, same_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 from fusion_bench.modelpool import BaseModelPool
-from fuzz import body, every_form
+from fuzz_cases import body, every_form
 from helpers import family
 
 from fusion_bench_didi.artifacts import load_artifact, save_artifact

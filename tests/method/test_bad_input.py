@@ -150,7 +150,10 @@ def test_all_faults_of_all_files_come_in_one_error(files, no_svd, dry_run, monke
     assert "svhn: 1 tensors that the base model _pretrained_ does not have" in message
     assert "vision_model.extra" in message
     assert f"eurosat: {FIRST} is (3, 5), the base model has (64, 32)" in message
-    assert f"eurosat: {LAST} is of an integer type" in message
+    assert (
+        f"eurosat: {LAST} is of torch.int64, the base model has torch.float32"
+        in message
+    )
     assert "method.exclude" in message
 
 

@@ -1,47 +1,188 @@
-"""Fine-tuned models that compute something else with their weights than the base model does are named."""
+"""A merge runs all tasks under the base model's configuration: fine-tuned models that compute something else are refused."""
 
+import json
 import logging
 
 import pytest
-from exact_models import llama
-from fusion_bench.modelpool import CausalLMPool
+import torch
+from exact_models import bert, gpt2, llama, seeded, t5, tokens
+from fusion_bench.modelpool import BaseModelPool, CausalLMPool
 from helpers import BASE, didi, fine_tuned
+from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from fusion_bench_didi.errors import ModelPoolError
+from fusion_bench_didi.errors import CheckpointMismatchError, ModelPoolError
+from fusion_bench_didi.pools.configurations import differing
 
-OTHERS = {
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-3,
-    "hidden_act": "gelu",
-    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+#: What changes outputs of the same weights, by a model that has it.
+OTHERS = [
+    (llama, "rope_theta", 1e6),
+    (llama, "rms_norm_eps", 1e-3),
+    (llama, "hidden_act", "gelu"),
+    (llama, "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    (llama, "num_attention_heads", 1),
+    (gpt2, "activation_function", "relu"),
+    (gpt2, "scale_attn_by_inverse_layer_idx", True),
+    (gpt2, "layer_norm_epsilon", 1e-2),
+    (bert, "position_embedding_type", "relative_key"),
+    (t5, "relative_attention_max_distance", 16),
+]
+#: What does not.
+HARMLESS = {
+    "id2label": {0: "yes", 1: "no", 2: "perhaps"},
+    "problem_type": "single_label_classification",
+    "transformers_version": "4.0.0",
+    "dtype": "float16",
+    "attention_dropout": 0.5,
+    "hidden_dropout_prob": 0.5,
+    "initializer_range": 1.0,
+    "use_cache": False,
+    "finetuning_task": "sst2",
+    "max_position_embeddings": 4096,
+    "architectures": ["Other"],
+    "bos_token_id": 7,
 }
 
 
-@pytest.mark.parametrize("live", [True, False])
-@pytest.mark.parametrize("key", OTHERS)
-def test_another_computation_is_named(tmp_path, caplog, key, live):
-    base = llama()
-    models = {BASE: base, "a": fine_tuned(base, 1), "b": fine_tuned(base, 2)}
-    setattr(models["b"].config, key, OTHERS[key])
-    entries = dict(models)
-    if not live:
-        for name, model in models.items():
-            model.save_pretrained(tmp_path / name)
-            entries[name] = str(tmp_path / name)
-    with caplog.at_level(logging.WARNING):
-        didi(CausalLMPool(entries, tokenizer=None))
-    told = [r.getMessage() for r in caplog.records if "fine-tuned with" in r.message]
-    assert len(told) == 1 and told[0].startswith("b ") and f"{key}: " in told[0]
+def models_of(make):
+    base = make()
+    return {BASE: base, "a": fine_tuned(base, 1), "b": fine_tuned(base, 2)}
 
 
-def test_what_changes_no_outputs_is_not(tmp_path, caplog):
-    base = llama()
-    models = {BASE: base, "a": fine_tuned(base, 1), "b": fine_tuned(base, 2)}
-    models["a"].config.use_cache = False
-    models["a"].config.attention_dropout = 0.5
-    with caplog.at_level(logging.WARNING):
+def change(model, key, value) -> None:
+    setattr(model.config, key, value)
+
+
+def written(models, place) -> dict:
+    for name, model in models.items():
+        model.save_pretrained(place / name)
+    return {name: str(place / name) for name in models}
+
+
+@pytest.mark.parametrize(("make", "key", "value"), OTHERS)
+def test_another_computation_is_refused(make, key, value):
+    models = models_of(make)
+    change(models["b"], key, value)
+    with pytest.raises(CheckpointMismatchError, match=rf"\n  b: {key}: .* != ") as e:
         didi(models)
-    assert not [r for r in caplog.records if "fine-tuned with" in r.getMessage()]
+    assert "config.json" in str(e.value) and "\n  a: " not in str(e.value)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("form", ["place", "mapping", "loaded"])
+def test_in_files_too_and_before_weights_are_read(tmp_path, form, dry_run, monkeypatch):
+    from fusion_bench_didi.task_vectors.sources import SafetensorsSource
+
+    monkeypatch.setattr(SafetensorsSource, "read", lambda *_: 1 / 0)
+    models = models_of(llama)
+    change(models["a"], "rope_theta", 5e5)
+    change(models["b"], "rms_norm_eps", 1e-3)
+    places = written(models, tmp_path)
+    entries = {n: entry(place, form) for n, place in places.items()}
+    with pytest.raises(CheckpointMismatchError) as caught:
+        didi(CausalLMPool(entries, tokenizer=None), dry_run=dry_run)
+    assert "a: rope_theta: " in str(caught.value)
+    assert "b: rms_norm_eps: " in str(caught.value)
+
+
+def entry(place, form):
+    if form == "place":
+        return place
+    target = "transformers.LlamaForCausalLM.from_pretrained"
+    other = {"revision": "main"} if form == "loaded" else {}
+    return {"_target_": target, "pretrained_model_name_or_path": place, **other}
+
+
+@pytest.mark.parametrize("key", HARMLESS)
+def test_what_changes_no_outputs_is_silent(key):
+    base, tuned = llama().config, llama().config
+    setattr(tuned, key, HARMLESS[key])
+    assert not differing(base, tuned)
+    assert not differing(base, json.loads(tuned.to_json_string()))
+
+
+def test_models_that_differ_in_such_alone_are_merged(caplog, tmp_path):
+    models = models_of(llama)
+    for key, value in HARMLESS.items():
+        change(models["a"], key, value)
+    with caplog.at_level(logging.WARNING):
+        didi(CausalLMPool(written(models, tmp_path), tokenizer=None))
+    assert not [r for r in caplog.records if r.name.startswith("fusion_bench_didi")]
+
+
+def test_the_way_out_that_the_message_names_works(tmp_path):
+    models = models_of(llama)
+    models["b"].config.rope_theta = 1e6
+    entries = written(models, tmp_path)
+    entries["b"] = {
+        "_target_": "transformers.LlamaForCausalLM.from_pretrained",
+        "pretrained_model_name_or_path": entries["b"],
+        "rope_theta": models[BASE].config.rope_theta,
+    }
+    merged = didi(CausalLMPool(entries, tokenizer=None), budget=8.0)
+    loaded = LlamaForCausalLM.from_pretrained(
+        str(tmp_path / "b"), rope_theta=models[BASE].config.rope_theta
+    )
+    x = tokens(2, 5)
+    with torch.no_grad():
+        found, right = (m(x).logits for m in (merged.materialize("b"), loaded))
+    assert torch.allclose(found, right, atol=1e-4)
+
+
+def test_positions_by_length_depend_on_the_length_of_pre_training():
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    here, there = ({"rope_scaling": scaling, "max_position_embeddings": n} for n in (64, 128))  # fmt: skip
+    assert differing(here, there) == ["max_position_embeddings: 64 != 128"]
+    assert not differing({**here, "rope_scaling": None}, {**there, "rope_scaling": None})  # fmt: skip
+
+
+def test_scaling_of_positions_under_its_older_name_and_none():
+    old, new = ({key: "linear", "factor": 2.0} for key in ("type", "rope_type"))
+    assert not differing({"rope_scaling": old}, {"rope_scaling": new})
+    default = {"rope_type": "default"}
+    assert not differing({"rope_scaling": default}, {"rope_scaling": None})
+    assert differing({"rope_scaling": new}, {"rope_scaling": None})
+
+
+def test_a_tied_head_scales_its_input_in_t5_alone():
+    pair = [{"model_type": "t5", "tie_word_embeddings": tied} for tied in (True, False)]
+    assert differing(*pair)
+    assert not differing(*({**c, "model_type": "llama"} for c in pair))
+
+
+def test_a_tower_in_the_files_of_its_whole_model(tiny_clip, tmp_path):
+    """CLIP's files hold two configurations; the vision model reads its own."""
+    models = tiny_clip.pool_models()
+    for name in (BASE, *tiny_clip.tasks):
+        models[name].save_pretrained(tmp_path / name)
+    file = tmp_path / tiny_clip.tasks[0] / "config.json"
+    vision = json.loads(file.read_text())
+    whole = {
+        "model_type": "clip",
+        "hidden_act": "of the whole",
+        "vision_config": vision,
+    }
+    file.write_text(json.dumps(whole))
+    base = CLIPVisionModel.from_pretrained(tmp_path / BASE).config
+    assert not differing(base, json.loads(file.read_text()))
+    vision["hidden_act"] = "relu"
+    assert differing(base, {**whole, "vision_config": vision})
+
+
+def test_all_differences_of_all_tasks_come_in_one_error():
+    models = models_of(llama)
+    for name, theta in (("a", 1e5), ("b", 1e6)):
+        models[name].config.rope_theta = theta
+        models[name].config.hidden_act = "relu"
+    with pytest.raises(CheckpointMismatchError) as caught:
+        didi(models)
+    assert str(caught.value).count(" != ") == 4 + 1
+
+
+def test_models_without_a_configuration_are_merged():
+    base = seeded(lambda: torch.nn.Linear(8, 8))
+    pool = {BASE: base, "a": fine_tuned(base, 1), "b": fine_tuned(base, 2)}
+    pool["a"].config = "text"
+    assert didi(BaseModelPool(pool)).tasks == ["a", "b"]
 
 
 def test_names_that_are_no_text():

@@ -7,7 +7,7 @@ import random
 import shutil
 
 import pytest
-from fuzz import body, every_form
+from fuzz_cases import body, every_form
 
 from fusion_bench_didi.checkpoint.directory import alone, write_json
 from fusion_bench_didi.checkpoint.fields import CHECKSUM, sealed

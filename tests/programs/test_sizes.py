@@ -9,7 +9,9 @@ from fusion_bench.method import SimpleAverageAlgorithm
 from helpers import BASE, fine_tuned
 from torch import nn
 
-from fusion_bench_didi.artifacts.saving import save_artifact
+from fusion_bench_didi.artifacts.saving import load_artifact, save_artifact
+from fusion_bench_didi.checkpoint.deltas import read_config, write_manifest
+from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.method import (
     BitDelta,
     DiDiMerging,
@@ -20,7 +22,7 @@ from fusion_bench_didi.method import (
     TwinMerging,
 )
 from fusion_bench_didi.pools.host_forms import as_pool
-from fusion_bench_didi.programs.sizes import model_size, pool_facts
+from fusion_bench_didi.programs.sizes import individuals_size, model_size, pool_facts
 
 DYNAMIC = (
     *(BitDelta, DiDiMerging, EMRMerging, FreeMerging),
@@ -38,9 +40,9 @@ class Net(nn.Module):
         return self.head(self.norm(self.mlp(x)))
 
 
-def pool_of(heads: tuple[int, int]) -> dict[str, nn.Module]:
+def pool_of(heads: tuple[int, ...]) -> dict[str, nn.Module]:
     models = {BASE: seeded(Net)}
-    for seed, (task, classes) in enumerate(zip("ab", heads), 1):
+    for seed, (task, classes) in enumerate(zip("abc", heads), 1):
         models[task] = fine_tuned(seeded(lambda: Net(classes)), seed)
         models[task].norm.running_mean.add_(seed)
         models[task].norm.running_var.mul_(seed + 1)
@@ -79,3 +81,59 @@ def test_static_merges_and_individuals_write_their_counters(tmp_path):
             made, tmp_path / what, base=models[BASE], types=facts.types
         )
         assert 8 * found.beyond == count * facts.unit_bits
+
+
+@pytest.mark.parametrize("heads", [(3, 5), (5, 3), (2, 2), (3, 4, 7), (1, 3, 2)], ids=str)  # fmt: skip
+def test_individuals_with_heads_of_other_sizes_are_written_and_come_back(
+    heads, tmp_path
+):
+    models = pool_of(heads)
+    facts = pool_facts(as_pool(models), models[BASE])
+    base, own = copy.deepcopy(models.pop(BASE)), iter(models.items())
+    found = save_artifact(own, tmp_path / "saved", base=base, types=facts.types)
+    size = individuals_size(facts)
+    assert round(size.x_excl * facts.unit_bits) == 8 * found.beyond == facts.whole_bits
+    assert abs(found.replaced - facts.unit_bits // 8) <= facts.sizes
+    again = load_artifact(tmp_path / "saved", copy.deepcopy(base))
+    x = torch.ones(2, 8)
+    for (task, model), classes in zip(models.items(), heads):
+        assert again[task].head.out_features == classes
+        assert again[task].state_dict().keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert value.equal(again[task].state_dict()[name]), name
+        assert model.eval()(x).equal(again[task].eval()(x))
+
+
+class Deeper(Net):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(8, 8)
+
+
+class Wider(Net):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv1d(8, 3, 1)
+
+
+@pytest.mark.parametrize("make", [Deeper, Wider])
+def test_individuals_that_are_no_models_like_the_base_are_refused(make, tmp_path):
+    models = pool_of((3, 4))
+    facts = pool_facts(as_pool(models), models[BASE])
+    own = [("a", models["a"]), ("b", seeded(make))]
+    with pytest.raises(TypeError, match=f"{make.__name__} cannot be saved"):
+        save_artifact(own, tmp_path / "saved", base=models[BASE], types=facts.types)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("own", [["mlp.weight", "none"], "head.weight", [3]], ids=str)
+def test_tensors_of_their_own_are_some_of_those_written(own, tmp_path):
+    models = pool_of((3, 5))
+    facts = pool_facts(as_pool(models), models[BASE])
+    base, saved = models.pop(BASE), tmp_path / "saved"
+    save_artifact(models.items(), saved, base=base, types=facts.types)
+    config = read_config(saved)
+    config["experts"][1]["own"] = own
+    write_manifest(saved / "config.json", config)
+    with pytest.raises(CheckpointMismatchError, match="experts.*own"):
+        load_artifact(saved, base)

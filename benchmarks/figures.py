@@ -38,6 +38,7 @@ PAGES = {
     "memory": "benchmarks.memory --runs 3",
     "editing": "benchmarks.editing",
     "serving": "benchmarks.serving",
+    "what_we_learned": "benchmarks.what_we_learned",
 }
 
 

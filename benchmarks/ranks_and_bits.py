@@ -35,7 +35,7 @@ def main() -> None:
     suite = Suite(arguments.suite)
     infos = open_pool(suite.modelpool).infos
     found = {b: DiDiMerging(budget=b).run(suite.modelpool).info for b in BUDGETS}
-    names = list(next(iter(found.values()))["precision"])
+    names = list(next(iter(found.values()))["ranks"]["shared"])  # vectors have no ranks
     rows = []
     for name in names:
         full = min(matrix_shape(infos[name].shape))

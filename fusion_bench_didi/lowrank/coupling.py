@@ -1,4 +1,4 @@
-"""Shared matrix, experts and the exact quadratic form of their truncation, Eq. 2-6 and 11.
+"""Cross terms of the truncation error between the shared matrix and the experts, Eq. 6 and 11.
 
 Letters: ``m`` out, ``n`` in, ``T`` tasks, ``q`` kept singular values; ``tau_t`` task vectors, ``S`` the shared matrix,
 ``E_t = tau_t - S`` the experts.

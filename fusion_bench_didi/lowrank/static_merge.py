@@ -1,4 +1,4 @@
-"""Shared matrix, experts and the exact quadratic form of their truncation, Eq. 2-6 and 11.
+"""The shared matrix before it is cut: a static merge of the task vectors, Eq. 2.
 
 Letters: ``m`` out, ``n`` in, ``T`` tasks, ``q`` kept singular values; ``tau_t`` task vectors, ``S`` the shared matrix,
 ``E_t = tau_t - S`` the experts.

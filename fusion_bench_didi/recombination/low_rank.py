@@ -83,7 +83,7 @@ def low_rank(
     """DiDi's modules of one component: greedy ranks, experts refitted to what the stored shared matrix leaves.
 
     Made with a shared part and without, and the one that keeps more is taken. Biases and norms are kept per task in
-    8 bits. The full pipeline's learned ranks and sweeps take ten times as long, too long for thousands of modules.
+    8 bits. Ranks are not learned and nothing is swept, as thousands of modules are made.
 
     Args:
         budget: bits for the whole group.

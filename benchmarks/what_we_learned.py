@@ -1,0 +1,88 @@
+"""All that was learned on one screen, its figures taken from the other pages' files: docs/what_we_learned.md.
+
+    python -m benchmarks.what_we_learned        # nothing is run; make the other pages first
+
+Text comes from ``benchmarks/notes``, where ``{real8[0.24: default, int3]}`` is the retention of that row.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.suites import NOTES
+from fusion_bench_didi.report.comparison import Comparison
+
+DOCS = Path("docs")
+ENOUGH = 99.0  # per cent
+
+
+def page() -> str:
+    return (NOTES / "what_we_learned.md").read_text().format(**figures())
+
+
+def figures() -> dict[str, Any]:
+    """What the text may name, in per cent of retention where nothing else is said."""
+    real8 = {row["setting"]: 100 * row["retention"] for row in _rows("real_suite_real8")}  # fmt: skip
+    demo = {f"{budget}: {what}": 100 * mean(kept) for what, budget, kept in _rows("ablation")}  # fmt: skip
+    compared = Comparison.read(DOCS / "comparison_real8.json").good
+    kept = {row["method"]: 100 * row["retention"]["mean_of_ratios"] for row in compared}
+    refined = [
+        real8[f"{budget}: uniform, alternating"] - real8[f"{budget}: uniform, none"]
+        for budget in _budgets(real8, "uniform, alternating")
+    ]
+    ratios = {
+        what: [ratio for kind, common, *_, ratio, _, _ in _rows("overlap") if (kind, common) == (what, 0.9)]  # fmt: skip
+        for what in ("direction", "spaces")
+    }
+    return {
+        "real8": _printed(real8),
+        "demo": _printed(demo),
+        "compared": _printed(kept),
+        "x": {row["method"]: f"{row['x_excl']:.2f}" for row in compared},
+        "enough": {
+            "default": _enough(real8, "default"),
+            "float32": _enough(real8, "greedy, alternating"),
+            "demo": _enough(demo, "default"),
+        },
+        "refined": _between(refined, 1),
+        "ratio": {what: _between(found, 2) for what, found in ratios.items()},
+    }
+
+
+def _rows(name: str) -> list:
+    return json.loads((DOCS / f"{name}.json").read_text())["rows"]
+
+
+def _printed(values: dict[str, float]) -> dict[str, str]:
+    return {name: f"{value:.1f}" for name, value in values.items()}
+
+
+def _budgets(kept: dict[str, float], setting: str) -> list[str]:
+    """The budgets at which a setting was measured, ascending."""
+    found = (name.split(": ", 1) for name in kept if ": " in name)
+    return sorted((b for b, what in found if what == setting), key=float)
+
+
+def _enough(kept: dict[str, float], setting: str) -> str:
+    """The smallest budget from which on a setting keeps enough."""
+    last = None
+    for budget in reversed(_budgets(kept, setting)):
+        if kept[f"{budget}: {setting}"] < ENOUGH:
+            break
+        last = budget
+    return last or "no budget"
+
+
+def _between(values: Iterable[float], digits: int) -> str:
+    values = sorted(values)
+    return f"{values[0]:.{digits}f} to {values[-1]:.{digits}f}"
+
+
+def main() -> None:
+    (DOCS / "what_we_learned.md").write_text(page())
+
+
+if __name__ == "__main__":
+    main()

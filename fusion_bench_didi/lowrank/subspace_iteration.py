@@ -53,7 +53,7 @@ class Subspace:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """A basis (l, p) of the columns, by their Gram matrix where they are far from dependent: three times as fast."""
+    """A basis (l, p) of the columns, by their Gram matrix, which is faster, where they are far from dependent."""
     gram = columns.mT @ columns
     size = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
     root, failed = torch.linalg.cholesky_ex(gram * size * size[:, None])

@@ -11,8 +11,8 @@ side, ``s`` the short one and ``q`` directions:
 - A matrix that is given as a product is decomposed by its factors (``factored.py``), all of its directions at once.
 
 What is left out is never estimated: it is the energy of the matrix less the energy of its projection, so that
-reconstruction errors stay exact whichever way was taken; cut at any rank up to q the range finder's are within about 1 %
-of the least possible. Singular vectors are made unique in sign (the entry of largest size in each vector is positive), so
+reconstruction errors stay exact whichever way was taken. Cut at ranks up to q the range finder's are within 1.4 % of the
+least possible where singular values fall as i^-0.3; where they fall as 1/i and q is 200 of 768, within 16 %. Singular vectors are made unique in sign (the entry of largest size in each vector is positive), so
 that results do not depend on the driver or on the order in which tasks arrive.
 """
 

@@ -65,7 +65,7 @@ def tucker_bases(
         task_vectors: T of (m, n); where all are factored, spaces are looked for in the frame around them.
         weights: (T,) of the squared errors.
         bases: leading directions of each task vector; spaces are looked for among the first of these, :data:`AMONG` times
-            the short side in all, and the energy beyond them counts as spread evenly, which is many times as fast. All
+            the short side in all, and the energy beyond them counts as spread evenly, which is faster. All
             directions, and exactly, if None.
         max_up, max_down: P and Q; whole sides if None.
         name: used in log lines only.

@@ -1,11 +1,14 @@
 """What models compute beside their weights: where a fine-tuned model says something else than the base model, no merge is its."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointMismatchError
+
+log = logging.getLogger(__name__)
 
 #: Settings that no shape of a tensor tells, and that outputs depend on. Others (labels, dropout, versions, types, caches) do
 #: not matter to a merge.
@@ -56,6 +59,11 @@ def check_configurations(base: Any, tuned: Mapping[str, Any]) -> None:
         CheckpointMismatchError: listing all differences of all tasks.
     """
     known = (Mapping, PretrainedConfig)
+    for task, config in tuned.items():
+        if isinstance(config, known) and isinstance(base, known):
+            kind, other = (_plain(c).get("model_type") for c in (base, config))
+            if kind and other and not _of_kind(_plain(config), kind):
+                log.warning("%s is a %s, run as a %s as the base model is.", task, other, kind)  # fmt: skip
     faults = [
         f"{task}: {found}"
         for task, config in tuned.items()
@@ -93,14 +101,19 @@ def _plain(config: Configuration) -> Mapping[str, Any]:
 
 def _as_class(cls: type[PretrainedConfig], file: Mapping[str, Any]) -> Configuration:
     """A file as a class reads it, with its defaults; what another class wrote as it is."""
-    inner = (part for part in file.values() if isinstance(part, Mapping))
-    ours = [f for f in (file, *inner) if f.get("model_type", "") == cls.model_type]
+    ours = _of_kind(file, cls.model_type)
     if not ours:
         return file
     try:
         return cls.from_dict(dict(ours[0]))
     except Exception:  # of any type: what a class makes of a file
         return file
+
+
+def _of_kind(file: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
+    """The configurations of models of a kind in a file: its own, or those of parts."""
+    inner = (part for part in file.values() if isinstance(part, Mapping))
+    return [f for f in (file, *inner) if f.get("model_type", "") == kind]
 
 
 def _settings(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:

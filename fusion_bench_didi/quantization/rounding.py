@@ -194,7 +194,7 @@ class _Side:
         return cls(codes, step, values, values @ values.mT)
 
     def inverse(self) -> Tensor:
-        """(r, r) of the slightly lifted Gram matrix: many times as fast as solving for so many columns."""
+        """(r, r) of the slightly lifted Gram matrix: several times as fast as solving for so many columns."""
         eye = torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         ridge = 1e-6 * float(self.gram.diagonal().mean())
         return torch.linalg.inv(self.gram.double() + ridge * eye).to(self.gram.dtype)

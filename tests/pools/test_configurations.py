@@ -11,7 +11,7 @@ from helpers import BASE, didi, fine_tuned
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from fusion_bench_didi.errors import CheckpointMismatchError, ModelPoolError
-from fusion_bench_didi.pools.configurations import differing
+from fusion_bench_didi.pools.configurations import check_configurations, differing
 
 #: What changes outputs of the same weights, by a model that has it.
 OTHERS = [
@@ -176,6 +176,17 @@ def test_all_differences_of_all_tasks_come_in_one_error():
     with pytest.raises(CheckpointMismatchError) as caught:
         didi(models)
     assert str(caught.value).count(" != ") == 4 + 1
+
+
+def test_models_of_another_kind_are_told(caplog):
+    models = models_of(llama)
+    models["b"].config = bert().config
+    models["b"].config.rope_theta = models[BASE].config.rope_theta
+    models["b"].config.hidden_act = models[BASE].config.hidden_act
+    with caplog.at_level(logging.WARNING):
+        check_configurations(models[BASE].config, {t: models[t].config for t in "ab"})
+    (told,) = [r.getMessage() for r in caplog.records]
+    assert told == "b is a bert, run as a llama as the base model is."
 
 
 def test_models_without_a_configuration_are_merged():

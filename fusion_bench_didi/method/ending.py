@@ -19,7 +19,7 @@ from ..models import DynamicModel
 from ..pools.task_names import pool_tasks
 from ..report.answer import Answer, figure
 from ..report.loggers import log_metrics
-from ..report.references import known_figures
+from ..report.references import known_figures, nearest_comparison
 from ..units import storage_units
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class Ending:
         place = self.program.merged_model_save_path or self.method.output_dir
         if place:
             log_dir = self.program.log_dir or ""
-            self.files["model"] = str(place).replace("{log_dir}", str(log_dir))
+            place = str(place).replace("{log_dir}", str(log_dir))
+            self.files["model"] = str(Path(place))
         if self.program.taskpool is None:
             self._finish(merged_model, {})
 
@@ -69,8 +70,9 @@ class Ending:
         if not isinstance(report, Mapping):
             self._detach()
             return report
-        if self.program.log_dir and self.program.fabric.is_global_zero:
-            self._write(report, before)
+        place = self._place()
+        if place is not None and self.program.fabric.is_global_zero:
+            self._write(report, place, before)
         last = self.program.report_save_path is None
         self._gather(merged_model, report, taskpool)
         if last:
@@ -85,14 +87,21 @@ class Ending:
         self._finish(None, {})
         return done
 
-    def _reports(self) -> set[Path]:
-        place = self.program.log_dir
-        return set(Path(place).glob("report*.json")) if place else set()
+    def _place(self) -> Path | None:
+        """Where the run writes to: the logger's directory, else that of the program's report."""
+        path = self.program.report_save_path
+        if self.program.log_dir:
+            return Path(self.program.log_dir)
+        return Path(path).parent if path and "{log_dir}" not in path else None
 
-    def _write(self, report: Mapping[str, Any], before: set[Path]) -> None:
+    def _reports(self) -> set[Path]:
+        place = self._place()
+        return set(place.glob("report*.json")) if place else set()
+
+    def _write(self, report: Mapping[str, Any], place: Path, before: set[Path]) -> None:
         """The whole report into the file that the task pool wrote, or into one of that name where it wrote none."""
         made = sorted(self._reports() - before)
-        place = Path(self.program.log_dir)
+        place.mkdir(parents=True, exist_ok=True)
         free = (place / f"report{f'_{i}' * (i > 0)}.json" for i in range(10**6))
         file = made[-1] if made else next(f for f in free if not f.exists())
         write_json(file, report)
@@ -130,12 +139,17 @@ class Ending:
         )
 
     def _known(self) -> dict[str, dict[str, float]]:
-        if not self.program.log_dir:
+        place = self._place()
+        if place is None:
             return {}
         pools = {"modelpool": self.program._modelpool}
         pools["taskpool"] = self.program._taskpool
         plain = {k: OmegaConf.to_container(v, resolve=True) for k, v in pools.items()}
-        return known_figures(self.program.log_dir, plain)
+        found = nearest_comparison(place, plain)
+        if found is None:
+            return {}
+        self.files["others by"] = str(found[0])
+        return known_figures(found[1])
 
     def _title(self, info: Mapping[str, Any]) -> str:
         budget = f", budget {info['budget']:g}" if info.get("budget") else ""

@@ -13,14 +13,13 @@ _LEVELS = 2
 #: keys of the rows that others are held against
 REFERENCES = ("pretrained", "individuals")
 
-Known = dict[str, dict[str, float]]
 
-
-def known_figures(directory: str | Path, pools: Mapping[str, Any]) -> Known:
-    """Figures per task of the ``pretrained`` and ``individuals`` rows of the nearest comparison on equal pools.
+def nearest_comparison(
+    directory: str | Path, pools: Mapping[str, Any]
+) -> tuple[Path, Comparison] | None:
+    """A comparison on equal pools in a run's directory, or up to two levels above.
 
     Args:
-        directory: of a run; a comparison may lie in it, or up to two levels above.
         pools: configurations of ``modelpool`` and ``taskpool``, which must be equal.
     """
     place = Path(directory).resolve()
@@ -33,11 +32,15 @@ def known_figures(directory: str | Path, pools: Mapping[str, Any]) -> Known:
         except DiDiError:
             continue
         config = comparison.data.get("config", {})
-        if any(config.get(key) != value for key, value in pools.items()):
-            continue
-        return {
-            row["key"]: dict(row["accuracy"])
-            for row in comparison.good
-            if row["key"] in REFERENCES
-        }
-    return {}
+        if all(config.get(key) == value for key, value in pools.items()):
+            return file, comparison
+    return None
+
+
+def known_figures(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """Figures per task of its rows ``pretrained`` and ``individuals``."""
+    return {
+        row["key"]: dict(row["accuracy"])
+        for row in comparison.good
+        if row["key"] in REFERENCES
+    }

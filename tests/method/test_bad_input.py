@@ -74,10 +74,9 @@ def test_pool_with_fewer_than_two_models(tiny_clip, count):
         ModelPoolError, match=f"two fine-tuned models, the pool has {count}"
     ):
         didi(models)
-    with pytest.raises(
-        ModelPoolError, match=f"two fine-tuned models, the pool has {count}"
-    ):
-        task_vectors(models)
+    if not count:  # one alone may be fitted to what others share
+        with pytest.raises(ModelPoolError, match="no fine-tuned model, expected one"):
+            task_vectors(models)
 
 
 @pytest.mark.parametrize(

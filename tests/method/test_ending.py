@@ -1,0 +1,94 @@
+"""The end of a run of the host's program: few lines, details in a file, figures for the loggers."""
+
+import json
+from pathlib import Path
+
+import lightning
+import pytest
+from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.programs import FabricModelFusionProgram
+from fusion_bench.taskpool import BaseTaskPool
+from lightning.fabric.loggers import CSVLogger
+from omegaconf import OmegaConf
+
+from fusion_bench_didi.method import DiDiMerging, RoutedMethod
+
+
+class Scores(BaseTaskPool):
+    """Tells of each task a figure that depends on the expert that is on."""
+
+    def __init__(self, tasks):
+        super().__init__()
+        self._test_datasets = dict.fromkeys(tasks)
+
+    def evaluate_single_task(self, task_name, model):
+        return {"accuracy": len(task_name) / 10, "loss": 1.0}
+
+    def evaluate(self, model):
+        return {t: self.evaluate_single_task(t, model) for t in self._test_datasets}
+
+
+@pytest.fixture
+def program(tmp_path) -> FabricModelFusionProgram:
+    empty = OmegaConf.create({})
+    made = FabricModelFusionProgram(
+        empty,
+        empty,
+        empty,
+        print_config=False,
+        report_save_path=str(tmp_path / "program_report.json"),
+    )
+    logger = CSVLogger(tmp_path / "log", name="", version="")
+    made._fabric_instance = lightning.Fabric(
+        accelerator="cpu", devices=1, loggers=logger
+    )
+    return made
+
+
+def end(program, method, models) -> dict:
+    """What the program does with a method, in its order."""
+    program.modelpool = BaseModelPool(models)
+    program.taskpool = Scores(["mnist", "svhn", "eurosat"])
+    method._program = program
+    model = method.run(program.modelpool)
+    program.save_merged_model(model)
+    report = program.evaluate_merged_model(program.taskpool, model)
+    program.log_artifact(local_path=program.report_save_path)
+    return report
+
+
+def test_a_run_ends_in_its_answer(program, tiny_clip, tmp_path, capfd):
+    program.merged_model_save_path = "{log_dir}/merged"
+    method = DiDiMerging(budget=0.6, refine_sweeps=2)
+    report = end(program, method, tiny_clip.pool_models())
+    printed = capfd.readouterr().out
+    lines = printed[printed.index("task  ") :].splitlines()
+    assert len(lines) <= 11
+    assert lines[1].split() == ["mnist", "50.0"]
+    assert lines[4].split() == ["average", "53.3"]
+    told = dict(line.split(maxsplit=1) for line in lines[5:])
+    assert told["method"].startswith("DiDi-Merging, budget 0.6, 3 tasks")
+    assert "0.60x of one fine-tuned model" in told["storage"]
+    assert told["model"] == str(tmp_path / "log" / "merged")
+    assert Path(told["details"]) == tmp_path / "log" / "report.json"
+
+    whole = json.loads((tmp_path / "log" / "report.json").read_text())["didi"]
+    assert set(whole["ranks"]["experts"]) == set(tiny_clip.tasks)
+    assert report["didi"]["details"] == told["details"]
+    assert "ranks" not in report["didi"] and len(json.dumps(report["didi"])) < 1000
+    names = (tmp_path / "log" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"accuracy/average", "storage/x_of_all", "seconds"} <= set(names)
+
+
+def test_the_outermost_method_speaks_and_a_second_run_anew(program, tiny_clip, capfd):
+    inner = {
+        "_target_": "fusion_bench_didi.method.DiDiMerging",
+        "budget": 0.6,
+        "refine_sweeps": 2,
+    }
+    method = RoutedMethod(base_method=inner, router_options={"directions": 2})
+    for _ in range(2):
+        end(program, method, tiny_clip.pool_models())
+        printed = capfd.readouterr().out
+        assert printed.count("method     Routed") == printed.count("storage  ") == 1
+    assert "evaluate_merged_model" not in vars(program)

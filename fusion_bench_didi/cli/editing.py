@@ -13,7 +13,11 @@ from . import options
 @click.argument("checkpoint")
 @click.option("--name", default=None, help="Of the task; that of the CHECKPOINT's directory if left out.")  # fmt: skip
 @click.option("--budget", type=float, required=True, help="What its expert may take, in units of one fine-tuned model.")  # fmt: skip
+@click.option("--exclude", multiple=True, help="Pattern of tensors left at the base model's value; may be repeated.")  # fmt: skip
+@click.option("--as-vectors", multiple=True, help="Pattern of 2-D tensors to store whole; may be repeated.")  # fmt: skip
+@click.option("--own", multiple=True, help="Pattern of tensors kept as the task has them; may be repeated.")  # fmt: skip
 @options.base
+@options.device
 @options.out_or_same
 @options.overwrite
 @options.drop_router
@@ -22,7 +26,11 @@ def add_task(
     checkpoint: str,
     name: str | None,
     budget: float,
+    exclude: tuple[str, ...],
+    as_vectors: tuple[str, ...],
+    own: tuple[str, ...],
     base: str | None,
+    device: str,
     out: str | None,
     overwrite: bool,
     drop_router: bool,
@@ -46,7 +54,11 @@ def add_task(
         checkpoint,
         name or Path(checkpoint).name,
         budget=budget,
+        exclude=exclude,
+        as_vectors=as_vectors,
+        own=own,
         backbone=backbone,
+        device=device,
         output_dir=out,
         overwrite=overwrite,
         drop_router=drop_router,
@@ -85,9 +97,12 @@ def remove_task(
 @click.command(no_args_is_help=True)
 @click.argument("directory")
 @click.option("--budget", type=float, required=True, help="Of all that is stored beyond the base model.")  # fmt: skip
+@options.device
 @options.out_or_same
 @options.overwrite
-def rescale(directory: str, budget: float, out: str | None, overwrite: bool) -> None:
+def rescale(
+    directory: str, budget: float, device: str, out: str | None, overwrite: bool
+) -> None:
     """Make a merged model smaller, from what it stores: no checkpoint is needed.
 
     \b
@@ -97,7 +112,7 @@ def rescale(directory: str, budget: float, out: str | None, overwrite: bool) -> 
     from .. import editing
 
     found = editing.rescale(
-        directory, budget=budget, output_dir=out, overwrite=overwrite
+        directory, budget=budget, device=device, output_dir=out, overwrite=overwrite
     )
     _say(found)
 
@@ -125,9 +140,47 @@ def combine(
     _say(found)
 
 
+@click.command(no_args_is_help=True)
+@click.argument("directory")
+@click.option("--add", default=None, metavar="MERGED", help="Merged model whose tasks are taken in.")  # fmt: skip
+@click.option("--remove", multiple=True, metavar="TASK", help="Task to forget; may be repeated.")  # fmt: skip
+@click.option("--task", "tasks", multiple=True, help="Of --add; may be repeated, all if left out.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Of --add: replace tasks that are there.")  # fmt: skip
+def library(
+    directory: str,
+    add: str | None,
+    remove: tuple[str, ...],
+    tasks: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """List a library of tasks of one base model, each in files of its own; take some in, or forget some.
+
+    \b
+    Examples:
+      didi library tasks/ --add merged
+      didi library tasks/ --remove svhn
+      didi library tasks/
+    """
+    from ..editing import AdapterLibrary
+    from ..units import readable
+
+    if add is None and (tasks or overwrite):
+        raise click.UsageError("--task and --overwrite are of --add.")
+    found = AdapterLibrary(directory)
+    if add is not None:
+        found.add(add, tasks or None, overwrite=overwrite)
+    for task in remove:
+        found.remove(task)
+    for task in found.tasks:
+        click.echo(f"{readable(found.bits(task)):>10}  {task}")
+
+
 def _say(edited: Any) -> None:
     from ..units import storage_line
 
     for what in ("before", "after"):
         click.echo(f"{what:<8}{storage_line(getattr(edited, what).as_dict())}")
+    if "relative_error" in edited.facts:
+        lost = edited.facts["relative_error"]
+        click.echo(f"{'error':<8}{lost:.2g} of the energy of what was stored anew")
     click.echo(f"{'written':<8}{edited.directory}")

@@ -7,7 +7,7 @@ import warnings
 import click
 
 from ..errors import DiDiError
-from . import comparing, editing, exporting, merging, reading
+from . import comparing, editing, exporting, merging, publishing, reading
 
 _HELP = """
 Merge fine-tuned models of one base model into one model with an expert per task, within a storage budget.
@@ -52,6 +52,8 @@ for command in (
     editing.remove_task,
     editing.rescale,
     editing.combine,
+    editing.library,
+    publishing.push,
     exporting.export,
 ):
     didi.add_command(command)

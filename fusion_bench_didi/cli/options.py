@@ -20,6 +20,9 @@ overwrite = click.option(
 base = click.option(
     "--base", default=None, help="Directory or repository of the base model, if it is not where the merge took it."
 )  # fmt: skip
+device = click.option(
+    "--device", default="cpu", show_default=True, help="Where the arithmetic happens."
+)
 drop_router = click.option(
     "--drop-router", is_flag=True, help="Leave out a router, which is for the tasks that there are now."
 )  # fmt: skip

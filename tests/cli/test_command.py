@@ -14,10 +14,12 @@ import fusion_bench_didi
 from fusion_bench_didi.cli import didi, main
 from fusion_bench_didi.errors import (
     CheckpointMismatchError,
+    DiDiError,
     SettingsError,
     UnknownTaskError,
 )
 from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.programs.entries import ComparisonError
 
 QUICK = ("-s", "refine_sweeps=2")
 
@@ -91,6 +93,9 @@ def test_models_are_edited_and_exported(merged, tiny_clip_dir, tmp_path):
     assert fusion_bench_didi.load(tmp_path / "small").storage.x_excl <= 0.4
     run("export", merged, tmp_path / "plain", "--form", "plain", "--task", "svhn")
     assert (tmp_path / "plain" / "svhn" / "model.safetensors").is_file()
+    assert "svhn" in run("library", tmp_path / "tasks", "--add", merged)
+    left = run("library", tmp_path / "tasks", "--remove", "svhn").split()
+    assert left[-1] == "mnist" and len(left) == 3
     with pytest.raises(UnknownTaskError):
         run("remove-task", merged, "dtd", "-o", tmp_path / "none")
 
@@ -130,6 +135,13 @@ def test_faults_are_found_before_anything_is_read(merged, tiny_clip_dir, tmp_pat
         merge(tiny_clip_dir, tmp_path / "m", "-s", "budget")
     with pytest.raises(click.UsageError, match="Did you mean didi/tsv_c"):
         run("settings", "didi/tsvc")
+
+
+def test_a_comparison_is_that_of_its_configuration(tmp_path):
+    with pytest.raises(ComparisonError, match="no entry 'nothing', only .*'emr'"):
+        run("compare", "-o", tmp_path / "c", "--only", "nothing", "--suite", tmp_path)
+    with pytest.raises(DiDiError, match="is no comparison"):
+        run("report", tmp_path)
 
 
 def test_settings_are_explained():

@@ -172,16 +172,18 @@ def common_directory(
             made = whole_directory(target, overwrite=overwrite)
             place = stack.enter_context(made)
         place = ranks.from_first(place)
-        blind = [
-            rank for rank, seen in enumerate(ranks.gather(place.is_dir())) if not seen
-        ]
-        if blind:
+        if not seen_by_all(ranks, place):
             raise RankError(
-                f"Rank {blind[0]} does not see {place.parent}, which rank 0 writes to. Choose a directory that all machines share."
+                f"Not every rank sees {place.parent}, which rank 0 writes to. Choose a directory that all machines share."
             )
         yield place
         ranks.gather(None)  # nobody writes any more
     ranks.gather(None)  # it has its name
+
+
+def seen_by_all(ranks: Ranks, path: Path) -> bool:
+    """Whether what rank 0 has made is there for every rank."""
+    return all(ranks.gather(path.exists()))
 
 
 @contextmanager

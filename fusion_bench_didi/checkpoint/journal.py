@@ -8,6 +8,7 @@ written, and what it was about is done again.
 
 import base64
 import binascii
+import errno
 import hashlib
 import json
 import logging
@@ -20,15 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import CheckpointMismatchError, DiDiError, RankError, ResumeError
-from .directory import CONFIG, journal_of, write_json
+from .directory import CONFIG, journal_of, seen_by_all, write_json
 from .fields import read_object, sealed
 from .tensors import file_digest
 
 log = logging.getLogger(__name__)
 
 HEAD, FORMAT = "journal.json", 1
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 #: Findings up to this size are in the line.
 INLINE = 2**15
 
@@ -135,7 +139,8 @@ class Journal:
             self._out.flush()
 
     def close(self) -> None:
-        self._out.close()
+        with suppress(OSError):  # a line that could not be written is tried again
+            self._out.close()
 
 
 def read_lines(path: Path) -> dict[tuple[str, str], Line]:
@@ -165,8 +170,8 @@ def open_journal(
     *,
     fresh: bool = False,
     ranks: Ranks = ALONE,
-) -> Journal:
-    """The journal beside an output, which goes on if there is one.
+) -> Journal | None:
+    """The journal beside an output, which goes on if there is one; None where not every rank sees it.
 
     Args:
         place: of the output; nobody else writes there.
@@ -189,7 +194,8 @@ def open_journal(
         if not head.exists():
             write_json(head, sealed({"format": FORMAT, "of": dict(identity)}))
         run = secrets.token_hex(4)
-    return Journal(path, ranks.from_first(run), ranks.rank)
+    run = ranks.from_first(run)
+    return Journal(path, run, ranks.rank) if seen_by_all(ranks, path) else None
 
 
 def _left_by_a_whole_one(path: Path, place: Path) -> bool:
@@ -235,11 +241,14 @@ def remove(path: Path) -> None:
 @contextmanager
 def left_if_worth(journal: Journal, ranks: Ranks = ALONE) -> Iterator[None]:
     """The journal is closed with the block, and stays if it fails, unless all that it holds is from the first look at an input
-    that cannot be merged."""
+    that cannot be merged.
+
+    Raises:
+        DiDiError: in place of what the system says where there is no room.
+    """
     try:
         yield
     except BaseException as error:
-        journal.close()
         refused = isinstance(error, DiDiError) and not isinstance(error, RankError)
         begun = [stage for stage in journal.stages if not stage.startswith("scan")]
         if refused and not begun and ranks.leads:
@@ -249,5 +258,12 @@ def left_if_worth(journal: Journal, ranks: Ranks = ALONE) -> Iterator[None]:
                 "What is finished lies in %s; the same command goes on from there.",
                 journal.path,
             )
+        full = isinstance(error, OSError) and error.errno in _NO_ROOM
+        if full or isinstance(error, SafetensorError):
+            raise DiDiError(
+                f"{journal.path.parent} cannot be written to ({error}). What is finished stays in {journal.path.name}: make room, and "
+                "run the same command again."
+            ) from error
         raise
-    journal.close()
+    finally:
+        journal.close()

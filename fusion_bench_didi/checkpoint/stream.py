@@ -61,7 +61,8 @@ class DeltaWriter:
     """A :class:`~fusion_bench_didi.deltas.sink.Sink` that writes every tensor at once, in the thread that made it.
 
     Args:
-        directory: exists, for all ranks; gets ``model.safetensors``, or shards and their index.
+        directory: exists, for all ranks; gets ``model.safetensors``, or shards and their index. None where the model is written
+            later: its tensors stay mapped from the journal until then.
         tasks: in the order of ``EncodedTensor.experts``.
         journal: where tensors wait for their shard, those of earlier runs too.
 
@@ -69,7 +70,7 @@ class DeltaWriter:
         manifest: what :func:`~.deltas.read_deltas` needs, once it is closed.
     """
 
-    def __init__(self, directory: Path, tasks: Sequence[str], journal: Journal):
+    def __init__(self, directory: Path | None, tasks: Sequence[str], journal: Journal):
         self.manifest: dict[str, Any] = {}
         self._tasks = list(tasks)
         self._directory, self._journal = directory, journal
@@ -111,6 +112,11 @@ class DeltaWriter:
         for some in ranks.gather(self._pieces):
             found.update(some)
         pieces = [found[name] for name in order if name in found]
+        entries = [entry for piece in pieces for entry in piece.entries]
+        if self._directory is None:
+            files = {piece.file.name: piece.digest for piece in pieces if piece.file}
+            self.manifest = _manifest(self._tasks, entries, list(files), files)
+            return read_deltas(self._journal.path, self.manifest, verify=False)
         sizes = [piece.size for piece in pieces if piece.file]
         shards = _cut([p for p in pieces if p.file], sizes, SHARD_BYTES)
         names = _names(len(shards))
@@ -118,7 +124,6 @@ class DeltaWriter:
         digests: dict[str, str] = {}
         for some in ranks.gather({name: self._shard(name, s) for name, s in mine}):
             digests.update(some)
-        entries = [entry for piece in pieces for entry in piece.entries]
         self.manifest = _manifest(self._tasks, entries, names, digests)
         if ranks.leads:
             keys = [[key for piece in shard for key in piece.keys] for shard in shards]

@@ -1,17 +1,20 @@
 """The processes of one job, what they tell one another, and how long they wait for one another.
 
 Values are exchanged on the CPU (gloo), whatever device the job computes on. Before an exchange every rank waits until all
-others are there, and watches them meanwhile: a rank that failed says so, and one that does not get on is named with what it
-was last at. Letters: none; a *rank* is the number of a process here, never that of a matrix.
+others are there, and watches them meanwhile: a rank that failed says so; one that is not heard of any more, or does not get on,
+is named with what it was last at. A *rank* is the number of a process here, never
+that of a matrix.
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,9 +24,12 @@ import torch.distributed as dist
 from ..errors import RankError
 
 Value = TypeVar("Value")
+_GO_ON = "What is finished lies beside output_dir, if there is one: the same command goes on from there."
 
 #: Seconds for which a rank may be at one and the same tensor before others give up waiting for it.
 PATIENCE = float(os.environ.get("FUSION_BENCH_DIDI_RANK_TIMEOUT", 1800))
+#: Seconds without any sign after which a rank counts as ended.
+SILENCE = 30.0
 #: Seconds between two looks at who is there; from the first to the last.
 _LOOKS = 0.002, 0.2
 
@@ -74,6 +80,16 @@ class _Several(Ranks):
         self._turn = self._steps = 0
         self._now: list[str] = []
         self._lock = threading.Lock()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        """Signs of life, which come from a thread of their own, as long as rank 0 is there to take them."""
+        for count in itertools.count():
+            try:
+                self._store.set(f"beat/{self.rank}", str(count))
+            except Exception:
+                return
+            time.sleep(min(1.0, SILENCE / 10))
 
     def _common_store(self) -> dist.TCPStore:
         """Kept by rank 0; what ranks say about themselves is there."""
@@ -133,8 +149,8 @@ class _Several(Ranks):
         Raises:
             RankError: if one failed, or does not get on.
         """
-        missing = {r: (None, time.monotonic()) for r in range(self.size)}
-        pause = _LOOKS[0]
+        begun, pause = time.monotonic(), _LOOKS[0]
+        missing = {r: _Signs(begun, begun) for r in range(self.size)}
         while True:
             there = [r for r in missing if self._has(f"turn/{self._turn}/{r}")]
             for rank in there:
@@ -144,22 +160,47 @@ class _Several(Ranks):
             if self._has("failed"):
                 rank, _, what = self._store.get("failed").decode().partition(" ")
                 raise RankError(f"Rank {rank} of {self.size} failed: {what}")
-            for rank, (before, since) in missing.items():
-                at = self._store.get(f"at/{rank}") if self._has(f"at/{rank}") else b""
-                if at != before:
-                    missing[rank] = at, time.monotonic()
-                elif time.monotonic() - since > PATIENCE:
-                    what = at.decode().partition(" ")[2] or "nothing yet"
-                    raise RankError(
-                        f"Rank {rank} of {self.size} has not got on for {PATIENCE:g} s; it was last at {what}. What is finished "
-                        "is kept where there is an output_dir: run the same command again, with "
-                        "FUSION_BENCH_DIDI_RANK_TIMEOUT=<seconds> if a matrix takes longer than that."
-                    )
+            for rank, signs in missing.items():
+                signs.note(self._said(f"at/{rank}"), self._said(f"beat/{rank}"))
+                self._check(rank, signs)
             time.sleep(pause)
             pause = min(1.5 * pause, _LOOKS[1])
 
+    def _check(self, rank: int, signs: "_Signs") -> None:
+        now, what = time.monotonic(), signs.at.partition(" ")[2] or "nothing yet"
+        if now - signs.alive > SILENCE:
+            raise RankError(
+                f"Rank {rank} of {self.size} has not been heard of for {SILENCE:g} s; it was last at {what}. It has ended, or its "
+                f"machine has. {_GO_ON}"
+            )
+        if now - signs.moved > PATIENCE:
+            raise RankError(
+                f"Rank {rank} of {self.size} has not got on for {PATIENCE:g} s; it was last at {what}. Where one matrix takes longer "
+                f"than that, set FUSION_BENCH_DIDI_RANK_TIMEOUT=<seconds>. {_GO_ON}"
+            )
+
+    def _said(self, key: str) -> str:
+        return self._store.get(key).decode() if self._has(key) else ""
+
     def _has(self, key: str) -> bool:
         return self._store.check([key])
+
+
+@dataclass
+class _Signs:
+    """What a rank that is waited for said last, and when that was new."""
+
+    moved: float
+    alive: float
+    at: str = ""
+    beat: str = ""
+
+    def note(self, at: str, beat: str) -> None:
+        now = time.monotonic()
+        if at != self.at:
+            self.at, self.moved, self.alive = at, now, now
+        if beat != self.beat:
+            self.beat, self.alive = beat, now
 
 
 @contextmanager
@@ -171,8 +212,8 @@ def _told() -> Iterator[None]:
         raise
     except (RuntimeError, ConnectionError) as error:
         raise RankError(
-            f"Another rank of this merge has ended or cannot be reached ({str(error).splitlines()[0]}). Look at what it printed; "
-            "what is finished is kept where there is an output_dir: run the same command again."
+            f"Another rank of this merge has ended or cannot be reached ({str(error).splitlines()[0]}). Look at what it printed. "
+            f"{_GO_ON}"
         ) from error
 
 

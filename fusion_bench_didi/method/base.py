@@ -5,7 +5,7 @@ import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ from rich.progress import Progress as Bars
 from torch import nn
 
 from ..checkpoint.deltas import versions
-from ..checkpoint.directory import check_target, common_directory
+from ..checkpoint.directory import alone, check_target, common_directory
 from ..checkpoint.journal import Journal, left_if_worth, open_journal
 from ..checkpoint.stream import DeltaWriter
 from ..deltas.sink import EncodedTensor, InMemory, Sink
@@ -30,7 +30,7 @@ from ..merging.encoding import encode_own
 from ..merging.finished import Finished
 from ..models import DynamicModel
 from ..models.overview import place_of
-from ..models.pool_saving import attach_saving, check_saving
+from ..models.pool_saving import attach_saving, check_saving, saved_at
 from ..options import Aliases, FilePath, Patterns, check_arguments, unknown_setting
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
@@ -106,8 +106,6 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         check_arguments(self)
         if self.overwrite and self.output_dir is None:
             raise SettingsError("overwrite is of output_dir, which is not set.")
-        if self.resume != "continue" and self.output_dir is None:
-            raise SettingsError("resume is of output_dir, which is not set.")
 
     @property
     def processes(self) -> Ranks:
@@ -135,6 +133,10 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             FileExistsError: if something lies there.
         """
         attach_ending(self)
+        if self.resume != "continue" and self._place() is None:
+            raise SettingsError(
+                "resume is of output_dir or merged_model_save_path, and neither is set."
+            )
         modelpool = as_pool(modelpool)
         check_pool(modelpool)
         if self.dynamic and self.processes.leads:
@@ -213,28 +215,43 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     ) -> DynamicModel:
         """The model that ``make`` leaves in a sink: in memory, or in ``output_dir``, which appears whole or not at all.
 
-        What is finished lies in a journal beside it meanwhile, and stays there if this ends before the model is whole.
+        What is finished lies in a journal beside it, or beside where the program will save it, until the model lies there.
 
         Args:
             task_vectors: tasks in the order in which they are encoded.
         """
         tasks, ranks = task_vectors.tasks, self.processes
-        if self.output_dir is None:
+        place = ranks.from_first(self._place())
+        if place is None:
             return make(InMemory(tasks), None)
-        target = common_directory(ranks, self.output_dir, overwrite=self.overwrite)
-        with target as place:
+        with ExitStack() as stack:
+            target: Path | None = None
+            if self.output_dir is not None:
+                made = common_directory(ranks, place, overwrite=self.overwrite)
+                target = stack.enter_context(made)
+            elif ranks.leads:
+                stack.enter_context(alone(place))
             journal = open_journal(
-                Path(os.path.realpath(Path(self.output_dir).expanduser())),
+                place,
                 self.identity(task_vectors) if ranks.leads else {},
                 fresh=self.resume == "fresh",
                 ranks=ranks,
             )
-            with left_if_worth(journal, ranks):
-                writer = DeltaWriter(place, tasks, journal)
-                model = make(writer, journal)
-                if ranks.leads:
-                    model.write_config(place, {**writer.manifest, "tasks": model.tasks})
+            if journal is None:
+                return make(InMemory(tasks), None)
+            stack.enter_context(left_if_worth(journal, ranks))
+            writer = DeltaWriter(target, tasks, journal)
+            model = make(writer, journal)
+            if target is not None and ranks.leads:
+                model.write_config(target, {**writer.manifest, "tasks": model.tasks})
         return model
+
+    def _place(self) -> Path | None:
+        """Where the model will lie, written by this method or by the program."""
+        path = self.output_dir
+        if path is None and self.dynamic:
+            path = saved_at(self._program)
+        return path and Path(os.path.realpath(Path(path).expanduser()))
 
     def identity(self, task_vectors: TaskVectors) -> dict[str, str]:
         """What a merge that was cut off must have in common with the one that goes on: method, settings, inputs, versions."""
@@ -286,7 +303,7 @@ class DynamicMethod(PoolMethod):
         task_aliases: task pool name -> model name.
         output_dir: write the merged model there while it is made, never holding it; it stays mapped from there.
         overwrite: of ``output_dir``.
-        resume: a merge into ``output_dir`` that was cut off goes on (``continue``), or is forgotten (``fresh``).
+        resume: a merge that was cut off goes on (``continue``), or is forgotten (``fresh``).
     """
 
     def __init__(

@@ -49,6 +49,18 @@ def attach_saving(modelpool: Any, ranks: Ranks = ALONE) -> None:
     modelpool.save_model = save_model
 
 
+def saved_at(program: Any) -> str | None:
+    """Where the program will save its merged model; None where it will not.
+
+    Args:
+        program: the host's, or None.
+    """
+    path = getattr(program, "merged_model_save_path", None)
+    if path and "{log_dir}" in path and program.log_dir is not None:
+        path = path.format(log_dir=program.log_dir)
+    return path or None
+
+
 def check_saving(program: Any, output_dir: str | None = None) -> None:
     """Where the program will save its merged model must be free; it looks only after the merge.
 
@@ -60,11 +72,9 @@ def check_saving(program: Any, output_dir: str | None = None) -> None:
         FileExistsError, DiDiError: as by :func:`~fusion_bench_didi.checkpoint.directory.check_target`.
         SettingsError: if both are one directory.
     """
-    path = getattr(program, "merged_model_save_path", None)
-    if not path:
+    path = saved_at(program)
+    if path is None:
         return
-    if "{log_dir}" in path and program.log_dir is not None:
-        path = path.format(log_dir=program.log_dir)
     options = getattr(program, "merged_model_save_kwargs", None) or {}
     place = check_target(path, overwrite=bool(options.get("overwrite", False)))
     if output_dir and check_target(output_dir, overwrite=True) == place:

@@ -5,15 +5,16 @@ import os
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
 from helpers import didi
-from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from test_golden import clip, decaying, layers, within_spaces
 
+from benchmarks.processes import on_ranks
 from fusion_bench_didi.allocation.curves import PerTaskCurve
 from fusion_bench_didi.checkpoint.journal import Journal, read_lines
 from fusion_bench_didi.checkpoint.records import Records
@@ -212,8 +213,30 @@ def test_an_input_that_cannot_be_merged_leaves_no_journal(tmp_path):
 
 
 def test_fresh_without_an_output_is_refused():
-    with pytest.raises(SettingsError, match="resume is of output_dir"):
-        DiDiMerging(resume="fresh")
+    with pytest.raises(SettingsError, match="neither is set"):
+        DiDiMerging(resume="fresh").run(clip())
+
+
+def test_goes_on_where_the_program_saves(tmp_path, monkeypatch, goal):
+    """A merge in memory has its journal beside the place where the host will save it."""
+    place, pool = tmp_path / "saved", BaseModelPool(clip())
+    program = SimpleNamespace(merged_model_save_path=str(place), taskpool=None)
+
+    def run():
+        method = DiDiMerging(budget=0.6, normalization="root", refine_sweeps=2)
+        method._program = program
+        return method.run(pool)
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 60)
+        run()
+    with monkeypatch.context() as patch:
+        begun = cut_after(patch, 10**6)
+        model = run()
+        assert {stage for stage, _ in begun} == {"encode"}
+    pool.save_model(model, str(place))
+    assert weights(place) == goal
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
 
 # --- records -----------------------------------------------------------------------

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from fusion_bench.modelpool import BaseModelPool
 from helpers import BASE, didi, floats, same_bits
-from ranks import on_ranks
 from test_golden import adapters, clip, convolution, decaying, layers
 
+from benchmarks.processes import on_ranks
 from fusion_bench_didi.checkpoint import stream
 from fusion_bench_didi.method import FreeMerging
 from fusion_bench_didi.models.dynamic import DiDiModel

@@ -16,6 +16,9 @@ from fusion_bench.modelpool import BaseModelPool
 from omegaconf import DictConfig
 from torch import nn
 
+from ..checkpoint.deltas import read_config
+from ..checkpoint.directory import CONFIG
+from ..checkpoint.fields import Field
 from ..deltas.storage import told
 from ..deltas.tucker import Bases, Core
 from ..errors import CheckpointMismatchError, ModelPoolError
@@ -30,6 +33,7 @@ from ..pools.task_names import normalized
 from ..task_vectors.alignment import some
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import account_of, scan
+from .facts import check_info
 from .places import Edited, Place, edited_model, target_of
 from .settings import alone
 from .sources import BesideShared, SharedBase
@@ -76,7 +80,9 @@ def add_task(
     target = target_of(place, output_dir, overwrite=overwrite)
     model = place
     if not isinstance(place, nn.Module):
+        fields = Field(Path(place) / CONFIG, read_config(place))
         model = DiDiModel.from_pretrained(place, backbone)
+        check_info(fields["info"])
     stored = Stored.of(model)
     check_name(name, stored.tasks)
     model.unset_task()

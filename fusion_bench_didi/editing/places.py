@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checkpoint.deltas import read_config, read_deltas, versions, write_manifest
 from ..checkpoint.directory import CONFIG, check_target, whole_directory
+from ..checkpoint.fields import Field
 from ..checkpoint.stream import write_deltas
 from ..deltas.storage import StorageReport
 from ..errors import DiDiError, SettingsError
@@ -19,6 +20,7 @@ from ..models.dynamic import DynamicModel
 from ..models.model_card import model_card
 from ..models.saving import check_config
 from ..routers.files import FILE as ROUTER_FILE
+from .facts import check_info
 from .stored import Stored
 
 Place = Union[DynamicModel, str, Path]
@@ -149,6 +151,7 @@ def stored_of(directory: Path, config: Mapping[str, Any] | None = None) -> Store
     """
     config = read_config(directory) if config is None else config
     check_config(DynamicModel, directory, config)
+    check_info(Field(directory / CONFIG, config)["info"])
     if "fingerprint" in config["backbone"]:
         raise DiDiError(
             f"{directory} was written by an early version, whose checks of the base model are others. Load the model and save it "

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..allocation.learned import LearningSettings
+from ..errors import SettingsError
 from ..lowrank.refinement import RefinementSettings
 from ..merging.settings import Budget, MergeSettings
 
@@ -15,14 +16,19 @@ def merged_with(info: Mapping[str, Any], budget: Budget) -> MergeSettings:
     if not isinstance(told, Mapping) or not isinstance(told.get("learning"), Mapping):
         return MergeSettings(budget)
     names = {field.name for field in fields(MergeSettings)}
-    given = {
-        **{key: value for key, value in told.items() if key in names},
-        "budget": budget,
-        "learning": LearningSettings(**told["learning"]),
-        "refining": RefinementSettings(**told["refining"]),
-    }
+    given = {key: value for key, value in told.items() if key in names}
+    try:
+        groups = {
+            "learning": LearningSettings(**told["learning"]),
+            "refining": RefinementSettings(**told["refining"]),
+        }
+        memory = float(told["factor_memory_gb"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SettingsError(
+            f"The settings that the model was merged with cannot be read ({error}). Give settings=MergeSettings(...)."
+        ) from error
     return MergeSettings(
-        **{k: float(v) if k == "factor_memory_gb" else v for k, v in given.items()}
+        **given | groups | {"budget": budget, "factor_memory_gb": memory}
     )
 
 

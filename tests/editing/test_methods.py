@@ -1,0 +1,98 @@
+"""Models of other methods are edited too, in whatever form they store their tasks; and what is damaged is refused."""
+
+import pytest
+from fusion_bench.modelpool import BaseModelPool
+from helpers import didi, floats, same_bits
+from tucker_models import linears
+
+from fusion_bench_didi.checkpoint.deltas import read_config, write_manifest
+from fusion_bench_didi.editing import add_task, remove_task, rescale
+from fusion_bench_didi.editing.settings import merged_with
+from fusion_bench_didi.errors import CheckpointMismatchError, SettingsError
+from fusion_bench_didi.merging.settings import Budget, MergeSettings
+from fusion_bench_didi.method.baselines.bitdelta import BitDelta
+from fusion_bench_didi.method.baselines.compeft import ComPEFT
+from fusion_bench_didi.method.baselines.dare import DARE
+from fusion_bench_didi.method.baselines.delta_come import DeltaCoMe
+from fusion_bench_didi.method.baselines.emr import EMRMerging
+from fusion_bench_didi.method.baselines.tall_mask import TallMaskMerging
+from fusion_bench_didi.method.baselines.tvq import TaskVectorQuantization
+from fusion_bench_didi.method.baselines.twin import TwinMerging
+
+METHODS = (
+    BitDelta,
+    ComPEFT,
+    DARE,
+    DeltaCoMe,
+    EMRMerging,
+    TallMaskMerging,
+    TaskVectorQuantization,
+    TwinMerging,
+)
+
+
+def values(model, tasks):
+    return {task: floats(model.materialize(task)) for task in tasks}
+
+
+def apart(model, before):
+    """Squared distance from earlier values, over their size."""
+    lost = whole = 0.0
+    for task, old in before.items():
+        new = floats(model.materialize(task))["weight"]
+        lost += float((new - old["weight"]).square().sum())
+        whole += float(old["weight"].square().sum())
+    return lost / whole
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_stored_form_is_edited(method):
+    models = linears(4, side=32, size=3)
+    new = models.pop("3")
+    model = method().run(BaseModelPool(models))
+    before, storage = values(model, "012"), model.storage
+    found = add_task(model, new, "3", budget=0.3)
+    assert found.facts["relative_error"] < 0.01
+    after = values(model, "012")
+    assert all(same_bits(before[task], after[task]) for task in before)
+    remove_task(model, "3")
+    assert model.storage == storage
+    budget = 0.9 * storage.x_excl
+    rescale(model, budget=budget)
+    assert 0 < model.storage.x_excl <= budget
+    # what is drawn at random has no structure that other forms could use
+    assert apart(model, before) < 0.5
+
+
+def test_facts_of_a_directory_are_data(tmp_path):
+    model = didi(linears(3, side=16), budget=0.4, factor_dtype="auto")
+    model.save_pretrained(tmp_path / "model")
+    config = read_config(tmp_path / "model")
+    config.pop("checksum")
+    for key, value in {
+        "edits": [{"done": 1}],
+        "parents": ["0"],
+        "ranks": {"experts": {"0": 3}},
+        "energy_kept": {"weight": [0.5]},
+        "relative_error": "much",
+    }.items():
+        info = {**config["info"], key: value}
+        write_manifest(tmp_path / "model" / "config.json", {**config, "info": info})
+        with pytest.raises(CheckpointMismatchError, match=key):
+            remove_task(tmp_path / "model", "0", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_merge_come_back():
+    models = linears(3, side=16)
+    chosen = {"factor_dtype": "int8", "normalization": "matrix", "shared": "mean"}
+    model = didi(models, budget=0.9, **chosen)
+    found = merged_with(model.info, Budget(0.5))
+    assert found.budget == Budget(0.5)
+    assert {key: getattr(found, key) for key in chosen} == chosen
+    assert merged_with({"settings": {"width": 4}}, Budget(0.5)) == MergeSettings(
+        Budget(0.5)
+    )
+    told = {**model.info["settings"], "learning": {"no such": 1}}
+    with pytest.raises(SettingsError, match="merged with cannot be read"):
+        merged_with({"settings": told}, Budget(0.5))

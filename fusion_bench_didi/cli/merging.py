@@ -108,8 +108,15 @@ def _class_of(places: dict[str, str]) -> str:
     for task, place in places.items():
         adapter = (Path(place) / "adapter_config.json").is_file()
         if not adapter:
-            found = AutoConfig.from_pretrained(place).architectures or [None]
-            named[task] = found[0]
+            try:
+                found = AutoConfig.from_pretrained(place).architectures
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise click.BadParameter(
+                    f"{place} is no model that transformers knows ({reason[:200]})",
+                    param_hint="models",
+                ) from error
+            named[task] = (found or [None])[0]
     base = named.pop(BASE, None)
     tuned = set(named.values())
     return (tuned.pop() if len(tuned) == 1 else base) or "AutoModel"

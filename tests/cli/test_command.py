@@ -129,6 +129,8 @@ def test_faults_are_found_before_anything_is_read(merged, tiny_clip_dir, tmp_pat
         merge(tiny_clip_dir, tmp_path / "m", "-s", "ties_keep=2")
     with pytest.raises(FileExistsError):
         merge(Path("nowhere"), merged)
+    with pytest.raises(click.BadParameter, match="is no model that transformers"):
+        merge(tmp_path, tmp_path / "m")
     with pytest.raises(click.BadParameter, match="two models are called 'mnist'"):
         merge(tiny_clip_dir, tmp_path / "m", tasks=("mnist", "mnist"))
     with pytest.raises(click.BadParameter, match="no KEY=VALUE"):

@@ -1,10 +1,11 @@
 """Plans for pools of 8 and 70 billion parameters without their weights, and what a merge of a tenth of the size measures.
 
-    python -m benchmarks.large_models            # docs/large_models.md and .json; makes 11 GB of checkpoints on first use
-    python -m benchmarks.large_models --plans    # plans only: seconds
+    python -m benchmarks.large_models            # plans: seconds; docs/large_models.md and .json
+    python -m benchmarks.large_models --measure  # and loading and generating; makes 11 GB of checkpoints on first use
 
 Plans need shapes alone, so the pools are safetensors headers over files that take no room (sparse). What is measured runs the
-same way through the code: 1.1 B parameters, four experts, bfloat16, read and written tensor by tensor.
+same way through the code: 1.1 B parameters, four experts, bfloat16, read and written tensor by tensor; its merge under a
+limit of memory is that of :mod:`benchmarks.memory`.
 """
 
 import argparse
@@ -122,31 +123,34 @@ FACTS = re.compile(
 PEAK = re.compile(r"predicted peak memory: ([\d.]+ \w+)")
 
 
-def merge_to_directory(place: Path) -> dict:
+def merge_to_directory(place: Path, experts: int) -> dict:
     """The measured pool merged into a directory, in this process."""
-    directories = pool_of(MEASURED, EXPERTS)
+    directories = pool_of(MEASURED, experts)
     given = sum(f.stat().st_size for d in directories.values() for f in Path(d).glob("*.safetensors"))  # fmt: skip
-    begin = time.perf_counter()
+    begin = time.process_time()
     DiDiMerging(budget=BUDGET, output_dir=str(place)).run(pool(directories))
-    found = {"seconds": time.perf_counter() - begin, "peak_gb": peak_resident() / 2**30}
+    found = {
+        "cpu_seconds": time.process_time() - begin,
+        "peak_gb": peak_resident() / 2**30,
+    }
     stored = sum(f.stat().st_size for f in place.rglob("*") if f.is_file())
     return {**found, "given_gb": given / 1e9, "stored_gb": stored / 1e9}
 
 
-def load_and_generate(place: Path, tokens: int = 16) -> dict:
+def load_and_generate(place: Path, experts: int, tokens: int = 16) -> dict:
     """The stored model in the type that it has, and its answer as a task; in this process."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     model = DiDiModel.from_pretrained(place)
-    loading = time.perf_counter() - begin
+    loading = time.process_time() - begin
     model.set_task(model.tasks[0])
-    ids, begin = torch.arange(1, 17)[None], time.perf_counter()
+    ids, begin = torch.arange(1, 17)[None], time.process_time()
     with torch.inference_mode():
         answer = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)  # fmt: skip
     assert answer.shape == (1, 16 + tokens)
     return {
-        "load_seconds": loading,
+        "load_cpu_seconds": loading,
         "dtype": str(next(model.parameters()).dtype),
-        "token_seconds": (time.perf_counter() - begin) / tokens,
+        "token_cpu_seconds": (time.process_time() - begin) / tokens,
         "loaded_gb": peak_resident() / 2**30,
     }
 
@@ -154,13 +158,14 @@ def load_and_generate(place: Path, tokens: int = 16) -> dict:
 STEPS = {"merge": merge_to_directory, "load": load_and_generate}
 
 
-def measured() -> dict:
+def measured(experts: int) -> dict:
     """Both steps, each in a process of its own, so that the peak is that of the step."""
-    pool_of(MEASURED, EXPERTS)
-    found: dict = {}
+    pool_of(MEASURED, experts)
+    found: dict = {"experts": experts}
     with tempfile.TemporaryDirectory() as scratch:
         for step in STEPS:
             line = [sys.executable, "-m", "benchmarks.large_models", "--step", step]
+            line += ["--experts", str(experts)]
             done = subprocess.run([*line, "--at", f"{scratch}/merged"], capture_output=True, text=True)  # fmt: skip
             if done.returncode:
                 raise SystemExit(f"{step} failed:\n{done.stderr[-3000:]}")
@@ -169,48 +174,73 @@ def measured() -> dict:
     return found
 
 
-def page(record: Mapping) -> str:
-    """What was found, as a page."""
+def page(record: Mapping, limited: Mapping) -> str:
+    """What was found, as a page.
+
+    Args:
+        limited: what :mod:`benchmarks.memory` found.
+    """
     rows = [
         f"| {shape} x {tasks} | {p['matrices']} | {p['model']} | {p['read_gb']:.0f} GB | {p['modules']} | {p['peak_in_memory']} "
         f"| {p['peak_in_directory']} | {p['seconds']:.1f} |"
         for (shape, tasks), p in zip(PLANS, record["plans"])
     ]
-    m = record["measured"]
-    read = {shape: p["read_gb"] for (shape, _), p in zip(PLANS, record["plans"])}
-    per_gb = m["seconds"] / m["given_gb"]
-    fields = {
-        "plans": "\n".join(rows),
-        "machine": in_words(record["machine"]),
-        "budget": record["budget"],
-        "per_gb": f"{per_gb:.0f}",
-        "minutes_8b": f"{per_gb * read['8B'] / 60:.0f}",
-        "minutes_70b": f"{per_gb * read['70B'] / 60:.0f}",
-        **{k: v if isinstance(v, str) else f"{v:.2f}" for k, v in m.items()},
+    per_gb = limited["seconds"] / limited["files_gb"]
+    minutes = [f"{per_gb * p['read_gb'] / 60:.0f}" for p in record["plans"]]
+    return (
+        (NOTES / "large_models.md")
+        .read_text()
+        .format(
+            plans="\n".join(rows),
+            machine=in_words(record["machine"]),
+            budget=record["budget"],
+            files=f"{limited['files_gb']:.1f}",
+            limit=f"{limited['limit_gb']:.0f}",
+            seconds=f"{limited['seconds']:.0f}",
+            per_gb=f"{per_gb:.1f}",
+            minutes=minutes,
+            measured="\n".join(_measured(record.get("measured"))),
+        )
+    )
+
+
+def _measured(found: Mapping | None) -> list[str]:
+    """What the stored model takes to load and to generate with, if that was measured."""
+    if found is None:
+        return ["`python -m benchmarks.large_models --measure` adds what loading and generating take."]  # fmt: skip
+    named = {
+        "cpu_seconds": "merging, CPU seconds",
+        "peak_gb": "peak of merging, GB",
+        "stored_gb": "directory written, GB",
+        "load_cpu_seconds": f"loading it in {found['dtype']}, CPU seconds",
+        "loaded_gb": "peak of loading and generating, GB",
+        "token_cpu_seconds": "CPU seconds per generated token, as a task",
     }
-    return (NOTES / "large_models.md").read_text().format(**fields)
+    lines = [f"| {found['experts']} experts, {found['given_gb']:.1f} GB | |", "|---|--:|"]  # fmt: skip
+    return lines + [f"| {name} | {found[key]:.2f} |" for key, name in named.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plans", action="store_true", help="print plans only")
+    parser.add_argument("--measure", action="store_true", help="merge, load and generate too")  # fmt: skip
+    parser.add_argument("--experts", type=int, default=EXPERTS, help="of the measured pool")  # fmt: skip
     parser.add_argument("--page", action="store_true", help="run nothing")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--at", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        print(json.dumps(STEPS[arguments.step](arguments.at)))
+        print(json.dumps(STEPS[arguments.step](arguments.at, arguments.experts)))
         return
+    file = DOCS / "large_models.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
     if not arguments.page:
         plans = [plan(*which) for which in PLANS]
-        for (shape, tasks), found in zip(PLANS, plans):
-            print(f"{shape} x {tasks}: {found}", flush=True)
-        if arguments.plans:
-            return
-        record = {"machine": machine(), "budget": BUDGET, "plans": plans}
-        write_json(DOCS / "large_models.json", record | {"measured": measured()})
-    record = json.loads((DOCS / "large_models.json").read_text())
-    (DOCS / "large_models.md").write_text(page(record))
+        record |= {"machine": machine(), "budget": BUDGET, "plans": plans}
+        if arguments.measure:
+            record["measured"] = measured(arguments.experts)
+        write_json(file, record)
+    limited = json.loads((DOCS / "memory.json").read_text())
+    file.with_suffix(".md").write_text(page(record, limited))
 
 
 if __name__ == "__main__":

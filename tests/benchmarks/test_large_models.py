@@ -1,8 +1,10 @@
 """Pools of headers: they are planned as pools of weights are, and take no room."""
 
+import json
 from pathlib import Path
 
 import torch
+from helpers import REPOSITORY
 from transformers import AutoModelForCausalLM
 
 from benchmarks import large_models
@@ -32,3 +34,9 @@ def test_hollow_pools_are_planned_as_whole_ones(tmp_path, capsys, monkeypatch):
         DiDiMerging(budget=2.0, dry_run=True).run(large_models.pool(directories))
         plans.append(capsys.readouterr().out)
     assert plans[0] == plans[1] and "2 tasks: a, b" in plans[0]
+
+
+def test_page_shows_the_figures_beside_it(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    record, limited = (json.loads(Path("docs", name).read_text()) for name in ("large_models.json", "memory.json"))  # fmt: skip
+    assert Path("docs/large_models.md").read_text() == large_models.page(record, limited)  # fmt: skip

@@ -9,6 +9,19 @@ from fusion_bench_didi.report.comparison import Comparison
 Losses = Mapping[str, float]
 
 
+class Known(dict):
+    """Figures by name; a dash for rows that were not made."""
+
+    def __missing__(self, name: str) -> "Known":
+        return Known()
+
+    def __str__(self) -> str:
+        return super().__str__() if self else "–"
+
+    def __format__(self, how: str) -> str:
+        return format(str(self), how)
+
+
 def kept(found: Losses, base: Losses, own: Losses) -> float:
     """Mean over tasks of the fall of log-perplexity below the base model's, in units of the fall of the task's own model."""
     shares = [(base[t] - found[t]) / (base[t] - own[t]) for t in own]
@@ -20,15 +33,17 @@ def fields(comparison: Comparison) -> dict[str, Any]:
     rows = {row["method"]: row for row in comparison.good}
     base, own = rows["Pre-trained"]["loss"], rows["Individuals"]["loss"]
     shares = {name: kept(row["loss"], base, own) for name, row in rows.items()}
+    measured = comparison.data.get("measured", {})
     return {
-        "kept": {name: f"{100 * share:.1f}" for name, share in shares.items()},
+        "kept": Known({name: f"{100 * share:.1f}" for name, share in shares.items()}),
+        "x": Known({name: f"{row['x_excl']:.2f}" for name, row in rows.items()}),
         "perplexity": {
             name: {task: f"{math.exp(loss):.2f}" for task, loss in row["loss"].items()}
             for name, row in rows.items()
         },
         "perplexities": "\n".join(_table(comparison, shares)),
         "examples": "\n".join(_examples(comparison.data.get("examples", {}))),
-        **{k: f"{v:.2f}" for k, v in comparison.data.get("measured", {}).items()},
+        "measured": Known({name: f"{value:.2f}" for name, value in measured.items()}),
     }
 
 

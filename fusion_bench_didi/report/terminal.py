@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -34,7 +35,9 @@ def table(
     comparison: Mapping[str, Any], title: str = "", *, per_task: bool = True
 ) -> Table:
     """The rows; those that failed say why."""
-    made = Table(title=title or None)
+    made = Table(
+        title=title or None, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     made.add_column("method", no_wrap=True)
     tasks = comparison["tasks"] if per_task else []
     heads = ("average", "retention", "x", "size", "of all", "seconds")

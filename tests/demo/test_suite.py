@@ -33,6 +33,7 @@ from fusion_bench_didi.demo.pools import (
 from fusion_bench_didi.demo.tasks import EXTRAS, TASKS, task_pictures
 from fusion_bench_didi.demo.towers import pixel_values
 from fusion_bench_didi.programs.entries import declared, read_entries
+from fusion_bench_didi.report.terminal import table
 
 TINY = ["digits", "shapes", "textures"]
 CONFIG = REPOSITORY / "config"
@@ -306,13 +307,16 @@ def test_table_of_the_command_fits_150_columns():
         "average": 1.0,
         "retention": {"mean_of_ratios": 1.0},
         "x_excl": 8.0,
+        "x_incl": 9.0,
+        "bytes_excl": 123_456_789,
+        "error": None,
         "seconds": 1234.5,
         "accuracy": dict.fromkeys(tasks, 1.0),
     }
     rows = [{"method": name, **whole} for name in command.ENTRIES]
     rows[0] |= {"seconds": None}
     console = Console(width=150, file=io.StringIO())
-    console.print(command.table({"tasks": tasks, "rows": rows}))
+    console.print(table({"tasks": tasks, "rows": rows}))
     text = console.file.getvalue()
     assert "…" not in text and max(map(len, text.splitlines())) <= 150
     for shown in (*command.ENTRIES, *tasks, "100.0", "8.00", "1234.5"):

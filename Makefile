@@ -1,5 +1,6 @@
 # make demo    the main job on the embedded default, in a virtual environment that is made when missing
 # make test    linters, then every test
+# make test-transformers5  the tests again in an environment with transformers 5, its result in docs/transformers.md
 # make figures every page of docs/ and the README's table, by their own commands (hours; FIGURES="exact speed" for some)
 #
 # VENV may name an existing environment, PYTHON the interpreter that makes a new one, PYTEST_ARGS other options than those
@@ -7,13 +8,14 @@
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?= --numprocesses auto --dist loadfile
+VENV5 ?= .venv-transformers5
 
 BIN := $(VENV)/bin
 # Written after an install that succeeded, older than setup.cfg when the dependencies may have changed.
 INSTALLED := $(VENV)/.fusion_bench_didi-installed
 INSTALLED_TEST := $(VENV)/.fusion_bench_didi-installed-test
 
-.PHONY: demo test lint format figures clean
+.PHONY: demo test test-transformers5 lint format figures clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fusion_bench_didi.demo
@@ -26,6 +28,12 @@ lint: $(INSTALLED_TEST)
 	$(BIN)/python -m black --check . || { echo "run 'make format'" >&2; exit 1; }
 	$(BIN)/python -m isort --check . || { echo "run 'make format'" >&2; exit 1; }
 	$(BIN)/lint-imports --no-logo --no-cache || { echo "see the contracts of the rooms in pyproject.toml" >&2; exit 1; }
+
+test-transformers5:
+	test -x $(VENV5)/bin/python || $(PYTHON) -m venv $(VENV5)
+	$(VENV5)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(VENV5)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'transformers>=5'
+	PYTEST_ARGS="$(PYTEST_ARGS)" $(VENV5)/bin/python -m benchmarks.transformers_page
 
 figures: $(INSTALLED_TEST)
 	$(BIN)/python -m benchmarks.figures $(FIGURES)

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.task_vectors.reader import TaskVectors
 from fusion_bench_didi.task_vectors.sources import ModuleSource
 
+#: Its generation: 5 names and returns some things otherwise.
+TRANSFORMERS = int(version("transformers").partition(".")[0])
+#: What stands in front of the names of a CLIP tower in memory.
+TOWER = "vision_model." if TRANSFORMERS < 5 else ""
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE = "_pretrained_"
 # Named, so that these tests do not depend on what is the default today.
@@ -161,6 +166,11 @@ class Oddities(nn.Module):
         return self.head(self.norm(self.embedding(tokens)))
 
 
+def tower_of(model: nn.Module) -> nn.Module:
+    """The module that holds embeddings and layers of a ``CLIPVisionModel``."""
+    return getattr(model, "vision_model", model)
+
+
 def write_clip(directory: Path, vision: CLIPVisionModel) -> Path:
     """A CLIP with a small text tower and a processor of bytes, as the host's task pool loads them."""
     letters = list(bytes_to_unicode().values())
@@ -190,8 +200,7 @@ def write_clip(directory: Path, vision: CLIPVisionModel) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = CLIPModel(config)
-    tower = getattr(vision, "vision_model", vision)  # transformers 4, and 5
-    clip.vision_model.load_state_dict(tower.state_dict())
+    clip.vision_model.load_state_dict(tower_of(vision).state_dict())
     clip.save_pretrained(directory)
     return directory
 

@@ -2,15 +2,14 @@
 
 import importlib
 import sys
-from importlib.metadata import version
 
 import pytest
+from helpers import TRANSFORMERS
 
 from fusion_bench_didi.compat import MOVED, RENAMED
 
 # What the host cannot import without typing.override, and we need.
 HOST_OPENCLIP = "import fusion_bench.modelpool.openclip_vision, fusion_bench.taskpool.openclip_vision"
-TRANSFORMERS = int(version("transformers").split(".")[0])
 # Ends with 3 on the one error that the workaround is for, with 1 on any other.
 EXPECT_IMPORT_ERROR = """
 try:

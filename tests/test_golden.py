@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
-from helpers import BASE, OpenClipLike, family, fine_tuned
+from helpers import BASE, TRANSFORMERS, OpenClipLike, family, fine_tuned
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -46,6 +46,8 @@ PAPER = {
 def clip() -> dict[str, nn.Module]:
     from conftest import build_tiny_clip
 
+    if TRANSFORMERS >= 5:
+        pytest.skip("recorded under the names that transformers 4 gives a tower")
     return build_tiny_clip().pool_models()
 
 

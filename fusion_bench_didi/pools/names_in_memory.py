@@ -20,6 +20,7 @@ from ..task_vectors.sources import (
     renaming,
 )
 from ..task_vectors.ties import tied_names
+from .file_layouts import loaded_names
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,8 @@ def _mapped(found: list[str], names: Names) -> dict[str, str]:
     """Name in memory by name in the file; what the class does not load is left out."""
     model, wanted = names.module, {*names.infos, *names.aliases}
     mapped = {name: name for name in found}
-    rename = getattr(model, "_get_key_renaming_mapping", None)
-    if isinstance(model, PreTrainedModel) and rename is not None:
-        prefix = model.base_model_prefix
-        has = bool(prefix) and any(name.startswith(prefix) for name in found)
-        expects = bool(prefix) and hasattr(model, prefix)
-        layout = getattr(type(model), "_checkpoint_conversion_mapping", None) or None
-        try:
-            mapped = rename(found, layout, has and not expects, expects and not has)
-        except (
-            ValueError
-        ):  # what transformers calls corrupted is told by the names that are missing
-            pass
+    if isinstance(model, PreTrainedModel):
+        mapped = loaded_names(found, model)
     if wanted & set(mapped.values()) != wanted:
         by_prefix = {old: new for new, old in renaming(found, wanted).items()}
         if len(wanted & {*by_prefix.values()}) > len(wanted & {*mapped.values()}):

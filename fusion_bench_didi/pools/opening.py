@@ -35,6 +35,7 @@ from .entries import (
     given_by,
     load_model,
 )
+from .file_layouts import computed_on_loading
 from .names_in_memory import Names, apart, as_loaded
 from .task_names import normalized
 from .weight_files import open_weights
@@ -275,6 +276,8 @@ def _file_source(
     source = _opened(modelpool, name)
     if source is None or names is None:
         return source
+    if computed_on_loading(list(source.infos()), names.module):
+        return None
     _, weights = asked(modelpool, name)
     place = directory_of(modelpool, name) / weights.subfolder
     return as_loaded(source, names, place)

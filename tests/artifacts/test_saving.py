@@ -9,7 +9,7 @@ from fusion_bench.method import SimpleAverageAlgorithm, SmileUpscalingAlgorithm
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.models.we_moe import WeightEnsemblingMoE
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
-from helpers import Oddities, didi, family, floats, same_bits
+from helpers import TOWER, Oddities, didi, family, floats, same_bits, tower_of
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -256,8 +256,8 @@ def test_wemoe_writes_the_backbone_that_it_changed(tiny_clip, tmp_path):
     with torch.no_grad():
         for name, value in model.named_parameters():
             value += 0.3 * sum(m.get_parameter(name) - value for m in tuned)
-    for i, layer in enumerate(model.vision_model.encoder.layers):
-        mlps = [m.vision_model.encoder.layers[i].mlp for m in (base, *tuned)]
+    for i, layer in enumerate(tower_of(model).encoder.layers):
+        mlps = [tower_of(m).encoder.layers[i].mlp for m in (base, *tuned)]
         layer.mlp = WeightEnsemblingMoE(
             32, mlps[0], mlps[1:], batch_first=True, router_hidden_layers=1
         )
@@ -279,7 +279,7 @@ def test_what_cannot_come_back_is_refused(tiny_clip, tmp_path):
     with pytest.raises(TypeError, match="Linear cannot be saved as an artifact"):
         save_artifact(nn.Linear(2, 2), tmp_path / "a", **options)
     model = merged(models)
-    name = "vision_model.embeddings.class_embedding"
+    name = f"{TOWER}embeddings.class_embedding"
     del types[name]
     with pytest.raises(CheckpointMismatchError, match=f"{name}, which no task changed"):
         save_artifact(model, tmp_path / "a", **options)

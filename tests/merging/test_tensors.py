@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
-from helpers import BASE, Oddities, OpenClipLike, didi, family, floats, same_bits
+from helpers import BASE, TOWER, Oddities, OpenClipLike, didi, family, floats, same_bits
 from merged_tasks import assert_task_weights, gpt2
 from torch import nn
 
@@ -59,7 +59,7 @@ def test_integer_buffers_and_tied_weights_survive():
 
 
 def test_untouched_tensors_cost_nothing(tiny_clip):
-    name = "vision_model.embeddings.patch_embedding.weight"
+    name = f"{TOWER}embeddings.patch_embedding.weight"
     base = dict(tiny_clip.base.named_parameters())[name].detach()
     for tuned in tiny_clip.tuned.values():
         dict(tuned.named_parameters())[name].data.copy_(base)
@@ -94,7 +94,7 @@ def test_ranks_may_be_zero_and_vectors_are_still_exact(tiny_clip):
 @pytest.mark.parametrize("policy", ["expert", "shared", "pretrained"])
 def test_policies_for_vectors(tiny_clip, policy):
     model = didi(tiny_clip.pool_models(), budget=0.8, vectors=policy)
-    name = "vision_model.post_layernorm.weight"
+    name = f"{TOWER}post_layernorm.weight"
     base = floats(tiny_clip.base)[name]
     tuned = {t: floats(m)[name] for t, m in tiny_clip.tuned.items()}
     mean = torch.stack(list(tuned.values())).mean(0)
@@ -114,7 +114,7 @@ def test_patterns_exclude_and_store_whole(tiny_clip):
         as_vectors=["*position_embedding*"],
     )
     assert not [name for name in model.touched if "mlp.fc2" in name]
-    name = "vision_model.embeddings.position_embedding.weight"
+    name = f"{TOWER}embeddings.position_embedding.weight"
     delta = model.modulators["mnist"].deltas[name]
     assert isinstance(delta, DenseDelta) and model.shared.get(name) is None
 

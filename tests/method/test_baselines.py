@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusion_bench.method.emr_merging import EMRMerging as HostEMRMerging
 from fusion_bench.modelpool import BaseModelPool
-from helpers import REPOSITORY, OpenClipLike, family
+from helpers import REPOSITORY, TOWER, OpenClipLike, family
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -332,7 +332,7 @@ def test_free_of_the_code_takes_all_tensors_into_its_factor(make_tiny_clip):
     method = methods.FreeMerging(filter="code", keep=0.2)
     method.run(clip.pool_models())
     before = dict(zip(sorted(clip.tasks), method._factors))
-    name = "vision_model.embeddings.patch_embedding.weight"
+    name = f"{TOWER}embeddings.patch_embedding.weight"
     base, value = (m.get_parameter(name).data for m in (clip.base, clip.tuned["svhn"]))
     value.copy_(base + 10 * (value - base))
     method.run(clip.pool_models())
@@ -661,7 +661,7 @@ def test_the_pool_stays_as_it_was(dynamic, tiny_clip):
 
 def test_untouched_tensors_and_idle_tasks(dynamic, tiny_clip):
     """A tensor that nobody changed costs nothing; a task that changed nothing is no division by zero."""
-    untouched = "vision_model.embeddings.position_embedding.weight"
+    untouched = f"{TOWER}embeddings.position_embedding.weight"
     with torch.no_grad():
         base = dict(tiny_clip.base.named_parameters())
         for task, model in tiny_clip.tuned.items():

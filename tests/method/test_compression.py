@@ -5,6 +5,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from helpers import tower_of
 from torch import nn
 
 from fusion_bench_didi import method as methods
@@ -230,7 +231,7 @@ def test_compeft_looks_at_the_tensors_that_it_compresses(tiny_clip):
     before = methods.ComPEFT(**settings).run(tiny_clip.pool_models())
     found = changes(before, tiny_clip)
     for model in tiny_clip.tuned.values():
-        model.vision_model.embeddings.class_embedding.data += 100
+        tower_of(model).embeddings.class_embedding.data += 100
     after = methods.ComPEFT(**settings).run(tiny_clip.pool_models())
     for task, tensors in changes(after, tiny_clip).items():
         for name, value in tensors.items():

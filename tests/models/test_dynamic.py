@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fusion_bench.models.modulator import ModulatedModel, TaskModulator
-from helpers import BASE, OpenClipLike, didi, family, floats, same_bits
+from helpers import BASE, TOWER, OpenClipLike, didi, family, floats, same_bits
 from torch import nn
 from transformers import CLIPVisionModel
 
@@ -93,7 +93,7 @@ def test_materialize_gives_an_ordinary_independent_model(model, tmp_path):
 
 
 def test_a_task_can_be_added_and_removed(model):
-    names = ["vision_model.encoder.layers.0.mlp.fc1.weight"]
+    names = [f"{TOWER}encoder.layers.0.mlp.fc1.weight"]
     model.set_task("mnist")
     before = {task: floats(model.materialize(task)) for task in model.tasks}
     shape = (64, 32)
@@ -113,7 +113,7 @@ def test_a_task_can_be_added_and_removed(model):
 
 
 def test_a_tensor_that_only_a_removed_task_changed_is_the_base_again(tiny_clip):
-    tensor = "vision_model.post_layernorm.bias"
+    tensor = f"{TOWER}post_layernorm.bias"
     base = floats(tiny_clip.base)[tensor]
     for task in ("svhn", "eurosat"):
         tiny_clip.tuned[task].get_parameter(tensor).data.copy_(base)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
-from helpers import QUICK, OpenClipLike, didi, family
+from helpers import QUICK, TOWER, OpenClipLike, didi, family, tower_of
 from transformers import GPT2Config, GPT2Model
 
 from fusion_bench_didi.errors import ModelPoolError, UnknownTaskError
@@ -173,7 +173,7 @@ def test_routed_forward_uses_the_routers_weights(merged, kind, tmp_path):
 def test_projection_router_finds_inputs_that_lie_in_an_experts_subspace(tiny_clip):
     """Patches made of one task's leading input directions go to that task, without any data."""
     model = didi(tiny_clip.pool_models(), budget=9.0).eval()
-    name = "vision_model.embeddings.patch_embedding"
+    name = f"{TOWER}embeddings.patch_embedding"
     router = make_router("projection", model.tasks, layers=[name], directions=2)
     model.attach_router(router)
     for task in range(3):
@@ -213,7 +213,7 @@ def test_threads_are_routed_at_the_same_time(merged, kind):
             with contextlib.suppress(threading.BrokenBarrierError):
                 barrier.wait(timeout=0.5)
 
-    merged.backbone.vision_model.embeddings.register_forward_pre_hook(meet)
+    tower_of(merged.backbone).embeddings.register_forward_pre_hook(meet)
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda x: router.features(merged, x), batches))
     for one, alone in zip(found, expected):

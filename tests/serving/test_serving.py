@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import didi, family, floats, same_bits
+from helpers import TOWER, didi, family, floats, same_bits, tower_of
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaModel
@@ -290,7 +290,7 @@ def test_threads_serve_one_model_at_the_same_time(tiny_clip, how, where):
     else:
         model.mixed.limit = 100  # one piece, so that both are there when they meet
     expected = [call() for call in calls]
-    Meeting(model.backbone.get_submodule(f"vision_model.{where}"))
+    Meeting(model.backbone.get_submodule(f"{TOWER}{where}"))
     for found, alone in zip(in_threads(*calls), expected):
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(calls[0](), expected[0], atol=1e-5, rtol=1e-5)
@@ -320,7 +320,7 @@ def test_a_pass_inside_of_a_pass_leaves_the_outer_one(merged):
         handle.remove()
         found.append(inner())
 
-    middle = merged.backbone.vision_model.encoder.layers[1]
+    middle = tower_of(merged.backbone).encoder.layers[1]
     handle = middle.register_forward_pre_hook(serve_another)
     assert outer().equal(expected[0]) and found[0].equal(expected[1])
 
@@ -332,7 +332,7 @@ def test_nothing_of_a_batch_is_kept_where_it_fails(merged):
     def stop(*_):
         raise RuntimeError("stop here")
 
-    merged.backbone.vision_model.encoder.layers[1].register_forward_hook(stop)
+    tower_of(merged.backbone).encoder.layers[1].register_forward_hook(stop)
     with pytest.raises(RuntimeError, match="stop here"):
         serve()
     assert merged.mixed.running.current is None

@@ -1,0 +1,55 @@
+"""What ``from_pretrained`` makes of the names in a checkpoint, by transformers' own rules: 4 and 5 keep them in other places.
+
+transformers 5 also computes weights when it loads them, out of one tensor or several (experts that are one tensor in memory and
+many in the file): then only the loaded model says what is there.
+"""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+try:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+except ImportError:  # transformers 4
+    get_model_conversion_mapping = None
+
+
+def loaded_names(found: Sequence[str], model: PreTrainedModel) -> dict[str, str]:
+    """Name in memory by name in a file; names that the rules say nothing about stay as they are."""
+    if get_model_conversion_mapping is not None:
+        return _by_transformers_5(found, model)[0]
+    prefix = model.base_model_prefix
+    has = bool(prefix) and any(name.startswith(prefix) for name in found)
+    expects = bool(prefix) and hasattr(model, prefix)
+    layout = getattr(type(model), "_checkpoint_conversion_mapping", None) or None
+    rename = model._get_key_renaming_mapping
+    try:
+        return rename(found, layout, has and not expects, expects and not has)
+    except ValueError:
+        # what transformers calls corrupted is told by the names that are missing
+        return {name: name for name in found}
+
+
+def computed_on_loading(found: Sequence[str], model: object) -> list[str]:
+    """Names in a file whose tensors are not loaded as they are."""
+    if get_model_conversion_mapping is None or not isinstance(model, PreTrainedModel):
+        return []
+    return _by_transformers_5(found, model)[1]
+
+
+def _by_transformers_5(
+    found: Sequence[str], model: PreTrainedModel
+) -> tuple[dict[str, str], list[str]]:
+    rules, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    prefix, names, computed = model.base_model_prefix, {}, []
+    for old in found:
+        new, pattern = rename_source_key(old, renamings, converters, prefix, state)
+        if new not in state and old in state:
+            new, pattern = rename_source_key(old, [], [], prefix, state)
+        if pattern is not None and new in state:
+            computed.append(old)
+        names[old] = new
+    return names, computed

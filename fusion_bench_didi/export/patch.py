@@ -34,6 +34,7 @@ from .common import (
 from .report import Carried, ExportReport
 
 INDICES, VALUES = ".indices", ".values"
+_TRANSLATED = "names are those of the state dict of {}; its checkpoints hold tensors under others, which readers of checkpoint names need."
 _LARGEST = torch.iinfo(torch.int32).max
 
 
@@ -58,9 +59,9 @@ def to_patch(
         FileExistsError: if the directory exists and ``overwrite`` is false, or is no export.
     """
     asked, source = asked_tasks(model, tasks), source_of(model, base)
-    base_state = base_model(model)
-    second = tied_names(base_state)
-    before = {n: v for n, v in base_state.state_dict().items() if n not in second}
+    plain = base_model(model)
+    second = tied_names(plain)
+    before = {n: v for n, v in plain.state_dict().items() if n not in second}
     tensors: dict[str, dict[str, Carried]] = {}
     sizes = {}
     with export_directory(directory, overwrite=overwrite) as (place, final):
@@ -71,7 +72,10 @@ def to_patch(
             tensors[task] = _write(file, before, after, model.touched, source)
             check_equal(patched(file, before), whole, f"The patch of {task}")
             sizes[task] = file.stat().st_size
-        report = ExportReport("patch", str(final), tensors, sizes)
+        notes = ()
+        if getattr(plain, "_checkpoint_conversion_mapping", None):
+            notes = (_TRANSLATED.format(type(model.backbone).__name__),)
+        report = ExportReport("patch", str(final), tensors, sizes, notes=notes)
         return write_report(place, report)
 
 

@@ -91,9 +91,10 @@ def _untied(model: nn.Module) -> dict[str, Tensor]:
 
 def read_again(place: Path, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a checkpoint by the model's names, which are not those of the file where a class translates them."""
-    if getattr(model, "_checkpoint_conversion_mapping", None):
-        return type(model).from_pretrained(place, dtype=model.dtype).state_dict()
-    return read_all(place)
+    found = read_all(place)
+    if found.keys() <= model.state_dict().keys():
+        return found
+    return type(model).from_pretrained(place).to(model.dtype).state_dict()
 
 
 def read_all(place: Path) -> dict[str, Tensor]:

@@ -7,9 +7,17 @@ import torch
 from exact_models import llama, qwen
 from helpers import OpenClipLike, didi, family
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
-from fusion_bench_didi.export import to_plain
+from fusion_bench_didi.deltas.plain import DenseDelta
+from fusion_bench_didi.export import to_patch, to_plain
+from fusion_bench_didi.models.dynamic import DiDiModel
 
 
 @pytest.mark.parametrize(
@@ -66,3 +74,22 @@ def test_only_an_export_is_overwritten(tmp_path):
     model.save_pretrained(tmp_path / "merged")
     with pytest.raises(FileExistsError, match="export.json does not say so"):
         to_plain(model, tmp_path / "merged", overwrite=True)
+
+
+def test_classes_that_name_tensors_otherwise_in_checkpoints(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {**sizes, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**heads, image_size=16, patch_size=8)
+    text = LlamaConfig(**heads, vocab_size=32)
+    base = LlavaForConditionalGeneration(
+        LlavaConfig(vision, text, image_token_index=30)
+    ).eval()
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    change = DenseDelta((16, 16), torch.ones(16, 16))
+    model = DiDiModel(base, {}, {"a": {name: change}}, unit_bits=1)
+    to_plain(model, tmp_path / "out")
+    found = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out/a")
+    wanted = model.materialize("a").state_dict()
+    assert all(torch.equal(v, wanted[n]) for n, v in found.state_dict().items())
+    if name not in load_file(tmp_path / "out/a/model.safetensors"):
+        assert "under others" in to_patch(model, tmp_path / "patch").notes[0]

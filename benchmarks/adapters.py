@@ -1,7 +1,7 @@
 """Adapters of a bounded rank: allocated for from the start, or cut from a packed merge afterwards; docs/adapters.{json,md}.
 
     python -m benchmarks.adapters                                    # the text suite, as benchmarks.text_suite leaves it
-    python -m benchmarks.adapters --models DIR --data DIR --limit 200
+    python -m benchmarks.adapters --models DIR --data DIR --limit 500
 
 Rows are budgets. A *packed* merge is what is stored by default, with bits and forms of all kinds; *cut* are LoRA adapters of
 rank R in bfloat16 made from it; *bounded* is a merge with ``max_rank=R``, and its adapters. Norms, biases and embeddings
@@ -23,7 +23,7 @@ from fusion_bench_didi.export.factors import fitted
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 
-BUDGETS, RANKS = (0.02, 0.06), (8, 32)
+BUDGETS, RANKS = (0.02,), (8, 32)
 EXCLUDE = ["*embeddings*"]
 
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=Path("outputs/text/models"))
     parser.add_argument("--data", type=Path, default=Path("../shared/suite/text/data"))
-    parser.add_argument("--limit", type=int, default=500, help="texts per task")
+    parser.add_argument("--limit", type=int, default=200, help="texts per task")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -29,16 +29,21 @@ _LIMITS = """
 | SGLang (not run here) | linear layers, rank and alpha patterns in recent versions | `python -m sglang.launch_server --model-path BASE --lora-paths TASK=OUT/TASK ... --max-lora-rank R` |
 | llama.cpp | linear layers and embeddings, any rank per tensor | `convert_hf_to_gguf.py BASE`, `convert_lora_to_gguf.py OUT/TASK --base BASE`, then `llama-server -m BASE.gguf --lora TASK.gguf` |
 
-With `--shared fold` the base model of a server is `OUT/_pretrained_`. A patch changes a model in place: vLLM takes its sparse tensors by
-`load_checkpoint_weight_patches` and its whole ones by `load_weights` (`examples/serve/vllm_patch.py`); one model, one task at a time.
+With `--shared fold` the base model of a server is `OUT/_pretrained_`. A patch turns a running model into a task's, one model and one task at a time:
+`examples/serve/vllm_patch.py` does it through vLLM's `reload_weights`. vLLM's `load_checkpoint_weight_patches`, which takes sparse tensors as they are (and whole
+ones in a call of their own), needs weights that are not packed, as on GPUs; it was read, not run.
 """
 
 
 def page(work: Path, docs: Path) -> None:
     """Write the page, and its figures as JSON."""
     prepared = _read(work / "prepared.json")
-    reference = _read(work / "reference.json")["tokens"]["float32"]["base"]
-    tokens = max(len(answer["tokens"]) for answer in reference.values())
+    answers = _read(work / "reference.json")["tokens"]["float32"]
+    base = answers.pop("base")
+    tokens = max(len(answer["tokens"]) for answer in base.values())
+    pairs = [
+        (a["tokens"], base[k]["tokens"]) for t in answers.values() for k, a in t.items()
+    ]
     text = _INTRO.format(tokens=tokens, **prepared)
     exports = {k: v for k, v in prepared.items() if isinstance(v, dict)}
     for name, one in exports.items():
@@ -55,8 +60,9 @@ def page(work: Path, docs: Path) -> None:
                 margins = ", ".join(f"{margin:.3g}" for margin in one["margins"])
                 text += f"| {found['version']} | {what.replace('_', ' ')} | {one['same']} of {one['of']} | {margins} |\n"
     text += (
-        "\nMargins are of the reference: how far the token that was taken is before the next. Arithmetic in another order moves logits; "
-        "in bfloat16 by a few hundredths, and the next tokens then follow another path.\n"
+        f"\nThe base model is asked too where a server has it as one of its models; {sum(a == b for a, b in pairs)} of {len(pairs)} answers of tasks are its own. "
+        "Margins are of the reference: how far the token that was taken is before the next. Arithmetic in another order moves logits; "
+        "in bfloat16 by more, and the next tokens then follow another path.\n"
     )
     if (work / "llama.json").exists():
         found = figures["llama.cpp"] = _read(work / "llama.json")

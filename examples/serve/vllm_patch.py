@@ -1,7 +1,8 @@
 """Turn a running vLLM model from task to task by patches: ``python vllm_patch.py WORK MEMORY TASK ...``, run by smollm2.py.
 
-Runs in vLLM's environment, which need not hold this package. vLLM keeps NaN for "as it is", so sparse patches are loaded by
-``load_checkpoint_weight_patches`` and tensors that are whole by the model's own ``load_weights``.
+Runs in vLLM's environment, which need not hold this package. vLLM on a CPU keeps packed weights, into which nothing can be
+loaded in place, so that patched tensors go through its ``reload_weights``. On GPUs its ``load_checkpoint_weight_patches`` takes
+the sparse ones as they are.
 """
 
 import json
@@ -9,43 +10,26 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # apply_model sends a function
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # tensors are handed over in memory
 
 from safetensors import safe_open
 from vllm import LLM, SamplingParams
-from vllm.model_executor.model_loader.checkpoint_weight_patch import (
-    CheckpointWeightPatch,
-    load_checkpoint_weight_patches,
-)
 
 
-def patch(model, file: str, base: str) -> int:
-    """Give a model that holds the base model's weights those of a task; the number of tensors."""
+def patched(file: Path, base: Path):
+    """Every tensor of the base model by its name, as a task has it."""
     with safe_open(file, framework="pt") as new, safe_open(base, framework="pt") as old:
-        keys = set(new.keys())
-        names = json.loads(new.metadata()["changed_params"])
-        sparse, whole = [], []
-        for name in names:
+        keys, names = set(new.keys()), json.loads(new.metadata()["changed_params"])
+        for name in old.keys():
+            value = old.get_tensor(name)
             if name in keys:
-                whole.append((name, new.get_tensor(name)))
-                continue
-            before = old.get_slice(name)
-            values = new.get_tensor(f"{name}.values")
-            sparse.append(
-                CheckpointWeightPatch(
-                    name,
-                    tuple(before.get_shape()),
-                    values.dtype,
-                    values,
-                    new.get_tensor(f"{name}.indices"),
-                )
-            )
-    if sparse:
-        load_checkpoint_weight_patches(model, sparse)
-    if whole:
-        model.load_weights(whole)
-    return len(names)
+                value = new.get_tensor(name)
+            elif name in names:
+                flat = value.flatten()
+                index = new.get_tensor(f"{name}.indices").long()
+                flat[index] = new.get_tensor(f"{name}.values")
+                value = flat.view(value.shape)
+            yield name, value
 
 
 def main() -> None:
@@ -62,12 +46,11 @@ def main() -> None:
     )
     greedy = SamplingParams(temperature=0, max_tokens=length)
     prompts = [{"prompt_token_ids": i} for i in ids.values()]
-    base, found = str(work / "base" / "model.safetensors"), {}
+    found = {}
     for task in tasks:
-        file = str(work / "patches" / f"{task}.safetensors")
-        # patches are of the base model, which the one before changed
-        llm.apply_model(lambda model: len(model.load_weights(restored(base))))
-        llm.apply_model(lambda model, file=file: patch(model, file, base))
+        file = work / "patches" / f"{task}.safetensors"
+        weights = list(patched(file, work / "base" / "model.safetensors"))
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         llm.reset_prefix_cache()
         answers = llm.generate(prompts, greedy, use_tqdm=False)
         found[task] = {
@@ -75,12 +58,6 @@ def main() -> None:
             for text, answer in zip(ids, answers)
         }
     (work / "vllm_patch.json").write_text(json.dumps(found))
-
-
-def restored(base: str):
-    """The base model's tensors, from which every patch starts."""
-    with safe_open(base, framework="pt") as old:
-        return [(name, old.get_tensor(name)) for name in old.keys()]
 
 
 if __name__ == "__main__":

@@ -42,13 +42,8 @@ def add_task(
       didi add-task merged ./dtd --budget 0.2 -o merged_with_dtd
     """
     from .. import editing
-    from ..checkpoint.backbone import resolved
-    from ..checkpoint.deltas import read_config
+    from ..editing.command import backbone_at
 
-    backbone = None
-    if base is not None:
-        entry = read_config(directory)["backbone"]
-        backbone, _ = resolved(entry, Path(directory), base)
     found = editing.add_task(
         directory,
         checkpoint,
@@ -57,7 +52,7 @@ def add_task(
         exclude=exclude,
         as_vectors=as_vectors,
         own=own,
-        backbone=backbone,
+        backbone=None if base is None else backbone_at(directory, base),
         device=device,
         output_dir=out,
         overwrite=overwrite,

@@ -10,10 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint.backbone import load_backbone
+from ..checkpoint.backbone import resolved
 from ..checkpoint.deltas import read_config
-from ..checkpoint.directory import CONFIG
-from ..checkpoint.fields import Field
 from ..deltas.storage import StorageReport
 from ..errors import DiDiError
 from .adding import add_task
@@ -144,14 +142,7 @@ def _library(given: dict[str, Any]) -> list[str]:
 
 def backbone_at(directory: str | Path, base: str) -> nn.Module:
     """The base model of a saved model, from elsewhere."""
-    config = read_config(directory)
-    entry = dict(Field(Path(directory) / CONFIG, config)["backbone"].mapping())
-    place, source = base, entry.get("source")
-    if Path(base).is_dir():
-        place = str(Path(base).absolute())
-    if isinstance(source, dict):
-        place = {**source, "pretrained_model_name_or_path": place}
-    return load_backbone({**entry, "source": place}, Path(directory))[0]
+    return resolved(read_config(directory)["backbone"], Path(directory), base)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -38,6 +38,8 @@ PAGES = {
     "memory": "benchmarks.memory --runs 3",
     "editing": "benchmarks.editing",
     "serving": "benchmarks.serving",
+    "scaling": "benchmarks.scaling",
+    "reliability": "benchmarks.reliability",
     "what_we_learned": "benchmarks.what_we_learned",
 }
 

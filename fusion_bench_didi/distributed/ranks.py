@@ -29,7 +29,7 @@ _GO_ON = "What is finished lies beside output_dir, if there is one: the same com
 #: Seconds for which a rank may be at one and the same tensor before others give up waiting for it.
 PATIENCE = float(os.environ.get("FUSION_BENCH_DIDI_RANK_TIMEOUT", 1800))
 #: Seconds without any sign after which a rank counts as ended.
-SILENCE = 30.0
+SILENCE = 120.0
 #: Seconds between two looks at who is there; from the first to the last.
 _LOOKS = 0.002, 0.2
 

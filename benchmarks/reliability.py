@@ -349,7 +349,9 @@ def main() -> int:
             print(i, kills[-1], flush=True)
         for fault, make in FAULTS.items():
             trial = Trial(home, goal, seconds)
-            said = make(trial).replace(place, "")
+            said = (
+                make(trial).replace(str(trial.target.parent), "DIR").replace(place, "")
+            )
             if not trial.target.exists():
                 trial.again(2)
             faults[fault] = {"said": said, "same bytes": trial.ended_well}

@@ -23,7 +23,7 @@ from fusion_bench_didi.export.factors import fitted
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 
-BUDGETS, RANKS = (0.02,), (8, 32)
+BUDGETS, RANKS = (0.02, 0.06), (8, 32)
 EXCLUDE = ["*embeddings*"]
 
 

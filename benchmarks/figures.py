@@ -19,6 +19,7 @@ PAGES = {
     "comparison_real8": "benchmarks.comparison_page real8",
     "comparison_demo": "benchmarks.comparison_page demo",
     "comparison_text": "benchmarks.text_suite",
+    "frontier": "benchmarks.frontier --anew",
     "models": "benchmarks.pool_table",
     "real_suite_real8": "benchmarks.real_suite",
     "ranks_and_bits": "benchmarks.ranks_and_bits",

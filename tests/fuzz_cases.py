@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.deltas.banded import BandedLowRankDelta
+from fusion_bench_didi.deltas.coded import CodedDelta, CodedLowRankDelta
 from fusion_bench_didi.deltas.entries import (
     ScatteredDelta,
     SeededDelta,
@@ -33,6 +34,7 @@ from fusion_bench_didi.deltas.precision import Precision
 from fusion_bench_didi.deltas.quantized import AffineDelta
 from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
+from fusion_bench_didi.quantization.coded_matrix import code_product, code_rows
 from fusion_bench_didi.quantization.rounding import round_factors
 from fusion_bench_didi.recombination.library import ModularExpert
 from fusion_bench_didi.recombination.model import RecombinedModel
@@ -103,10 +105,12 @@ def every_form() -> tuple[dict, dict]:
             "second.weight": float32.core(nm, draw(3, M)),
             "conv.weight": three.low_rank(conv, product, None)[0],
             "norm.weight": SparseDelta.of(draw(N), torch.float16),
+            "norm.bias": CodedDelta.of((N,), code_rows(draw(1, N), 0.1, 150.0)),
             "conv.bias": _seeded(draw(M)),
             "second.bias": LowRankDelta((N,), draw(N, 1), draw(1, 1)),
         },
         "e": {
+            "first.weight": _coded_product(draw(*mn)),
             "conv.weight": Precision("int2", 2).dense(conv, [(draw(M, 8), None)])[0][0],
             "second.bias": AffineDelta.of(draw(N)),
             "second.weight": _banded(LowRankFactors(draw(N, 3), draw(3, M))),
@@ -121,6 +125,14 @@ def _banded(factors: LowRankFactors) -> BandedLowRankDelta:
     pairs = zip(factors.up.split(1, 1), factors.down.split(1), (8, 3, 2))
     bands = [round_factors(LowRankFactors(u, d), bits=bits) for u, d, bits in pairs]
     return BandedLowRankDelta.of(factors.shape, bands)
+
+
+def _coded_product(target: Tensor) -> CodedLowRankDelta:
+    wide = target.shape[0] < target.shape[1]
+    a = target.mT if wide else target
+    _, values, vectors = torch.linalg.svd(a, full_matrices=False)
+    coded = code_product(target, vectors.mT[:, :2], values[:2], 0.1, 400.0)
+    return CodedLowRankDelta.of(tuple(target.shape), coded)
 
 
 def _scattered(value: Tensor) -> ScatteredDelta:

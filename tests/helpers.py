@@ -222,3 +222,11 @@ def ideal_bits(symbols: Tensor, alphabet: int) -> float:
     counts = torch.bincount(symbols.flatten().cpu(), minlength=alphabet).double()
     shares = counts / counts.sum().clamp(min=1)
     return float(-torch.special.xlogy(counts, shares).sum() / torch.tensor(2.0).log())
+
+
+def without_codes(monkeypatch) -> None:
+    """Entropy-coded experts do not compete: for what is to be told of fixed widths."""
+    from fusion_bench_didi.merging.forms import choice
+
+    others = tuple(form for form in choice.FORMS if form.name != "coded")
+    monkeypatch.setattr(choice, "FORMS", others)

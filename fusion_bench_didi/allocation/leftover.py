@@ -75,8 +75,9 @@ def climb(
     points = dict(points)
     while True:
         steps = ((curves[n].step(p, left), n) for n, p in points.items())
+        found = ((*step, name) for step, name in steps if step)
         gain, point, name = max(
-            ((*step, name) for step, name in steps if step), default=(0.0, None, "")
+            found, key=lambda one: (one[0], one[2]), default=(0.0, None, "")
         )
         if point is None:
             return points

@@ -192,6 +192,22 @@ def _banded(entry: Entry, found: Found) -> Expected:
     return {"up": up, "down": down, "scale": scale, "ranks": (("I32",), (len(BANDS),))}
 
 
+def _coded(entry: Entry, found: Found) -> Expected:
+    """How long streams are is held against their contents where they are decoded."""
+    rows = entry.shape[0] if len(entry.shape) > 1 else 1
+    return {**_stream(found), "classes": (("U8",), (rows,))}
+
+
+def _coded_low_rank(entry: Entry, found: Found) -> Expected:
+    r = (_side(found, "short", 0),)
+    return {**_stream(found), "short": (("U8",), r), "long": (("U8",), r)}
+
+
+def _stream(found: Found) -> Expected:
+    stream = (("U8",), (_side(found, "stream", 0),))
+    return {"stream": stream, "step": (FLOATS, (1,))}
+
+
 def _bases(entry: Entry, found: Found) -> Expected:
     m, n = entry.sides
     parts = {}
@@ -236,6 +252,8 @@ FORMS: dict[str, Form] = {
     "scattered": Form(_scattered, dims=0, options=("width",)),
     "seeded": Form(_some_values, dims=0, options=("width", "seed", "keep")),
     "banded_low_rank": Form(_banded),
+    "coded": Form(_coded, dims=0),
+    "coded_low_rank": Form(_coded_low_rank),
     "lossless": Form(_lossless, dims=0),
     "bases": Form(_bases),
     "rounded_bases": Form(

@@ -1,11 +1,12 @@
 """Every stored form by the name that files know it by."""
 
-from . import banded, entries, lossless, masks, plain, quantized, tucker
+from . import banded, coded, entries, lossless, masks, plain, quantized, tucker
 from .base import KINDS
 
 __all__ = [
     "KINDS",
     "banded",
+    "coded",
     "entries",
     "lossless",
     "masks",

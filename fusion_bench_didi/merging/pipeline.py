@@ -32,6 +32,7 @@ from .encoding import encode_all
 from .finished import Finished
 from .forms import Decision
 from .forms.choice import Placed, Ranked, choose_forms, experts_only
+from .forms.coded import with_gains
 from .forms.early_decision import sample_of
 from .given import Given
 from .inventory import matrix_budget, take_inventory
@@ -156,6 +157,8 @@ def plan(
             name, choice.form, choice.precision, point, choice.bases
         )
     decisions = {name: decisions[name] for name in inventory.competing}
+    if settings.gain == "auto":
+        decisions = with_gains(decisions, context.energy)
     return Plan(context, found, decisions, seconds)
 
 

@@ -15,6 +15,8 @@ from ..lowrank.refinement import Refinement, RefinementSettings
 from ..lowrank.static_merge import SharedMerge
 from ..options import Gigabytes, PositiveCount, Scale, Share, check_fields
 
+#: Whether coded experts are made as long as the task vectors are, which few bits shorten.
+Gain = Literal["auto", "none"]
 #: Weight of a squared error: ``none`` is 1, ``matrix`` one over the energy of the task's matrix, ``root`` the geometric mean of both.
 Normalization = Literal["none", "root", "matrix"]
 #: What experts are residuals to: the shared part as it is stored, or the whole shared matrix (Eq. 3 of the paper).
@@ -98,6 +100,7 @@ class MergeSettings:
         factor_dtype: see :data:`~fusion_bench_didi.deltas.precision.FactorType`.
         max_rank: of what a task changes in any matrix, the shared part and its expert together; no matrix is stored whole
             then. What adapters of that rank carry.
+        gain: ``auto`` makes coded experts as long as the task vectors are; ``none`` leaves them at the least squared error.
 
     Raises:
         SettingsError: naming every value that is none of those there are, and every one that has no effect beside the
@@ -114,6 +117,7 @@ class MergeSettings:
     normalization: Normalization = "root"
     vectors: VectorPolicy = "expert"
     factor_dtype: FactorType = "auto"
+    gain: Gain = "auto"
     learning: LearningSettings = LearningSettings()
     warm_start: bool = True
     refining: RefinementSettings = RefinementSettings()
@@ -206,6 +210,8 @@ class MergeSettings:
                 yield f"{key} is of refinement={of[key]}, not {self.refinement}."
             elif of[key] == "alternating" and self.shared == "none":
                 yield f"{key}: with shared=none nothing couples the experts. Set shared."
+        if self.factor_dtype != "auto" and self.gain != "auto":
+            yield f"gain is of factor_dtype=auto, not {self.factor_dtype}."
         if self.shared != "task_arithmetic" and self.shared_scale != 0.3:
             yield f"shared_scale is of shared=task_arithmetic, not {self.shared}."
         if self.shared != "ties" and self.ties_keep != 0.2:

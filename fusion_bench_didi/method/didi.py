@@ -24,6 +24,7 @@ from ..merging.dry_run import describe
 from ..merging.pipeline import merge
 from ..merging.settings import (
     Budget,
+    Gain,
     MergeSettings,
     Normalization,
     Residual,
@@ -100,6 +101,7 @@ class DiDiMerging(PoolMethod):
         exclude: Patterns = (),
         factor_dtype: FactorType = "auto",
         max_rank: PositiveCount | None = None,
+        gain: Gain = "auto",
         factor_memory_gb: Gigabytes = 4.0,
         output_dir: FilePath | None = None,
         overwrite: bool = False,
@@ -147,6 +149,7 @@ class DiDiMerging(PoolMethod):
             normalization=self.normalization,
             vectors=self.vectors,
             factor_dtype=self.factor_dtype,
+            gain=self.gain,
             factor_memory_gb=self.factor_memory_gb,
             max_rank=self.max_rank,
         )

@@ -1,5 +1,7 @@
 """Stored forms: what each does to a tensor, and what it costs."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from fusion_bench_didi.checkpoint.deltas import read_deltas
 from fusion_bench_didi.checkpoint.stream import write_deltas
 from fusion_bench_didi.deltas.banded import BandedLowRankDelta
 from fusion_bench_didi.deltas.base import Delta
+from fusion_bench_didi.deltas.coded import CodedDelta, CodedLowRankDelta
 from fusion_bench_didi.deltas.entries import (
     ScatteredDelta,
     SeededDelta,
@@ -37,6 +40,7 @@ from fusion_bench_didi.deltas.tucker import (
     RoundedCoreDelta,
 )
 from fusion_bench_didi.lowrank.factors import LowRankFactors
+from fusion_bench_didi.quantization.coded_matrix import code_product, code_rows
 from fusion_bench_didi.quantization.rounding import round_factors, round_matrices
 
 F32 = torch.float32
@@ -134,10 +138,18 @@ def _pairs() -> dict[str, tuple[Delta, Delta]]:
             shape, _random(int(drawn(7, 2**31, 20).sum())), None, 32, seed=7, keep=2**31
         ),
     )
+    own += tuple(_coded(shape))
     pairs = {delta.kind: (shared, delta) for delta in own}
     pairs["core"] = bases, CoreDelta(shape, _random(2, 3))
     pairs["rounded_core"] = coarse, RoundedCoreDelta.of(shape, _random(2, 3), 8)
     return pairs
+
+
+def _coded(shape: tuple[int, int]) -> Iterator[Delta]:
+    yield CodedDelta.of(shape, code_rows(_random(*shape), 0.2, 200.0))
+    _, values, vectors = torch.linalg.svd(_random(*shape).mT, full_matrices=False)
+    made = code_product(_random(*shape), vectors.mT[:, :2], values[:2], 0.2, 300.0)
+    yield CodedLowRankDelta.of(shape, made)
 
 
 def test_every_form_of_an_expert_is_tried():
@@ -159,6 +171,7 @@ def test_what_lies_beyond_the_shared_part(kind):
             torch.testing.assert_close(product.dense(), expected)
     factored = {
         "banded_low_rank",
+        "coded_low_rank",
         "low_rank",
         "spectral",
         "rounded_low_rank",

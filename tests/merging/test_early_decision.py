@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import merge_settings, same_bits
+from helpers import merge_settings, same_bits, without_codes
 from steep_layers import decaying, low_rank
 from torch import Tensor, nn
 
@@ -50,6 +50,11 @@ def merged(vectors: TaskVectors, bits: float, **choice) -> MergeResult:
     """With so many bits per entry of a task vector on average."""
     settings = merge_settings(bits * len(TASKS) / 32, factor_dtype="auto", **choice)
     return merge(vectors, settings)
+
+
+@pytest.fixture(autouse=True)
+def fixed_widths(monkeypatch) -> None:
+    without_codes(monkeypatch)
 
 
 @pytest.fixture

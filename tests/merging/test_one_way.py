@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import BASE, didi, floats, merge_settings, same_bits
+from helpers import BASE, didi, floats, merge_settings, same_bits, without_codes
 from test_golden import alike, clip, decaying, layers, within_spaces
 from torch import Tensor
 
@@ -71,7 +71,8 @@ def test_each_tensor_is_read_at_most_three_times(models, budget, dtype):
     assert max(max(source.reads.values()) for source in sources) <= 3
 
 
-def test_nothing_is_read_twice_for_a_matrix_that_is_known_to_be_dense():
+def test_nothing_is_read_twice_for_a_matrix_that_is_known_to_be_dense(monkeypatch):
+    without_codes(monkeypatch)
     vectors, sources = counted(layers(decaying))
     result = merge(vectors, merge_settings(0.5, factor_dtype="auto"))
     assert set(result.report.forms.values()) == {"experts"}
@@ -130,6 +131,7 @@ def test_a_new_form_competes_with_the_others(monkeypatch):
     def flat(m: int, n: int, g: torch.Generator) -> Tensor:
         return torch.randn(m, n, generator=g)
 
+    without_codes(monkeypatch)
     models, settings = layers(flat), merge_settings(0.12, factor_dtype="auto")
     without = merge(counted(models)[0], settings)
     monkeypatch.setattr(choice, "FORMS", (*choice.FORMS, OneBit()))

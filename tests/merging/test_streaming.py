@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import didi, floats, merge_settings, same_bits, task_vectors
+from helpers import didi, floats, merge_settings, same_bits, task_vectors, without_codes
 
 from fusion_bench_didi.lowrank.svd import half_svd
 from fusion_bench_didi.merging.basis_store import BasisStore
@@ -27,6 +27,7 @@ def decaying(m: int, n: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["auto", "float32", "int4"])
 @pytest.mark.parametrize("budget", [0.3, 0.9, 1.6])
 def test_a_small_first_guess_changes_no_rank(tiny_clip, monkeypatch, dtype, budget):
+    without_codes(monkeypatch)  # they take what directions are known
     models = tiny_clip.pool_models()
     settings = merge_settings(budget, factor_dtype=dtype)
     whole = plan(task_vectors(models), settings)

@@ -7,6 +7,8 @@ curves while the matrix is in memory. The Lagrangian choice then picks one curve
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from ...allocation.lagrangian import choose
 from ...allocation.water_filling import greedy
 from ...deltas.precision import Precision
@@ -15,6 +17,7 @@ from ..rank_bounds import RankBounds
 from ..spectra import Decomposed, decomposed, extended
 from . import EXPERTS, FORMS
 from .base import Choice, Form, Look, Sample
+from .coded import CODED
 from .early_decision import first_guess, reach_of
 from .pricing import as_dense
 
@@ -69,15 +72,30 @@ def choose_forms(
         if not longer:
             break
         table |= longer
-    options = {
-        n: [*EXPERTS.curves(context, n, one), *found[n][1]] for n, one in table.items()
-    }
-    picks, multiplier = choose(
-        [[choice.curve for choice in row] for row in options.values()], bounds.budget
-    )
+    while True:
+        options = {
+            n: [*EXPERTS.curves(context, n, one), *found[n][1]]
+            for n, one in table.items()
+        }
+        picks, multiplier = choose(
+            [[choice.curve for choice in row] for row in options.values()],
+            bounds.budget,
+        )
+        chosen = [(n, row[i]) for (n, row), i in zip(options.items(), picks)]
+        ranks = {
+            n: torch.tensor([0, *choice.curve.worthy(multiplier)])
+            for n, choice in chosen
+            if choice.form is CODED and choice.bases
+        }
+        longer = extended(context, bounds, {n: table[n] for n in ranks}, ranks)
+        if not longer:
+            break
+        table |= longer
+        for n, one in longer.items():
+            others = [c for c in found[n][1] if c.form is not CODED]
+            found[n] = found[n][0], [*others, CODED.choice(context, n, one)]
     ranked, placed = {}, {}
-    for (name, row), pick in zip(options.items(), picks):
-        choice = row[pick]
+    for name, choice in chosen:
         if choice.spectra is None:
             placed[name] = Placed(choice, choice.curve.point(multiplier))
         else:

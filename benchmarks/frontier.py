@@ -1,0 +1,196 @@
+"""Retention against stored bytes: the default at many budgets, and every method of few bits at its own storage.
+
+    python -m benchmarks.frontier                 # real8, text (where its models are) and the embedded suite
+    python -m benchmarks.frontier real8           # one of them; what is measured already is not measured again
+    python -m benchmarks.frontier --pages         # page and figure from stored figures
+
+The default is measured here, on the test split; figures of the others are those of the comparison pages. Writes
+docs/frontier.json, docs/frontier.md and docs/img/frontier.png.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from benchmarks.suites import DEFAULT, NOTES, Suite, machine, retention, write_json
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.programs.scoring import Scorer
+
+FILE = Path("docs") / "frontier.json"
+PAGE, FIGURE = Path("docs") / "frontier.md", Path("docs") / "img" / "frontier.png"
+BUDGETS = (0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.17, 0.24, 0.26, 0.36, 0.5)  # fmt: skip
+#: What a curve is read at.
+MARKS = (95.0, 97.0, 98.4, 99.0, 99.4)
+TITLES = {
+    "real8": "real8: towers 128 wide",
+    "text": "MiniLM: 384 wide, pre-trained",
+    "demo": "embedded suite: towers 64 wide",
+}
+#: Storage up to which methods are told of.
+MOST = 1.0
+
+
+def pools(name: str) -> tuple[Any, Scorer]:
+    """Model pool, and scorer on the test split."""
+    if name == "text":
+        configs = Path("benchmarks/conf")
+        made = [
+            instantiate(OmegaConf.load(configs / kind / "text.yaml"))
+            for kind in ("modelpool", "taskpool")
+        ]
+        return made[0], Scorer(made[1])
+    suite = Suite(None if name == "real8" else name)
+    return suite.modelpool, suite.scorer
+
+
+def measure(name: str, known: dict[str, Any]) -> None:
+    """Every budget that is not known yet, into the record of a suite; written after each."""
+    modelpool, scorer = pools(name)
+    rows = known.setdefault(name, {})
+    tasks = modelpool.model_names
+    if "individuals" not in rows:
+        rows["individuals"] = {
+            task: scorer.score(modelpool.load_model(task), task) for task in tasks
+        }
+    for budget in BUDGETS:
+        if str(budget) in rows:
+            continue
+        model = DiDiMerging(budget=budget).run(modelpool)
+        scores = {task: scorer.score(model, task) for task in tasks}
+        rows[str(budget)] = {
+            "retention": 100 * retention(scores, rows["individuals"]),
+            "x": model.storage.x_excl,
+            "error": model.info["relative_error"],
+        }
+        print(name, budget, rows[str(budget)], flush=True)
+        write_json(FILE, {"machine": machine(), "suites": known})
+
+
+def curve(rows: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Storage and retention, by storage."""
+    found = [v for k, v in rows.items() if k != "individuals"]
+    return sorted((row["x"], row["retention"]) for row in found)
+
+
+def storage_for(points: Sequence[tuple[float, float]], kept: float) -> float | None:
+    """Least storage from which on a curve, linear between its points in the logarithm, keeps so much; None if nowhere."""
+    found = None
+    for (x0, y0), (x1, y1) in reversed(list(zip(points, points[1:]))):
+        if y1 < kept:
+            break
+        part = 0.0 if y0 >= kept else (kept - y0) / (y1 - y0)
+        found = math.exp(math.log(x0) + part * (math.log(x1) - math.log(x0)))
+    return found
+
+
+def retention_at(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    """Of a curve at some storage; None outside it."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * math.log(x / x0) / math.log(x1 / x0)
+    return None
+
+
+def rivals(name: str) -> list[tuple[str, float, float]]:
+    """Method, storage and retention of every row of few bits of the suite's comparison."""
+    file = Path("docs") / f"comparison_{name}.json"
+    if not file.is_file():
+        return []
+    return [
+        (row["method"], row["x_excl"], 100 * row["retention"]["mean_of_ratios"])
+        for row in json.loads(file.read_text())["rows"]
+        if row["group"] == "dynamic"
+        and row["family"] is None
+        and not row["error"]
+        and 0 < row["x_excl"] < MOST
+        and not row["key"].startswith("merge")
+    ]
+
+
+def table(name: str, rows: Mapping[str, Any]) -> str:
+    """What the default keeps, and what the others keep beside it at their storage."""
+    points = curve(rows)
+    lines = ["| budget | x excl. | retention | energy lost |", "|---|---|---|---|"]
+    for budget, row in sorted(rows.items(), key=lambda item: item[0]):
+        if budget != "individuals":
+            lines.append(
+                f"| {budget} | {row['x']:.4f} | {row['retention']:.1f} | {row['error']:.3f} |"
+            )
+    lines += ["", "| keeps | stored |", "|---|---|"]
+    for mark in MARKS:
+        x = storage_for(points, mark)
+        lines.append(f"| {mark:g} % | {'–' if x is None else f'{x:.3f}'} |")
+    others = rivals(name)
+    if others:
+        lines += ["", "| method | x excl. | retention | DiDi at that storage |", "|---|---|---|---|"]  # fmt: skip
+    for method, x, kept in sorted(others, key=lambda row: row[1]):
+        ours = retention_at(points, x)
+        lines.append(f"| {method} | {x:.3f} | {kept:.1f} | {'–' if ours is None else f'{ours:.1f}'} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def draw(suites: Mapping[str, Any]) -> None:
+    """One panel per suite: logarithm of storage, the last percents."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from fusion_bench_didi.report.labels import place
+
+    figure, axes = plt.subplots(1, len(suites), figsize=(5.4 * len(suites), 4.6), squeeze=False)  # fmt: skip
+    for one, (name, rows) in zip(axes[0], suites.items()):
+        points, others = curve(rows), rivals(name)
+        shown = [p for p in points if p[1] >= 88]
+        one.plot(*zip(*shown), color="#0072b2", marker="o", ms=4, lw=2)
+        near = [row for row in others if row[2] >= 88 and row[1] <= 1.0]
+        for _, x, kept in near:
+            one.plot(x, kept, color="#888888", marker="s", ms=5)
+        one.set(xscale="log", ylim=(88, 100.9), title=TITLES.get(name, name))
+        one.set_xlabel("stored beyond the backbone, all tasks (fine-tuned models)")
+        one.set_ylabel("retention, % of the individuals")
+        one.axhline(99, color="#cccccc", lw=1, ls="--")
+        one.grid(alpha=0.2)
+        last = shown[len(shown) // 2]
+        texts = ["DiDi", *(method for method, _, _ in near)]
+        places = [last, *((x, kept) for _, x, kept in near)]
+        colors = ["#0072b2", *["#555555"] * len(near)]
+        place(one, places, texts, colors, avoid=shown, size=7)
+    figure.tight_layout()
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, dpi=130)
+    plt.close(figure)
+
+
+def write_page(record: Mapping[str, Any]) -> None:
+    suites = {n: record["suites"][n] for n in TITLES if n in record["suites"]}
+    draw(suites)
+    parts = [f"## {TITLES[name]}\n\n{table(name, rows)}" for name, rows in suites.items()]  # fmt: skip
+    text = (NOTES / "frontier.md").read_text()
+    PAGE.write_text(text.replace("{tables}", "\n\n".join(parts)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suites", nargs="*", choices=[[], *TITLES])
+    parser.add_argument("--pages", action="store_true", help="measure nothing")
+    parser.add_argument("--anew", action="store_true", help="forget what was measured")
+    arguments = parser.parse_args()
+    record = json.loads(FILE.read_text()) if FILE.exists() else {"suites": {}}
+    there = {"real8": DEFAULT.is_dir(), "text": Path("outputs/text/models").is_dir(), "demo": True}  # fmt: skip
+    for name in arguments.suites or [n for n in TITLES if there[n]]:
+        if not arguments.pages:
+            if arguments.anew:
+                record["suites"].pop(name, None)
+            measure(name, record["suites"])
+    write_page(json.loads(FILE.read_text()))
+
+
+if __name__ == "__main__":
+    main()

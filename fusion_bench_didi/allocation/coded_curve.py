@@ -1,0 +1,134 @@
+"""The rate-distortion curve of entropy-coded experts: the step of each follows from the multiplier (error per bit).
+
+Letters: ``T`` tasks, ``q`` directions that are known.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..quantization.dead_zone import CLASS_BITS, SLOPE, rate_distortion
+
+#: Bits of a step, and of what a stream may take beyond its symbols.
+OVERHEAD = 96
+#: Steps are this part of the root mean square of an expert's entries at least.
+FINEST = 2.0**-12
+#: Parts by which the multiplier falls from a point of the curve to the next, of which the first that fits is taken.
+PARTS = tuple(0.05 * 2.0**-i for i in range(8))
+
+
+@dataclass(frozen=True)
+class CodedPoint:
+    """An operating point.
+
+    Args:
+        multiplier: error per bit.
+        bits: (T,) that each expert may take; 0 for none.
+        steps: (T,) in the unit of the entries.
+        ranks: (T,) directions that are coded; the short side where all entries are.
+        errors: (T,) expected, squared.
+        gains: (T,) factors on what is stored; none if empty.
+    """
+
+    multiplier: float
+    bits: tuple[int, ...]
+    steps: tuple[float, ...]
+    ranks: tuple[int, ...]
+    errors: tuple[float, ...]
+    gains: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class CodedCurve:
+    """Experts, each as its leading directions, as all entries, or not at all: whichever is best at a multiplier.
+
+    Args:
+        shape: m and n.
+        sigma: (T, q) singular values; q = 0 where low rank is not to be had.
+        energy: (T,) squared norms.
+        weights: (T,) of the squared errors.
+        whole: whether all entries may be coded.
+    """
+
+    shape: tuple[int, int]
+    sigma: Tensor
+    energy: Tensor
+    weights: Tensor
+    whole: bool = True
+
+    @property
+    def zero_rate_multiplier(self) -> float:
+        return float((self.weights.double() * self.energy.double()).max()) / OVERHEAD
+
+    def at(self, multiplier: float) -> tuple[float, float]:
+        bits, error, _ = self._best(multiplier)
+        return float((self.weights.double() * error).sum()), float(bits.sum())
+
+    def point(self, multiplier: float) -> CodedPoint:
+        bits, errors, ranks = self._best(multiplier)
+        return CodedPoint(
+            multiplier,
+            tuple(bits.long().tolist()),
+            tuple(self._steps(multiplier).tolist()),
+            tuple(ranks.tolist()),
+            tuple(errors.tolist()),
+        )
+
+    def worthy(self, multiplier: float) -> list[int]:
+        """(T,) known directions that are worth their bits; if all of them are, more might be."""
+        return self._low_rank(self._steps(multiplier))[2].tolist()
+
+    def rate(self, point: CodedPoint) -> int:
+        return sum(point.bits)
+
+    def step(self, point: CodedPoint, left: int) -> tuple[float, CodedPoint] | None:
+        lost = self.at(point.multiplier)[0]
+        for part in PARTS:
+            finer = self.point(point.multiplier * (1 - part))
+            more = self.rate(finer) - self.rate(point)
+            if 0 < more <= left:
+                return (lost - self.at(finer.multiplier)[0]) / more, finer
+        return None
+
+    def _steps(self, multiplier: float) -> Tensor:
+        """(T,) float64."""
+        weights = self.weights.double().clamp(min=1e-300)
+        root = (self.energy.double() / math.prod(self.shape)).sqrt()
+        steps = (multiplier / SLOPE / weights).sqrt().maximum(FINEST * root)
+        return steps.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _best(self, multiplier: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(T,) bits, squared error and rank of what is best."""
+        steps, energy = self._steps(multiplier), self.energy.double()
+        nothing = torch.zeros_like(energy)
+        options = [(nothing, energy, nothing.long()), self._low_rank(steps)]
+        if self.whole:
+            options.append(self._dense(steps))
+        bits, error, ranks = (torch.stack(column) for column in zip(*options))
+        best = (error + SLOPE * steps.square() * bits).argmin(0, keepdim=True)
+        best = best.masked_fill(energy == 0, 0)
+        return tuple(t.gather(0, best)[0] for t in (bits.ceil(), error, ranks))
+
+    def _low_rank(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the directions that are worth their bits."""
+        sigma, square = self.sigma.double(), steps.square()[:, None]
+        bits, error = torch.full_like(sigma, 2.0 * CLASS_BITS), torch.zeros_like(sigma)
+        for side in self.shape:
+            rate, lost = rate_distortion(sigma / side**0.5 / steps[:, None])
+            bits += side * rate
+            error += side * square * lost
+        gain = sigma.square() - error
+        pays = gain > SLOPE * square * bits
+        left = self.energy.double() - (gain * pays).sum(1)
+        return (bits * pays).sum(1) + OVERHEAD, left.clamp(min=0.0), pays.sum(1)
+
+    def _dense(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all entries, as if all rows were alike."""
+        m, n = self.shape
+        root = (self.energy.double() / (m * n)).sqrt()
+        bits, error = rate_distortion(root / steps)
+        bits = m * n * bits + CLASS_BITS * m + OVERHEAD
+        ranks = torch.full_like(steps, min(m, n)).long()
+        return bits, m * n * steps.square() * error, ranks

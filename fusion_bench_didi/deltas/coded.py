@@ -1,0 +1,100 @@
+"""Deltas of entropy-coded whole numbers: rows of a matrix, or the directions of a low-rank product (``quantization/dead_zone.py``)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointMismatchError
+from ..lowrank.factors import LowRankFactors
+from ..quantization.coded_matrix import CodedMatrix, unit_rows
+from ..quantization.dead_zone import Codes, decode, encode
+from ..quantization.entropy import StreamError
+from .base import Delta
+
+
+class CodedDelta(Delta):
+    """Every entry as a whole number times one step: ``shared + values(stream) * step``.
+
+    Args:
+        stream: (size,) uint8, the numbers of all rows.
+        classes: (m,) uint8, spread of each row; (1,) for a vector.
+        step: (1,) float32.
+    """
+
+    kind = "coded"
+    parts = ("stream", "classes", "step")
+
+    def __init__(
+        self, shape: tuple[int, ...], stream: Tensor, classes: Tensor, step: Tensor
+    ):
+        super().__init__(shape, stream=stream, classes=classes, step=step)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], coded: CodedMatrix) -> "CodedDelta":
+        """From the codes of its rows."""
+        (rows,) = coded.sides
+        step = torch.tensor([coded.step], dtype=torch.float32)
+        return cls(shape, encode([rows]), rows.classes.cpu(), step)
+
+    def own(self) -> Tensor:
+        n = self.numel // max(len(self.classes), 1)
+        (codes,) = _decoded(self.stream, [(self.classes, n)])
+        return codes.values().mul_(self.step).view(self.shape)
+
+
+class CodedLowRankDelta(Delta):
+    """A product of directions of unit length on the short side and of whole numbers times one step on the long side.
+
+    ``shared + sum_i u_i v_i^T`` with ``u_i = values_i / |values_i|`` of the short side and ``v_i = values_i * step``.
+
+    Args:
+        stream: (size,) uint8, the numbers of the short side, then those of the long side.
+        short, long: (r,) uint8, spreads of the two vectors of each direction.
+        step: (1,) float32.
+    """
+
+    kind = "coded_low_rank"
+    parts = ("stream", "short", "long", "step")
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        stream: Tensor,
+        short: Tensor,
+        long: Tensor,
+        step: Tensor,
+    ):
+        super().__init__(shape, stream=stream, short=short, long=long, step=step)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], coded: CodedMatrix) -> "CodedLowRankDelta":
+        """From the codes of its short side and of its long side."""
+        classes = [codes.classes.cpu() for codes in coded.sides]
+        step = torch.tensor([coded.step], dtype=torch.float32)
+        return cls(shape, encode(coded.sides), *classes, step)
+
+    @property
+    def rank(self) -> int:
+        return len(self.short)
+
+    def own(self) -> Tensor:
+        return self.own_product().dense().view(self.shape)
+
+    def own_product(self) -> LowRankFactors:
+        m, n = self.shape[0], math.prod(self.shape[1:])
+        sides = (min(m, n), max(m, n))
+        parts = zip((self.short, self.long), sides)
+        short, long = _decoded(self.stream, list(parts))
+        unit, scaled = unit_rows(short), long.values().mul_(self.step)
+        up, down = (scaled, unit) if m >= n else (unit, scaled)
+        return LowRankFactors(up.mT.contiguous(), down)
+
+
+def _decoded(stream: Tensor, parts: list[tuple[Tensor, int]]) -> list[Codes]:
+    try:
+        return decode(stream, parts)
+    except StreamError as error:
+        raise CheckpointMismatchError(
+            f"A coded tensor cannot be read: {error} Write the model again."
+        ) from error

@@ -1,0 +1,122 @@
+"""Entropy-coded experts: all entries or leading directions as whole numbers, each direction with as many bits as it deserves.
+
+A direction of a large singular value gets fine numbers, one at the margin coarse ones, all by one step per expert: no fixed
+width and no rank has to be chosen (reverse water-filling). What the codes take is known from spectra to about a percent; the
+step is then moved until they fit.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...allocation.coded_curve import OVERHEAD, CodedCurve, CodedPoint
+from ...deltas.base import Delta
+from ...deltas.coded import CodedDelta, CodedLowRankDelta
+from ...deltas.precision import Precision
+from ...deltas.sink import EncodedTensor
+from ...lowrank.factored import as_dense
+from ...lowrank.factors import Matrix, energy_of
+from ...lowrank.svd import HalfSVD
+from ...quantization.coded_matrix import code_product, code_rows
+from ..context import MergeContext
+from ..spectra import Decomposed
+from .base import Choice, Decision, Look
+
+#: As reports call it.
+CODED_PRECISION = Precision("coded", 0)
+#: Where dense matrices lose less than this at the budget, codes gain nothing that a task would show.
+WORTH_CODING = 0.01
+#: Gains are this at most: where hardly anything is kept, what would be made three times as long is not the task vector.
+MOST_GAIN = 1.6
+
+
+class Coded:
+    """Coded experts without a shared part."""
+
+    name = "coded"
+
+    def choices(self, look: Look) -> Iterator[Choice]:
+        coded = look.context.settings.factor_dtype == "auto"
+        if not coded or look.guess.relative_error < WORTH_CODING:
+            return
+        yield self.choice(look.context, look.name, look.experts)
+
+    def choice(self, context: MergeContext, name: str, known: Decomposed) -> Choice:
+        """Of experts of known spectra, or of none."""
+        tensor, most = context.tensor(name), context.inventory.most(name)
+        curve = CodedCurve(
+            context.sides(name),
+            known.spectra.sigma[1:, :most],
+            context.energy[name],
+            context.weights[name],
+            whole=most is None and not (tensor.factored or tensor.large),
+        )
+        return Choice(self, CODED_PRECISION, curve, known.bases)
+
+    def encode(self, context: MergeContext, decision: Decision) -> EncodedTensor:
+        tensor, point = context.tensor(decision.name), decision.point
+        bases = decision.bases.take()[1:] if decision.bases else ()
+        made = [
+            _encode(tau, point, t, bases[t] if bases else None, tensor.shape)
+            for t, tau in enumerate(tensor.matrices())
+        ]
+        experts, errors = zip(*made)
+        return EncodedTensor(decision.name, None, experts, torch.stack(errors))
+
+    def ranks(self, decision: Decision, tasks: int) -> list[int]:
+        return [0, *decision.point.ranks]
+
+
+def _encode(
+    tau: Matrix,
+    point: CodedPoint,
+    t: int,
+    basis: HalfSVD | None,
+    shape: tuple[int, ...],
+) -> tuple[Delta | None, Tensor]:
+    """The expert of one task vector (m, n), and its squared error."""
+    bits, step, rank = point.bits[t], point.steps[t], point.ranks[t]
+    if not rank:
+        return None, energy_of(tau).double().cpu()
+    bits, gain = bits - OVERHEAD, point.gains[t] if point.gains else 1.0
+    if rank == min(tau.shape):
+        coded = code_rows(as_dense(tau), step, bits, gain=gain)
+        delta: Delta = CodedDelta.of(shape, coded)
+    else:
+        vectors, values = (
+            x[..., :rank].to(tau.device) for x in (basis.vectors, basis.S)
+        )
+        coded = code_product(tau, vectors, values, step, bits, gain=gain)
+        delta = CodedLowRankDelta.of(shape, coded)
+    return delta, torch.tensor(coded.error, dtype=torch.float64)
+
+
+def with_gains(
+    decisions: Mapping[str, Decision], energy: Mapping[str, Tensor]
+) -> dict[str, Decision]:
+    """Decisions whose coded experts are as long as the task vectors again.
+
+    What few bits reproduce is shorter than what they were given, for what they lose is nearly orthogonal to it. One factor
+    per task restores the norm: ``g_t^2 = sum E_t / sum (E_t - D_t)`` over the coded tensors, of energies E and expected
+    errors D, :data:`MOST_GAIN` at most. The squared error grows by it; accuracy, where half of the energy is lost, gains points.
+
+    Args:
+        energy: (T,) squared norms per tensor.
+    """
+    coded = {n: d for n, d in decisions.items() if d.form is CODED}
+    if not coded:
+        return dict(decisions)
+    lost = torch.tensor([d.point.errors for d in coded.values()]).double().sum(0)
+    whole = torch.stack([energy[n].double().cpu() for n in coded]).sum(0)
+    kept = (whole - lost).clamp(min=torch.finfo(torch.float64).tiny)
+    gains = (whole / kept).sqrt().clamp(max=MOST_GAIN).where(whole > 0, 1.0)
+    found = tuple(gains.tolist())
+    return {
+        n: replace(d, point=replace(d.point, gains=found)) if n in coded else d
+        for n, d in decisions.items()
+    }
+
+
+CODED = Coded()

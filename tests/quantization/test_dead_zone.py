@@ -1,0 +1,228 @@
+"""Entropy-coded uniform quantization: fixed tables, near the Gaussian bound, exact streams, matrices within their bits."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusion_bench_didi.lowrank.factors import LowRankFactors
+from fusion_bench_didi.quantization import gaussian_tables as tables
+from fusion_bench_didi.quantization.coded_matrix import (
+    code_product,
+    code_rows,
+    unit_rows,
+)
+from fusion_bench_didi.quantization.dead_zone import (
+    CLASS_BITS,
+    Codes,
+    decode,
+    encode,
+    quantize,
+    rate_distortion,
+)
+from fusion_bench_didi.quantization.entropy import StreamError
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_tables_are_those_of_the_first_release():
+    """Files are read by them: they may never change."""
+    assert tables.table(0).tolist() == [1] * 8 + [2, 65531, 2] + [1] * 8
+    middle = len(tables.table(8)) // 2
+    found = tables.table(8).tolist()[middle : middle + 7]
+    assert found == [25854, 15601, 3852, 374, 14, 1, 1]
+    total = sum(
+        (c + 1) * (i + 1) * int(weight)
+        for c in range(tables.TOP)
+        for i, weight in enumerate(tables.table(c).int())
+    )
+    assert total == 445805822
+
+
+@pytest.mark.parametrize("spread", range(tables.TOP))
+def test_tables_are_gaussian(spread):
+    std, zone = 2 ** (spread / 4 - 2), float(tables.dead_zone(spread))
+    found, most = tables.table(spread).tolist(), tables.largest(spread)
+    normal = statistics.NormalDist(0, std)
+    assert len(found) == 2 * most + 1
+    for k in range(1, most):
+        p = normal.cdf(k + 0.5 + zone) - normal.cdf(k - 0.5 + zone)
+        assert found[most + k] == found[most - k] == pytest.approx(2**16 * p, abs=1.01)
+    zero = 1 - 2 * normal.cdf(-0.5 - zone)
+    assert found[most] == pytest.approx(min(2**16 * zero, 2**16 - 1), abs=1.01)
+
+
+def test_no_class_reaches_less_far_than_the_one_below():
+    reach = [
+        tables.largest(tables.coded_class(c)) << tables.low_bits(c)
+        for c in range(tables.CLASSES)
+    ]
+    assert reach == sorted(reach)
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.3, 0.5, 0.7, 1.0, 3.0, 9.0, 40.0, 1000.0])
+def test_gaussian_rows_take_what_the_curve_says(spread):
+    x = spread * noise(64, 2000)
+    codes = quantize(x, 1.0)
+    bits = (codes.bits - CLASS_BITS * 64) / x.numel()
+    error = float((codes.values() - x).square().mean())
+    rate, lost = (float(v) for v in rate_distortion(torch.tensor([spread])[0]))
+    assert bits == pytest.approx(rate, rel=0.01, abs=0.01)
+    assert error == pytest.approx(lost, rel=0.02)
+    bound = max(0.5 * math.log2(spread**2 / lost), 0.0)
+    assert bound <= rate + 1e-2 and rate < bound + 0.26
+
+
+def test_the_curve_falls():
+    spreads = torch.logspace(-3, 6, 300)
+    bits, error = rate_distortion(spreads)
+    relative = error / spreads.double().square()
+    assert (bits.diff() >= 0).all() and (relative.diff() <= 0.01).all()
+    assert relative.max() <= 1.01
+
+
+def odd_rows() -> Tensor:
+    """Of all spreads, some of single large values."""
+    x = noise(60, 50) * torch.logspace(-3, 5, 60)[:, None]
+    x[5], x[6, 7], x[20, 3] = 0.0, 1e3, 1e5
+    return x
+
+
+def test_nothing_is_cut_off():
+    x = odd_rows()
+    codes = quantize(x, 0.5)
+    assert ((codes.values() * 0.5 - x).abs() <= 0.5).all()
+    assert not codes.symbols[5].any()
+
+
+def test_streams_come_back():
+    codes, few = quantize(odd_rows(), 0.5), quantize(noise(7, 9), 0.3)
+    none = quantize(torch.zeros(0, 4), 1.0)
+    parts = [codes, none, few]
+    stream = encode(parts)
+    bits = sum(part.bits - CLASS_BITS * len(part) for part in parts)
+    assert bits <= 8 * len(stream) <= 1.001 * bits + 64
+    lengths = [(part.classes, part.symbols.shape[1]) for part in parts]
+    for found, part in zip(decode(stream, lengths), parts):
+        assert torch.equal(found.symbols, part.symbols)
+    classes = few.classes.clone()
+    classes[0] = tables.CLASSES
+    with pytest.raises(StreamError, match="Classes"):
+        decode(stream, [*lengths[:2], (classes, 9)])
+    for damaged in (stream[:-4], stream[4:], stream[:-1], stream.new_zeros(4)):
+        with pytest.raises(StreamError):
+            decode(damaged, lengths)
+
+
+def by_the_book(stream: bytes, classes: list[int], n: int) -> list[list[int]]:
+    """Range variant of asymmetric numeral systems as documented: 64-bit states, 32-bit words, shares of 2^-24."""
+    words = [int.from_bytes(stream[i : i + 4], "little") for i in range(0, len(stream), 4)]  # fmt: skip
+    state = 0
+    for _ in range(min(2, len(words))):
+        state = state << 32 | words.pop()
+
+    def read(edges: list[int]) -> int:
+        nonlocal state
+        place = state % 2**24
+        symbol = next(i for i, edge in enumerate(edges[1:]) if place < edge)
+        width = edges[symbol + 1] - edges[symbol]
+        state = (state >> 24) * width + place - edges[symbol]
+        if state < 2**32 and words:
+            state = state << 32 | words.pop()
+        return symbol
+
+    rows: list[list[int]] = [[] for _ in classes]
+    for spread in sorted(set(classes)):
+        low = 0
+        while spread >= 20:  # an octave less for each bit
+            spread, low = spread - 4, low + 1
+        here = [i for i, c in enumerate(classes) if c == spread + 4 * low]
+        std = 2 ** (spread / 4 - 2)
+        most = math.ceil(8 * std) + 7
+        weights, total, edges = tables.table(spread).tolist(), 0, [0]
+        for i, weight in enumerate(weights):
+            total += weight
+            share = total * ((2**24 - len(weights)) / sum(weights))
+            edges.append(int(share) + i + 1)
+        edges[-1] = 2**24
+        even = [2 ** (24 - low) * i for i in range(2**low + 1)]
+        high = [[read(edges) - most for _ in range(n)] for _ in here]
+        rest = [[read(even) if low else 0 for _ in range(n)] for _ in here]
+        for i, hs, ls in zip(here, high, rest):
+            rows[i] = [(h << low) + l - (1 << low >> 1) for h, l in zip(hs, ls)]
+    return rows
+
+
+def test_an_independent_decoder_reads_them():
+    codes = quantize(odd_rows()[:50, :20], 0.5)
+    assert int(codes.classes.max()) > 30, "low bits are tried"
+    stream = encode([codes]).numpy().tobytes()
+    found = by_the_book(stream, codes.classes.tolist(), 20)
+    assert found == codes.symbols.tolist()
+
+
+def decomposed(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading singular vectors of the short side, and values."""
+    a = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    _, values, vectors = torch.linalg.svd(a, full_matrices=False)
+    return vectors[:rank].mT, values[:rank]
+
+
+def product(short: Codes, long: Codes, step: float, wide: bool) -> Tensor:
+    made = unit_rows(short).mT @ (long.values() * step)
+    return made if wide else made.mT
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24), (30, 30)])
+@pytest.mark.parametrize("gain", [1.0, 1.3])
+def test_products_take_their_bits_and_tell_their_error(shape, gain):
+    m, n = shape
+    target = noise(m, n) @ torch.diag(torch.logspace(0, -2, n)) @ noise(n, n, seed=1)
+    vectors, values = decomposed(target, 12)
+    step = float(values[-1]) / max(shape) ** 0.5
+    bits = code_product(target, vectors, values, step, 1e9).bits
+    last = torch.inf
+    for part in (0.5, 0.7, 0.9):
+        near = step * 2 ** ((1 - part) * bits / (12 * (m + n)))
+        coded = code_product(target, vectors, values, near, part * bits, gain=gain)
+        assert 0.9 * part * bits < coded.bits <= part * bits
+        made = product(*coded.sides, coded.step, wide=m < n)
+        error = float((made - target).square().sum())
+        assert coded.error == pytest.approx(error, rel=1e-3)
+        if gain == 1:
+            assert error < last
+            last = error
+
+
+def test_products_of_factors_are_never_multiplied_out():
+    factors = LowRankFactors(noise(40, 5), noise(5, 30, seed=1))
+    vectors, values = decomposed(factors.dense(), 5)
+    step = float(values[-1]) / 40
+    one = code_product(factors, vectors, values, step, 1500.0)
+    other = code_product(factors.dense(), vectors, values, step, 1500.0)
+    assert one.error == pytest.approx(other.error, rel=1e-3)
+
+
+def test_rows_take_their_bits_and_tell_their_error():
+    x = noise(40, 100) * torch.logspace(-1, 1, 40)[:, None]
+    last = torch.inf
+    for bits in (2000.0, 8000.0, 20000.0):
+        coded = code_rows(x, 1.0, bits)
+        assert 0.98 * bits < coded.bits <= bits
+        (codes,) = coded.sides
+        error = float((codes.values() * coded.step - x).square().sum())
+        assert coded.error == pytest.approx(error, rel=1e-4)
+        assert error < last
+        last = error
+
+
+def test_one_step_for_all_rows_beats_one_width_for_all():
+    """Reverse water-filling: rows of much energy get more bits than others."""
+    x = noise(32, 400) * torch.logspace(-2, 0, 32)[:, None]
+    coded = code_rows(x, 0.1, 2.0 * x.numel())
+    even = x.square().sum() * 2.0 ** (-2 * 2.0)  # the Gaussian bound of two bits each
+    assert coded.error < 0.5 * float(even)

@@ -159,8 +159,7 @@ def page(suite: str) -> str:
         (NOTES / f"comparison_{suite}.md")
         .read_text()
         .format(
-            **figures(comparison),
-            **more,
+            **(figures(comparison) | more),
             command=line,
             table=as_markdown(comparison).rstrip(),
             machine=in_words(comparison.data["machine"]),

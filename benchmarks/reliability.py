@@ -262,7 +262,7 @@ def page(found: dict[str, Any]) -> list[str]:
     lines = [
         "# Merges that are cut off",
         "",
-        f"`python -m benchmarks.reliability --kills {len(kills)}`; {in_words(found['machine'])}. Four towers of width 64 on two "
+        f"`python -m benchmarks.reliability --kills {len(kills)} --seed {found['seed']}`; {in_words(found['machine'])}. Four towers of width 64 on two "
         f"processes; an unbroken merge takes {found['seconds']:.1f} s.",
         "",
         "## Kills at random moments",
@@ -360,6 +360,7 @@ def main() -> int:
         row["the other"] = [said.replace(place, "") for said in row["the other"]]
     found = {
         "machine": machine(),
+        "seed": arguments.seed,
         "seconds": seconds,
         "kills": kills,
         "faults": faults,

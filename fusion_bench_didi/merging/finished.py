@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..allocation.coded_curve import CodedCurve
 from ..allocation.curves import PerTaskCurve
 from ..allocation.spectra import MatrixSpectra, Rate
 from ..allocation.tucker_curve import TuckerCurve
@@ -22,6 +23,7 @@ _CLASSES = (
     Coupling,
     Decomposed,
     MatrixSpectra,
+    CodedCurve,
     PerTaskCurve,
     Precision,
     Rate,

@@ -17,7 +17,7 @@ from ..rank_bounds import RankBounds
 from ..spectra import Decomposed, decomposed, extended
 from . import EXPERTS, FORMS
 from .base import Choice, Form, Look, Sample
-from .coded import CODED
+from .coded import CODED, Coded
 from .early_decision import first_guess, reach_of
 from .pricing import as_dense
 
@@ -85,14 +85,14 @@ def choose_forms(
         ranks = {
             n: torch.tensor([0, *choice.curve.worthy(multiplier)])
             for n, choice in chosen
-            if choice.form is CODED and choice.bases
+            if isinstance(choice.form, Coded) and choice.bases
         }
         longer = extended(context, bounds, {n: table[n] for n in ranks}, ranks)
         if not longer:
             break
         table |= longer
         for n, one in longer.items():
-            others = [c for c in found[n][1] if c.form is not CODED]
+            others = [c for c in found[n][1] if not isinstance(c.form, Coded)]
             found[n] = found[n][0], [*others, CODED.choice(context, n, one)]
     ranked, placed = {}, {}
     for name, choice in chosen:

@@ -105,7 +105,7 @@ def with_gains(
     Args:
         energy: (T,) squared norms per tensor.
     """
-    coded = {n: d for n, d in decisions.items() if d.form is CODED}
+    coded = {n: d for n, d in decisions.items() if isinstance(d.form, Coded)}
     if not coded:
         return dict(decisions)
     lost = torch.tensor([d.point.errors for d in coded.values()]).double().sum(0)

@@ -157,7 +157,7 @@ def library(
       didi library tasks/
     """
     from ..editing import AdapterLibrary
-    from ..units import readable
+    from ..report.units import readable
 
     if add is None and (tasks or overwrite):
         raise click.UsageError("--task and --overwrite are of --add.")
@@ -171,7 +171,7 @@ def library(
 
 
 def _say(edited: Any) -> None:
-    from ..units import storage_line
+    from ..report.units import storage_line
 
     for what in ("before", "after"):
         click.echo(f"{what:<8}{storage_line(getattr(edited, what).as_dict())}")

@@ -1,8 +1,8 @@
 """What a merge would do, from headers alone."""
 
 from ..deltas.storage import dtype_bits
+from ..report.units import readable
 from ..task_vectors.reader import TaskVectors
-from ..units import readable
 from .inventory import Inventory, matrix_budget, take_inventory
 from .settings import MergeSettings
 

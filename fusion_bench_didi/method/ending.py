@@ -20,7 +20,7 @@ from ..pools.task_names import pool_tasks
 from ..report.answer import Answer, figure
 from ..report.loggers import log_metrics
 from ..report.references import known_figures, nearest_comparison
-from ..units import storage_units
+from ..report.units import storage_units
 
 log = logging.getLogger(__name__)
 _MARK = "_didi_ending"

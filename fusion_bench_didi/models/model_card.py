@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..units import readable
+from ..report.units import readable
 from .overview import is_repository, place_of
 
 

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..units import readable, storage_line
+from ..report.units import readable, storage_line
 
 #: So many tasks have a line each.
 MOST_TASKS = 12

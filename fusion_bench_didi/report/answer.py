@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..units import storage_line, storage_units
+from .units import storage_line, storage_units
 
 
 @dataclass(frozen=True)

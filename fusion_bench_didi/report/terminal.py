@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..units import readable
 from .tables import number
+from .units import readable
 
 LEGEND = (
     "Accuracy in %. retention: mean over tasks of accuracy / accuracy of the task's own model. x: stored beyond the backbone, in fine-tuned "

@@ -10,7 +10,7 @@ from fusion_bench_didi.report.answer import Answer, figure
 from fusion_bench_didi.report.loggers import log_metrics, row_metrics
 from fusion_bench_didi.report.references import known_figures, nearest_comparison
 from fusion_bench_didi.report.terminal import print_table
-from fusion_bench_didi.units import readable, storage_units
+from fusion_bench_didi.report.units import readable, storage_units
 
 STORAGE = {
     "unit_bits": 8_000_000,

@@ -25,6 +25,7 @@ from fusion_bench_didi.programs.scoring import Scorer
 FILE = Path("docs") / "frontier.json"
 PAGE, FIGURE = Path("docs") / "frontier.md", Path("docs") / "img" / "frontier.png"
 BUDGETS = (0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.17, 0.24, 0.26, 0.36, 0.5)  # fmt: skip
+TICKS = (0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.4, 0.6)
 #: What a curve is read at.
 MARKS = (95.0, 97.0, 98.4, 99.0, 99.4)
 TITLES = {
@@ -153,6 +154,9 @@ def draw(suites: Mapping[str, Any]) -> None:
         for _, x, kept in near:
             one.plot(x, kept, color="#888888", marker="s", ms=5)
         one.set(xscale="log", ylim=(88, 100.9), title=TITLES.get(name, name))
+        shown_x = [x for x in TICKS if shown[0][0] / 1.3 < x < 1]
+        one.set_xticks(shown_x, [f"{x:g}" for x in shown_x])
+        one.minorticks_off()
         one.set_xlabel("stored beyond the backbone, all tasks (fine-tuned models)")
         one.set_ylabel("retention, % of the individuals")
         one.axhline(99, color="#cccccc", lw=1, ls="--")
@@ -161,11 +165,20 @@ def draw(suites: Mapping[str, Any]) -> None:
         texts = ["DiDi", *(method for method, _, _ in near)]
         places = [last, *((x, kept) for _, x, kept in near)]
         colors = ["#0072b2", *["#555555"] * len(near)]
-        place(one, places, texts, colors, avoid=shown, size=7)
+        place(one, places, texts, colors, avoid=_along(shown), size=7)
     figure.tight_layout()
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=130)
     plt.close(figure)
+
+
+def _along(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points of a curve, close to one another where the axis is logarithmic."""
+    found = []
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        for part in (i / 16 for i in range(17)):
+            found.append((x0 * (x1 / x0) ** part, y0 + part * (y1 - y0)))
+    return found
 
 
 def write_page(record: Mapping[str, Any]) -> None:

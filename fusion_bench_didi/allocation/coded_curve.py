@@ -64,7 +64,7 @@ class CodedCurve:
 
     def at(self, multiplier: float) -> tuple[float, float]:
         bits, error, _ = self._best(multiplier)
-        return float((self.weights.double() * error).sum()), float(bits.sum())
+        return self._weighted(error), float(bits.sum())
 
     def point(self, multiplier: float) -> CodedPoint:
         bits, errors, ranks = self._best(multiplier)
@@ -84,13 +84,19 @@ class CodedCurve:
         return sum(point.bits)
 
     def step(self, point: CodedPoint, left: int) -> tuple[float, CodedPoint] | None:
-        lost = self.at(point.multiplier)[0]
         for part in PARTS:
             finer = self.point(point.multiplier * (1 - part))
             more = self.rate(finer) - self.rate(point)
             if 0 < more <= left:
-                return (lost - self.at(finer.multiplier)[0]) / more, finer
+                lost, less = (
+                    self._weighted(torch.tensor(one.errors, dtype=torch.float64))
+                    for one in (point, finer)
+                )
+                return (lost - less) / more, finer
         return None
+
+    def _weighted(self, error: Tensor) -> float:
+        return float((self.weights.double() * error).sum())
 
     def _steps(self, multiplier: float) -> Tensor:
         """(T,) float64."""

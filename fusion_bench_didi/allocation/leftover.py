@@ -73,13 +73,32 @@ def climb(
 ) -> dict[str, Any]:
     """Operating points after what is left, in bits, was spent one step at a time where it gains most per bit."""
     points = dict(points)
+    steps = {name: _next_step(curves[name], points[name], left) for name in points}
     while True:
-        steps = ((curves[n].step(p, left), n) for n, p in points.items())
-        found = ((*step, name) for step, name in steps if step)
-        gain, point, name = max(
-            found, key=lambda one: (one[0], one[2]), default=(0.0, None, "")
-        )
-        if point is None:
+        # a step that still fits is the one that would be found again, for what is left never grows
+        for name, step in steps.items():
+            if step and step.bits > left:
+                steps[name] = _next_step(curves[name], points[name], left)
+        there = [name for name, step in steps.items() if step]
+        if not there:
             return points
-        left -= curves[name].rate(point) - curves[name].rate(points[name])
-        points[name] = point
+        name = max(there, key=lambda name: (steps[name].gain, name))
+        points[name], left = steps[name].point, left - steps[name].bits
+        steps[name] = _next_step(curves[name], points[name], left)
+
+
+class _Step(NamedTuple):
+    """A step up a curve: where it leads, how many bits that takes more, and what it gains per bit."""
+
+    point: Any
+    bits: int
+    gain: float
+
+
+def _next_step(curve: PlacedCurve, point: Any, left: int) -> _Step | None:
+    """None where none fits."""
+    found = curve.step(point, left)
+    if found is None:
+        return None
+    gain, finer = found
+    return _Step(finer, curve.rate(finer) - curve.rate(point), gain)

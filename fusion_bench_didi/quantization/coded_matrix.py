@@ -89,12 +89,11 @@ def code_product(
     def at(step: float) -> CodedMatrix:
         rows = start
         for left in reversed(range(rounds)):
-            short = quantize(rows, step)
-            short, unit = _directions(short)
+            short, unit = _directions(quantize(rows, step))
             seen = unit @ goal
             long = quantize(_inverse(unit) @ seen, step)
             if left:
-                other, unit = _directions(long)
+                _, unit = _directions(long)
                 rows = _inverse(unit) @ (unit @ goal.mT)
         stood = long.values().mul_(step * gain)
         held = 2 * (stood * seen).sum() - ((unit @ unit.mT) * (stood @ stood.mT)).sum()

@@ -129,6 +129,8 @@ def decode(stream: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Codes]:
         StreamError: if the bytes are not those of such matrices.
     """
     runs: list[tuple[Table, int]] = []
+    device = stream.device
+    parts = [(classes.cpu(), n) for classes, n in parts]
     for classes, n in parts:
         if bool((classes >= CLASSES).any()):
             raise StreamError(f"Classes of spread go to {CLASSES - 1}.")
@@ -139,14 +141,14 @@ def decode(stream: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Codes]:
     found, made = iter(decode_runs(stream, runs)), []
     for classes, n in parts:
         symbols = torch.empty(len(classes), n, dtype=torch.int32)
-        for spread, rows in _groups(classes.cpu()):
+        for spread, rows in _groups(classes):
             high = next(found).view(len(rows), n) - largest(coded_class(spread))
             if low_bits(spread):
                 half = 1 << low_bits(spread) >> 1
                 low = next(found).view(len(rows), n)
                 high = (high << low_bits(spread)) + low - half
             symbols[rows] = high
-        made.append(Codes(symbols.to(classes.device), classes))
+        made.append(Codes(symbols.to(device), classes.to(device)))
     return made
 
 

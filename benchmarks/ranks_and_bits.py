@@ -16,15 +16,8 @@ from fusion_bench_didi.pools.opening import open_pool
 from fusion_bench_didi.task_vectors.reader import matrix_shape
 
 BUDGETS = (0.12, 0.16, 0.24, 0.36, 0.5, 0.75, 1.0, 1.24, 1.4, 2.0)
-BITS = {
-    "int2": 2,
-    "int3": 3,
-    "int4": 4,
-    "int8": 8,
-    "bfloat16": 16,
-    "float16": 16,
-    "float32": 32,
-}
+#: Columns of the table; what is in none of them is a floating type.
+PRECISIONS = ("coded", "int2", "int3", "int4", "int8")
 
 
 def main() -> None:
@@ -34,13 +27,15 @@ def main() -> None:
     arguments = parser.parse_args()
     suite = Suite(arguments.suite)
     infos = open_pool(suite.modelpool).infos
-    found = {b: DiDiMerging(budget=b).run(suite.modelpool).info for b in BUDGETS}
-    names = list(next(iter(found.values()))["ranks"]["shared"])  # vectors have no ranks
+    found = {b: DiDiMerging(budget=b).run(suite.modelpool) for b in BUDGETS}
+    # vectors have no ranks
+    names = list(next(iter(found.values())).info["ranks"]["shared"])
     rows = []
     for name in names:
         full = min(matrix_shape(infos[name].shape))
-        for budget, info in found.items():
-            ranks = info["ranks"]
+        for budget, model in found.items():
+            info, ranks = model.info, model.info["ranks"]
+            entries = len(model.tasks) * infos[name].numel
             rows.append(
                 {
                     "matrix": name,
@@ -48,7 +43,8 @@ def main() -> None:
                     "full": full,
                     "shared": ranks["shared"][name],
                     "experts": mean(e[name] for e in ranks["experts"].values()),
-                    "bits": BITS[info["precision"][name]],
+                    "precision": info["precision"][name],
+                    "bits": model.storage.layer_bits.get(name, 0) / entries,
                     "common": name in info["common"],
                 }
             )
@@ -70,7 +66,7 @@ def _plot(names: list[str], rows: list[dict]):
     at = {(row["matrix"], row["budget"]): row for row in rows}
     for axes, key, label in (
         (panels[0], "experts", "mean rank of an expert, % of full"),
-        (panels[1], "bits", "bits per number"),
+        (panels[1], "bits", "stored bits per entry of a task vector"),
     ):
         cells = [[_value(at[n, b], key) for b in BUDGETS] for n in names]
         shown = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
@@ -81,7 +77,7 @@ def _plot(names: list[str], rows: list[dict]):
                 axes.text(
                     x,
                     y,
-                    f"{value:.0f}",
+                    f"{value:.0f}" if key == "experts" else f"{value:.1f}",
                     ha="center",
                     va="center",
                     fontsize=7,
@@ -110,14 +106,14 @@ def _page(rows: list[dict], image: str) -> str:
         "",
         f"![ranks and bits](img/{image})",
         "",
-        "| budget | mean rank, % of full | matrices stored whole | matrices in 2 / 3 / 4 / 8 / more bits | in common subspaces |",
+        "| budget | mean rank, % of full | matrices stored whole | entropy-coded / in 2 / 3 / 4 / 8 / more bits | in common subspaces |",
         "|--:|--:|--:|--:|--:|",
     ]
     for budget in BUDGETS:
         mine = [row for row in rows if row["budget"] == budget]
         rank = mean(100 * row["experts"] / row["full"] for row in mine)
         whole = sum(row["experts"] == row["full"] for row in mine)
-        counts = [sum(row["bits"] == b for row in mine) for b in (2, 3, 4, 8)]
+        counts = [sum(row["precision"] == p for row in mine) for p in PRECISIONS]
         bits = " / ".join(map(str, [*counts, len(mine) - sum(counts)]))
         common = sum(row["common"] for row in mine)
         lines.append(

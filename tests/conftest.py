@@ -16,6 +16,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
+import logging
 import subprocess
 import sys
 import zlib
@@ -131,6 +132,17 @@ def class_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's class names are for the whole process; suites that bring tasks of the same names replace them."""
     known = dict(CLIPTemplateFactory._dataset_mapping)
     monkeypatch.setattr(CLIPTemplateFactory, "_dataset_mapping", known)
+
+
+#: What is logged, as imports leave it.
+LEVELS = {n: logging.getLogger(n).level for n in (None, "fusion_bench_didi")}
+
+
+@pytest.fixture(autouse=True)
+def loudness() -> None:
+    """The command sets what the whole process logs, also where a fixture of a module runs it."""
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session")

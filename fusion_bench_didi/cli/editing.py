@@ -42,7 +42,6 @@ def add_task(
       didi add-task merged ./dtd --budget 0.2 -o merged_with_dtd
     """
     from .. import editing
-    from ..editing.command import backbone_at
 
     found = editing.add_task(
         directory,
@@ -52,7 +51,7 @@ def add_task(
         exclude=exclude,
         as_vectors=as_vectors,
         own=own,
-        backbone=None if base is None else backbone_at(directory, base),
+        backbone=base,
         device=device,
         output_dir=out,
         overwrite=overwrite,
@@ -160,7 +159,7 @@ def library(
     from ..report.units import readable
 
     if add is None and (tasks or overwrite):
-        raise click.UsageError("--task and --overwrite are of --add.")
+        raise click.UsageError("--task and --overwrite do nothing without --add.")
     found = AdapterLibrary(directory)
     if add is not None:
         found.add(add, tasks or None, overwrite=overwrite)
@@ -175,7 +174,13 @@ def _say(edited: Any) -> None:
 
     for what in ("before", "after"):
         click.echo(f"{what:<8}{storage_line(getattr(edited, what).as_dict())}")
-    if "relative_error" in edited.facts:
-        lost = edited.facts["relative_error"]
-        click.echo(f"{'error':<8}{lost:.2g} of the energy of what was stored anew")
+    tasks = edited.after.expert_bits
+    click.echo(f"{'now':<8}{len(tasks)} tasks: {', '.join(tasks)}")
+    facts = edited.facts
+    if "relative_error" in facts:
+        of = "what was stored" if facts["operation"] == "rescale" else "its change"
+        lost = f"{facts['relative_error']:.2g} of the energy of {of} is lost"
+        click.echo(f"{'error':<8}{lost}")
+    if apart := facts.get("apart"):
+        click.echo(f"{'apart':<8}of {len(apart)} tensors each model shares its own")
     click.echo(f"{'written':<8}{edited.directory}")

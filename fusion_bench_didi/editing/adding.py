@@ -52,7 +52,7 @@ def add_task(
     exclude: Patterns = (),
     as_vectors: Patterns = (),
     own: Patterns = (),
-    backbone: nn.Module | None = None,
+    backbone: nn.Module | str | Path | None = None,
     device: torch.device | str = "cpu",
     output_dir: str | Path | None = None,
     overwrite: bool = False,
@@ -66,7 +66,7 @@ def add_task(
         budget: what the expert may take, in the unit of the model's account.
         settings: precision and weights of errors; those of the merge if None. Nothing is shared anew, whatever they say.
         exclude, as_vectors, own: patterns of tensors, as of a merge.
-        backbone: of a directory; loaded from where the merge took it if None.
+        backbone: of a directory, or where that lies; loaded from where the merge took it if None.
         output_dir: where to write; the directory itself if None and ``overwrite`` is set.
         drop_router: take off a router, which does not know the task.
 

@@ -1,8 +1,7 @@
 """Where an edit happens: a model in memory, or a saved directory of which nothing but the deltas is read."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union

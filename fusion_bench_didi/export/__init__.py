@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 from ..compat import lazy
 
 if TYPE_CHECKING:
-    from .command import export
     from .patch import patched, to_patch
     from .peft import to_peft
     from .plain import to_plain
     from .report import ExportReport
+    from .saved import export
     from .settings import AdapterSettings
 
 _HOME = {
     "AdapterSettings": "settings",
     "ExportReport": "report",
-    "export": "command",
+    "export": "saved",
     "patched": "patch",
     "to_patch": "patch",
     "to_peft": "peft",

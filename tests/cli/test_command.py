@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
+from commands import run
 from fusion_bench.modelpool import CLIPVisionModelPool
 from helpers import BASE, floats, same_bits
 
@@ -22,14 +22,6 @@ from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.programs.entries import ComparisonError
 
 QUICK = ("-s", "refine_sweeps=2")
-
-
-def run(*arguments: object) -> str:
-    """What a command prints; what it raises is raised."""
-    found = CliRunner().invoke(didi, [*map(str, arguments)], catch_exceptions=False, standalone_mode=False)  # fmt: skip
-    if isinstance(found.exception, Exception):
-        raise found.exception
-    return found.output
 
 
 def merge(models: Path, out: Path, *arguments: object, tasks=("mnist", "svhn")) -> str:

@@ -1,7 +1,8 @@
-"""The command: a saved merged model in, a directory and a report out."""
+"""``didi export``: a saved merged model in, a directory and a report out."""
 
 import pytest
 import torch
+from commands import run, run_whole
 from exact_models import llama
 from fusion_bench.modelpool import CausalLMPool
 from helpers import BASE, family
@@ -10,7 +11,6 @@ from peft import AutoPeftModelForCausalLM
 from fusion_bench_didi import DiDiMerging
 from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.export import export
-from fusion_bench_didi.export.command import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
@@ -28,10 +28,10 @@ def merged(tmp_path_factory):
     return place, model
 
 
-def test_adapters_are_found_with_their_base_model(merged, tmp_path, capsys):
+def test_adapters_are_found_with_their_base_model(merged, tmp_path):
     place, model = merged
-    main(f"{place}/merged {tmp_path}/out --form peft --task svhn --carry all".split())
-    assert "svhn:" in capsys.readouterr().out
+    line = f"export {place}/merged {tmp_path}/out --form peft --task svhn -s carry=all"
+    assert "svhn:" in run(*line.split())
     found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out/svhn")
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
@@ -39,26 +39,33 @@ def test_adapters_are_found_with_their_base_model(merged, tmp_path, capsys):
         assert torch.allclose(found(ids).logits, wanted, rtol=0, atol=1e-5)
 
 
-def test_a_base_model_that_moved_is_named(merged, tmp_path):
+def test_a_base_model_that_moved_is_named(merged, tmp_path, monkeypatch):
     place, _ = merged
     moved = tmp_path / "moved"
     (place / BASE).rename(moved)
     try:
         with pytest.raises(SystemExit, match="no directory is any more"):
-            main(f"{place}/merged {tmp_path}/out --form plain".split())
-        main(f"{place}/merged {tmp_path}/out --form plain --base {moved}".split())
+            run_whole(
+                monkeypatch,
+                *f"export {place}/merged {tmp_path}/out --form plain".split(),
+            )
+        run(
+            *f"export {place}/merged {tmp_path}/out --form plain --base {moved}".split()
+        )
     finally:
         moved.rename(place / BASE)
     assert (tmp_path / "out/mnist/config.json").is_file()
 
 
-def test_refusals_come_before_the_model_is_read(merged, tmp_path):
+def test_refusals_come_before_the_model_is_read(merged, tmp_path, monkeypatch):
     place, _ = merged
     with pytest.raises(SettingsError, match="max_rank: of form=peft, not patch"):
         export(place / "nothing", tmp_path / "out", form="patch", max_rank=3)
     with pytest.raises(SettingsError, match="form='onnx' is none of"):
         export(place / "nothing", tmp_path / "out", form="onnx")
     with pytest.raises(SystemExit, match="does not exist"):
-        main(f"{place}/nothing {tmp_path}/out --form plain".split())
+        run_whole(
+            monkeypatch, *f"export {place}/nothing {tmp_path}/out --form plain".split()
+        )
     with pytest.raises(SystemExit, match="exists"):
-        main(f"{place}/nothing {place} --form plain".split())
+        run_whole(monkeypatch, *f"export {place}/nothing {place} --form plain".split())

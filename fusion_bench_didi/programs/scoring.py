@@ -47,8 +47,13 @@ class Scorer:
         """As :meth:`score`, and the loss where the pool tells one."""
         with self._only(task):
             found = self.taskpool.evaluate(model)[task]
+        told = figure(found)
+        if told is None:
+            raise ComparisonError(
+                f"{type(self.taskpool).__name__} gives no number for {task!r}: {found!r}. A comparison needs an accuracy."
+            )
         loss = found.get("loss") if isinstance(found, Mapping) else None
-        return figure(found)[1], None if loss is None else float(loss)
+        return told[1], None if loss is None else float(loss)
 
     def release(self) -> None:
         """Drop the pool's references to the last model."""

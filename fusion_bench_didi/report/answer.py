@@ -110,10 +110,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def figure(result: object) -> tuple[str, float] | None:
     """Name and value of what a task pool says of a task: its accuracy, or its first number; None where there is none."""
-    if isinstance(result, (int, float)):
+    if _is_number(result):
         return "figure", float(result)
     if not isinstance(result, Mapping):
         return None
-    numbers = {k: float(v) for k, v in result.items() if isinstance(v, (int, float))}
+    numbers = {k: float(v) for k, v in result.items() if _is_number(v)}
     name = "accuracy" if "accuracy" in numbers else next(iter(numbers), None)
     return None if name is None else (name, numbers[name])
+
+
+def _is_number(value: object) -> bool:
+    """Python's numbers, and those of libraries: of no sides."""
+    return hasattr(value, "__float__") and not getattr(value, "ndim", 0)

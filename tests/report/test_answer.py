@@ -3,7 +3,9 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from lightning.fabric.loggers import CSVLogger
 
 from fusion_bench_didi.report.answer import Answer, figure
@@ -90,6 +92,12 @@ def test_figure_of_a_task():
     assert figure({"perplexity": 3.0, "loss": 1.0}) == ("perplexity", 3.0)
     assert figure(0.25) == ("figure", 0.25)
     assert figure({"text": "none"}) is None and figure(None) is None
+    # numbers of libraries are numbers, and accuracy comes before what else there is
+    tensor = {"accuracy": torch.tensor(0.5), "loss": 0.3}
+    assert figure(tensor) == ("accuracy", 0.5)
+    assert figure({"loss": 0.3, "accuracy": np.float32(0.5)}) == ("accuracy", 0.5)
+    assert figure(torch.tensor(0.25)) == ("figure", 0.25)
+    assert figure({"accuracy": torch.tensor([0.5, 0.1]), "f1": 0.2}) == ("f1", 0.2)
 
 
 def test_figures_of_others_come_from_a_comparison_on_equal_pools(tmp_path):

@@ -29,7 +29,7 @@ def local_directory(
         DiDiError: if the repository cannot be had.
     """
     path = Path(place).expanduser()
-    if path.exists() or not _is_name(place):
+    if path.exists() or not is_name(place):
         return path
     try:
         found = huggingface_hub.snapshot_download(
@@ -68,8 +68,13 @@ def upload(
     return str(getattr(commit, "commit_url", commit))
 
 
-def _is_name(place: str | Path) -> bool:
-    if not isinstance(place, str) or place.count("/") != 1:
+def is_name(place: str | Path, *, owned: bool = True) -> bool:
+    """Whether a place may be a repository's name.
+
+    Args:
+        owned: it must have an owner, as all have but a few old ones.
+    """
+    if not isinstance(place, str) or owned and place.count("/") != 1:
         return False
     try:
         validate_repo_id(place)

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path, PurePath
 from typing import Any
 
+from ..checkpoint.hub import is_name
 from ..report.units import readable, storage_line
 
 #: So many tasks have a line each.
@@ -143,7 +144,7 @@ def shortened(place: str | None) -> str | None:
 
 def is_repository(source: str | None) -> bool:
     """Whether a place is a name on the hub."""
-    return bool(source) and source.count("/") <= 1 and not Path(source).exists()
+    return bool(source) and is_name(source, owned=False) and not Path(source).exists()
 
 
 def _parts(storage: Mapping[str, Any]) -> str:

@@ -71,4 +71,9 @@ def portable(info: Mapping[str, Any], base_model: str | None = None) -> dict[str
     if settings.get("output_dir"):
         settings["output_dir"] = PurePath(str(settings["output_dir"])).name
     found = {**info, "backbone": {**backbone, "source": source}}
+    if "edits" in info:
+        found["edits"] = [
+            {key: value for key, value in edit.items() if key != "directories"}
+            for edit in info["edits"]
+        ]
     return {**found, "parents": parents, "settings": settings}

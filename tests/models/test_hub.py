@@ -1,5 +1,6 @@
 """The hub: what is uploaded is the merged model, what is loaded by name is it again; the client is a folder here."""
 
+import copy
 import re
 import shutil
 from importlib.metadata import version
@@ -15,8 +16,11 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import safe_open
 
 import fusion_bench_didi
+from fusion_bench_didi.editing import rescale
 from fusion_bench_didi.errors import DiDiError
 from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.models.overview import is_repository
+from fusion_bench_didi.models.publishing import portable
 
 HUB_BASE = "someone/base-tower"
 
@@ -94,6 +98,22 @@ def test_what_is_uploaded_is_the_merged_model(hub, merged, tiny_clip_dir):
     for task in merged.tasks:
         left, right = merged.materialize(task), again.materialize(task)
         assert same_bits(floats(left), floats(right))
+
+
+def test_edits_do_not_tell_where_they_were_made(merged, tmp_path):
+    merged.save_pretrained(tmp_path / "large")
+    rescale(tmp_path / "large", budget=0.2, output_dir=tmp_path / "small")
+    backbone = copy.deepcopy(merged.backbone)
+    small = DiDiModel.from_pretrained(tmp_path / "small", backbone)
+    assert str(tmp_path) in str(small.info["edits"])
+    told = portable(small.info)["edits"]
+    assert told[-1]["operation"] == "rescale" and str(tmp_path) not in str(told)
+
+
+@pytest.mark.parametrize("place", ["./gone", "/data", "../x", "a/b/c", "", None])
+def test_places_are_no_names_of_repositories(place):
+    assert not is_repository(place)
+    assert is_repository("gpt2") and is_repository("openai/clip-vit-base-patch32")
 
 
 def test_a_base_model_that_no_reader_can_find_is_said(hub, merged, caplog):

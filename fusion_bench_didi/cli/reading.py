@@ -1,6 +1,7 @@
 """``didi inspect`` and ``didi verify``."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -65,7 +66,7 @@ def verify(directory: str, base: str | None, files_only: bool) -> None:
 
     model = load(place, base)
     click.echo("base model: the one of the merge")
-    click.echo(f"tasks: {_finite(model)}, every weight finite")
+    click.echo(f"tasks: {finite(model)}, every weight finite")
 
 
 def _count(config: dict[str, Any]) -> str:
@@ -74,8 +75,8 @@ def _count(config: dict[str, Any]) -> str:
     return f"{files} with {deltas} stored tensors" if deltas else str(files or "all")
 
 
-def _finite(model: Any) -> int:
-    """The number of tasks, all of whose weights are numbers.
+def finite(model: Any) -> int:
+    """The number of tasks, all of whose weights are numbers; 1 for a model of all tasks.
 
     Raises:
         NonFiniteError: naming the first tensor that holds others.
@@ -83,12 +84,25 @@ def _finite(model: Any) -> int:
     from ..errors import NonFiniteError
     from ..models import DynamicModel
 
+    models = model if isinstance(model, dict) else {"the model": model}
+    weights = ((name, key, v) for name, one in models.items() for key, v in _state(one))
+    tasks = len(models)
     if isinstance(model, DynamicModel):
-        for task, expert in model.modulators.items():
-            for name in model.touched:
-                if not model.task_tensor(name, expert).isfinite().all():
-                    raise NonFiniteError(
-                        f"{task}: {name} holds NaN or infinity. Merge again, or copy the directory again."
-                    )
-        return len(model.tasks)
-    return len(model) if isinstance(model, dict) else 1
+        weights = (
+            (task, name, model.task_tensor(name, expert))
+            for task, expert in model.modulators.items()
+            for name in model.touched
+        )
+        tasks = len(model.tasks)
+    for owner, name, value in weights:
+        if not value.isfinite().all():
+            raise NonFiniteError(
+                f"{owner}: {name} holds NaN or infinity. Merge again, or copy the directory again."
+            )
+    return tasks
+
+
+def _state(module: Any) -> Iterator[tuple[str, Any]]:
+    """Parameters and buffers, by name."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()

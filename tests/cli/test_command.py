@@ -6,15 +6,18 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from commands import run
 from fusion_bench.modelpool import CLIPVisionModelPool
 from helpers import BASE, floats, same_bits
 
 import fusion_bench_didi
 from fusion_bench_didi.cli import didi, main
+from fusion_bench_didi.cli.reading import finite
 from fusion_bench_didi.errors import (
     CheckpointMismatchError,
     DiDiError,
+    NonFiniteError,
     SettingsError,
     UnknownTaskError,
 )
@@ -70,6 +73,17 @@ def test_a_damaged_directory_is_told(merged, tmp_path):
     file.write_bytes(content)
     with pytest.raises(CheckpointMismatchError):
         run("verify", tmp_path / "bad", "--files-only")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_weights_that_are_no_numbers_are_told(alone):
+    """Of models that have no experts too: static merges, individuals, and buffers of both."""
+    model = torch.nn.BatchNorm1d(3)
+    told = model if alone else {"mnist": torch.nn.Linear(2, 2), "svhn": model}
+    assert finite(told) == (1 if alone else 2)
+    model.running_var[1] = torch.inf
+    with pytest.raises(NonFiniteError, match="running_var holds NaN or infinity"):
+        finite(told)
 
 
 def test_models_are_edited_and_exported(merged, tiny_clip_dir, tmp_path):

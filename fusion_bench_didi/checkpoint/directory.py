@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,8 @@ CONFIG = "config.json"
 MARK = "fusion-bench-didi"
 #: Names are cut to so many bytes where others are made of them.
 _LONGEST = 200
+#: Seconds between two looks at a lock that someone else holds.
+_PAUSE = 0.05
 
 
 def check_target(
@@ -162,10 +165,6 @@ def common_directory(
     Raises:
         RankError: if another rank failed, or does not see the directory.
     """
-    if ranks.size == 1:
-        with whole_directory(target, overwrite=overwrite) as place:
-            yield place
-        return
     with ExitStack() as stack:
         place = None
         if ranks.leads:
@@ -187,27 +186,34 @@ def seen_by_all(ranks: Ranks, path: Path) -> bool:
 
 
 @contextmanager
-def alone(place: Path, *, named: str | Path | None = None) -> Iterator[bool]:
+def alone(
+    place: Path, *, named: str | Path | None = None, patience: float = 0.0
+) -> Iterator[bool]:
     """While the block runs, no other run writes there; False where the file system has no locks.
 
     Args:
         place: a file or directory; what it shall lie in is made.
         named: as messages call it.
+        patience: seconds to wait for another run.
 
     Raises:
         DiDiError: if another run is writing there, or it cannot be locked.
     """
-    target = named or place
+    target, end = named or place, time.monotonic() + patience
     with ExitStack() as stack:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            sure = stack.enter_context(held(_lock(place)))
-        except BlockingIOError:
-            raise _busy(target) from None
-        except OSError as error:
-            raise DiDiError(
-                f"{target} cannot be locked ({error}). Choose another directory, or remove what is in the way."
-            ) from error
+        while True:
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                sure = stack.enter_context(held(_lock(place)))
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise _busy(target) from None
+                time.sleep(_PAUSE)
+            except OSError as error:
+                raise DiDiError(
+                    f"{target} cannot be locked ({error}). Choose another directory, or remove what is in the way."
+                ) from error
         yield sure
 
 

@@ -6,13 +6,15 @@
     <library>/shared/<digest>/       what tasks of one merge share, stored once
     <library>/tasks/<name>/          one task: config.json, model.safetensors
 
-Tasks appear and disappear one by one, each whole or not at all; there is no list that all of them stand in, so that any number
-of processes may add at the same time. A task's files have a checksum of their own.
+Tasks appear and disappear one by one, each whole or not at all; there is no list that all of them stand in. Processes that add
+or remove at the same time take turns, so that what tasks share stays while any of them uses it. A task's files have a checksum
+of their own.
 """
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -34,7 +36,7 @@ from ..checkpoint.fields import Field
 from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..deltas.grouped import GroupedDelta
-from ..errors import CheckpointMismatchError, DiDiError
+from ..errors import DiDiError
 from ..models.dynamic import DynamicModel
 from .combining import check_entries, combined
 from .loading import check_known, on_backbone
@@ -45,6 +47,8 @@ INDEX = "library.json"
 _SHARED, _TASKS = "shared", "tasks"
 #: Bytes of a name as that of a directory.
 _LONGEST = 200
+#: Seconds to wait for another process that changes the library.
+PATIENCE = 600.0
 
 
 class AdapterLibrary:
@@ -59,7 +63,7 @@ class AdapterLibrary:
 
     def __init__(self, place: str | Path):
         self.place = Path(place).expanduser()
-        if self.place.exists() and any(self.place.iterdir()):
+        if self.place.exists() and any(_visible(self.place)):
             self._entry()
 
     def __contains__(self, task: str) -> bool:
@@ -69,9 +73,7 @@ class AdapterLibrary:
     def tasks(self) -> list[str]:
         """Names, sorted; no file is opened."""
         home = self.place / _TASKS
-        found = home.iterdir() if home.is_dir() else ()
-        names = (p.name for p in found if not p.name.startswith("."))
-        return sorted(unquote(name) for name in names)
+        return sorted(unquote(p.name) for p in _visible(home)) if home.is_dir() else []
 
     def bits(self, task: str) -> int:
         """What one task takes, without what it shares with others."""
@@ -112,9 +114,11 @@ class AdapterLibrary:
                 raise FileExistsError(
                     f"{self.place} has a task {task!r} already. Choose another name, or pass overwrite=True."
                 )
-        self._same_base(entry)
-        for task in asked:
-            self._write(stored, task, overwrite)
+        self.place.mkdir(parents=True, exist_ok=True)
+        with self._turn():
+            self._same_base(entry)
+            for task in asked:
+                self._write(stored, task, overwrite)
         return asked
 
     def remove(self, task: str) -> None:
@@ -125,25 +129,27 @@ class AdapterLibrary:
         """
         check_known([task], self.tasks, self.place)
         place = self._of_task(task)
-        with alone(place):
-            gone = place.with_name(f".{place.name}.gone")
-            shutil.rmtree(gone, ignore_errors=True)
-            place.rename(gone)
-            shutil.rmtree(gone)
-        with alone(self.place / _SHARED):
+        with self._turn():
+            with alone(place):
+                gone = place.with_name(f".{place.name}.gone")
+                shutil.rmtree(gone, ignore_errors=True)
+                place.rename(gone)
+                shutil.rmtree(gone)
             used = {self._config(other)["shared"].value for other in self.tasks}
             home = self.place / _SHARED
-            for part in home.iterdir() if home.is_dir() else ():
-                if part.name not in used and not part.name.startswith("."):
+            for part in _visible(home) if home.is_dir() else ():
+                if part.name not in used:
                     shutil.rmtree(part)
 
     def load(
-        self, tasks: str | Iterable[str], backbone: nn.Module | None = None
+        self,
+        tasks: str | Iterable[str],
+        backbone: nn.Module | str | Path | None = None,
     ) -> DynamicModel:
         """A model of some tasks, in the order given; files of others are not opened.
 
         Args:
-            backbone: the base model, taken over; loaded from where the first merge took it if None.
+            backbone: the base model, taken over, or its directory or repository; loaded from where the first merge took it if None.
 
         Raises:
             UnknownTaskError: for a task that is not there.
@@ -166,6 +172,10 @@ class AdapterLibrary:
         experts = {task: stored.experts[task] for task in asked}
         stored = replace(stored, experts=experts).useful()
         return on_backbone(stored, self._entry(), self.place, backbone)
+
+    def _turn(self) -> AbstractContextManager:
+        """While it lasts no other process changes the library."""
+        return alone(self.place / INDEX, named=self.place, patience=PATIENCE)
 
     def _of_task(self, task: str) -> Path:
         return self.place / _TASKS / quote(task, safe=" ")
@@ -257,13 +267,16 @@ class AdapterLibrary:
             raise DiDiError(
                 "The model was written by an early version, whose checks of the base model are others. Load it and save it again."
             )
-        self.place.mkdir(parents=True, exist_ok=True)
-        with alone(self.place / INDEX):
-            if (self.place / INDEX).exists():
-                check_entries(self._entry(), entry, names=(self.place, "the model"))
-                return
-            found = {"versions": versions(), "backbone": dict(entry)}
-            write_manifest(self.place / INDEX, found)
+        if (self.place / INDEX).exists():
+            check_entries(self._entry(), entry, names=(self.place, "the model"))
+            return
+        found = {"versions": versions(), "backbone": dict(entry)}
+        write_manifest(self.place / INDEX, found)
+
+
+def _visible(place: Path) -> Iterator[Path]:
+    """What lies in a directory, but for locks and what is half written."""
+    return (found for found in place.iterdir() if not found.name.startswith("."))
 
 
 def seen_by(stored: Stored, task: str) -> tuple[dict[str, Delta], dict[str, Delta]]:

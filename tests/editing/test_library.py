@@ -1,6 +1,7 @@
 """Laws of libraries: a task comes back as it was put in, and nothing of another is read for it."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -103,6 +104,33 @@ def test_tasks_go_with_what_only_they_shared(tmp_path):
     assert library.tasks == [*"abc"]
     assert len([*(tmp_path / "shared").glob("[!.]*")]) == 1
     with pytest.raises(UnknownTaskError, match="'x'"):
+        library.remove("x")
+
+
+def test_those_who_add_and_remove_at_once_take_turns(tmp_path):
+    """What tasks share is there for whoever uses it, whoever was faster."""
+    shares = model_of("bases", 9, "xyz")
+    shares.save_pretrained(tmp_path / "saved")
+    place = tmp_path / "library"
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            done = [
+                pool.submit(
+                    lambda t=t: AdapterLibrary(place).add(tmp_path / "saved", t)
+                )
+                for t in "xyz"
+            ]
+            assert sorted(one.result()[0] for one in done) == [*"xyz"]
+        library = AdapterLibrary(place)
+        library.remove("x")
+        with ThreadPoolExecutor(3) as pool:
+            done = [
+                pool.submit(library.remove, "y"),
+                pool.submit(library.add, tmp_path / "saved", "x"),
+                pool.submit(library.remove, "z"),
+            ]
+            [one.result() for one in done]
+        assert library.tasks == ["x"] and library.load("x", base()).tasks == ["x"]
         library.remove("x")
 
 

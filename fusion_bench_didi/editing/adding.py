@@ -26,8 +26,8 @@ from ..merging.given import Given
 from ..merging.pipeline import merge
 from ..merging.results import MergeResult
 from ..merging.settings import Budget, MergeSettings
-from ..models.dynamic import DiDiModel, DynamicModel
-from ..options import Patterns
+from ..models.dynamic import DynamicModel
+from ..options import Patterns, as_patterns
 from ..pools.opening import needed_apart, open_pool
 from ..pools.task_names import normalized
 from ..task_vectors.alignment import some
@@ -81,7 +81,7 @@ def add_task(
     model = place
     if not isinstance(place, nn.Module):
         fields = Field(Path(place) / CONFIG, read_config(place))
-        model = DiDiModel.from_pretrained(place, backbone)
+        model = DynamicModel.from_pretrained(place, backbone)
         check_info(fields["info"])
     stored = Stored.of(model)
     check_name(name, stored.tasks)
@@ -199,10 +199,7 @@ def open_checkpoint(
             f"{name}: {some(apart)} differ from the tensors that the backbone ties them to, and the tasks that are there use them "
             "tied. Merge all tasks anew, this one among them."
         )
-    chosen = {
-        key: (value,) if isinstance(value, str) else tuple(value or ())
-        for key, value in patterns.items()
-    }
+    chosen = {key: as_patterns(value) for key, value in patterns.items()}
     vectors = open_pool(pool, model.backbone, **chosen)
     fresh = frozenset(model.info.get("backbone", {}).get("fresh") or ())
     return replace(vectors, fresh=fresh) if fresh else vectors

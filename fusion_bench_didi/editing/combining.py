@@ -34,6 +34,7 @@ from .stored import Stored
 
 #: Facts of one merge that are none of two.
 _OF_ONE = (
+    "budget",
     "relative_error",
     "energy_kept",
     "energy_tasks",
@@ -260,7 +261,7 @@ def _other_base(what: str, first: Any, second: Any) -> CheckpointMismatchError:
 def _told(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of the first model's merge, with those of the tasks of both."""
     info = {k: v for k, v in first.items() if k not in _OF_ONE}
-    for key in ("parents", "tensors"):
+    for key in ("parents", "tensors", "relative_errors"):
         if key in first or key in second:
             info[key] = {**first.get(key, {}), **second.get(key, {})}
     if "ranks" in first:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..checkpoint import backbone as backbones
 from ..checkpoint.deltas import read_config, read_deltas
+from ..checkpoint.hub import local_directory
 from ..errors import UnknownTaskError
 from ..models.dynamic import DiDiModel, DynamicModel
 from ..models.saving import check_config, check_shapes
@@ -15,20 +16,23 @@ from .stored import Stored
 
 
 def load_tasks(
-    directory: str | Path, tasks: Iterable[str], backbone: nn.Module | None = None
+    directory: str | Path,
+    tasks: Iterable[str],
+    backbone: nn.Module | str | Path | None = None,
 ) -> DynamicModel:
     """A saved model with some of its tasks, in the order given; the bytes of others are not read.
 
     The SHA-256 of the files is that of all tasks together, and is not looked at; shapes and types of what is read are.
 
     Args:
-        backbone: the base model; loaded from where the merge took it if None.
+        backbone: the base model, or its directory or repository; loaded from where the merge took it if None.
 
     Raises:
         UnknownTaskError: for a task that is not there.
         CheckpointMismatchError: for damaged files, or another base model.
     """
-    place, config = Path(directory), read_config(directory)
+    place = local_directory(directory)
+    config = read_config(place)
     check_config(DynamicModel, place, config)
     asked = list(dict.fromkeys(tasks))
     check_known(asked, config["tasks"], place)
@@ -44,7 +48,10 @@ def load_tasks(
 
 
 def on_backbone(
-    stored: Stored, entry: Mapping[str, Any], place: Path, backbone: nn.Module | None
+    stored: Stored,
+    entry: Mapping[str, Any],
+    place: Path,
+    backbone: nn.Module | str | Path | None,
 ) -> DynamicModel:
     """The model of what is stored, on the base model that an entry of a configuration names.
 
@@ -55,9 +62,7 @@ def on_backbone(
         CheckpointMismatchError: if the backbone is another.
         DiDiError: if it cannot be loaded as data.
     """
-    fresh = frozenset[str]()
-    if backbone is None:
-        backbone, fresh = backbones.load_backbone(entry, place)
+    backbone, fresh = backbones.resolved(entry, place, backbone)
     backbones.take_apart(entry, backbone)
     model = DiDiModel(
         backbone,

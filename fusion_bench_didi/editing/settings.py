@@ -49,5 +49,6 @@ def alone(given: MergeSettings | Mapping[str, Any], budget: Budget) -> MergeSett
         max_rank=given.max_rank,
         vectors="pretrained" if plain else "expert",
         factor_dtype=given.factor_dtype,
+        gain=given.gain,
         factor_memory_gb=given.factor_memory_gb,
     )

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BASE, didi, fine_tuned, floats, same_bits
+from helpers import BASE, didi, fine_tuned, same_bits
 from safetensors.torch import load_file
 from shared_forms import FORMS, base, drawn, model_of, values
 from torch import nn
@@ -79,6 +79,21 @@ def test_what_is_shared_alike_stays_shared():
     assert found.after.excl_bits == storage.excl_bits and not found.facts["apart"]
     after = values(halves[0])
     assert all(same_bits(v, after[t]) for t, v in values(whole).items())
+
+
+def test_facts_are_of_both():
+    """What is told of tasks is told of all of them, and a budget is of one merge."""
+    settings = {"shared": "mean", "factor_dtype": "auto"}
+    halves = [didi(model, budget=0.4, **settings) for model in (linears(3), more())]
+    found = combine(*halves).model
+    assert found.info["relative_errors"].keys() == {*found.tasks}
+    assert "budget" not in found.info and "budget" not in repr(found)
+
+
+def more() -> dict:
+    """Other tasks of the same base model."""
+    models = linears(6)
+    return {name: models[name] for name in (BASE, "3", "4", "5")}
 
 
 def test_three_models_and_what_can_be_done_next(tmp_path):

@@ -2,12 +2,12 @@
 
 import pytest
 from fusion_bench.modelpool import BaseModelPool
-from helpers import didi, floats, same_bits
+from helpers import BASE, didi, floats, same_bits
 from tucker_models import linears
 
 from fusion_bench_didi.checkpoint.deltas import read_config, write_manifest
 from fusion_bench_didi.editing import add_task, remove_task, rescale
-from fusion_bench_didi.editing.settings import merged_with
+from fusion_bench_didi.editing.settings import alone, merged_with
 from fusion_bench_didi.errors import CheckpointMismatchError, SettingsError
 from fusion_bench_didi.merging.settings import Budget, MergeSettings
 from fusion_bench_didi.method.baselines.bitdelta import BitDelta
@@ -18,6 +18,7 @@ from fusion_bench_didi.method.baselines.emr import EMRMerging
 from fusion_bench_didi.method.baselines.tall_mask import TallMaskMerging
 from fusion_bench_didi.method.baselines.tvq import TaskVectorQuantization
 from fusion_bench_didi.method.baselines.twin import TwinMerging
+from fusion_bench_didi.models.dynamic import DynamicModel
 
 METHODS = (
     BitDelta,
@@ -46,10 +47,14 @@ def apart(model, before):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_stored_form_is_edited(method):
+def test_every_stored_form_is_edited(method, tmp_path):
     models = linears(4, side=32, size=3)
     new = models.pop("3")
     model = method().run(BaseModelPool(models))
+    model.save_pretrained(tmp_path / "saved")
+    add_task(tmp_path / "saved", new, "3", budget=0.3, backbone=models[BASE], overwrite=True)  # fmt: skip
+    saved = DynamicModel.from_pretrained(tmp_path / "saved", models[BASE])
+    assert type(saved) is type(model) and saved.tasks == [*"0123"]
     before, storage = values(model, "012"), model.storage
     found = add_task(model, new, "3", budget=0.3)
     assert found.facts["relative_error"] < 0.01
@@ -96,3 +101,9 @@ def test_settings_of_the_merge_come_back():
     told = {**model.info["settings"], "learning": {"no such": 1}}
     with pytest.raises(SettingsError, match="merged with cannot be read"):
         merged_with({"settings": told}, Budget(0.5))
+
+
+def test_a_task_by_itself_is_stored_as_the_others_were():
+    given = MergeSettings(Budget(1.0), gain="none", normalization="matrix")
+    settings = alone(given, Budget(0.2))
+    assert (settings.gain, settings.normalization) == ("none", "matrix")

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checkpoint.directory import write_json
 from ..models import DynamicModel
+from ..models.pool_saving import saved_at
 from ..pools.task_names import pool_tasks
 from ..report.answer import Answer, figure
 from ..report.loggers import log_metrics
@@ -52,10 +53,7 @@ class Ending:
         """As the program's; the merge is over here."""
         self.seconds = time.perf_counter() - self._start
         self._stock["save_merged_model"](merged_model)
-        place = self.program.merged_model_save_path or self.method.output_dir
-        if place:
-            log_dir = self.program.log_dir or ""
-            place = str(place).replace("{log_dir}", str(log_dir))
+        if place := saved_at(self.program) or self.method.output_dir:
             self.files["model"] = str(Path(place))
         if self.program.taskpool is None:
             self._finish(merged_model, {})

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import DiDiError, ModelPoolError
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.sources import read_json
-from ..task_vectors.tower_names import fill
+from ..task_vectors.tower_names import fill, is_tower
 from .configurations import COMPUTED
 from .weight_files import Weights, open_weights
 
@@ -54,7 +54,7 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
             f"{type(modelpool).__name__} gives a {type(model).__name__} for {name!r}, expected a model (torch.nn.Module). "
             "Give an entry with a _target_ that loads one."
         )
-    if directory := directory_of(modelpool, name):
+    if is_tower(model) and (directory := directory_of(modelpool, name)):
         fill(model, open_weights(directory, name, asked(modelpool, name)[1]))
     return model
 

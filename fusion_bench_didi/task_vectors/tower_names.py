@@ -30,6 +30,11 @@ def respelled(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     return as_they_are
 
 
+def is_tower(model: nn.Module) -> bool:
+    """Whether a model's tensors are a tower's as transformers 4 names them, which a file may spell otherwise."""
+    return all(name.startswith(PREFIX) for name in model.state_dict())
+
+
 @torch.no_grad()
 def fill(model: nn.Module, source: TensorSource | None) -> bool:
     """Give a tower the values of a file in the other spelling, of which ``from_pretrained`` found nothing.
@@ -41,7 +46,7 @@ def fill(model: nn.Module, source: TensorSource | None) -> bool:
         whether that was so.
     """
     state = model.state_dict()
-    if source is None or not all(name.startswith(PREFIX) for name in state):
+    if source is None or not is_tower(model):
         return False
     stored = {name: name.removeprefix(PREFIX) for name in state}
     found = set(source.infos())

@@ -6,6 +6,7 @@ of the files: a damaged file is refused. Files of format 1 have no checksum and 
 
 from collections.abc import Container, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -161,11 +162,12 @@ def read_deltas(
     fields = Field(place, manifest)
     entries, groups = entries_of(fields), _groups(fields, manifest["tasks"])
     tasks = [t for t in manifest["tasks"] if only is None or t in only]
+    read = {None, *tasks}
     groups = {
-        label: {**group, "tasks": [t for t in group["tasks"] if t in tasks]}
+        label: {**group, "tasks": [t for t in group["tasks"] if t in read]}
         for label, group in groups.items()
     }
-    entries = [e for e in entries if e.task is None or e.task in tasks]
+    entries = [e for e in entries if e.task in read]
     entries = [e for e in entries if e.group is None or groups[e.group]["tasks"]]
     whole = verify and only is None
     where = open_tensors(directory, fields["files"].files(), verify=whole)
@@ -197,10 +199,11 @@ def read_deltas(
         for label, group in groups.items()
         for task in group["tasks"]
     }
+    of_all = {**beside, **shared}
     for task, deltas in experts.items():
         label, own = apart.get(task, ("", ()))
         for tensor, delta in deltas.items():
-            parts = common[label] if tensor in own else {**beside, **shared}
+            parts = common[label] if tensor in own else of_all
             check_together(task, tensor, delta, parts.get(tensor), place)
         for tensor in sorted(own):
             delta = deltas.get(tensor)
@@ -261,6 +264,7 @@ def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     write_json(path, sealed({"format": FORMAT, **manifest}))
 
 
+@cache
 def written_by() -> dict[str, str]:
     """For the header of a file of weights: one entry, for several would be written in any order, and files be others each time."""
     return {MARK: f"{versions()[MARK]}, format {FORMAT}"}

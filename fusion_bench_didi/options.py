@@ -3,7 +3,7 @@
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
@@ -110,14 +110,28 @@ def check_keywords(cls: type, given: Iterable[str]) -> None:
             raise unknown_setting(cls.__name__, key, known)
 
 
+def as_patterns(value: Patterns) -> tuple[str, ...]:
+    """A setting that is a list of patterns; a single pattern may stand for itself."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value)
+
+
 def unknown_setting(
     owner: str, key: str, known: Iterable[str], *, more: str = ""
 ) -> SettingsError:
     """What is wrong with a key that nothing reads, and where ``more`` is said of those that are read."""
     names = sorted(name for name in known if not name.startswith("_"))
-    close = difflib.get_close_matches(key, names, n=1)
-    hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(names)}."
+    hint = nearest(key, names)
     return SettingsError(f"{owner} has no setting {key}. {hint}{more}")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Which of the names that there are may have been meant, in a sentence."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
 
 
 def check_arguments(instance: Any) -> None:

@@ -32,6 +32,8 @@ from .tensors import file_digest
 log = logging.getLogger(__name__)
 
 HEAD, FORMAT = "journal.json", 1
+#: The stage whose findings are what is stored.
+ENCODED = "encode"
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 #: Findings up to this size are in the line.
 INLINE = 2**15

@@ -23,7 +23,7 @@ from ..deltas.sink import EncodedTensor, Experts, Shared
 from ..distributed.ranks import ALONE, Ranks
 from .deltas import entry_of, in_groups, read_deltas, written_by
 from .directory import write_json
-from .journal import Journal
+from .journal import ENCODED, Journal
 from .tensors import file_digest, independent
 
 #: Pieces are put together to shards of this size; what is larger is a shard by itself.
@@ -32,7 +32,6 @@ SHARD_BYTES = 2**27
 MAX_SHARD = 5 * 10**9
 Item = TypeVar("Item")
 #: Of the journal.
-_STAGE = "encode"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -89,13 +88,13 @@ class DeltaWriter:
         piece = Piece(entries, list(tensors), size, file, digest, errors)
         told = None if errors is None else errors.tolist()
         facts = {"entries": entries, "keys": piece.keys, "size": size, "errors": told}
-        self._journal.done(_STAGE, tensor.name, file=file, digest=digest, facts=facts)
+        self._journal.done(ENCODED, tensor.name, file=file, digest=digest, facts=facts)
         self._pieces[tensor.name] = piece
 
     def recall(self, name: str) -> Piece | None:
-        line = self._journal.find(_STAGE, name)
+        line = self._journal.find(ENCODED, name)
         if line is None:
-            self._journal.begin(_STAGE, name)
+            self._journal.begin(ENCODED, name)
             return None
         told = dict(line.facts)
         if told["errors"] is not None:
@@ -145,12 +144,6 @@ class DeltaWriter:
                 held = stack.enter_context(safe_open(piece.file, framework="pt"))
                 tensors |= {key: held.get_tensor(key) for key in piece.keys}
             return _write(file, tensors)
-
-    def __enter__(self) -> "DeltaWriter":
-        return self
-
-    def __exit__(self, *error) -> None:
-        return None
 
 
 def write_deltas(

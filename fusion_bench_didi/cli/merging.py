@@ -176,10 +176,7 @@ def settings(method: str | None) -> None:
     elif method in names:
         click.echo(names[method].read_text().rstrip())
     else:
-        import difflib
+        from ..options import nearest
 
-        close = difflib.get_close_matches(method, names, n=1)
-        hint = (
-            f"Did you mean {close[0]}?" if close else f"There are {', '.join(names)}."
-        )
+        hint = nearest(method, names)
         raise click.UsageError(f"There is no method {method}. {hint}")

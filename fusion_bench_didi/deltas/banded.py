@@ -53,7 +53,7 @@ class BandedLowRankDelta(Delta):
         return cls(shape, *(part.cpu() for part in parts), ranks)
 
     def own_product(self) -> LowRankFactors:
-        m, n = self.shape[0], math.prod(self.shape[1:])
+        m, n = self.sides
         ranks = self.ranks.tolist()
         up = _unpacked(self.up, [(m, rank) for rank in ranks])
         down = _unpacked(self.down, [(rank, n) for rank in ranks])

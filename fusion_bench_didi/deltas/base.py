@@ -101,6 +101,11 @@ class Delta(nn.Module):
         return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """m and n of the tensor viewed as a matrix."""
+        return (self.shape[0] if self.shape else 1), math.prod(self.shape[1:])
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 

@@ -1,7 +1,5 @@
 """Deltas of entropy-coded whole numbers: rows of a matrix, or the directions of a low-rank product (``quantization/dead_zone.py``)."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -82,9 +80,8 @@ class CodedLowRankDelta(Delta):
         return self.own_product().dense().view(self.shape)
 
     def own_product(self) -> LowRankFactors:
-        m, n = self.shape[0], math.prod(self.shape[1:])
-        sides = (min(m, n), max(m, n))
-        parts = zip((self.short, self.long), sides)
+        m, n = self.sides
+        parts = zip((self.short, self.long), sorted((m, n)))
         short, long = _decoded(self.stream, list(parts))
         unit, scaled = unit_rows(short), long.values().mul_(self.step)
         up, down = (scaled, unit) if m >= n else (unit, scaled)

@@ -50,10 +50,7 @@ class GroupedDelta(Delta):
             return self.inner.product(self.common)
         if self.common is not None:
             return self.common.product()
-        m, n = self.shape[0] if self.shape else 1, 1
-        for side in self.shape[1:]:
-            n *= side
-        return LowRankFactors.zeros(m, n, like=self._place.float())
+        return LowRankFactors.zeros(*self.sides, like=self._place.float())
 
     def own_product(self) -> LowRankFactors | None:
         return self.product()

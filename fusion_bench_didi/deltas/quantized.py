@@ -1,7 +1,5 @@
 """Deltas of few bits per value."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -46,7 +44,7 @@ class RoundedLowRankDelta(Delta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(m, r) and (r, n) in float32."""
-        m, n = self.shape[0], math.prod(self.shape[1:])
+        m, n = self.sides
         up = levels(self.up, self.width, (m, self.rank))
         return up * self.scale, levels(self.down, self.width, (self.rank, n))
 

@@ -40,7 +40,7 @@ class Held(Protocol):
 
 
 class Sink(Protocol):
-    """Takes encoded tensors, from any thread, and gives all deltas back. A context: left by an error, nothing more is written."""
+    """Takes encoded tensors, from any thread, and gives all deltas back."""
 
     def put(self, tensor: EncodedTensor) -> None:
         """Take one tensor; its experts are those of the sink's tasks, in their order."""
@@ -56,10 +56,6 @@ class Sink(Protocol):
         Args:
             order: of the tensors' names; what comes after a sink goes by it, whoever was faster.
         """
-
-    def __enter__(self) -> "Sink": ...
-
-    def __exit__(self, *error) -> None: ...
 
 
 class InMemory:
@@ -103,12 +99,6 @@ class InMemory:
             for some in ranks.gather(batches[turn] if turn < len(batches) else []):
                 found.update((tensor.name, tensor) for tensor in some)
         return found
-
-    def __enter__(self) -> "InMemory":
-        return self
-
-    def __exit__(self, *error) -> None:
-        return None
 
 
 def batched(tensors: Iterable[EncodedTensor]) -> list[list[EncodedTensor]]:

@@ -4,8 +4,6 @@ The bases are the shared part of a tensor; by themselves they change nothing. A 
 coordinates are used then. Letters: ``m`` out, ``n`` in, ``p`` and ``q`` sizes of a core.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -43,11 +41,6 @@ class Bases(Delta):
         factors = self.factors(core)
         dense = core if factors is None else factors[0] @ factors[1]
         return dense.view(self.shape)
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """m and n."""
-        return self.shape[0], math.prod(self.shape[1:])
 
 
 class BasesDelta(Bases):

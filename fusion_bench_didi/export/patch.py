@@ -21,7 +21,6 @@ from ..checkpoint.backbone import digests
 from ..checkpoint.tensors import independent
 from ..errors import CheckpointMismatchError
 from ..models.dynamic import DynamicModel
-from ..task_vectors.ties import tied_names
 from .checks import bits, check_equal
 from .common import (
     asked_tasks,
@@ -31,6 +30,7 @@ from .common import (
     source_of,
     write_report,
 )
+from .plain import untied
 from .report import Carried, ExportReport
 
 INDICES, VALUES = ".indices", ".values"
@@ -60,8 +60,7 @@ def to_patch(
     """
     asked, source = asked_tasks(model, tasks), source_of(model, base)
     plain = base_model(model)
-    second = tied_names(plain)
-    before = {n: v for n, v in plain.state_dict().items() if n not in second}
+    before = untied(plain)
     tensors: dict[str, dict[str, Carried]] = {}
     sizes = {}
     with export_directory(directory, overwrite=overwrite) as (place, final):

@@ -79,11 +79,11 @@ def write_checkpoint(
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(place, max_shard_size=max_shard_size)
     else:
-        write_tensors(place, _untied(model))
+        write_tensors(place, untied(model))
     return copy_companions(source, place)
 
 
-def _untied(model: nn.Module) -> dict[str, Tensor]:
+def untied(model: nn.Module) -> dict[str, Tensor]:
     """A state dict without the second names of tied tensors, for which safetensors has no place."""
     second = tied_names(model)
     return {n: v for n, v in model.state_dict().items() if n not in second}

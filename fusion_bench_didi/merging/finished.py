@@ -9,7 +9,7 @@ from ..allocation.coded_curve import CodedCurve
 from ..allocation.curves import PerTaskCurve
 from ..allocation.spectra import MatrixSpectra, Rate
 from ..allocation.tucker_curve import TuckerCurve
-from ..checkpoint.journal import Journal
+from ..checkpoint.journal import ENCODED, Journal
 from ..checkpoint.records import Records
 from ..deltas.precision import Precision
 from ..lowrank.coupling import Coupling
@@ -70,7 +70,7 @@ class Finished:
 
     def _standing(self, bases: list[tuple[str, int]], name: str) -> bool:
         """Whether the bases that a finding stands on are there, or not needed any more."""
-        if not bases or self._journal.find("encode", name):
+        if not bases or self._journal.find(ENCODED, name):
             return True
         files = [(self._journal.path / Path(base).name, size) for base, size in bases]
         if not all(file.is_file() and file.stat().st_size == n for file, n in files):

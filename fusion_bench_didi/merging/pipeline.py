@@ -234,9 +234,9 @@ def merge(
     )
     context = planned.context
     with _timed(planned.seconds, "refine"):
-        with sink or InMemory(context.tasks) as sink:
-            order, errors = encode_all(context, planned.decisions, sink)
-            shared, experts = sink.close(order, ranks)
+        sink = sink or InMemory(context.tasks)
+        order, errors = encode_all(context, planned.decisions, sink)
+        shared, experts = sink.close(order, ranks)
     unit_bits = context.inventory.unit_bits
     storage = account(shared, experts, unit_bits=unit_bits)
     report = planned.report(errors, shared, experts)

@@ -31,7 +31,14 @@ from ..merging.finished import Finished
 from ..models import DynamicModel
 from ..models.overview import place_of
 from ..models.pool_saving import attach_saving, check_saving, saved_at
-from ..options import Aliases, FilePath, Patterns, check_arguments, unknown_setting
+from ..options import (
+    Aliases,
+    FilePath,
+    Patterns,
+    as_patterns,
+    check_arguments,
+    unknown_setting,
+)
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import (
@@ -392,7 +399,7 @@ class DynamicMethod(PoolMethod):
                 sink.put(encode_own(task_vectors, name))
 
         bars = progress_bars(self.title, crew.ranks)
-        with self.profile("compress"), bars as progress, sink:
+        with self.profile("compress"), bars as progress:
             self.prepare(task_vectors, names, progress)
             own = spread(crew, "own", keep, found.changed_own, kept=False)
             order = [name for name, _ in own]
@@ -444,15 +451,6 @@ def _without_anything(model: DynamicModel) -> list[str]:
         and not told["merged"]
         and not told["kept as the task has them"]
     ]
-
-
-def as_patterns(value: Patterns) -> tuple[str, ...]:
-    """A setting that is a list of patterns; a single pattern may stand for itself."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value)
 
 
 def _deprecated(what: str) -> None:

@@ -20,11 +20,11 @@ from ...deltas.masks import SparseDelta
 from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
 from ...errors import ModelPoolError, SettingsError
-from ...options import Part, Patterns, Positive, Scale
+from ...options import Part, Patterns, Positive, Scale, as_patterns
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
-from ..base import DynamicMethod, as_patterns
+from ..base import DynamicMethod
 
 log = logging.getLogger(__name__)
 

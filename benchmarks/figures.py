@@ -22,6 +22,7 @@ PAGES = {
     "comparison_language": "benchmarks.language_suite",
     "multimodal": "benchmarks.multimodal_suite",
     "frontier": "benchmarks.frontier --anew",
+    "coded": "benchmarks.coded",
     "models": "benchmarks.pool_table",
     "real_suite_real8": "benchmarks.real_suite",
     "ranks_and_bits": "benchmarks.ranks_and_bits",

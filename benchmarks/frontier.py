@@ -37,16 +37,16 @@ TITLES = {
 MOST = 1.0
 
 
-def pools(name: str) -> tuple[Any, Scorer]:
-    """Model pool, and scorer on the test split."""
+def pools(name: str, split: str = "test") -> tuple[Any, Scorer]:
+    """Model pool, and scorer on a split."""
     if name == "text":
-        configs = Path("benchmarks/conf")
-        made = [
-            instantiate(OmegaConf.load(configs / kind / "text.yaml"))
+        models, tasks = (
+            OmegaConf.load(Path("benchmarks/conf") / kind / "text.yaml")
             for kind in ("modelpool", "taskpool")
-        ]
-        return made[0], Scorer(made[1])
-    suite = Suite(None if name == "real8" else name)
+        )
+        tasks.split = split
+        return instantiate(models), Scorer(instantiate(tasks))
+    suite = Suite(None if name == "real8" else name, split=split)
     return suite.modelpool, suite.scorer
 
 

@@ -45,7 +45,7 @@ def main() -> None:
                     "experts": mean(e[name] for e in ranks["experts"].values()),
                     "precision": info["precision"][name],
                     "bits": model.storage.layer_bits.get(name, 0) / entries,
-                    "common": name in info["common"],
+                    "common": name in info["subspaces"],
                 }
             )
     write_json(

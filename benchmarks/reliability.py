@@ -26,7 +26,7 @@ import torch
 from fusion_bench.modelpool import CLIPVisionModelPool
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from benchmarks.processes import Job
+from benchmarks.processes import Job, silence
 from benchmarks.suites import in_words, machine, write_json
 from fusion_bench_didi.distributed import ranks
 from fusion_bench_didi.errors import DiDiError
@@ -75,9 +75,7 @@ def quietly(function: Callable[[], Any]) -> Callable[[int], Any]:
     """The function on a process that prints nothing."""
 
     def run(_: int) -> Any:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 1)
-        os.dup2(nothing, 2)
+        silence()
         return function()
 
     return run
@@ -289,6 +287,10 @@ def page(found: dict[str, Any]) -> list[str]:
         + ", ".join(f"{stage} {count}" for stage, count in where.most_common())
         + ".",
     ]
+    if late := where["the end"]:
+        lines.append(
+            f"{late} of them came when the merge had ended: there was nothing left to do."
+        )
     if waits:
         lines.append(
             f"The process that was left told so after {statistics.median(waits):.1f} s (median; at most {max(waits):.1f} s, with "

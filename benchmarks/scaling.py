@@ -11,7 +11,6 @@ the most that one process had resident.
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.checkpoints import pool_of
-from benchmarks.processes import Job
+from benchmarks.processes import Job, silence
 from benchmarks.suites import in_words, machine, write_json
 from fusion_bench_didi.checkpoint.tensors import file_digest
 from fusion_bench_didi.method.didi import DiDiMerging
@@ -36,15 +35,15 @@ from fusion_bench_didi.programs.measure import peak_resident
 CASES = (("vit-b-32", 8, 1.4), ("vit-b-32", 8, 0.5))
 PROCESSES = (1, 2)
 COUNTS = (100, 300, 1000)
+#: Loads that are tried, of which the least counts: they take less than what else a process does.
+LOADS = 3
 
 
 def measured(function: Callable[[], Any]) -> Callable[[int], dict[str, float]]:
     """The function on a process that prints nothing, and what it took there."""
 
     def run(_: int) -> dict[str, float]:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 1)
-        os.dup2(nothing, 2)
+        silence()
         Path("/proc/self/clear_refs").write_text("5")  # the peak of what was before
         begun, cpu = time.perf_counter(), time.process_time()
         function()
@@ -187,10 +186,13 @@ def tasks(counts: list[int]) -> dict[str, list[dict[str, Any]]]:
                     DiDiModel.from_pretrained(target, base)
 
                 row: dict[str, Any] = {"tasks": count}
-                for what, function in (("merge", merge), ("load", load)):
-                    (took,) = Job(1, measured(function)).results(seconds=3600)
-                    if not isinstance(took, dict):
-                        raise RuntimeError(f"{kind}, {count}: {took}")
+                for what, function, times in (("merge", merge, 1), ("load", load, LOADS)):  # fmt: skip
+                    tried = []
+                    for _ in range(times):
+                        tried += Job(1, measured(function)).results(seconds=3600)
+                        if not isinstance(tried[-1], dict):
+                            raise RuntimeError(f"{kind}, {count}: {tried[-1]}")
+                    took = min(tried, key=lambda one: one["cpu"])
                     row |= {f"{what} {key}": value for key, value in took.items()}
             rows.append(row)
             print(kind, row, flush=True)
@@ -242,7 +244,7 @@ def page(found: dict[str, Any]) -> list[str]:
             "",
             "A model of four small matrices and vectors, and LoRA adapters of rank 8 of a language model of width 128: merged into "
             "files,",
-            "and these loaded. *Exponent*: of the seconds in the number of tasks, from the first row to the last.",
+            "and these loaded (the least of three). *Exponent*: of the seconds in the number of tasks, from the first row to the last.",
             "",
             "| what | tasks | merge s | load s | merge peak GB |",
             "|---|--:|--:|--:|--:|",

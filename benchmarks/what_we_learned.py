@@ -40,6 +40,7 @@ def figures() -> dict[str, Any]:
         "real8": _printed(real8),
         "demo": _printed(demo),
         "compared": _printed(kept),
+        "coded": _coded(),
         "x": {row["method"]: f"{row['x_excl']:.2f}" for row in compared},
         "enough": {
             "default": _enough(real8, "default"),
@@ -49,6 +50,16 @@ def figures() -> dict[str, Any]:
         "refined": _between(refined, 1),
         "ratio": {what: _between(found, 2) for what, found in ratios.items()},
     }
+
+
+def _coded() -> dict[str, str]:
+    """Of coded experts on real8's validation images: what is kept and lost, by budget and way."""
+    found = {}
+    for row in json.loads((DOCS / "coded.json").read_text())["suites"]["real8"]:
+        name = f"{row['budget']}: {row['way']}"
+        found[f"{name}: kept"] = f"{row['retention']:.1f}"
+        found[f"{name}: lost"] = f"{row['error']:.3f}"
+    return found
 
 
 def _rows(name: str) -> list:

@@ -5,8 +5,8 @@ at the smaller budget. Two roundings follow one another, so that the error is at
 
     ``||tau - D'|| <= ||tau - D|| + ||D - D'||``,
 
-where D is what was stored of a task vector tau, and D' what is stored of D; the two errors are close to orthogonal, and their
-squares add up.
+where D is what was stored of a task vector tau, and D' what is stored of D; where the two errors are orthogonal, their squares
+add up.
 """
 
 import math

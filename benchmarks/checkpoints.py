@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,16 +73,24 @@ def root() -> Path:
 
 def pool_of(shape: str, tasks: int) -> dict[str, str]:
     """Directories by model name, ``_pretrained_`` first; made where missing."""
-    directory = root() / shape
-    names = ["_pretrained_", *(f"task{t:02d}" for t in range(tasks))]
-    with torch.device("meta"):
-        model = SHAPES[shape].build()
-    kinds = {n: p.shape for n, p in model.named_parameters()}
-    for t, name in enumerate(names):
-        if not (directory / name / "config.json").is_file():
-            print(f"making {shape} {name}", flush=True)
-            _write(directory / name, model, kinds, SHAPES[shape].dtype, t)
-    return {name: str(directory / name) for name in names}
+    return {name: make(shape, tasks, i) for i, name in enumerate(_names(tasks))}
+
+
+def make(shape: str, tasks: int, index: int) -> str:
+    """The directory of one model, made where missing; index 0 is the base."""
+    name = _names(tasks)[index]
+    directory = root() / shape / name
+    if not (directory / "config.json").is_file():
+        print(f"making {shape} {name}", file=sys.stderr, flush=True)
+        with torch.device("meta"):
+            model = SHAPES[shape].build()
+        kinds = {n: p.shape for n, p in model.named_parameters()}
+        _write(directory, model, kinds, SHAPES[shape].dtype, index)
+    return str(directory)
+
+
+def _names(tasks: int) -> list[str]:
+    return ["_pretrained_", *(f"task{t:02d}" for t in range(tasks))]
 
 
 def _write(

@@ -176,9 +176,9 @@ def serve(
     }
 
 
-def merged(pool: CLIPVisionModelPool, factors: str) -> DiDiModel:
+def merged(pool: CLIPVisionModelPool, factors: str, budget: float = 1.4) -> DiDiModel:
     with contextlib.redirect_stdout(io.StringIO()):
-        return DiDiMerging(budget=1.4, factor_dtype=factors).run(pool)
+        return DiDiMerging(budget=budget, factor_dtype=factors).run(pool)
 
 
 def main() -> None:

@@ -32,6 +32,12 @@ class EncodedTensor:
     experts: Sequence[Delta | None]
     errors: Tensor | None = None
 
+    def cpu(self) -> "EncodedTensor":
+        """The same on the CPU, where results are."""
+        shared, *experts = (d and d.cpu() for d in (self.shared, *self.experts))
+        errors = None if self.errors is None else self.errors.cpu()
+        return EncodedTensor(self.name, shared, experts, errors)
+
 
 class Held(Protocol):
     """What a sink tells of a tensor that it holds: its errors."""

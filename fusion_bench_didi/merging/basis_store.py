@@ -120,7 +120,7 @@ class KeptBases:
 def _tensors(bases: Bases) -> dict[str, torch.Tensor]:
     tensors = {}
     for i, basis in enumerate(bases):
-        tensors[f"{i}.vectors"] = basis.vectors.contiguous()
-        tensors[f"{i}.S"] = basis.S.contiguous()
+        tensors[f"{i}.vectors"] = basis.vectors.contiguous().cpu()
+        tensors[f"{i}.S"] = basis.S.contiguous().cpu()
         tensors[f"{i}.tail"] = torch.tensor(basis.tail_energy, dtype=torch.float64)
     return tensors

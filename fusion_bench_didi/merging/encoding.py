@@ -38,7 +38,7 @@ def encode_all(
     def stored(encode: Callable[[str], EncodedTensor], name: str) -> Tensor | None:
         held = sink.recall(name)
         if held is None:
-            held = encode(name)
+            held = encode(name).cpu()
             sink.put(held)
             context.store.encoded(name)
         return held.errors
@@ -80,7 +80,7 @@ def encode_vector(context: MergeContext, name: str) -> EncodedTensor:
             for tau, e in zip(vectors, energy)
         ]
     errors = []
-    for tau, expert in zip(vectors.cpu(), experts):
+    for tau, expert in zip(vectors, experts):
         delta = expert if shared is None else shared
         rest = tau if delta is None else tau - delta.own()
         errors.append(rest.double().square().sum())

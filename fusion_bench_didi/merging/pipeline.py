@@ -216,7 +216,6 @@ def merge(
         sink: where stored deltas go, of the tasks sorted; kept in memory if None.
         given: the finished model that tasks are added to; a merge from the start if None.
         ranks: the processes that do it together; all of them call this with the same arguments and get the same result.
-
         journal: what earlier runs finished, which is not done again; a sink that writes has it too.
 
     Raises:

@@ -392,7 +392,7 @@ class DynamicMethod(PoolMethod):
             if sink.recall(name) is None:
                 tensor = self.encode(task_vectors.tensor(name, device))
                 if tensor is not None:
-                    sink.put(tensor)
+                    sink.put(tensor.cpu())
 
         def keep(name: str) -> None:
             if sink.recall(name) is None:

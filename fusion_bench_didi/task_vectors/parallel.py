@@ -20,7 +20,11 @@ GROWTH = 2**28
 
 def workers_for(device: torch.device | str) -> int:
     """One thread per core on the CPU; on an accelerator one that reads while another computes."""
-    return torch.get_num_threads() if torch.device(device).type == "cpu" else 2
+    if torch.device(device).type == "cpu":
+        return torch.get_num_threads()
+    # torch loads its decompositions at the first call, and fails where two threads make it
+    torch.linalg.qr(torch.ones(1, 1, device=device))
+    return 2
 
 
 def ordered_map(

@@ -4,6 +4,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPVisionModel
 
 from benchmarks.suites import retention
-from benchmarks.wide_training import Images, accuracy
+from benchmarks.wide_images import Images
+from benchmarks.wide_training import accuracy
 from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.pools.opening import load_backbone
 from fusion_bench_didi.programs.entries import Entry, composed
-from fusion_bench_didi.programs.sizes import model_size, pool_facts
+from fusion_bench_didi.programs.sizes import PoolFacts, model_size, pool_facts
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ class Row:
 
     def config(self) -> dict[str, Any]:
         """The whole configuration of the method."""
-        return composed(Entry(self.key, self.family, self.method, "dynamic", overrides=self.overrides))  # fmt: skip
+        return {**_stock(self.method), **self.overrides}
+
+
+@cache
+def _stock(method: str) -> dict[str, Any]:
+    return composed(Entry(method, method, method, "dynamic"))
 
 
 #: Budgets of the default; those around 99 % first.
@@ -144,6 +151,12 @@ def rows(budgets: tuple[float, ...] = BUDGETS, rivals: bool = True) -> list[Row]
     ]
 
 
+@cache
+def _facts(root: Path) -> PoolFacts:
+    pool = FolderCLIPVisionModelPool(root=str(root))
+    return pool_facts(pool, load_backbone(pool))
+
+
 class Scoring:
     """Images, classifiers and tower of a suite on a device.
 
@@ -215,7 +228,7 @@ def measure(
         model = method.run(pool)
         found["seconds"] = time.perf_counter() - begun
         backbone = load_backbone(pool)
-        found["x"] = model_size(model, backbone, pool_facts(pool, backbone)).x_excl
+        found["x"] = model_size(model, backbone, _facts(root)).x_excl
         info = vars(model).get("info") or {}
         found["error"] = info.get("relative_error")
         splits = ("test", "validation")

@@ -21,21 +21,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks import wide_rows
 from benchmarks.suites import DEFAULT, machine, write_json
+from benchmarks.wide_images import Images, read_images
 from benchmarks.wide_page import write_page
-from benchmarks.wide_training import Images, Recipe, heads, make_suite, read_images
+from benchmarks.wide_training import Recipe, heads, make_suite
 
 NAME = "wide_towers.json"
-_begun = time.perf_counter()
+#: when the process was started, imports and all
+_begun = psutil.Process().create_time()
 #: of a worker: images, classifiers, and the towers that were scored last
 _worker: dict[str, Any] = {}
 
 
 def say(text: str) -> None:
-    print(f"{time.perf_counter() - _begun:6.1f} s  {text}", flush=True)
+    print(f"{time.time() - _begun:6.1f} s  {text}", flush=True)
 
 
 def start_worker(threads: int, file: str, device: str) -> None:
@@ -110,7 +113,7 @@ def towers_of(width: int, arguments, images, record: Record) -> Path:
         return suite
     root = Path(arguments.towers) / str(width)
     if not (root / "tasks.json").exists() or "individuals" not in record.width(width):
-        begun = time.perf_counter()
+        begun = time.time()
         held = {
             task: {split: part.to(arguments.device) for split, part in splits.items()}
             for task, splits in images.items()
@@ -119,7 +122,7 @@ def towers_of(width: int, arguments, images, record: Record) -> Path:
             suite, root, width, held, recipe(arguments), arguments.device,
             lambda text: say(f"{width}: {text}"),
         )  # fmt: skip
-        seconds = time.perf_counter() - begun
+        seconds = time.time() - begun
         record.add(width, **found, recipe=asdict(recipe(arguments)), seconds=seconds)
     return root
 
@@ -175,11 +178,14 @@ def work(arguments) -> None:
             pool.submit(ready, 1.0) for _ in range(arguments.processes)
         ]
         try:
+            needed = 0.0
             for width in arguments.widths:
-                if time.perf_counter() > end - arguments.reserve:
-                    say(f"{width}: no time is left for its towers")
+                begun = time.time()
+                if begun + 1.3 * needed + arguments.reserve > end:
+                    say(f"{width}: no time is left for its towers and rows")
                     continue
                 root = towers_of(width, arguments, images, record)
+                needed = max(needed, time.time() - begun)
                 record.add(width, machine=here)
                 facts = record.width(width)
                 reference = {
@@ -194,7 +200,8 @@ def work(arguments) -> None:
                     )  # fmt: skip
                     future.add_done_callback(_taker(record, width))
                     futures.append(future)
-            _, late = wait(futures, timeout=max(1.0, end - time.perf_counter()))
+            say(f"towers made, {sum(not f.done() for f in futures)} rows to come")
+            _, late = wait(futures, timeout=max(1.0, end - time.time()))
             say(f"done; {len(late)} rows were not")
         finally:
             processes = list(pool._processes.values())
@@ -223,7 +230,7 @@ def main() -> None:
     parser.add_argument("--towers", default="outputs/wide", help="where towers are put")
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument(
-        "--reserve", type=float, default=60.0, help="seconds that a width needs at least"
+        "--reserve", type=float, default=60.0, help="seconds that the rows of a width need"
     )  # fmt: skip
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of each process")

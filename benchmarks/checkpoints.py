@@ -34,19 +34,21 @@ SIZE = 0.05
 
 @dataclass(frozen=True)
 class Shape:
-    """An architecture: how to build it without weights, and in what type it is stored."""
+    """An architecture: how to build it without weights, in what type it is stored, and which tensors no task changes."""
 
     build: Callable[[], nn.Module]
     dtype: torch.dtype = torch.float32
+    frozen: tuple[str, ...] = ()
 
 
 def _clip(**config) -> Shape:
     return Shape(lambda: CLIPVisionModel(CLIPVisionConfig(**config)))
 
 
-def _llama(**config) -> Shape:
-    made = dict(vocab_size=32000, tie_word_embeddings=False, **config)
-    return Shape(lambda: LlamaForCausalLM(LlamaConfig(**made)), torch.bfloat16)
+def _llama(frozen: tuple[str, ...] = (), **config) -> Shape:
+    made = dict(vocab_size=32000, tie_word_embeddings=False) | config
+    build = lambda: LlamaForCausalLM(LlamaConfig(**made))
+    return Shape(build, torch.bfloat16, frozen)
 
 
 _LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
@@ -60,6 +62,17 @@ SHAPES = {
         num_hidden_layers=22,
         num_attention_heads=32,
         num_key_value_heads=4,
+    ),
+    # the shapes of SmolLM2-135M; embeddings stay, as in short fine-tunes of small models
+    "smollm2-135m": _llama(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        frozen=("model.embed_tokens.weight",),
     ),
 }
 
@@ -85,7 +98,7 @@ def make(shape: str, tasks: int, index: int) -> str:
         with torch.device("meta"):
             model = SHAPES[shape].build()
         kinds = {n: p.shape for n, p in model.named_parameters()}
-        _write(directory, model, kinds, SHAPES[shape].dtype, index)
+        _write(directory, model, kinds, SHAPES[shape], index)
     return str(directory)
 
 
@@ -97,7 +110,7 @@ def _write(
     target: Path,
     model: nn.Module,
     kinds: Mapping[str, torch.Size],
-    dtype: torch.dtype,
+    made: Shape,
     task: int,
     shard_bytes: int = 2**30,
 ) -> None:
@@ -109,7 +122,8 @@ def _write(
     written: dict[str, int] = {}
     size = 0
     for index, (name, shape) in enumerate(kinds.items()):
-        value = _tensor(index, shape, task).to(dtype).contiguous()
+        own = 0 if name in made.frozen else task
+        value = _tensor(index, shape, own).to(made.dtype).contiguous()
         if size + value.nbytes > shard_bytes:
             save_file(shards[-1], beside / f"part-{len(shards)}.safetensors")
             shards[-1] = {}
@@ -126,7 +140,7 @@ def _write(
         files = {n: f"part-{i}.safetensors" for n, i in written.items()}
         index_file = beside / "model.safetensors.index.json"
         index_file.write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    model.config.torch_dtype = dtype
+    model.config.torch_dtype = made.dtype
     model.config.save_pretrained(beside)
     beside.rename(target)
 

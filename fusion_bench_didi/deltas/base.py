@@ -6,12 +6,15 @@ tasks share (None where there is none): most forms add their own to what that on
 """
 
 import math
+from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ..lowrank.factors import LowRankFactors
 
+#: Values that are decoded at a time.
+BLOCK = 2**18
 #: Stored forms by the name that files know them by; ``kinds`` imports all of them.
 KINDS: dict[str, type["Delta"]] = {}
 
@@ -78,6 +81,15 @@ class Delta(nn.Module):
     def beyond(self, shared: "Delta | None" = None) -> Tensor:
         """``change(shared) - shared.change()`` in float32; a form that adds to what is shared decodes only itself."""
         return self.own()
+
+    def blocks(
+        self, shared: "Delta | None" = None
+    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """:meth:`beyond` as a matrix, some rows at a time: which, and their values (k, n), no longer the form's own.
+
+        Forms that are stored by rows decode no more than these at once; others all of them.
+        """
+        yield slice(None), self.beyond(shared).reshape(self.sides).clone()
 
     def beyond_product(self, shared: "Delta | None" = None) -> LowRankFactors | None:
         """:meth:`beyond` as a product (m, r) (r, n) in float32; None where it is not stored as one."""

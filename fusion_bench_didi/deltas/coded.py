@@ -1,12 +1,15 @@
 """Deltas of entropy-coded whole numbers: rows of a matrix, or the directions of a low-rank product (``quantization/dead_zone.py``)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointMismatchError
 from ..lowrank.factors import LowRankFactors
 from ..quantization.coded_matrix import CodedMatrix, unit_rows
-from ..quantization.dead_zone import Codes, decode, encode
+from ..quantization.dead_zone import decode, decode_blocks, encode
 from ..quantization.entropy import StreamError
 from .base import Delta
 
@@ -36,9 +39,19 @@ class CodedDelta(Delta):
         return cls(shape, encode([rows]), rows.classes.cpu(), step)
 
     def own(self) -> Tensor:
-        n = self.numel // max(len(self.classes), 1)
-        (codes,) = _decoded(self.stream, [(self.classes, n)])
-        return codes.values().mul_(self.step).view(self.shape)
+        with _readable():
+            (rows,) = decode(self.stream, [(self.classes, self._length)])
+        return rows.mul_(self.step).view(self.shape)
+
+    def blocks(self, shared: Delta | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = [(self.classes, self._length)]
+        with _readable():
+            for _, rows, values in decode_blocks(self.stream, parts):
+                yield rows, values.mul_(self.step)
+
+    @property
+    def _length(self) -> int:
+        return self.numel // max(len(self.classes), 1)
 
 
 class CodedLowRankDelta(Delta):
@@ -82,15 +95,17 @@ class CodedLowRankDelta(Delta):
     def own_product(self) -> LowRankFactors:
         m, n = self.sides
         parts = zip((self.short, self.long), sorted((m, n)))
-        short, long = _decoded(self.stream, list(parts))
-        unit, scaled = unit_rows(short), long.values().mul_(self.step)
+        with _readable():
+            short, long = decode(self.stream, list(parts))
+        unit, scaled = unit_rows(short), long.mul_(self.step)
         up, down = (scaled, unit) if m >= n else (unit, scaled)
         return LowRankFactors(up.mT.contiguous(), down)
 
 
-def _decoded(stream: Tensor, parts: list[tuple[Tensor, int]]) -> list[Codes]:
+@contextmanager
+def _readable() -> Iterator[None]:
     try:
-        return decode(stream, parts)
+        yield
     except StreamError as error:
         raise CheckpointMismatchError(
             f"A coded tensor cannot be read: {error} Write the model again."

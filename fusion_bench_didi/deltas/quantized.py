@@ -1,12 +1,14 @@
 """Deltas of few bits per value."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..lowrank.factors import LowRankFactors
-from ..quantization.codes import levels, pack_codes
+from ..quantization.codes import levels, pack_codes, packed_size
 from ..quantization.rounding import RoundedFactors, RoundedMatrix
-from .base import Delta
+from .base import BLOCK, Delta
 
 
 class RoundedLowRankDelta(Delta):
@@ -86,6 +88,18 @@ class RoundedDenseDelta(Delta):
         value = levels(self.codes, self.width, self.shape)
         value.view(len(self.scale), -1).mul_(self.scale[:, None])
         return value
+
+    def blocks(self, shared: Delta | None = None) -> Iterator[tuple[slice, Tensor]]:
+        (m, n), codes = self.sides, self.codes.reshape(-1)
+        step = max(BLOCK // max(n, 1) // 8, 1) * 8  # rows whose codes are whole bytes
+        for start in range(0, m, step):
+            rows = slice(start, min(start + step, m))
+            first = start * n * self.width // 8
+            last = packed_size(rows.stop * n, self.width)
+            shape = rows.stop - start, n
+            values = levels(codes[first:last], self.width, shape)
+            scale = self.scale if len(self.scale) == 1 else self.scale[rows]
+            yield rows, values.mul_(scale[:, None])
 
 
 class AffineDelta(Delta):

@@ -102,9 +102,8 @@ def code_product(
     return _fitted(at, step, bits, len(values) * sum(target.shape))
 
 
-def unit_rows(codes: Codes) -> Tensor:
-    """(r, n) float32 directions that codes of their length stand for; zero where all are zero."""
-    values = codes.values()
+def unit_rows(values: Tensor) -> Tensor:
+    """(r, n) float32 directions of rows, in their place; zero where all are zero."""
     length = torch.linalg.vector_norm(values, dim=1, keepdim=True)
     return values.div_(length.clamp(min=torch.finfo(values.dtype).tiny))
 
@@ -133,7 +132,7 @@ def _fitted(
 def _directions(codes: Codes) -> tuple[Codes, Tensor]:
     """Codes without rows of zeros, and what they stand for at unit length."""
     codes = codes[codes.symbols.any(1)]
-    return codes, unit_rows(codes)
+    return codes, unit_rows(codes.values())
 
 
 def _inverse(unit: Tensor) -> Tensor:

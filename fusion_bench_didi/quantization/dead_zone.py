@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .entropy import StreamError, Table, decode_runs, encode_runs
+from .entropy import StreamError, StreamReader, Table, encode_runs
 from .gaussian_tables import (
     CLASSES,
     LOWEST,
@@ -33,6 +33,8 @@ from .gaussian_tables import table
 SLOPE = math.log(2) / 6
 #: Bits of a class.
 CLASS_BITS = 8
+#: Values that are decoded at a time.
+BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def encode(parts: Sequence[Codes]) -> Tensor:
     return encode_runs(runs)
 
 
-def decode(stream: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Codes]:
-    """What :func:`encode` was given.
+def decode(stream: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """(r, n) float32 per part, what the numbers that :func:`encode` was given stand for, in steps.
 
     Args:
         parts: classes (r,) and row length of each.
@@ -128,28 +130,47 @@ def decode(stream: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Codes]:
     Raises:
         StreamError: if the bytes are not those of such matrices.
     """
-    runs: list[tuple[Table, int]] = []
-    device = stream.device
-    parts = [(classes.cpu(), n) for classes, n in parts]
-    for classes, n in parts:
+    made = [torch.empty(len(c), n, device=stream.device) for c, n in parts]
+    for part, rows, values in decode_blocks(stream, parts):
+        made[part][rows.to(stream.device)] = values
+    return made
+
+
+def decode_blocks(
+    stream: Tensor, parts: Sequence[tuple[Tensor, int]], block: int = BLOCK
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """As :func:`decode` some rows at a time: the part, indices (k,) of rows on the CPU, their values (k, n).
+
+    Args:
+        block: at most so many values at a time, one row at least.
+    """
+    reader, parts = StreamReader(stream), [(c.cpu(), n) for c, n in parts]
+    for classes, _ in parts:
         if bool((classes >= CLASSES).any()):
             raise StreamError(f"Classes of spread go to {CLASSES - 1}.")
+    for part, (classes, n) in enumerate(parts):
         for spread, rows in _groups(classes):
-            runs.append((table(coded_class(spread)), len(rows) * n))
-            if low_bits(spread):
-                runs.append((2 ** low_bits(spread), len(rows) * n))
-    found, made = iter(decode_runs(stream, runs)), []
-    for classes, n in parts:
-        symbols = torch.empty(len(classes), n, dtype=torch.int32)
-        for spread, rows in _groups(classes):
-            high = next(found).view(len(rows), n) - largest(coded_class(spread))
-            if low_bits(spread):
-                half = 1 << low_bits(spread) >> 1
-                low = next(found).view(len(rows), n)
-                high = (high << low_bits(spread)) + low - half
-            symbols[rows] = high
-        made.append(Codes(symbols.to(device), classes.to(device)))
-    return made
+            frequencies, bits = table(coded_class(spread)), low_bits(spread)
+            if bits:  # which come after those of all rows
+                high = reader.read(frequencies, len(rows) * n)
+                low = reader.read(2**bits, len(rows) * n)
+                high = (high - largest(coded_class(spread))) << bits
+                symbols = (high + low - (1 << bits >> 1)).view(len(rows), n)
+                yield part, rows, Codes(symbols, classes[rows]).values().to(stream.device)
+                continue
+            known = _values(spread)
+            for some in rows.split(max(block // max(n, 1), 1)):
+                values = known.index_select(0, reader.read(frequencies, len(some) * n))
+                yield part, some, values.view(len(some), n).to(stream.device)
+    reader.finish()
+
+
+@lru_cache(maxsize=None)
+def _values(spread: int) -> Tensor:
+    """(2 L + 1,) float32, what the numbers -L to L of a class without low bits stand for, in steps."""
+    most = largest(spread)
+    symbols = torch.arange(-most, most + 1, dtype=torch.int32)[None]
+    return Codes(symbols, torch.tensor([spread])).values()[0]
 
 
 def _groups(classes: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -4,7 +4,9 @@ A stream takes the entropy of the table and a few bytes more. The table is store
 most frequent one; 0 is a symbol that does not occur.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import constriction
 import numpy as np
@@ -70,21 +72,63 @@ def decode_runs(stream: Tensor, runs: Sequence[tuple[Table, int]]) -> list[Tenso
     Raises:
         StreamError: if the bytes are not those of such runs.
     """
-    if stream.numel() % 4:
-        raise StreamError(f"A coded stream of {stream.numel()} bytes is cut short.")
-    words = stream.cpu().numpy().view("<u4").astype(np.uint32)
-    found = []
+    reader = StreamReader(stream)
+    found = [reader.read(table, numel) for table, numel in runs]
+    reader.finish()
+    return found
+
+
+class StreamReader:
+    """Symbols of a stream, one after another; a run may be read in parts.
+
+    Args:
+        stream: (size,) uint8.
+
+    Raises:
+        StreamError: if the bytes are no stream.
+    """
+
+    def __init__(self, stream: Tensor):
+        if stream.numel() % 4:
+            raise StreamError(
+                f"A coded stream of {stream.numel()} bytes is cut short."
+            )
+        words = stream.cpu().numpy().view("<u4").astype(np.uint32)
+        self._models: dict[int, Any] = {}
+        self._read = 0
+        with _readable():
+            self._coder = constriction.stream.stack.AnsCoder(words)
+
+    def read(self, table: Table, numel: int) -> Tensor:
+        """(numel,) int32.
+
+        Raises:
+            StreamError: if the bytes are not those of such symbols.
+        """
+        if not numel:
+            return torch.empty(0, dtype=torch.int32)
+        key = table if isinstance(table, int) else id(table)
+        with _readable():
+            if key not in self._models:
+                self._models[key] = table, _model(table)
+            found = self._coder.decode(self._models[key][1], numel)
+        self._read += numel
+        return torch.from_numpy(found)
+
+    def finish(self) -> None:
+        """Raises a StreamError if there is more."""
+        if not self._coder.is_empty():
+            raise StreamError(
+                f"A coded stream does not end after {self._read} symbols."
+            )
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
     try:
-        coder = constriction.stream.stack.AnsCoder(words)
-        for table, numel in runs:
-            none = np.empty(0, np.int32)
-            found.append(coder.decode(_model(table), numel) if numel else none)
+        yield
     except ValueError as error:
         raise StreamError(f"A coded stream cannot be read: {error}.") from error
-    if not coder.is_empty():
-        numel = sum(numel for _, numel in runs)
-        raise StreamError(f"A coded stream does not end after {numel} symbols.")
-    return [torch.from_numpy(symbols) for symbols in found]
 
 
 def _model(table: Table):

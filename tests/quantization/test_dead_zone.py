@@ -18,6 +18,7 @@ from fusion_bench_didi.quantization.dead_zone import (
     CLASS_BITS,
     Codes,
     decode,
+    decode_blocks,
     encode,
     quantize,
     rate_distortion,
@@ -108,7 +109,14 @@ def test_streams_come_back():
     assert bits <= 8 * len(stream) <= 1.001 * bits + 64
     lengths = [(part.classes, part.symbols.shape[1]) for part in parts]
     for found, part in zip(decode(stream, lengths), parts):
-        assert torch.equal(found.symbols, part.symbols)
+        assert torch.equal(found, part.values())
+    for block in (1, 1000):
+        rows = [[], [], []]
+        for part, which, values in decode_blocks(stream, lengths, block):
+            rows[part] += zip(which.tolist(), values)
+        for found, part in zip(rows, parts):
+            assert sorted(which for which, _ in found) == list(range(len(part)))
+            assert all(row.equal(part.values()[which]) for which, row in found)
     classes = few.classes.clone()
     classes[0] = tables.CLASSES
     with pytest.raises(StreamError, match="Classes"):
@@ -173,7 +181,7 @@ def decomposed(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def product(short: Codes, long: Codes, step: float, wide: bool) -> Tensor:
-    made = unit_rows(short).mT @ (long.values() * step)
+    made = unit_rows(short.values()).mT @ (long.values() * step)
     return made if wide else made.mT
 
 

@@ -44,7 +44,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "serving.json"
 OTHER_WAYS = {
     "mixed, a matrix per task": Serving(dense_above=0),
     "mixed, factors only": Serving(dense_above=math.inf, small=0),
-    "mixed, matrices made when used": Serving(hold=False),
+    "mixed, matrices made when used": Serving(memory_limit_gb=0),
 }
 
 

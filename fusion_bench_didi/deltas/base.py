@@ -19,6 +19,12 @@ BLOCK = 2**18
 KINDS: dict[str, type["Delta"]] = {}
 
 
+def row_blocks(m: int, n: int) -> Iterator[slice]:
+    """Rows of an (m, n) matrix, as many as are decoded at a time; eight of them take whole bytes whatever their bits."""
+    step = max(BLOCK // max(n, 1) // 8, 1) * 8
+    return (slice(start, min(start + step, m)) for start in range(0, m, step))
+
+
 class Delta(nn.Module):
     """Base of all stored forms; a subclass that has a ``kind`` is known to files by it.
 
@@ -85,11 +91,16 @@ class Delta(nn.Module):
     def blocks(
         self, shared: "Delta | None" = None
     ) -> Iterator[tuple[slice | Tensor, Tensor]]:
-        """:meth:`beyond` as a matrix, some rows at a time: which, and their values (k, n), no longer the form's own.
+        """:meth:`beyond` as a matrix, some rows at a time: which, and their values (k, n), not to be written to.
 
-        Forms that are stored by rows decode no more than these at once; others all of them.
+        Forms that are stored by rows, and products, decode no more than these at once; others all of them.
         """
-        yield slice(None), self.beyond(shared).reshape(self.sides).clone()
+        product = self.beyond_product(shared)
+        if product is None:
+            yield slice(0, self.sides[0]), self.beyond(shared).reshape(self.sides)
+            return
+        for rows in row_blocks(*self.sides):
+            yield rows, product.up[rows] @ product.down
 
     def beyond_product(self, shared: "Delta | None" = None) -> LowRankFactors | None:
         """:meth:`beyond` as a product (m, r) (r, n) in float32; None where it is not stored as one."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..lowrank.factors import LowRankFactors
 from ..quantization.codes import levels, pack_codes, packed_size
 from ..quantization.rounding import RoundedFactors, RoundedMatrix
-from .base import BLOCK, Delta
+from .base import Delta, row_blocks
 
 
 class RoundedLowRankDelta(Delta):
@@ -91,12 +91,10 @@ class RoundedDenseDelta(Delta):
 
     def blocks(self, shared: Delta | None = None) -> Iterator[tuple[slice, Tensor]]:
         (m, n), codes = self.sides, self.codes.reshape(-1)
-        step = max(BLOCK // max(n, 1) // 8, 1) * 8  # rows whose codes are whole bytes
-        for start in range(0, m, step):
-            rows = slice(start, min(start + step, m))
-            first = start * n * self.width // 8
+        for rows in row_blocks(m, n):
+            first = rows.start * n * self.width // 8
             last = packed_size(rows.stop * n, self.width)
-            shape = rows.stop - start, n
+            shape = rows.stop - rows.start, n
             values = levels(codes[first:last], self.width, shape)
             scale = self.scale if len(self.scale) == 1 else self.scale[rows]
             yield rows, values.mul_(scale[:, None])

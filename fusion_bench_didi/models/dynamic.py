@@ -5,6 +5,7 @@ so that a task's weights do not depend on what was switched on before.
 """
 
 import copy
+import functools
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from ..deltas.storage import StorageReport, account
 from ..errors import SettingsError, UnknownTaskError
 from ..routers.base import Router
 from ..routers.files import RouterName, make_router
-from ..serving.banks import AnyBank, Serving, bank_of
+from ..serving.banks import Serving
 from ..serving.copies import adopted, deep_copy
 from ..serving.forward import MixedForward
+from ..serving.held import Held
 from ..serving.layers import is_turned
+from ..serving.making import AnyBank, bank_of
 from . import saving
 from .experts import NamedModules, TaskExpert
 from .methods import attribute, no_task
@@ -203,31 +206,37 @@ class DynamicModel(ModulatedModel):
     def _make_mixed(self, shared_scale: float, state: tuple) -> None:
         with self._weights.lock:
             made = self._mixed if self._mixed_state == state else {}
+            limit = self.serving.memory_limit_gb
+            held = next((forward.held for forward in made.values()), None)
+            if held is None and limit is not None:
+                held = Held(int(limit * 2**30))
             if shared_scale not in made:
                 # tensors that are made in inference mode could not be used outside of it
                 with torch.inference_mode(False):
                     made[shared_scale] = MixedForward(
                         self.backbone,
-                        self._banks(shared_scale),
+                        self._banks(shared_scale, held),
                         self.tasks,
                         shapes=self._weights.shapes,
                         lock=self._weights.lock,
+                        held=held,
                     )
             # in this order: other threads look at the state first
             self._mixed, self._mixed_state = made, state
 
-    def _banks(self, shared_scale: float) -> dict[str, AnyBank]:
+    def _banks(self, shared_scale: float, held: Held | None) -> dict[str, AnyBank]:
         """Every touched tensor under every task, as the backbone lays it out."""
         experts, banks = self.modulators.values(), {}
         for name in self.touched:
             owner, _, leaf = name.rpartition(".")
             banks[name] = bank_of(
-                self.base_tensor(name),
+                functools.partial(self.base_tensor, name),
                 self.shared.get(name),
                 [expert.deltas.get(name) for expert in experts],
                 shared_scale=shared_scale,
                 turned=is_turned(self.backbone.get_submodule(owner), leaf),
                 serving=self.serving,
+                held=held,
                 name=name,
                 tasks=self.tasks,
             )

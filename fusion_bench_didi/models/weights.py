@@ -79,10 +79,10 @@ class BackboneWeights:
             self.shapes.follow(model, name, shape)
 
     def restore(self) -> None:
-        """Write all base values back."""
+        """Write all base values back; their copies are no longer needed."""
         with self.lock:
-            for name, value in self._base.items():
-                self.put(self.backbone, name, value)
+            while self._base:
+                self.put(self.backbone, *self._base.popitem())
 
     def forget(self, name: str) -> None:
         """Write a base value back for good."""

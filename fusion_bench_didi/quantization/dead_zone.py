@@ -156,7 +156,9 @@ def decode_blocks(
                 low = reader.read(2**bits, len(rows) * n)
                 high = (high - largest(coded_class(spread))) << bits
                 symbols = (high + low - (1 << bits >> 1)).view(len(rows), n)
-                yield part, rows, Codes(symbols, classes[rows]).values().to(stream.device)
+                yield part, rows, Codes(symbols, classes[rows]).values().to(
+                    stream.device
+                )
                 continue
             known = _values(spread)
             for some in rows.split(max(block // max(n, 1), 1)):

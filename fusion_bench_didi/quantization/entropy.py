@@ -90,9 +90,7 @@ class StreamReader:
 
     def __init__(self, stream: Tensor):
         if stream.numel() % 4:
-            raise StreamError(
-                f"A coded stream of {stream.numel()} bytes is cut short."
-            )
+            raise StreamError(f"A coded stream of {stream.numel()} bytes is cut short.")
         words = stream.cpu().numpy().view("<u4").astype(np.uint32)
         self._models: dict[int, Any] = {}
         self._read = 0

@@ -5,20 +5,17 @@ needs, ``x W_t`` with ``W_t`` (n, m): a task's factors, or its matrix where that
 ``n`` in, ``m`` out, ``r`` rank, ``T`` tasks; task number T is the shared model without an expert.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import Union
 
 import torch
 from torch import Tensor
 
-from ..deltas.base import Delta
-from ..deltas.plain import OwnDelta
 from ..errors import DiDiError
+from ..options import Gigabytes, check_fields
 
 Factors = tuple[Tensor, Tensor]
-Matrix = Union[Tensor, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,21 @@ class Serving:
         dense_above: factors that hold more than this part of their matrix's values are multiplied out. 0 gives a matrix
             per task, hence the arithmetic of the plain model.
         small: so are those of matrices of fewer values, whose thin products take longer than their arithmetic.
-        hold: keep such matrices, and those that are stored whole in few bits, in the type they are multiplied in: up to
-            T times the backbone's memory. False: make each one anew whenever it is used. Not for ``torch.compile``.
+        memory_limit_gb: None keeps everything in the type it is multiplied in, up to T times the backbone's memory. Else
+            the model is the backbone and what is stored, each product decodes what it needs, and so many GB of that are
+            held for the next batch, of tasks that are asked for often; 0 holds nothing. Factors are then used wherever
+            they take less arithmetic than their matrix, but for ``dense_above=0``. Graphs of ``torch.compile`` break there.
+
+    Raises:
+        SettingsError: for limits below zero.
     """
 
     dense_above: float = 0.25
     small: int = 2**18
-    hold: bool = True
+    memory_limit_gb: Gigabytes | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class Bank:
@@ -124,8 +129,7 @@ class MatrixBank(Bank):
     Args:
         shape: of the backbone's tensor.
         shared: S (n, m), the shared model's.
-        tasks: per task the factors (n, r) and (r, m), the matrix (n, m) or a function that makes it, or None for
-            ``shared``.
+        tasks: per task the factors (n, r) and (r, m), the matrix (n, m), or None for ``shared``.
         turned: the backbone holds the transpose, (m, n).
     """
 
@@ -133,7 +137,7 @@ class MatrixBank(Bank):
         self,
         shape: tuple[int, ...],
         shared: Tensor,
-        tasks: Sequence[Factors | Matrix | None],
+        tasks: Sequence[Factors | Tensor | None],
         *,
         turned: bool,
     ):
@@ -146,9 +150,7 @@ class MatrixBank(Bank):
         self.dense = [
             t for t, k in enumerate(kept) if not isinstance(k, (tuple, NoneType))
         ]
-        matrices = [k if t in self.dense else shared for t, k in enumerate(kept)]
-        made = any(callable(k) for k in matrices)
-        self.matrices = Matrices(matrices) if made else matrices
+        self.matrices = [k if t in self.dense else shared for t, k in enumerate(kept)]
         ranks = [first.shape[1] for first, _ in factors]
         self.first = torch.cat([first for first, _ in factors], 1)  # (n, R)
         self.last = torch.cat([last for _, last in factors])  # (R, m)
@@ -176,9 +178,7 @@ class MatrixBank(Bank):
         parts = []
         for task in range(self.tasks):
             if task in self.dense:
-                parts.append(
-                    _transpose(getattr(self.matrices, "kept", self.matrices)[task])
-                )
+                parts.append(self.matrices[task].mT)
             elif self.lasts[task].shape[0]:
                 parts.append((self.lasts[task].mT, self.firsts[task].mT))
             else:
@@ -187,29 +187,11 @@ class MatrixBank(Bank):
 
     @property
     def held(self) -> bool:
-        """Every task has a matrix of its own, at hand."""
-        return len(self.dense) == self.tasks and isinstance(self.matrices, list)
+        """Every task has a matrix of its own."""
+        return len(self.dense) == self.tasks
 
     def _parts(self):
         return zip(self.matrices, self.firsts, self.lasts)
-
-
-def _transpose(matrix: Matrix) -> Matrix:
-    return (lambda: matrix().mT) if callable(matrix) else matrix.mT
-
-
-class Matrices(Sequence):
-    """Matrices of which some are made whenever they are asked for."""
-
-    def __init__(self, kept: Sequence[Matrix]):
-        self.kept = kept
-
-    def __getitem__(self, task: int) -> Tensor:
-        matrix = self.kept[task]
-        return matrix() if callable(matrix) else matrix
-
-    def __len__(self) -> int:
-        return len(self.kept)
 
 
 def side_by_side(banks: Sequence[MatrixBank]) -> MatrixBank:
@@ -220,72 +202,3 @@ def side_by_side(banks: Sequence[MatrixBank]) -> MatrixBank:
         bank.__init__(bank.shape, own[-1], own[:-1], turned=bank.turned)
     n, m = wide[-1].shape
     return MatrixBank((m, n), wide[-1], wide[:-1], turned=True)
-
-
-AnyBank = Union[ValueBank, MatrixBank, OwnBank]
-
-
-@torch.no_grad()
-def bank_of(
-    base: Tensor,
-    shared: Delta | None,
-    deltas: Sequence[Delta | None],
-    *,
-    shared_scale: float = 1.0,
-    turned: bool | None = None,
-    serving: Serving = Serving(),
-    name: str = "",
-    tasks: Sequence[str] = (),
-) -> AnyBank:
-    """The bank of one tensor, in its data type and on its device, computed in float32.
-
-    Args:
-        shared: the change that all tasks share, counted ``shared_scale`` times for the shared model.
-        deltas: per task.
-        turned: for a matrix, whether (m, n) is what the backbone holds; None for a bank of values.
-        name: of the tensor.
-        tasks: their names.
-    """
-    own = [d.applied(base) for d in deltas if isinstance(d, OwnDelta)]
-    if any(value.shape != base.shape for value in own) or not base.is_floating_point():
-        base = base.clone()
-        found = [base if d is None else d.applied(base, shared) for d in deltas]
-        return OwnBank(name, [value.to(base) for value in (*found, base)], tasks)
-    decoded = None if shared is None else shared.decoded()
-    start = base.float()
-    if decoded is not None:
-        start = start + shared_scale * decoded.change()
-
-    def whole(delta: Delta | None) -> Tensor:
-        if isinstance(delta, OwnDelta):
-            return delta.applied(base).to(start)
-        return start if delta is None else start + delta.beyond(decoded)
-
-    if turned is None:
-        values = [*map(whole, deltas), start]
-        return ValueBank(torch.stack(values).to(base.dtype))
-
-    def laid_out(matrix: Tensor) -> Tensor:
-        matrix = matrix.flatten(1)
-        matrix = (matrix.mT if turned else matrix).to(base.dtype).contiguous()
-        return matrix.clone() if matrix.data_ptr() == base.data_ptr() else matrix
-
-    of_shared = laid_out(start)
-
-    def kept(delta: Delta | None) -> Factors | Matrix | None:
-        if delta is None:
-            return None
-        own = isinstance(delta, OwnDelta)
-        factors = None if own else delta.beyond_product(decoded)
-        if factors is not None and delta.numel >= serving.small:
-            size = factors.up.numel() + factors.down.numel()
-            if size <= serving.dense_above * delta.numel:
-                factors = (factors.mT if turned else factors).to(base.dtype)
-                return factors.up, factors.down
-        if own or serving.hold:
-            return laid_out(whole(delta))
-        # what is decoded stays out of the function: kept, it would take the memory that making anew saves
-        return lambda: of_shared + laid_out(delta.beyond(shared))
-
-    parts = [kept(delta) for delta in deltas]
-    return MatrixBank(tuple(base.shape), of_shared, parts, turned=turned)

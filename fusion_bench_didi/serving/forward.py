@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DiDiError
-from .banks import AnyBank, OwnBank
+from .banks import OwnBank
 from .caches import Caches, caches_of
 from .calls import Call, call_of, parameter_names
+from .held import Held
 from .in_place import Places
 from .layers import PerSampleLinear, UnsupportedShape
+from .making import AnyBank
 from .mixtures import ByTask, Mix, in_order, mix_of
 from .network import per_sample_network
 from .outputs import Layout, joined, reordered
@@ -58,6 +60,7 @@ class MixedForward:
         tasks: their names, in the order of the banks.
         shapes: what the backbone was loaded with.
         lock: held while the backbone's own tensors are replaced; one for all mixed forwards of a backbone.
+        held: what banks hold decoded within a limit; None where they hold all, and then the shared model too.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class MixedForward:
         *,
         shapes: Shapes | None = None,
         lock: AbstractContextManager | None = None,
+        held: Held | None = None,
     ):
         self.backbone, self.banks, self.tasks = backbone, dict(banks), list(tasks)
         self.count = len(self.tasks)
@@ -75,10 +79,10 @@ class MixedForward:
         self.lock = threading.RLock() if lock is None else lock
         self.running = Running()
         self.network = per_sample_network(backbone, self.banks, self.running)
-        self.shared_network = self.network and network_with(
-            backbone,
-            {name: bank.value(self.count) for name, bank in self.banks.items()},
-        )
+        self.held, self.shared_network = held, None
+        if self.network is not None and held is None:
+            shared = {name: bank.value(self.count) for name, bank in banks.items()}
+            self.shared_network = network_with(backbone, shared)
         made = filter(None, (self.network, self.shared_network))
         self._buffers = {network: OwnBuffers(network, backbone) for network in made}
         self._places = Places(backbone, self.banks, self.shapes)
@@ -109,7 +113,7 @@ class MixedForward:
     def shared(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the shared model, for all samples."""
         call = self.call(args, kwargs)
-        if self.network is None:
+        if self.network is None or self.shared_network is None:
             return self.run(self.mix([None] * call.size, None, call), call)
         return self.on(self.shared_network, call)
 
@@ -132,10 +136,18 @@ class MixedForward:
         if task_weights is not None:
             weights = checked_weights(task_weights, self.tasks)
             call.fits(len(weights), "rows of task_weights")
-            return mix_of(weights.to(self._device))
-        ids = task_numbers(task_ids, self.tasks)
-        call.fits(len(ids), "task_ids")
-        return ByTask.of(ids.to(self._device), self.count)
+            mix = mix_of(weights.to(self._device))
+        else:
+            ids = task_numbers(task_ids, self.tasks)
+            call.fits(len(ids), "task_ids")
+            mix = ByTask.of(ids.to(self._device), self.count)
+        if self.held is not None:
+            self._ask(mix)
+        return mix
+
+    @torch.compiler.disable
+    def _ask(self, mix: Mix) -> None:
+        self.held.ask(mix.asked)
 
     @property
     def trusted(self) -> bool:

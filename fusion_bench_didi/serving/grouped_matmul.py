@@ -46,14 +46,13 @@ def _product(
 
 
 def _runs(matrices: Sequence[Tensor], sizes: list[int]) -> tuple[list[int], list[int]]:
-    """Where neighbors have one matrix: the first task of each run, and its rows; nothing that is made on use is made."""
-    kept = getattr(matrices, "kept", matrices)
+    """Where neighbors have one matrix: the first task of each run, and its rows."""
     owners: list[int] = []
     lengths: list[int] = []
     for task, size in enumerate(sizes):
         if not size:
             continue
-        if owners and kept[task] is kept[owners[-1]]:
+        if owners and matrices[task] is matrices[owners[-1]]:
             lengths[-1] += size
         else:
             owners.append(task)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .banks import AnyBank, ValueBank
+from .banks import MatrixBank, ValueBank
 from .fused_linears import FusedLinears
+from .making import AnyBank
 from .mixtures import Mix, over
 from .running import Running
+from .stored import Positions
 
 
 class UnsupportedShape(Exception):
@@ -118,13 +120,16 @@ class PerSampleEmbedding(PerSample):
 
     def prepare(self) -> None:
         bank = self.banks["weight"]
-        self.values = bank.stacked() if bank.dense else None
+        dense = isinstance(bank, MatrixBank) and bank.dense
+        self.values = bank.stacked() if dense else None
 
     def forward(self, ids: Tensor) -> Tensor:
         size, bank = self.running.current.mix.size, self.banks["weight"]
         if ids.ndim > 1 and len(ids) == 1:
             ids = ids.expand(size, *ids.shape[1:])
         mix = self.mix_for(ids)
+        if not isinstance(bank, MatrixBank):
+            return mix.stored(Positions(ids, self.weight), bank)
         if self.values is not None:
             return mix.lookup(ids, self.values)
         inner = F.embedding(ids, bank.first)

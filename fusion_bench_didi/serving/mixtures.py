@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .banks import Bank, MatrixBank, ValueBank
 from .grouped_matmul import product_by_task
+from .stored import Inputs, StoredBank, Vectors
 
 #: values of the matrices that are mixed at a time
 BLOCK = 2**22
@@ -92,6 +93,11 @@ class ByTask:
         tasks, order = (torch.cat(pair) for pair in both)
         return ByTask(tasks, self.counts + other.counts, order)
 
+    @property
+    def asked(self) -> list[int]:
+        """The tasks that some sample is of."""
+        return [task for task, count in enumerate(self.counts.tolist()) if count]
+
     def value(self, bank: Bank) -> Tensor:
         """A tensor as the first sample sees it."""
         return bank.value(int(self.tasks[0]))
@@ -104,13 +110,22 @@ class ByTask:
         """(B, R) weights of directions that belong to the tasks ``owner`` (R,)."""
         return self.tasks[:, None] == owner
 
-    def product(self, x: Tensor, bank: MatrixBank, bias: ValueBank | None) -> Tensor:
+    def product(
+        self, x: Tensor, bank: MatrixBank | StoredBank, bias: ValueBank | None
+    ) -> Tensor:
         """``x_i W_i + b_i`` for x (B, ..., n); (B, ..., m)."""
+        if isinstance(bank, StoredBank):
+            y = self.stored(Vectors(x, bank.turned), bank)
+            return y if bias is None else y.add_(over(self.rows(bias), y))
         biases = None if bias is None else bias.values
         factors = bank.firsts, bank.lasts
         return product_by_task(
             x, self.tasks, self.counts, biases, bank.matrices, *factors
         )
+
+    def stored(self, inputs: Inputs, bank: StoredBank) -> Tensor:
+        """The product with each sample's own matrix, or rows of it."""
+        return bank.by_task(inputs, self.counts.tolist())
 
     def lookup(self, positions: Tensor, values: Tensor) -> Tensor:
         """Rows ``positions`` (B, ...) of each sample's own matrix, out of (T + 1, n, m)."""
@@ -153,6 +168,10 @@ class ByWeight:
         row = [f"{weight:.3g} {task!r}" for task, weight in zip(tasks, self.weights[0])]
         return f"weights such as {' + '.join(row)}"
 
+    @property
+    def asked(self) -> list[int]:
+        return self.weights.any(0).nonzero().flatten().tolist()
+
     def value(self, bank: Bank) -> Tensor:
         return bank.mixed(self.weights[0])
 
@@ -174,7 +193,12 @@ class ByWeight:
         changes = bank.values[:-1] - shared
         return shared + torch.tensordot(self.weights.to(shared), changes, 1)
 
-    def product(self, x: Tensor, bank: MatrixBank, bias: ValueBank | None) -> Tensor:
+    def product(
+        self, x: Tensor, bank: MatrixBank | StoredBank, bias: ValueBank | None
+    ) -> Tensor:
+        if isinstance(bank, StoredBank):
+            y = self.stored(Vectors(x, bank.turned), bank)
+            return y if bias is None else y.add_(over(self.rows(bias), y))
         weights = self.weights.to(x)
         if bank.dense:
             own = weights[:, bank.dense]
@@ -187,6 +211,9 @@ class ByWeight:
             scale = over(weights[:, bank.owner], x)
             y = y + ((x @ bank.first) * scale) @ bank.last
         return y if bias is None else y + over(self.rows(bias), y)
+
+    def stored(self, inputs: Inputs, bank: StoredBank) -> Tensor:
+        return bank.by_weight(inputs, self.weights)
 
     def lookup(self, positions: Tensor, values: Tensor) -> Tensor:
         y = shared = F.embedding(positions, values[-1])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .banks import AnyBank, MatrixBank, OwnBank, ValueBank, side_by_side
+from .banks import MatrixBank, OwnBank, ValueBank, side_by_side
 from .fused_linears import FusedLinears
 from .layers import (
     PerSampleEmbedding,
@@ -23,8 +23,10 @@ from .layers import (
     broadcast_form,
     is_turned,
 )
+from .making import AnyBank
 from .running import Running
 from .shadow import Change, Slot, shadowed, slots_of
+from .stored import StoredBank
 
 #: bare parameters (n,) that broadcast in their module's forward, which then takes them per sample as (B, 1, n)
 BROADCAST = {"CLIPVisionEmbeddings": "class_embedding"}
@@ -85,8 +87,9 @@ def per_sample_network(
 def _for_each(slots: Sequence[Slot], bank: AnyBank) -> Iterator[AnyBank]:
     """The bank of a tensor as each module that it is tied to multiplies by it, over one memory."""
     other = None
-    if isinstance(bank, MatrixBank) and len(slots) > 1:
-        if bank.dense and any(isinstance(module, nn.Embedding) for module, _ in slots):
+    if isinstance(bank, (MatrixBank, StoredBank)) and len(slots) > 1:
+        embeds = any(isinstance(module, nn.Embedding) for module, _ in slots)
+        if isinstance(bank, MatrixBank) and bank.dense and embeds:
             bank.stacked()
         if any(is_turned(*slot) != bank.turned for slot in slots):
             other = bank.transposed()
@@ -130,7 +133,7 @@ def _fusable(layer: nn.Module | None) -> bool:
     if not isinstance(layer, nn.Linear):
         return False
     bank = getattr(layer, "banks", {}).get("weight")
-    return bank is not None and bank.held
+    return isinstance(bank, MatrixBank) and bank.held
 
 
 def _kind(layer: PerSampleLinear) -> tuple:

@@ -45,7 +45,7 @@ def test_outputs_are_as_before_for_all_forms(first, second, tmp_path):
         # nothing is stored twice
         assert model.storage.excl_bits == bits == found.after.excl_bits
         x = drawn(5, 7, 6)
-        for serving in (Serving(), Serving(hold=False), Serving(0.5, 0)):
+        for serving in (Serving(), Serving(memory_limit_gb=0), Serving(0.5, 0)):
             model.serving = serving
             mixed = model(x, task_ids=[*model.tasks, None])
             for i, task in enumerate(model.tasks):

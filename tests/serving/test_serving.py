@@ -14,7 +14,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaModel
 
-from fusion_bench_didi.deltas.base import DecodedDelta
 from fusion_bench_didi.deltas.masks import MaskedDelta, SparseDelta
 from fusion_bench_didi.deltas.plain import LowRankDelta
 from fusion_bench_didi.deltas.quantized import RoundedLowRankDelta
@@ -23,9 +22,10 @@ from fusion_bench_didi.errors import UnknownTaskError
 from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.quantization.rounding import round_factors
-from fusion_bench_didi.serving.banks import MatrixBank, Serving, bank_of
+from fusion_bench_didi.serving.banks import MatrixBank, Serving
 from fusion_bench_didi.serving.forward import MixedForward
 from fusion_bench_didi.serving.grouped_matmul import product_by_task
+from fusion_bench_didi.serving.making import bank_of
 from fusion_bench_didi.serving.mixtures import ByTask, ByWeight, mix_of
 
 
@@ -58,19 +58,21 @@ def merged(tiny_clip) -> DynamicModel:
 # --- the same result, however it is run ---------------------------------------------
 
 
-@pytest.mark.parametrize("hold", [True, False])
+@pytest.mark.parametrize("limit", [None, 0, 1e-4])
 @pytest.mark.parametrize("dense_above", [0.0, 0.25, math.inf])
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int4", "int3", "auto"])
 def test_factors_and_matrices_give_what_materialised_models_give(
-    tiny_clip, dense_above, dtype, hold
+    tiny_clip, dense_above, dtype, limit
 ):
     model = didi(tiny_clip.pool_models(), budget=0.7, factor_dtype=dtype).eval()
-    model.serving = Serving(dense_above, small=0, hold=hold)
+    model.serving = Serving(dense_above, small=0, memory_limit_gb=limit)
     pixels, ids = images(), task_ids()
     found = model(pixels, task_ids=ids).pooler_output
     kept = [t for t in model.mixed.banks.values() if isinstance(t, MatrixBank)]
     assert model.mixed.network is not None
-    if dense_above == 0:
+    if limit is not None:
+        assert not kept and model.mixed.held.nbytes <= limit * 2**30
+    elif dense_above == 0:
         assert not any(bank.last.numel() for bank in kept)
     elif dtype == "float32":
         assert any(bank.last.numel() for bank in kept)
@@ -383,18 +385,6 @@ def test_the_shared_part_of_a_tensor_is_decoded_once(form, turned, monkeypatch):
         for task, value in enumerate(expected):
             torch.testing.assert_close(bank.value(task), value)
         torch.testing.assert_close(bank.value(4), base + shared.change())
-
-
-def test_matrices_that_are_made_when_used_keep_no_decoded_shared_part():
-    shared, _, delta = _shared_parts()["masked"]
-    bank = bank_of(
-        torch.ones(6, 5), shared, [delta], turned=True, serving=Serving(0.0, 0, False)
-    )
-    torch.testing.assert_close(bank.value(0), 1 + delta.change(shared))
-    (make,) = (kept for kept in bank.matrices.kept if callable(kept))
-    held = [cell.cell_contents for cell in make.__closure__]
-    assert any(value is shared for value in held)
-    assert not any(isinstance(value, DecodedDelta) for value in held)
 
 
 # --- the product --------------------------------------------------------------------

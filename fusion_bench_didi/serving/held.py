@@ -1,0 +1,86 @@
+"""Decoded tensors of tasks that are asked often, as many as a number of bytes allows."""
+
+import threading
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: what is held of one tensor of one task: the matrix, or two factors
+Decoded = tuple[Tensor, ...]
+
+
+class Held:
+    """Decoded tensors by tensor and task; those of the task that was asked for least recently make room.
+
+    What a batch does not leave room for is made anew and displaces nothing of the same batch, so that as much of a batch
+    that is too large is at hand in the next one.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._entries: dict[int, dict[Hashable, Decoded]] = {}
+        self._asked: dict[int, int] = {}
+        self._batches = self._bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._bytes
+
+    @property
+    def tasks(self) -> list[int]:
+        """Those of which something is held."""
+        return [task for task, held in self._entries.items() if held]
+
+    def ask(self, tasks: Iterable[int]) -> None:
+        """A batch of these tasks begins."""
+        with self._lock:
+            self._batches += 1
+            self._asked.update(dict.fromkeys(tasks, self._batches))
+
+    def get(
+        self,
+        name: Hashable,
+        task: int,
+        size: int,
+        make: Callable[[], Decoded],
+    ) -> Decoded | None:
+        """What is held of a tensor; made if there is room for it, None if there is none.
+
+        Args:
+            size: bytes that it takes.
+        """
+        with self._lock:
+            found = self._entries.get(task, {}).get(name)
+            if found is not None or not self._room(task, size):
+                return found
+            self._bytes += size
+        with torch.inference_mode(False), torch.no_grad():
+            made = make()
+        with self._lock:
+            kept = self._entries.setdefault(task, {}).setdefault(name, made)
+            if kept is not made:  # by another thread meanwhile
+                self._bytes -= size
+        return kept
+
+    def _room(self, task: int, size: int) -> bool:
+        now = self._asked.get(task, 0)
+        older = [t for t in self._entries if self._asked.get(t, 0) < now]
+        free = self.limit - self._bytes
+        free += sum(_size(held) for t in older for held in self._entries[t].values())
+        if free < size:
+            return False
+        for other in sorted(older, key=lambda t: self._asked.get(t, 0)):
+            while self._entries[other] and self._bytes + size > self.limit:
+                _, held = self._entries[other].popitem()
+                self._bytes -= _size(held)
+        return True
+
+
+def _size(held: Any) -> int:
+    return sum(part.nbytes for part in held)

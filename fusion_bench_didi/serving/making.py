@@ -1,0 +1,94 @@
+"""The bank of one tensor, out of the base model's and what is stored of it."""
+
+from collections.abc import Callable, Sequence
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from ..deltas.base import Delta
+from ..deltas.plain import OwnDelta
+from .banks import Factors, MatrixBank, OwnBank, Serving, ValueBank
+from .held import Held
+from .stored import StoredBank
+
+AnyBank = Union[ValueBank, MatrixBank, StoredBank, OwnBank]
+
+
+@torch.no_grad()
+def bank_of(
+    base: Tensor | Callable[[], Tensor],
+    shared: Delta | None,
+    deltas: Sequence[Delta | None],
+    *,
+    shared_scale: float = 1.0,
+    turned: bool | None = None,
+    serving: Serving = Serving(),
+    held: Held | None = None,
+    name: str = "",
+    tasks: Sequence[str] = (),
+) -> AnyBank:
+    """The bank of one tensor, in its data type and on its device, computed in float32.
+
+    Args:
+        base: the tensor, or what gives it wherever it is at the time, for banks that keep no copy.
+        shared: the change that all tasks share, counted ``shared_scale`` times for the shared model.
+        deltas: per task.
+        turned: for a matrix, whether (m, n) is what the backbone holds; None for a bank of values.
+        held: what is held within a limit of memory.
+        name: of the tensor.
+        tasks: their names.
+    """
+    current = base if callable(base) else lambda: base
+    base = current()
+    own = [d.applied(base) for d in deltas if isinstance(d, OwnDelta)]
+    if any(value.shape != base.shape for value in own) or not base.is_floating_point():
+        base = base.clone()
+        found = [base if d is None else d.applied(base, shared) for d in deltas]
+        return OwnBank(name, [value.to(base) for value in (*found, base)], tasks)
+    if turned is not None and serving.memory_limit_gb is not None:
+        return StoredBank(
+            name,
+            current,
+            shared,
+            deltas,
+            shared_scale=shared_scale,
+            turned=turned,
+            serving=serving,
+            held=Held(0) if held is None else held,
+        )
+    decoded = None if shared is None else shared.decoded()
+    start = base.float()
+    if decoded is not None:
+        start = start + shared_scale * decoded.change()
+
+    def whole(delta: Delta | None) -> Tensor:
+        if isinstance(delta, OwnDelta):
+            return delta.applied(base).to(start)
+        return start if delta is None else start + delta.beyond(decoded)
+
+    if turned is None:
+        values = [*map(whole, deltas), start]
+        return ValueBank(torch.stack(values).to(base.dtype))
+
+    def laid_out(matrix: Tensor) -> Tensor:
+        matrix = matrix.flatten(1)
+        matrix = (matrix.mT if turned else matrix).to(base.dtype).contiguous()
+        return matrix.clone() if matrix.data_ptr() == base.data_ptr() else matrix
+
+    of_shared = laid_out(start)
+
+    def kept(delta: Delta | None) -> Factors | Tensor | None:
+        if delta is None:
+            return None
+        own = isinstance(delta, OwnDelta)
+        factors = None if own else delta.beyond_product(decoded)
+        if factors is not None and delta.numel >= serving.small:
+            size = factors.up.numel() + factors.down.numel()
+            if size <= serving.dense_above * delta.numel:
+                factors = (factors.mT if turned else factors).to(base.dtype)
+                return factors.up, factors.down
+        return laid_out(whole(delta))
+
+    parts = [kept(delta) for delta in deltas]
+    return MatrixBank(tuple(base.shape), of_shared, parts, turned=turned)

@@ -1,0 +1,314 @@
+"""Matrices of the backbone under every task, out of what is stored: decoded into each product and dropped again.
+
+What is in memory is the backbone, the deltas as they are written to the file, and what one product needs: the factors of
+a task's change, or a block of rows of its matrix. :class:`~.held.Held` keeps some of it decoded for the next batch.
+Letters: ``m`` and ``n`` the sides of the backbone's matrix as it lies, ``r`` rank, ``T`` tasks; task T is the shared model.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..deltas.base import Delta, row_blocks
+from ..deltas.plain import OwnDelta
+from .banks import Bank, Factors, Serving
+from .held import Held
+
+#: Forms in which a task's part of a matrix is held.
+WHOLE, FACTORS = "whole", "factors"
+#: Rows of a matrix, and their values.
+Blocks = Iterator[tuple[slice | Tensor, Tensor]]
+
+
+class Vectors:
+    """What a layer is given: vectors that are multiplied by a matrix.
+
+    Args:
+        x: (B, ..., n), or (B, ..., m) for a matrix that is not turned.
+        turned: multiply by the transpose, as linear layers do.
+    """
+
+    def __init__(self, x: Tensor, turned: bool):
+        self.x, self.turned = x, turned
+
+    def __getitem__(self, rows: slice) -> "Vectors":
+        return Vectors(self.x[rows], self.turned)
+
+    @property
+    def rows(self) -> int:
+        return self.x.shape[:-1].numel()
+
+    def empty(self, shape: tuple[int, int]) -> Tensor:
+        """For the result with a matrix of a shape."""
+        return self.x.new_empty(*self.x.shape[:-1], shape[0 if self.turned else 1])
+
+    def matrix(self, matrix: Tensor) -> Tensor:
+        return self.x @ (matrix.mT if self.turned else matrix)
+
+    def factors(self, up: Tensor, down: Tensor) -> Tensor:
+        first, last = (down.mT, up.mT) if self.turned else (up, down)
+        return (self.x @ first) @ last
+
+    def blocks(self, blocks: Blocks, out: Tensor) -> None:
+        if not self.turned:
+            out.zero_()
+        for rows, values in blocks:
+            values = values.to(self.x.dtype)
+            if self.turned:
+                out[..., rows] = self.x @ values.mT
+            else:
+                out += self.x[..., rows] @ values
+
+
+class Positions:
+    """What an embedding is given: rows of a matrix that are looked up.
+
+    Args:
+        ids: (B, ...).
+        like: of the type of the result.
+    """
+
+    def __init__(self, ids: Tensor, like: Tensor):
+        self.ids, self.like = ids, like
+
+    def __getitem__(self, rows: slice) -> "Positions":
+        return Positions(self.ids[rows], self.like)
+
+    @property
+    def rows(self) -> int:
+        return self.ids.numel()
+
+    def empty(self, shape: tuple[int, int]) -> Tensor:
+        return self.like.new_empty(*self.ids.shape, shape[1])
+
+    def matrix(self, matrix: Tensor) -> Tensor:
+        return F.embedding(self.ids, matrix)
+
+    def factors(self, up: Tensor, down: Tensor) -> Tensor:
+        return F.embedding(self.ids, up) @ down
+
+    def blocks(self, blocks: Blocks, out: Tensor) -> None:
+        for rows, values in blocks:
+            if isinstance(rows, slice):
+                here = (self.ids >= rows.start) & (self.ids < rows.stop)
+                out[here] = values.to(out.dtype)[self.ids[here] - rows.start]
+            else:
+                rows, order = rows.to(self.ids.device).sort()
+                place = torch.searchsorted(rows, self.ids).clamp(max=len(rows) - 1)
+                here = rows[place] == self.ids
+                out[here] = values.to(out.dtype)[order[place[here]]]
+
+
+Inputs = Vectors | Positions
+
+
+class StoredBank(Bank):
+    """A matrix under every task, of the base model's and of stored deltas.
+
+    Args:
+        name: of the tensor.
+        base: gives the base model's tensor, wherever that is now.
+        shared: the change that all tasks share, counted ``shared_scale`` times for the shared model.
+        deltas: per task.
+        turned: it is multiplied by as the transpose.
+        serving: which changes are used as factors.
+        held: shared by all banks of a model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: Callable[[], Tensor],
+        shared: Delta | None,
+        deltas: Sequence[Delta | None],
+        *,
+        shared_scale: float,
+        turned: bool,
+        serving: Serving,
+        held: Held,
+    ):
+        super().__init__(len(deltas))
+        self.name, self.base, self.shared = name, base, shared
+        self.deltas, self.scale, self.turned = list(deltas), shared_scale, turned
+        self.serving, self.held = serving, held
+        #: of changes that are products, None of others; found out at first use
+        self.ranks: dict[int, int | None] = {}
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        base = self.base()
+        return len(base), base[0].numel()
+
+    def key(self, form: str) -> Hashable:
+        """What is held of this matrix in a form."""
+        return self.name, self.scale, form
+
+    def transposed(self) -> "StoredBank":
+        """The same for a module that multiplies by the other side."""
+        return StoredBank(
+            self.name,
+            self.base,
+            self.shared,
+            self.deltas,
+            shared_scale=self.scale,
+            turned=not self.turned,
+            serving=self.serving,
+            held=self.held,
+        )
+
+    def value(self, task: int) -> Tensor:
+        base = self.base()
+        whole = base.new_empty(self.sides)
+        for rows, values in _Use(self).of_task(task):
+            whole[rows] = values.to(base.dtype)
+        return whole.view(base.shape)
+
+    @torch.compiler.disable
+    def by_task(self, inputs: Inputs, counts: Sequence[int]) -> Tensor:
+        """(B, ..., m), a task per sample.
+
+        Args:
+            inputs: of B samples sorted by task.
+            counts: (T + 1,) samples per task.
+        """
+        use, y, start = _Use(self), inputs.empty(self.sides), 0
+        parts: list[tuple[int, slice, Factors | None]] = []
+        alike: list[slice] = []  # rows that the shared matrix is part of
+        for task, count in enumerate(counts):
+            rows, start = slice(start, start + count), start + count
+            if not count:
+                continue
+            factors = use.factors(task, inputs[rows])
+            if factors is None and not use.is_shared(task):
+                parts.append((task, rows, None))
+                continue
+            if factors is not None:
+                parts.append((task, rows, factors))
+            if alike and alike[-1].stop == rows.start:
+                alike[-1] = slice(alike[-1].start, rows.stop)
+            else:
+                alike.append(rows)
+        for rows in alike:
+            use.shared_product(inputs[rows], y[rows])
+        for task, rows, factors in parts:
+            if factors is None:
+                use.product(inputs[rows], task, y[rows])
+            else:
+                y[rows] += inputs[rows].factors(*factors)
+        return y
+
+    @torch.compiler.disable
+    def by_weight(self, inputs: Inputs, weights: Tensor) -> Tensor:
+        """(B, ..., m), weights (B, T) over the tasks per sample."""
+        use, shared = _Use(self), inputs.empty(self.sides)
+        use.shared_product(inputs, shared)
+        y = shared.clone()
+        for task in weights.any(0).nonzero().flatten().tolist():
+            if use.is_shared(task):
+                continue
+            factors = use.factors(task, inputs)
+            if factors is None:
+                use.product(inputs, task, own := torch.empty_like(y))
+                own -= shared
+            else:
+                own = inputs.factors(*factors)
+            scale = weights[:, task].to(y).view(-1, *(1,) * (y.ndim - 1))
+            y.addcmul_(own, scale)
+        return y
+
+
+class _Use:
+    """What one product decodes; nothing of it outlives that but what is held.
+
+    Args:
+        bank: of the matrix.
+    """
+
+    def __init__(self, bank: StoredBank):
+        self.bank, self.base = bank, bank.base().flatten(1)
+        self._start: Tensor | None = None
+        self._decoded: Delta | None = None
+
+    def is_shared(self, task: int) -> bool:
+        """Whether a task adds nothing of its own."""
+        bank = self.bank
+        return task == bank.tasks or bank.deltas[task] is None
+
+    def shared_rows(self, rows: slice | Tensor) -> Tensor:
+        """``base + scale * shared`` in float32, not to be written to."""
+        bank = self.bank
+        if bank.shared is None:
+            return self.base[rows].float()
+        if self._start is None:
+            change = self._shared().change().view(self.base.shape)
+            self._start = torch.add(self.base.float(), change, alpha=bank.scale)
+        return self._start[rows]
+
+    def of_task(self, task: int) -> Blocks:
+        """A task's matrix in float32."""
+        bank = self.bank
+        if self.is_shared(task):
+            for rows in row_blocks(*self.base.shape):
+                yield rows, self.shared_rows(rows)
+            return
+        delta = bank.deltas[task]
+        if isinstance(delta, OwnDelta):
+            own = delta.applied(bank.base()).to(self.base.dtype)
+            yield slice(0, len(own)), own.flatten(1)
+            return
+        for rows, values in delta.blocks(self._shared()):
+            yield rows, values + self.shared_rows(rows)
+
+    def shared_product(self, inputs: Inputs, out: Tensor) -> None:
+        if self.bank.shared is None:
+            out.copy_(inputs.matrix(self.base))
+        else:
+            inputs.blocks(self.of_task(self.bank.tasks), out)
+
+    def product(self, inputs: Inputs, task: int, out: Tensor) -> None:
+        """With the whole matrix of a task."""
+        bank, base = self.bank, self.base
+
+        def whole() -> tuple[Tensor]:
+            matrix = torch.empty_like(base)
+            for rows, values in self.of_task(task):
+                matrix[rows] = values.to(base.dtype)
+            return (matrix,)
+
+        held = bank.held.get(bank.key(WHOLE), task, base.nbytes, whole)
+        if held is None:
+            inputs.blocks(self.of_task(task), out)
+        else:
+            out.copy_(inputs.matrix(*held))
+
+    def factors(self, task: int, inputs: Inputs) -> Factors | None:
+        """A task's change as (m, r) and (r, n) in the backbone's type, where that takes less than its matrix."""
+        bank, (m, n) = self.bank, self.base.shape
+        if self.is_shared(task) or not bank.serving.dense_above:
+            return None
+        if inputs.rows * (m + n) > m * n:
+            return None
+
+        def made() -> Factors:
+            product = bank.deltas[task].beyond_product(self._shared())
+            product = product.to(self.base.dtype)
+            return product.up, product.down
+
+        if task not in bank.ranks:
+            delta = bank.deltas[task]
+            own = isinstance(delta, OwnDelta)
+            product = None if own else delta.beyond_product(self._shared())
+            bank.ranks[task] = None if product is None else product.rank
+        rank = bank.ranks[task]
+        if rank is None:
+            return None
+        nbytes = rank * (m + n) * self.base.element_size()
+        return bank.held.get(bank.key(FACTORS), task, nbytes, made) or made()
+
+    def _shared(self) -> Delta | None:
+        """What is shared, decoded once where more than one task is made of it."""
+        if self._decoded is None and self.bank.shared is not None:
+            self._decoded = self.bank.shared.decoded()
+        return self._decoded

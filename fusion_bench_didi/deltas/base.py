@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..lowrank.factors import LowRankFactors
@@ -105,6 +106,15 @@ class Delta(nn.Module):
     def beyond_product(self, shared: "Delta | None" = None) -> LowRankFactors | None:
         """:meth:`beyond` as a product (m, r) (r, n) in float32; None where it is not stored as one."""
         return self.own_product()
+
+    def scaled_product(
+        self, shared: "Delta | None", dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        """:meth:`beyond_product` as ``(up * scale) @ down``, factors in a type; no scale where that is in them."""
+        product = self.beyond_product(shared)
+        if product is None:
+            return None
+        return product.up.to(dtype), None, product.down.to(dtype)
 
     def decoded(self) -> "Delta":
         """The same in float32, in memory: for a shared part that many tasks are worked out against."""

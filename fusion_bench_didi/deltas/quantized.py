@@ -50,6 +50,14 @@ class RoundedLowRankDelta(Delta):
         up = levels(self.up, self.width, (m, self.rank))
         return up * self.scale, levels(self.down, self.width, (self.rank, n))
 
+    def scaled_product(
+        self, shared: Delta | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        m, n = self.sides
+        up = levels(self.up, self.width, (m, self.rank), dtype)
+        down = levels(self.down, self.width, (self.rank, n), dtype)
+        return up, self.scale, down
+
     def own(self) -> Tensor:
         up, down = self.factors()
         return (up @ down).view(self.shape)

@@ -2,13 +2,12 @@
 
 import threading
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-#: what is held of one tensor of one task: the matrix, or two factors
-Decoded = tuple[Tensor, ...]
+#: What is held of one tensor of one task: the matrix, or factors.
+Decoded = tuple[Tensor | None, ...]
 
 
 class Held:
@@ -24,7 +23,8 @@ class Held:
     def __init__(self, limit: int):
         self.limit = limit
         self._lock = threading.Lock()
-        self._entries: dict[int, dict[Hashable, Decoded]] = {}
+        #: with the bytes of each
+        self._entries: dict[int, dict[Hashable, tuple[Decoded, int]]] = {}
         self._asked: dict[int, int] = {}
         self._batches = self._bytes = 0
 
@@ -57,13 +57,16 @@ class Held:
         """
         with self._lock:
             found = self._entries.get(task, {}).get(name)
-            if found is not None or not self._room(task, size):
-                return found
+            if found is not None:
+                return found[0]
+            if not self._room(task, size):
+                return None
             self._bytes += size
         with torch.inference_mode(False), torch.no_grad():
             made = make()
         with self._lock:
-            kept = self._entries.setdefault(task, {}).setdefault(name, made)
+            entries = self._entries.setdefault(task, {})
+            kept, _ = entries.setdefault(name, (made, size))
             if kept is not made:  # by another thread meanwhile
                 self._bytes -= size
         return kept
@@ -72,15 +75,11 @@ class Held:
         now = self._asked.get(task, 0)
         older = [t for t in self._entries if self._asked.get(t, 0) < now]
         free = self.limit - self._bytes
-        free += sum(_size(held) for t in older for held in self._entries[t].values())
+        free += sum(taken for t in older for _, taken in self._entries[t].values())
         if free < size:
             return False
         for other in sorted(older, key=lambda t: self._asked.get(t, 0)):
             while self._entries[other] and self._bytes + size > self.limit:
-                _, held = self._entries[other].popitem()
-                self._bytes -= _size(held)
+                _, (_, taken) = self._entries[other].popitem()
+                self._bytes -= taken
         return True
-
-
-def _size(held: Any) -> int:
-    return sum(part.nbytes for part in held)

@@ -13,13 +13,19 @@ from torch.nn import functional as F
 
 from ..deltas.base import Delta, row_blocks
 from ..deltas.plain import OwnDelta
-from .banks import Bank, Factors, Serving
+from .banks import Bank, Serving
 from .held import Held
 
 #: Forms in which a task's part of a matrix is held.
 WHOLE, FACTORS = "whole", "factors"
+#: Two factors of a change, and what each direction between them is multiplied by.
+Scaled = tuple[Tensor, Tensor | None, Tensor]
 #: Rows of a matrix, and their values.
 Blocks = Iterator[tuple[slice | Tensor, Tensor]]
+
+
+def _scaled(inner: Tensor, scale: Tensor | None) -> Tensor:
+    return inner if scale is None else (inner * scale).to(inner.dtype)
 
 
 class Vectors:
@@ -47,9 +53,9 @@ class Vectors:
     def matrix(self, matrix: Tensor) -> Tensor:
         return self.x @ (matrix.mT if self.turned else matrix)
 
-    def factors(self, up: Tensor, down: Tensor) -> Tensor:
+    def factors(self, up: Tensor, scale: Tensor | None, down: Tensor) -> Tensor:
         first, last = (down.mT, up.mT) if self.turned else (up, down)
-        return (self.x @ first) @ last
+        return _scaled(self.x @ first, scale) @ last
 
     def blocks(self, blocks: Blocks, out: Tensor) -> None:
         if not self.turned:
@@ -86,8 +92,8 @@ class Positions:
     def matrix(self, matrix: Tensor) -> Tensor:
         return F.embedding(self.ids, matrix)
 
-    def factors(self, up: Tensor, down: Tensor) -> Tensor:
-        return F.embedding(self.ids, up) @ down
+    def factors(self, up: Tensor, scale: Tensor | None, down: Tensor) -> Tensor:
+        return _scaled(F.embedding(self.ids, up), scale) @ down
 
     def blocks(self, blocks: Blocks, out: Tensor) -> None:
         for rows, values in blocks:
@@ -96,7 +102,9 @@ class Positions:
                 out[here] = values.to(out.dtype)[self.ids[here] - rows.start]
             else:
                 rows, order = rows.to(self.ids.device).sort()
-                place = torch.searchsorted(rows, self.ids).clamp(max=len(rows) - 1)
+                place = torch.searchsorted(rows, self.ids.contiguous()).clamp(
+                    max=len(rows) - 1
+                )
                 here = rows[place] == self.ids
                 out[here] = values.to(out.dtype)[order[place[here]]]
 
@@ -174,7 +182,7 @@ class StoredBank(Bank):
             counts: (T + 1,) samples per task.
         """
         use, y, start = _Use(self), inputs.empty(self.sides), 0
-        parts: list[tuple[int, slice, Factors | None]] = []
+        parts: list[tuple[int, slice, Scaled | None]] = []
         alike: list[slice] = []  # rows that the shared matrix is part of
         for task, count in enumerate(counts):
             rows, start = slice(start, start + count), start + count
@@ -283,18 +291,17 @@ class _Use:
         else:
             out.copy_(inputs.matrix(*held))
 
-    def factors(self, task: int, inputs: Inputs) -> Factors | None:
-        """A task's change as (m, r) and (r, n) in the backbone's type, where that takes less than its matrix."""
+    def factors(self, task: int, inputs: Inputs) -> Scaled | None:
+        """A task's change as (m, r), scales and (r, n), where that takes less arithmetic than its matrix."""
         bank, (m, n) = self.bank, self.base.shape
         if self.is_shared(task) or not bank.serving.dense_above:
             return None
         if inputs.rows * (m + n) > m * n:
             return None
 
-        def made() -> Factors:
-            product = bank.deltas[task].beyond_product(self._shared())
-            product = product.to(self.base.dtype)
-            return product.up, product.down
+        def made() -> Scaled:
+            delta, shared = bank.deltas[task], self._shared()
+            return delta.scaled_product(shared, self.base.dtype)
 
         if task not in bank.ranks:
             delta = bank.deltas[task]

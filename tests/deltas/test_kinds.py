@@ -7,6 +7,7 @@ import torch
 
 from fusion_bench_didi.checkpoint.deltas import read_deltas
 from fusion_bench_didi.checkpoint.stream import write_deltas
+from fusion_bench_didi.deltas import base
 from fusion_bench_didi.deltas.banded import BandedLowRankDelta
 from fusion_bench_didi.deltas.base import Delta
 from fusion_bench_didi.deltas.coded import CodedDelta, CodedLowRankDelta
@@ -41,7 +42,12 @@ from fusion_bench_didi.deltas.tucker import (
 )
 from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.quantization.coded_matrix import code_product, code_rows
-from fusion_bench_didi.quantization.rounding import round_factors, round_matrices
+from fusion_bench_didi.quantization.codes import pack_codes
+from fusion_bench_didi.quantization.rounding import (
+    round_factors,
+    round_matrices,
+    round_rows,
+)
 
 F32 = torch.float32
 
@@ -169,6 +175,16 @@ def test_what_lies_beyond_the_shared_part(kind):
         product = delta.beyond_product(given)
         if product is not None:
             torch.testing.assert_close(product.dense(), expected)
+        whole = torch.full(delta.sides, torch.nan)
+        for rows, values in delta.blocks(given):
+            whole[rows] = values
+        torch.testing.assert_close(whole.view(delta.shape), expected)
+        scaled = delta.scaled_product(given, torch.float64)
+        assert (scaled is None) == (product is None)
+        if scaled is not None:
+            up, scale, down = scaled
+            up = up if scale is None else up * scale
+            torch.testing.assert_close((up @ down).float(), expected.flatten(1))
     factored = {
         "banded_low_rank",
         "coded_low_rank",
@@ -179,6 +195,16 @@ def test_what_lies_beyond_the_shared_part(kind):
         "rounded_core",
     }
     assert (product is not None) == (kind in factored)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_blocks_of_rows_are_decoded_by_themselves(bits, monkeypatch):
+    codes, scale = round_rows(_random(21, 5), bits)
+    delta = RoundedDenseDelta((21, 5), pack_codes(codes, bits), scale, bits)
+    monkeypatch.setattr(base, "BLOCK", 40)
+    blocks = list(delta.blocks())
+    assert [rows.stop for rows, _ in blocks] == [8, 16, 21]
+    assert torch.cat([values for _, values in blocks]).equal(delta.own())
 
 
 @pytest.mark.parametrize("kind", sorted(_pairs()))

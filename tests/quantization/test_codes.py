@@ -93,3 +93,13 @@ def test_codes_lie_side_by_side_low_bits_first(bits):
 def test_levels_are_as_many_on_both_sides_of_zero(bits):
     low, high = ends(bits)
     assert low + offset(bits) == -(high + offset(bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_levels_are_the_same_in_every_type(bits, dtype):
+    low, high = ends(bits)
+    codes = torch.randint(low, high + 1, (7, 13), dtype=torch.int8)
+    packed = pack_codes(codes, bits)
+    expected = levels(packed, bits, (7, 13))
+    assert levels(packed, bits, (7, 13), dtype).equal(expected.to(dtype))

@@ -43,6 +43,7 @@ PAGES = {
     "large_models": "benchmarks.large_models",
     "editing": "benchmarks.editing",
     "serving": "benchmarks.serving",
+    "slim_serving": "benchmarks.slim_serving",
     "scaling": "benchmarks.scaling",
     "reliability": "benchmarks.reliability",
     "what_we_learned": "benchmarks.what_we_learned",

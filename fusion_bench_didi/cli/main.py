@@ -7,7 +7,7 @@ import warnings
 import click
 
 from ..errors import DiDiError
-from . import comparing, editing, exporting, merging, publishing, reading
+from . import comparing, editing, exporting, merging, publishing, reading, serving
 
 _HELP = """
 Merge fine-tuned models of one base model into one model with an expert per task, within a storage budget.
@@ -19,6 +19,7 @@ Examples:
   didi inspect merged                               what is in it
   didi verify merged                                whether the files are whole and the base model is the right one
   didi export merged adapters --form peft           one LoRA adapter per task
+  didi serve merged                                 answer HTTP requests, a model name per task
   didi settings didi                                every setting of a method, explained
 
 The same from Python: fusion_bench_didi.merge, load, DiDiMerging; with task pools: fusion_bench method=didi ...
@@ -55,6 +56,7 @@ for command in (
     editing.library,
     publishing.push,
     exporting.export,
+    serving.serve,
 ):
     didi.add_command(command)
 

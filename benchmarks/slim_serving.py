@@ -1,0 +1,297 @@
+"""Mixed batches out of what is stored: memory and time within a limit, beside holding everything and beside a model per task.
+
+    python -m benchmarks.slim_serving                              # ViT-B/32 and the shapes of SmolLM2-135M at 0.25
+    python -m benchmarks.slim_serving --on vit-b-32 --drawn --device cuda     # no merge: a minute
+
+Eight tasks are merged for real, or drawn with ``--drawn``: experts of random codes in the forms and sizes of such a merge.
+A batch is timed in turns with the plain model; on a CPU processor time is counted, as other work may run on the machine.
+Adds to benchmarks/results/slim_serving.json and writes docs/slim_serving.md.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import io
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool
+from torch import Tensor, nn
+
+from benchmarks.checkpoints import SHAPES, pool_of, root
+from benchmarks.clock import Clock
+from benchmarks.slim_page import write_page
+from benchmarks.suites import machine, write_json
+from fusion_bench_didi.deltas.base import Delta
+from fusion_bench_didi.deltas.coded import CodedLowRankDelta
+from fusion_bench_didi.deltas.quantized import RoundedLowRankDelta
+from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
+from fusion_bench_didi.quantization.coded_matrix import CodedMatrix
+from fusion_bench_didi.quantization.codes import pack_codes
+from fusion_bench_didi.quantization.dead_zone import quantize
+from fusion_bench_didi.serving.banks import Serving
+
+RESULTS = Path(__file__).resolve().parent / "results" / "slim_serving.json"
+#: Tokens of a prompt, prompts and steps of decoding, turns of the clock.
+PROMPT, PROMPTS, STEPS, TURNS = 32, 8, 6, 3
+#: Bits of a coded number when experts are drawn.
+CODED_BITS = 2.0
+
+
+def merged(what: str, factors: str, budget: float, tasks: int) -> DynamicModel:
+    """The merged model, made where it is missing."""
+    place = root() / "merged" / f"{what}-{budget:g}-{factors}-{tasks}"
+    if not place.is_dir():
+        kind = CLIPVisionModelPool if what.startswith("vit") else CausalLMPool
+        extra = {} if kind is CLIPVisionModelPool else {"tokenizer": None}
+        pool = kind(pool_of(what, tasks), **extra)
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = DiDiMerging(budget=budget, factor_dtype=factors).run(pool)
+        model.save_pretrained(place)
+    return DiDiModel.from_pretrained(place)
+
+
+def drawn(what: str, factors: str, budget: float, tasks: int) -> DynamicModel:
+    """Experts of random codes on a random base model: the same rank everywhere relative to what it costs."""
+    torch.manual_seed(0)
+    shape = SHAPES[what]
+    model = shape.build().to(shape.dtype).eval()
+    unit = sum(8 * p.nbytes for p in model.parameters())
+    matrices = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and min(p.shape) > 64 and name not in shape.frozen
+    }
+    numel = sum(p.numel() for p in matrices.values())
+    width = CODED_BITS if factors == "auto" else 4
+    made: dict[tuple, Delta] = {}
+    experts: dict[str, dict[str, Delta]] = {f"task{t:02d}": {} for t in range(tasks)}
+    for name, p in matrices.items():
+        m, n = p.shape[0], p[0].numel()
+        rank = max(int(budget * unit / tasks * p.numel() / numel / (m + n) / width), 1)
+        key = tuple(p.shape)
+        if key not in made:
+            made[key] = _product(key, m, n, min(rank, m, n), factors == "auto")
+        for deltas in experts.values():
+            parts = {part: t.clone() for part, t in made[key].tensors().items()}
+            deltas[name] = type(made[key])(key, **parts, **made[key].options())
+    return DynamicModel(model, {}, experts, unit_bits=unit)
+
+
+def _product(shape: tuple, m: int, n: int, rank: int, coded: bool) -> Delta:
+    if coded:
+        sides = [quantize(torch.randn(rank, side), 1.0) for side in sorted((m, n))]
+        return CodedLowRankDelta.of(shape, CodedMatrix(tuple(sides), 1e-4, 0.0))
+    codes = [
+        torch.randint(-8, 8, sides, dtype=torch.int8)
+        for sides in ((m, rank), (rank, n))
+    ]
+    packed = [pack_codes(code, 4) for code in codes]
+    return RoundedLowRankDelta(shape, *packed, torch.full((rank,), 1e-5), 4)
+
+
+class Memory:
+    """Bytes of tensors that are alive, and of the most that was in use meanwhile, on one device."""
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+        self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def alive(self) -> int:
+        gc.collect()
+        if self.trim is not None:
+            self.trim(0)
+        kinds = (Tensor, nn.Parameter)
+        tensors = [o for o in gc.get_objects() if type(o) in kinds]
+        storages = (
+            t.untyped_storage() for t in tensors if t.device.type == self.device.type
+        )
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+    def peak(self, call: Callable[[], object]) -> int:
+        """Above what was in use before the call."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            return torch.cuda.max_memory_allocated() - before
+        self.alive()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        call()
+        return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(l.split()[1]) << 10 for l in lines if l.startswith(key))
+
+
+class Case:
+    """One merged model and its batches.
+
+    Args:
+        model: on its device.
+        batch: samples of a forward.
+    """
+
+    def __init__(self, model: DynamicModel, batch: int, device: str):
+        self.model, self.memory, self.clock = model, Memory(device), Clock(device)
+        self.language = hasattr(model.backbone.config, "vocab_size")
+        generator = torch.Generator().manual_seed(0)
+        count, config = len(model.tasks), model.backbone.config
+        self.ids = torch.randint(count, (batch,), generator=generator).to(device)
+        if self.language:
+            shape = batch, PROMPT
+            inputs = torch.randint(config.vocab_size, shape, generator=generator)
+        else:
+            side = config.image_size
+            inputs = torch.randn(batch, 3, side, side, generator=generator)
+            inputs = inputs.to(next(model.backbone.parameters()).dtype)
+        self.inputs = inputs.to(device)
+        backbone = sum(p.nbytes for p in model.backbone.parameters())
+        stored = sum(
+            d.bits for e in model.modulators.values() for d in e.deltas.values()
+        )
+        stored += sum(d.bits for d in model.shared.values())
+        self.backbone, self.stored = backbone, stored // 8
+
+    @torch.inference_mode()
+    def forward(self, model: Callable, inputs: Tensor, **tasks) -> object:
+        more = {"logits_to_keep": 1} if self.language else {}
+        return model(inputs, **more, **tasks)
+
+    @torch.inference_mode()
+    def generate(self, model, steps: int, **tasks) -> Tensor:
+        inputs = self.inputs[:PROMPTS]
+        mask = torch.ones_like(inputs)
+        return model.generate(
+            inputs,
+            attention_mask=mask,
+            min_new_tokens=steps,
+            max_new_tokens=steps,
+            do_sample=False,
+            pad_token_id=0,
+            **tasks,
+        )
+
+    def each_alone(self, models: list[nn.Module]) -> None:
+        for task, model in enumerate(models):
+            here = self.ids == task
+            if here.any():
+                self.forward(model, self.inputs[here])
+
+    def row(
+        self, way: Callable[[], object], generating: Callable | None = None
+    ) -> dict:
+        """Memory and time of a way to run the batch, in turns with the plain model."""
+        plain = lambda: self.forward(self.model.backbone, self.inputs)
+        first = self.memory.peak(way)  # where layers are checked against single tasks
+        found = {
+            "first_peak": first,
+            "peak": self.memory.peak(way),
+            "alive": self.memory.alive() - self.inputs.nbytes - self.ids.nbytes,
+            **self._compared(plain, way),
+        }
+        if generating is not None:
+            alone = lambda steps: self.generate(self.model.backbone, steps)
+            for steps in (1, 1 + STEPS):
+                alone(steps), generating(steps)
+            pairs = [(self._step(alone), self._step(generating)) for _ in range(TURNS)]
+            found["step_seconds"] = statistics.median(own for _, own in pairs)
+            found["tokens_of_plain"] = statistics.median(p / own for p, own in pairs)
+        return found
+
+    def _step(self, generate: Callable[[int], object]) -> float:
+        short, long = (self.clock(lambda: generate(n)) for n in (1, 1 + STEPS))
+        return max(long - short, 1e-9) / STEPS
+
+    def _compared(self, plain: Callable, way: Callable) -> dict:
+        pairs = [(self.clock(plain), self.clock(way)) for _ in range(TURNS)]
+        return {
+            "seconds": statistics.median(own for _, own in pairs),
+            "ratio": statistics.median(own / p for p, own in pairs),
+        }
+
+    def rows(self) -> dict[str, dict]:
+        """Every way: within limits, holding all, a model per task, and one task that is set."""
+        model, found = self.model, {}
+        mixed = lambda: self.forward(model, self.inputs, task_ids=self.ids)
+        tasks = [t % len(model.tasks) for t in range(PROMPTS)]
+        tokens = lambda steps: self.generate(model, steps, task_ids=tasks)
+        tokens = tokens if self.language else None
+        plain = lambda: self.forward(model.backbone, self.inputs)
+        alone = lambda steps: self.generate(model.backbone, steps)
+        found["plain"] = self.row(plain, alone if self.language else None)
+        tenth = (self.backbone + self.stored) / 10 / 2**30
+        limits = {
+            "mixed, nothing held": 0.0,
+            "mixed, a tenth held": round(tenth, 4),
+            "mixed, a model held": round(self.backbone / 2**30, 4),
+            "mixed, all held": None,
+        }
+        for name, limit in limits.items():
+            model.serving = Serving(memory_limit_gb=limit)
+            found[name] = self.row(mixed, tokens)
+            print(name, {k: round(v, 3) for k, v in found[name].items()}, flush=True)
+        model.serving = Serving(memory_limit_gb=0)
+        mixed()  # the copies are gone
+        models = [model.materialize(task).eval() for task in model.tasks]
+        found["a model per task"] = self.row(lambda: self.each_alone(models))
+        del models
+        setting = lambda: model.set_task(model.tasks[0])
+        peak = self.memory.peak(setting)
+        model.set_task(model.tasks[-1])
+        found["set_task"] = {
+            "peak": peak,
+            "alive": self.memory.alive() - self.inputs.nbytes - self.ids.nbytes,
+            "seconds": self.clock(setting),
+        }
+        model.unset_task()
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--on", nargs="+", default=["vit-b-32", "smollm2-135m"], choices=SHAPES)  # fmt: skip
+    parser.add_argument("--factors", nargs="+", default=["auto", "int4"])
+    parser.add_argument("--budget", type=float, default=0.25)
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--drawn", action="store_true", help="experts of random codes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    make = drawn if arguments.drawn else merged
+    for what in arguments.on:
+        for factors in arguments.factors:
+            model = make(what, factors, arguments.budget, arguments.tasks).eval()
+            case = Case(model.to(arguments.device), arguments.batch, arguments.device)
+            key = f"{what}, {arguments.device}, {factors} factors{', drawn' * arguments.drawn}"
+            print(key, flush=True)
+            on = torch.cuda.get_device_name() if arguments.device == "cuda" else None
+            record[key] = {
+                "rows": case.rows(),
+                "backbone": case.backbone,
+                "stored": case.stored,
+                "tasks": arguments.tasks,
+                "batch": arguments.batch,
+                "dtype": str(next(model.backbone.parameters()).dtype),
+                "machine": machine(),
+                "on": on,
+            }
+            write_json(RESULTS, record)
+            write_page(record)
+            del case, model
+
+
+if __name__ == "__main__":
+    main()

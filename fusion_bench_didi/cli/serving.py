@@ -1,0 +1,57 @@
+"""``didi serve``."""
+
+import click
+
+from . import options
+
+
+@click.command(no_args_is_help=True)
+@click.argument("directory")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others than this machine's own let everyone ask.")  # fmt: skip
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--heads", default=None, help="Safetensors with the classes of every task, for towers without heads.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None, help="That the backbone is run in; as it was merged if left out.")  # fmt: skip
+@options.base
+@options.device
+@options.settings
+def serve(
+    directory: str,
+    host: str,
+    port: int,
+    heads: str | None,
+    dtype: str | None,
+    base: str | None,
+    device: str,
+    settings: tuple[str, ...],
+) -> None:
+    """Answer HTTP requests with a merged model: /v1/models, and /v1/completions or /v1/classify, a model name per task.
+
+    Requests of several tasks run in one batch. Settings are limits: body_kb, batch, queue, tokens, prompt_tokens, pixels, wait_ms
+    and memory_limit_gb, of decoded tensors beside backbone and stored.
+
+    \b
+    Examples:
+      didi serve merged
+      didi serve merged --port 9000 -s tokens=64 -s memory_limit_gb=0.5
+    """
+    try:
+        import uvicorn
+
+        from ..service.app import make_app
+    except ImportError as missing:
+        raise click.UsageError(
+            f"{missing.name} is not installed; pip install 'fusion-bench-didi[serve]'."
+        ) from None
+    from ..service.limits import Limits
+    from ..service.opening import open_runner
+
+    given = options.values_of(settings)
+    names = [name for name in Limits.__dataclass_fields__]
+    if unknown := set(given) - set(names):
+        raise click.BadParameter(f"no limit {', '.join(sorted(unknown))}; there are {', '.join(names)}.", param_hint="--set")  # fmt: skip
+    limits = Limits(**given)
+    runner = open_runner(
+        directory, base=base, heads=heads, limits=limits, device=device, dtype=dtype
+    )
+    click.echo(f"{len(runner.model.tasks)} tasks at http://{host}:{port}/v1/models")
+    uvicorn.run(make_app(runner, limits), host=host, port=port, log_level="warning")

@@ -1,0 +1,190 @@
+"""The service as an ASGI application."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ..errors import DiDiError
+from .batching import Batcher, Row
+from .classification import Classification
+from .language import Language
+from .limits import Limits, Refused
+from .messages import ClassifyRequest, CompletionRequest, listed
+from .opening import Runner
+
+#: The model's name for tasks that the router finds.
+ROUTED = "routed"
+Scope = MutableMapping[str, Any]
+
+
+def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
+    """The application; its thread begins with it and ends with it."""
+    model = runner.model
+    names = [*model.tasks, *([ROUTED] if model.router is not None else [])]
+    begun = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.batcher = Batcher(runner, limits)
+        yield
+        await asyncio.to_thread(app.state.batcher.close)
+
+    app = FastAPI(title="didi", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, most=limits.body_kb * 1024)
+    for kind in (Refused, DiDiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _told)
+
+    async def answers(
+        name: str, asked: list[str], row: Callable[[str | None, str], Row]
+    ) -> list[Any]:
+        if len(asked) > limits.batch:
+            raise Refused(
+                400, f"{len(asked)} inputs in one request, at most {limits.batch}."
+            )
+        if name not in names:
+            raise Refused(404, f"The model {name!r} does not exist; there are {names}.")
+        task = None if name == ROUTED and ROUTED not in model.tasks else name
+        rows = await asyncio.to_thread(lambda: [row(task, one) for one in asked])
+        waiting = app.state.batcher.submit(rows)
+        try:
+            return await asyncio.gather(*map(asyncio.wrap_future, waiting))
+        finally:
+            for one in waiting:
+                one.cancel()
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "waiting": app.state.batcher.waiting}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [
+                {"id": n, "object": "model", "created": begun, "owned_by": "didi"}
+                for n in names
+            ],
+        }
+
+    if isinstance(runner, Language):
+
+        @app.post("/v1/completions")
+        async def completions(asked: CompletionRequest) -> dict[str, Any]:
+            if asked.max_tokens > limits.tokens:
+                raise Refused(
+                    400, f"max_tokens={asked.max_tokens}, at most {limits.tokens}."
+                )
+            found = await answers(
+                asked.model,
+                listed(asked.prompt),
+                lambda task, text: runner.row(task, text, asked.max_tokens),
+            )
+            before, after = (
+                sum(getattr(one, key) for one in found)
+                for key in ("prompt_tokens", "tokens")
+            )
+            return {
+                "id": f"cmpl-{uuid.uuid4().hex}",
+                "object": "text_completion",
+                "created": int(time.time()),
+                "model": asked.model,
+                "choices": [
+                    {
+                        "index": place,
+                        "text": one.text,
+                        "finish_reason": one.finish,
+                        "logprobs": None,
+                    }
+                    for place, one in enumerate(found)
+                ],
+                "usage": {
+                    "prompt_tokens": before,
+                    "completion_tokens": after,
+                    "total_tokens": before + after,
+                },
+            }
+
+    if isinstance(runner, Classification):
+
+        @app.post("/v1/classify")
+        async def classify(asked: ClassifyRequest) -> dict[str, Any]:
+            given = asked.image if runner.images else asked.input
+            if given is None:
+                key = "image (base64)" if runner.images else "input (texts)"
+                raise Refused(400, f"This model classifies {key}.")
+            found = await answers(asked.model, listed(given), runner.row)
+            return {
+                "object": "list",
+                "model": asked.model,
+                "data": [
+                    {"index": place, "label": next(iter(scores)), "scores": scores}
+                    for place, scores in enumerate(found)
+                ],
+            }
+
+    return app
+
+
+def _told(_: Request, error: Exception) -> JSONResponse:
+    """An error in OpenAI's form; what the caller cannot mend is not told."""
+    headers = getattr(error, "headers", None)
+    if isinstance(error, Refused):
+        status, reason = error.status, str(error)
+        headers = {"Retry-After": "1"} if status == 429 else None
+    elif isinstance(error, RequestValidationError):
+        status = 400
+        reason = "; ".join(
+            f"{'.'.join(str(part) for part in one['loc'][1:]) or 'body'}: {one['msg']}"
+            for one in error.errors()
+        )
+    elif isinstance(error, HTTPException):
+        status, reason = error.status_code, str(error.detail)
+    elif isinstance(error, DiDiError):
+        status, reason = 400, str(error)
+    else:
+        status, reason = 500, "The batch failed; the service's log says why."
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"error": {"message": reason, "type": kind, "code": status}}
+    return JSONResponse(body, status, headers)
+
+
+class BodyLimit:
+    """Refuses bodies of more bytes than allowed, also where their length is not told.
+
+    Args:
+        app: that is asked otherwise.
+        most: bytes.
+    """
+
+    def __init__(self, app: Any, most: int):
+        self.app, self.most = app, most
+
+    async def __call__(
+        self, scope: Scope, receive: Callable[[], Awaitable[Scope]], send: Callable
+    ) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+            return await self.app(scope, receive, send)
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        parts, size, more = [], int(told) if told.isdigit() else 0, True
+        while more and size <= self.most:
+            message = await receive()
+            parts.append(message)
+            more = message.get("more_body", False)
+            size = max(size, sum(len(m.get("body", b"")) for m in parts))
+        if size > self.most:
+            reason = f"The body is of more than {self.most} bytes."
+            answer = _told(None, Refused(413, reason))
+            return await answer(scope, receive, send)
+
+        async def replay() -> Scope:
+            return parts.pop(0) if parts else await receive()
+
+        await self.app(scope, replay, send)

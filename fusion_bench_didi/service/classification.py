@@ -1,0 +1,150 @@
+"""Texts or images classified, each by its own task, in one batch."""
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import CheckpointMismatchError
+from ..models import DynamicModel
+from .batching import Row
+from .limits import Limits, Refused
+from .tasks import tasks_of
+
+#: Formats of images that are read.
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Classes of every task as directions of the model's pooled output, for towers without heads.
+
+    Args:
+        directions: by task (classes, width).
+        labels: by task.
+    """
+
+    directions: Mapping[str, Tensor]
+    labels: Mapping[str, list[str]]
+
+    @classmethod
+    def read(cls, file: str | Path, tasks: Sequence[str]) -> "Heads":
+        """From safetensors: a tensor (classes, width) per task; its metadata ``labels`` is JSON, names of the classes by task.
+
+        Raises:
+            CheckpointMismatchError: if a task, or the name of a class, is missing.
+        """
+        with safe_open(file, "pt") as held:
+            found = {t: held.get_tensor(t) for t in tasks if t in held.keys()}
+            labels = json.loads((held.metadata() or {}).get("labels", "{}"))
+        for task in tasks:
+            count = len(found[task]) if task in found else None
+            if count is None or len(labels.get(task, ())) != count:
+                raise CheckpointMismatchError(
+                    f"{file} has {count or 'no'} classes of {task!r} and names {len(labels.get(task, ()))} of them; expected a tensor "
+                    "(classes, width) per task, and in the metadata labels={task: [names]} as JSON."
+                )
+        return cls(found, {task: list(map(str, labels[task])) for task in tasks})
+
+
+class Classification:
+    """A merged classifier of texts or images, or a merged tower with heads.
+
+    Args:
+        model: on its device.
+        processor: a tokenizer, or an image processor, of its base model.
+        images: what it is given.
+        limits: of inputs.
+        heads: None where the model has its own.
+    """
+
+    def __init__(
+        self,
+        model: DynamicModel,
+        processor: Any,
+        *,
+        images: bool,
+        limits: Limits,
+        heads: Heads | None = None,
+    ):
+        self.model, self.processor, self.limits = model, processor, limits
+        self.images, self.heads = images, heads
+
+    def row(self, task: str | None, content: str) -> Row:
+        """One text, or one image in base64.
+
+        Raises:
+            Refused: 400 for what cannot be read or is too long.
+        """
+        if self.images:
+            return Row(task, self._pixels(content))
+        ids = self.processor(content, verbose=False)["input_ids"]
+        most = self.limits.prompt_tokens
+        places = getattr(self.model.backbone.config, "max_position_embeddings", most)
+        if not 0 < len(ids) <= min(most, places):
+            raise Refused(
+                400,
+                f"A text is of {len(ids)} tokens, expected 1 to {min(most, places)}.",
+            )
+        return Row(task, content)
+
+    def _pixels(self, content: str) -> Tensor:
+        try:
+            data = base64.b64decode(content, validate=True)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > self.limits.pixels:
+                    raise Refused(
+                        400,
+                        f"An image is of {image.width} x {image.height} pixels, at most {self.limits.pixels} are read.",
+                    )
+                pixels = image.convert("RGB")
+        except (binascii.Error, ValueError, OSError, Image.DecompressionBombError):
+            raise Refused(
+                400,
+                f"An image cannot be read: expected base64 of {', '.join(FORMATS)}.",
+            ) from None
+        return self.processor(pixels, return_tensors="pt")["pixel_values"][0]
+
+    @torch.inference_mode()
+    def __call__(self, rows: Sequence[Row]) -> list[dict[str, float]]:
+        """Probabilities by label, largest first."""
+        first = next(self.model.backbone.parameters())
+        if self.images:
+            pixels = torch.stack([row.content for row in rows])
+            inputs = {"pixel_values": pixels.to(first.device, first.dtype)}
+        else:
+            texts = [row.content for row in rows]
+            inputs = self.processor(texts, padding=True, return_tensors="pt")
+            inputs = {name: value.to(first.device) for name, value in inputs.items()}
+        asked = tasks_of(self.model, rows, inputs)
+        output = self.model(**inputs, **asked)
+        if self.heads is None:
+            names = self.model.backbone.config.id2label
+            labels = [names[i] for i in range(output.logits.shape[1])]
+            return [_scores(logits, labels) for logits in output.logits]
+        tasks = asked.get("task_ids")
+        if tasks is None:
+            places = asked["task_weights"].argmax(1).tolist()
+            tasks = [self.model.tasks[place] for place in places]
+        found = []
+        for pooled, task in zip(output.pooler_output, tasks):
+            logits = (
+                self.heads.directions[task].to(pooled.device).float() @ pooled.float()
+            )
+            found.append(_scores(logits, self.heads.labels[task]))
+        return found
+
+
+def _scores(logits: Tensor, labels: Sequence[str]) -> dict[str, float]:
+    shares = logits.float().softmax(0).tolist()
+    pairs = sorted(zip(shares, labels), key=lambda pair: -pair[0])
+    return {label: share for share, label in pairs}

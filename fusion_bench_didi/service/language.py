@@ -1,0 +1,99 @@
+"""Prompts continued greedily, each by its own task, in one batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..models import DynamicModel
+from .batching import Row
+from .limits import Limits, Refused
+from .tasks import tasks_of
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a prompt is continued by.
+
+    Args:
+        text: without special tokens.
+        prompt_tokens, tokens: how many.
+        finish: ``stop`` at the end of the text, ``length`` where that did not come.
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finish: str
+
+
+class Language:
+    """A merged causal language model.
+
+    Args:
+        model: on its device.
+        tokenizer: of its base model.
+        limits: of prompts.
+    """
+
+    def __init__(
+        self, model: DynamicModel, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    ):
+        self.model, self.tokenizer, self.limits = model, tokenizer, limits
+        settings = model.backbone.generation_config
+        ends = settings.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        places = getattr(model.backbone.config, "max_position_embeddings", None)
+        self.places = places or limits.prompt_tokens + limits.tokens
+
+    def row(self, task: str | None, prompt: str, tokens: int) -> Row:
+        """One prompt.
+
+        Raises:
+            Refused: 400 for prompts that are empty or too long.
+        """
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"]
+        most = min(self.limits.prompt_tokens, self.places - tokens)
+        if not 0 < len(ids) <= most:
+            raise Refused(
+                400,
+                f"A prompt is of {len(ids)} tokens, expected 1 to {most} before {tokens} more.",
+            )
+        return Row(task, ids, tokens)
+
+    @torch.inference_mode()
+    def __call__(self, rows: Sequence[Row]) -> list[Completion]:
+        device = next(self.model.backbone.parameters()).device
+        longest, pad = max(len(row.content) for row in rows), self._padding
+        ids = [[pad] * (longest - len(r.content)) + r.content for r in rows]
+        mask = [[0] * (longest - len(r.content)) + [1] * len(r.content) for r in rows]
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor(ids, device=device),
+            "attention_mask": torch.tensor(mask, device=device),
+        }
+        found = self.model.generate(
+            **inputs,
+            **tasks_of(self.model, rows, inputs),
+            max_new_tokens=max(row.tokens for row in rows),
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+        )
+        return [self._told(r, out[longest:].tolist()) for r, out in zip(rows, found)]
+
+    @property
+    def _padding(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return next(iter(self.ends), 0) if pad is None else pad
+
+    def _told(self, row: Row, found: list[int]) -> Completion:
+        found, finish = found[: row.tokens], "length"
+        for place, token in enumerate(found):
+            if token in self.ends:
+                found, finish = found[:place], "stop"
+                break
+        text = self.tokenizer.decode(found, skip_special_tokens=True)
+        return Completion(text, len(row.content), len(found), finish)

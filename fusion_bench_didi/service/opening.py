@@ -1,0 +1,96 @@
+"""The runner of a merged model's directory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from ..checkpoint.deltas import read_config
+from ..checkpoint.hub import local_directory
+from ..errors import CheckpointMismatchError, SettingsError
+from ..models import DynamicModel, Serving
+from .classification import Classification, Heads
+from .language import Language
+from .limits import Limits
+
+Runner = Language | Classification
+_FILES = {
+    AutoTokenizer: "tokenizer_config.json",
+    AutoImageProcessor: "preprocessor_config.json",
+}
+
+
+def open_runner(
+    directory: str | Path,
+    *,
+    base: str | None = None,
+    heads: str | Path | None = None,
+    limits: Limits = Limits(),
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> Runner:
+    """The model of a directory, with what makes its inputs of texts or images.
+
+    Args:
+        base: where the base model lies, and its tokenizer or image processor, if not where the merge took it.
+        heads: of towers that have none, see :class:`~.classification.Heads`.
+        limits: of requests.
+        dtype: that the backbone is run in; as it was merged if None.
+
+    Raises:
+        SettingsError: for models that answer neither in text nor in classes, and heads of models that have their own.
+        CheckpointMismatchError: if tokenizer or image processor are missing.
+    """
+    place = local_directory(directory)
+    config = read_config(place)
+    model = DynamicModel.from_pretrained(place, base).eval().to(device)
+    if dtype is not None:
+        model.backbone.to(getattr(torch, dtype))
+    model.serving = Serving(memory_limit_gb=limits.memory_limit_gb)
+    source = base or config["backbone"].get("source")
+    name = type(model.backbone).__name__
+    kind, options = _kind(model, name, heads), {"limits": limits}
+    if kind == "language":
+        return Language(model, _processor(AutoTokenizer, source), limits)
+    if kind == "text":
+        return Classification(model, _processor(AutoTokenizer, source), images=False, **options)  # fmt: skip
+    if heads is not None:
+        options["heads"] = Heads.read(heads, model.tasks)
+    return Classification(model, _processor(AutoImageProcessor, source), images=True, **options)  # fmt: skip
+
+
+def _kind(model: DynamicModel, name: str, heads: Any) -> str:
+    config: Mapping[str, Any] | Any = model.backbone.config
+    towers = "VisionModel" in name
+    if heads is not None and not towers:
+        raise SettingsError(f"heads={heads}: {name} needs none; leave them out.")
+    if name.endswith("ForSequenceClassification"):
+        return "text"
+    if name.endswith("ForImageClassification") or (towers and heads is not None):
+        return "images"
+    if towers:
+        raise SettingsError(
+            f"{name} answers with vectors. Give --heads, safetensors with a tensor (classes, width) per task."
+        )
+    if name.endswith(("ForCausalLM", "LMHeadModel")) and not config.is_encoder_decoder:
+        return "language"
+    raise SettingsError(
+        f"{name} is neither a causal language model nor a classifier, which are what is served."
+    )
+
+
+def _processor(auto: Any, source: str | Mapping[str, Any] | None) -> Any:
+    """Tokenizer or image processor of the base model, read as data."""
+    where = source["pretrained_model_name_or_path"] if isinstance(source, Mapping) else source  # fmt: skip
+    file = _FILES[auto]
+    try:
+        if where is None or (Path(where).is_dir() and not (Path(where) / file).is_file()):  # fmt: skip
+            raise OSError(f"there is no {file}")
+        return auto.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointMismatchError(
+            f"The base model at {where} has no {auto.__name__.removeprefix('Auto')} that can be read: "
+            f"{str(error).splitlines()[0]}. Give its directory with --base."
+        ) from error

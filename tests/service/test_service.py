@@ -1,0 +1,334 @@
+"""The service: answers as of each task's plain model, whatever runs beside them, and a reason for what is refused."""
+
+import base64
+import io
+import json
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from fusion_bench_didi.cli import didi
+from fusion_bench_didi.deltas.plain import LowRankDelta
+from fusion_bench_didi.errors import CheckpointMismatchError, SettingsError
+from fusion_bench_didi.models.dynamic import DynamicModel
+from fusion_bench_didi.routers.base import Router
+from fusion_bench_didi.service.batching import Batcher, Row
+from fusion_bench_didi.service.limits import Limits, Refused
+from fusion_bench_didi.service.opening import open_runner
+
+WORDS = [f"w{i}" for i in range(60)]
+TASKS = ("one", "two", "three")
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def saved(backbone: torch.nn.Module, processor, place: Path) -> Path:
+    """A merged model of three tasks beside its base."""
+    base = place / "base"
+    backbone.save_pretrained(base)
+    processor.save_pretrained(base)
+    backbone = type(backbone).from_pretrained(base)
+    experts = {
+        task: {
+            n: LowRankDelta(tuple(p.shape), draw(len(p), 2, seed=t), draw(2, p[0].numel(), seed=9 + t) / 9)  # fmt: skip
+            for n, p in backbone.named_parameters()
+            if p.ndim == 2 and "embed" not in n
+        }
+        for t, task in enumerate(TASKS)
+    }
+    known = {"backbone": {"source": str(base)}}
+    model = DynamicModel(backbone, {}, experts, unit_bits=10**6, info=known)
+    model.save_pretrained(place / "merged")
+    return place / "merged"
+
+
+def words() -> PreTrainedTokenizerFast:
+    names = ["[PAD]", "[UNK]", "[EOS]", *WORDS]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, "[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=63, eos_token_id=2, max_position_embeddings=64, **SIZES)  # fmt: skip
+    return saved(LlamaForCausalLM(config), words(), tmp_path_factory.mktemp("language"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    labels = {0: "no", 1: "yes", 2: "perhaps"}
+    config = BertConfig(vocab_size=63, max_position_embeddings=64, id2label=labels, **SIZES)  # fmt: skip
+    model = BertForSequenceClassification(config)
+    return saved(model, words(), tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=16, **SIZES))
+    sides = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    place = tmp_path_factory.mktemp("images")
+    merged = saved(model, CLIPImageProcessor(**sides), place)
+    labels = {task: [f"{task} {i}" for i in range(3)] for task in TASKS}
+    tensors = {task: draw(3, 32, seed=i) for i, task in enumerate(TASKS)}
+    save_file(tensors, place / "heads", {"labels": json.dumps(labels)})
+    return merged
+
+
+class Second(Router):
+    """Every sample is of the second task."""
+
+    name = "second"
+
+    def route(self, model, *args, input_ids, **kwargs) -> torch.Tensor:
+        return torch.eye(3)[1].expand(len(input_ids), -1)
+
+    def bind(self, model) -> None: ...
+
+
+LIMITS = Limits(body_kb=2, batch=4, queue=6, tokens=8, prompt_tokens=12, pixels=10_000)
+
+
+@pytest.fixture(scope="module")
+def runner(language):
+    found = open_runner(language, limits=LIMITS)
+    found.model.router = Second(list(TASKS))
+    return found
+
+
+def client(runner):
+    pytest.importorskip("fastapi", reason="needs the extra fusion-bench-didi[serve]")
+    testing = pytest.importorskip("starlette.testclient", reason="needs httpx")
+    from fusion_bench_didi.service.app import make_app
+
+    return testing.TestClient(make_app(runner, LIMITS), raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def ask(runner):
+    with client(runner) as found:
+        yield found
+
+
+def prompts(count: int) -> list[str]:
+    return [" ".join(WORDS[i : i + 2 + i % 5]) for i in range(count)]
+
+
+def alone(runner, task: str, prompt: str, tokens: int) -> str:
+    ids = torch.tensor([runner.tokenizer(prompt)["input_ids"]])
+    model = runner.model.materialize(task).eval()
+    out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return runner.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_models_are_tasks(ask):
+    found = ask.get("/v1/models").json()
+    assert [model["id"] for model in found["data"]] == [*TASKS, "routed"]
+    assert ask.get("/health").json() == {"status": "ok", "waiting": 0}
+
+
+def test_requests_of_several_tasks_at_once_are_answered_as_by_each_task(ask, runner):
+    asked = [(TASKS[i % 3], text, 1 + i % 8) for i, text in enumerate(prompts(6))]
+
+    def send(task, text, tokens):
+        body = {"model": task, "prompt": text, "max_tokens": tokens}
+        return ask.post("/v1/completions", json=body).json()
+
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda one: send(*one), asked))
+    for (task, text, tokens), answer in zip(asked, found):
+        (choice,) = answer["choices"]
+        assert choice["text"] == alone(runner, task, text, tokens), (task, text)
+        assert choice["finish_reason"] in ("stop", "length")
+        assert answer["usage"]["completion_tokens"] <= tokens
+        assert answer["model"] == task
+
+
+def test_several_prompts_and_the_router(ask, runner):
+    body = {"model": "routed", "prompt": prompts(3), "max_tokens": 4}
+    found = ask.post("/v1/completions", json=body).json()
+    expected = [alone(runner, "two", text, 4) for text in prompts(3)]
+    assert [choice["text"] for choice in found["choices"]] == expected
+    mixed = [Row(None, [5, 6], 4), Row("one", [7, 8, 9], 4)]
+    texts = [answer.text for answer in runner(mixed)]
+    assert texts == [alone(runner, "two", "w2 w3", 4), alone(runner, "one", "w4 w5 w6", 4)]  # fmt: skip
+
+
+GOOD = {"model": "one", "prompt": "w1 w2", "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    "status, told, change",
+    [
+        (404, "does not exist; there are", {"model": "four"}),
+        (400, "prompt", {"prompt": ""}),
+        (400, "prompt", {"prompt": []}),
+        (400, "prompt", {"prompt": 5}),
+        (400, "at most 8", {"max_tokens": 9}),
+        (400, "max_tokens", {"max_tokens": 0}),
+        (400, "max_tokens", {"max_tokens": "2"}),
+        (400, "temperature", {"temperature": 1.0}),
+        (400, "stream", {"stream": True}),
+        (400, "logit_bias", {"logit_bias": {}}),
+        (400, "20 tokens, expected 1 to 12", {"prompt": "w1 " * 20}),
+        (400, "5 inputs in one request, at most 4", {"prompt": ["w1"] * 5}),
+        (413, "more than 2048 bytes", {"prompt": "w1 " * 2000}),
+    ],
+)
+def test_bad_requests_are_told_why(ask, status, told, change):
+    answer = ask.post("/v1/completions", json={**GOOD, **change})
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert told in error["message"] and error["code"] == status
+    assert ask.post("/v1/completions", json=GOOD).status_code == 200
+
+
+def test_bodies_that_are_no_json_or_of_no_told_length(ask):
+    kind = {"content-type": "application/json"}
+    path = "/v1/completions"
+    assert ask.post(path, content=b"{", headers=kind).status_code == 400
+    assert ask.post(path, content=b"\x80\x04N.", headers=kind).status_code == 400
+    assert ask.post(path, content=b"\x80\x04N.").status_code == 400
+
+    def parts():
+        for _ in range(100):
+            yield b" " * 100
+
+    assert ask.post(path, content=parts(), headers=kind).status_code == 413
+    assert ask.get(path).status_code == 405
+    assert ask.get("/v1/nothing").status_code == 404
+    assert ask.post("/v1/classify", json={}).status_code == 404
+
+
+def test_a_full_queue_and_a_failing_batch(runner, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(rows):
+        begun.set()
+        go.wait(10)
+        raise ZeroDivisionError
+
+    batcher = Batcher(slow, LIMITS)
+    (first,) = batcher.submit([Row("one", [1])])
+    assert begun.wait(10)
+    waiting = batcher.submit([Row("one", [1]) for _ in range(6)])
+    with pytest.raises(Refused, match="6 inputs wait") as refused:
+        batcher.submit([Row("one", [1])])
+    assert refused.value.status == 429
+    waiting[0].cancel()
+    go.set()
+    for one in (first, *waiting[1:]):
+        assert isinstance(one.exception(10), ZeroDivisionError)
+    batcher.close()
+    with pytest.raises(Refused) as refused:
+        batcher.submit([Row("one", [1])])
+    assert refused.value.status == 503
+
+
+def test_errors_inside_are_not_told(language, monkeypatch):
+    runner = open_runner(language, limits=LIMITS)
+    monkeypatch.setattr(type(runner), "__call__", lambda *_: 1 / 0)
+    with client(runner) as ask:
+        answer = ask.post("/v1/completions", json=GOOD)
+        assert answer.status_code == 500 and "division" not in answer.text
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_texts_are_classified(texts, limit):
+    runner = open_runner(texts, limits=Limits(memory_limit_gb=limit))
+    ids = runner.processor(prompts(3), padding=True, return_tensors="pt")
+    with client(runner) as ask:
+        for task in TASKS:
+            body = {"model": task, "input": prompts(3)}
+            found = ask.post("/v1/classify", json=body).json()["data"]
+            with torch.no_grad():
+                shares = runner.model.materialize(task).eval()(**ids).logits.softmax(1)
+            labels = runner.model.backbone.config.id2label
+            for one, row in zip(found, shares):
+                expected = {labels[i]: share for i, share in enumerate(row.tolist())}
+                assert one["scores"] == pytest.approx(expected, abs=1e-5)
+                assert one["label"] == max(expected, key=expected.get)
+        wrong = {"model": "one", "image": "aaaa"}
+        assert ask.post("/v1/classify", json=wrong).status_code == 400
+        assert ask.post("/v1/classify", json={"model": "one"}).status_code == 400
+
+
+def png(side: int) -> str:
+    data = io.BytesIO()
+    Image.new("RGB", (side, side), (9, 99, 199)).save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def test_images_are_classified_by_heads(images):
+    runner = open_runner(images, heads=images.parent / "heads", limits=LIMITS)
+    with client(runner) as ask:
+        for task in TASKS:
+            body = {"model": task, "image": png(40)}
+            (one,) = ask.post("/v1/classify", json=body).json()["data"]
+            pixels = runner._pixels(png(40))[None]
+            with torch.no_grad():
+                plain = runner.model.materialize(task).eval()(pixels).pooler_output[0]
+            shares = (runner.heads.directions[task] @ plain).softmax(0).tolist()
+            expected = {f"{task} {i}": share for i, share in enumerate(shares)}
+            assert one["scores"] == pytest.approx(expected, abs=1e-5)
+        for wrong in ("?", base64.b64encode(b"no image").decode(), png(101)):
+            answer = ask.post("/v1/classify", json={"model": "one", "image": wrong})
+            assert answer.status_code == 400 and "image" in answer.text
+
+
+def test_what_cannot_be_served_is_said_before_it_is(images, language, tmp_path):
+    with pytest.raises(SettingsError, match="answers with vectors"):
+        open_runner(images)
+    with pytest.raises(SettingsError, match="needs none"):
+        open_runner(language, heads="x")
+    save_file({"one": torch.ones(2, 32)}, tmp_path / "heads")
+    with pytest.raises(CheckpointMismatchError, match="2 classes of 'one'"):
+        open_runner(images, heads=tmp_path / "heads")
+    plain = tmp_path / "base"
+    LlamaForCausalLM.from_pretrained(language.parent / "base").save_pretrained(plain)
+    with pytest.raises(CheckpointMismatchError, match="no Tokenizer"):
+        open_runner(language, base=str(plain))
+
+
+def test_the_command_listens_at_this_machine_alone(language, monkeypatch):
+    uvicorn = pytest.importorskip("uvicorn", reason="needs the extra fusion-bench-didi[serve]")  # fmt: skip
+    asked = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **how: asked.update(how))
+    found = CliRunner().invoke(didi, ["serve", str(language), "-s", "tokens=4"])
+    assert found.exit_code == 0, found.output
+    assert asked["host"] == "127.0.0.1" and "3 tasks at" in found.output
+    found = CliRunner().invoke(didi, ["serve", str(language), "-s", "colour=4"])
+    assert found.exit_code == 2 and "no limit colour" in found.output
+
+
+def test_the_command_says_what_it_needs(language, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    found = CliRunner().invoke(didi, ["serve", str(language)])
+    assert found.exit_code == 2 and "fusion-bench-didi[serve]" in found.output

@@ -8,7 +8,13 @@ from . import options
 @click.command(no_args_is_help=True)
 @click.argument("directory")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others than this machine's own let everyone ask.")  # fmt: skip
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="0 takes any that is free.",
+)
 @click.option("--heads", default=None, help="Safetensors with the classes of every task, for towers without heads.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None, help="That the backbone is run in; as it was merged if left out.")  # fmt: skip
 @options.base

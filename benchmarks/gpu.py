@@ -5,19 +5,23 @@
     python -m benchmarks.gpu --pages                        # docs/gpu.md from docs/gpu.json
 
 Merges of checkpoints that are made on the spot (ViT-B/32 and L/14 with eight tasks, 1.1 B with four), from files in the
-system's cache to a saved model, each in a process of its own with the accelerator and without, beside TSV-M; the time of
-reading and writing those bytes is the floor. Then batches of several tasks beside the plain model. Files go where
-``FUSION_BENCH_DIDI_CACHE`` says: a directory in memory, where the disk is slow. Every figure is written to gpu.json when it is
-there, and what no time is left for is named.
+system's cache to a saved model, with the accelerator and some without, beside TSV-M; the time of reading and writing those
+bytes is the floor. Then batches of several tasks beside the plain model. Files go where ``FUSION_BENCH_DIDI_CACHE`` says: a
+directory in memory, where the disk is slow. Every row is written to gpu.json when it is there; where the time ends, the page
+says so. Towers of other widths are another command, ``python -m benchmarks.wide_towers``.
 """
 
 import argparse
+import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -29,28 +33,25 @@ from benchmarks import checkpoints
 from benchmarks.floor import Machine
 from benchmarks.suites import in_words, machine, write_json
 
-#: shape, tasks, budget, method, device; the most telling first
+#: Shape, tasks, budget and method; the most telling first.
 MERGES = (
-    ("vit-b-32", 8, 1.4, "didi", "cuda"),
-    ("vit-b-32", 8, 1.4, "didi", "cpu"),
-    ("vit-b-32", 8, 0.5, "didi", "cuda"),
-    ("vit-b-32", 8, 0.5, "didi", "cpu"),
-    ("vit-b-32", 8, 0.12, "didi", "cuda"),
-    ("vit-b-32", 8, 0.12, "didi", "cpu"),
-    ("vit-b-32", 8, None, "tsv_m", "cuda"),
-    ("vit-b-32", 8, 1.4, "didi_float", "cuda"),
-    ("vit-l-14", 8, 1.4, "didi", "cuda"),
-    ("llama-1b", 4, 1.4, "didi", "cuda"),
-    ("vit-l-14", 8, 1.4, "didi", "cpu"),
-    ("llama-1b", 4, 1.4, "didi", "cpu"),
-    ("vit-l-14", 8, None, "tsv_m", "cuda"),
-    ("vit-l-14", 8, 0.5, "didi", "cuda"),
-    ("vit-b-32", 8, None, "tsv_m", "cpu"),
-    ("llama-1b", 4, 0.5, "didi", "cuda"),
-    ("vit-l-14", 8, 0.5, "didi", "cpu"),
+    ("vit-b-32", 8, 1.4, "didi"),
+    ("vit-b-32", 8, 0.5, "didi"),
+    ("vit-b-32", 8, 0.12, "didi"),
+    ("vit-b-32", 8, None, "tsv_m"),
+    ("vit-l-14", 8, 1.4, "didi"),
+    ("llama-1b", 4, 1.4, "didi"),
+    ("vit-b-32", 8, 1.4, "didi_float"),
+    ("vit-l-14", 8, None, "tsv_m"),
+    ("vit-l-14", 8, 0.5, "didi"),
+    ("llama-1b", 4, 0.5, "didi"),
 )
+#: Without the accelerator: the first that are this many, since TSV-M takes minutes.
+ON_THE_CPU = 3
 SERVING = ("vit-b-32", "vit-l-14")
 BATCH = 64
+#: What lines of a process begin with that are rows.
+ROW = "row "
 
 
 def rates(device: str) -> dict[str, float]:
@@ -79,9 +80,10 @@ def seconds_of(function, runs: int = 5) -> float:
     return min(found[1:])
 
 
-def merge(shape: str, tasks: int, budget: float | None, method: str, device: str):
+def merge(
+    shape: str, tasks: int, budget: float | None, method: str, device: str
+) -> dict[str, Any]:
     """One merge in this process."""
-    import fusion_bench.method  # noqa: F401  imports are not part of the merge
     from fusion_bench.method import TaskSingularVectorMerging
     from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool
     from omegaconf import DictConfig
@@ -114,6 +116,11 @@ def merge(shape: str, tasks: int, budget: float | None, method: str, device: str
             "seconds": taken,
             "stages": info.get("seconds"),
             "relative_error": info.get("relative_error"),
+            "read": sum(
+                f.stat().st_size
+                for directory in directories.values()
+                for f in Path(directory).glob("*.safetensors")
+            ),
             "written": sum(f.stat().st_size for f in files),
             "peak_gb": peak_resident() / 2**30,
             "device_gb": (
@@ -122,94 +129,95 @@ def merge(shape: str, tasks: int, budget: float | None, method: str, device: str
         }
 
 
-def make_pools(workers: int) -> None:
-    """All checkpoints, several at once."""
-    for shape, tasks in {case[:2]: None for case in MERGES}:
-        names = range(tasks + 1)
-        if not (checkpoints.root() / shape / f"task{tasks - 1:02d}").is_dir():
-            with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
-                list(pool.map(_make, [shape] * len(names), [tasks] * len(names), names))
+def make_pools() -> None:
+    """All checkpoints, on all cores; before anything is timed."""
+    todo = [(*case, i) for case in {case[:2]: None for case in MERGES} for i in range(case[1] + 1)]  # fmt: skip
+    with ProcessPoolExecutor(os.cpu_count(), initializer=_one_thread) as pool:
+        list(pool.map(checkpoints.make, *zip(*todo)))
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _make(shape: str, tasks: int, index: int) -> None:
-    checkpoints.make(shape, tasks, index)
-
-
-class Clock:
-    """How much time is left."""
-
-    def __init__(self, minutes: float):
-        self._end = time.monotonic() + 60 * minutes
-
-    def left(self) -> float:
-        return self._end - time.monotonic()
-
-
-def child(arguments: list[str], device: str, clock: Clock) -> Any:
-    """What a process of this module finds; what it said where it fails or takes too long."""
+def rows_of(what: str, device: str, seconds: float) -> Iterator[dict[str, Any]]:
+    """What a process of this module finds, row by row; ends with what it said where it fails or takes too long."""
     shown = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    try:
-        done = subprocess.run(
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--child", what, device]  # fmt: skip
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
             command,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=said,
             text=True,
-            timeout=max(clock.left(), 1),
             env={**os.environ, **shown},
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": "no time was left"}
-    if done.returncode:
-        return {"failed": done.stderr[-1500:]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        ) as running,
+    ):
+        over = threading.Timer(max(seconds, 0), running.kill)
+        over.start()
+        for line in running.stdout:
+            if line.startswith(ROW):
+                yield json.loads(line.removeprefix(ROW))
+        over.cancel()
+        if running.wait():
+            said.seek(0)
+            late = running.returncode == -signal.SIGKILL
+            yield {"failed": "no time was left" if late else said.read()[-1500:]}
 
 
-def serve(shape: str, budget: float, dtype: str) -> dict[str, Any]:
-    """Rows of ``benchmarks/serving.py`` for one model."""
+def child(what: str, device: str) -> None:
+    """Every row of one kind, printed when it is there."""
+    if what == "merges":
+        cases = MERGES if device == "cuda" else MERGES[:ON_THE_CPU]
+        for case in cases:
+            found = {"case": [*case, device], **merge(*case, device)}
+            print(ROW + json.dumps(found), flush=True)
+    else:
+        for shape in SERVING:
+            for budget in (1.4, 0.25):
+                for found in serve(shape, budget, device):
+                    print(ROW + json.dumps(found), flush=True)
+
+
+def serve(shape: str, budget: float, device: str) -> Iterator[dict[str, Any]]:
+    """Rows of ``benchmarks/serving.py`` for one model in both types."""
     from benchmarks import serving
 
     pool = serving.pool_for(shape, 8)
     model = serving.merged(pool, "auto", budget)
-    plain = pool.load_model("_pretrained_")
-    options = argparse.Namespace(device="cuda", batch=BATCH, compile=False)
-    return serving.serve(model, plain, options, dtype, small=False)
+    options = argparse.Namespace(device=device, batch=BATCH, compile=False)
+    for dtype in ("bfloat16", "float32"):
+        plain = pool.load_model("_pretrained_")
+        pair = copy.deepcopy(model), plain
+        found = serving.serve(*pair, options, dtype, small=False)
+        yield {"model": f"{shape}, {budget}, {dtype}", **found}
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    clock, file = Clock(arguments.minutes), arguments.out / "gpu.json"
+    end, file = time.monotonic() + 60 * arguments.minutes, arguments.out / "gpu.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     def keep(key: str, value: Any) -> None:
         found[key] = value
         write_json(file, found)
 
-    keep("machine", {**machine(), "accelerator": torch.cuda.get_device_name()})
+    make_pools()  # its processes are forked before the accelerator is started
+    print(f"checkpoints made, {end - time.monotonic():.0f} s left", flush=True)
+    name, cores = torch.cuda.get_device_name(), os.cpu_count()
+    keep("machine", {**machine(), "accelerator": name, "cores": cores})
     keep("rates", rates("cuda"))
-    begun = time.perf_counter()
-    make_pools(os.cpu_count() or 1)
-    print(f"checkpoints made in {time.perf_counter() - begun:.0f} s", flush=True)
-    here = Machine.measured(checkpoints.root() / "vit-b-32" / "_pretrained_")
-    keep("processor", {**asdict(here), "cores": os.cpu_count()})
-    if "merges" in arguments.only:
+    where = checkpoints.root() / "vit-b-32" / "_pretrained_"
+    keep("processor", asdict(Machine.measured(where)))
+    for what, device in (("merges", "cuda"), ("serving", "cuda"), ("merges", "cpu")):
+        if what not in arguments.only:
+            continue
+        key = what if device == "cuda" else f"{what} without"
         rows: list[dict[str, Any]] = []
-        for case in MERGES:
-            row = {"case": list(case), **child(["--merge", json.dumps(case)], case[-1], clock)}  # fmt: skip
+        for row in rows_of(what, device, end - time.monotonic()):
             rows.append(row)
-            print({key: row[key] for key in row if key != "failed"}, row.get("failed", "")[-600:], flush=True)  # fmt: skip
-            keep("merges", rows)
-    if "serving" in arguments.only:
-        served = {}
-        for shape in SERVING:
-            for budget in (1.4, 0.25):
-                for dtype in ("bfloat16", "float32"):
-                    case = (shape, budget, dtype)
-                    served[f"{shape}, {budget}, {dtype}"] = child(["--serve", json.dumps(case)], "cuda", clock)  # fmt: skip
-                    print(case, served[f"{shape}, {budget}, {dtype}"], flush=True)
-                    keep("serving", served)
+            keep(key, rows)
+            print(f"{end - time.monotonic():.0f} s left: {row}", flush=True)
 
 
 def page(found: dict[str, Any]) -> list[str]:
@@ -217,7 +225,7 @@ def page(found: dict[str, Any]) -> list[str]:
     lines = [
         "# On an accelerator",
         "",
-        f"`python -m benchmarks.gpu`; {in_words(found['machine'])}, {found['processor']['cores']} cores. "
+        f"`python -m benchmarks.gpu`; {in_words(found['machine'])}. "
         + ", ".join(f"{name} {value:,.0f}" for name, value in found["rates"].items())
         + ".",
         "",
@@ -231,12 +239,12 @@ def page(found: dict[str, Any]) -> list[str]:
         "|---|--:|--:|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     titles = {"didi": "DiDi", "didi_float": "DiDi, float factors", "tsv_m": "TSV-M"}
-    for row in found.get("merges", ()):
+    merges = [*found.get("merges", ()), *found.get("merges without", ())]
+    for row in merges:
+        if "failed" in row:
+            continue
         shape, tasks, budget, method, device = row["case"]
         start = f"| {shape} | {tasks} | {budget or ''} | {titles[method]} | {device} |"
-        if "failed" in row:
-            lines.append(f"{start} {row['failed'].strip().splitlines()[-1][:80]} |" + " |" * 7)  # fmt: skip
-            continue
         least = row["read"] / found["processor"]["read"] + row["written"] / found["processor"]["write"]  # fmt: skip
         stages = row["stages"] or {}
         cells = [
@@ -258,13 +266,13 @@ def page(found: dict[str, Any]) -> list[str]:
             "| model, budget, type | way | seconds | of plain | held |",
             "|---|---|--:|--:|--:|",
         ]
-        for name, one in found["serving"].items():
-            if "failed" in one:
-                lines.append(f"| {name} | {one['failed'].strip().splitlines()[-1][:80]} | | | |")  # fmt: skip
-                continue
-            for way, row in one["rows"].items():
+        for one in found["serving"]:
+            for way, row in one.get("rows", {}).items():
                 held = f"{row['held']:.1f}" if "held" in row else ""
-                lines.append(f"| {name} | {way} | {row['seconds']:.4f} | {row['ratio']:.2f} | {held} |")  # fmt: skip
+                lines.append(f"| {one['model']} | {way} | {row['seconds']:.4f} | {row['ratio']:.2f} | {held} |")  # fmt: skip
+    ended = [row["failed"] for row in (*merges, *found.get("serving", ())) if "failed" in row]  # fmt: skip
+    for said in ended:
+        lines += ["", f"Rows after the last one were not measured: {said.strip().splitlines()[-1]}."]  # fmt: skip
     return lines
 
 
@@ -274,20 +282,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--only", nargs="+", default=["merges", "serving"])
     parser.add_argument("--pages", action="store_true", help="measure nothing")
-    parser.add_argument("--merge", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.merge:
-        files = checkpoints.pool_of(*arguments.merge[:2]).values()
-        read = sum(f.stat().st_size for d in files for f in Path(d).glob("*.safetensors"))  # fmt: skip
-        print(json.dumps({**merge(*arguments.merge), "read": read}))
-    elif arguments.serve:
-        print(json.dumps(serve(*arguments.serve)))
-    else:
-        if not arguments.pages:
-            measure(arguments)
-        found = json.loads((arguments.out / "gpu.json").read_text())
-        (arguments.out / "gpu.md").write_text("\n".join(page(found)) + "\n")
+    if arguments.child:
+        child(*arguments.child)
+        return
+    if not arguments.pages:
+        measure(arguments)
+    found = json.loads((arguments.out / "gpu.json").read_text())
+    (arguments.out / "gpu.md").write_text("\n".join(page(found)) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ PAGES = {
     "editing": "benchmarks.editing",
     "serving": "benchmarks.serving",
     "slim_serving": "benchmarks.slim_serving",
+    "service": "benchmarks.service --minutes 10",
     "scaling": "benchmarks.scaling",
     "reliability": "benchmarks.reliability",
     "what_we_learned": "benchmarks.what_we_learned",

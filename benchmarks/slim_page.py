@@ -55,8 +55,12 @@ def section(key: str, found: dict[str, Any]) -> list[str]:
             f"{row['peak'] / MIB:.0f}",
             f"{row['first_peak'] / MIB:.0f}" if "first_peak" in row else "",
             f"{1e3 * row['seconds']:.0f}",
-            _told(row["ratio"], row["ratio"] <= TIME) if "ratio" in row else "",
-            "" if tokens is None else _told(tokens, tokens >= TOKENS),
+            (
+                _told(row["ratio"], not slim or row["ratio"] <= TIME)
+                if "ratio" in row
+                else ""
+            ),
+            "" if tokens is None else _told(tokens, not slim or tokens >= TOKENS),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines

@@ -126,22 +126,44 @@ class Classification:
             inputs = self.processor(texts, padding=True, return_tensors="pt")
             inputs = {name: value.to(first.device) for name, value in inputs.items()}
         asked = tasks_of(self.model, rows, inputs)
-        output = self.model(**inputs, **asked)
-        if self.heads is None:
-            names = self.model.backbone.config.id2label
-            labels = [names[i] for i in range(output.logits.shape[1])]
-            return [_scores(logits, labels) for logits in output.logits]
         tasks = asked.get("task_ids")
         if tasks is None:
             places = asked["task_weights"].argmax(1).tolist()
             tasks = [self.model.tasks[place] for place in places]
-        found = []
-        for pooled, task in zip(output.pooler_output, tasks):
-            logits = (
-                self.heads.directions[task].to(pooled.device).float() @ pooled.float()
-            )
-            found.append(_scores(logits, self.heads.labels[task]))
-        return found
+        if not self.apart:
+            output = self.model(**inputs, **asked)
+            return [
+                self._told(row, task) for row, task in zip(self._rows(output), tasks)
+            ]
+        found: dict[int, dict[str, float]] = {}
+        for task in dict.fromkeys(tasks):
+            here = [place for place, other in enumerate(tasks) if other == task]
+            some = {name: value[here] for name, value in inputs.items()}
+            output = self.model(**some, task_ids=[task] * len(here))
+            for place, row in zip(here, self._rows(output)):
+                found[place] = self._told(row, task)
+        return [found[place] for place in range(len(rows))]
+
+    @property
+    def apart(self) -> bool:
+        """Whether tasks have heads of their own shapes, whose outputs are not one batch."""
+        shapes = {n: p.shape for n, p in self.model.backbone.named_parameters()}
+        experts = self.model.modulators.values()
+        deltas = (pair for expert in experts for pair in expert.deltas.items())
+        return any(name in shapes and d.shape != shapes[name] for name, d in deltas)
+
+    def _rows(self, output: Any) -> Tensor:
+        return output.logits if self.heads is None else output.pooler_output
+
+    def _told(self, row: Tensor, task: str) -> dict[str, float]:
+        """Probabilities by label, largest first, of one row of outputs."""
+        if self.heads is not None:
+            directions = self.heads.directions[task].to(row.device).float()
+            return _scores(directions @ row.float(), self.heads.labels[task])
+        names = self.model.backbone.config.id2label
+        if len(names) != len(row):  # the base model's head is another one
+            names = {i: f"LABEL_{i}" for i in range(len(row))}
+        return _scores(row, [names[i] for i in range(len(row))])
 
 
 def _scores(logits: Tensor, labels: Sequence[str]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from fusion_bench_didi.cli import didi
-from fusion_bench_didi.deltas.plain import LowRankDelta
+from fusion_bench_didi.deltas.plain import LowRankDelta, OwnDelta
 from fusion_bench_didi.errors import CheckpointMismatchError, SettingsError
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.routers.base import Router
@@ -278,6 +278,22 @@ def test_texts_are_classified(texts, limit):
         wrong = {"model": "one", "image": "aaaa"}
         assert ask.post("/v1/classify", json=wrong).status_code == 400
         assert ask.post("/v1/classify", json={"model": "one"}).status_code == 400
+
+
+def test_tasks_with_heads_of_their_own_shapes(texts):
+    """Which run one after another, in the order in which they came."""
+    runner = open_runner(texts)
+    for task, count in zip(TASKS, (2, 4)):
+        deltas = runner.model.modulators[task].deltas
+        deltas["classifier.weight"] = OwnDelta((count, 32), draw(count, 32, seed=count))
+        deltas["classifier.bias"] = OwnDelta((count,), torch.zeros(count))
+    asked = ["two", "one", "three", "one", "two"]
+    rows = [runner.row(task, text) for task, text in zip(asked, prompts(5))]
+    found = runner(rows)
+    assert [len(scores) for scores in found] == [4, 2, 3, 2, 4]
+    for row, scores in zip(rows, found):
+        (one,) = runner([row])
+        assert one == pytest.approx(scores, abs=1e-5)
 
 
 def png(side: int) -> str:

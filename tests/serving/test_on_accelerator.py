@@ -20,7 +20,7 @@ DEVICE = "cuda"
 WAYS = {
     "default": Serving(),
     "matrices": Serving(dense_above=0, small=0),
-    "made when used": Serving(hold=False, small=0),
+    "made when used": Serving(small=0, memory_limit_gb=0),
 }
 
 

@@ -1,5 +1,6 @@
 """Mixed batches out of what is stored: nothing but backbone, deltas and what is held stays in memory, whatever is asked."""
 
+import copy
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import didi
+from simulated_device import simulated
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusion_bench_didi.deltas.coded import CodedDelta
@@ -261,3 +263,16 @@ def test_threads_hold_one_copy():
 def test_a_limit_is_no_number_below_zero():
     with pytest.raises(SettingsError, match="memory_limit_gb"):
         Serving(memory_limit_gb=-1)
+
+
+def test_on_an_accelerator_every_form_is_decoded_there(language):
+    tokens, ids = torch.arange(12 * 5).view(12, 5) % 64, torch.arange(12) % 6
+    language.serving = SLIM
+    expected = language(tokens, task_ids=ids).logits
+    with simulated() as device:
+        there = copy.deepcopy(language).to(device)
+        for limit in (0, 1):
+            there.serving = Serving(memory_limit_gb=limit)
+            found = there(tokens.to(device), task_ids=ids).logits
+            assert found.device == device
+            torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)

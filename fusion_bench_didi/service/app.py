@@ -23,6 +23,8 @@ from .opening import Runner
 #: The model's name for tasks that the router finds.
 ROUTED = "routed"
 Scope = MutableMapping[str, Any]
+#: So many times the bytes allowed are read, and dropped, for the caller to hear that there are too many.
+DRAINED = 8
 
 
 def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
@@ -173,13 +175,15 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             return await self.app(scope, receive, send)
         told = dict(scope["headers"]).get(b"content-length", b"0")
-        parts, size, more = [], int(told) if told.isdigit() else 0, True
-        while more and size <= self.most:
+        stated = int(told) if told.isdigit() else 0
+        parts: list[Scope] = []
+        size, more = 0, True
+        while more and size <= DRAINED * self.most:
             message = await receive()
-            parts.append(message)
-            more = message.get("more_body", False)
-            size = max(size, sum(len(m.get("body", b"")) for m in parts))
-        if size > self.most:
+            more, size = message.get("more_body", False), size + len(message.get("body", b""))  # fmt: skip
+            if max(size, stated) <= self.most:
+                parts.append(message)
+        if max(size, stated) > self.most:
             reason = f"The body is of more than {self.most} bytes."
             answer = _told(None, Refused(413, reason))
             return await answer(scope, receive, send)

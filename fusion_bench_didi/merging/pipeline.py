@@ -24,6 +24,7 @@ from ..deltas.storage import account, told
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks
 from ..task_vectors.loop import Progress, no_progress
+from ..task_vectors.parallel import HeapTrimmer
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, account_of, scan
 from .basis_store import BasisStore
@@ -137,6 +138,7 @@ def plan(
         store,
         given,
         crew,
+        HeapTrimmer(ranks.size),
     )
     budget = matrix_budget(inventory, settings)
     bounds = RankBounds(task_vectors, inventory, settings, budget, device)

@@ -14,7 +14,13 @@ from .reader import TaskVectors
 
 #: Called with the stage, the tensors done and the tensors in all.
 Progress = Callable[[str, int, int], None]
+#: Called with the tensors done and the tensors in all, of one rank and stage.
+Heard = Callable[[int, int], None]
 Result = TypeVar("Result")
+
+
+def no_one(done: int, total: int) -> None:
+    """Does not hear."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -53,14 +59,13 @@ def each(
         with exclusive_if(task_vectors.tensor(name).large):
             return function(name)
 
-    workers = workers_for(device)
-    results = spread(crew, stage, one, names, workers=workers, kept=kept)
-    for done, (name, result) in enumerate(results):
-        progress(stage, done, len(names))
-        yield name, result
-        del result  # not kept while the next is waited for
+    def heard(done: int, total: int) -> None:
+        progress(stage, done, total)
         if trimmer is not None:
             trimmer()
+
+    workers = workers_for(device)
+    return spread(crew, stage, one, names, workers=workers, kept=kept, heard=heard)
 
 
 def spread(
@@ -71,11 +76,13 @@ def spread(
     *,
     workers: int = 1,
     kept: bool = True,
+    heard: Heard = no_one,
 ) -> Iterator[tuple[str, Result]]:
     """Names and results, in the order of the names; every rank calls the function of its own.
 
     Args:
         kept: results are for later runs too, which do not call it again.
+        heard: called after each result of this rank's own with how many came before it, and how many there will be.
     """
     names, memory = list(names), crew.memory if kept else None
     mine = crew.mine(names)
@@ -90,10 +97,15 @@ def spread(
                     memory.record(turn, name, found)
         return found
 
-    results = zip(mine, ordered_map(one, mine, workers=workers))
+    def results() -> Iterator[tuple[str, Result]]:
+        for done, result in enumerate(ordered_map(one, mine, workers=workers)):
+            heard(done, len(mine))
+            yield mine[done], result
+            del result  # not kept while the next is waited for
+
     if crew.ranks.size == 1:
-        yield from results
+        yield from results()
         return
-    found = crew.gathered(dict(results))
+    found = crew.gathered(dict(results()))
     for name in names:
         yield name, found.pop(name)

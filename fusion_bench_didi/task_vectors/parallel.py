@@ -67,15 +67,23 @@ class HeapTrimmer:
 
     Results that stay are scattered between large blocks that were used and freed; without this the process keeps them. What
     is given back after every matrix, though, is taken anew for the next: in a virtual machine that can cost as much time as
-    the arithmetic.
+    the arithmetic. Pages of files, which the system takes back by itself, are no growth.
+
+    Args:
+        processes: that grow side by side, each by its part of :data:`GROWTH`.
     """
 
-    def __init__(self):
+    def __init__(self, processes: int = 1):
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        self._resident = 0
+        self._growth, self._held = GROWTH // processes, 0
 
     def __call__(self) -> None:
-        process = psutil.Process()
-        if self._trim and process.memory_info().rss > self._resident + GROWTH:
+        if self._trim and _held() > self._held + self._growth:
             self._trim(0)
-            self._resident = process.memory_info().rss
+            self._held = _held()
+
+
+def _held() -> int:
+    """Bytes that are resident and of no file."""
+    found = psutil.Process().memory_info()
+    return found.rss - getattr(found, "shared", 0)

@@ -27,8 +27,8 @@ CASES = {
         BaseModelPool(convolution())
     ),
 }
-#: Cases of more ranks than two.
-MORE = ("default",)
+#: Ranks, and what is merged on so many.
+SIZES = {1: CASES, 2: CASES, 3: ("default",), 4: ("default", "adapters")}
 
 
 def contents(directory: Path) -> dict[str, bytes | dict]:
@@ -45,14 +45,14 @@ def contents(directory: Path) -> dict[str, bytes | dict]:
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory) -> dict[int, Path]:
-    """The merges of one, two and three ranks."""
+    """The merges of so many ranks each."""
     whole, stream.SHARD_BYTES = stream.SHARD_BYTES, 8_000  # several files
     homes = {}
-    for size in (1, 2, 3):
+    for size in SIZES:
         home = homes[size] = tmp_path_factory.mktemp(f"of {size}")
 
         def merges(rank: int) -> None:
-            for case in MORE if size > 2 else CASES:
+            for case in SIZES[size]:
                 inputs = home / f"{rank} {case}"
                 inputs.mkdir()
                 CASES[case](inputs, output_dir=str(home / case))
@@ -66,7 +66,8 @@ def homes(tmp_path_factory) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize(
-    ("size", "case"), [*((2, case) for case in CASES), *((3, case) for case in MORE)]
+    ("size", "case"),
+    [(size, case) for size, cases in SIZES.items() for case in cases if size > 1],
 )
 def test_files_are_those_of_one_process(homes, case, size):
     one, several = contents(homes[1] / case), contents(homes[size] / case)

@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fusion_bench_didi.distributed.ownership import Crew
+from fusion_bench_didi.distributed.ranks import Ranks
 from fusion_bench_didi.task_vectors import sources
+from fusion_bench_didi.task_vectors.loop import spread
 from fusion_bench_didi.task_vectors.parallel import GROWTH, HeapTrimmer, ordered_map
 from fusion_bench_didi.task_vectors.sources import SafetensorsSource
 
@@ -41,21 +44,47 @@ def test_ordered_map_hands_on_the_first_error_and_restores_threads():
     assert torch.get_num_threads() == threads
 
 
-def test_memory_is_given_back_when_the_process_has_grown(monkeypatch):
-    resident, given = [0], []
+@pytest.mark.parametrize("processes", [1, 2])
+def test_memory_is_given_back_when_the_process_has_grown(monkeypatch, processes):
+    """By what is of no file, and by less where several processes grow."""
+    resident, shared, given = [0], [0], []
 
     class Process:
         def memory_info(self):
-            return SimpleNamespace(rss=resident[0])
+            return SimpleNamespace(rss=resident[0] + shared[0], shared=shared[0])
 
     monkeypatch.setattr(
         "fusion_bench_didi.task_vectors.parallel.psutil.Process", Process
     )
-    release = HeapTrimmer()
+    release, most = HeapTrimmer(processes), GROWTH // processes
     release._trim = lambda _: given.append(resident[0])
-    for resident[0] in (GROWTH // 2, 2 * GROWTH, 3 * GROWTH, 3 * GROWTH + 1):
+    for resident[0] in (most // 2, 2 * most, 3 * most, 3 * most + 1):
         release()
-    assert given == [2 * GROWTH, 3 * GROWTH + 1]
+        shared[0] += 2 * most
+    assert given == [2 * most, 3 * most + 1]
+
+
+class First(Ranks):
+    """Rank 0 of two, the other of which has nothing to tell."""
+
+    size = 2
+
+    def __init__(self, told: list[str]):
+        self._told = told
+
+    def gather(self, value):
+        self._told.append("gather")
+        return [value, {}]
+
+
+def test_a_rank_is_heard_while_it_works():
+    """Not when others have finished too: memory is given back meanwhile."""
+    told: list[str] = []
+    crew = Crew(First(told), {"a": 0, "b": 1, "c": 0})
+    heard = lambda done, total: told.append(f"{done} of {total}")  # noqa: E731
+    found = spread(crew, "stage", str.upper, ["a", "c"], heard=heard)
+    assert dict(found) == {"a": "A", "c": "C"}
+    assert told == ["0 of 2", "1 of 2", "gather"]
 
 
 @pytest.mark.parametrize("numel, most", [(4, 16), (2**21, 5)])

@@ -23,6 +23,10 @@ class CastSource(TensorSource):
         self.label, self.faults = source.label, source.faults
         self.unused, self.extra = source.unused, source.extra
         self._source, self._types = source, types
+        self._infos = {
+            name: TensorInfo(info.shape, types.get(name, info.dtype))
+            for name, info in source.infos().items()
+        }
 
     @classmethod
     def over(cls, source: TensorSource, base: TensorSource) -> TensorSource:
@@ -35,10 +39,7 @@ class CastSource(TensorSource):
         return cls(source, types) if types else source
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        return {
-            name: TensorInfo(info.shape, self._types.get(name, info.dtype))
-            for name, info in self._source.infos().items()
-        }
+        return self._infos
 
     @property
     def identity(self) -> dict[str, str]:

@@ -132,6 +132,7 @@ class ModuleSource(TensorSource):
             for name, tensor in (*module.named_parameters(), *module.named_buffers())
             if name in state
         }
+        self._infos = _described(self._tensors)
         self.faults = {n: f for n, t in self._tensors.items() if (f := fault_of(t))}
         self.extra = {
             name: pickle.dumps(value)
@@ -140,9 +141,7 @@ class ModuleSource(TensorSource):
         }
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        return {
-            n: TensorInfo(tuple(t.shape), t.dtype) for n, t in self._tensors.items()
-        }
+        return self._infos
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -154,6 +153,10 @@ class ModuleSource(TensorSource):
             for block in tensor.reshape(-1).split(2**20):
                 found.update(block.cpu().contiguous().view(torch.uint8).numpy())
         return {"in memory": found.hexdigest()[:16]}
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    return {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
 
 
 def digest_of(content: bytes) -> str:
@@ -291,12 +294,11 @@ class PickleSource(TensorSource):
                 self._tensors[name], self._files[name] = value, file
             unused.update(dict.fromkeys(beside, "beside the state dict's tensors"))
         self.unused = unused
+        self._infos = _described(self._tensors)
         self.faults = {n: f for n, t in self._tensors.items() if (f := fault_of(t))}
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        return {
-            n: TensorInfo(tuple(t.shape), t.dtype) for n, t in self._tensors.items()
-        }
+        return self._infos
 
     @property
     def identity(self) -> dict[str, str]:
@@ -371,10 +373,11 @@ class RenamedSource(TensorSource):
             if old in source.faults
         }
         self._source, self._names = source, names
+        infos = source.infos()
+        self._infos = {name: infos[inner] for name, inner in names.items()}
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        infos = self._source.infos()
-        return {name: infos[inner] for name, inner in self._names.items()}
+        return self._infos
 
     @property
     def identity(self) -> dict[str, str]:

@@ -2,38 +2,76 @@
 
     python -m benchmarks.scaling                  # docs/scaling.md and .json
     python -m benchmarks.scaling processes        # one part; the other stays as it was
+    python -m benchmarks.scaling processes --only vit-l-14 --sizes 1 2
     python -m benchmarks.scaling tasks --counts 100 1000
 
-Seconds are of the processor, so that other work on the machine does not count; of several processes those of the slowest. Memory is
-the most that one process had resident.
+Seconds are of the processor, so that other work on the machine does not count; of several processes those of the slowest. With
+more processes than the machine has cores they show how work is spread, not how long one waits for it.
 """
 
 import argparse
 import json
 import math
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from fusion_bench.modelpool import BaseModelPool, CausalLMPool, CLIPVisionModelPool
+from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.checkpoints import pool_of
 from benchmarks.processes import Job, silence
-from benchmarks.suites import in_words, machine, write_json
+from benchmarks.resident import peaks
+from benchmarks.scaling_page import page
+from benchmarks.suites import machine, write_json
 from fusion_bench_didi.checkpoint.tensors import file_digest
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
-from fusion_bench_didi.programs.measure import peak_resident
 
-#: Merges over processes: architecture, tasks, budget.
-CASES = (("vit-b-32", 8, 1.4), ("vit-b-32", 8, 0.5))
-PROCESSES = (1, 2)
+
+@dataclass(frozen=True)
+class Case:
+    """One merge over processes.
+
+    Args:
+        shape: an architecture of ``benchmarks.checkpoints``, or ``adapters``.
+    """
+
+    shape: str
+    tasks: int
+    budget: float
+
+    def pool(self, home: Path) -> Callable[[], BaseModelPool]:
+        """What makes the pool, of files that lie there or are made in ``home``."""
+        if self.shape == "adapters":
+            pool = adapter_pool(self.tasks, home)
+            return lambda: pool
+        models = pool_of(self.shape, self.tasks)
+        if self.shape.startswith("llama"):
+            kwargs = {"torch_dtype": "bfloat16"}  # float32 if not told
+            return lambda: CausalLMPool(
+                dict(models), tokenizer=None, model_kwargs=DictConfig(kwargs)
+            )
+        return lambda: CLIPVisionModelPool(dict(models))
+
+
+CASES = (
+    Case("vit-b-32", 8, 1.4),
+    Case("vit-b-32", 8, 0.5),
+    Case("vit-l-14", 8, 1.4),
+    Case("vit-l-14", 8, 0.5),
+    Case("llama-1b", 4, 1.4),
+    Case("adapters", 200, 0.3),
+)
+PROCESSES = (1, 2, 4)
 COUNTS = (100, 300, 1000)
 #: Loads that are tried, of which the least counts: they take less than what else a process does.
 LOADS = 3
@@ -44,56 +82,61 @@ def measured(function: Callable[[], Any]) -> Callable[[int], dict[str, float]]:
 
     def run(_: int) -> dict[str, float]:
         silence()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of what was before
         begun, cpu = time.perf_counter(), time.process_time()
-        function()
+        with peaks() as most:
+            function()
         return {
             "wall": time.perf_counter() - begun,
             "cpu": time.process_time() - cpu,
-            "peak": peak_resident(),
+            **most,
         }
 
     return run
 
 
-def processes() -> list[dict[str, Any]]:
-    rows = []
-    for shape, tasks, budget in CASES:
-        models = pool_of(shape, tasks)
-        language = shape.startswith("llama")
+def processes(
+    cases: Sequence[Case], sizes: Sequence[int], before: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Each case on each number of processes.
+
+    Args:
+        before: rows of other cases, which stay.
+    """
+    asked = {case.shape for case in cases}
+    rows = [row for row in before if row["shape"] not in asked]
+    for case in cases:
         goal = None
-        for size in PROCESSES:
-            with tempfile.TemporaryDirectory() as home:
-                target = Path(home) / "merged"
+        with tempfile.TemporaryDirectory() as home:
+            pool, target = case.pool(Path(home)), Path(home) / "merged"
 
-                def merge() -> None:
-                    pool = (
-                        CausalLMPool(dict(models), tokenizer=None)
-                        if language
-                        else CLIPVisionModelPool(dict(models))
-                    )
-                    DiDiMerging(budget=budget, output_dir=str(target)).run(pool)
+            def merge() -> None:
+                DiDiMerging(budget=case.budget, output_dir=str(target)).run(pool())
 
+            for size in sizes:
                 found = Job(size, measured(merge)).results(seconds=3600)
                 if not all(isinstance(row, dict) for row in found):
-                    raise RuntimeError(f"{shape} on {size}: {found}")
+                    raise RuntimeError(f"{case} on {size}: {found}")
                 files = sorted(target.glob("*.safetensors"))
                 digests = [file_digest(file) for file in files]
-            goal = goal or digests
-            rows.append(
-                {
-                    "shape": shape,
-                    "tasks": tasks,
-                    "budget": budget,
-                    "processes": size,
-                    "wall": max(row["wall"] for row in found),
-                    "cpu": [row["cpu"] for row in found],
-                    "peak": [row["peak"] for row in found],
-                    "same bytes": digests == goal,
-                }
-            )
-            print(rows[-1], flush=True)
-    return rows
+                shutil.rmtree(target)
+                goal = goal or digests
+                rows.append(
+                    {
+                        "shape": case.shape,
+                        "tasks": case.tasks,
+                        "budget": case.budget,
+                        "processes": size,
+                        "wall": max(row["wall"] for row in found),
+                        **{
+                            key: [row[key] for row in found]
+                            for key in ("cpu", "own", "files", "resident")
+                        },
+                        "same bytes": digests == goal,
+                    }
+                )
+                print(rows[-1], flush=True)
+    order = [case.shape for case in CASES]
+    return sorted(rows, key=lambda row: order.index(row["shape"]))
 
 
 def small() -> nn.Module:
@@ -199,71 +242,12 @@ def tasks(counts: list[int]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def exponent(rows: list[dict[str, Any]], key: str) -> float:
-    """Of the growth from the first to the last row."""
-    first, last = rows[0], rows[-1]
-    return math.log(last[key] / first[key]) / math.log(last["tasks"] / first["tasks"])
-
-
-def page(found: dict[str, Any]) -> list[str]:
-    lines = [
-        "# Growth over processes and tasks",
-        "",
-        f"`python -m benchmarks.scaling`; {in_words(found['machine'])}. Seconds of the processor, on a machine that does other work "
-        "too:",
-        "they repeat within some tens of per cent.",
-    ]
-    if rows := found.get("processes"):
-        lines += [
-            "",
-            "## Processes",
-            "",
-            "One thread each, files in the system's cache to a written model. *Speed-up*: the seconds of one process over those of "
-            "the",
-            "slowest of several. Memory holds the base model, which every process loads, and pages of files that are mapped.",
-            "",
-            "| model | tasks | budget | processes | seconds of each | speed-up | peak GB of each | same bytes |",
-            "|---|--:|--:|--:|---|--:|---|---|",
-        ]
-        for row in rows:
-            one = next(
-                r
-                for r in rows
-                if r["processes"] == 1
-                and (r["shape"], r["budget"]) == (row["shape"], row["budget"])
-            )
-            lines.append(
-                f"| {row['shape']} | {row['tasks']} | {row['budget']} | {row['processes']} | "
-                f"{', '.join(f'{s:.1f}' for s in row['cpu'])} | {one['cpu'][0] / max(row['cpu']):.2f} | "
-                f"{', '.join(f'{p / 1e9:.2f}' for p in row['peak'])} | {'yes' if row['same bytes'] else 'no'} |"
-            )
-    if groups := found.get("tasks"):
-        lines += [
-            "",
-            "## Tasks",
-            "",
-            "A model of four small matrices and vectors, and LoRA adapters of rank 8 of a language model of width 128: merged into "
-            "files,",
-            "and these loaded (the least of three). *Exponent*: of the seconds in the number of tasks, from the first row to the last.",
-            "",
-            "| what | tasks | merge s | load s | merge peak GB |",
-            "|---|--:|--:|--:|--:|",
-        ]
-        for what, rows in groups.items():
-            for row in rows:
-                lines.append(
-                    f"| {what} | {row['tasks']} | {row['merge cpu']:.2f} | {row['load cpu']:.2f} | {row['merge peak'] / 1e9:.2f} |"
-                )
-            found_exponents = [exponent(rows, f"{w} cpu") for w in ("merge", "load")]
-            lines.append(
-                f"| {what}, exponent | | {found_exponents[0]:.2f} | {found_exponents[1]:.2f} | |"
-            )
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", choices=("processes", "tasks"))
+    shapes = list(dict.fromkeys(case.shape for case in CASES))
+    parser.add_argument("--only", nargs="+", choices=shapes, default=shapes)
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(PROCESSES))
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
     parser.add_argument("--out", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
@@ -274,7 +258,9 @@ def main() -> None:
     found = json.loads(file.read_text()) if file.exists() else {}
     found["machine"] = machine()
     if arguments.what != "tasks":
-        found["processes"] = processes()
+        cases = [case for case in CASES if case.shape in arguments.only]
+        before = found.get("processes", ())
+        found["processes"] = processes(cases, arguments.sizes, before)
     if arguments.what != "processes":
         found["tasks"] = tasks(arguments.counts)
     write_json(file, found)

@@ -171,13 +171,21 @@ def common_directory(
             made = whole_directory(target, overwrite=overwrite)
             place = stack.enter_context(made)
         place = ranks.from_first(place)
-        if not seen_by_all(ranks, place):
-            raise RankError(
-                f"Not every rank sees {place.parent}, which rank 0 writes to. Choose a directory that all machines share."
-            )
+        check_seen(ranks, place)
         yield place
         ranks.gather(None)  # nobody writes any more
     ranks.gather(None)  # it has its name
+
+
+def check_seen(ranks: Ranks, path: Path) -> None:
+    """
+    Raises:
+        RankError: if what rank 0 has made is not there for every rank.
+    """
+    if not seen_by_all(ranks, path):
+        raise RankError(
+            f"Not every rank sees {path.parent}, which rank 0 writes to. Choose a directory that all machines share."
+        )
 
 
 def seen_by_all(ranks: Ranks, path: Path) -> bool:

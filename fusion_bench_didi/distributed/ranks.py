@@ -63,6 +63,13 @@ class Ranks:
         """The value of rank 0."""
         return self.gather(value if self.leads else None)[0]
 
+    def share(self, count: int) -> Iterator[int]:
+        """Numbers below ``count``, each to the rank that asks for it first; all ranks call this, once between two exchanges.
+
+        Who has none left waits for the others as long as they live, whatever each of them works on.
+        """
+        yield from range(count)
+
     def fail(self, error: BaseException) -> None:
         """Tell those that wait for this process that it failed."""
 
@@ -78,6 +85,7 @@ class _Several(Ranks):
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self._store = self._common_store()
         self._turn = self._steps = 0
+        self._hurried = True
         self._now: list[str] = []
         self._lock = threading.Lock()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -120,6 +128,16 @@ class _Several(Ranks):
         with _told():
             self._store.set(f"at/{self.rank}", f"{self._steps} {what}")
 
+    def share(self, count: int) -> Iterator[int]:
+        taken = f"taken/{self._turn}"
+        while True:
+            with _told():
+                number = self._store.add(taken, 1) - 1
+            if number >= count:
+                self._hurried = False
+                return
+            yield number
+
     def fail(self, error: BaseException) -> None:
         what = f"{type(error).__name__}: {error}"
         with contextlib.suppress(Exception):  # rank 0, which keeps the store, is gone
@@ -141,6 +159,7 @@ class _Several(Ranks):
                 dist.broadcast(there, src=rank, group=self._group)
                 found.append(value if mine else pickle.loads(there.numpy()))
                 del there
+        self._hurried = True
         return found
 
     def _wait(self) -> None:
@@ -173,7 +192,7 @@ class _Several(Ranks):
                 f"Rank {rank} of {self.size} has not been heard of for {SILENCE:g} s; it was last at {what}. It has ended, or its "
                 f"machine has. {_GO_ON}"
             )
-        if now - signs.moved > PATIENCE:
+        if self._hurried and now - signs.moved > PATIENCE:
             raise RankError(
                 f"Rank {rank} of {self.size} has not got on for {PATIENCE:g} s; it was last at {what}. Where one matrix takes longer "
                 f"than that, set FUSION_BENCH_DIDI_RANK_TIMEOUT=<seconds>. {_GO_ON}"
@@ -218,11 +237,34 @@ def _told() -> Iterator[None]:
 
 
 _several: _Several | None = None
+_by_itself = False
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """While the block runs this process knows of no others: what it does, it does alone.
+
+    Neither does what asks torch, such as metrics, which would wait for figures of all ranks. Nothing is exchanged meanwhile.
+    """
+    global _by_itself
+    several = dist.is_available() and dist.is_initialized()
+    world = dist.GroupMember.WORLD if several else None
+    before, _by_itself = _by_itself, True
+    try:
+        if several:
+            dist.GroupMember.WORLD = None
+        yield
+    finally:
+        _by_itself = before
+        if several:
+            dist.GroupMember.WORLD = world
 
 
 def ranks_here() -> Ranks:
     """The processes of this job; :data:`ALONE` where there is no other. The first call is one that all make."""
     global _several
+    if _by_itself:
+        return ALONE
     if not dist.is_available() or not dist.is_initialized():
         _several = None
         return ALONE

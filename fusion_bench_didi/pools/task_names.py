@@ -4,7 +4,8 @@ The rule, first match wins: what the user's map says (``method.task_aliases``: t
 string; equal in lower case with ``-`` and ``/`` as ``_`` and without ``glue_`` in front.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from omegaconf import ListConfig
@@ -99,3 +100,27 @@ def pool_tasks(taskpool: Any) -> list[str]:
         if isinstance(value, (list, tuple, ListConfig)) or hasattr(value, "keys"):
             return [str(name) for name in value]
     return []
+
+
+@contextmanager
+def only(taskpool: Any, tasks: Collection[str]) -> Iterator[None]:
+    """While the block runs, a host pool has some of its tasks."""
+    held = vars(taskpool)
+    stock = {n: held[n] for n in TASKS if set(tasks) <= set(_names(held.get(n)))}
+    try:
+        for name, value in stock.items():
+            some = [task for task in _names(value) if task in tasks]
+            mapping = hasattr(value, "keys")
+            chosen = {task: value[task] for task in some} if mapping else some
+            setattr(taskpool, name, chosen)
+        yield
+    finally:
+        for name, value in stock.items():
+            setattr(taskpool, name, value)
+
+
+def _names(value: Any) -> list[str]:
+    """What a pool iterates over, as names."""
+    if isinstance(value, str):
+        return value.split(",")
+    return [str(name) for name in value] if isinstance(value, Iterable) else []

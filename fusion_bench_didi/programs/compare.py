@@ -7,6 +7,8 @@ Example:
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from rich.console import Console
 
 from .. import compat
 from ..checkpoint.deltas import versions
-from ..checkpoint.directory import alone, write_json
-from ..distributed.ranks import check_alone, ranks_here
+from ..checkpoint.directory import alone, check_seen, write_json
+from ..distributed.fabrics import fabric_of_one
+from ..distributed.ranks import Ranks, by_itself, ranks_here
 from ..options import check_keywords
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
@@ -25,7 +28,7 @@ from ..pools.opening import check_pool, load_backbone
 from ..pools.task_names import check_tasks
 from ..report.loggers import log_metrics, row_metrics
 from ..report.terminal import print_table
-from .entries import declared, read_entries
+from .entries import declared, dependent, read_entries
 from .entry_run import Bench, run_entry, summary
 from .progress import Watch, quiet, terminal
 from .results import FORMAT, assemble
@@ -36,6 +39,8 @@ from .sizes import pool_facts
 
 class ComparisonProgram(FabricModelFusionProgram):
     """Runs each entry's method, evaluates it on each task with its own expert, frees it, and writes a row.
+
+    Of several processes (``fabric.devices``) each takes the next entry that nobody has, and makes its row alone.
 
     Args:
         entries: key -> :class:`~fusion_bench_didi.programs.entries.Entry`.
@@ -88,48 +93,78 @@ class ComparisonProgram(FabricModelFusionProgram):
         Raises:
             ComparisonError: if the directory holds rows of another configuration.
             DiDiError: if another run is writing to it.
-            RankError: on several processes.
+            RankError: if another process failed.
         """
         self.fabric  # starts them
-        check_alone(ranks_here(), "The comparison")
-        with alone(self.directory / SETTINGS, named=self.directory):
-            return self._compare()
+        ranks = ranks_here()
+        try:
+            return self._on(ranks)
+        except BaseException as error:
+            ranks.fail(error)
+            raise
 
-    def _compare(self) -> dict[str, Any]:
-        store = RowStore(self.directory, self._settings(), restart=self.restart)
+    def _on(self, ranks: Ranks) -> dict[str, Any]:
+        """The comparison on several processes, each of which makes whole rows by itself; rank 0 writes what follows from them."""
+        whole = self.fabric
+        with ExitStack() as stack:
+            if ranks.leads:
+                place = self.directory / SETTINGS
+                stack.enter_context(alone(place, named=self.directory))
+                self._store(restart=self.restart)
+            if ranks.size > 1:
+                ranks.gather(None)  # settings and rows are there
+                check_seen(ranks, self.directory / SETTINGS)
+                self._fabric_instance = fabric_of_one(whole)
+                stack.callback(setattr, self, "_fabric_instance", whole)
+            return self._compare(ranks)
+
+    def _store(self, *, restart: bool = False) -> RowStore:
+        store = RowStore(self.directory, self._settings(), restart=restart)
         for entry in self.entries:
             store.check(entry.key, declared(entry))
-        console = terminal()
-        with quiet(self.directory / "host.log"):
+        return store
+
+    def _compare(self, ranks: Ranks) -> dict[str, Any]:
+        console = terminal() if ranks.leads else Console(quiet=True)
+        chatter = "host.log" if ranks.leads else f"host.{ranks.rank}.log"
+        with quiet(self.directory / chatter):
             console.print("reading every checkpoint once ...")
-            comparison = self._run(self._bench(store), console)
-            if self.report:
+            with by_itself():
+                bench = self._bench(self._store(), reads=ranks.leads)
+            bench = replace(bench, facts=ranks.from_first(bench.facts))
+            comparison = self._run(bench, console, ranks)
+            if self.report and ranks.leads:
                 from ..report import write_report
 
                 for file in write_report(self.directory):
                     console.print(f"wrote {file}")
-        print_table(comparison, f"{len(comparison['tasks'])} tasks, {self.directory}")
+        if ranks.leads:
+            title = f"{len(comparison['tasks'])} tasks, {self.directory}"
+            print_table(comparison, title)
         return comparison
 
-    def _bench(self, store: RowStore) -> Bench:
-        """The pools of the configuration, checked and read once."""
+    def _bench(self, store: RowStore, *, reads: bool) -> Bench:
+        """The pools of the configuration, checked, and read once by who reads."""
         pool = self.new_modelpool()
         check_pool(pool)
         self.taskpool = self._instantiate_and_setup(self._taskpool)
         scorer = Scorer(self.taskpool, self.task_aliases)
         check_tasks(scorer.tasks, pool.model_names, self.task_aliases)
+        facts = None
+        if reads:
+            facts = pool_facts(pool, load_backbone(pool), self.fabric.device)
         return Bench(
             new_modelpool=self.new_modelpool,
             instantiate=self._instantiate_and_setup,
             scorer=scorer,
-            facts=pool_facts(pool, load_backbone(pool), self.fabric.device),
+            facts=facts,
             store=store,
             aliases=self.task_aliases,
             seed=self.seed,
             save_artifacts=self.save_artifacts,
         )
 
-    def _run(self, bench: Bench, console: Console) -> dict[str, Any]:
+    def _run(self, bench: Bench, console: Console, ranks: Ranks) -> dict[str, Any]:
         rows = {entry.key: bench.store.load(entry.key) for entry in self.entries}
         had = [key for key, row in rows.items() if row and row["complete"]]
         methods, tasks = len(self.entries), len(bench.scorer.tasks)
@@ -138,11 +173,21 @@ class ComparisonProgram(FabricModelFusionProgram):
             for entry in self.entries:
                 if entry.key in had:
                     watch.had(entry.name, summary(rows[entry.key]))
-                    continue
-                watch.method(entry.name)
-                rows[entry.key] = run_entry(bench, entry, rows, watch)
-                watch.done(summary(rows[entry.key]))
-                self._write(rows, bench)
+            left = [entry for entry in self.entries if entry.key not in had]
+            groups = [left] if ranks.size == 1 else dependent(left)
+            for number in ranks.share(len(groups)):
+                for entry in groups[number]:
+                    watch.method(entry.name)
+                    with ranks.working(entry.key), by_itself():
+                        rows[entry.key] = run_entry(bench, entry, rows, watch)
+                    watch.done(summary(rows[entry.key]))
+                    if ranks.leads:
+                        self._write(rows, bench)
+        if ranks.size > 1:
+            ranks.gather(None)  # all rows are there
+            rows = {entry.key: bench.store.load(entry.key) for entry in self.entries}
+        if not ranks.leads:
+            return self._assembled(rows, bench)
         comparison = self._write(rows, bench)
         for row in comparison["rows"]:
             log_metrics(self.fabric, row_metrics(row))
@@ -166,12 +211,15 @@ class ComparisonProgram(FabricModelFusionProgram):
         }
 
     def _write(self, rows: Mapping[str, Any], bench: Bench) -> dict[str, Any]:
-        comparison = assemble(
+        comparison = self._assembled(rows, bench)
+        write_json(self.directory / COMPARISON, comparison)
+        return comparison
+
+    def _assembled(self, rows: Mapping[str, Any], bench: Bench) -> dict[str, Any]:
+        return assemble(
             [rows[e.key] for e in self.entries if rows.get(e.key)],
             entries=self.entries,
             settings=self._settings(),
             tasks=bench.scorer.tasks,
             facts=bench.facts,
         )
-        write_json(self.directory / COMPARISON, comparison)
-        return comparison

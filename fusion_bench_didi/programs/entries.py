@@ -109,6 +109,16 @@ def read_entries(
     return chosen
 
 
+def dependent(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Groups in which entries stand with those whose storage is their budget, all in order."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found = groups.get(entry.budget_of or "", [])
+        found.append(entry)
+        groups[entry.key] = found
+    return list({id(group): group for group in groups.values()}.values())
+
+
 def declared(entry: Entry) -> dict[str, Any]:
     """What decides the numbers of the row, as far as it is known before anything ran; JSON-plain."""
     config = entry.method

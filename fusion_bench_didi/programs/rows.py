@@ -105,12 +105,13 @@ class RowStore:
         file = self.directory / SETTINGS
         if os.path.lexists(file):
             self._refuse(_read(file), self.settings, "")
-        elif any(map(_is_row, self.rows.glob("*.json"))):
+            return
+        if any(map(_is_row, self.rows.glob("*.json"))):
             raise ComparisonError(
                 f"{self.rows} holds rows, but {file} is missing, so nobody knows of which pools. "
                 + _WAYS_OUT
             )
-        elif (self.directory / COMPARISON).exists():
+        if (self.directory / COMPARISON).exists():
             raise ComparisonError(
                 f"{self.directory} holds a {COMPARISON}, but no {SETTINGS}, so it may be of something else. Give another directory "
                 "(path.log_dir=...), or remove that file."
@@ -164,7 +165,9 @@ def _check_row(row: Field, key: str) -> None:
     for note in row["notes"].elements():
         note.text()
     row["entry"].mapping()
-    row["entry"]["method"].text()
+    method = row["entry"]["method"]
+    if not isinstance(method.value, Mapping):
+        method.text()
     if row["error"].value is not None:
         row["error"].text()
     if type(row["complete"].value) is not bool:

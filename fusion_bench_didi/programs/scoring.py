@@ -4,13 +4,12 @@ The host evaluates a model on every task of a pool; a comparison wants single ta
 for their own task only, and because a killed run should not repeat what it has.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from ..pools.task_names import TASKS, pool_tasks
+from ..pools.task_names import only, pool_tasks
 from ..report.answer import figure
 from ..taskpool.task_switching import HOOKS, attach
 from .entries import ComparisonError
@@ -45,7 +44,7 @@ class Scorer:
 
     def scores(self, model: nn.Module, task: str) -> tuple[float, float | None]:
         """As :meth:`score`, and the loss where the pool tells one."""
-        with self._only(task):
+        with only(self.taskpool, [task]):
             found = self.taskpool.evaluate(model)[task]
         told = figure(found)
         if told is None:
@@ -64,23 +63,3 @@ class Scorer:
             method = getattr(self.taskpool, hook, None)
             if hasattr(method, "model"):
                 method.model = None
-
-    @contextlib.contextmanager
-    def _only(self, task: str) -> Iterator[None]:
-        held = vars(self.taskpool)
-        stock = {n: held[n] for n in TASKS if task in _names(held.get(n))}
-        try:
-            for name, value in stock.items():
-                only = {task: value[task]} if hasattr(value, "keys") else [task]
-                setattr(self.taskpool, name, only)
-            yield
-        finally:
-            for name, value in stock.items():
-                setattr(self.taskpool, name, value)
-
-
-def _names(value: Any) -> list[str]:
-    """What a pool iterates over, as names."""
-    if isinstance(value, str):
-        return value.split(",")
-    return [str(name) for name in value] if isinstance(value, Iterable) else []

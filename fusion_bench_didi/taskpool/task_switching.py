@@ -14,11 +14,13 @@ from typing import Any
 
 from torch import nn
 
+from ..distributed.ranks import ranks_here
 from ..errors import DiDiError
 from ..models.dynamic import DynamicModel
 from ..options import Aliases
 from ..pools.task_names import check_tasks, pool_tasks, resolve_task
 from .lm_eval_harness import is_harness, task_by_task
+from .over_ranks import evaluated
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +175,15 @@ def _reporting(evaluate, tasks: list[str], aliases):
         try:
             if hook is not None:
                 hook.model = dynamic
-            report = evaluate(model, *args, **kwargs)
+            report = evaluated(
+                evaluate.__self__,
+                evaluate,
+                model,
+                *args,
+                ranks=ranks_here(),
+                spread=dynamic is None or not _routes(dynamic),
+                **kwargs,
+            )
         finally:
             if hook is not None:
                 hook.model = None  # kept, it would outlive its evaluation

@@ -413,14 +413,16 @@ def test_each_task_is_evaluated_once_per_method(cache, tmp_path, scored):
 
 
 def test_continuing_evaluates_nothing_again(cache, tmp_path, scored):
-    few = {"only": ["individuals", "averaging"]}
+    method = {"_target_": "fusion_bench_didi.method.TallMaskMerging"}
+    entries = {**ENTRIES, "by_class": {"method": method, "group": "dynamic"}}
+    few = {"only": ["individuals", "averaging", "by_class"], "entries": entries}
     first = compare(cache, tmp_path, **few)
     scored.clear()
     assert compare(cache, tmp_path, **few) == first
     assert scored == []
-    more = compare(cache, tmp_path, only=[*few["only"], "pretrained"])
+    more = compare(cache, tmp_path, **{**few, "only": [*few["only"], "pretrained"]})
     assert len(scored) == TASKS
-    assert len(more["rows"]) == 3
+    assert len(more["rows"]) == 4
 
 
 def test_continuing_starts_at_the_task_that_is_missing(cache, tmp_path, scored):

@@ -9,6 +9,7 @@ paper's. Prints a table, writes it to docs/real_suite_<suite>.md and all numbers
 
 import argparse
 import itertools
+import json
 import time
 from pathlib import Path
 
@@ -66,11 +67,16 @@ def main() -> None:
     parser.add_argument("--suite", help="a directory, or demo")
     parser.add_argument("--split", default="test")
     parser.add_argument("--out", type=Path, default=Path("docs"))
-    parser.add_argument("--only", help="rows whose label contains this")
+    parser.add_argument(
+        "--only", help="rows whose label contains this; the others stay as they are"
+    )
     arguments = parser.parse_args()
     suite = Suite(arguments.suite, split=arguments.split)
     reference = suite.individuals()
-    rows = []
+    file = arguments.out / f"real_suite_{suite.label.replace('/', '_')}.json"
+    rows, found = [], {}
+    if arguments.only:
+        found = {row["setting"]: row for row in json.loads(file.read_text())["rows"]}
 
     def add(label: str, scores: dict, x: float, error: float | None, seconds: float):
         row = {
@@ -92,25 +98,20 @@ def main() -> None:
     add("average", suite.accuracy(average), 1, None, seconds)
     add("individuals", reference, len(reference), 0, 0)
     for label, settings in configurations():
+        name = f"{settings['budget']}: {label}"
         if arguments.only and arguments.only not in label:
+            rows.append(found[name])
             continue
         start = time.perf_counter()
         model = DiDiMerging(**settings).run(suite.modelpool)
         seconds = time.perf_counter() - start
         error = model.info["relative_error"]
         scores = suite.accuracy(model)
-        add(
-            f"{settings['budget']}: {label}",
-            scores,
-            model.storage.x_excl,
-            error,
-            seconds,
-        )
-    name = f"real_suite_{suite.label.replace('/', '_')}"
-    write_json(arguments.out / f"{name}.json", {"machine": machine(), "rows": rows})
-    (arguments.out / f"{name}.md").write_text(_page(suite, rows, arguments))
-    plot(rows, arguments.out / "img" / f"{name}.png")
-    print(f"written: {arguments.out / name}.md and .json, and a plot in img/")
+        add(name, scores, model.storage.x_excl, error, seconds)
+    write_json(file, {"machine": machine(), "rows": rows})
+    file.with_suffix(".md").write_text(_page(suite, rows, arguments))
+    plot(rows, arguments.out / "img" / f"{file.stem}.png")
+    print(f"written: {file}, a page beside it, and a plot in img/")
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -127,7 +128,7 @@ def plot(rows: list[dict], path: Path) -> None:
             point = (row["x_excl"], 100 * row["retention"])
             lines.setdefault(label, []).append(point)
     shown = {
-        "default": ("#0072B2", "o", "default (2 to 8 bits)"),
+        "default": ("#0072B2", "o", "default (bits chosen)"),
         "default, int8": ("#56B4E9", "s", "8 bits"),
         "learned, alternating": ("#009E73", "^", "float32"),
         "no subspaces, learned": ("#CC79A7", "P", "float32, no common subspaces"),
@@ -175,7 +176,7 @@ def _page(suite: Suite, rows: list[dict], arguments: argparse.Namespace) -> str:
         f"`python -m benchmarks.real_suite{option}`",
         "",
         "x_excl: stored beyond the backbone, in fine-tuned models. error: energy of the task vectors kept out. retention:",
-        "mean over tasks of accuracy / fine-tuned accuracy, per cent. `default` chooses 2, 3, 4, 8 bits or float32 per matrix; other rows are float32 unless they say otherwise.",
+        "mean over tasks of accuracy / fine-tuned accuracy, per cent. `default` stores codes, 2, 3, 4, 8 bits or float32, chosen per matrix; other rows are float32 unless they say otherwise.",
         "One set of models and one run: differences under half a point are noise.",
         "",
         "| " + " | ".join(head) + " |",

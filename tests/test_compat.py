@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import TRANSFORMERS
 
-from fusion_bench_didi.compat import MOVED, RENAMED
+from fusion_bench_didi.compat.old_names import MOVED, RENAMED
 
 # What the host cannot import without typing.override, and we need.
 HOST_OPENCLIP = "import fusion_bench.modelpool.openclip_vision, fusion_bench.taskpool.openclip_vision"
@@ -78,7 +78,7 @@ def test_name_that_transformers_5_lacks_is_still_needed(run_python):
     done = run_python(expect_import_error(HOST_CLIP, GONE_NAME))
     assert done.returncode == 3, (
         "The host's CLIP task pools import under transformers 5 without our help (or fail for another reason): remove "
-        f"fusion_bench_didi.compat.GONE. {done.stderr}"
+        f"fusion_bench_didi.compat.host.GONE. {done.stderr}"
     )
 
 
@@ -96,7 +96,7 @@ def test_names_are_put_back_only_where_they_are_gone(run_python):
     """As under transformers 5: the name taken out by hand, and left alone where it is there."""
     done = run_python(
         f"import {GONE_NAME} as clip\n"
-        "from fusion_bench_didi.compat import complete\n"
+        "from fusion_bench_didi.compat.host import complete\n"
         "before = vars(clip).pop('CLIPVisionTransformer', None)\n"
         "complete(clip)\n"
         "assert clip.CLIPVisionTransformer is clip.CLIPVisionModel\n"

@@ -19,9 +19,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks import language_page
 from benchmarks.suites import DEFAULT, NOTES, in_words, machine, write_json
+from fusion_bench_didi.report import plots
 from fusion_bench_didi.report.comparison import Comparison
+from fusion_bench_didi.report.style import look, save_figure
 from fusion_bench_didi.report.tables import as_markdown
 
 DOCS = Path("docs")
@@ -167,6 +171,14 @@ def page(suite: str) -> str:
     )
 
 
+def pictures(suite: str) -> dict[str, Figure]:
+    """Those of the page that need no more than its stored figures."""
+    comparison = Comparison.read(DOCS / f"comparison_{suite}.json")
+    with look():
+        drawn = plots.draw(comparison)
+    return {name: drawn[name] for name in PICTURES[suite] if name in drawn}
+
+
 def readme(text: str) -> str:
     """The README with its results as they are in ``docs/comparison_real8.json``."""
     comparison = Comparison.read(DOCS / "comparison_real8.json")
@@ -224,7 +236,10 @@ def _short_table(comparison: Comparison) -> list[str]:
 
 def write_pages() -> None:
     for file in sorted(DOCS.glob("comparison_*.json")):
-        file.with_suffix(".md").write_text(page(file.stem.removeprefix("comparison_")))
+        suite = file.stem.removeprefix("comparison_")
+        file.with_suffix(".md").write_text(page(suite))
+        for name, picture in pictures(suite).items():
+            save_figure(picture, DOCS / "img" / f"{suite}_{name}.png")
     README.write_text(readme(README.read_text()))
 
 

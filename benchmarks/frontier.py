@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from benchmarks.suites import DEFAULT, NOTES, Suite, machine, retention, write_json
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.programs.scoring import Scorer
+from fusion_bench_didi.report.labels import place
+from fusion_bench_didi.report.style import color, look, new_figure, save_figure
 
 FILE = Path("docs") / "frontier.json"
 PAGE, FIGURE = Path("docs") / "frontier.md", Path("docs") / "img" / "frontier.png"
@@ -35,6 +38,8 @@ TITLES = {
 }
 #: Storage up to which methods are told of.
 MOST = 1.0
+#: Retention from which on the figure shows it.
+LEAST = 88
 
 
 def pools(name: str, split: str = "test") -> tuple[Any, Scorer]:
@@ -136,40 +141,41 @@ def table(name: str, rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(suites: Mapping[str, Any]) -> None:
+def draw(suites: Mapping[str, Any]) -> Figure:
     """One panel per suite: logarithm of storage, the last percents."""
-    import matplotlib
+    with look():
+        figure = new_figure(5.4 * len(suites), 4.6)
+        panels = figure.subplots(1, len(suites), squeeze=False)[0]
+        for axes, (name, rows) in zip(panels, suites.items()):
+            shown = [p for p in curve(rows) if p[1] >= LEAST]
+            axes.plot(*zip(*shown), "o-", color=color("ours"), ms=4, lw=2, zorder=3)
+            near = [r for r in rivals(name) if r[2] >= LEAST]
+            for _, x, kept in near:
+                axes.plot(x, kept, "D", color=color("dynamic"), ms=5)
+            axes.set(xscale="log", ylim=(LEAST, 100.9), title=TITLES.get(name, name))
+            shown_x = [x for x in TICKS if shown[0][0] / 1.3 < x < 1]
+            axes.set_xticks(shown_x, [f"{x:g}" for x in shown_x])
+            axes.minorticks_off()
+            axes.set_xlabel("stored beyond the backbone, all tasks (fine-tuned models)")
+            axes.set_ylabel("retention, % of the individuals")
+            axes.axhline(99, color="#777777", lw=0.8, ls=(0, (4, 3)))
+        figure.tight_layout()
+        for axes, (name, rows) in zip(panels, suites.items()):
+            _name(axes, name, [p for p in curve(rows) if p[1] >= LEAST])
+    return figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    from fusion_bench_didi.report.labels import place
-
-    figure, axes = plt.subplots(1, len(suites), figsize=(5.4 * len(suites), 4.6), squeeze=False)  # fmt: skip
-    for one, (name, rows) in zip(axes[0], suites.items()):
-        points, others = curve(rows), rivals(name)
-        shown = [p for p in points if p[1] >= 88]
-        one.plot(*zip(*shown), color="#0072b2", marker="o", ms=4, lw=2)
-        near = [row for row in others if row[2] >= 88 and row[1] <= 1.0]
-        for _, x, kept in near:
-            one.plot(x, kept, color="#888888", marker="s", ms=5)
-        one.set(xscale="log", ylim=(88, 100.9), title=TITLES.get(name, name))
-        shown_x = [x for x in TICKS if shown[0][0] / 1.3 < x < 1]
-        one.set_xticks(shown_x, [f"{x:g}" for x in shown_x])
-        one.minorticks_off()
-        one.set_xlabel("stored beyond the backbone, all tasks (fine-tuned models)")
-        one.set_ylabel("retention, % of the individuals")
-        one.axhline(99, color="#cccccc", lw=1, ls="--")
-        one.grid(alpha=0.2)
-        last = shown[len(shown) // 2]
-        texts = ["DiDi", *(method for method, _, _ in near)]
-        places = [last, *((x, kept) for _, x, kept in near)]
-        colors = ["#0072b2", *["#555555"] * len(near)]
-        place(one, places, texts, colors, avoid=_along(shown), size=7)
-    figure.tight_layout()
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=130)
-    plt.close(figure)
+def _name(axes, name: str, shown: list[tuple[float, float]]) -> None:
+    """Labels of our curve, at its middle, and of the other methods."""
+    near = [r for r in rivals(name) if r[2] >= LEAST]
+    place(
+        axes,
+        [shown[len(shown) // 2], *((x, kept) for _, x, kept in near)],
+        ["DiDi", *(method for method, _, _ in near)],
+        [color("ours"), *[color("dynamic")] * len(near)],
+        avoid=_along(shown),
+        weights=["bold", *["normal"] * len(near)],
+    )
 
 
 def _along(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -183,7 +189,7 @@ def _along(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def write_page(record: Mapping[str, Any]) -> None:
     suites = {n: record["suites"][n] for n in TITLES if n in record["suites"]}
-    draw(suites)
+    save_figure(draw(suites), FIGURE)
     parts = [f"## {TITLES[name]}\n\n{table(name, rows)}" for name, rows in suites.items()]  # fmt: skip
     text = (NOTES / "frontier.md").read_text()
     PAGE.write_text(text.replace("{tables}", "\n\n".join(parts)))

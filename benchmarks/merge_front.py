@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.merge_front [--suite PATH | demo] [--evaluations 300] [--seeds 0 1 2]
 
 Everything is chosen on validation images; the three picks of the first seed and the other methods are measured once on
-test images. Both searches of a seed start from the same first population. Tables and plots are written after every seed;
-a run that was cut short, or is asked for more evaluations, is continued from its state in ``--state``.
+test images. Both searches of a seed start from the same first population. Figures (docs/merge_front.json), page and plots
+are written after every seed, and anew from the figures with ``--pages``; a run that was cut short, or is asked for more
+evaluations, is continued from its state in ``--state``.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -20,9 +22,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 import torch
 from fusion_bench.method import SimpleAverageAlgorithm
+from matplotlib.figure import Figure
 from pymoo.indicators.hv import HV
 from torch import nn
 
+from benchmarks.suites import machine
 from fusion_bench_didi.checkpoint.directory import write_json
 from fusion_bench_didi.demo.folder_pools import (
     FolderCLIPVisionModelPool,
@@ -37,9 +41,9 @@ from fusion_bench_didi.recombination import components
 from fusion_bench_didi.recombination.components import ComponentReader
 from fusion_bench_didi.recombination.evolution import SearchSettings
 from fusion_bench_didi.recombination.front import (
+    draw_front,
     named_picks,
     pareto_front,
-    plot_front,
 )
 from fusion_bench_didi.recombination.library import Library
 from fusion_bench_didi.recombination.model import RecombinedModel
@@ -51,6 +55,7 @@ from fusion_bench_didi.recombination.search import (
     nsga2,
 )
 from fusion_bench_didi.recombination.validation import scorer_from_pools
+from fusion_bench_didi.report.style import color, look, new_figure, save_figure
 from fusion_bench_didi.task_vectors.scan import scan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +80,7 @@ METHODS = {
 }
 
 
+Record = dict[str, Any]
 Models = Callable[[str], nn.Module]
 
 
@@ -193,13 +199,10 @@ def on_test(bench: Bench, methods: dict[str, Models]) -> dict:
     }
 
 
-def plot_hypervolume(traces: dict[str, list], directory: Path) -> None:
-    from matplotlib.figure import Figure
-
-    from fusion_bench_didi.report.style import color, look
-
+def draw_hypervolume(traces: dict[str, list]) -> Figure:
+    """Means over seeds, with their ranges."""
     with look():
-        figure = Figure(figsize=(6.4, 3.6))
+        figure = new_figure(6.4, 3.6)
         axes = figure.subplots()
         for (name, runs), kind in zip(traces.items(), ("ours", "static")):
             length = min(map(len, runs))
@@ -209,11 +212,12 @@ def plot_hypervolume(traces: dict[str, list], directory: Path) -> None:
             axes.fill_between(
                 x, table.min(0), table.max(0), color=color(kind), alpha=0.2, lw=0
             )
+        axes.set_title("What a search finds, mean and range over seeds")
         axes.set_xlabel("evaluations")
         axes.set_ylabel("dominated share of the corner")
         axes.legend(loc="lower right")
-        figure.savefig(directory / "merge_hypervolume.png")
-        figure.savefig(directory / "merge_hypervolume.svg", metadata={"Date": None})
+        figure.tight_layout()
+    return figure
 
 
 def relation(front: list[Evaluation], storage: float, performance: float) -> str:
@@ -226,8 +230,10 @@ def relation(front: list[Evaluation], storage: float, performance: float) -> str
     return f"{abs(gap):.1f} points {side} the front"
 
 
-def page(args, bench, runs, others, tests) -> str:
-    storage = len(bench.space.tasks) / 4
+def page(record: Record) -> str:
+    """docs/merge_front.md."""
+    runs, settings, tasks = evaluations(record), record["settings"], record["tasks"]
+    storage = len(tasks) / 4
     volumes = {
         kind: [
             {
@@ -245,12 +251,12 @@ def page(args, bench, runs, others, tests) -> str:
     lines = [
         "# MERGE: search and front",
         "",
-        f"`OMP_NUM_THREADS=1 python -m benchmarks.merge_front --evaluations {args.evaluations} --samples {args.samples}"
-        f" --seeds {' '.join(map(str, seeds))}` on `{bench.root.name}`: {len(bench.space.tasks)} tasks,"
-        f" {len(bench.space.components)} components, operators {', '.join(OPERATORS)}.",
+        f"`OMP_NUM_THREADS=1 python -m benchmarks.merge_front --evaluations {settings['evaluations']} --samples {settings['samples']}"
+        f" --seeds {' '.join(map(str, seeds))}` on `{record['suite']}`: {len(tasks)} tasks,"
+        f" {record['components']} components, operators {', '.join(OPERATORS)}.",
         "",
         "Performance is accuracy on validation images over that of the task's fine-tuned model, mean over tasks;"
-        f" {args.samples} images per task, a seeded draw, the same for every method. Storage is `x_excl`: distinct modules"
+        f" {settings['samples']} images per task, a seeded draw, the same for every method. Storage is `x_excl`: distinct modules"
         " only, in fine-tuned models. Small images and small samples: a point of performance is a handful of images, and"
         " values above 100 % are noise and regularisation, no more.",
         "",
@@ -258,14 +264,14 @@ def page(args, bench, runs, others, tests) -> str:
         "",
         f"Share that is dominated, mean over seeds {seeds}, range in brackets: of the whole box, performance 0..1 x storage"
         f" 0..{storage:g} (no merging, 8 bits), and of the corner where the front lies, performance 0.9..1 x storage 0..1."
-        f" Both start from the same first {args.population} decisions, which hold every operator with all tasks together"
+        f" Both start from the same first {settings['population']} decisions, which hold every operator with all tasks together"
         " and with each for itself: these alone dominate most of the whole box.",
         "",
         "| evaluations | whole box: NSGA-II with forest | random | corner: NSGA-II with forest | random |",
         "|---|---|---|---|---|",
     ]
     for mark in sorted(
-        {m for m in (*MARKS, args.evaluations) if m <= args.evaluations}
+        {m for m in (*MARKS, settings["evaluations"]) if m <= settings["evaluations"]}
     ):
         row = [str(mark)]
         for box in (0, 1):
@@ -273,7 +279,9 @@ def page(args, bench, runs, others, tests) -> str:
                 v = [run[mark][box] for run in volumes[kind]]
                 row.append(f"{np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})")
         lines.append(f"| {' | '.join(row)} |")
-    ends = {kind: [v[args.evaluations][0] for v in volumes[kind]] for kind in volumes}
+    ends = {
+        kind: [v[settings["evaluations"]][0] for v in volumes[kind]] for kind in volumes
+    }
     wins = sum(a > b for a, b in zip(ends["nsga2"], ends["random"]))
     lines += [
         "",
@@ -295,11 +303,11 @@ def page(args, bench, runs, others, tests) -> str:
         lines.append(
             f"| MERGE {pick} | {e.storage:.3f} | {100 * e.performance:.1f} | on it |"
         )
-    for name, x, performance in others:
+    for name, x, performance in record["others"]:
         where = relation(front, x, performance)
         lines.append(f"| {name} | {x:.3f} | {100 * performance:.1f} | {where} |")
     lines += ["", "![front](img/merge_front.png)"]
-    if tests:
+    if tests := record["tests"]:
         lines += [
             "",
             "## Test accuracy, measured once",
@@ -307,14 +315,49 @@ def page(args, bench, runs, others, tests) -> str:
             "Nothing was chosen on these images. The front above was, on the images that it is drawn with, so its lead over"
             " methods that were not is flattered; the distances here are the fair ones.",
             "",
-            "| | " + " | ".join([*bench.space.tasks, "mean"]) + " |",
-            "|---" * (len(bench.space.tasks) + 2) + "|",
+            "| | " + " | ".join([*tasks, "mean"]) + " |",
+            "|---" * (len(tasks) + 2) + "|",
         ]
         for name, row in tests.items():
             values = [*row.values(), float(np.mean(list(row.values())))]
             cells = " | ".join(f"{100 * v:.1f}" for v in values)
             lines.append(f"| {name} | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def evaluations(record: Record) -> dict[str, dict[int, list[Evaluation]]]:
+    """Kind of search -> seed -> what it tried, without the decisions."""
+    return {
+        kind: {
+            int(seed): [Evaluation([], p, x, {}) for x, p in found]
+            for seed, found in seeds.items()
+        }
+        for kind, seeds in record["runs"].items()
+    }
+
+
+def pictures(record: Record) -> dict[str, Figure]:
+    """By file name."""
+    runs = evaluations(record)
+    names = {"nsga2": "NSGA-II with forest", "random": "random"}
+    traces = {
+        name: [hypervolume_trace(f, **NEAR) for f in runs[kind].values()]
+        for kind, name in names.items()
+    }
+    first = next(iter(runs["nsga2"].values()))
+    return {
+        "merge_hypervolume": draw_hypervolume(traces),
+        "merge_front": draw_front(first, others=record["others"]),
+    }
+
+
+def write_page(record: Record, docs: Path) -> None:
+    """Figures, page and pictures."""
+    (docs / "img").mkdir(parents=True, exist_ok=True)
+    write_json(docs / "merge_front.json", record)
+    for name, picture in pictures(record).items():
+        save_figure(picture, docs / "img" / f"{name}.png")
+    (docs / "merge_front.md").write_text(page(record))
 
 
 def main() -> None:
@@ -326,15 +369,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--state", type=Path, default=ROOT / "outputs" / "merge_front")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument("--pages", action="store_true", help="search nothing")
     args = parser.parse_args()
+    if args.pages:
+        write_page(json.loads((args.docs / "merge_front.json").read_text()), args.docs)
+        return
     torch.set_num_threads(1)
     if args.suite == "demo":
         from fusion_bench_didi.demo.suite import build_suite
 
         args.suite = build_suite()
     bench = Bench(Path(args.suite or DEFAULT), args.samples)
-    images = args.docs / "img"
-    images.mkdir(parents=True, exist_ok=True)
     args.state.mkdir(parents=True, exist_ok=True)
     others, tests = None, None
     runs: dict[str, dict[int, list]] = {"nsga2": {}, "random": {}}
@@ -365,17 +410,26 @@ def main() -> None:
             measured = {"individuals": bench.pool.load_model, **picks}
             measured |= {name: models for name, (_, models) in made.items()}
             tests = on_test(bench, measured)
-        traces = {
-            "NSGA-II with forest": [
-                hypervolume_trace(f, **NEAR) for f in runs["nsga2"].values()
-            ],
-            "random": [hypervolume_trace(f, **NEAR) for f in runs["random"].values()],
+        record = {
+            "machine": machine(),
+            "suite": bench.root.name,
+            "settings": {
+                key: getattr(args, key)
+                for key in ("evaluations", "population", "samples")
+            },
+            "tasks": list(bench.space.tasks),
+            "components": len(bench.space.components),
+            "others": others,
+            "tests": tests,
+            "runs": {
+                kind: {
+                    str(seed): [[e.storage, e.performance] for e in found]
+                    for seed, found in seeds.items()
+                }
+                for kind, seeds in runs.items()
+            },
         }
-        plot_hypervolume(traces, images)
-        plot_front(found, images, others=others, name="merge_front")
-        text = page(args, bench, runs, others, tests)
-        (args.docs / "merge_front.md").write_text(text)
-        print(text, flush=True)
+        write_page(record, args.docs)
 
 
 if __name__ == "__main__":

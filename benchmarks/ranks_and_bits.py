@@ -7,12 +7,17 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from benchmarks.suites import Suite, machine, write_json
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.pools.opening import open_pool
+from fusion_bench_didi.report.style import (
+    RANK_COLORS,
+    look,
+    new_figure,
+    save_figure,
+)
 from fusion_bench_didi.task_vectors.reader import matrix_shape
 
 BUDGETS = (0.12, 0.16, 0.24, 0.36, 0.5, 0.75, 1.0, 1.24, 1.4, 2.0)
@@ -51,46 +56,47 @@ def main() -> None:
     write_json(
         arguments.out / "ranks_and_bits.json", {"machine": machine(), "rows": rows}
     )
-    picture = _plot(names, rows)
     image = f"{Path(suite.label).name}_ranks_and_bits.png"
     (arguments.out / "img").mkdir(parents=True, exist_ok=True)
-    picture.savefig(arguments.out / "img" / image, dpi=150, bbox_inches="tight")
+    save_figure(draw(rows), arguments.out / "img" / image)
     (arguments.out / "ranks_and_bits.md").write_text(_page(rows, image))
 
 
-def _plot(names: list[str], rows: list[dict]):
-    matplotlib.use("agg")
-    picture, panels = plt.subplots(
-        1, 2, figsize=(10, 1 + 0.26 * len(names)), sharey=True
-    )
+def draw(rows: list[dict]) -> Figure:
+    """Rank and bits of every matrix over budgets, as two heat maps."""
+    names = list(dict.fromkeys(row["matrix"] for row in rows))
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
     at = {(row["matrix"], row["budget"]): row for row in rows}
-    for axes, key, label in (
-        (panels[0], "experts", "mean rank of an expert, % of full"),
-        (panels[1], "bits", "stored bits per entry of a task vector"),
-    ):
-        cells = [[_value(at[n, b], key) for b in BUDGETS] for n in names]
-        shown = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
-        middle = max(map(max, cells)) / 2
-        for y, line in enumerate(cells):
-            for x, value in enumerate(line):
-                color = "black" if value > middle else "white"
-                axes.text(
-                    x,
-                    y,
-                    f"{value:.0f}" if key == "experts" else f"{value:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color=color,
-                )
-        axes.set_xticks(range(len(BUDGETS)), BUDGETS)
-        axes.set_xlabel("budget (fine-tuned models beyond the backbone)")
-        axes.set_title(label)
-        picture.colorbar(shown, ax=axes, fraction=0.04)
-    short = [n.removeprefix("vision_model.").removesuffix(".weight") for n in names]
-    panels[0].set_yticks(range(len(names)), short, fontsize=7)
-    picture.tight_layout()
-    return picture
+    with look():
+        figure = new_figure(11, 1 + 0.26 * len(names))
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, key, label in (
+            (panels[0], "experts", "Mean rank of an expert, % of full"),
+            (panels[1], "bits", "Stored bits per entry of a task vector"),
+        ):
+            cells = [[_value(at[n, b], key) for b in budgets] for n in names]
+            most = max(map(max, cells))
+            shown = axes.imshow(cells, aspect="auto", cmap=RANK_COLORS, vmin=0)
+            for y, line in enumerate(cells):
+                for x, value in enumerate(line):
+                    axes.text(
+                        x,
+                        y,
+                        f"{value:.0f}" if key == "experts" else f"{value:.1f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if value > 0.55 * most else "black",
+                    )
+            axes.set_xticks(range(len(budgets)), budgets, fontsize=8)
+            axes.set_xlabel("budget, in fine-tuned models beyond the backbone")
+            axes.set_title(label)
+            axes.grid(False)
+            figure.colorbar(shown, ax=axes, fraction=0.04)
+        short = [n.removeprefix("vision_model.").removesuffix(".weight") for n in names]
+        panels[0].set_yticks(range(len(names)), short, fontsize=7)
+        figure.tight_layout()
+    return figure
 
 
 def _value(row: dict, key: str) -> float:

@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 
 from fusion_bench.method import SimpleAverageAlgorithm
+from matplotlib.figure import Figure
 
 from benchmarks.suites import Suite, machine, mean, retention, write_json
 from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.report.style import look, new_figure, save_figure
 
 BUDGETS = (0.24, 0.5, 1.0, 1.24, 1.4, 2.0)
 SMALLEST = (0.08, 0.12, 0.16, 0.2, 0.3, 0.36, 0.42)  # few bits only: where 99 % is lost
@@ -110,51 +112,50 @@ def main() -> None:
         add(name, scores, model.storage.x_excl, error, seconds)
     write_json(file, {"machine": machine(), "rows": rows})
     file.with_suffix(".md").write_text(_page(suite, rows, arguments))
-    plot(rows, arguments.out / "img" / f"{file.stem}.png")
+    (arguments.out / "img").mkdir(exist_ok=True)
+    save_figure(draw(rows), arguments.out / "img" / f"{file.stem}.png")
     print(f"written: {file}, a page beside it, and a plot in img/")
 
 
-def plot(rows: list[dict], path: Path) -> None:
+#: Settings to tell apart: color, marker, and what they are called.
+SHOWN = {
+    "default": ("#d55e00", "o", "default (bits chosen)"),
+    "default, int8": ("#56B4E9", "s", "8 bits"),
+    "learned, alternating": ("#009E73", "^", "float32"),
+    "no subspaces, learned": ("#CC79A7", "P", "float32, no common subspaces"),
+    "experts only, uniform": ("#E69F00", "v", "float32, experts only, uniform ranks"),
+    "paper": ("#0072b2", "D", "paper's configuration"),
+}
+
+
+def draw(rows: list[dict]) -> Figure:
     """Retention against storage, one line per setting, the ones to tell apart in color."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        budget, _, label = row["setting"].partition(": ")
+        _, _, label = row["setting"].partition(": ")
         if label:
             point = (row["x_excl"], 100 * row["retention"])
             lines.setdefault(label, []).append(point)
-    shown = {
-        "default": ("#0072B2", "o", "default (bits chosen)"),
-        "default, int8": ("#56B4E9", "s", "8 bits"),
-        "learned, alternating": ("#009E73", "^", "float32"),
-        "no subspaces, learned": ("#CC79A7", "P", "float32, no common subspaces"),
-        "experts only, uniform": (
-            "#E69F00",
-            "v",
-            "float32, experts only, uniform ranks",
-        ),
-        "paper": ("#D55E00", "D", "paper's configuration"),
-    }
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for label, points in lines.items():
-        color, marker, text = shown.get(label, ("#bbbbbb", ".", None))
-        order = 3 if text else 1
-        axes.plot(
-            *zip(*sorted(points)), marker=marker, color=color, label=text, zorder=order
-        )
-    axes.plot([], [], color="#bbbbbb", marker=".", label="other float32 settings")
-    axes.axhline(100, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("stored beyond the backbone, in fine-tuned models")
-    axes.set_ylabel("retention, % of fine-tuned accuracy")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with look():
+        figure = new_figure(7.5, 4.8)
+        axes = figure.subplots()
+        for label, points in lines.items():
+            shade, marker, text = SHOWN.get(label, ("#bbbbbb", ".", None))
+            axes.plot(
+                *zip(*sorted(points)),
+                marker=marker,
+                color=shade,
+                label=text,
+                zorder=3 if text else 2,
+            )
+        axes.plot([], [], color="#bbbbbb", marker=".", label="other settings")
+        axes.axhline(100, color="#222222", lw=0.8, ls=(0, (4, 3)))
+        axes.set_title("Retention against storage, by setting")
+        axes.set_xlabel("stored beyond the backbone, in fine-tuned models")
+        axes.set_ylabel("retention, % of fine-tuned accuracy")
+        axes.legend(loc="lower right")
+        figure.tight_layout()
+    return figure
 
 
 def _line(row: dict) -> str:

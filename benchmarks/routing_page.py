@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 from benchmarks.suites import NOTES
+from fusion_bench_didi.report.style import look, new_figure, save_figure
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEXT = """# Routing
@@ -75,7 +73,7 @@ def section(result: dict[str, Any]) -> str:
         options = {k: v for k, v in best.items() if k != "accuracy"}
         lines += ["", f"SE on {base}, chosen on validation images: `{options}`."]
     name = f"confusion_{result['suite']}.png"
-    plot(result, DOCS / "img" / name)
+    save_figure(draw(result), DOCS / "img" / name)
     lines += ["", f"![True task against routed task](img/{name})", ""]
     return "\n".join(lines)
 
@@ -86,42 +84,51 @@ def time_of(row: dict[str, Any]) -> str:
     return "" if row["time"] is None else f"{row['time']:.2f}"
 
 
-def plot(result: dict[str, Any], file: Path) -> None:
-    """Confusion matrices of the training-free routers and of the best one."""
+def draw(result: dict[str, Any]) -> Figure:
+    """Confusion matrices of the routers without training and of the best one."""
     routed = [r for r in result["rows"] if "routing" in r and "DiDi" in r["label"]]
     best = max(routed, key=lambda r: r["routing"]["accuracy"])
     plain = [
-        r for r in routed if r["label"].endswith((", representation", "projection"))
+        r for r in routed if r["label"].endswith((", representation", ", projection"))
     ]
     shown = [*plain, best]
-    figure, axes = plt.subplots(
-        1,
-        len(shown),
-        figsize=(4.2 * len(shown), 4.6),
-        sharey=True,
-        layout="constrained",
-    )
-    for axis, row in zip(np.atleast_1d(axes), shown):
-        tasks = row["routing"]["tasks"]
-        counts = np.array(row["routing"]["confusion"], float)[:, : len(tasks)]
-        shares = counts / counts.sum(1, keepdims=True).clip(1)
-        axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-        for i, j in np.ndindex(shares.shape):
-            if shares[i, j] >= 0.05:
-                color = "white" if shares[i, j] > 0.5 else "black"
-                axis.text(
-                    j,
-                    i,
-                    f"{100 * shares[i, j]:.0f}",
-                    color=color,
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                )
-        axis.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right")
-        axis.set_yticks(range(len(tasks)), tasks)
-        axis.set_title(row["label"].removeprefix("DiDi-M, "), fontsize=10)
-        axis.set_xlabel("routed to (%)")
-    np.atleast_1d(axes)[0].set_ylabel("true task")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    with look():
+        figure = new_figure(0.6 + 3.7 * len(shown), 4.6)
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, row in zip(panels, shown):
+            _confusion(axes, row)
+        panels[0].set_ylabel("true task")
+        figure.suptitle(
+            f"{result['suite']}: where images of each task are sent, in %",
+            x=0.01,
+            ha="left",
+            fontsize=11,
+            fontweight="bold",
+        )
+        figure.tight_layout()
+    return figure
+
+
+def _confusion(axes, row: dict[str, Any]) -> None:
+    routing = row["routing"]
+    tasks = routing["tasks"]
+    counts = np.array(routing["confusion"], float)[:, : len(tasks)]  # (T, T)
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for i, j in np.argwhere(shares >= 0.05):
+        axes.text(
+            j,
+            i,
+            f"{100 * shares[i, j]:.0f}",
+            color="white" if shares[i, j] > 0.5 else "black",
+            ha="center",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_xticks(range(len(tasks)), tasks, rotation=90)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.grid(False)
+    axes.tick_params(length=0)
+    name = row["label"].removeprefix("DiDi-M, ")
+    axes.set_title(f"{name}: {100 * routing['accuracy']:.0f} % right", fontsize=9)
+    axes.set_xlabel("sent to")

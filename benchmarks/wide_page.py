@@ -5,8 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
 from benchmarks.frontier import retention_at, storage_for
 from benchmarks.suites import NOTES, in_words, mean
+from fusion_bench_didi.report.style import color, look, new_figure, save_figure
 
 FILE = Path("docs") / "wide_towers.json"
 PAGE, FIGURE = Path("docs") / "wide_towers.md", Path("docs") / "img" / "wide_towers.png"
@@ -112,48 +116,41 @@ def _widths(record: Mapping[str, Any]) -> dict[str, Any]:
     return {w: held[w] for w in sorted(held, key=int) if held[w]["rows"]}
 
 
-def draw(widths: Mapping[str, Curves]) -> None:
+def draw(widths: Mapping[str, Curves]) -> Figure:
     """One panel per width: logarithm of storage, the last percents."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     families = [f for f in dict.fromkeys(f for c in widths.values() for f in c) if f != "DiDi"]  # fmt: skip
-    colors = dict(zip(families, plt.get_cmap("tab20").colors * 2))
-    figure, axes = plt.subplots(
-        1, len(widths), figsize=(4.6 * len(widths), 4.8), squeeze=False, sharey=True
-    )
-    for one, (width, curves) in zip(axes[0], widths.items()):
-        for family, curve in curves.items():
-            shown = [p for p in points(curve) if p[0] <= MOST]
-            if not shown:
-                continue
-            style = {"color": colors.get(family), "marker": "s", "ms": 4, "lw": 1}
-            if family == "DiDi":
-                style = {"color": "#0072b2", "marker": "o", "ms": 5, "lw": 2.2, "zorder": 5}  # fmt: skip
-            one.plot(*zip(*shown), label=family, alpha=0.9, **style)
-        one.set(xscale="log", xlim=(0.009, MOST * 1.1), ylim=(80, 102), title=f"{width} wide")  # fmt: skip
-        ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-        one.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        one.minorticks_off()
-        one.set_xlabel("stored beyond the backbone (fine-tuned models)")
-        one.axhline(KEPT, color="#999999", lw=1, ls="--")
-        one.grid(alpha=0.2)
-    axes[0][0].set_ylabel("retention, % of the individuals")
-    handles, labels = axes[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=6, fontsize=8)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=120)
-    plt.close(figure)
+    colors = dict(zip(families, colormaps["tab20"].colors * 2))
+    ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    drawn: dict[str, Any] = {}
+    with look():
+        figure = new_figure(4.6 * len(widths), 4.8)
+        panels = figure.subplots(1, len(widths), squeeze=False, sharey=True)[0]
+        for axes, (width, curves) in zip(panels, widths.items()):
+            for family, curve in curves.items():
+                shown = [p for p in points(curve) if p[0] <= MOST]
+                style = {"color": colors.get(family), "marker": "s", "ms": 4, "lw": 1}
+                if family == "DiDi":
+                    style = {"color": color("ours"), "marker": "o", "ms": 5, "lw": 2.2, "zorder": 5}  # fmt: skip
+                if shown:
+                    (drawn[family],) = axes.plot(*zip(*shown), **style)
+            axes.set(xscale="log", xlim=(0.009, MOST * 1.1), ylim=(80, 102), title=f"{width} wide")  # fmt: skip
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.minorticks_off()
+            axes.set_xlabel("stored beyond the backbone (fine-tuned models)")
+            axes.axhline(KEPT, color="#777777", lw=0.8, ls=(0, (4, 3)))
+        panels[0].set_ylabel("retention, % of the individuals")
+        across = max(2, 3 * len(widths) - 1)
+        down = -(-len(drawn) // across)
+        figure.tight_layout(rect=(0, 0.02 + 0.05 * down, 1, 1))
+        figure.legend(drawn.values(), drawn, loc="lower center", ncols=across, fontsize=8)  # fmt: skip
+    return figure
 
 
 def write_page() -> None:
     """docs/wide_towers.md and its figure."""
     record = json.loads(FILE.read_text())
     widths = {w: chosen(found["rows"]) for w, found in _widths(record).items()}
-    draw(widths)
+    save_figure(draw(widths), FIGURE)
     failed = [
         f"- {w}: {row['key']}: {row['failed']}"
         for w, found in _widths(record).items()

@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .objectives import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PICKS = ("performance", "balanced", "storage")
 
@@ -47,49 +52,121 @@ def plot_front(
     others: Sequence[tuple[str, float, float]] = (),
     name: str = "front",
 ) -> list[Path]:
-    """PNG and SVG of all evaluations, the front, the picks, and other methods as (label, storage, performance)."""
-    from matplotlib.figure import Figure
+    """PNG and SVG of :func:`draw_front`."""
+    from ..report.style import save_figure
 
-    from ..report.style import color, look, save_figure
+    figure = draw_front(evaluations, others=others)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = [directory / f"{name}.{suffix}" for suffix in ("png", "svg")]
+    for file in files:
+        save_figure(figure, file)
+    return files
+
+
+def draw_front(
+    evaluations: Sequence[Evaluation],
+    *,
+    others: Sequence[tuple[str, float, float]] = (),
+) -> "Figure":
+    """All evaluations, the front and its picks; beside it the corner where the front lies.
+
+    Args:
+        others: other methods as label, storage, performance.
+    """
+    from ..report import labels
+    from ..report.style import color, look, new_figure
 
     front = [evaluations[i] for i in pareto_front(evaluations)]
+    picks = [(p, *_point(front[i])) for p, i in named_picks(front).items()]
+    rivals = [(n, storage, 100 * p) for n, storage, p in others]
+    steps = [_point(e) for e in front]
+    (low, high), (bottom, top) = _corner(steps)
     with look():
-        figure = Figure(figsize=(6.4, 4.2))
-        axes = figure.subplots()
-        axes.scatter(
-            [e.storage for e in evaluations],
-            [100 * e.performance for e in evaluations],
-            s=8,
-            color=color("static"),
-            alpha=0.5,
-            label="evaluated",
-        )
-        axes.plot(
-            [e.storage for e in front],
-            [100 * e.performance for e in front],
-            "-o",
-            ms=3,
-            color=color("dynamic"),
-            drawstyle="steps-post",
-            label="Pareto front",
-        )
-        for pick, i in named_picks(front).items():
-            at = (front[i].storage, 100 * front[i].performance)
-            axes.plot(*at, "o", ms=9, mfc="none", color=color("reference"))
-            axes.annotate(
-                pick, at, textcoords="offset points", xytext=(8, -12), fontsize=8
+        figure = new_figure(10.5, 4.4)
+        whole, near = figure.subplots(1, 2)
+        for axes in (whole, near):
+            axes.plot(
+                *zip(*map(_point, evaluations)),
+                "o",
+                ms=3,
+                mew=0,
+                color=color("static"),
+                alpha=0.45,
+                label="tried by the search",
             )
-        for label, storage, performance in others:
-            at = (storage, 100 * performance)
-            axes.plot(*at, "D", ms=5, color=color("ours"))
-            axes.annotate(
-                label, at, textcoords="offset points", xytext=(6, 3), fontsize=8
+            axes.plot(
+                *zip(*steps),
+                "-o",
+                ms=4,
+                color=color("dynamic"),
+                drawstyle="steps-post",
+                label="its front",
             )
-        axes.set_xlabel("stored beyond the backbone, in fine-tuned models")
-        axes.set_ylabel("mean performance, % of fine-tuned")
-        axes.legend(loc="lower right")
-        directory.mkdir(parents=True, exist_ok=True)
-        files = [directory / f"{name}.{suffix}" for suffix in ("png", "svg")]
-        for file in files:
-            save_figure(figure, file)
-    return files
+            axes.plot(
+                *zip(*(at for _, *at in picks)),
+                "o",
+                ms=9,
+                mfc="none",
+                color=color("reference"),
+                label="named picks",
+            )
+            if rivals:
+                axes.plot(
+                    *zip(*(at for _, *at in rivals)),
+                    "D",
+                    ms=5,
+                    color=color("ours"),
+                    label="other methods",
+                )
+            axes.set_xlabel("stored beyond the backbone, in fine-tuned models")
+        near.set_xlim(low, high)
+        near.set_ylim(bottom, top)
+        whole.set_title("Everything that was tried")
+        near.set_title("The corner of the front")
+        whole.set_ylabel("mean performance, % of fine-tuned")
+        whole.legend(loc="lower right")
+        figure.tight_layout()
+        inside = [r for r in rivals if low <= r[1] <= high and bottom <= r[2] <= top]
+        for axes, shown, strong in (
+            (whole, [r for r in rivals if r not in inside], []),
+            (near, inside, picks),
+        ):
+            _label(labels.place, axes, shown, strong, steps)
+    return figure
+
+
+def _point(evaluation: Evaluation) -> tuple[float, float]:
+    return evaluation.storage, 100 * evaluation.performance
+
+
+def _corner(steps: Sequence[tuple[float, float]]) -> NDArray:
+    """Limits of both axes around a front, with room for labels."""
+    points = np.array(steps)
+    low, high = points.min(0), points.max(0)
+    span = np.maximum(high - low, (0.05, 1.0))
+    return np.stack([low - 0.35 * span, high + 0.45 * span], axis=1)
+
+
+def _label(place, axes, shown, strong, steps) -> None:
+    from ..report.style import color
+
+    named = [*shown, *strong]
+    if not named:
+        return
+    place(
+        axes,
+        [at for _, *at in named],
+        [name for name, *_ in named],
+        [color("ours")] * len(shown) + [color("reference")] * len(strong),
+        avoid=_along(steps) if strong else (),
+        weights=["normal"] * len(shown) + ["bold"] * len(strong),
+    )
+
+
+def _along(steps: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points on the line of a front that is drawn in steps."""
+    found = []
+    for (x0, y0), (x1, y1) in zip(steps, steps[1:]):
+        found += [(x0 + (x1 - x0) * k / 20, y0) for k in range(21)]
+        found += [(x1, y0 + (y1 - y0) * k / 10) for k in range(11)]
+    return found

@@ -1,13 +1,15 @@
 """The printed plots of what a model spent its storage on: a heat map of ranks, and energy kept by layer."""
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .comparison import Comparison
 from .modules import KIND_COLORS, RankTable, energy_lines
-from .style import RANK_COLORS
+from .style import RANK_COLORS, new_figure
 
 
 def rank_plot(comparison: Comparison) -> Figure | None:
@@ -18,11 +20,10 @@ def rank_plot(comparison: Comparison) -> Figure | None:
     table = RankTable.of(row["ranks"])
     blocks, lines, modules = table.values.shape
     gap = 0.6
-    picture, axes = plt.subplots(
-        figsize=(max(6.0, 1.8 + 0.2 * blocks * modules), 1.3 + 0.3 * lines)
-    )
+    picture = new_figure(max(6.0, 1.8 + 0.2 * blocks * modules), 1.3 + 0.3 * lines)
+    axes = picture.subplots()
     most = max(np.nanmax(table.values), 1)
-    colors = plt.get_cmap(RANK_COLORS)
+    colors = colormaps[RANK_COLORS]
     for b, block in enumerate(table.blocks):
         left = b * (modules + gap)
         for y in range(lines):
@@ -61,7 +62,7 @@ def rank_plot(comparison: Comparison) -> Figure | None:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, most), colors)
+    scale = ScalarMappable(Normalize(0, most), colors)
     picture.colorbar(scale, ax=axes, label="rank", fraction=0.02, pad=0.01)
     axes.set_title(f"Ranks of {row['method']}", pad=14)
     handles = [
@@ -108,7 +109,8 @@ def energy_plot(comparison: Comparison) -> Figure | None:
     row = comparison.shown_in_detail()
     if row is None or not row.get("energy_kept"):
         return None
-    picture, axes = plt.subplots(figsize=(6.4, 3.6))
+    picture = new_figure(6.4, 3.6)
+    axes = picture.subplots()
     for line in energy_lines(row["energy_kept"]):
         shade = KIND_COLORS[line.kind]
         x = range(len(line.layers))

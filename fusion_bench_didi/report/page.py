@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 from itables.javascript import generate_init_offline_itables_html, to_html_datatable
 from itables.options import dt_bundle
-from matplotlib import pyplot as plt
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
@@ -148,7 +147,6 @@ def _svgs(comparison: Comparison) -> dict[str, str]:
         for name, picture in plots.draw(comparison).items():
             out = io.StringIO()
             picture.savefig(out, format="svg", metadata={"Date": None})
-            plt.close(picture)
             text = out.getvalue()
             text = text[text.index("<svg") :]
             # several pictures in one page must not share names

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from . import labels
 from .comparison import Comparison, kind
 from .module_plots import energy_plot, rank_plot
-from .style import KINDS, color, look, save_figure
+from .style import KINDS, color, look, new_figure, save_figure
 
 
 def write(comparison: Comparison, directory: Path) -> list[Path]:
@@ -23,7 +23,6 @@ def write(comparison: Comparison, directory: Path) -> list[Path]:
             png, svg = (directory / f"{name}.{suffix}" for suffix in ("png", "svg"))
             save_figure(picture, png)
             save_figure(picture, svg)
-            plt.close(picture)
             files += [png, svg]
     return files
 
@@ -60,12 +59,71 @@ def storage_ticks(most: float) -> list[float]:
 
 
 def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
-    """The Pareto picture: every method a point, a family a curve."""
+    """The Pareto picture: every method a point, a family a curve; beside it the same from above."""
     rows = comparison.good
     if not rows:
         return None
-    picture, axes = plt.subplots(figsize=(9, 5.6))
-    for row in rows:
+    low = _zoom_from(comparison)
+    close = low is not None
+    picture = new_figure(12.5 if close else 9, 6.2)
+    widths = [2.6, 1] if close else [1]
+    panels = picture.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    panels[0].set_ylabel(f"accuracy, mean of {len(comparison.tasks)} tasks (%)")
+    for axes in panels:
+        _points(axes, comparison)
+    if close:
+        most = max(100 * r["average"] for r in rows)
+        panels[0].set_ylim(low, most + 0.12 * (most - low))
+        near = [r for r in rows if 100 * r["average"] >= low]
+        _storage_axis(panels[0], max(r["x_excl"] for r in near))
+        panels[1].set_title("All methods")
+        panels[1].set_xlabel("stored, on the same scale")
+    _storage_axis(panels[-1], max(r["x_excl"] for r in rows), few=close)
+    panels[-1].margins(y=0.08)
+    panels[0].set_title(finding(comparison))
+    panels[0].set_xlabel(STORAGE_AXIS)
+    picture.legend(handles=_legend(rows), loc="lower center", ncols=6, fontsize=8)
+    picture.tight_layout(rect=(0, 0.05, 1, 1))
+    inside = [not close or 100 * r["average"] >= low for r in rows]
+    for axes, here in zip(panels, (True, False)):
+        _name(axes, [r for r, i in zip(rows, inside) if i == here], comparison)
+    return picture
+
+
+#: a second panel shows the rest where less than this share of the accuracies decides
+_CROWDED = 0.45
+
+
+def _zoom_from(comparison: Comparison) -> float | None:
+    """Accuracy from which on a panel of its own shows the methods; None where all fit into one."""
+    values = sorted(100 * r["average"] for r in comparison.good)
+    ours = [100 * r["average"] for r in comparison.good if kind(r) == "ours"]
+    if not ours or len(values) < 12:
+        return None
+    low, high = min(ours), values[-1]
+    low -= 0.35 * (high - low) + 0.5
+    return low if high - low < _CROWDED * (high - values[0]) else None
+
+
+def finding(comparison: Comparison) -> str:
+    """What the picture shows, in words: where ours keeps 99 %."""
+    kept = [
+        r
+        for r in comparison.good
+        if kind(r) == "ours" and (r["retention"]["mean_of_ratios"] or 0) >= 0.99
+    ]
+    if not kept:
+        return "Accuracy against storage"
+    least = min(kept, key=lambda r: r["x_excl"])
+    share = 100 * least["retention"]["mean_of_ratios"]
+    return (
+        f"{least['family']} keeps {share:.1f} % of {len(comparison.tasks)} fine-tuned models "
+        f"in the space of {least['x_excl']:.2f} models"
+    )
+
+
+def _points(axes: Axes, comparison: Comparison) -> None:
+    for row in comparison.good:
         shade, marker, _, _ = KINDS[kind(row)]
         axes.plot(
             row["x_excl"],
@@ -77,36 +135,44 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
             mec="white",
             mew=0.7,
         )
-    avoid = []
     for family in comparison.families().values():
-        line = [(r["x_excl"], 100 * r["average"]) for r in family]
         ours = kind(family[0]) == "ours"
         axes.plot(
-            *zip(*line),
+            *zip(*((r["x_excl"], 100 * r["average"]) for r in family)),
             color=color(kind(family[0])),
             lw=1.8 if ours else 1.2,
             ls="-" if ours else (0, (4, 2)),
             zorder=3,
         )
+    for row in _references(comparison):
+        axes.axhline(100 * row["average"], color="#222222", lw=0.8, ls=(0, (4, 3)))
+
+
+def _references(comparison: Comparison) -> list:
+    return [r for r in comparison.good if r["group"] == "reference" and r["x_excl"] > 0]
+
+
+def _storage_axis(axes: Axes, most: float, *, few: bool = False) -> None:
+    ticks = [t for t in storage_ticks(most) if not few or t in (0, 0.5, 1, 2, 4, 8, 14, 30)]  # fmt: skip
+    axes.set_xscale("function", functions=(_root, _square))
+    axes.set_xlim(-0.002 * max(most, 1), most * 1.25 + 0.02)
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+
+
+def _name(axes: Axes, rows, comparison: Comparison) -> None:
+    """Labels of these rows, beside curves and dashed lines."""
+    if not rows:
+        return
+    avoid = []
+    for family in comparison.families().values():
+        line = [(r["x_excl"], 100 * r["average"]) for r in family]
         for (x0, y0), (x1, y1) in zip(line, line[1:]):
             avoid += [
                 (x0 + (x1 - x0) * k / 12, y0 + (y1 - y0) * k / 12) for k in range(13)
             ]
-    own = [r for r in rows if r["group"] == "reference" and r["x_excl"] > 0]
-    for row in own:
-        axes.axhline(100 * row["average"], color="#222222", lw=0.8, ls=(0, (4, 3)))
-        steps = [row["x_excl"] * (k / 80) ** 2 for k in range(81)]
-        avoid += [(x, 100 * row["average"]) for x in steps]
-    most = max(r["x_excl"] for r in rows)
-    axes.set_xscale("function", functions=(_root, _square))
-    axes.set_xlim(-0.002 * max(most, 1), most * 1.25 + 0.02)
-    axes.set_xticks(storage_ticks(most), [f"{t:g}" for t in storage_ticks(most)])
-    low, high = axes.get_ylim()
-    axes.set_ylim(low - 0.02 * (high - low), high + 0.07 * (high - low))
-    axes.set_xlabel(STORAGE_AXIS)
-    axes.set_ylabel(f"accuracy, mean of {len(comparison.tasks)} tasks (%)")
-    axes.set_title("Accuracy against storage")
-    axes.legend(handles=_legend(rows), loc="best")
+    most = axes.get_xlim()[1]
+    for row in _references(comparison):
+        avoid += [(most * (k / 120) ** 2, 100 * row["average"]) for k in range(121)]
     labels.place(
         axes,
         [(r["x_excl"], 100 * r["average"]) for r in rows],
@@ -115,7 +181,6 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
         avoid=avoid,
         weights=["bold" if kind(r) == "ours" else "normal" for r in rows],
     )
-    return picture
 
 
 def accuracy_by_task(comparison: Comparison) -> Figure | None:
@@ -126,13 +191,8 @@ def accuracy_by_task(comparison: Comparison) -> Figure | None:
     across = min(5, len(tasks))
     down = math.ceil(len(tasks) / across)
     height = 0.6 + 0.145 * len(rows)
-    picture, grid = plt.subplots(
-        down,
-        across,
-        figsize=(2.1 * across + 1.2, down * height),
-        sharey=True,
-        squeeze=False,
-    )
+    picture = new_figure(2.1 * across + 1.2, down * height + 0.7)
+    grid = picture.subplots(down, across, sharey=True, squeeze=False)
     names = [r["method"] for r in rows]
     own = next(
         (r for r in rows if r["routing"] == "oracle" and r["group"] == "reference"),
@@ -153,23 +213,22 @@ def accuracy_by_task(comparison: Comparison) -> Figure | None:
         axes.tick_params(axis="y", labelsize=7, length=0)
         axes.tick_params(axis="x", labelsize=7)
         axes.set_xlim(0, max(values) * 1.08)
-    grid[0, 0].invert_yaxis()  # shared: turns all
+    grid[0, 0].set_ylim(len(rows) - 0.4, -0.6)  # shared: turns all
     for axes in list(grid.flat)[len(tasks) :]:
         axes.set_visible(False)
+    tall = picture.get_figheight()
     picture.legend(
-        handles=_legend(rows, bars=True),
-        loc="upper center",
-        ncols=5,
-        bbox_to_anchor=(0.5, 0.0),
+        handles=_legend(rows, bars=True), loc="lower center", ncols=6, fontsize=8
     )
     picture.suptitle(
         "Accuracy by task (%), dashed: the task's own model",
         x=0.01,
+        y=1 - 0.05 / tall,
         ha="left",
         fontsize=11,
         fontweight="bold",
     )
-    picture.tight_layout()
+    picture.tight_layout(rect=(0, 0.3 / tall, 1, 1 - 0.3 / tall))
     return picture
 
 

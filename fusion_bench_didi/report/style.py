@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files import write_whole
@@ -58,9 +59,17 @@ def color(kind: str) -> str:
     return KINDS[kind][0]
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture that can be measured and saved, and that no global list holds; sides in inches."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def save_figure(figure: Figure, file: Path) -> None:
-    """A picture in the format of its file's ending; the same picture gives the same file."""
+    """A picture in the format of its file's ending, cut to what is drawn; the same picture gives the same file."""
     ending, out = file.suffix.removeprefix("."), io.BytesIO()
     dated = {"metadata": {"Date": None}} if ending == "svg" else {}
-    figure.savefig(out, format=ending, **dated)
+    with look():
+        figure.savefig(out, format=ending, **dated)
     write_whole(file, out.getvalue())

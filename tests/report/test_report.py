@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from figure_boxes import overlapping
 
 matplotlib.use("Agg")
 
@@ -22,6 +23,7 @@ from PIL import Image  # noqa: E402
 from fusion_bench_didi.report import labels, plots, tables
 from fusion_bench_didi.report.comparison import Comparison, best_two
 from fusion_bench_didi.report.modules import Place, RankTable, energy_lines
+from fusion_bench_didi.report.style import look
 
 TASKS = ["digits", "signs_100%", "faces"]
 TENSORS = [
@@ -182,6 +184,13 @@ def test_labels_do_not_overlap():
         for b in boxes[:i]:
             common = Bbox.intersection(a, b)
             assert common is None or common.width * common.height == 0
+
+
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_no_text_of_a_picture_lies_on_another(comparison, name):
+    with look():
+        figure = plots.PICTURES[name](comparison)
+    assert not overlapping(figure)
 
 
 def test_the_same_comparison_gives_the_same_pictures(comparison, tmp_path):

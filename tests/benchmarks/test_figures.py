@@ -1,0 +1,112 @@
+"""Every picture of docs/img, drawn anew from the figures beside it: no text on another, nothing cut off."""
+
+import json
+
+import numpy as np
+import pytest
+from figure_boxes import ink_at_the_edge, overlapping
+from helpers import REPOSITORY
+from matplotlib.figure import Figure
+
+from benchmarks import (
+    comparison_page,
+    frontier,
+    merge_front,
+    ranks_and_bits,
+    real_suite,
+    routing_page,
+    wide_page,
+)
+from fusion_bench_didi.report.style import new_figure, save_figure
+
+IMAGES = REPOSITORY / "docs" / "img"
+SUITES = sorted(
+    p.stem.removeprefix("comparison_")
+    for p in (REPOSITORY / "docs").glob("comparison_*.json")
+)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+def stored(name: str, place: str = "docs"):
+    return json.loads((REPOSITORY / place / f"{name}.json").read_text())
+
+
+def of_frontier() -> Figure:
+    suites = stored("frontier")["suites"]
+    return frontier.draw({n: suites[n] for n in frontier.TITLES if n in suites})
+
+
+def of_wide_towers() -> Figure:
+    """Of what was measured, or of three widths and seven methods that were made up."""
+    if (REPOSITORY / wide_page.FILE).is_file():
+        widths = wide_page._widths(stored("wide_towers"))
+        return wide_page.draw({w: wide_page.chosen(f["rows"]) for w, f in widths.items()})  # fmt: skip
+    families = ("DiDi", "BitDelta", "DARE", "T-Switch", "ComPEFT", "UltraDelta", "TVQ")
+    curve = [{"x": x, "retention": 90 + 10 * x} for x in (0.02, 0.1, 0.5)]
+    return wide_page.draw({w: dict.fromkeys(families, curve) for w in ("64", "384", "768")})  # fmt: skip
+
+
+def of_the_search() -> dict[str, Figure]:
+    """Of what was measured, or of a search that was made up."""
+    if (REPOSITORY / "docs" / "merge_front.json").is_file():
+        return merge_front.pictures(stored("merge_front"))
+    draw = np.random.default_rng(0)
+    cloud = draw.uniform((0.24, 0.9), (1.0, 1.0), (60, 2)).tolist()
+    runs = {kind: {"0": cloud, "1": cloud} for kind in ("nsga2", "random")}
+    others = [[f"Method {i}", 0.24 + 0.1 * i, 0.96] for i in range(8)]
+    return merge_front.pictures({"runs": runs, "others": others})
+
+
+#: Picture -> how it is drawn from stored figures.
+DRAWN = {
+    "frontier": of_frontier,
+    "wide_towers": of_wide_towers,
+    "real8_ranks_and_bits": lambda: ranks_and_bits.draw(stored("ranks_and_bits")["rows"]),
+    "real_suite_real8": lambda: real_suite.draw(stored("real_suite_real8")["rows"]),
+    "confusion_real8": lambda: routing_page.draw(stored("routing_real8", "benchmarks/results")),
+}  # fmt: skip
+#: Pictures of ranks need more than is kept in docs/; tests/report draws them of rows that are made up.
+FROM_A_RUN = {"ranks", "energy_kept"}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_no_text_lies_on_another(name):
+    assert not overlapping(DRAWN[name]())
+
+
+def test_no_text_of_the_search_lies_on_another():
+    drawn = of_the_search()
+    assert set(drawn) == {"merge_front", "merge_hypervolume"}
+    assert not [pair for figure in drawn.values() for pair in overlapping(figure)]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_no_text_of_a_comparison_lies_on_another(suite):
+    drawn = comparison_page.pictures(suite)
+    assert set(drawn) == set(comparison_page.PICTURES[suite]) - FROM_A_RUN
+    assert not [pair for figure in drawn.values() for pair in overlapping(figure)]
+
+
+def test_no_picture_is_left_out_and_none_in_the_docs_is_cut_off():
+    held = {*DRAWN, "merge_front", "merge_hypervolume"}
+    for suite in SUITES:
+        held |= {f"{suite}_{name}" for name in comparison_page.PICTURES[suite]}
+    there = {file.stem: file for file in IMAGES.glob("*.png")}
+    assert there.keys() <= held
+    assert not [name for name, file in there.items() if ink_at_the_edge(file)]
+
+
+def test_what_is_wrong_is_found(tmp_path):
+    figure = new_figure(2, 2)
+    figure.text(0.5, 0.5, "one")
+    figure.text(0.52, 0.5, "on another")
+    figure.text(-0.1, 0.8, "beyond the edge")
+    assert overlapping(figure) == [("one", "on another")]
+    figure.savefig(tmp_path / "as_it_is.png")
+    assert ink_at_the_edge(tmp_path / "as_it_is.png")
+    save_figure(figure, tmp_path / "cut_to_fit.png")
+    assert not ink_at_the_edge(tmp_path / "cut_to_fit.png")

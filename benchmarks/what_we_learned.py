@@ -12,6 +12,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.suites import NOTES
+from benchmarks.wide_page import chosen, stored_for
 from fusion_bench_didi.report.comparison import Comparison
 
 DOCS = Path("docs")
@@ -41,6 +42,7 @@ def figures() -> dict[str, Any]:
         "demo": _printed(demo),
         "compared": _printed(kept),
         "coded": _coded(),
+        "wide": _wide(),
         "x": {row["method"]: f"{row['x_excl']:.2f}" for row in compared},
         "enough": {
             "default": _enough(real8, "default"),
@@ -59,6 +61,18 @@ def _coded() -> dict[str, str]:
         name = f"{row['budget']}: {row['way']}"
         found[f"{name}: kept"] = f"{row['retention']:.1f}"
         found[f"{name}: lost"] = f"{row['error']:.3f}"
+    return found
+
+
+def _wide() -> dict[str, str]:
+    """Of towers by width: where 99 % is kept, and what is lost, by the default; what dropping keeps."""
+    found = {}
+    for width, held in json.loads((DOCS / "wide_towers.json").read_text())["widths"].items():  # fmt: skip
+        rows = held["rows"]
+        found[f"{width}: enough"] = stored_for(chosen(rows)["DiDi"], ENOUGH)
+        found[f"{width}: lost"] = f"{rows['didi[budget=0.06]']['error']:.2f}"
+        dropped = [rows[key]["retention"] for key in rows if "dare[drop=0.95" in key]
+        found[f"{width}: dropping"] = " and ".join(f"{kept:.1f}" for kept in sorted(dropped))  # fmt: skip
     return found
 
 

@@ -1,0 +1,87 @@
+"""What a merge costs: its work counted, against the measured rates of a machine; held against what was measured.
+
+    python -m benchmarks.cost_model               # rates of this machine, and docs/cost_model.md
+    python -m benchmarks.cost_model count         # counts of the merges of docs/scaling.json, anew
+    python -m benchmarks.cost_model count --only vit-b-32
+
+Counts are those of one thread, as ``benchmarks.counting`` sees them. No rate is fitted to what is predicted.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.checkpoints import SHAPES
+from benchmarks.cost_page import page
+from benchmarks.cost_rates import Rates
+from benchmarks.counting import counting
+from benchmarks.scaling import CASES, COUNTS, Case, small_pool
+from benchmarks.suites import machine, write_json
+from fusion_bench_didi.method.didi import DiDiMerging
+
+
+def counted(case: Case) -> dict:
+    """Counts of a merge, with the bytes that it writes and takes checksums of, and what it is a merge of."""
+    with tempfile.TemporaryDirectory() as home:
+        place = Path(home)
+        target = place / "merged"
+        if case.shape == "small":
+            pool = small_pool(case.tasks)
+        else:
+            pool = case.pool(place)()
+        with counting() as counts:
+            model = DiDiMerging(budget=case.budget, output_dir=str(target)).run(pool)
+        written = sum(f.stat().st_size for f in target.iterdir())
+        base = sum(p.nbytes for p in model.backbone.parameters())
+        shutil.rmtree(target)
+    counts["shared"] |= {"written": written, "hashed": 2 * written}
+    counts["own"] |= {"hashed": 2 * base}  # its identity, and the backbone's
+    energy = model.info["ranks"]["shared"]
+    sides = [tuple(model.base_tensor(name).shape) for name in energy]
+    numbers = sum(model.base_tensor(name).numel() for name in energy)
+    side = sum(
+        min(s[0], model.base_tensor(n).numel() // s[0]) * model.base_tensor(n).numel()
+        for n, s in zip(energy, sides)
+    )
+    about = {"numbers": numbers, "matrices": len(sides), "side": side / max(numbers, 1)}
+    return {**asdict(case), "counts": counts, **about}
+
+
+def cases() -> list[Case]:
+    """The merges of docs/scaling.json; those of one process are counted."""
+    small = [Case("small", tasks, budget) for budget in (1.4, 0.2) for tasks in COUNTS]
+    adapters = [Case("adapters", tasks // 5, 0.3) for tasks in COUNTS]
+    return list(dict.fromkeys([*CASES, *small, *adapters]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("count", "page"))
+    shapes = [*SHAPES, "adapters", "small"]
+    parser.add_argument("--only", nargs="+", choices=shapes, default=shapes)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    file = arguments.out / "cost_model.json"
+    found = json.loads(file.read_text()) if file.exists() else {"cases": []}
+    if arguments.what == "count":
+        for case in cases():
+            if case.shape in arguments.only:
+                key = asdict(case)
+                kept = [c for c in found["cases"] if not key.items() <= c.items()]
+                found["cases"] = [*kept, counted(case)]
+                write_json(file, found)
+                print(found["cases"][-1], flush=True)
+    elif arguments.what is None:
+        found["machine"], found["rates"] = machine(), asdict(Rates.measured())
+        write_json(file, found)
+    (arguments.out / "cost_model.md").write_text(page(found, arguments.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -68,26 +68,31 @@ def forecasts(
         "",
         "| pool | counted as | largest matrix |"
         + "".join(f" {n} GPU{'s' * (n > 1)} |" for n in GPUS)
-        + "".join(f" {n} CPU machine{'s' * (n > 1)} |" for n in MACHINES),
-        "|---|---|--:|" + "--:|" * (len(GPUS) + len(MACHINES)),
+        + "".join(f" {n} CPU machine{'s' * (n > 1)} |" for n in MACHINES)
+        + f" most of it on {GPUS[-1]} GPUs |",
+        "|---|---|--:|" + "--:|" * (len(GPUS) + len(MACHINES)) + "---|",
     ]
     for model in MODELS:
         like = _nearest(cases, model)
         if like is None:
             continue
         counts = counts_of(model, like)
-        cells = [_minutes(model, counts, _gpu(rates, gpu, n), n) for n in GPUS]
-        cells += [_minutes(model, counts, _cpu(rates), CORES * n) for n in MACHINES]
+        gpus = [_minutes(model, counts, _gpu(rates, gpu), n, -(-n // 8)) for n in GPUS]
+        cpus = [_minutes(model, counts, _cpu(rates), CORES * n, n) for n in MACHINES]
+        cells = " | ".join(f"{sum(found.values()):.1f}" for found in (*gpus, *cpus))
         name = f"{like['shape']} x {like['tasks']} at {like['budget']}"
-        share = model.largest / model.numbers
+        share, last = model.largest / model.numbers, gpus[-1]
+        most = max(last, key=last.get)
+        part = 100 * last[most] / sum(last.values())
         lines.append(
-            f"| {model.name} | {name} | {100 * share:.1f} % | {' | '.join(f'{cell:.1f}' for cell in cells)} |"
+            f"| {model.name} | {name} | {100 * share:.1f} % | {cells} | {most}, {part:.0f} % |"
         )
     return [
         *lines,
         "",
         "*Largest matrix*: its share of the numbers. A matrix is worked on by one process, so that no number of processes makes a",
-        "merge faster than that part of it; an embedding of 128 k tokens is what holds up 8B on more than sixteen.",
+        "merge faster than that part of it; an embedding of 128 k tokens is what holds up 8B on more than sixteen. *Writing* has the",
+        "checksums in it: one process takes those of the whole base model twice, to tell this merge from another and for its manifest.",
     ]
 
 
@@ -126,16 +131,24 @@ def _nearest(
 
 
 def _minutes(
-    model: Model, counts: Mapping[str, Mapping[str, float]], rates: Rates, size: int
-) -> float:
-    share = max(1 / size, model.largest / model.numbers)
-    alone = {kind: n * size * share for kind, n in counts["shared"].items()}
-    fair = {**counts, "shared": alone}
-    return sum(seconds(fair, rates, size).values()) / 60
+    model: Model,
+    counts: Mapping[str, Mapping[str, float]],
+    rates: Rates,
+    size: int,
+    machines: int,
+) -> dict[str, float]:
+    """Of the slowest process by kind of work, storage being shared by those of one machine."""
+    largest = model.largest / model.numbers
+    share, stored = max(1 / size, largest), max(1 / machines, largest)
+    alone = {
+        kind: n * size * (stored if kind in ("read", "written") else share)
+        for kind, n in counts["shared"].items()
+    }
+    found = seconds({**counts, "shared": alone}, rates, size)
+    return {kind: value / 60 for kind, value in found.items()}
 
 
-def _gpu(rates: Rates, told: Mapping[str, float], count: int) -> Rates:
-    beside = min(count, 8)
+def _gpu(rates: Rates, told: Mapping[str, float]) -> Rates:
     products = 1e9 * told["GFLOP/s"]
     return replace(
         rates,
@@ -143,12 +156,12 @@ def _gpu(rates: Rates, told: Mapping[str, float], count: int) -> Rates:
         eigen=products * EIGEN_COST["cpu"] / EIGEN_COST["cuda"],
         cache=1e9 * told["elementwise G/s"],
         memory=1e9 * told["elementwise G/s"],
-        read=min(STORAGE["gpu"][0] / beside, 1e9 * told.get("to it GB/s", 50.0)),
-        write=STORAGE["gpu"][1] / beside,
+        read=min(STORAGE["gpu"][0], 1e9 * told.get("to it GB/s", 50.0)),
+        write=STORAGE["gpu"][1],
         sent=NETWORK,
     )
 
 
 def _cpu(rates: Rates) -> Rates:
-    read, write = (rate / CORES for rate in STORAGE["cpu"])
+    read, write = STORAGE["cpu"]
     return replace(rates, read=read, write=write, sent=NETWORK)

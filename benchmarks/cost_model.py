@@ -1,8 +1,9 @@
 """What a merge costs: its work counted, against the measured rates of a machine; held against what was measured.
 
-    python -m benchmarks.cost_model               # rates of this machine, and docs/cost_model.md
-    python -m benchmarks.cost_model count         # counts of the merges of docs/scaling.json, anew
-    python -m benchmarks.cost_model count --only vit-b-32
+    python -m benchmarks.cost_model               # counts of merges that are not counted yet, rates, and docs/cost_model.md
+    python -m benchmarks.cost_model count --only vit-b-32    # counts anew
+    python -m benchmarks.cost_model rates         # rates of this machine alone
+    python -m benchmarks.cost_model page
 
 Counts are those of one thread, as ``benchmarks.counting`` sees them. No rate is fitted to what is predicted.
 """
@@ -61,7 +62,7 @@ def cases() -> list[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=("count", "page"))
+    parser.add_argument("what", nargs="?", choices=("count", "rates", "page"))
     shapes = [*SHAPES, "adapters", "small"]
     parser.add_argument("--only", nargs="+", choices=shapes, default=shapes)
     parser.add_argument("--out", type=Path, default=Path("docs"))
@@ -69,15 +70,16 @@ def main() -> None:
     torch.set_num_threads(1)
     file = arguments.out / "cost_model.json"
     found = json.loads(file.read_text()) if file.exists() else {"cases": []}
-    if arguments.what == "count":
-        for case in cases():
-            if case.shape in arguments.only:
-                key = asdict(case)
-                kept = [c for c in found["cases"] if not key.items() <= c.items()]
-                found["cases"] = [*kept, counted(case)]
-                write_json(file, found)
-                print(found["cases"][-1], flush=True)
-    elif arguments.what is None:
+    there = [{k: c[k] for k in asdict(CASES[0])} for c in found["cases"]]
+    anew = arguments.what == "count"
+    for case in cases() if arguments.what in (None, "count") else ():
+        key = asdict(case)
+        if case.shape in arguments.only and (anew or key not in there):
+            kept = [c for c in found["cases"] if not key.items() <= c.items()]
+            found["cases"] = [*kept, counted(case)]
+            write_json(file, found)
+            print(found["cases"][-1], flush=True)
+    if arguments.what in (None, "rates"):
         found["machine"], found["rates"] = machine(), asdict(Rates.measured())
         write_json(file, found)
     (arguments.out / "cost_model.md").write_text(page(found, arguments.out))

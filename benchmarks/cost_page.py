@@ -47,7 +47,9 @@ def page(found: Mapping[str, Any], docs: Path) -> str:
         "",
         f"Within {100 * RIGHT:.0f} %: {right} of {len(rows)}. Seconds of the processor of the slowest process in rows of",
         "`docs/scaling.json`; of the wall, on two threads and with the rates that were measured then, in rows of `docs/speed.json`.",
-        "These were taken at other times, on a machine whose rates change with what else runs on it.",
+        "Each was taken at another time, on a machine whose rates change with what else runs on it: rows of `docs/scaling.json` and",
+        "the rates above beside much other work, rows of `docs/speed.json` on a quiet machine, of which products, elementwise operations,",
+        "reading and writing were recorded and the rest (calls above all) was not.",
         "",
         "| merge | measured s | expected s | expected over measured | within |",
         "|---|--:|--:|--:|---|",
@@ -64,10 +66,21 @@ def page(found: Mapping[str, Any], docs: Path) -> str:
             )
         )
     if missing:
-        lines += ["", f"Not counted, and so not expected: {'; '.join(missing)}."]
+        lines += ["", f"Not counted, and so not expected: {_together(missing)}."]
     lines += ["", "Where the expected seconds of one process go:", ""]
     lines += _table_of_kinds([row for row in rows if row[0].endswith(", 1 process")])
     return "\n".join([*lines, "", *forecasts(cases, rates, docs)]) + "\n"
+
+
+def _together(names: list[str]) -> str:
+    """Methods and tasks of one part side by side."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        head, _, rest = (
+            name.partition(": ") if ": " in name else ("scaling.json", "", name)
+        )
+        groups.setdefault(head, []).append(rest)
+    return "; ".join(f"{head} ({', '.join(rest)})" for head, rest in groups.items())
 
 
 def _table_of_kinds(rows: list[tuple]) -> list[str]:

@@ -16,8 +16,8 @@ from benchmarks.processes import Job
 from fusion_bench_didi.lowrank.svd import EIGEN_COST
 from fusion_bench_didi.quantization.entropy import encode_runs, frequencies
 
-#: Side of the eigenproblem that is timed, numbers that are coded, and tasks of two merges of next to nothing.
-SIDE, CODED, FEW = 768, 2**20, (30, 90)
+#: Side of the matrices that are timed, columns of thin ones, numbers that are coded, and tasks of two merges of next to nothing.
+SIDE, THIN, CODED, FEW = 768, 256, 2**20, (2, 300)
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Rates:
     """Per second; ``call`` and ``fixed`` are seconds.
 
     Args:
-        operations: of matrix products.
+        operations: of matrix products, as thin as those of a range finder.
         eigen: likewise, as eigenproblems get on.
         cache, memory: numbers of one elementwise operation, in the processor's caches or from memory.
         read, write, hashed: bytes.
@@ -56,13 +56,18 @@ class Rates:
             machine = Machine.measured(Path(home))
         square = torch.randn(SIDE, SIDE)
         square = square @ square.mT
+        tall, thin = torch.randn(4 * SIDE, SIDE), torch.randn(SIDE, THIN)
         large, content = torch.ones(2**25), bytes(2**26)
         symbols = torch.randn(CODED).mul(2).round().clamp(-8, 7).long() + 8
         table = frequencies(symbols, 16)
         sent = torch.ones(2**24)
         call, fixed = _overheads()
         return cls(
-            operations=machine.flops,
+            operations=2
+            * tall.numel()
+            * THIN
+            / least(lambda: tall.mT @ (tall @ thin))
+            * 2,
             eigen=EIGEN_COST["cpu"]
             * SIDE**3
             / least(lambda: torch.linalg.eigh(square)),
@@ -101,7 +106,7 @@ def _overheads() -> tuple[float, float]:
             def merge(to: str = "merged") -> None:
                 DiDiMerging(budget=0.2, output_dir=str(Path(home) / to)).run(pool)
 
-            runs = [Job(1, measured(lambda i=i: merge(f"m{i}"))).results()[0] for i in range(3)]  # fmt: skip
+            runs = [Job(1, measured(lambda i=i: merge(f"m{i}"))).results()[0] for i in range(5)]  # fmt: skip
             with counting() as counts:
                 merge("counted")
         calls = sum(part["calls"] for part in counts.values())

@@ -46,6 +46,7 @@ PAGES = {
     "slim_serving": "benchmarks.slim_serving",
     "service": "benchmarks.service --minutes 10",
     "scaling": "benchmarks.scaling",
+    "cost_model": "benchmarks.cost_model",
     "reliability": "benchmarks.reliability",
     "what_we_learned": "benchmarks.what_we_learned",
 }

@@ -1,6 +1,7 @@
 # make demo    the main job on the embedded default, in a virtual environment that is made when missing
 # make test    linters, then every test
 # make test-transformers5  the tests again in an environment with transformers 5, its result in docs/transformers.md
+# make site    the documentation, into site/
 # make figures every page of docs/ and the README's table, by their own commands (hours; FIGURES="exact speed" for some)
 #
 # VENV may name an existing environment, PYTHON the interpreter that makes a new one, PYTEST_ARGS other options than those
@@ -14,8 +15,9 @@ BIN := $(VENV)/bin
 # Written after an install that succeeded, older than setup.cfg when the dependencies may have changed.
 INSTALLED := $(VENV)/.fusion_bench_didi-installed
 INSTALLED_TEST := $(VENV)/.fusion_bench_didi-installed-test
+INSTALLED_DOCS := $(VENV)/.fusion_bench_didi-installed-docs
 
-.PHONY: demo test test-transformers5 lint format figures clean
+.PHONY: demo test test-transformers5 lint format figures site clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fusion_bench_didi.demo
@@ -35,6 +37,9 @@ test-transformers5:
 	$(VENV5)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'transformers>=5'
 	PYTEST_ARGS="$(PYTEST_ARGS)" $(VENV5)/bin/python -m benchmarks.transformers_page
 
+site: $(INSTALLED_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
+
 figures: $(INSTALLED_TEST)
 	$(BIN)/python -m benchmarks.figures $(FIGURES)
 
@@ -44,7 +49,7 @@ format: $(INSTALLED_TEST)
 
 # An existing environment is never removed here: `rm -r .venv` starts from nothing.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache outputs
+	rm -rf build dist site *.egg-info .pytest_cache outputs
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -60,4 +65,9 @@ $(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
 $(INSTALLED_TEST): setup.cfg pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV): a few minutes the first time, mostly for torch."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $(INSTALLED) $@
+
+$(INSTALLED_DOCS): setup.cfg pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV): a few minutes the first time, mostly for torch."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $(INSTALLED) $@

@@ -30,7 +30,8 @@ from fusion_bench_didi.report.tables import as_markdown
 
 DOCS = Path("docs")
 README = Path("README.md")
-BLOCK = re.compile(r"(<!-- results[^>]*-->\n).*(<!-- /results -->)", re.DOTALL)
+#: Blocks of the README and the notes that they are made of.
+BLOCKS = {"summary": "readme_summary.md", "results": "readme.md"}
 
 #: Pictures that a page shows, of those that the report draws.
 PICTURES = {
@@ -150,6 +151,7 @@ def figures(comparison: Comparison) -> dict[str, Any]:
         },
         "best_static": best["method"],
         "average_of_best": f"{100 * best['average']:.1f}",
+        "retention_of_best": f"{100 * best['retention']['mean_of_ratios']:.1f}",
         "failed": len(comparison.failed),
     }
 
@@ -182,15 +184,16 @@ def pictures(suite: str) -> dict[str, Figure]:
 def readme(text: str) -> str:
     """The README with its results as they are in ``docs/comparison_real8.json``."""
     comparison = Comparison.read(DOCS / "comparison_real8.json")
-    block = (
-        (NOTES / "readme.md")
-        .read_text()
-        .format(**figures(comparison), table="\n".join(_short_table(comparison)))
-    )
-    filled, count = BLOCK.subn(lambda found: found[1] + block + found[2], text)
-    if count != 1:
-        raise ValueError(f"{README} has {count} blocks of results, expected one.")
-    return filled
+    fields = figures(comparison) | {"table": "\n".join(_short_table(comparison))}
+    for name, note in BLOCKS.items():
+        block = (NOTES / note).read_text().format(**fields)
+        pattern = rf"(<!-- {name}[^>]*-->\n).*(<!-- /{name} -->)"
+        text, count = re.subn(
+            pattern, lambda found: found[1] + block + found[2], text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"{README} has {count} blocks {name}, expected one.")
+    return text
 
 
 #: Rows of the README's table; static methods are one row, the best.

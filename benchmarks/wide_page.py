@@ -17,6 +17,8 @@ PAGE, FIGURE = Path("docs") / "wide_towers.md", Path("docs") / "img" / "wide_tow
 KEPT = 99.0
 #: Storage up to which the figure goes.
 MOST = 1.0
+#: Retention from which on it shows it; what nowhere keeps so much is in the tables alone.
+LEAST = 80
 Curves = dict[str, list[dict[str, Any]]]
 
 
@@ -128,12 +130,13 @@ def draw(widths: Mapping[str, Curves]) -> Figure:
         for axes, (width, curves) in zip(panels, widths.items()):
             for family, curve in curves.items():
                 shown = [p for p in points(curve) if p[0] <= MOST]
+                if max((kept for _, kept in shown), default=0) < LEAST:
+                    continue
                 style = {"color": colors.get(family), "marker": "s", "ms": 4, "lw": 1}
                 if family == "DiDi":
                     style = {"color": color("ours"), "marker": "o", "ms": 5, "lw": 2.2, "zorder": 5}  # fmt: skip
-                if shown:
-                    (drawn[family],) = axes.plot(*zip(*shown), **style)
-            axes.set(xscale="log", xlim=(0.009, MOST * 1.1), ylim=(80, 102), title=f"{width} wide")  # fmt: skip
+                (drawn[family],) = axes.plot(*zip(*shown), **style)
+            axes.set(xscale="log", xlim=(0.009, MOST * 1.1), ylim=(LEAST, 102), title=f"{width} wide")  # fmt: skip
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axes.minorticks_off()
             axes.set_xlabel("stored beyond the backbone (fine-tuned models)")

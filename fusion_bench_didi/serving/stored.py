@@ -182,29 +182,28 @@ class StoredBank(Bank):
             counts: (T + 1,) samples per task.
         """
         use, y, start = _Use(self), inputs.empty(self.sides), 0
-        parts: list[tuple[int, slice, Scaled | None]] = []
+        parts: list[tuple[int, slice, bool]] = []
         alike: list[slice] = []  # rows that the shared matrix is part of
         for task, count in enumerate(counts):
             rows, start = slice(start, start + count), start + count
             if not count:
                 continue
-            factors = use.factors(task, inputs[rows])
-            if factors is None and not use.is_shared(task):
-                parts.append((task, rows, None))
-                continue
-            if factors is not None:
-                parts.append((task, rows, factors))
+            if not use.is_shared(task):
+                factored = use.factored(task, inputs[rows])
+                parts.append((task, rows, factored))
+                if not factored:
+                    continue
             if alike and alike[-1].stop == rows.start:
                 alike[-1] = slice(alike[-1].start, rows.stop)
             else:
                 alike.append(rows)
         for rows in alike:
             use.shared_product(inputs[rows], y[rows])
-        for task, rows, factors in parts:
-            if factors is None:
-                use.product(inputs[rows], task, y[rows])
+        for task, rows, factored in parts:  # of one task at a time
+            if factored:
+                y[rows] += inputs[rows].factors(*use.factors(task))
             else:
-                y[rows] += inputs[rows].factors(*factors)
+                use.product(inputs[rows], task, y[rows])
         return y
 
     @torch.compiler.disable
@@ -216,12 +215,11 @@ class StoredBank(Bank):
         for task in weights.any(0).nonzero().flatten().tolist():
             if use.is_shared(task):
                 continue
-            factors = use.factors(task, inputs)
-            if factors is None:
+            if use.factored(task, inputs):
+                own = inputs.factors(*use.factors(task))
+            else:
                 use.product(inputs, task, own := torch.empty_like(y))
                 own -= shared
-            else:
-                own = inputs.factors(*factors)
             scale = weights[:, task].to(y).view(-1, *(1,) * (y.ndim - 1))
             y.addcmul_(own, scale)
         return y
@@ -291,27 +289,26 @@ class _Use:
         else:
             out.copy_(inputs.matrix(*held))
 
-    def factors(self, task: int, inputs: Inputs) -> Scaled | None:
-        """A task's change as (m, r), scales and (r, n), where that takes less arithmetic than its matrix."""
+    def factored(self, task: int, inputs: Inputs) -> bool:
+        """Whether a task's change is a product, and takes less arithmetic as one than its matrix does."""
         bank, (m, n) = self.bank, self.base.shape
-        if self.is_shared(task) or not bank.serving.dense_above:
-            return None
-        if inputs.rows * (m + n) > m * n:
-            return None
-
-        def made() -> Scaled:
-            delta, shared = bank.deltas[task], self._shared()
-            return delta.scaled_product(shared, self.base.dtype)
-
+        if not bank.serving.dense_above or inputs.rows * (m + n) > m * n:
+            return False
         if task not in bank.ranks:
             delta = bank.deltas[task]
             own = isinstance(delta, OwnDelta)
             product = None if own else delta.beyond_product(self._shared())
             bank.ranks[task] = None if product is None else product.rank
-        rank = bank.ranks[task]
-        if rank is None:
-            return None
-        nbytes = rank * (m + n) * self.base.element_size()
+        return bank.ranks[task] is not None
+
+    def factors(self, task: int) -> Scaled:
+        """A task's change as (m, r), scales and (r, n), the factors in the backbone's type."""
+        bank, dtype = self.bank, self.base.dtype
+
+        def made() -> Scaled:
+            return bank.deltas[task].scaled_product(self._shared(), dtype)
+
+        nbytes = bank.ranks[task] * sum(self.base.shape) * dtype.itemsize
         return bank.held.get(bank.key(FACTORS), task, nbytes, made) or made()
 
     def _shared(self) -> Delta | None:

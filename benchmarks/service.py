@@ -48,14 +48,14 @@ SIZES = dict(
     eos_token_id=1,
     max_position_embeddings=256,
 )
-#: Requests that are refused, and with what.
+#: Requests that are refused, and with what; to a task where they name none.
 BAD = [
     (404, {"model": "nobody", "prompt": "w2"}),
-    (400, {"model": "task00", "prompt": ""}),
-    (400, {"model": "task00", "prompt": "w2", "max_tokens": 10**6}),
-    (400, {"model": "task00", "prompt": "w2", "temperature": 1.0}),
-    (400, {"model": "task00", "prompt": "w2 " * 2000}),
-    (413, {"model": "task00", "prompt": "w2 " * 10**6}),
+    (400, {"prompt": ""}),
+    (400, {"prompt": "w2", "max_tokens": 10**6}),
+    (400, {"prompt": "w2", "temperature": 1.0}),
+    (400, {"prompt": "w2 " * 2000}),
+    (413, {"prompt": "w2 " * 10**6}),
 ]
 
 
@@ -139,6 +139,7 @@ def load(service: Service, seconds: float, clients: int) -> dict:
         while time.monotonic() < until:
             if draw.random() < 0.05:
                 expected, body = draw.choice(BAD)
+                body = {"model": names[0], **body}
             else:
                 words = draw.choices(range(2, WORDS), k=draw.randint(2, LONGEST))
                 prompt = " ".join(f"w{word}" for word in words)

@@ -12,13 +12,13 @@ TEXT = """# Serving in little memory
 
 `Serving(memory_limit_gb=G)` on `model.serving` keeps a mixed batch to the backbone, what is stored, and G GB of decoded tensors
 of tasks that are asked for often. `python -m benchmarks.slim_serving` measures it: a batch of 64 samples of eight tasks (images, or
-prompts of 32 tokens), and text of eight prompts of eight tasks, token by token. Aims: at most backbone + stored + 10 % in memory, at
+prompts of 16 tokens), and text of eight prompts of eight tasks, token by token. Aims: at most backbone + stored + 10 % in memory, at
 most 1.3 times the plain forward, at least 0.3 of the plain model's tokens per second.
 
 *Alive* are all tensors after a batch, in backbones; *of backbone + stored* is what is aimed at. *Peak* is what a batch takes
 meanwhile above that (activations too, as of the plain model in the first row), *first batch* the same for the first one, in which
 layers are checked against the plain model of single tasks.
-Weights are made on the spot (`benchmarks/checkpoints.py`): real shapes and spectra, no trained models.
+The last row is the backbone as the model of one task, base weights kept beside it. Weights are made on the spot (`benchmarks/checkpoints.py`): real shapes and spectra, no trained models.
 """
 MIB = 2**20
 
@@ -35,7 +35,10 @@ def write_page(record: dict[str, Any]) -> None:
 
 def section(key: str, found: dict[str, Any]) -> list[str]:
     held, rows = found["backbone"] + found["stored"], found["rows"]
-    where = found["on"] or f"{found['machine']['threads']} threads"
+    where = (
+        found["on"]
+        or f"{found['machine']['threads']} thread{'s' * (found['machine']['threads'] > 1)}"
+    )
     lines = [
         "",
         f"## {key}",
@@ -47,7 +50,7 @@ def section(key: str, found: dict[str, Any]) -> list[str]:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
-        slim = name in ("mixed, nothing held", "mixed, a tenth held")
+        slim = name == "mixed, nothing held"
         share, tokens = row["alive"] / held, row.get("tokens_of_plain")
         cells = [
             f"{row['alive'] / found['backbone']:.2f}",

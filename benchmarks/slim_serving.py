@@ -38,7 +38,7 @@ from fusion_bench_didi.serving.banks import Serving
 
 RESULTS = Path(__file__).resolve().parent / "results" / "slim_serving.json"
 #: Tokens of a prompt, prompts and steps of decoding.
-PROMPT, PROMPTS, STEPS = 32, 8, 4
+PROMPT, PROMPTS, STEPS = 16, 8, 4
 #: Turns of the clock; one where a plain forward takes more than so many seconds.
 TURNS, LONG = 3, 1.0
 #: Bits of a coded number when experts are drawn.
@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default=None, help="of the backbone; as it is loaded if left out")  # fmt: skip
     parser.add_argument("--drawn", action="store_true", help="experts of random codes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -277,7 +278,8 @@ def main() -> None:
     for what in arguments.on:
         for factors in arguments.factors:
             model = make(what, factors, arguments.budget, arguments.tasks).eval()
-            model.backbone.to(SHAPES[what].dtype)  # what is stored stays as it is
+            if arguments.dtype is not None:  # what is stored stays as it is
+                model.backbone.to(getattr(torch, arguments.dtype))
             case = Case(model.to(arguments.device), arguments.batch, arguments.device)
             key = f"{what}, {arguments.device}, {factors} factors{', drawn' if arguments.drawn else ''}"
             print(key, flush=True)

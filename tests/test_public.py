@@ -1,9 +1,17 @@
 """What a user finds without reading the source."""
 
+import configparser
+import re
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import yaml
+from click.testing import CliRunner
+from helpers import REPOSITORY
+from packaging.requirements import Requirement
+
 import fusion_bench_didi
+from fusion_bench_didi.cli import didi
 from fusion_bench_didi.method.didi import DiDiMerging
 
 
@@ -24,3 +32,36 @@ def test_closed_sets_of_values_are_literals():
     for name in ("shared", "residual", "allocation", "refinement", "factor_dtype"):
         default = getattr(DiDiMerging(), name)
         assert default in get_args(hints[name])
+
+
+def test_the_version_is_written_in_one_place():
+    """And what has to repeat it repeats it."""
+    version = fusion_bench_didi.__version__
+    settings = (REPOSITORY / "setup.cfg").read_text()
+    assert "version = attr: fusion_bench_didi.__version__" in settings
+    changes = (REPOSITORY / "CHANGELOG.md").read_text()
+    assert re.search(r"^## (\S+?),? ", changes, re.MULTILINE)[1] == version
+    assert CliRunner().invoke(didi, ["--version"]).output.split()[-1] == version
+
+
+def test_hooks_and_linters_are_of_one_version():
+    """What formats before a commit is what `make lint` accepts."""
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
+    found = {hook["id"]: repo["rev"] for repo in hooks["repos"] for hook in repo["hooks"]}  # fmt: skip
+    settings = configparser.ConfigParser()
+    settings.read(REPOSITORY / "setup.cfg")
+    lines = settings["options.extras_require"]["test"].splitlines()
+    wanted = {r.name: r.specifier for r in map(Requirement, (l for l in lines if l and l[0] != "#"))}  # fmt: skip
+    assert set(found) == {"black", "isort"}
+    assert all(version in wanted[name] for name, version in found.items())
+
+
+def test_the_workflow_runs_what_contributors_run():
+    jobs = yaml.safe_load((REPOSITORY / ".github/workflows/tests.yml").read_text())["jobs"]  # fmt: skip
+    run = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]  # fmt: skip
+    targets = re.findall(
+        r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE
+    )
+    assert run == ["make test", "make site"] and {"test", "site"} <= set(targets)
+    for form in (REPOSITORY / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(form.read_text())

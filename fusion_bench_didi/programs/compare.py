@@ -31,7 +31,7 @@ from ..report.terminal import print_table
 from .entries import declared, dependent, read_entries
 from .entry_run import Bench, run_entry, summary
 from .progress import Watch, quiet, terminal
-from .results import FORMAT, assemble
+from .results import FORMAT, assemble, made
 from .rows import COMPARISON, SETTINGS, RowStore
 from .scoring import Scorer
 from .sizes import pool_facts
@@ -211,7 +211,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         }
 
     def _write(self, rows: Mapping[str, Any], bench: Bench) -> dict[str, Any]:
-        comparison = self._assembled(rows, bench)
+        comparison = self._assembled(rows, bench) | {"made": made()}
         write_json(self.directory / COMPARISON, comparison)
         return comparison
 

@@ -1,6 +1,10 @@
 """From single rows to ``comparison.json``: what follows from the rows, computed in one place."""
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from .entries import Entry
@@ -61,6 +65,17 @@ def assemble(
             k: v for k, v in settings.items() if k not in ("versions", "format")
         },
         "versions": settings["versions"],
+    }
+
+
+def made() -> dict[str, str]:
+    """How and when a comparison was made, for its page: the command as it was typed, and the hour."""
+    program = Path(sys.argv[0])
+    # of python -m the package's directory says more than its __main__.py
+    name = program.parent.name if program.stem == "__main__" else program.name
+    return {
+        "command": shlex.join([name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 

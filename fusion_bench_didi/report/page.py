@@ -4,10 +4,13 @@ The libraries' own exports do the work: itables (DataTables) for the tables, plo
 page. In print, the plots are the SVG files' pictures, which carry their labels.
 """
 
+import base64
 import html
 import io
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from itables.javascript import generate_init_offline_itables_html, to_html_datatable
@@ -17,9 +20,10 @@ from plotly.offline import get_plotlyjs
 
 from ..files import write_whole
 from . import interactive, plots
-from .comparison import Comparison
+from .comparison import GROUPS, Comparison, best_two
+from .page_template import PAGE, SCRIPT, STYLE
 from .style import look
-from .tables import LEGEND, columns
+from .tables import LEGEND, as_csv, as_latex, columns
 
 _TITLES = {
     "accuracy_vs_storage": (
@@ -52,8 +56,8 @@ def render(comparison: Comparison) -> str:
         _figure(name, figure, printed.get(name, ""))
         for name, figure in interactive.figures(comparison).items()
     ]
-    return _PAGE.format(
-        style=_STYLE,
+    return PAGE.format(
+        style=STYLE,
         plotly=get_plotlyjs(),
         tables=generate_init_offline_itables_html(dt_bundle),
         lead=_lead(comparison),
@@ -61,45 +65,70 @@ def render(comparison: Comparison) -> str:
         tasks=_table(task_frame(comparison), "tasks"),
         legend=html.escape(LEGEND),
         figures="\n".join(sections),
+        downloads=_downloads(comparison),
         facts=_facts(comparison),
+        script=SCRIPT,
     )
 
 
 def summary_frame(comparison: Comparison) -> pd.DataFrame:
-    """What the first table shows."""
+    """What the first table shows: what decides comes first, for it is all that a phone has room for."""
+    marked = _marked(comparison, lambda row: row["average"])
     lines = []
     for row in comparison.rows:
-        line = {"Method": row["method"], "Group": row["group"]}
-        line["Average"] = _rounded(row["average"], 1, 100)
-        line["Retention"] = _rounded(row["retention"]["mean_of_ratios"], 1, 100)
-        line["(of averages)"] = _rounded(row["retention"]["ratio_of_averages"], 1, 100)
-        for head, key, digits in (
-            ("x excl.", "x_excl", 2),
-            ("x incl.", "x_incl", 2),
-            ("x printed", "published_x", 2),
-            ("Merge s", "seconds", 1),
-            ("Peak GB", "peak_gb", 2),
+        line = {"Method": html.escape(row["method"])}
+        line["x excl."] = _rounded(row["x_excl"], 2)
+        line["Average"] = marked(row)
+        for head, value, digits, scale in (
+            ("Retention", row["retention"]["mean_of_ratios"], 1, 100),
+            ("(of averages)", row["retention"]["ratio_of_averages"], 1, 100),
+            ("x incl.", row["x_incl"], 2, 1),
+            ("x printed", row["published_x"], 2, 1),
+            ("Merge s", row["seconds"], 1, 1),
+            ("Peak GB", row["peak_gb"], 2, 1),
         ):
-            line[head] = _rounded(row[key], digits)
-        line |= {head: cell(row) for head, cell in columns()[-2:]}
-        line["Notes"] = f"failed: {row['error']}" if row["error"] else row["notes"]
+            line[head] = _rounded(value, digits, scale)
+        line["Group"] = row["group"]
+        line |= {head: html.escape(cell(row)) for head, cell in columns()[-2:]}
+        notes = f"failed: {row['error']}" if row["error"] else row["notes"]
+        line["Notes"] = html.escape(notes)
         lines.append(line)
     return pd.DataFrame(lines, dtype=object)
 
 
 def task_frame(comparison: Comparison) -> pd.DataFrame:
     """What the second table shows."""
+    values = {t: lambda row, t=t: row["accuracy"][t] for t in comparison.tasks}
+    values["Average"] = lambda row: row["average"]
+    marked = {head: _marked(comparison, value) for head, value in values.items()}
     return pd.DataFrame(
         [
-            {
-                "Method": row["method"],
-                **{t: _rounded(row["accuracy"][t], 1, 100) for t in comparison.tasks},
-                "Average": _rounded(row["average"], 1, 100),
-            }
+            {"Method": html.escape(row["method"])}
+            | {html.escape(head): mark(row) for head, mark in marked.items()}
             for row in comparison.rows
         ],
         dtype=object,
     )
+
+
+def _marked(
+    comparison: Comparison, value: Callable[[Mapping], float | None]
+) -> Callable[[Mapping], str]:
+    """Accuracies as cells; best of a group bold, second best underlined, references apart."""
+    places: tuple[set[str], set[str]] = (set(), set())
+    for group in GROUPS:
+        if group != "reference":
+            for place, best in zip(places, best_two(comparison.group(group), value)):
+                place |= best
+
+    def cell(row: Mapping) -> str:
+        text = _rounded(value(row), 1, 100)
+        for tag, place in zip("bu", places):
+            if row["method"] in place:
+                return f"<{tag}>{text}</{tag}>"
+        return text
+
+    return cell
 
 
 def _rounded(value: float | None, digits: int, scale: float = 1) -> str:
@@ -110,18 +139,31 @@ def _rounded(value: float | None, digits: int, scale: float = 1) -> str:
 def _table(frame: pd.DataFrame, name: str) -> str:
     words = ("Method", "Group", "Data", "Routing", "Notes")
     figures = [i for i, head in enumerate(frame.columns) if head not in words]
+    nowhere = dict.fromkeys(("topStart", "topEnd", "bottomStart", "bottomEnd"))
     return to_html_datatable(
         frame,
         connected=False,
         table_id=name,
         paging=False,
-        layout=dict.fromkeys(("topStart", "topEnd", "bottomStart", "bottomEnd")),
+        layout=nowhere | {"topStart": "search"},
         ordering=True,
         order=[],
         showIndex=False,
-        columnDefs=[{"targets": figures, "className": "dt-right", "type": "num"}],
+        columnDefs=[{"targets": figures, "className": "dt-right", "type": "html-num"}],
         classes="display compact nowrap",
         style="width:100%",
+        text_in_header_can_be_selected=False,  # else only the arrows of a heading sort
+        allow_html=True,  # cells are escaped above; marks of the best are not
+    )
+
+
+def _downloads(comparison: Comparison) -> str:
+    """Links that hold what they give."""
+    files = {"csv": ("text/csv", as_csv), "tex": ("text/x-tex", as_latex)}
+    return " ".join(
+        f'<a download="comparison.{ending}" href="data:{kind};base64,{base64.b64encode(make(comparison).encode()).decode()}">'
+        f"{ending.upper()}</a>"
+        for ending, (kind, make) in files.items()
     )
 
 
@@ -164,53 +206,26 @@ def _lead(comparison: Comparison) -> str:
 
 
 def _facts(comparison: Comparison) -> str:
-    versions = comparison.data["versions"]
-    return html.escape(", ".join(f"{k} {v}" for k, v in versions.items()))
+    """How it was made, as far as the file says."""
+    data, config = comparison.data, comparison.data.get("config", {})
+    made = data.get("made", {})
+    told = {
+        "Command": made.get("command"),
+        "Date": made.get("date"),
+        **{head: _pool(config.get(key)) for head, key in (("Models", "modelpool"), ("Tasks", "taskpool"))},
+        "Seed": config.get("seed"),
+        "Versions": ", ".join(f"{k} {v}" for k, v in data["versions"].items()),
+    }  # fmt: skip
+    return "".join(
+        f"<dt>{head}</dt><dd>{html.escape(str(value))}</dd>"
+        for head, value in told.items()
+        if value not in (None, "")
+    )
 
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1400px; padding: 1rem; }
-h1 { font-size: 1.5rem; margin: .2rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .2rem; }
-p { margin: .2rem 0 .6rem; color: #555; }
-table { font-size: .85rem; font-variant-numeric: tabular-nums; }
-.table { overflow-x: auto; }
-.table th:first-child, .table td:first-child { position: sticky; left: 0; background: #fff; z-index: 1; }
-#summary td:last-child { white-space: normal; min-width: 15rem; }
-div.screen { overflow-x: auto; } .ranks .plot { min-width: 900px; }
-.print { display: none; }
-@media (max-width: 600px) { body { padding: .6rem; font-size: 15px; } table { font-size: .78rem; }
-  #summary td:last-child { white-space: nowrap; } }
-@media print {
-  @page { size: A4 landscape; margin: 10mm; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  .screen { display: none; } .print { display: block; } .print svg { width: 100%; height: auto; max-height: 165mm; }
-  .table { overflow: visible; } table.dataTable { font-size: 6.5pt; } table.dataTable td { white-space: normal !important; padding: 1px 3px !important; }
-  #summary td:last-child { min-width: 0; } .dt-column-order { display: none; } p.screen { display: none; }
-  section { break-inside: avoid; } tr { break-inside: avoid; }
-}
-"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>Model merging, side by side</title>
-<style>{style}</style>
-<script>{plotly}</script>
-</head>
-<body>
-{tables}
-<h1>Model merging, side by side</h1>
-<p>{lead}</p>
-<p class="screen">Accuracies in %. Tap a heading to sort.</p>
-<div class="table">{summary}</div>
-<p><small>{legend}</small></p>
-<section><h2>Accuracy by task, in %</h2>
-<div class="table">{tasks}</div></section>
-{figures}
-<p><small>{facts}</small></p>
-</body>
-</html>
-"""
+def _pool(config: Mapping[str, Any] | None) -> str:
+    """Class of a pool and where its models or data are, as far as that is short."""
+    if not config:
+        return ""
+    plain = [f"{k} {v}" for k, v in config.items() if k[0] != "_" and isinstance(v, (str, int))]  # fmt: skip
+    return " ".join([str(config.get("_target_", "")).rpartition(".")[2], ", ".join(plain)])  # fmt: skip

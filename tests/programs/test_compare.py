@@ -131,7 +131,7 @@ def timeless(comparison: dict) -> dict:
         {k: v for k, v in row.items() if k not in ("seconds", "peak_gb", "added_gb")}
         for row in comparison["rows"]
     ]
-    return {**comparison, "rows": rows}
+    return {**comparison, "rows": rows, "made": None}
 
 
 def test_rows_hold_what_is_promised(finished):
@@ -149,6 +149,7 @@ def test_rows_hold_what_is_promised(finished):
         {"mean_of_ratios": 1.0, "ratio_of_averages": 1.0}
     )
     assert rows["averaging"]["seconds"] > 0 and rows["averaging"]["peak_gb"] > 0
+    assert comparison["made"].keys() == {"command", "date"}
     assert comparison["versions"]["torch"] and comparison["config"]["seed"] == 0
 
 

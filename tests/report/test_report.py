@@ -1,5 +1,6 @@
 """Tables, plots and the page, from a comparison that was made up."""
 
+import base64
 import csv
 import io
 import json
@@ -20,7 +21,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.transforms import Bbox  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from fusion_bench_didi.report import labels, plots, tables
+from fusion_bench_didi.report import labels, page, plots, tables
 from fusion_bench_didi.report.comparison import Comparison, best_two
 from fusion_bench_didi.report.modules import Place, RankTable, energy_lines
 from fusion_bench_didi.report.style import look
@@ -244,31 +245,50 @@ def test_a_comparison_without_ranks_or_figures_still_has_a_report(tmp_path):
 
 def test_the_page_needs_no_network(written):
     """Nothing is fetched: no element with an address outside the page."""
-    page = (written / "comparison.html").read_text()
-    assert len(page) > 4e6  # both libraries are inside
-    outside = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.S)
-    assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=\"(http|//)", page)
+    text = (written / "comparison.html").read_text()
+    assert len(text) > 4e6  # both libraries are inside
+    outside = re.sub(r"<script[^>]*>.*?</script>", "", text, flags=re.S)
+    assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=\"(http|//)", text)
     assert not re.search(r"@import|url\(\s*['\"]?http", outside)
-    assert "no &lt;images&gt;" in page or "no \\u003cimages" in page
+    assert "no &lt;images&gt;" in text or "no \\u003cimages" in text
+    assert "<images>" not in outside
+
+
+SEEN = """
+<body style="margin:0"><iframe width="390" height="3600" style="border:0" src="{page}"></iframe><script>
+const frame = document.querySelector('iframe');
+const pause = (time) => new Promise(done => setTimeout(done, time));
+frame.onload = async () => {{
+  await pause(3000);
+  const d = frame.contentDocument, all = (what) => [...d.querySelectorAll(what)];
+  const methods = () => all('#summary tbody tr').map(row => row.cells[0].textContent);
+  const heads = all('#summary thead th'), named = (name) => heads.find(h => h.textContent.trim() === name);
+  const seen = {{
+    width: d.documentElement.scrollWidth, tables: all('table.dataTable th.dt-orderable-asc').length,
+    plots: all('.js-plotly-plot .main-svg').length, rows: methods().length,
+    references: frame.contentWindow.document.getElementById('accuracy_vs_storage').data[0].marker.color,
+    storage: named('x excl.').getBoundingClientRect().right,
+  }};
+  named('Average').click(); await pause(300); seen.rising = methods();
+  named('Average').click(); await pause(300); seen.falling = methods();
+  const search = d.querySelector('#summary_wrapper input[type=search]');
+  search.value = 'static_'; search.dispatchEvent(new Event('input', {{bubbles: true}}));
+  await pause(500); seen.found = methods();
+  document.body.dataset.seen = JSON.stringify(seen);
+}};
+</script></body>
+"""
 
 
 def test_the_page_in_a_browser(written, tmp_path):
-    """Headless Chromium, at the width of a phone: tables are sortable, plots are drawn, nothing is wider than the page."""
+    """Headless Chromium, at the width of a phone: headings sort, search finds, storage is in view, plots are drawn."""
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         pytest.skip("no Chromium here; apt-get install chromium")
     # Chromium's own window is never narrower than 500 pixels, a frame is.
     frame = tmp_path / "phone.html"
-    frame.write_text(
-        '<body style="margin:0"><iframe width="390" height="3600" style="border:0" onload="'
-        "setTimeout(() => {const d = this.contentDocument, e = d.documentElement;"
-        "document.body.dataset.seen = JSON.stringify({width: e.scrollWidth,"
-        "tables: d.querySelectorAll('table.dataTable th.dt-orderable-asc').length,"
-        "plots: d.querySelectorAll('.js-plotly-plot .main-svg').length,"
-        "rows: d.querySelectorAll('#summary tbody tr').length})}, 3000)"
-        f'" src="file://{written}/comparison.html"></iframe></body>'
-    )
+    frame.write_text(SEEN.format(page=f"file://{written}/comparison.html"))
     shot = tmp_path / "phone.png"
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-background-networking --allow-file-access-from-files "
@@ -283,12 +303,30 @@ def test_the_page_in_a_browser(written, tmp_path):
 
     seen = re.search(r'data-seen="([^"]*)"', run("--dump-dom", f"--screenshot={shot}"))
     found = json.loads(seen[1].replace("&quot;", '"'))
-    assert found["width"] <= 390
-    assert found["rows"] == len(synthetic()["rows"])
+    assert found["references"] == "#222222"  # on a light screen
+    assert found["width"] <= 390 and found["storage"] <= 390
+    rows = synthetic()["rows"]
+    assert found["rows"] == len(rows)
     assert found["tables"] > 10
     assert found["plots"] >= 4
+    rising = sorted((r for r in rows if not r["error"]), key=lambda r: r["average"])
+    names = [r["method"] for r in rising]
+    assert [m for m in found["rising"] if m != "Broken"] == names
+    assert [m for m in found["falling"] if m != "Broken"] == names[::-1]
+    assert set(found["found"]) == {f"Static_{i}" for i in range(6)}
     if not shot.is_file():
         run(f"--screenshot={shot}")
     pixels = np.asarray(Image.open(shot).convert("L"))[:, :390]
     written_lines = (pixels < 200).any(axis=1)
     assert written_lines.mean() > 0.4, "most of the page is blank"
+
+
+def test_the_page_says_how_it_was_made_and_gives_its_figures(comparison):
+    found = page.render(Comparison(synthetic() | {"made": {"command": "didi compare -o <out>", "date": "2026-01-02 03:04 UTC"}}))  # fmt: skip
+    assert "<dd>didi compare -o &lt;out&gt;</dd>" in found and "2026-01-02" in found
+    given = dict(re.findall(r'download="comparison\.(\w+)" href="data:[^,]*,([^"]*)"', found))  # fmt: skip
+    assert base64.b64decode(given["csv"]).decode() == tables.as_csv(comparison)
+    assert base64.b64decode(given["tex"]).decode() == tables.as_latex(comparison)
+    cells = page.summary_frame(comparison).set_index("Method")["Average"]
+    assert cells["Static_5"].startswith("<b>") and cells["Static_4"].startswith("<u>")
+    assert "<" not in cells["Individuals"]

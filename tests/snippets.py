@@ -1,5 +1,6 @@
 """Blocks of code in pages of Markdown, and what a line of a shell asks for, checked without running it."""
 
+import functools
 import importlib.util
 import re
 import shlex
@@ -43,6 +44,7 @@ def blocks(page: Path) -> Iterator[Block]:
             yield Block(page, language, text)
 
 
+@functools.cache
 def fault(line: str) -> str | None:
     """Why a command would not start, None if it would.
 

@@ -323,3 +323,23 @@ def test_table_of_the_command_fits_150_columns():
         assert shown in text
     first = next(line for line in text.splitlines() if rows[0]["method"] in line)
     assert "–" in first and "1234.5" not in first
+
+
+CELLS = json.loads((REPOSITORY / "examples" / "first_merge.ipynb").read_text())["cells"]
+CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
+
+
+def test_every_cell_of_the_notebook_runs(suite, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSION_BENCH_DIDI_CACHE", str(suite.parent))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    names = {}
+    for number, cell in enumerate(CODE):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    assert names["rows"].keys() == set(TINY)
+    for own, merged in names["rows"].values():
+        assert merged >= own - 0.1
+    assert (names["place"] / "models").is_dir()
+
+
+def test_the_notebook_is_kept_without_outputs():
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in CODE)

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from figure_boxes import ink_at_the_edge, overlapping
 from helpers import REPOSITORY
@@ -41,24 +40,8 @@ def of_frontier() -> Figure:
 
 
 def of_wide_towers() -> Figure:
-    """Of what was measured, or of three widths and seven methods that were made up."""
-    if (REPOSITORY / wide_page.FILE).is_file():
-        widths = wide_page._widths(stored("wide_towers"))
-        return wide_page.draw({w: wide_page.chosen(f["rows"]) for w, f in widths.items()})  # fmt: skip
-    families = ("DiDi", "BitDelta", "DARE", "T-Switch", "ComPEFT", "UltraDelta", "TVQ")
-    curve = [{"x": x, "retention": 90 + 10 * x} for x in (0.02, 0.1, 0.5)]
-    return wide_page.draw({w: dict.fromkeys(families, curve) for w in ("64", "384", "768")})  # fmt: skip
-
-
-def of_the_search() -> dict[str, Figure]:
-    """Of what was measured, or of a search that was made up."""
-    if (REPOSITORY / "docs" / "merge_front.json").is_file():
-        return merge_front.pictures(stored("merge_front"))
-    draw = np.random.default_rng(0)
-    cloud = draw.uniform((0.24, 0.9), (1.0, 1.0), (60, 2)).tolist()
-    runs = {kind: {"0": cloud, "1": cloud} for kind in ("nsga2", "random")}
-    others = [[f"Method {i}", 0.24 + 0.1 * i, 0.96] for i in range(8)]
-    return merge_front.pictures({"runs": runs, "others": others})
+    widths = wide_page._widths(stored("wide_towers"))
+    return wide_page.draw({w: wide_page.chosen(f["rows"]) for w, f in widths.items()})
 
 
 #: Picture -> how it is drawn from stored figures.
@@ -79,7 +62,7 @@ def test_no_text_lies_on_another(name):
 
 
 def test_no_text_of_the_search_lies_on_another():
-    drawn = of_the_search()
+    drawn = merge_front.pictures(stored("merge_front"))
     assert set(drawn) == {"merge_front", "merge_hypervolume"}
     assert not [pair for figure in drawn.values() for pair in overlapping(figure)]
 

@@ -5,7 +5,13 @@ import json
 import pytest
 from helpers import REPOSITORY
 
-from benchmarks import comparison_page, expectations, figures, what_we_learned
+from benchmarks import (
+    comparison_page,
+    expectations,
+    figures,
+    merge_front,
+    what_we_learned,
+)
 
 ROOT = REPOSITORY
 COMPARISONS = sorted(p.stem for p in (ROOT / "docs").glob("comparison_*.json"))
@@ -28,6 +34,11 @@ def test_readme_shows_the_figures_beside_it():
 def test_page_shows_the_figures_beside_it(name):
     suite = name.removeprefix("comparison_")
     assert (ROOT / "docs" / f"{name}.md").read_text() == comparison_page.page(suite)
+
+
+def test_the_search_shows_the_figures_beside_it():
+    record = json.loads((ROOT / "docs" / "merge_front.json").read_text())
+    assert (ROOT / "docs" / "merge_front.md").read_text() == merge_front.page(record)
 
 
 def test_what_was_learned_shows_the_figures_of_the_other_pages():

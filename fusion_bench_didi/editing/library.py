@@ -63,7 +63,9 @@ class AdapterLibrary:
 
     def __init__(self, place: str | Path):
         self.place = Path(place).expanduser()
-        if self.place.exists() and any(_visible(self.place)):
+        if self.place.exists() and any(
+            found.name != f"{INDEX}.tmp" for found in _visible(self.place)
+        ):  # another process may just write the index
             self._entry()
 
     def __contains__(self, task: str) -> bool:

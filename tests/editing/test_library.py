@@ -107,6 +107,15 @@ def test_tasks_go_with_what_only_they_shared(tmp_path):
         library.remove("x")
 
 
+def test_one_that_another_process_begins_is_none_yet(tmp_path):
+    """Or one that was killed while it began."""
+    (tmp_path / "library.json.tmp").write_text("{")
+    library = AdapterLibrary(tmp_path)
+    assert library.tasks == []
+    library.add(model_of("dense", 0, "a"))
+    assert AdapterLibrary(tmp_path).tasks == ["a"]
+
+
 def test_those_who_add_and_remove_at_once_take_turns(tmp_path):
     """What tasks share is there for whoever uses it, whoever was faster."""
     shares = model_of("bases", 9, "xyz")

@@ -209,7 +209,7 @@ class DynamicModel(ModulatedModel):
             limit = self.serving.memory_limit_gb
             held = next((forward.held for forward in made.values()), None)
             if held is None and limit is not None:
-                held = Held(int(limit * 2**30))
+                held = Held(limit * 2**30)
             if shared_scale not in made:
                 # tensors that are made in inference mode could not be used outside of it
                 with torch.inference_mode(False):

@@ -83,14 +83,22 @@ class Batcher:
     def _work(self) -> None:
         while rows := self._next():
             try:
-                for row, answer in zip(rows, self._run(rows), strict=True):
-                    row.answer.set_result(answer)
-            except Exception as error:  # the caller's answer; the next batch goes on
-                if not isinstance(error, DiDiError):
-                    log.exception("A batch failed.")
-                for row in rows:
-                    if not row.answer.done():
-                        row.answer.set_exception(error)
+                self._answer(rows)
+            except Exception:
+                for row in rows:  # those that others made fail are answered
+                    self._answer_alone(row)
+
+    def _answer(self, rows: Sequence[Row]) -> None:
+        for row, answer in zip(rows, list(self._run(rows)), strict=True):
+            row.answer.set_result(answer)
+
+    def _answer_alone(self, row: Row) -> None:
+        try:
+            self._answer([row])
+        except Exception as error:  # the caller's answer; the next batch goes on
+            if not isinstance(error, DiDiError):
+                log.exception("A batch failed.")
+            row.answer.set_exception(error)
 
     def _next(self) -> list[Row]:
         """The rows of the next batch; none once closed."""

@@ -1,7 +1,6 @@
 """Texts or images classified, each by its own task, in one batch."""
 
 import base64
-import binascii
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -87,15 +86,17 @@ class Classification:
         """
         if self.images:
             return Row(task, self._pixels(content))
-        ids = self.processor(content, verbose=False)["input_ids"]
-        most = self.limits.prompt_tokens
+        encoded, most = (
+            self.processor(content, verbose=False),
+            self.limits.prompt_tokens,
+        )
         places = getattr(self.model.backbone.config, "max_position_embeddings", most)
-        if not 0 < len(ids) <= min(most, places):
-            raise Refused(
-                400,
-                f"A text is of {len(ids)} tokens, expected 1 to {min(most, places)}.",
-            )
-        return Row(task, content)
+        # some models count positions from a later one, which only the tokenizer knows
+        most = min(most, places, self.processor.model_max_length)
+        count = len(encoded["input_ids"])
+        if not 0 < count <= most:
+            raise Refused(400, f"A text is of {count} tokens, expected 1 to {most}.")
+        return Row(task, dict(encoded))
 
     def _pixels(self, content: str) -> Tensor:
         try:
@@ -107,7 +108,10 @@ class Classification:
                         f"An image is of {image.width} x {image.height} pixels, at most {self.limits.pixels} are read.",
                     )
                 pixels = image.convert("RGB")
-        except (binascii.Error, ValueError, OSError, Image.DecompressionBombError):
+        except Refused:
+            raise
+        # the last one: of parts of a PNG
+        except (ValueError, OSError, Image.DecompressionBombError, SyntaxError):
             raise Refused(
                 400,
                 f"An image cannot be read: expected base64 of {', '.join(FORMATS)}.",
@@ -122,8 +126,8 @@ class Classification:
             pixels = torch.stack([row.content for row in rows])
             inputs = {"pixel_values": pixels.to(first.device, first.dtype)}
         else:
-            texts = [row.content for row in rows]
-            inputs = self.processor(texts, padding=True, return_tensors="pt")
+            encoded = [row.content for row in rows]
+            inputs = self.processor.pad(encoded, return_tensors="pt")
             inputs = {name: value.to(first.device) for name, value in inputs.items()}
         asked = tasks_of(self.model, rows, inputs)
         tasks = asked.get("task_ids")

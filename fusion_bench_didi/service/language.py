@@ -68,6 +68,10 @@ class Language:
     def __call__(self, rows: Sequence[Row]) -> list[Completion]:
         device = next(self.model.backbone.parameters()).device
         longest, pad = max(len(row.content) for row in rows), self._padding
+        more = max(row.tokens for row in rows)
+        if len(rows) > 1 and longest + more > self.places:
+            # each has room by itself, a short prompt that goes on for long beside a long one has not
+            return [self([row])[0] for row in rows]
         ids = [[pad] * (longest - len(r.content)) + r.content for r in rows]
         mask = [[0] * (longest - len(r.content)) + [1] * len(r.content) for r in rows]
         inputs: dict[str, Any] = {
@@ -77,7 +81,7 @@ class Language:
         found = self.model.generate(
             **inputs,
             **tasks_of(self.model, rows, inputs),
-            max_new_tokens=max(row.tokens for row in rows),
+            max_new_tokens=more,
             do_sample=False,
             num_beams=1,
             pad_token_id=pad,

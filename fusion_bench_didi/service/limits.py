@@ -1,4 +1,4 @@
-"""What a service accepts, and where it listens."""
+"""What a service accepts."""
 
 from dataclasses import dataclass
 

@@ -20,7 +20,7 @@ class Held:
         limit: bytes.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: float):
         self.limit = limit
         self._lock = threading.Lock()
         #: with the bytes of each
@@ -62,8 +62,13 @@ class Held:
             if not self._room(task, size):
                 return None
             self._bytes += size
-        with torch.inference_mode(False), torch.no_grad():
-            made = make()
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                made = make()
+        except BaseException:
+            with self._lock:
+                self._bytes -= size
+            raise
         with self._lock:
             entries = self._entries.setdefault(task, {})
             kept, _ = entries.setdefault(name, (made, size))

@@ -252,6 +252,37 @@ def test_a_full_queue_and_a_failing_batch(runner, monkeypatch):
     assert refused.value.status == 503
 
 
+def test_prompts_that_have_no_room_beside_one_another(runner, monkeypatch):
+    """A long one that ends soon, and a short one that goes on: each has room by itself."""
+    monkeypatch.setattr(runner, "places", 14)
+    long, short = " ".join(["a"] * 10), "a"
+    rows = [runner.row("one", long, 4), runner.row("two", short, 12)]
+    generate, lengths = runner.model.generate, []
+
+    def seen(**inputs):
+        more = inputs["max_new_tokens"]
+        lengths.append(inputs["input_ids"].shape[1] + more)
+        return generate(**inputs)
+
+    monkeypatch.setattr(runner.model, "generate", seen)
+    assert [one.prompt_tokens for one in runner(rows)] == [10, 1]
+    assert lengths and max(lengths) <= 14
+
+
+def test_a_row_that_fails_fails_alone():
+    def run(rows):
+        if any(row.content == "bad" for row in rows):
+            raise RuntimeError("no such row")
+        return [row.content for row in rows]
+
+    batcher = Batcher(run, LIMITS)
+    good, bad, other = batcher.submit([Row("a", "1"), Row("a", "bad"), Row("a", "2")])
+    assert good.result(5) == "1" and other.result(5) == "2"
+    with pytest.raises(RuntimeError, match="no such row"):
+        bad.result(5)
+    batcher.close()
+
+
 def test_errors_inside_are_not_told(language, monkeypatch):
     runner = open_runner(language, limits=LIMITS)
     monkeypatch.setattr(type(runner), "__call__", lambda *_: 1 / 0)
@@ -314,9 +345,14 @@ def test_images_are_classified_by_heads(images):
             shares = (runner.heads.directions[task] @ plain).softmax(0).tolist()
             expected = {f"{task} {i}": share for i, share in enumerate(shares)}
             assert one["scores"] == pytest.approx(expected, abs=1e-5)
-        for wrong in ("?", base64.b64encode(b"no image").decode(), png(101)):
+        for wrong, told in (
+            ("?", "expected base64"),
+            (base64.b64encode(b"no image").decode(), "expected base64"),
+            (png(101), "101 x 101 pixels"),
+        ):
             answer = ask.post("/v1/classify", json={"model": "one", "image": wrong})
             assert answer.status_code == 400 and "image" in answer.text
+            assert told in answer.text
 
 
 def test_what_cannot_be_served_is_said_before_it_is(images, language, tmp_path):

@@ -61,7 +61,8 @@ def main() -> None:
         found.setdefault(("base model", 0.0), []).append(retention(base, reference))
         for budget in BUDGETS:
             for label, settings in CHOICES:
-                if label.startswith(tuple(arguments.keep)):
+                stays = label.startswith(tuple(arguments.keep))
+                if stays and (label, budget) in before:
                     found[label, budget] = before[label, budget]
                     continue
                 model = DiDiMerging(budget=budget, **settings).run(suite.modelpool)

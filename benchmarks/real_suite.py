@@ -110,7 +110,8 @@ def main() -> None:
     add("individuals", reference, len(reference), 0, 0)
     for label, settings in configurations():
         name = f"{settings['budget']}: {label}"
-        if arguments.only and not any(part in label for part in arguments.only):
+        asked = any(part in label for part in arguments.only or ())
+        if name in found and not asked:
             rows.append(found[name])
             continue
         start = time.perf_counter()

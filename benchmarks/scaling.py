@@ -100,10 +100,11 @@ def processes(
     """Each case on each number of processes.
 
     Args:
-        before: rows of other cases, which stay.
+        before: rows of other cases and sizes, which stay.
     """
-    asked = {case.shape for case in cases}
-    rows = [row for row in before if row["shape"] not in asked]
+    anew = [(c.shape, c.tasks, c.budget, n) for c in cases for n in sizes]
+    keys = ("shape", "tasks", "budget", "processes")
+    rows = [row for row in before if tuple(row[k] for k in keys) not in anew]
     for case in cases:
         goal = None
         with tempfile.TemporaryDirectory() as home:
@@ -251,6 +252,8 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
     parser.add_argument("--out", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
+    if 1 not in arguments.sizes:
+        parser.error("--sizes without 1: the others are held against it")
     torch.set_num_threads(1)
     if sys.platform != "linux":
         parser.error("peaks of memory are read from /proc, which Linux has")

@@ -41,6 +41,10 @@ class OnDevice(Tensor):
         return OnDevice(self.held[tree_map(_held, index)])
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        chosen = any(isinstance(one, Tensor) for one in tree_leaves(index))
+        if chosen and isinstance(value, Tensor) and not isinstance(value, OnDevice):
+            if value.dim():
+                raise RuntimeError("two devices in __setitem__ of chosen entries")
         self.held[tree_map(_held, index)] = _held(value)
 
     def item(self) -> Any:

@@ -132,6 +132,7 @@ class AdapterLibrary:
         check_known([task], self.tasks, self.place)
         place = self._of_task(task)
         with self._turn():
+            check_known([task], self.tasks, self.place)  # it may be gone meanwhile
             with alone(place):
                 gone = place.with_name(f".{place.name}.gone")
                 shutil.rmtree(gone, ignore_errors=True)

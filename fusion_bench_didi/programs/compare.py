@@ -116,7 +116,11 @@ class ComparisonProgram(FabricModelFusionProgram):
                 check_seen(ranks, self.directory / SETTINGS)
                 self._fabric_instance = fabric_of_one(whole)
                 stack.callback(setattr, self, "_fabric_instance", whole)
-            return self._compare(ranks)
+            comparison = self._compare(ranks)
+        if ranks.leads:  # the Fabric that has the loggers is back
+            for row in comparison["rows"]:
+                log_metrics(self.fabric, row_metrics(row))
+        return comparison
 
     def _store(self, *, restart: bool = False) -> RowStore:
         store = RowStore(self.directory, self._settings(), restart=restart)
@@ -166,6 +170,7 @@ class ComparisonProgram(FabricModelFusionProgram):
 
     def _run(self, bench: Bench, console: Console, ranks: Ranks) -> dict[str, Any]:
         rows = {entry.key: bench.store.load(entry.key) for entry in self.entries}
+        rows = ranks.from_first(rows)  # one of them may be made meanwhile
         had = [key for key, row in rows.items() if row and row["complete"]]
         methods, tasks = len(self.entries), len(bench.scorer.tasks)
         console.print(f"{methods} methods on {tasks} tasks; rows in {bench.store.rows}")
@@ -188,10 +193,7 @@ class ComparisonProgram(FabricModelFusionProgram):
             rows = {entry.key: bench.store.load(entry.key) for entry in self.entries}
         if not ranks.leads:
             return self._assembled(rows, bench)
-        comparison = self._write(rows, bench)
-        for row in comparison["rows"]:
-            log_metrics(self.fabric, row_metrics(row))
-        return comparison
+        return self._write(rows, bench)
 
     def new_modelpool(self) -> Any:
         """A model pool that no earlier method has touched; the program's from now on."""

@@ -12,6 +12,7 @@ from benchmarks.processes import on_ranks
 from fusion_bench_didi.demo.pools import DemoCLIPVisionModelPool as Models
 from fusion_bench_didi.demo.pools import DemoCLIPVisionModelTaskPool as Tasks
 from fusion_bench_didi.demo.suite import build_suite
+from fusion_bench_didi.distributed.fabrics import fabric_of_one
 from fusion_bench_didi.distributed.ranks import ranks_here
 from fusion_bench_didi.errors import RankError
 from fusion_bench_didi.method import DiDiMerging
@@ -165,3 +166,12 @@ def test_a_pool_that_tells_nothing_of_its_tasks_is_refused():
 def test_ranks_without_a_task_get_the_report_too():
     parts = [{"a": {"x": 1.0}, "average": {"x": 1.0}}, None]
     assert combined(parts, ["a"]) == parts[0]
+
+
+def test_a_process_by_itself_keeps_device_and_precision(monkeypatch):
+    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    assert fabric_of_one(fabric) is fabric
+    monkeypatch.setattr(L.Fabric, "world_size", 2)
+    alone = fabric_of_one(fabric)
+    assert alone is not fabric and alone.device == fabric.device
+    assert alone._precision.precision == "bf16-true"

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -248,6 +249,19 @@ def test_a_batch_that_is_too_large_keeps_what_it_has():
         found = [held.get("a", task, 8, block) is not None for task in range(4)]
         assert found == [True, True, False, False]
     assert held.get("a", 3, 21, block) is None and held.nbytes == 16
+
+
+def test_what_could_not_be_made_takes_no_room():
+    held = Held(math.inf)
+    held.ask([0])
+
+    def broken():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        held.get("a", 0, 8, broken)
+    assert held.nbytes == 0 and held.tasks == []
+    assert held.get("a", 0, 8, lambda: (torch.ones(2),)) is not None
 
 
 def test_threads_hold_one_copy():

@@ -225,7 +225,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if the directory holds none.
-        CheckpointMismatchError: if it was altered, or cannot be read.
+        CheckpointMismatchError: if it was altered, cannot be read, or is of something else.
         DiDiError: if it is of a later format.
     """
     path = Path(directory) / CONFIG
@@ -248,6 +248,10 @@ def read_manifest(path: Path, *, unmarked: int | None = None) -> dict[str, Any]:
     """
     found = read_object(path)
     told = found.get("format", unmarked)
+    if told is None:
+        raise CheckpointMismatchError(
+            f"{path} is of format None: no merged model, whose manifest tells one. A checkpoint is loaded by its own library."
+        )
     if type(told) is not int or not 1 <= told <= GROUPED:
         raise DiDiError(
             f"{path} is of format {told!r}, this version reads 1 to {GROUPED}. Update fusion-bench-didi."

@@ -1,5 +1,7 @@
 """``didi serve``."""
 
+import socket
+
 import click
 
 from . import options
@@ -56,8 +58,22 @@ def serve(
     if unknown := set(given) - set(names):
         raise click.BadParameter(f"no limit {', '.join(sorted(unknown))}; there are {', '.join(names)}.", param_hint="--set")  # fmt: skip
     limits = Limits(**given)
+    listening = _listening(host, port)  # before a model is read for nothing
     runner = open_runner(
         directory, base=base, heads=heads, limits=limits, device=device, dtype=dtype
     )
+    port = listening.getsockname()[1]
     click.echo(f"{len(runner.model.tasks)} tasks at http://{host}:{port}/v1/models")
-    uvicorn.run(make_app(runner, limits), host=host, port=port, log_level="warning")
+    config = uvicorn.Config(make_app(runner, limits), log_level="warning")
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that is bound; of port 0 to any that is free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise click.UsageError(
+            f"{host}, port {port}: {error.strerror}. Give another --port, or 0 for any that is free."
+        ) from None

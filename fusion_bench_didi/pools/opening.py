@@ -58,6 +58,10 @@ def check_pool(modelpool: BaseModelPool) -> None:
         raise ModelPoolError(
             f"Names of models are text, the pool has {strange}. Write {str(strange[0])!r}."
         )
+    if nameless := [n for n in modelpool._models if not n.strip()]:
+        raise ModelPoolError(
+            f"The pool has a model called {nameless[0]!r}. Give it a name: its task is asked for by it, and files are called so."
+        )
     if not modelpool.has_pretrained:
         raise ModelPoolError(
             f"The pool has no base model: no {BASE!r} among {modelpool.all_model_names}. "

@@ -202,6 +202,13 @@ def test_names_that_are_no_text():
         didi({BASE: base, 1: fine_tuned(base, 1), 2: fine_tuned(base, 2)})
 
 
+def test_models_without_a_name_are_refused():
+    """Which ``=path`` on a command line gives, and an empty key in YAML."""
+    base = llama()
+    with pytest.raises(ModelPoolError, match="a model called ' '"):
+        didi({BASE: base, " ": fine_tuned(base, 1), "b": fine_tuned(base, 2)})
+
+
 def test_models_that_the_host_takes_for_special_are_named(caplog):
     base = llama()
     tuned = {name: fine_tuned(base, i) for i, name in enumerate(("a", "b", "_c_"))}

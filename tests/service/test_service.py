@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -371,11 +372,24 @@ def test_what_cannot_be_served_is_said_before_it_is(images, language, tmp_path):
 
 def test_the_command_listens_at_this_machine_alone(language, monkeypatch):
     uvicorn = pytest.importorskip("uvicorn", reason="needs the extra fusion-bench-didi[serve]")  # fmt: skip
-    asked = {}
-    monkeypatch.setattr(uvicorn, "run", lambda app, **how: asked.update(how))
-    found = CliRunner().invoke(didi, ["serve", str(language), "-s", "tokens=4"])
+    asked = []
+
+    def run(server, sockets):
+        asked.extend(one.getsockname() for one in sockets)
+        for one in sockets:
+            one.close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    command = ["serve", str(language), "-s", "tokens=4", "--port", "0"]
+    found = CliRunner().invoke(didi, command)
     assert found.exit_code == 0, found.output
-    assert asked["host"] == "127.0.0.1" and "3 tasks at" in found.output
+    ((host, port),) = asked
+    assert host == "127.0.0.1" and "3 tasks at" in found.output
+    assert f":{port}/v1/models" in found.output and port != 0
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        there = str(taken.getsockname()[1])
+        found = CliRunner().invoke(didi, ["serve", str(language), "--port", there])
+    assert found.exit_code == 2 and "Give another --port" in found.output
     found = CliRunner().invoke(didi, ["serve", str(language), "-s", "colour=4"])
     assert found.exit_code == 2 and "no limit colour" in found.output
 

@@ -37,6 +37,8 @@ class Delta(nn.Module):
     parts: ClassVar[tuple[str, ...]]
     #: parts that may be None
     optional: ClassVar[tuple[str, ...]] = ()
+    #: whether it changes anything by itself, rather than being what others are written in
+    adds: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

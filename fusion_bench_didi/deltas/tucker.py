@@ -16,6 +16,8 @@ from .base import Delta
 class Bases(Delta):
     """Base of the shared forms."""
 
+    adds = False
+
     def bases(self) -> tuple[Tensor | None, Tensor | None]:
         """U (m, p) and V (q, n) in float32; None for a whole side."""
         raise NotImplementedError

@@ -147,7 +147,7 @@ class MixedForward:
 
     @torch.compiler.disable
     def _ask(self, mix: Mix) -> None:
-        self.held.ask(mix.asked)
+        self.held.ask({*mix.asked, self.count})  # factors add to the shared matrix
 
     @property
     def trusted(self) -> bool:

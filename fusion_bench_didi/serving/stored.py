@@ -149,6 +149,11 @@ class StoredBank(Bank):
         base = self.base()
         return len(base), base[0].numel()
 
+    @property
+    def added(self) -> Delta | None:
+        """What is shared, if that changes the matrix."""
+        return self.shared if self.shared is not None and self.shared.adds else None
+
     def key(self, form: str) -> Hashable:
         """What is held of this matrix in a form."""
         return self.name, self.scale, form
@@ -245,7 +250,7 @@ class _Use:
     def shared_rows(self, rows: slice | Tensor) -> Tensor:
         """``base + scale * shared`` in float32, not to be written to."""
         bank = self.bank
-        if bank.shared is None:
+        if bank.added is None:
             return self.base[rows].float()
         if self._start is None:
             change = self._shared().change().view(self.base.shape)
@@ -268,13 +273,13 @@ class _Use:
             yield rows, values + self.shared_rows(rows)
 
     def shared_product(self, inputs: Inputs, out: Tensor) -> None:
-        if self.bank.shared is None:
+        if self.bank.added is None:
             out.copy_(inputs.matrix(self.base))
         else:
-            inputs.blocks(self.of_task(self.bank.tasks), out)
+            self.product(inputs, self.bank.tasks, out)
 
     def product(self, inputs: Inputs, task: int, out: Tensor) -> None:
-        """With the whole matrix of a task."""
+        """With the whole matrix of a task, or the shared one."""
         bank, base = self.bank, self.base
 
         def whole() -> tuple[Tensor]:
@@ -297,7 +302,7 @@ class _Use:
         if task not in bank.ranks:
             delta = bank.deltas[task]
             own = isinstance(delta, OwnDelta)
-            product = None if own else delta.beyond_product(self._shared())
+            product = None if own else delta.beyond_product(self._beside())
             bank.ranks[task] = None if product is None else product.rank
         return bank.ranks[task] is not None
 
@@ -306,10 +311,14 @@ class _Use:
         bank, dtype = self.bank, self.base.dtype
 
         def made() -> Scaled:
-            return bank.deltas[task].scaled_product(self._shared(), dtype)
+            return bank.deltas[task].scaled_product(self._beside(), dtype)
 
         nbytes = bank.ranks[task] * sum(self.base.shape) * dtype.itemsize
         return bank.held.get(bank.key(FACTORS), task, nbytes, made) or made()
+
+    def _beside(self) -> Delta | None:
+        """What factors are worked out against: bases decoded, all else as it is, of which they need nothing."""
+        return self._shared() if self.bank.added is None else self.bank.added
 
     def _shared(self) -> Delta | None:
         """What is shared, decoded once where more than one task is made of it."""

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 from fusion_bench.utils.hydra_utils import get_default_config_path
@@ -15,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from fusion_bench_didi.cli import didi
+from fusion_bench_didi.service.messages import ASKED
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: A block without a language is a shell's where it starts so.
@@ -59,6 +61,7 @@ def fault(line: str) -> str | None:
         "fusion_bench": _host,
         "python": _module,
         "torchrun": _launched,
+        "curl": _request,
         "make": _target,
         "pip": _requirement,
         "sbatch": _script,
@@ -124,6 +127,18 @@ def _target(words: list[str]) -> str | None:
     makefile = (REPOSITORY / "Makefile").read_text()
     missing = [w for w in words if not re.search(rf"^{w}:", makefile, re.MULTILINE)]
     return f"no target {missing}" if missing else None
+
+
+def _request(words: list[str]) -> str | None:
+    """To a path of the service, of a body that it takes."""
+    path = urlsplit(words[0]).path
+    if path not in ASKED:
+        return f"no path {path}"
+    try:
+        ASKED[path].model_validate_json(words[words.index("-d") + 1])
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _requirement(words: list[str]) -> str | None:

@@ -121,6 +121,8 @@ def test_what_is_not_checked_here_is_still_said():
         ("python -m benchmarks.nothing", "no module"),
         ("python -m benchmarks.frontier --pagse", "pagse"),
         ("make cake", "cake"),
+        ("curl http://x:1/v1/cake -d {}", "/v1/cake"),
+        ('curl http://x:1/v1/classify -d \'{"model": "a"}\'', "input"),
         ("pip install 'fusion-bench-didi[cake]'", "cake"),
     ],
 )

@@ -17,7 +17,7 @@ from .batching import Batcher, Row
 from .classification import Classification
 from .language import Language
 from .limits import Limits, Refused
-from .messages import ClassifyRequest, CompletionRequest, listed
+from .messages import ASKED, ClassifyRequest, CompletionRequest, faults, listed
 from .opening import Runner
 
 #: The model's name for tasks that the router finds.
@@ -135,20 +135,20 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
     return app
 
 
-def _told(_: Request, error: Exception) -> JSONResponse:
+def _told(request: Request | None, error: Exception) -> JSONResponse:
     """An error in OpenAI's form; what the caller cannot mend is not told."""
     headers = getattr(error, "headers", None)
     if isinstance(error, Refused):
         status, reason = error.status, str(error)
         headers = {"Retry-After": "1"} if status == 429 else None
     elif isinstance(error, RequestValidationError):
-        status = 400
-        reason = "; ".join(
-            f"{'.'.join(str(part) for part in one['loc'][1:]) or 'body'}: {one['msg']}"
-            for one in error.errors()
+        status, reason = 400, faults(
+            error.errors(), error.body, ASKED[request.url.path]
         )
     elif isinstance(error, HTTPException):
         status, reason = error.status_code, str(error.detail)
+        if status == 400:  # the host's, of bodies that are no text
+            reason = "The body is not JSON in UTF-8."
     elif isinstance(error, DiDiError):
         status, reason = 400, str(error)
     else:

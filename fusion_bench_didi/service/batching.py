@@ -103,17 +103,22 @@ class Batcher:
     def _next(self) -> list[Row]:
         """The rows of the next batch; none once closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or not self._open)
-            until = time.monotonic() + self._limits.wait_ms / 1000
-            while self._open and len(self._waiting) < self._limits.batch:
-                left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    break
-            rows: list[Row] = []
-            while self._waiting and len(rows) < self._limits.batch:
-                row = self._waiting.popleft()
-                if row.answer.set_running_or_notify_cancel():
-                    rows.append(row)
-            if rows or not self._open:
-                return rows
-        return self._next()
+            while True:
+                self._changed.wait_for(lambda: self._waiting or not self._open)
+                until = time.monotonic() + self._limits.wait_ms / 1000
+                while self._open and len(self._waiting) < self._limits.batch:
+                    left = until - time.monotonic()
+                    if left <= 0 or not self._changed.wait(left):
+                        break
+                rows = self._taken()
+                if rows or not self._open:
+                    return rows
+
+    def _taken(self) -> list[Row]:
+        """What a batch has room for, without those that nobody waits for any more."""
+        rows: list[Row] = []
+        while self._waiting and len(rows) < self._limits.batch:
+            row = self._waiting.popleft()
+            if row.answer.set_running_or_notify_cancel():
+                rows.append(row)
+        return rows

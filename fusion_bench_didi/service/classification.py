@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class Classification:
                 found[place] = self._told(row, task)
         return [found[place] for place in range(len(rows))]
 
-    @property
+    @cached_property
     def apart(self) -> bool:
         """Whether tasks have heads of their own shapes, whose outputs are not one batch."""
         shapes = {n: p.shape for n, p in self.model.backbone.named_parameters()}

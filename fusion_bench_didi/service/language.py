@@ -85,6 +85,7 @@ class Language:
             do_sample=False,
             num_beams=1,
             pad_token_id=pad,
+            eos_token_id=sorted(self.ends) or None,
         )
         return [self._told(r, out[longest:].tolist()) for r, out in zip(rows, found)]
 

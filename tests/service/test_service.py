@@ -1,13 +1,15 @@
 """The service: answers as of each task's plain model, whatever runs beside them, and a reason for what is refused."""
 
 import base64
+import inspect
 import io
 import json
 import socket
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import torch
@@ -189,15 +191,17 @@ GOOD = {"model": "one", "prompt": "w1 w2", "max_tokens": 2}
     "status, told, change",
     [
         (404, "does not exist; there are", {"model": "four"}),
-        (400, "prompt", {"prompt": ""}),
-        (400, "prompt", {"prompt": []}),
-        (400, "prompt", {"prompt": 5}),
+        (400, 'prompt is ""; expected a text', {"prompt": ""}),
+        (400, "prompt is []; expected a text", {"prompt": []}),
+        (400, "prompt is 5; expected a text", {"prompt": 5}),
+        (400, "...; expected a text", {"prompt": [5, "w1"] * 40}),
+        (400, "model is 5; expected a name", {"model": 5}),
         (400, "at most 8", {"max_tokens": 9}),
-        (400, "max_tokens", {"max_tokens": 0}),
-        (400, "max_tokens", {"max_tokens": "2"}),
-        (400, "temperature", {"temperature": 1.0}),
-        (400, "stream", {"stream": True}),
-        (400, "logit_bias", {"logit_bias": {}}),
+        (400, "max_tokens is 0; expected a whole", {"max_tokens": 0}),
+        (400, 'max_tokens is "2"; expected a whole', {"max_tokens": "2"}),
+        (400, "temperature is 1.0; expected 0", {"temperature": 1.0}),
+        (400, "stream is true; expected false", {"stream": True}),
+        (400, "logit_bias is not known", {"logit_bias": {}}),
         (400, "20 tokens, expected 1 to 12", {"prompt": "w1 " * 20}),
         (400, "5 inputs in one request, at most 4", {"prompt": ["w1"] * 5}),
         (413, "more than 2048 bytes", {"prompt": "w1 " * 2000}),
@@ -208,15 +212,25 @@ def test_bad_requests_are_told_why(ask, status, told, change):
     assert answer.status_code == status
     error = answer.json()["error"]
     assert told in error["message"] and error["code"] == status
+    assert len(error["message"].split(". ")) == 1
     assert ask.post("/v1/completions", json=GOOD).status_code == 200
 
 
 def test_bodies_that_are_no_json_or_of_no_told_length(ask):
     kind = {"content-type": "application/json"}
     path = "/v1/completions"
-    assert ask.post(path, content=b"{", headers=kind).status_code == 400
-    assert ask.post(path, content=b"\x80\x04N.", headers=kind).status_code == 400
-    assert ask.post(path, content=b"\x80\x04N.").status_code == 400
+
+    def told(body: bytes, headers: dict[str, str] = kind) -> str:
+        answer = ask.post(path, content=body, headers=headers)
+        assert answer.status_code == 400
+        return answer.json()["error"]["message"]
+
+    for body in (b"{", b"[1]", b'"x"', b""):
+        assert told(body).startswith("The body is not a JSON object; send one with")
+    assert told(b"\x80\x04N.") == "The body is not JSON in UTF-8."
+    assert "as application/json" in told(b"\x80\x04N.", {})
+    both = told(b"{}")
+    assert "model is missing" in both and "prompt is missing" in both
 
     def parts():
         for _ in range(100):
@@ -251,6 +265,48 @@ def test_a_full_queue_and_a_failing_batch(runner, monkeypatch):
     with pytest.raises(Refused) as refused:
         batcher.submit([Row("one", [1])])
     assert refused.value.status == 503
+
+
+def test_batches_that_nobody_waits_for_any_more_leave_nothing_behind():
+    depths: Queue[int] = Queue()
+
+    class Watched(Future):
+        def set_running_or_notify_cancel(self) -> bool:
+            depths.put(len(inspect.stack(0)))
+            return super().set_running_or_notify_cancel()
+
+    batcher, found = Batcher(list, LIMITS), []
+    for _ in range(3):
+        row = Row("one", 1, answer=Watched())
+        row.answer.cancel()
+        batcher.submit([row])
+        found.append(depths.get(timeout=10))
+    batcher.close()
+    assert len(set(found)) == 1
+
+
+def test_every_token_that_ends_a_text_ends_it(language):
+    """Those of the generation config, and the tokenizer's where that says none."""
+    runner = open_runner(language, limits=LIMITS)
+    row = runner.row("one", "w1 w2", 8)
+    ids = torch.tensor([row.content])
+    free = runner.model.materialize("one").eval()
+    free.generation_config.eos_token_id = None
+    found = free.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    end, lengths, inner = int(found[0, -1]), [], runner.model.generate
+
+    def generate(**given):
+        out = inner(**given)
+        lengths.append(out.shape[1] - ids.shape[1])
+        return out
+
+    runner.model.generate = generate
+    for of_config, of_tokenizer in ((end, 2), ([2, end], 2), (None, end)):
+        runner.model.backbone.generation_config.eos_token_id = of_config
+        runner.tokenizer.eos_token_id = of_tokenizer
+        made = type(runner)(runner.model, runner.tokenizer, LIMITS)
+        (answer,) = made([row])
+        assert (answer.finish, answer.text, lengths[-1]) == ("stop", "", 1)
 
 
 def test_prompts_that_have_no_room_beside_one_another(runner, monkeypatch):

@@ -118,7 +118,8 @@ def plan(shape: str, tasks: int) -> dict:
 
 #: What a plan says.
 FACTS = re.compile(
-    r"(?P<matrices>\d+) matrices.*model is (?P<model>[\d.]+ \w+),.* leaves (?P<modules>[\d.]+ \w+)"
+    r"(?P<matrices>\d+) matrices.*model is (?P<model>[\d.]+ \w+);.* leaves (?P<modules>[\d.]+ \w+)",
+    re.DOTALL,
 )
 PEAK = re.compile(r"predicted peak memory: ([\d.]+ \w+)")
 

@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from fusion_bench_didi.cli import didi
+from fusion_bench_didi.programs.entries import read_entries
 from fusion_bench_didi.service.messages import ASKED
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -74,7 +75,10 @@ def _didi(words: list[str]) -> str | None:
     if command is None:
         return f"no command {words[0]}"
     try:
-        command.make_context(words[0], list(words[1:]))
+        asked = command.make_context(words[0], list(words[1:])).params
+        if words[0] == "compare":
+            names = {k: asked[k].split(",") for k in ("only", "skip") if asked[k]}
+            return _host(["--config-name", "didi_compare", *asked["overrides"]], names)
     except click.exceptions.Exit:  # --help
         return None
     except click.ClickException as error:
@@ -82,8 +86,8 @@ def _didi(words: list[str]) -> str | None:
     return None
 
 
-def _host(words: list[str]) -> str | None:
-    """By composing the configuration that it would run."""
+def _host(words: list[str], names: dict[str, list[str]] | None = None) -> str | None:
+    """By composing the configuration that it would run; a comparison's ``only`` and ``skip`` must be entries."""
     name, overrides, words = "fabric_model_fusion", [], [*words]
     while words:
         word = words.pop(0)
@@ -93,10 +97,15 @@ def _host(words: list[str]) -> str | None:
             overrides.append(f"hydra.searchpath=[file://{REPOSITORY / words.pop(0)}]")
         else:
             overrides.append(word)
+    if name == "didi_compare":
+        overrides.append("path.log_dir=anywhere")  # else Hydra's, which does not run
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(get_default_config_path(), version_base=None):
-            compose(name, overrides=overrides)
+            config = compose(name, overrides=overrides)
+        if name == "didi_compare":
+            chosen = names or {key: config[key] for key in ("only", "skip")}
+            read_entries(config.entries, **chosen)
     except Exception as error:  # of Hydra's parser, loader or OmegaConf
         return f"{type(error).__name__}: {error}"
     return None

@@ -41,9 +41,7 @@ def test_command_merges_saves_evaluates_and_reports(workplace, tiny_clip):
     whole = json.loads(Path(report["didi"]["details"]).read_text())
     log = (workplace / "out" / "cli.log").read_text()
     assert f"report saved to {report['didi']['details']}" in log
-    assert (
-        "DiDi-Merging: decompose (" in log
-    )  # a line per stage where there is no terminal
+    assert "DiDi-Merging: decompose, " in log  # a line per stage: nobody sees bars
     storage = whole["didi"]["storage"]
     assert 1.2 < storage["x_excl"] <= 1.24
     assert storage["x_incl"] == pytest.approx(storage["x_excl"] + 1)
@@ -73,4 +71,4 @@ def test_command_prints_the_plan_of_a_dry_run(workplace):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "3 tasks: mnist, svhn, eurosat" in done.stdout
-    assert "vision_model.encoder.layers.0.mlp.fc1.weight" in done.stdout
+    assert "vision_model.encoder.layers.*.mlp.fc1.weight" in done.stdout

@@ -33,7 +33,7 @@ def compare(
 
     \b
     Examples:
-      didi compare -o outputs/demo --only pretrained,individuals,didi_m,emr
+      didi compare -o outputs/demo --only pretrained,individuals,didi_140,emr
       didi compare -o outputs/mine --suite ./suite
     """
     from fusion_bench.utils import instantiate
@@ -70,13 +70,13 @@ def report(directory: str) -> None:
     """
     from pathlib import Path
 
-    from ..report import Comparison, write_report
+    from ..report import Comparison, whereabouts, write_report
     from ..report.terminal import print_table
 
     comparison = Comparison.read(Path(directory) / "comparison.json")
-    for file in write_report(directory):
-        click.echo(f"wrote {file}")
+    files = write_report(directory)
     print_table(comparison.data)
+    click.echo(whereabouts(files))
 
 
 def _names(text: str) -> list[str]:

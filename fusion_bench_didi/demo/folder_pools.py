@@ -16,6 +16,7 @@ from typing import Any
 
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
+from fusion_bench.utils.instantiate_utils import set_print_function_call
 from omegaconf import DictConfig, OmegaConf
 from transformers import CLIPModel
 
@@ -126,7 +127,8 @@ class FolderCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
         self.split, self.decode_once = split, decode_once
 
     def setup(self) -> None:
-        super().setup()
+        with set_print_function_call(False):  # a box per dataset
+            super().setup()
         if self.decode_once:
             self.test_dataloaders = {
                 task: list(loader) for task, loader in self.test_dataloaders.items()

@@ -1,5 +1,7 @@
 """What a merge would do, from headers alone."""
 
+from collections.abc import Sequence
+
 from ..deltas.storage import dtype_bits
 from ..report.units import readable
 from ..task_vectors.reader import TaskVectors
@@ -12,7 +14,7 @@ def describe(
 ) -> str:
     """A table of the matrices, what a rank costs in each, the ranks of an even split, and the cost of the run.
 
-    Nothing but headers is read, so every tensor counts as changed.
+    Nothing but headers is read, so every tensor counts as changed, and sizes are upper bounds.
 
     Args:
         streamed: whether tensors are written to a directory as they are made.
@@ -22,40 +24,74 @@ def describe(
     """
     inventory = take_inventory(task_vectors, settings)
     left = matrix_budget(inventory, settings)
+    read = _read_gb(task_vectors, inventory)
+    held = inventory.unit_bits if streamed else 2 * inventory.unit_bits + left
+    peak = _peak_gb(task_vectors, inventory, settings, held)
+    return "\n".join(
+        [
+            *_facts(task_vectors.tasks, inventory, settings, left),
+            "",
+            *_table(task_vectors, inventory, settings, left),
+            "",
+            f"to read: {readable(8e9 * read)} per pass; predicted peak memory: {readable(8e9 * peak)}",
+        ]
+    )
+
+
+def _facts(
+    tasks: Sequence[str], inventory: Inventory, settings: MergeSettings, left: int
+) -> list[str]:
+    vectors = len(inventory.vectors) + len(inventory.flat)
+    counts = f"{len(inventory.matrices)} matrices, {vectors} vectors"
+    if inventory.own:
+        counts += f", {len(inventory.own)} tensors of each task's own"
+    whole = settings.budget.bits(inventory.unit_bits)
+    sharing = "matrices" + " and vectors" * bool(inventory.flat)
+    fixed = {"vectors": inventory.vector_bits, "own tensors": inventory.own_bits}
+    taken = [f"{readable(bits)} of {what}" for what, bits in fixed.items() if bits]
+    after = f" after {' and '.join(taken)}" if taken else ""
+    return [
+        f"{len(tasks)} tasks: {', '.join(tasks)}",
+        counts,
+        f"one fine-tuned model is {readable(inventory.unit_bits)}; budget {settings.budget.ratio:g} is at most {readable(whole)} beyond "
+        f"the backbone and leaves {readable(left)} for {sharing}{after}",
+        "These sizes are upper bounds: headers do not tell what changed, so every tensor counts. The merge never takes more, and may "
+        "take less.",
+    ]
+
+
+def _table(
+    task_vectors: TaskVectors, inventory: Inventory, settings: MergeSettings, left: int
+) -> list[str]:
+    """A line per kind of matrix: of layers that are alike all are told in one."""
     modules = len(task_vectors.tasks) + (settings.shared != "none")
     numel = sum(map(inventory.numel, inventory.matrices))
     share = left / (modules * numel) if numel else 0.0
-    sharing = "low-rank modules" + " and other vectors" * bool(inventory.flat)
-    lines = [
-        f"{len(task_vectors.tasks)} tasks: {', '.join(task_vectors.tasks)}",
-        f"{len(inventory.matrices)} matrices, {len(inventory.vectors) + len(inventory.flat)} vectors, {len(inventory.own)} tensors "
-        "of each task's own; "
-        "one fine-tuned model is "
-        f"{readable(inventory.unit_bits)}, the budget {settings.budget.ratio} leaves {readable(left)} for "
-        f"{sharing} after {readable(inventory.vector_bits)} of vectors and {readable(inventory.own_bits)} of own tensors.",
-        "",
-        "bytes/rank: what one more rank of the shared part or of one task's expert takes in the matrix. even rank: what each of them "
-        "would get",
-        "if all matrices and tasks had equal shares of the budget; the merge itself shares it by what reduces the error most.",
-        "",
-        f"{'matrix':<60} {'shape':>14} {'bytes/rank':>11} {'even rank':>10}",
-    ]
+    kinds: dict[tuple[str, ...], int] = {}
     for name in inventory.matrices:
         (m, n), rate = inventory.sides[name], inventory.rate(name)
         even = int(share * m * n / rate.per_rank)
         even = min(even, task_vectors.joint_rank(name))
         top = "dense" if rate.most is None else str(rate.cap)
         rank = top if even > rate.cap else str(even)
-        cost = rate.per_rank // 8
-        lines.append(f"{name:<60} {f'{m} x {n}':>14} {cost:>11} {rank:>10}")
-    read = _read_gb(task_vectors, inventory)
-    held = inventory.unit_bits if streamed else 2 * inventory.unit_bits + left
-    peak = _peak_gb(task_vectors, inventory, settings, held)
-    lines += [
-        "",
-        f"to read: {readable(8e9 * read)} per pass; predicted peak memory: {readable(8e9 * peak)}",
+        kind = (_of_all_layers(name), f"{m} x {n}", str(rate.per_rank // 8), rank)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    heads = ("matrix", "how many", "shape", "bytes/rank", "even rank")
+    rows = [heads, *((name, str(k), *rest) for (name, *rest), k in kinds.items())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in rows
+    ] + [
+        "bytes/rank: of one more rank of the shared part or of one task's expert. even rank: what each of them would get if all had "
+        "equal shares of",
+        "the budget (dense: the matrix whole); the merge itself shares it by what reduces the error most.",
     ]
-    return "\n".join(lines)
+
+
+def _of_all_layers(name: str) -> str:
+    """A name with ``*`` for the numbers of layers."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _read_gb(task_vectors: TaskVectors, inventory: Inventory) -> float:

@@ -14,6 +14,7 @@ from fusion_bench import BaseAlgorithm, auto_register_config
 from fusion_bench.mixins import LightningFabricMixin, SimpleProfilerMixin
 from fusion_bench.modelpool import BaseModelPool
 from omegaconf import OmegaConf
+from rich import get_console
 from rich.progress import Progress as Bars
 from torch import nn
 
@@ -48,6 +49,7 @@ from ..pools.opening import (
     open_pool,
 )
 from ..pools.task_names import check_tasks, pool_tasks
+from ..report.units import readable
 from ..task_vectors.alignment import some
 from ..task_vectors.loop import Progress, Result, each, spread
 from ..task_vectors.reader import TaskVectors
@@ -281,13 +283,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
     def connect(self, model: DynamicModel, modelpool: BaseModelPool) -> DynamicModel:
         """Make the program's task pool tell the model its task, and the model pool save it in its own form."""
-        log.info(
-            "%s: %d tasks, x_excl %.4f, x_incl %.4f",
-            self.title,
-            len(model.tasks),
-            model.storage.x_excl,
-            model.storage.x_incl,
-        )
+        size = readable(model.storage.excl_bits)
+        log.info("%s: %d tasks in %s", self.title, len(model.tasks), size)
         if empty := _without_anything(model):
             log.warning(
                 "Nothing is stored for %s, so that they are the base model: give more budget, or let the method take more tensors.",
@@ -428,15 +425,18 @@ class DynamicMethod(PoolMethod):
 @contextmanager
 def progress_bars(title: str, ranks: Ranks = ALONE) -> Iterator[Progress]:
     """A bar per stage, of rank 0; where nobody sees bars, a line in the log as it begins."""
-    with Bars(transient=True, disable=not ranks.leads) as bars:
+    console = get_console()
+    watched = console.is_terminal or console.is_jupyter
+    with Bars(
+        console=console, transient=True, disable=not (ranks.leads and watched)
+    ) as bars:
         rows: dict[str, Any] = {}
-        watched = bars.console.is_terminal
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage not in rows:
                 rows[stage] = bars.add_task(stage, total=total)
                 if not watched:
-                    log.info("%s: %s (%d)", title, stage, total)
+                    log.info("%s: %s, %d steps", title, stage, total)
             bars.update(rows[stage], completed=done + 1, total=total)
 
         yield progress

@@ -179,7 +179,6 @@ class DiDiMerging(PoolMethod):
                     modelpool, backbone, task_vectors, sink, journal
                 ),
             )
-        log.info("relative error %.4f", model.info["relative_error"])
         return self.connect(model, modelpool)
 
     def _merged(

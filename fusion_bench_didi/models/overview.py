@@ -89,10 +89,14 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
     if storage:
         facts["storage"] = storage_line(storage)
         facts["parts"] = _parts(storage)
-    for what, key in (("bits", "precision"), ("forms", "forms")):
+    for what, key, of in (
+        ("numbers", "precision", "tensors"),
+        ("forms", "forms", "matrices"),
+    ):
         if info.get(key):
             counts = Counter(info[key].values()).most_common()
-            facts[what] = ", ".join(f"{name} {count}" for name, count in counts)
+            told = ", ".join(f"{name} in {count}" for name, count in counts)
+            facts[what] = f"{told} {of}"
     if info.get("ranks"):
         ranks = info["ranks"]
         own = [k for ranks in ranks["experts"].values() for k in ranks.values()]

@@ -26,6 +26,7 @@ from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import check_pool, load_backbone
 from ..pools.task_names import check_tasks
+from ..report import whereabouts, write_report
 from ..report.loggers import log_metrics, row_metrics
 from ..report.terminal import print_table
 from .entries import declared, dependent, read_entries
@@ -130,21 +131,24 @@ class ComparisonProgram(FabricModelFusionProgram):
 
     def _compare(self, ranks: Ranks) -> dict[str, Any]:
         console = terminal() if ranks.leads else Console(quiet=True)
-        chatter = "host.log" if ranks.leads else f"host.{ranks.rank}.log"
-        with quiet(self.directory / chatter):
+        name = "host.log" if ranks.leads else f"host.{ranks.rank}.log"
+        chatter, files = self.directory / name, []
+        with quiet(chatter):
             console.print("reading every checkpoint once ...")
             with by_itself():
                 bench = self._bench(self._store(), reads=ranks.leads)
             bench = replace(bench, facts=ranks.from_first(bench.facts))
             comparison = self._run(bench, console, ranks)
             if self.report and ranks.leads:
-                from ..report import write_report
-
-                for file in write_report(self.directory):
-                    console.print(f"wrote {file}")
+                files = write_report(self.directory)
         if ranks.leads:
             title = f"{len(comparison['tasks'])} tasks, {self.directory}"
             print_table(comparison, title)
+            print(
+                f"details {self.directory / COMPARISON}; what methods print: {chatter}"
+            )
+            if files:
+                print(whereabouts(files))
         return comparison
 
     def _bench(self, store: RowStore, *, reads: bool) -> Bench:

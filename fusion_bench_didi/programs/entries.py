@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import DiDiError
+from ..options import nearest
 
 #: entries that are no method: the base model, and every fine-tuned model on its own task
 SPECIAL = ("pretrained", "individuals")
@@ -95,7 +96,7 @@ def read_entries(
         entries.append(Entry(key=key, **value))
     for asked in (*only, *skip):
         if asked not in config:
-            faults.append(f"there is no entry {asked!r}, only {list(config)}")
+            faults.append(f"there is no entry {asked!r}. {nearest(asked, config)}")
     chosen = [e for e in entries if (not only or e.key in only) and e.key not in skip]
     earlier: set[str] = set()
     for entry in chosen:

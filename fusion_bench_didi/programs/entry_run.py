@@ -224,6 +224,7 @@ def summary(row: Mapping[str, Any]) -> str:
         return "FAILED " + row["error"].splitlines()[0]
     values = list(row["accuracy"].values())
     seconds = row["seconds"]
-    return f"accuracy {sum(values) / len(values):.4f}  stored {row['x_excl']:.3f}x" + (
+    average = 100 * sum(values) / len(values)
+    return f"accuracy {average:5.1f} %  stored {row['x_excl']:.3f}x" + (
         f"  merged in {seconds:.1f} s" if seconds is not None else ""
     )

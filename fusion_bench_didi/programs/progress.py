@@ -26,11 +26,14 @@ def quiet(chatter: Path) -> Iterator[None]:
     """What the host prints and logs goes to a file: thirty methods write some thousand lines."""
     chatter.parent.mkdir(parents=True, exist_ok=True)
     with chatter.open("a") as file:
+        known = logging.root.manager.loggerDict.values()
+        loggers = [log for log in known if isinstance(log, logging.Logger)]
         handlers = [
             h
-            for h in logging.getLogger().handlers
+            for log in (logging.root, *loggers)  # transformers' has its own
+            for h in log.handlers
             if isinstance(h, logging.StreamHandler)
-            and h.stream in (sys.stdout, sys.stderr)
+            and vars(h).get("stream") in (sys.stdout, sys.stderr)
         ]
         before = [h.setStream(file) for h in handlers]
         try:

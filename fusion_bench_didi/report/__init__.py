@@ -4,11 +4,12 @@ Everything is derived from ``comparison.json``; nothing here needs torch, the ho
 anew from the file alone: ``python -m fusion_bench_didi.report DIRECTORY``.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .comparison import Comparison
 
-__all__ = ["Comparison", "write_report"]
+__all__ = ["Comparison", "whereabouts", "write_report"]
 
 
 def write_report(directory: str | Path) -> list[Path]:
@@ -23,3 +24,9 @@ def write_report(directory: str | Path) -> list[Path]:
     comparison = Comparison.read(directory / "comparison.json")
     files = tables.write(comparison, directory) + plots.write(comparison, directory)
     return [*files, page.write(comparison, directory)]
+
+
+def whereabouts(files: Sequence[Path]) -> str:
+    """What :func:`write_report` has written, in a line."""
+    page, beside = files[-1], sorted({file.suffix[1:] for file in files[:-1]})
+    return f"page    {page}; tables and plots beside it ({', '.join(beside)})"

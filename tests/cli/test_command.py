@@ -1,5 +1,6 @@
 """The command ``didi``: what it writes is what Python and YAML write, and what it cannot do it says in a line."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from commands import run
 from fusion_bench.modelpool import CLIPVisionModelPool
 from helpers import BASE, floats, same_bits
+from snippets import fault
 
 import fusion_bench_didi
 from fusion_bench_didi.cli import didi, main
@@ -146,7 +148,7 @@ def test_faults_are_found_before_anything_is_read(merged, tiny_clip_dir, tmp_pat
 
 
 def test_a_comparison_is_that_of_its_configuration(tmp_path):
-    with pytest.raises(ComparisonError, match="no entry 'nothing', only .*'emr'"):
+    with pytest.raises(ComparisonError, match="no entry 'nothing'. There are .*emr"):
         run("compare", "-o", tmp_path / "c", "--only", "nothing", "--suite", tmp_path)
     with pytest.raises(DiDiError, match="is no comparison"):
         run("report", tmp_path)
@@ -161,7 +163,9 @@ def test_settings_are_explained():
 @pytest.mark.parametrize("name", didi.commands)
 def test_every_command_explains_itself_by_example(name):
     told = run(name, "--help")
-    assert "Example" in told and f"didi {name}" in told
+    examples = re.findall(rf"^ +(didi {name}.*)$", told, re.MULTILINE)
+    assert "Example" in told and examples
+    assert not list(filter(None, map(fault, examples)))
     command = didi.commands[name]
     described = [p for p in command.params if isinstance(p, click.Option)]
     assert all(option.help for option in described)

@@ -21,7 +21,7 @@ def test_a_model_is_told_on_one_screen(merged):
     told = dict(line.split(maxsplit=1) for line in lines if line)
     assert told["budget"] == "0.6 beyond the backbone"
     assert told["storage"].startswith(f"{merged.storage.x_excl:.2f}x of one")
-    assert {"parts", "bits", "ranks", "error"} <= told.keys()
+    assert {"parts", "numbers", "forms", "ranks", "error"} <= told.keys()
     for task in merged.tasks:
         assert told[task].endswith("a model in memory")
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
 from ..errors import BudgetError
-from ..lowrank.factors import energy_of
 from ..merging.given import Given
 from ..merging.pipeline import merge
 from ..merging.results import MergeResult
@@ -100,7 +99,7 @@ def rescaled(
     if settings is None:
         settings = merged_with(stored.info, limit)
     settings = replace(settings, budget=limit)
-    given = Given(stored.unit_bits, _energies(stored))
+    given = Given(stored.unit_bits, kept=_parts(stored))
     result = merge(decoded(stored), settings, device=device, given=given)
     experts = {task: {**result.experts[task], **own[task]} for task in stored.tasks}
     after = replace(stored, shared=result.shared, experts=experts).useful()
@@ -133,22 +132,18 @@ def _changes(expert: Mapping[str, Delta]) -> dict[str, Delta]:
     return {n: d for n, d in expert.items() if not isinstance(d, OwnDelta)}
 
 
-def _energies(stored: Stored) -> dict[str, Tensor]:
-    """(T,) squared norms of the task vectors that were merged, as far as is known: what is stored over the part that it is.
+def _parts(stored: Stored) -> dict[str, Tensor]:
+    """(T,) what part of the energy of the task vectors that were merged is stored, as far as is known.
 
     Errors are weighed by the size of whole task vectors, as they were.
     """
-    tasks, order = sorted(stored.tasks), stored.info.get("energy_tasks", [])
-    vectors = decoded(stored).ordered(tasks)
-    found = {}
-    for name, kept in stored.info.get("energy_kept", {}).items():
-        if name not in vectors.infos:
-            continue
-        tensor = vectors.tensor(name)
-        parts = [_told_part(kept, order, task) for task in tasks]
-        energy = [float(energy_of(tensor.matrix(t))) for t in range(len(tasks))]
-        found[name] = torch.tensor([e / p for e, p in zip(energy, parts)]).double()
-    return found
+    order = stored.info.get("energy_tasks", [])
+    return {
+        name: torch.tensor(
+            [_told_part(kept, order, task) for task in sorted(stored.tasks)]
+        ).double()
+        for name, kept in stored.info.get("energy_kept", {}).items()
+    }
 
 
 def _told_part(kept: list[float], order: list[str], task: str) -> float:

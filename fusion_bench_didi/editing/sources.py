@@ -101,6 +101,8 @@ class DecodedExpert(TensorSource):
         self.label = task
         self._deltas, self._shared, self._infos = deltas, shared, infos
         self._ranks: dict[str, int | None] = {}
+        #: the last one that was decoded: ranks and factors are asked for one after the other
+        self._last: tuple[str, LowRankFactors | None] | None = None
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
@@ -128,8 +130,14 @@ class DecodedExpert(TensorSource):
     def applied(self, name: str, base: Tensor) -> Tensor:
         return base + self.read(name)
 
-    @torch.no_grad()
     def _product(self, name: str) -> LowRankFactors | None:
+        last = self._last
+        if last is None or last[0] != name:
+            self._last = last = name, self._decoded(name)
+        return last[1]
+
+    @torch.no_grad()
+    def _decoded(self, name: str) -> LowRankFactors | None:
         own, shared = self._deltas.get(name), self._shared.get(name)
         if own is not None:
             return own.product(shared)

@@ -1,7 +1,7 @@
 """One task of a merged model as a LoRA adapter in PEFT's files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from ..errors import DiDiError
 from ..lowrank.factors import LowRankFactors
 from ..models.dynamic import DynamicModel
 from ..task_vectors.tensor import matrix_shape
-from .factors import fitted
+from .factors import fitted, in_eight_bits
 from .modules import Refusal, Site, sites
 from .report import Carried
-from .settings import AdapterSettings
+from .settings import EIGHT_BITS, AdapterSettings
 
 #: Names in a PEFT file begin with it.
 _PREFIX = "base_model.model."
@@ -37,6 +37,7 @@ class _Content:
     modules: set[str] = field(default_factory=set)
     biases: bool = False
     carried: dict[str, Carried] = field(default_factory=dict)
+    scale: float = 1  # of all products
 
 
 class AdapterWriter:
@@ -56,7 +57,7 @@ class AdapterWriter:
     ):
         self.model, self.settings, self.under = model, settings, under
         self.sites, self.refused = sites(before)
-        self.dtype = settings.dtype(under)
+        self.dtype = settings.dtype(under)  # in which factors are fitted
 
     def write(
         self, task: str, place: Path, source: Mapping[str, str]
@@ -101,7 +102,24 @@ class AdapterWriter:
             rank = max(factors.rank for _, factors in content.parts.values())
             for module, (site, factors) in content.parts.items():
                 content.parts[module] = site, _padded(factors, rank)
+        if self.settings.factor_dtype == EIGHT_BITS:
+            self._round(task, content)
         return content
+
+    def _round(self, task: str, content: _Content) -> None:
+        """Round factors to 8 bits, and say what each loses."""
+        dtype = getattr(torch, EIGHT_BITS)
+        products = {module: factors for module, (_, factors) in content.parts.items()}
+        rounded, content.scale = in_eight_bits(products, dtype)
+        for name, one in content.carried.items():
+            site = self.sites.get(name)
+            if one.how != "factors" or site.module not in rounded:
+                continue
+            content.parts[site.module] = site, rounded[site.module]
+            wanted, size = self._wanted(task, name)
+            read = rounded[site.module].to(torch.float32).dense() * content.scale
+            error = _norm(wanted - read) / size if size else 0.0
+            content.carried[name] = replace(one, error=error)
 
     def _factors(self, task: str, name: str, site: Site, content: _Content) -> Carried:
         """Add the factors of a weight."""
@@ -225,10 +243,10 @@ class AdapterWriter:
         )
         config = LoraConfig(
             r=rank,
-            lora_alpha=rank,
+            lora_alpha=rank * content.scale,
             target_modules=list(modules),
             rank_pattern=ranks,
-            alpha_pattern=dict(ranks),
+            alpha_pattern={name: r * content.scale for name, r in ranks.items()},
             fan_in_fan_out=turned,
             lora_dropout=0.0,
             bias="all" if content.biases else "none",

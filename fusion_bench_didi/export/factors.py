@@ -1,5 +1,7 @@
 """The change of a tensor as two factors of bounded rank, in the type in which they are written."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +51,28 @@ def fitted(
     factors = product.balanced().to(dtype)
     lost = _norm(wanted - factors.to(torch.float32).dense())
     return Fitted(factors, lost, limit < most and left > EXACT * size)
+
+
+def in_eight_bits(
+    products: Mapping[str, LowRankFactors], dtype: torch.dtype
+) -> tuple[dict[str, LowRankFactors], float]:
+    """Factors in a type of 8 bits, and what all their products are multiplied by: one power of two, for the type's range is small.
+
+    Args:
+        products: with two factors of about one size each.
+    """
+    peak = max(
+        (float(x.abs().max()) for p in products.values() for x in (p.up, p.down)),
+        default=0.0,
+    )
+    if not 0 < peak < math.inf:
+        return {name: p.to(dtype) for name, p in products.items()}, 1.0
+    step = 2.0 ** math.floor(math.log2(torch.finfo(dtype).max / peak))
+    found = {
+        name: LowRankFactors((p.up * step).to(dtype), (p.down * step).to(dtype))
+        for name, p in products.items()
+    }
+    return found, step**-2
 
 
 def _norm(matrix: Tensor) -> float:

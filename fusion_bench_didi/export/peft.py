@@ -29,7 +29,7 @@ from .common import (
 )
 from .plain import write_checkpoint
 from .report import Carried, ExportReport
-from .settings import AdapterSettings
+from .settings import EIGHT_BITS, AdapterSettings
 
 
 def to_peft(
@@ -87,6 +87,12 @@ def to_peft(
                 before,
                 tensors[task],
                 f"The adapter of {task}",
+            )
+        if settings.factor_dtype == EIGHT_BITS:
+            errors = [c.error for t in tensors.values() for c in t.values() if c.rank]
+            notes.append(
+                f"in 8 bits factors lose up to {max(errors):.1%} of a tensor's change; factor_dtype=bfloat16 takes twice the bytes "
+                "and loses a sixteenth of that."
             )
         report = ExportReport("peft", str(final), tensors, sizes, differ, tuple(notes))
         return write_report(place, report)

@@ -16,12 +16,14 @@ class Given:
     Args:
         unit_bits: one fine-tuned model, of the finished model's account.
         energy: per tensor, (T,) squared norms by which errors are weighed: those of the whole task vectors.
+        kept: per tensor, (T,) instead of these: what part of such an energy the vectors to be merged have.
         bases: per matrix, common bases that cores may be written in.
         ranks: per matrix, of the shared part that every task's change holds.
     """
 
     unit_bits: int
-    energy: Mapping[str, Tensor]
+    energy: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
     bases: Mapping[str, Bases] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
 
@@ -30,5 +32,5 @@ class Given:
         return {
             name: torch.where(own > 0, own, rest)
             for name, rest in found.items()
-            for own in [self.energy.get(name, rest)]
+            for own in [self.energy.get(name, rest / self.kept.get(name, 1.0))]
         }

@@ -154,6 +154,30 @@ def test_bfloat16_factors_lose_their_rounding_and_no_more(tmp_path):
     assert not any(report.lossy.values())
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_factors_in_eight_bits_lose_their_rounding_whatever_their_size(size, tmp_path):
+    """Three bits of mantissa: each factor's entries are off by 2^-4 at most, and by 0.026 in the mean square."""
+    model = low_rank(llama(), shared=0)
+    for expert in model.modulators.values():
+        for delta in expert.deltas.values():
+            delta.up *= size
+    settings = AdapterSettings(factor_dtype="float8_e4m3fn", pad_rank=True)
+    report = to_peft(model, tmp_path / "out", settings=settings)
+    errors = [one.error for t in report.tensors.values() for one in t.values()]
+    assert 0.02 < min(errors) and max(errors) < 0.06
+    assert f"lose up to {max(errors):.1%}" in str(report)
+    home = tmp_path / "out" / "task%201"
+    tensors = load_file(home / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float8_e4m3fn}
+    read = PeftModel.from_pretrained(llama(), home).merge_and_unload()
+    for name, one in report.tensors["task 1"].items():
+        base = model.base_tensor(name)
+        change = model.task_tensor(name, model.modulators["task 1"]) - base
+        off = read.get_parameter(name) - base - change
+        rounding = 8e-8 * (base.norm() + change.norm())  # of sums in float32
+        assert off.norm() <= 1.01 * one.error * change.norm() + rounding
+
+
 def test_refusals(tmp_path):
     model = low_rank(llama())
     with pytest.raises(UnknownTaskError, match="no 'moon'; it holds .'task 0'"):

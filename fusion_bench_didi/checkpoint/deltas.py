@@ -229,6 +229,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         DiDiError: if it is of a later format.
     """
     path = Path(directory) / CONFIG
+    if not path.parent.exists():
+        raise FileNotFoundError(
+            f"{directory} does not exist. Give the directory of a merged model."
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; {directory} is not a merged model saved by fusion_bench_didi."

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from ..distributed.ranks import Ranks
 from ..errors import CheckpointMismatchError, DiDiError, RankError
 from ..files import sync, write_whole
+from ..spelling import spelled
 from .exchange import exchange, rename_new
 from .fields import read_object
 from .locks import held, is_held
@@ -89,8 +90,7 @@ def _check_replaceable(
         )
     if not overwrite:
         raise FileExistsError(
-            f"{target} exists. Choose another directory, or pass overwrite=True (on the command line method.overwrite=true for "
-            "method.output_dir, +merged_model_save_kwargs.overwrite=true for merged_model_save_path)."
+            f"{target} exists. Choose another directory, or replace it: {spelled('overwrite', 'true')}."
         )
     if any(place.iterdir()) and not is_ours(place, mark):
         raise FileExistsError(

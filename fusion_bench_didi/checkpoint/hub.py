@@ -5,9 +5,9 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import DiDiError
+from ..places import check_place
 
 #: What no saved model consists of, and what would run when it is opened by others.
 _NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.py", "*.so")
@@ -26,18 +26,22 @@ def local_directory(
         token: for private repositories; the one that the client was logged in with if None.
 
     Raises:
+        FileNotFoundError: for what does not exist and can be no name, or where the hub cannot be asked.
         DiDiError: if the repository cannot be had.
     """
     path = Path(place).expanduser()
-    if path.exists() or not is_name(place):
+    check_place(place)
+    if path.exists():
         return path
     try:
         found = huggingface_hub.snapshot_download(
             str(place), revision=revision, token=token, ignore_patterns=list(_NEVER)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        if revision is None and isinstance(error, LocalEntryNotFoundError):
-            return path  # nothing is known of it: reading says that no model lies there
+        if isinstance(error, LocalEntryNotFoundError):
+            raise FileNotFoundError(
+                f"{place} is no directory, and the hub cannot be asked for it. Mend the path or the name."
+            ) from error
         raise DiDiError(
             f"{place} is neither a directory nor a repository that can be had from the hub ({type(error).__name__}: {error}). Mend "
             "the name, or log in: huggingface-cli login."
@@ -66,18 +70,3 @@ def upload(
         commit_message=message,
     )
     return str(getattr(commit, "commit_url", commit))
-
-
-def is_name(place: str | Path, *, owned: bool = True) -> bool:
-    """Whether a place may be a repository's name.
-
-    Args:
-        owned: it must have an owner, as all have but a few old ones.
-    """
-    if not isinstance(place, str) or owned and place.count("/") != 1:
-        return False
-    try:
-        validate_repo_id(place)
-    except HFValidationError:
-        return False
-    return True

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import CheckpointMismatchError, DiDiError, RankError, ResumeError
+from ..spelling import spelled
 from .directory import CONFIG, journal_of, seen_by_all, write_json
 from .fields import read_object, sealed
 from .tensors import file_digest
@@ -215,7 +216,7 @@ def _check(head: Path, identity: Mapping[str, str]) -> None:
     except CheckpointMismatchError:
         remove(head.parent)  # killed before there was anything
         return
-    way_out = "Choose another directory, or start over with method.resume=fresh."
+    way_out = f"Choose another directory, or start over: {spelled('resume', 'fresh')}."
     if before.get("format") != FORMAT or not isinstance(before.get("of"), dict):
         raise ResumeError(f"{head.parent} is the journal of another release. {way_out}")
     was = before["of"]
@@ -223,7 +224,7 @@ def _check(head: Path, identity: Mapping[str, str]) -> None:
     differ = list(dict.fromkeys(differ))
     if differ:
         told = "\n  ".join(
-            f"{key}: {identity.get(key, 'not there')}, was {was.get(key, 'not there')}"
+            f"{key.removeprefix('method.')}: {identity.get(key, 'not there')}, was {was.get(key, 'not there')}"
             for key in differ[:8]
         )
         more = f"\n  and {len(differ) - 8} more" if len(differ) > 8 else ""

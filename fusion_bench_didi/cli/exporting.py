@@ -33,6 +33,7 @@ def export(
       didi export merged models --form plain --task mnist
     """
     from ..export import export as write
+    from ..export.common import folder
 
     report = write(
         directory,
@@ -49,3 +50,8 @@ def export(
         click.echo(
             f"  … and {len(lines) - _MOST} more lines; all of them in {out}/export.json"
         )
+    for task in report.tensors:
+        if folder(task) != task:
+            click.echo(
+                f"  {task} lies in {folder(task)}: not every file system takes its name"
+            )

@@ -7,7 +7,17 @@ import warnings
 import click
 
 from ..errors import DiDiError
-from . import comparing, editing, exporting, merging, publishing, reading, serving
+from ..spelling import spelled_as
+from . import (
+    comparing,
+    editing,
+    exporting,
+    merging,
+    options,
+    publishing,
+    reading,
+    serving,
+)
 
 _HELP = """
 Merge fine-tuned models of one base model into one model with an expert per task, within a storage budget.
@@ -32,6 +42,9 @@ The same from Python: fusion_bench_didi.merge, load, DiDiMerging; with task pool
 @click.version_option(package_name="fusion-bench-didi")
 @click.option("-v", "--verbose", is_flag=True, help="Show what is logged.")
 def didi(verbose: bool) -> None:
+    context = click.get_current_context()
+    command = didi.commands.get(context.invoked_subcommand or "")
+    context.with_resource(spelled_as(options.spelling(command)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(levelname)s %(message)s")
     logging.getLogger().setLevel(logging.INFO if verbose else logging.ERROR)

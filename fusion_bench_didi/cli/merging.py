@@ -53,16 +53,23 @@ def merge(
     from ..checkpoint.directory import check_target
     from ..models import DynamicModel
 
-    check_target(out, overwrite=overwrite)
     given = options.values_of(settings)
     if budget is not None:
         given["budget"] = budget
     if dry_run:
         given["dry_run"] = True
-    made = _method(method, given, out, overwrite)
+    faults = options.Faults()
+    with faults:
+        if not dry_run:
+            check_target(out, overwrite=overwrite)
+    with faults:
+        pool = pool_of(base, models, model_class)
+    with faults:
+        made = _method(method, given, out, overwrite)
+    faults.check()
     made._fabric_instance = lightning.Fabric(accelerator=device, devices=1)
     start = time.perf_counter()
-    model = made.run(pool_of(base, models, model_class))
+    model = made.run(pool)
     if model is None:
         return
     if not made.config.get("output_dir"):
@@ -102,24 +109,44 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
 
 def _class_of(places: dict[str, str]) -> str:
     """The class that all fine-tuned models name, else the base model's; where none does, what transformers takes for it."""
-    from transformers import AutoConfig
-
-    named = {}
+    named, faults = {}, []
     for task, place in places.items():
-        adapter = (Path(place) / "adapter_config.json").is_file()
-        if not adapter:
-            try:
-                found = AutoConfig.from_pretrained(place).architectures
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise click.BadParameter(
-                    f"{place} is no model that transformers knows ({reason[:200]})",
-                    param_hint="models",
-                ) from error
-            named[task] = (found or [None])[0]
+        if (Path(place) / "adapter_config.json").is_file():
+            continue
+        try:
+            named[task] = _architecture(place)
+        except FileNotFoundError as error:
+            faults.append(str(error))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            faults.append(
+                f"{place} is no model that transformers knows ({reason[:200]})"
+            )
+    if faults:
+        raise click.BadParameter("\n  ".join(faults), param_hint="models")
     base = named.pop(BASE, None)
     tuned = set(named.values())
     return (tuned.pop() if len(tuned) == 1 else base) or "AutoModel"
+
+
+def _architecture(place: str) -> str | None:
+    """The class that a model's configuration names, of a directory or of the hub.
+
+    Raises:
+        FileNotFoundError: if it is in neither.
+        OSError, ValueError: if it is nothing that transformers reads.
+    """
+    from transformers import AutoConfig
+
+    from ..places import check_place, check_to_be_had
+
+    check_place(place, owned=False)
+    if local := Path(place).expanduser().exists():
+        place = str(Path(place).expanduser())
+    else:
+        check_to_be_had(place)
+    config = AutoConfig.from_pretrained(place, local_files_only=local)
+    return (config.architectures or [None])[0]
 
 
 def _method(name: str, given: dict[str, Any], out: str, overwrite: bool) -> Any:

@@ -5,6 +5,12 @@ from typing import Any
 
 import click
 
+from ..errors import DiDiError
+from ..spelling import Spelling, as_key
+
+#: Keywords by the options that stand for them.
+_CALLED = {"output_dir": "out"}
+
 out = click.option(
     "-o",
     "--out",
@@ -29,6 +35,53 @@ drop_router = click.option(
 settings = click.option(
     "-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting, may be repeated."
 )  # fmt: skip
+
+
+def spelling(command: click.Command | None) -> Spelling:
+    """How settings are typed behind a command: as an option of its own, else by ``-s``."""
+    known = {p.name: p for p in command.params} if command else {}
+
+    def spell(key: str, value: str) -> str:
+        found = known.get(_CALLED.get(key, key))
+        if isinstance(found, click.Option):
+            option = max(found.opts, key=len)
+            given = "PATTERN" if found.multiple else value
+            return option if found.is_flag or not value else f"{option} {given}"
+        return f"-s {as_key(key, value)}" if "settings" in known else as_key(key, value)
+
+    return spell
+
+
+class Faults:
+    """Gathers what several blocks raise, so that a user is told all of it at once."""
+
+    def __init__(self) -> None:
+        self.found: list[BaseException] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        told = (DiDiError, FileExistsError, FileNotFoundError, click.UsageError)
+        if isinstance(error, told):
+            self.found.append(error)
+        return isinstance(error, told)
+
+    def check(self) -> None:
+        """
+        Raises:
+            click.UsageError: of all faults, if there are several; one is raised as it is.
+        """
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise click.UsageError("\n".join(map(_message, self.found)))
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    return str(error)
 
 
 def silence_host() -> None:

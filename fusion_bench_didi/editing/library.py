@@ -38,6 +38,7 @@ from ..deltas.base import Delta
 from ..deltas.grouped import GroupedDelta
 from ..errors import DiDiError
 from ..models.dynamic import DynamicModel
+from ..spelling import spelled
 from .combining import check_entries, combined
 from .loading import check_known, on_backbone
 from .places import Place, stored_of
@@ -114,7 +115,7 @@ class AdapterLibrary:
                 )
             if not overwrite and task in self:
                 raise FileExistsError(
-                    f"{self.place} has a task {task!r} already. Choose another name, or pass overwrite=True."
+                    f"{self.place} has a task {task!r} already. Choose another name, or replace it: {spelled('overwrite', 'true')}."
                 )
         self.place.mkdir(parents=True, exist_ok=True)
         with self._turn():

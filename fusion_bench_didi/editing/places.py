@@ -19,6 +19,7 @@ from ..models.dynamic import DynamicModel
 from ..models.model_card import model_card
 from ..models.saving import check_config
 from ..routers.files import FILE as ROUTER_FILE
+from ..spelling import spelled
 from .facts import check_info
 from .stored import Stored
 
@@ -130,7 +131,8 @@ def target_of(
     if output_dir is None and not isinstance(place, nn.Module):
         if not overwrite:
             raise SettingsError(
-                f"{place} would be edited and written nowhere. Give output_dir, or overwrite=True to replace the directory."
+                f"{place} would be edited and written nowhere. Give {spelled('output_dir')}, or {spelled('overwrite', 'true')} to replace "
+                "the directory."
             )
         target = place
     if target is None and overwrite:
@@ -211,6 +213,6 @@ def check_router_goes(drop_router: bool, what: str) -> None:
     """
     if not drop_router:
         raise DiDiError(
-            f"{what} has a router, which is for the tasks that there are now. Pass drop_router=True, and make a router for the "
-            "edited model."
+            f"{what} has a router, which is for the tasks that there are now. Leave it out, {spelled('drop_router', 'true')}, and make a "
+            "router for the edited model."
         )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..deltas.storage import dtype_bits
 from ..report.units import readable
+from ..task_vectors.alignment import of_all_layers
 from ..task_vectors.reader import TaskVectors
 from .inventory import Inventory, matrix_budget, take_inventory
 from .settings import MergeSettings
@@ -74,7 +75,7 @@ def _table(
         even = min(even, task_vectors.joint_rank(name))
         top = "dense" if rate.most is None else str(rate.cap)
         rank = top if even > rate.cap else str(even)
-        kind = (_of_all_layers(name), f"{m} x {n}", str(rate.per_rank // 8), rank)
+        kind = (of_all_layers(name), f"{m} x {n}", str(rate.per_rank // 8), rank)
         kinds[kind] = kinds.get(kind, 0) + 1
     heads = ("matrix", "how many", "shape", "bytes/rank", "even rank")
     rows = [heads, *((name, str(k), *rest) for (name, *rest), k in kinds.items())]
@@ -87,11 +88,6 @@ def _table(
         "equal shares of",
         "the budget (dense: the matrix whole); the merge itself shares it by what reduces the error most.",
     ]
-
-
-def _of_all_layers(name: str) -> str:
-    """A name with ``*`` for the numbers of layers."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _read_gb(task_vectors: TaskVectors, inventory: Inventory) -> float:

@@ -50,6 +50,7 @@ from ..pools.opening import (
 )
 from ..pools.task_names import check_tasks, pool_tasks
 from ..report.units import readable
+from ..spelling import spelled
 from ..task_vectors.alignment import some
 from ..task_vectors.loop import Progress, Result, each, spread
 from ..task_vectors.reader import TaskVectors
@@ -188,7 +189,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             raise CheckpointMismatchError(
                 f"{self.title} makes what tasks share, and {some(found.changed_own)} are each task's own (heads, statistics of "
                 "batches, tensors that the base model's checkpoint lacks). Leave them at the base model's value with "
-                "method.exclude=[...], or choose a method that keeps them, didi for instance."
+                f"{spelled('exclude', '[...]')}, or choose a method that keeps them, didi for instance."
             )
         return found.changed
 

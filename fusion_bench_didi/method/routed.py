@@ -21,6 +21,7 @@ from ..options import Aliases, Fraction, ImageCount, Positive, Seed
 from ..pools.inputs import Inputs, load_inputs, parts, require_inputs
 from ..routers.base import Router
 from ..routers.files import make_router
+from ..spelling import spelled
 from ..taskpool.task_switching import attach
 from .base import PoolMethod
 
@@ -140,7 +141,7 @@ def check_head(
             modelpool,
             aliases,
             purpose="The router's head is fitted to unlabelled data",
-            otherwise=", or choose a training-free router: method.router=projection method.head=none",
+            otherwise=f", or choose a training-free router: {spelled('router', 'projection')} {spelled('head', 'none')}",
         )
 
 

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..checkpoint.hub import is_name
+from ..places import is_name
 from ..report.units import readable, storage_line
 
 #: So many tasks have a line each.

@@ -7,6 +7,7 @@ from typing import Any
 from ..checkpoint.directory import check_target
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import SettingsError
+from ..spelling import as_key, spelled_as
 from .dynamic import DynamicModel
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ def attach_saving(modelpool: Any, ranks: Ranks = ALONE) -> None:
                 )
             try:
                 if ranks.leads:
-                    model.save_pretrained(path, overwrite=overwrite)
+                    with spelled_as(_as_save_kwargs):
+                        model.save_pretrained(path, overwrite=overwrite)
             except BaseException as error:
                 ranks.fail(error)
                 raise
@@ -47,6 +49,11 @@ def attach_saving(modelpool: Any, ranks: Ranks = ALONE) -> None:
             stock(model, path, *args, **kwargs)
 
     modelpool.save_model = save_model
+
+
+def _as_save_kwargs(key: str, value: str) -> str:
+    """As whoever saves through the program has it."""
+    return f"+merged_model_save_kwargs.{as_key(key, value)}"
 
 
 def saved_at(program: Any) -> str | None:
@@ -76,7 +83,8 @@ def check_saving(program: Any, output_dir: str | None = None) -> None:
     if path is None:
         return
     options = getattr(program, "merged_model_save_kwargs", None) or {}
-    place = check_target(path, overwrite=bool(options.get("overwrite", False)))
+    with spelled_as(_as_save_kwargs):
+        place = check_target(path, overwrite=bool(options.get("overwrite", False)))
     if output_dir and check_target(output_dir, overwrite=True) == place:
         raise SettingsError(
             f"output_dir and merged_model_save_path are both {place}, and what is in output_dir is saved. Leave one of them out."

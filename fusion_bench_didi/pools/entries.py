@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..errors import DiDiError, ModelPoolError
+from ..places import check_place
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.sources import read_json
 from ..task_vectors.tower_names import fill, is_tower
@@ -86,11 +87,14 @@ def _resolved(repo: str, platform: str) -> Path:
 @functools.cache
 def _downloaded(repo: str, platform: str) -> Path:
     try:
+        if platform == "hf":
+            check_place(repo, owned=False)
         found = resolve_repo_path(repo_id=repo, repo_type="model", platform=platform)
+    except FileNotFoundError as error:
+        raise ModelPoolError(str(error)) from error
     except Exception as error:  # of any type, of hubs and networks
         raise ModelPoolError(
-            f"{repo!r} is neither a directory nor a model that can be had from the hub ({error}). Mend its entry in "
-            "modelpool.models."
+            f"{repo!r} is neither a directory nor a model that can be had from the hub ({error}). Mend the path or the name."
         ) from error
     return Path(found)
 

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import ListConfig
 
 from ..errors import UnknownTaskError
+from ..spelling import spelled
 
 
 def normalized(name: str) -> str:
@@ -35,7 +36,7 @@ def resolve_task(
         return same[0]
     raise UnknownTaskError(
         f"Task {name!r} is not in the merged model, which holds {known}. "
-        "Map it with method.task_aliases={pool_name: model_name}, or take it out of the task pool."
+        f"Map it with {spelled('task_aliases', '{pool_name: model_name}')}, or take it out of the task pool."
     )
 
 
@@ -57,7 +58,7 @@ def check_tasks(
     if unknown:
         raise UnknownTaskError(
             f"The task pool has tasks that no merged model covers: {unknown}. Task pool: {asked}; models: {known}. "
-            "Map names with method.task_aliases={pool_name: model_name}, or take these tasks out of the task pool."
+            f"Map names with {spelled('task_aliases', '{pool_name: model_name}')}, or take these tasks out of the task pool."
         )
 
 

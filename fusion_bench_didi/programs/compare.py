@@ -29,6 +29,7 @@ from ..pools.task_names import check_tasks
 from ..report import whereabouts, write_report
 from ..report.loggers import log_metrics, row_metrics
 from ..report.terminal import print_table
+from ..spelling import as_key, spelled_as
 from .entries import declared, dependent, read_entries
 from .entry_run import Bench, run_entry, summary
 from .progress import Watch, quiet, terminal
@@ -99,7 +100,8 @@ class ComparisonProgram(FabricModelFusionProgram):
         self.fabric  # starts them
         ranks = ranks_here()
         try:
-            return self._on(ranks)
+            with spelled_as(as_key):
+                return self._on(ranks)
         except BaseException as error:
             ranks.fail(error)
             raise

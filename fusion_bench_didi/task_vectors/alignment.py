@@ -4,10 +4,13 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 
 from ..errors import CheckpointMismatchError
+from ..spelling import spelled
 from .lora_adapter import WAY_OUT
 from .sources import TensorInfo, TensorSource
 
 Infos = Mapping[str, TensorInfo]
+#: So many kinds of faults are told of a task.
+_MOST = 8
 
 #: Names of the last layers of classifiers: where their shapes differ, tasks have heads of their own.
 HEADS = (
@@ -61,15 +64,15 @@ def check_alignment(
         if not matches(name, exclude)
     ]
     faults += [
-        f"{task}: {name} is another than that of the base model {base.label}, and no tensor that could be kept"
+        f"{task}: {name} is another than the base model's, and no tensor that could be kept"
         for task, source in tuned.items()
         for name, state in source.extra.items()
         if state != base.extra.get(name) and not matches(name, exclude)
     ]
     if not held & set(reference) and not faults:
         raise CheckpointMismatchError(
-            f"No tensor of {base.label} appears in any fine-tuned checkpoint: expected names like {some(reference)}, "
-            f"found {some(held)}. The models are of another architecture."
+            f"{', '.join(tuned)}: no tensor is one of the base model's: expected names like {some(reference)}, found {some(held)}. "
+            "Use models of the base model's architecture."
         )
     for task, found in infos.items():
         missing = expected - set(found)
@@ -85,16 +88,20 @@ def check_alignment(
         foreign = {n for n in found if n not in base.infos() and not matches(n, own)}
         if foreign:
             faults.append(
-                f"{task}: {len(foreign)} tensors that the base model {base.label} does not have: {some(foreign)}"
+                f"{task}: {len(foreign)} tensors that the base model does not have: {some(foreign)}"
             )
-        faults += [f"{task}: {f}" for f in _misfits(found, reference, own, fresh)]
+        misfits = _alike(_misfits(found, reference, own, fresh))
+        faults += [f"{task}: {fault}" for fault in misfits[:_MOST]]
+        if len(misfits) > _MOST:
+            faults.append(f"{task}: and {len(misfits) - _MOST} more kinds of tensors")
     faults += _left_out(infos, reference, exclude, fresh)
     if faults:
         raise CheckpointMismatchError(
             "The fine-tuned models do not line up with the base model:\n  "
             + "\n  ".join(faults)
-            + "\nUse models of one architecture, leave tensors out with method.exclude=[...], or keep them as each task has them "
-            "with method.own=[...]." + (f" {WAY_OUT}" if adapters else "")
+            + f"\nUse models of one architecture, leave tensors out with {spelled('exclude', '[...]')}, or keep them as each task "
+            f"has them with {spelled('own', '[...]')}."
+            + (f" {WAY_OUT}" if adapters else "")
         )
 
 
@@ -107,19 +114,39 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
+def _alike(faults: Iterable[tuple[str, str]]) -> list[str]:
+    """Names and what is wrong with them, in one line for the tensors of all layers that are wrong alike."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, fault in faults:
+        kinds.setdefault((of_all_layers(name), fault), []).append(name)
+    return [
+        (
+            f"{names[0]} {fault}"
+            if len(names) == 1
+            else f"{kind}, {len(names)} tensors: {fault}"
+        )
+        for (kind, fault), names in kinds.items()
+    ]
+
+
+def of_all_layers(name: str) -> str:
+    """A name with ``*`` for the numbers of layers."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def _misfits(
     found: Infos, reference: Infos, own: Iterable[str], fresh: frozenset[str]
-) -> Iterator[str]:
-    """Tensors of the base model's name and another shape or kind."""
+) -> Iterator[tuple[str, str]]:
+    """Tensors of the base model's name and another shape or kind, and what is wrong."""
     for name in sorted(set(found) & set(reference)):
         have, want = found[name], reference[name]
         if have.dtype is None:
-            yield f"{name} is of a type that torch does not have, the base model has {want.dtype}"
+            yield name, f"is of a type that torch does not have, the base model has {want.dtype}"
         elif not have.floating:
-            yield f"{name} is of {have.dtype}, the base model has {want.dtype}"
+            yield name, f"is of {have.dtype}, the base model has {want.dtype}"
         elif have.shape != want.shape and name not in fresh:
             if not matches(name, (*own, *HEADS)):
-                yield f"{name} is {have.shape}, the base model has {want.shape}"
+                yield name, f"is {have.shape}, the base model has {want.shape}"
 
 
 def _left_out(
@@ -134,11 +161,11 @@ def _left_out(
             if not matches(name, exclude):
                 continue
             if name in fresh:
-                yield f"{task}: {name} is excluded, and the base model's is random at every load; keep it (method.own)"
+                yield f"{task}: {name} is excluded, and the base model's is random at every load; keep it ({spelled('own')})"
             elif found[name].shape != reference[name].shape and matches(name, HEADS):
                 yield (
                     f"{task}: {name} is excluded, and is {found[name].shape} where the base model has {reference[name].shape}; "
-                    "keep it (method.own)"
+                    f"keep it ({spelled('own')})"
                 )
 
 

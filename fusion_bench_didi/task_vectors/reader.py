@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointMismatchError, ModelPoolError, SettingsError
+from ..spelling import spelled
 from .alignment import check_alignment, floating, matches, some
 from .float8 import FLOAT8
 from .sources import STORED, TensorInfo, TensorSource, aligned
@@ -82,8 +83,8 @@ class TaskVectors:
         stiff = [n for n, info in self.infos.items() if info.dtype in FLOAT8]
         if stiff:
             raise CheckpointMismatchError(
-                f"The base model {self.base.label} has {some(stiff)} in {self.infos[stiff[0]].dtype}, which cannot hold merged "
-                "values. Give it in bfloat16, or leave these tensors out with method.exclude=[...]."
+                f"The base model has {some(stiff)} in {self.infos[stiff[0]].dtype}, which cannot hold merged "
+                f"values. Give it in bfloat16, or leave these tensors out with {spelled('exclude', '[...]')}."
             )
         known = {*self.base.infos(), *self._held, *self.ignored}
         for key in ("exclude", "as_vectors", "own"):
@@ -168,7 +169,7 @@ class TaskVectors:
         if value.dtype not in STORED:
             raise CheckpointMismatchError(
                 f"{task}: {name} is of {value.dtype}, which files do not hold, and differs from the base model's. Convert it, "
-                "or leave it out with method.exclude=[...]."
+                f"or leave it out with {spelled('exclude', '[...]')}."
             )
         return value
 

@@ -12,6 +12,7 @@ from ..distributed.ownership import SOLO, Crew
 from ..errors import ModelPoolError, NonFiniteError
 from ..lowrank.factors import energy_of
 from ..lowrank.row_blocks import squared_norms
+from ..spelling import spelled
 from .loop import spread
 from .parallel import workers_for
 from .reader import TaskVectors
@@ -100,7 +101,7 @@ def scan(
         raise NonFiniteError(
             "Some checkpoints hold NaN, infinity or changes beyond what float32 can square:\n  "
             + "\n  ".join(faults)
-            + "\nFix or leave out these models; a single tensor can be left out with method.exclude=[...]."
+            + f"\nFix or leave out these models; a single tensor can be left out with {spelled('exclude', '[...]')}."
         )
     result = Scan(
         {name: energy for name, (energy, _) in found.items()},
@@ -110,12 +111,12 @@ def scan(
     if not result.changed and not result.changed_own:
         left_out = any(map(task_vectors.excluded, tasks))
         way_out = (
-            "Give fewer patterns in method.exclude, which leaves tensors out"
+            f"Give fewer patterns in {spelled('exclude')}, which leaves tensors out"
             if left_out
             else "Check that the pool does not load the base weights for every task"
         )
         raise ModelPoolError(
-            f"All task vectors are zero: {', '.join(tasks)} equal the base model {task_vectors.base.label} in every tensor that is "
+            f"All task vectors are zero: {', '.join(tasks)} equal the base model in every tensor that is "
             f"merged. {way_out}."
         )
     return result

@@ -168,9 +168,9 @@ def cut(tmp_path, monkeypatch, tiny_clip_dir):
 
 
 def test_a_changed_setting_is_named(cut, tmp_path):
-    with pytest.raises(ResumeError, match=r"method\.budget: 0\.5, was 0\.6"):
+    with pytest.raises(ResumeError, match=r"  budget: 0\.5, was 0\.6"):
         cut(budget=0.5)
-    with pytest.raises(ResumeError, match="resume=fresh"):
+    with pytest.raises(ResumeError, match='resume="fresh"'):
         cut(vectors="shared")
     cut(budget=0.5, resume="fresh")
     assert (

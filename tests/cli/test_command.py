@@ -135,10 +135,9 @@ def test_faults_are_found_before_anything_is_read(merged, tiny_clip_dir, tmp_pat
         merge(tiny_clip_dir, tmp_path / "m", "-s", "bugdet=0.5")
     with pytest.raises(SettingsError, match="another type or range"):
         merge(tiny_clip_dir, tmp_path / "m", "-s", "ties_keep=2")
-    with pytest.raises(FileExistsError):
-        merge(Path("nowhere"), merged)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(click.BadParameter, match="is no model that transformers"):
-        merge(tmp_path, tmp_path / "m")
+        merge(tiny_clip_dir, tmp_path / "m", tasks=("mnist", tmp_path / "empty"))
     with pytest.raises(click.BadParameter, match="two models are called 'mnist'"):
         merge(tiny_clip_dir, tmp_path / "m", tasks=("mnist", "mnist"))
     with pytest.raises(click.BadParameter, match="no KEY=VALUE"):

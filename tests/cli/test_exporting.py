@@ -57,6 +57,15 @@ def test_a_base_model_that_moved_is_named(merged, tmp_path, monkeypatch):
     assert (tmp_path / "out/mnist/config.json").is_file()
 
 
+def test_a_task_whose_name_is_no_name_of_a_directory_is_found(merged, tmp_path):
+    place, _ = merged
+    models = (place / BASE, f"a/b={place / 'mnist'}", place / "svhn")
+    run("merge", *models, "-o", tmp_path / "odd", "-s", "refine_sweeps=2")
+    told = run("export", tmp_path / "odd", tmp_path / "out", "--form", "plain")
+    assert "svhn lies in" not in told
+    assert "a/b lies in a%2Fb" in told and (tmp_path / "out" / "a%2Fb").is_dir()
+
+
 def test_refusals_come_before_the_model_is_read(merged, tmp_path, monkeypatch):
     place, _ = merged
     with pytest.raises(SettingsError, match="max_rank: of form=peft, not patch"):

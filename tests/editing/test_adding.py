@@ -233,7 +233,7 @@ def test_what_cannot_be_added_or_removed_changes_nothing(models, tmp_path):
     refused = [
         (ModelPoolError, "already", models["d"], {"name": "A"}),
         (ModelPoolError, "no name", models["d"], {"name": "_x"}),
-        (ModelPoolError, "neither a directory", "no/such/model", {}),
+        (ModelPoolError, "no/such/model does not exist", "no/such/model", {}),
         (ModelPoolError, "zero", copy.deepcopy(models[BASE]), {}),
         (NonFiniteError, "NaN", broken, {}),
         (CheckpointMismatchError, "architecture", other, {}),

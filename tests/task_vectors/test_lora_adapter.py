@@ -124,7 +124,7 @@ def test_all_faults_of_all_adapters_come_in_one_error(llamas, monkeypatch):
     assert f"mnist: {first}v_proj.lora_A.weight stands alone" in message
     name = "model.layers.0.self_attn.q_proj.weight"
     assert f"svhn: {name} is (32, 16), the base model has (32, 32)" in message
-    assert "svhn: 1 tensors that the base model _pretrained_ does not have" in message
+    assert "svhn: 1 tensors that the base model does not have" in message
     assert "eurosat: adapter_config.json has use_dora=True" in message
 
 

@@ -141,8 +141,11 @@ def _architecture(place: str) -> str | None:
     from ..places import check_place, check_to_be_had
 
     check_place(place, owned=False)
-    if local := Path(place).expanduser().exists():
-        place = str(Path(place).expanduser())
+    path = Path(place).expanduser()
+    if local := path.exists():
+        place = str(path)
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{place} is no model: it holds no config.json.")
     else:
         check_to_be_had(place)
     config = AutoConfig.from_pretrained(place, local_files_only=local)

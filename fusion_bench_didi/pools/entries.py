@@ -47,8 +47,8 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
         raise
     except Exception as error:  # of any type, of the host and of what it calls
         raise ModelPoolError(
-            f"{type(modelpool).__name__} cannot load {name!r} from {entry!r} ({type(error).__name__}: {error}). Mend its entry in "
-            "modelpool.models."
+            f"{type(modelpool).__name__} cannot load {name!r} from {entry!r} ({type(error).__name__}: {error}). Mend its entry in the "
+            "pool."
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelPoolError(
@@ -72,7 +72,7 @@ def directory_of(modelpool: BaseModelPool, name: str) -> Path | None:
         return None
     if not repo or not isinstance(repo, (str, os.PathLike)):
         raise ModelPoolError(
-            f"{name!r} has {PLACE}={repo!r}, expected a directory or a name on the hub. Mend its entry in modelpool.models."
+            f"{name!r} has {PLACE}={repo!r}, expected a directory or a name on the hub. Mend its entry in the pool."
         )
     directory = _resolved(repo, getattr(modelpool, "_platform", "hf"))
     return directory if directory.is_dir() else None

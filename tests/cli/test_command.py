@@ -136,7 +136,9 @@ def test_faults_are_found_before_anything_is_read(merged, tiny_clip_dir, tmp_pat
     with pytest.raises(SettingsError, match="another type or range"):
         merge(tiny_clip_dir, tmp_path / "m", "-s", "ties_keep=2")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(click.BadParameter, match="is no model that transformers"):
+    with pytest.raises(
+        click.BadParameter, match="empty is no model: it holds no config"
+    ):
         merge(tiny_clip_dir, tmp_path / "m", tasks=("mnist", tmp_path / "empty"))
     with pytest.raises(click.BadParameter, match="two models are called 'mnist'"):
         merge(tiny_clip_dir, tmp_path / "m", tasks=("mnist", "mnist"))

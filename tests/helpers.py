@@ -226,7 +226,8 @@ def ideal_bits(symbols: Tensor, alphabet: int) -> float:
 
 def without_codes(monkeypatch) -> None:
     """Entropy-coded experts do not compete: for what is to be told of fixed widths."""
-    from fusion_bench_didi.merging.forms import choice
+    from fusion_bench_didi.merging.forms import choice, early_decision
 
     others = tuple(form for form in choice.FORMS if form.name != "coded")
     monkeypatch.setattr(choice, "FORMS", others)
+    monkeypatch.setattr(early_decision, "_codes_compete", lambda *_: False)

@@ -4,7 +4,6 @@ Letters: ``m`` out, ``n`` in, ``r`` rank, ``s`` short side, ``l`` long side.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,21 +46,9 @@ def code_rows(
         step: near which the codes take ``bits``.
         gain: what they stand for is so many times as large.
     """
-    m, n = matrix.shape
-    spread = matrix.square().mean(1).sqrt().double().cpu()
-    low, high = math.log(step / 4), math.log(4 * step)
-    for _ in range(30):
-        middle = (low + high) / 2
-        taken = n * float(rate_distortion(spread / math.exp(middle))[0].sum())
-        low, high = (low, middle) if taken + CLASS_BITS * m <= bits else (middle, high)
-
-    def at(step: float) -> CodedMatrix:
-        codes = quantize(matrix, step)
-        error = codes.values().mul_(step * gain).sub_(matrix)
-        error = torch.linalg.vector_norm(error, dim=1).double().square().sum()
-        return CodedMatrix((codes,), step * gain, float(error))
-
-    return _fitted(at, math.exp(high), bits, m * n)
+    codes, step = _within(matrix, _step_for(matrix, step, bits), bits)
+    step *= gain
+    return CodedMatrix((codes,), step, codes.squared_error(matrix, step))
 
 
 def code_product(
@@ -76,6 +63,8 @@ def code_product(
 ) -> CodedMatrix:
     """Leading directions of a matrix: one side rounded at unit length, the other fitted to it and rounded, in turns.
 
+    Both are rounded in the same steps; those of the long side are moved at last until the bits are spent.
+
     Args:
         target: (m, n) what they should reproduce, never multiplied out.
         vectors: (s, r) leading singular vectors of the short side.
@@ -84,22 +73,27 @@ def code_product(
         gain: what they stand for is so many times as large.
     """
     goal = target.mT if target.shape[0] >= target.shape[1] else target  # (s, l)
-    start, energy = (vectors * values).mT, float(energy_of(target))  # (r, s)
-
-    def at(step: float) -> CodedMatrix:
-        rows = start
+    while True:
+        rows = (vectors * values).mT  # (r, s)
         for left in reversed(range(rounds)):
             short, unit = _directions(quantize(rows, step))
-            seen = unit @ goal
-            long = quantize(_inverse(unit) @ seen, step)
+            seen = unit @ goal  # (r, l)
+            long = _inverse(unit) @ seen
             if left:
-                _, unit = _directions(long)
+                codes, unit = _directions(quantize(long, step))
                 rows = _inverse(unit) @ (unit @ goal.mT)
-        stood = long.values().mul_(step * gain)
-        held = 2 * (stood * seen).sum() - ((unit @ unit.mT) * (stood @ stood.mT)).sum()
-        return CodedMatrix((short, long), step * gain, max(energy - float(held), 0.0))
-
-    return _fitted(at, step, bits, len(values) * sum(target.shape))
+                over = short.bits + codes.bits - bits
+                step = _moved(step, over, rows.numel() + long.numel())
+        least = len(short) * (CLASS_BITS + goal.shape[1] / 1024)
+        if bits - short.bits >= max(bits / 8, least):
+            break
+        step *= 2  # the short side alone took nearly all
+    codes, step = _within(long, step, bits - short.bits)
+    step *= gain
+    outside = max(float(energy_of(target)) - float((long * seen).sum()), 0.0)
+    rounded = codes.values().mul_(step).sub_(long)
+    error = float(((unit @ unit.mT) * (rounded @ rounded.mT)).sum())
+    return CodedMatrix((short, codes), step, outside + max(error, 0.0))
 
 
 def unit_rows(values: Tensor) -> Tensor:
@@ -108,25 +102,44 @@ def unit_rows(values: Tensor) -> Tensor:
     return values.div_(length.clamp(min=torch.finfo(values.dtype).tiny))
 
 
-def _fitted(
-    at: Callable[[float], CodedMatrix], step: float, bits: float, numel: int
-) -> CodedMatrix:
-    """The codes of a step that take so many bits or somewhat less.
+def _within(rows: Tensor, step: float, bits: float) -> tuple[Codes, float]:
+    """Codes of rows (r, n) that take so many bits or somewhat less, and their step.
 
     Args:
-        numel: values that are coded, each of which takes a bit less for a step of twice the size.
+        step: to start from.
     """
     best, tries = None, 0
     while best is None or tries < TRIES:
-        coded, tries = at(step), tries + 1
-        over = coded.bits - bits
-        if over <= 0 and (best is None or coded.error < best.error):
-            best = coded
+        codes, tries = quantize(rows, step), tries + 1
+        over = codes.bits - bits
+        if over <= 0 and (best is None or step < best[1]):
+            best = codes, step
         if -SLACK * bits <= over <= 0:
             break
         aim = SLACK / 2 * tries * bits  # farther below from time to time
-        step *= 2 ** ((over + aim) / numel)
+        step = _moved(step, over + aim, rows.numel())
     return best
+
+
+def _moved(step: float, bits: float, numel: int) -> float:
+    """A step by which so many values take fewer bits, one less each for a step of twice the size; four times it at most."""
+    return step * 2 ** min(max(bits / max(numel, 1), -2.0), 2.0)
+
+
+def _step_for(rows: Tensor, step: float, bits: float) -> float:
+    """The step at which Gaussian rows (m, n) take so many bits.
+
+    Args:
+        step: near it.
+    """
+    spread = rows.square().mean(1).sqrt().double().cpu()
+    steps = step * 2 ** torch.linspace(-2, 2, 33, dtype=torch.float64)
+    taken = rate_distortion(spread / steps[:, None])[0].sum(1) * rows.shape[1]
+    taken += CLASS_BITS * len(rows)  # the longer the step, the less
+    i = min(max(int((taken > bits).sum()), 1), len(steps) - 1)
+    above, below = taken[i - 1 : i + 1].tolist()
+    part = min(max((above - bits) / max(above - below, 1.0), 0.0), 1.0)
+    return float(steps[i - 1] * (steps[i] / steps[i - 1]) ** part)
 
 
 def _directions(codes: Codes) -> tuple[Codes, Tensor]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .gaussian_tables import (
     CLASSES,
     LOWEST,
     PER_OCTAVE,
+    TOP,
     coded_class,
     dead_zone,
     largest,
@@ -35,6 +37,8 @@ SLOPE = math.log(2) / 6
 CLASS_BITS = 8
 #: Values that are decoded at a time.
 BLOCK = 2**18
+#: Values that are worked on at a time: what is made of them stays in a core's cache.
+CACHED = 2**16
 
 
 @dataclass(frozen=True)
@@ -58,18 +62,31 @@ class Codes:
 
     def values(self) -> Tensor:
         """(r, n) float32 what they stand for, in steps."""
-        farther = _offsets(self.symbols.device)[self.classes.long()]  # (r, 2)
-        farther = torch.where(self.symbols.abs() == 1, farther[:, :1], farther[:, 1:])
-        return self.symbols + self.symbols.sign() * farther
+        found = self.symbols.new_empty(self.symbols.shape, dtype=torch.float32)
+        for rows in _row_blocks(found):
+            found[rows] = _stand_for(self.symbols[rows], self.classes[rows])
+        return found
 
     @property
     def bits(self) -> float:
         """Of classes and symbols; a stream takes up to 64 more."""
-        total = float(CLASS_BITS * len(self))
-        for spread, rows in _groups(self.classes):
-            high, low = _split(self.symbols[rows], spread)
-            code = lengths(coded_class(spread)).to(high.device)
-            total += float(code[high.long()].sum()) + low_bits(spread) * low.numel()
+        tables = _tables(self.symbols.device)
+        low = int(tables.low_bits[self.classes.long()].sum())
+        total = CLASS_BITS * len(self) + low * self.symbols.shape[1]
+        for rows in _row_blocks(self.symbols):
+            places = _places(self.symbols[rows], self.classes[rows])
+            taken = tables.lengths.index_select(0, places.flatten())
+            total += float(taken.sum(dtype=torch.float64))
+        return float(total)
+
+    def squared_error(self, target: Tensor, step: float) -> float:
+        """Of what they stand for, against rows (r, n) that are in the unit of the step."""
+        total = 0.0
+        for rows in _row_blocks(target):
+            found = _stand_for(self.symbols[rows], self.classes[rows])
+            error = found.mul_(step).sub_(target[rows])
+            norms = torch.linalg.vector_norm(error, dim=1).double()
+            total += float(norms.square().sum())
         return total
 
 
@@ -79,17 +96,28 @@ def quantize(rows: Tensor, step: float) -> Codes:
     Args:
         step: in the unit of the rows.
     """
-    scaled = rows / step
-    spread, reach = scaled.square().mean(1).sqrt(), _reach(rows.device)
+    symbols = rows.new_empty(rows.shape, dtype=torch.int32)
+    classes = rows.new_empty(len(rows), dtype=torch.uint8)
+    for some in _row_blocks(rows):
+        numbers, classes[some] = _quantized(rows[some] / step)
+        symbols[some] = numbers  # what is behind the point is cut off
+    return Codes(symbols, classes)
+
+
+def _quantized(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers (r, n) that are to be cut off towards zero, in the place of rows in steps, and their classes (r,)."""
+    tables = _tables(scaled.device)
+    spread = scaled.square().mean(1).sqrt()
     octaves = spread.clamp(min=2.0**LOWEST).log2() - LOWEST
     classes = (octaves * PER_OCTAVE).round().long()
-    farthest = torch.searchsorted(reach, scaled.abs().amax(1))
+    farthest = torch.searchsorted(tables.reach, scaled.abs().amax(1))
     classes = classes.maximum(farthest).clamp(max=CLASSES - 1)
-    rounding = 0.5 - _dead_zones(rows.device)[classes][:, None]
-    size = scaled.add_(torch.copysign(rounding, scaled)).trunc_()
-    most = reach[classes][:, None]
-    symbols = size.clamp_(-most, most).to(torch.int32)
-    return Codes(symbols, classes.to(torch.uint8))
+    rounding = 0.5 - tables.dead_zones[classes][:, None]
+    numbers = scaled.add_(torch.copysign(rounding, scaled))
+    if bool((farthest >= CLASSES).any()):
+        most = float(tables.reach[-1])
+        numbers.clamp_(-most, most)
+    return numbers, classes
 
 
 def rate_distortion(spread: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,19 +188,11 @@ def decode_blocks(
                     stream.device
                 )
                 continue
-            known = _values(spread)
+            known = _values_of_class(spread)
             for some in rows.split(max(block // max(n, 1), 1)):
                 values = known.index_select(0, reader.read(frequencies, len(some) * n))
                 yield part, some, values.view(len(some), n).to(stream.device)
     reader.finish()
-
-
-@lru_cache(maxsize=None)
-def _values(spread: int) -> Tensor:
-    """(2 L + 1,) float32, what the numbers -L to L of a class without low bits stand for, in steps."""
-    most = largest(spread)
-    symbols = torch.arange(-most, most + 1, dtype=torch.int32)[None]
-    return Codes(symbols, torch.tensor([spread])).values()[0]
 
 
 def _groups(classes: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -188,27 +208,84 @@ def _split(symbols: Tensor, spread: int) -> tuple[Tensor, Tensor]:
     return (moved >> bits) + largest(coded_class(spread)), moved & ((1 << bits) - 1)
 
 
-@lru_cache(maxsize=None)
-def _offsets(device: torch.device) -> Tensor:
-    """(CLASSES, 2) how much farther from zero the values of 1 and of larger numbers are than themselves."""
-    return torch.tensor([offset(c) for c in range(CLASSES)], device=device)
+def _row_blocks(rows: Tensor) -> Iterator[slice]:
+    """Rows of a matrix (r, n), few enough for what is made of them to stay in a core's cache."""
+    cpu, (r, n) = rows.device.type == "cpu", rows.shape
+    size = max(CACHED // max(n, 1), 1) if cpu else max(r, 1)
+    return (slice(i, i + size) for i in range(0, r, size))
+
+
+def _places(symbols: Tensor, classes: Tensor) -> Tensor:
+    """(r, n) int32, where the symbols without their low bits stand in the tables of all classes one after another."""
+    tables, classes = _tables(symbols.device), classes.long()
+    low = tables.low_bits[classes][:, None]
+    if bool(low.any()):
+        symbols = (symbols + (1 << low >> 1)) >> low
+    return symbols + tables.middles[classes][:, None]
+
+
+def _stand_for(symbols: Tensor, classes: Tensor) -> Tensor:
+    """(r, n) float32 what symbols (r, n) of rows of some classes stand for, in steps."""
+    tables = _tables(symbols.device)
+    if not len(classes) or int(classes.max()) < TOP:
+        places = _places(symbols, classes)
+        return tables.values.index_select(0, places.flatten()).view(places.shape)
+    return _farther(symbols, tables.offsets[classes.long()])
+
+
+def _farther(symbols: Tensor, offsets: Tensor) -> Tensor:
+    """(r, n) float32 symbols, farther from zero by one offset for 1 and by another for what is larger, (r, 2)."""
+    farther = torch.where(symbols.abs() == 1, offsets[:, :1], offsets[:, 1:])
+    return symbols + symbols.sign() * farther
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the classes are made of, on one device.
+
+    Args:
+        offsets: (CLASSES, 2) how much farther from zero the values of 1 and of larger numbers are than themselves.
+        dead_zones: (CLASSES,).
+        reach: (CLASSES,) the largest numbers, ascending.
+        low_bits: (CLASSES,) int32.
+        middles: (CLASSES,) int32 where 0 stands in the two tables below.
+        lengths: float32 bits that the symbols of each class without low bits take, one class after another.
+        values: float32 what these symbols stand for, in steps.
+    """
+
+    offsets: Tensor
+    dead_zones: Tensor
+    reach: Tensor
+    low_bits: Tensor
+    middles: Tensor
+    lengths: Tensor
+    values: Tensor
 
 
 @lru_cache(maxsize=None)
-def _dead_zones(device: torch.device) -> Tensor:
-    """(CLASSES,)."""
-    zones = [float(dead_zone(c)) for c in range(CLASSES)]
-    return torch.tensor(zones, device=device)
+def _tables(device: torch.device) -> _Tables:
+    every, low = range(CLASSES), [low_bits(c) for c in range(CLASSES)]
+    most = [largest(coded_class(c)) for c in every]
+    starts = [0, *accumulate(2 * m + 1 for m in most[:TOP])]
+    middles = [starts[coded_class(c)] + most[c] for c in every]
+    reach = [float((m << bits) - (bits > 0)) for m, bits in zip(most, low)]
+    return _Tables(
+        torch.tensor([offset(c) for c in every], device=device),
+        torch.tensor([float(dead_zone(c)) for c in every], device=device),
+        torch.tensor(reach, device=device),
+        torch.tensor(low, dtype=torch.int32, device=device),
+        torch.tensor(middles, dtype=torch.int32, device=device),
+        torch.cat([lengths(c) for c in range(TOP)]).float().to(device),
+        torch.cat([_values_of_class(c) for c in range(TOP)]).to(device),
+    )
 
 
 @lru_cache(maxsize=None)
-def _reach(device: torch.device) -> Tensor:
-    """(CLASSES,) the largest numbers, ascending."""
-    most = [
-        (largest(coded_class(c)) << low_bits(c)) - (low_bits(c) > 0)
-        for c in range(CLASSES)
-    ]
-    return torch.tensor(most, dtype=torch.float32, device=device)
+def _values_of_class(spread: int) -> Tensor:
+    """(2 L + 1,) float32, what the numbers -L to L of a class without low bits stand for, in steps."""
+    most = largest(spread)
+    symbols = torch.arange(-most, most + 1, dtype=torch.int32)[None]
+    return _farther(symbols, torch.tensor([offset(spread)]))[0]
 
 
 @lru_cache(maxsize=None)

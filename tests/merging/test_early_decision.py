@@ -2,39 +2,13 @@
 
 import pytest
 import torch
-from helpers import merge_settings, same_bits, without_codes
-from steep_layers import decaying, low_rank
-from torch import Tensor, nn
+from helpers import same_bits, without_codes
+from steep_layers import TASKS, decaying, low_rank, merged, steep, task_vectors
+from torch import Tensor
 
 from fusion_bench_didi.merging import pipeline, spectra
 from fusion_bench_didi.merging.forms.early_decision import WORTH
-from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.merging.results import MergeResult
-from fusion_bench_didi.task_vectors.reader import TaskVectors
-from fusion_bench_didi.task_vectors.sources import ModuleSource
-
-TASKS = ("a", "b", "c")
-
-
-def layers(values: list[Tensor]) -> nn.ModuleList:
-    made = nn.ModuleList(nn.Linear(v.shape[1], v.shape[0], bias=False) for v in values)
-    for layer, value in zip(made, values):
-        layer.weight.data = value
-    return made
-
-
-def task_vectors(*makers, still: bool = False) -> TaskVectors:
-    """Layers of 320 x 280 and turned, one per maker; with ``still`` the last task leaves the first alone."""
-    shapes = [(320, 280) if i % 2 == 0 else (280, 320) for i in range(len(makers))]
-    base = [torch.randn(s, generator=torch.Generator().manual_seed(9)) for s in shapes]
-    tuned = {}
-    for t, task in enumerate(TASKS):
-        own = [make(*s, 10 * i + t) for i, (make, s) in enumerate(zip(makers, shapes))]
-        if still and task == TASKS[-1]:
-            own[0] = torch.zeros_like(own[0])
-        weights = layers([b + 0.1 * tau for b, tau in zip(base, own)])
-        tuned[task] = ModuleSource(weights, task)
-    return TaskVectors(ModuleSource(layers(base), "base"), tuned)
 
 
 def stored(result: MergeResult) -> dict[str, Tensor]:
@@ -44,12 +18,6 @@ def stored(result: MergeResult) -> dict[str, Tensor]:
         for name, delta in deltas.items()
         for part, value in delta.tensors().items()
     }
-
-
-def merged(vectors: TaskVectors, bits: float, **choice) -> MergeResult:
-    """With so many bits per entry of a task vector on average."""
-    settings = merge_settings(bits * len(TASKS) / 32, factor_dtype="auto", **choice)
-    return merge(vectors, settings)
 
 
 @pytest.fixture(autouse=True)
@@ -139,14 +107,6 @@ def test_a_budget_for_less_than_whole_matrices_decomposes_them(monkeypatch):
     )
     merged(task_vectors(decaying, decaying), 2.0)
     assert not asked
-
-
-def steep(m: int, n: int, seed: int) -> Tensor:
-    """Squared singular values falling about like 1 / i^2."""
-    g = torch.Generator().manual_seed(seed)
-    order = torch.randperm(m, generator=g) + 1.0
-    mixed = torch.linalg.qr(torch.randn(m, m, generator=g)).Q
-    return mixed @ (torch.randn(m, n, generator=g) / order[:, None])
 
 
 @pytest.mark.parametrize("bits", [2.6, 3.2, 4.5])

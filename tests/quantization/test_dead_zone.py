@@ -192,7 +192,7 @@ def test_products_take_their_bits_and_tell_their_error(shape, gain):
     target = noise(m, n) @ torch.diag(torch.logspace(0, -2, n)) @ noise(n, n, seed=1)
     vectors, values = decomposed(target, 12)
     step = float(values[-1]) / max(shape) ** 0.5
-    bits = code_product(target, vectors, values, step, 1e9).bits
+    bits = quantize((vectors * values).mT, step).bits * (m + n) / min(m, n)
     last = torch.inf
     for part in (0.5, 0.7, 0.9):
         near = step * 2 ** ((1 - part) * bits / (12 * (m + n)))
@@ -213,6 +213,20 @@ def test_products_of_factors_are_never_multiplied_out():
     one = code_product(factors, vectors, values, step, 1500.0)
     other = code_product(factors.dense(), vectors, values, step, 1500.0)
     assert one.error == pytest.approx(other.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [150.0, 600.0, 3000.0])
+def test_directions_of_single_large_values_take_their_bits(bits):
+    """Each value of such a row costs as much as the largest: far more than Gaussian rows of the same energy do."""
+    target = torch.zeros(60, 900)
+    for i in range(8):
+        target[7 * i, 100 * i] = 1e4 / (i + 1)
+    vectors, values = decomposed(target, 8)
+    coded = code_product(target, vectors, values, 0.1, bits)
+    assert 0 < coded.bits <= bits
+    made = product(*coded.sides, coded.step, wide=True)
+    error = float((made - target).square().sum())
+    assert coded.error == pytest.approx(error, rel=1e-3)
 
 
 def test_rows_take_their_bits_and_tell_their_error():

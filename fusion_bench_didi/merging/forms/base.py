@@ -88,11 +88,13 @@ class Sample:
     Args:
         sigma: (T, q) singular values, tail: (T,) energy beyond, of the best that low rank may keep.
         alike: energy of the mean over that of the mean of unrelated tasks, 1 to T.
+        piloted: they are those of one task vector, scaled to the energies of the others.
     """
 
     sigma: Tensor
     tail: Tensor
     alike: float
+    piloted: bool = False
 
 
 class Look:

@@ -54,7 +54,7 @@ def choose_forms(
     names = context.inventory.matrices
     if not context.inventory.competing:
         return {}, {}
-    guess = first_guess(context, bounds.budget)
+    guess = first_guess(context, bounds.budget, samples)
 
     def look_at(name: str) -> tuple[Decomposed, list[Choice]]:
         look = Look(context, bounds, name, guess, samples.get(name))
@@ -65,10 +65,12 @@ def choose_forms(
     flat = {n: (_dense_alone(context, n), []) for n in context.inventory.flat}
     found = dict(sorted((found | flat).items()))
     table = {name: one for name, (one, _) in found.items()}
+    coded = {n for n, sample in samples.items() if sample.piloted}
     while True:
         rows = [one.spectra for one in table.values()]
         ranks = dict(zip(table, greedy(rows, bounds.budget)))
-        longer = extended(context, bounds, table, ranks)
+        doubted = {n: one for n, one in table.items() if n not in coded}
+        longer = extended(context, bounds, doubted, ranks)
         if not longer:
             break
         table |= longer

@@ -45,14 +45,7 @@ class Coded:
 
     def choice(self, context: MergeContext, name: str, known: Decomposed) -> Choice:
         """Of experts of known spectra, or of none."""
-        tensor, most = context.tensor(name), context.inventory.most(name)
-        curve = CodedCurve(
-            context.sides(name),
-            known.spectra.sigma[1:, :most],
-            context.energy[name],
-            context.weights[name],
-            whole=most is None and not (tensor.factored or tensor.large),
-        )
+        curve = coded_curve(context, name, known.spectra.sigma[1:])
         return Choice(self, CODED_PRECISION, curve, known.bases)
 
     def encode(self, context: MergeContext, decision: Decision) -> EncodedTensor:
@@ -67,6 +60,22 @@ class Coded:
 
     def ranks(self, decision: Decision, tasks: int) -> list[int]:
         return [0, *decision.point.ranks]
+
+
+def coded_curve(context: MergeContext, name: str, sigma: Tensor) -> CodedCurve:
+    """Of the experts of a matrix.
+
+    Args:
+        sigma: (T, q) their singular values.
+    """
+    tensor, most = context.tensor(name), context.inventory.most(name)
+    return CodedCurve(
+        context.sides(name),
+        sigma[:, :most],
+        context.energy[name],
+        context.weights[name],
+        whole=most is None and not (tensor.factored or tensor.large),
+    )
 
 
 def _encode(

@@ -5,9 +5,13 @@ rows and columns, taken while the energies are, bounds what low rank may gain at
 (``lowrank/spectrum_bounds.py``). Where that leaves a doubt, the singular values of one task vector, of the task whose sample
 looks most like low rank, stand for those of all tasks. Where dense experts come within :data:`WORTH` of the least error
 that these allow, they are not decomposed.
+
+Where entropy codes compete, dense experts may be the better choice at any budget. There the singular values of one task
+vector are found while the energies are, scaled to those of the others: they tell the multiplier, whether the experts are
+coded whole, and how far they have to be decomposed where they are not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,12 +20,13 @@ from ...allocation.experts_curve import ExpertsCurve
 from ...allocation.lagrangian import choose
 from ...lowrank.row_blocks import Difference, materialize
 from ...lowrank.spectrum_bounds import optimistic_spectrum, sampled
-from ...lowrank.svd import singular_values
+from ...lowrank.svd import SKETCH_SIDE, singular_values
 from ...task_vectors.tensor import ChangedTensor
 from ..context import MergeContext
 from ..rank_bounds import REACH, RankBounds
 from ..spectra import SPENT
 from .base import FirstGuess, Look, Sample
+from .coded import coded_curve
 from .pricing import as_dense, cheapest, cost, in_all_precisions, least
 
 #: Part of the error that is not worth a decomposition of every task vector.
@@ -30,14 +35,27 @@ WORTH = 0.1
 SHORT, LONG = 2, 6
 #: Decompositions reach this much further than one task's does.
 MARGIN = 1.15
+#: Codes compete below so many bits per entry on average (``coded.WORTH_CODING``).
+MOST_CODED = 4
+#: Directions that a task vector is given at most if each number takes so many bits.
+LEAST_BITS = 1.5
+#: Part of the error of experts that are coded whole that is not worth a decomposition of every task vector.
+WORTH_DIRECTIONS = 0.03
+#: Sides of the sample by which the task vector is found that looks most like low rank, in the same unit as a rank.
+GLIMPSE = 24
 #: Part of the energy beyond which directions are not worth having in any integer precision.
 EXACT = 1e-5
 #: What spectra in float32 differ from energies in float64 by.
 ROUNDING = 1e-6
 
 
-def first_guess(context: MergeContext, budget: int) -> FirstGuess:
-    """The choice of precisions if every matrix is stored dense or not at all."""
+def first_guess(
+    context: MergeContext, budget: int, samples: Mapping[str, Sample]
+) -> FirstGuess:
+    """The choice of precisions if every matrix is stored dense, as codes of piloted spectra, or not at all.
+
+    The error is that of dense matrices in fixed widths alone.
+    """
     names = context.inventory.competing
     options = [
         [
@@ -49,7 +67,14 @@ def first_guess(context: MergeContext, budget: int) -> FirstGuess:
     picks, multiplier = choose(options, budget)
     error = sum(row[i].at(multiplier)[0] for row, i in zip(options, picks))
     energy = sum(weighted_energy(context, name) for name in names)
-    return FirstGuess(multiplier, error / max(energy, 1e-300))
+    relative_error = error / max(energy, 1e-300)
+    if any(sample.piloted for sample in samples.values()):
+        for name, row in zip(names, options):
+            sample = samples.get(name)
+            if sample is not None and sample.piloted:
+                row.append(coded_curve(context, name, sample.sigma))
+        _, multiplier = choose(options, budget)
+    return FirstGuess(multiplier, relative_error)
 
 
 def sample_of(
@@ -61,13 +86,49 @@ def sample_of(
     if not matrix or any(rank is not None for rank in tensor.ranks):
         return None  # an adapter's factors are decomposed at once
     rank = bounds.initial_rank(name)
-    asked = bounds.even_share_pays_dense(name) and rank < bounds.rank_bound(name)
-    if not asked or not bool((energy > 0).any()):
+    if not bool((energy > 0).any()):
+        return None
+    pays_dense = bounds.even_share_pays_dense(name)
+    if not pays_dense and _codes_compete(bounds, tensor):
+        return _pilot(bounds, tensor, energy)
+    if not pays_dense or rank >= bounds.rank_bound(name):
         return None
     samples = _samples(tensor.differences(), rank)
-    alike = samples.sum(0).square().sum() / samples.square().sum()
     bound = optimistic_spectrum(samples, energy, tensor.numel, rank=rank)
-    return Sample(*bound, float(alike))
+    return Sample(*bound, _alike(samples))
+
+
+def _codes_compete(bounds: RankBounds, tensor: ChangedTensor) -> bool:
+    """Whether codes of all entries may be chosen, of a matrix whose decompositions take long."""
+    share = bounds.even_share(tensor.name)
+    return (
+        bounds.settings.factor_dtype == "auto"
+        and share < MOST_CODED * tensor.numel
+        and bounds.inventory.most(tensor.name) is None
+        and not tensor.large
+        and min(bounds.inventory.sides[tensor.name]) >= SKETCH_SIDE
+    )
+
+
+def _pilot(bounds: RankBounds, tensor: ChangedTensor, energy: Tensor) -> Sample:
+    """Singular values of the task vector that looks most like low rank, as far as the budget may reach."""
+    name, differences = tensor.name, tensor.differences()
+    samples = _samples(differences, GLIMPSE).double()
+    gram = samples @ samples.mT
+    norms = samples.square().sum((1, 2)).clamp(min=1e-300)
+    steep = gram.square().sum((1, 2)) / norms.square()
+    task = int(steep.masked_fill(energy == 0, -1.0).argmax())
+    share, sides = bounds.even_share(name), bounds.inventory.sides[name]
+    most = int(REACH * share / (LEAST_BITS * sum(sides))) + 8
+    values = singular_values(materialize(differences[task]), max_rank=most).cpu()
+    sigma = (energy / energy[task]).sqrt().float()[:, None] * values
+    tail = (energy - sigma.double().square().sum(1)).clamp(min=0.0)
+    return Sample(sigma, tail, _alike(samples), piloted=True)
+
+
+def _alike(samples: Tensor) -> float:
+    """Energy of the mean of samples (T, a, b) over that of the mean of unrelated ones."""
+    return float(samples.sum(0).square().sum() / samples.square().sum())
 
 
 def reach_of(look: Look) -> tuple[int, bool]:
@@ -76,6 +137,8 @@ def reach_of(look: Look) -> tuple[int, bool]:
     sample = look.sample
     if sample is None:
         return look.bounds.initial_rank(name), False
+    if sample.piloted:
+        return _reach_of_codes(look, sample), True
     task, doubtful = _most_doubtful(context, name, sample, look.energy, multiplier)
     if not doubtful:
         return 0, False
@@ -90,6 +153,17 @@ def reach_of(look: Look) -> tuple[int, bool]:
     left = 1 - values.double().square().cumsum(0) / values.double().square().sum()
     longest = min(_affordable(look, low_rank, share), int((left > EXACT).sum()) + 1)
     return look.bounds.reach(name, int(MARGIN * longest) + 8), True
+
+
+def _reach_of_codes(look: Look, sample: Sample) -> int:
+    """The rank up to which experts are to be decomposed if they are coded, 0 where all entries are."""
+    context, name, multiplier = look.context, look.name, look.guess.multiplier
+    low_rank = coded_curve(context, name, sample.sigma)
+    whole = coded_curve(context, name, sample.sigma[:, :0])
+    (best, bits), (lost, more) = low_rank.at(multiplier), whole.at(multiplier)
+    if lost + multiplier * more - (best + multiplier * bits) < WORTH_DIRECTIONS * lost:
+        return 0
+    return look.bounds.reach(name, int(MARGIN * max(low_rank.worthy(multiplier))) + 8)
 
 
 def still_dense(look: Look, rest: Sequence[Difference], energy: Tensor) -> bool:

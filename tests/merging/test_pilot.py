@@ -1,0 +1,94 @@
+"""Where codes compete, one task vector's spectrum tells what is coded whole and how far the others are decomposed."""
+
+import pytest
+import torch
+from helpers import without_codes
+from steep_layers import TASKS, decaying, low_rank, merged, steep, task_vectors
+from torch import Tensor
+
+from fusion_bench_didi.lowrank.svd import half_svd
+from fusion_bench_didi.merging import spectra
+from fusion_bench_didi.merging.forms import early_decision
+
+
+def noise(m: int, n: int, seed: int) -> Tensor:
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def reached(monkeypatch) -> dict[str, list[int]]:
+    """Directions that decompositions of each matrix went to."""
+    found: dict[str, list[int]] = {}
+    decompose = spectra._decompose
+
+    def noted(context, bounds, name, vectors, reach, shared_rank):
+        found.setdefault(name, []).append(reach)
+        return decompose(context, bounds, name, vectors, reach, shared_rank)
+
+    monkeypatch.setattr(spectra, "_decompose", noted)
+    return found
+
+
+@pytest.mark.parametrize("bits", [0.5, 1.0, 1.8])
+def test_noise_is_coded_whole_and_not_decomposed(reached, bits):
+    found = merged(task_vectors(noise, noise), bits)
+    assert not reached
+    assert set(found.report.forms.values()) == {"coded"}
+    assert 0.97 * bits < found.storage.x_excl * 32 / len(TASKS) <= bits
+
+
+@pytest.mark.parametrize("bits", [0.3, 0.7, 1.2, 1.8])
+@pytest.mark.parametrize(
+    "makers", [(steep, decaying), (noise, decaying), (decaying, low_rank)]
+)
+def test_it_costs_next_to_nothing(monkeypatch, reached, makers, bits):
+    vectors = task_vectors(*makers)
+    found = merged(vectors, bits, gain="none")
+    if low_rank not in makers:  # which find directions of mere rounding worth a look
+        assert all(len(times) == 1 for times in reached.values()), "long enough"
+    monkeypatch.setattr(early_decision, "_codes_compete", lambda *_: False)
+    expected = merged(vectors, bits, gain="none")
+    lost, least = found.report.relative_error, expected.report.relative_error
+    assert lost < (1 + early_decision.WORTH_DIRECTIONS) * least + 1e-4
+
+
+def test_one_task_of_low_rank_among_others_is_found(reached):
+    """Of the three tasks only the last is of low rank, and of the least energy."""
+
+    def last_of_low_rank(m: int, n: int, seed: int) -> Tensor:
+        return low_rank(m, n, seed) if seed % 10 == 2 else 3 * noise(m, n, seed)
+
+    found = merged(task_vectors(last_of_low_rank), 1.0, gain="none")
+    assert reached, "the pilot is of low rank, so that all are decomposed"
+    last = found.report.tasks.index(TASKS[-1])
+    left = found.report.errors["0.weight"] / found.report.energy["0.weight"]
+    assert left[last] < 0.1 * left.max()
+
+
+def test_decompositions_go_no_further_than_the_pilot_tells(monkeypatch, reached):
+    vectors = task_vectors(steep, steep)
+    found = merged(vectors, 0.5)
+    ranks = max(max(k.values()) for k in found.ranks.experts.values())
+    (longest,) = max(reached.values())
+    assert ranks <= longest < 1.5 * ranks + 16
+    without_codes(monkeypatch)
+    reached.clear()
+    merged(vectors, 0.5)
+    assert max(max(reached.values())) > longest
+
+
+def test_the_pilot_is_scaled_to_the_others(monkeypatch):
+    seen = []
+    pilot = early_decision._pilot
+    monkeypatch.setattr(
+        early_decision, "_pilot", lambda *args: seen.append(pilot(*args)) or seen[-1]
+    )
+    vectors = task_vectors(steep)
+    merged(vectors, 0.5)
+    energy = torch.stack([t.double().square().sum() for t in vectors.read("0.weight")])
+    (sample,) = seen
+    assert sample.piloted
+    whole = sample.sigma.double().square().sum(1) + sample.tail
+    torch.testing.assert_close(whole, energy, rtol=1e-5, atol=0)
+    own = torch.stack([half_svd(t, max_rank=4).S for t in vectors.read("0.weight")])
+    torch.testing.assert_close(sample.sigma[:, :4], own, rtol=0.3, atol=0)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion_bench.modelpool import BaseModelPool
+
 from benchmarks.suites import NOTES, Suite, in_words, machine, mean, write_json
 from fusion_bench_didi.demo.text_pools import FolderTextModelPool, FolderTextTaskPool
 from fusion_bench_didi.editing import AdapterLibrary, add_task, rescale
@@ -26,6 +28,13 @@ from fusion_bench_didi.models import DiDiModel
 BUDGETS = (0.12, 0.24)
 CHAIN = (0.5, 0.24, 0.12)
 DOCS = Path("docs")
+#: Of the table of added tasks.
+COLUMNS = [
+    (f"{heading}{way}", f"{key}{'' if way == 'added' else f', {way}'}")
+    for what, key in (("the new task", "new"), ("all tasks", "all"), ("lost", "lost"))
+    for way in ("added", "refit", "merged")
+    for heading in [f"{what}: " if way == "added" else ""]
+]
 PARTS = ("rescaled", "added", "seconds", "library")
 
 
@@ -66,6 +75,32 @@ def kept(scores: Mapping[str, float], reference: Mapping[str, float]) -> float:
     return 100 * mean({t: s / reference[t] for t, s in scores.items()})
 
 
+def refit(suite: Suite, model: DiDiModel, task: str, budget: float) -> DiDiModel:
+    """A merge of what a model stores and of one checkpoint more: the shared part is made anew, and all tasks coded again."""
+    old = {t: model.materialize(t) for t in model.tasks}
+    base = suite.modelpool.load_pretrained_model()
+    found = {"_pretrained_": base, **old, task: suite.modelpool.load_model(task)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return DiDiMerging(budget=budget).run(BaseModelPool(found))
+
+
+def error(suite: Suite, model: DiDiModel) -> float:
+    """Mean over tasks of the squared distance to the checkpoint over that of the base model."""
+    base, found = suite.modelpool.load_pretrained_model().state_dict(), {}
+    for task in model.tasks:
+        tuned = suite.modelpool.load_model(task).state_dict()
+        own = model.materialize(task).state_dict()
+        names = [n for n, value in base.items() if value.shape == tuned[n].shape]
+        lost, whole = (
+            sum(
+                float((x[n].double() - tuned[n].double()).square().sum()) for n in names
+            )
+            for x in (own, base)
+        )
+        found[task] = lost / whole
+    return mean(found)
+
+
 def tasks_added(
     suite: Suite,
     reference: Mapping[str, float],
@@ -80,12 +115,14 @@ def tasks_added(
     rows, tasks = [], suite.tasks
     for budget in budgets:
         whole, seconds = merged(suite, tasks, budget)
-        at_once = suite.accuracy(whole)
+        at_once, least = suite.accuracy(whole), error(suite, whole)
         for task in tasks[:count]:
             others = [t for t in tasks if t != task]
             share = budget / len(tasks)
             model, _ = merged(suite, others, budget - share)
             left = budget - model.storage.x_excl
+            anew = refit(suite, model, task, budget)
+            again = suite.accuracy(anew)
             entry = suite.modelpool._models[task]
             found = add_task(model, entry, task, budget=left)
             scores = suite.accuracy(model)
@@ -94,9 +131,14 @@ def tasks_added(
                 "task": task,
                 "x_excl": model.storage.x_excl,
                 "new": kept({task: scores[task]}, reference),
+                "new, refit": kept({task: again[task]}, reference),
                 "new, merged": kept({task: at_once[task]}, reference),
                 "all": kept(scores, reference),
+                "all, refit": kept(again, reference),
                 "all, merged": kept(at_once, reference),
+                "lost": error(suite, model),
+                "lost, refit": error(suite, anew),
+                "lost, merged": least,
                 "error": found.facts["relative_error"],
                 "seconds": found.facts["seconds"],
                 "seconds, merged": seconds,
@@ -221,6 +263,7 @@ def _row(
         "budget": budget,
         "x_excl": model.storage.x_excl,
         "retention": kept(scores, reference),
+        "lost": error(suite, model),
         "seconds": seconds,
         "read": read,
         "accuracy": scores,
@@ -260,16 +303,19 @@ def page() -> str:
             f"`python -m benchmarks.editing{option}` ({in_words(found['machine'])}). Retention: accuracy over fine-tuned accuracy, per "
             "cent, mean over tasks; seconds of one processor.",
             "",
-            "A task added to a merge of the others, beside a merge of all tasks at the same bytes; means over tasks left out in turn:",
+            "A task added to a merge of the others, beside what is stored and the task's checkpoint merged together at the same bytes "
+            "(*refit*: the shared part is free, and all tasks are coded again), and a merge of all checkpoints. Means over tasks left out "
+            "in turn; *lost* is the part of a task vector's energy that is not reproduced, per cent, mean over all tasks:",
             "",
-            "| budget | left out | the new task: added | merged | all tasks: added | merged | seconds: added | merged |",
-            "|---|---|---|---|---|---|---|---|",
+            f"| budget | left out | {' | '.join(label for label, _ in COLUMNS)} | seconds: added | merged |",
+            "|---|---|" + "--:|" * (len(COLUMNS) + 2),
         ]
-        keys = ("new", "new, merged", "all", "all, merged")
         for budget in sorted({row["budget"] for row in found["added"]}):
             rows = [row for row in found["added"] if row["budget"] == budget]
-            means = [sum(row[key] for row in rows) / len(rows) for key in keys]
-            cells = [f"{value:.1f}" for value in means]
+            cells = []
+            for _, key in COLUMNS:
+                value = sum(row[key] for row in rows) / len(rows)
+                cells.append(f"{100 * value if key.startswith('lost') else value:.1f}")
             for what in ("added", "merged"):
                 cells.append(f"{found['seconds'][f'{what} {budget}']:.1f}")
             lines.append(f"| {budget} | {len(rows)} tasks | {' | '.join(cells)} |")
@@ -277,11 +323,11 @@ def page() -> str:
             "",
             "A smaller budget from what is stored, beside merges at that budget:",
             "",
-            "| | budget | stored | retention | seconds | MB read |",
-            "|---|---|---|---|---|---|",
+            "| | budget | stored | retention | lost | seconds | MB read |",
+            "|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {row['setting']} | {row['budget']} | {row['x_excl']:.4f} | {row['retention']:.2f} | {_seconds(found, row):.1f} | "
+            f"| {row['setting']} | {row['budget']} | {row['x_excl']:.4f} | {row['retention']:.2f} | {100 * row['lost']:.1f} | {_seconds(found, row):.1f} | "
             f"{row['read'] / 1e6:.1f} |"
             for row in sorted(found["rescaled"], key=lambda row: -row["budget"])
         ]

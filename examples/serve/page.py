@@ -57,8 +57,13 @@ def page(work: Path, docs: Path) -> None:
         found = figures["vLLM"] = _read(work / "vllm.json")
         for what, one in found.items():
             if isinstance(one, dict):
-                margins = ", ".join(f"{margin:.3g}" for margin in one["margins"])
-                text += f"| {found['version']} | {what.replace('_', ' ')} | {one['same']} of {one['of']} | {margins} |\n"
+                text += _row(found["version"], what, one)
+    if (work / "llama_served.json").exists():
+        found = figures["llama.cpp, served"] = _read(work / "llama_served.json")
+        for what, one in found.items():
+            if isinstance(one, dict):
+                size = f" GGUF, {one['megabytes of a task']:.1f} MB a task"
+                text += _row(found["version"], what + size, one)
     text += (
         f"\nThe base model is asked too where a server has it as one of its models; {sum(a == b for a, b in pairs)} of {len(pairs)} answers of tasks are its own. "
         "Margins are of the reference: how far the token that was taken is before the next. Arithmetic in another order moves logits; "
@@ -68,10 +73,15 @@ def page(work: Path, docs: Path) -> None:
         found = figures["llama.cpp"] = _read(work / "llama.json")
         text += (
             f"\nllama.cpp's converter reads the adapters: the {found['tensors']} changes in its GGUF files differ from theirs by "
-            f"{found['largest difference']:.1e} at most, relative to their norm. No llama.cpp server was run.\n"
+            f"{found['largest difference']:.1e} at most, relative to their norm.\n"
         )
     (docs / "serving_export.md").write_text(text + _LIMITS)
     (docs / "serving_export.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _row(server: str, what: str, one: dict[str, Any]) -> str:
+    margins = ", ".join(f"{margin:.3g}" for margin in one["margins"])
+    return f"| {server} | {what.replace('_', ' ')} | {one['same']} of {one['of']} | {margins} |\n"
 
 
 def _read(file: Path) -> Any:

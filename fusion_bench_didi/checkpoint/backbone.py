@@ -2,21 +2,18 @@
 
 import hashlib
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError, DiDiError
+from ..task_vectors.digests import digests
 from ..task_vectors.sources import ModuleSource
 from ..task_vectors.ties import taken_apart, untie
 from . import loaders
 from .fields import Field
-
-#: Values that are converted at a time.
-_BLOCK = 2**20
 
 
 def describe(
@@ -25,6 +22,7 @@ def describe(
     known: Mapping[str, Any],
     *,
     replaced: Collection[str] = (),
+    taken: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The entry of a saved configuration.
 
@@ -34,6 +32,7 @@ def describe(
         known: what the merge knew of the backbone: its ``source``, and ``fresh``, names of tensors that its checkpoint does
             not hold, so that they are others every time it is loaded; see :func:`.opening.backbone_reference`.
         replaced: names of tensors that every task has as its own, so that the base model's values do not matter.
+        taken: checksums of base values that were taken before, which are not taken again.
     """
     cls = type(backbone)
     floating = (p.dtype for p in backbone.parameters() if p.is_floating_point())
@@ -41,12 +40,13 @@ def describe(
     fresh = sorted(known.get("fresh") or ())
     covered = {**_untouched(backbone, {*tensors, *replaced}), **tensors}
     covered = {n: v for n, v in covered.items() if n not in fresh}
+    new = digests({n: v for n, v in covered.items() if n not in taken})
     apart = taken_apart(backbone)
     return {
         "class": known.get("class") or f"{cls.__module__}.{cls.__qualname__}",
         "source": loaders.described(known.get("source")),
         "dtype": dtype and str(dtype).removeprefix("torch."),
-        "tensors": digests(covered),
+        "tensors": {n: taken[n] if n in taken else new[n] for n in covered},
         **({"fresh": fresh} if fresh else {}),
         **({"untied": apart} if apart else {}),
     }
@@ -121,23 +121,6 @@ def _untouched(backbone: nn.Module, touched: Collection[str]) -> dict[str, Tenso
         for name in source.infos()
         if name not in touched and id(state[name]) not in taken
     }
-
-
-def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """SHA-256 of shape and values by name: two backbones that differ in any value differ here, however they are stored."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(zip(tensors, pool.map(_digest, tensors.values())))
-
-
-def _digest(tensor: Tensor) -> str:
-    digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
-    flat = tensor.detach().reshape(-1)
-    # what fits float32 counts as float32, so that the same values in a smaller type are the same
-    small = flat.is_floating_point() and flat.element_size() < 4
-    for block in flat.split(_BLOCK):
-        block = block.cpu().float() if small else block.cpu()
-        digest.update(block.contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -39,10 +39,14 @@ from ..deltas.grouped import GroupedDelta
 from ..errors import DiDiError
 from ..models.dynamic import DynamicModel
 from ..spelling import spelled
+from ..task_vectors.digests import digests
 from .combining import check_entries, combined
 from .loading import check_known, on_backbone
 from .places import Place, stored_of
 from .stored import Stored
+
+#: Checksums of the tensors of deltas, by the deltas' ids.
+Seen = dict[int, dict[str, str]]
 
 INDEX = "library.json"
 _SHARED, _TASKS = "shared", "tasks"
@@ -120,8 +124,9 @@ class AdapterLibrary:
         self.place.mkdir(parents=True, exist_ok=True)
         with self._turn():
             self._same_base(entry)
+            seen: Seen = {}
             for task in asked:
-                self._write(stored, task, overwrite)
+                self._write(stored, task, overwrite, seen)
         return asked
 
     def remove(self, task: str) -> None:
@@ -221,9 +226,9 @@ class AdapterLibrary:
             backbone_bits=max(stored.backbone_bits, config["backbone_bits"].value),
         )
 
-    def _write(self, stored: Stored, task: str, overwrite: bool) -> None:
+    def _write(self, stored: Stored, task: str, overwrite: bool, seen: Seen) -> None:
         shared, expert = seen_by(stored, task)
-        part = digest_of(shared) if shared else None
+        part = digest_of(shared, seen) if shared else None
         if part is not None and not (self.place / _SHARED / part).exists():
             self._write_shared(part, shared)
         info = {
@@ -298,12 +303,17 @@ def seen_by(stored: Stored, task: str) -> tuple[dict[str, Delta], dict[str, Delt
     return shared, expert
 
 
-def digest_of(deltas: Mapping[str, Delta]) -> str:
-    """SHA-256 of names, forms and tensors."""
+def digest_of(deltas: Mapping[str, Delta], seen: Seen) -> str:
+    """SHA-256 of names, forms and tensors.
+
+    Args:
+        seen: what was taken of deltas that live; they are not read again.
+    """
     digest = hashlib.sha256()
     for name in sorted(deltas):
         delta = deltas[name]
-        told = backbones.digests(delta.tensors())
+        if id(delta) not in seen:
+            seen[id(delta)] = digests(delta.tensors())
         what = (name, delta.kind, delta.shape, sorted(delta.options().items()))
-        digest.update(repr((*what, sorted(told.items()))).encode())
+        digest.update(repr((*what, sorted(seen[id(delta)].items()))).encode())
     return digest.hexdigest()

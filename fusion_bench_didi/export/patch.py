@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint.backbone import digests
 from ..checkpoint.tensors import independent
 from ..errors import CheckpointMismatchError
 from ..models.dynamic import DynamicModel
+from ..task_vectors.digests import digests
 from .checks import bits, check_equal
 from .common import (
     asked_tasks,
@@ -64,12 +64,13 @@ def to_patch(
     tensors: dict[str, dict[str, Carried]] = {}
     sizes = {}
     with export_directory(directory, overwrite=overwrite) as (place, final):
+        sums = digests({name: before[name] for name in model.touched})
         for task in asked:
             whole = model.materialize(task)
             file = place / f"{folder(task)}.safetensors"
             after = whole.state_dict()
-            tensors[task] = _write(file, before, after, model.touched, source)
-            check_equal(patched(file, before), whole, f"The patch of {task}")
+            tensors[task] = _write(file, before, after, sums, source)
+            check_equal(patched(file, before, sums=sums), whole, f"The patch of {task}")
             sizes[task] = file.stat().st_size
         notes = ()
         if getattr(plain, "_checkpoint_conversion_mapping", None):
@@ -82,13 +83,13 @@ def _write(
     file: Path,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
-    touched: Sequence[str],
+    sums: Mapping[str, str],
     source: Mapping[str, str],
 ) -> dict[str, Carried]:
     found: dict[str, Tensor] = {}
     carried: dict[str, Carried] = {}
     changed, entries = 0, 0
-    for name in sorted(touched):
+    for name in sorted(sums):
         part, count = _difference(name, before[name], after[name])
         found |= part
         changed, entries = changed + count, entries + after[name].numel()
@@ -101,7 +102,7 @@ def _write(
         "sparsity": f"{1 - changed / max(entries, 1):.6f}",
         "changed_params": json.dumps(names),
         "base": source.get("place", ""),
-        "base_digest": base_digest({name: before[name] for name in names}),
+        "base_digest": base_digest({name: sums[name] for name in names}),
     }
     save_file(found, file, metadata=header)
     return carried
@@ -125,17 +126,22 @@ def _difference(
     return {name + INDICES: index, name + VALUES: values}, len(index)
 
 
-def base_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors by name, shape and value."""
-    found = sorted(digests(tensors).items())
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+def base_digest(sums: Mapping[str, str]) -> str:
+    """SHA-256 of tensors, of which there are checksums by name."""
+    return hashlib.sha256(json.dumps(sorted(sums.items())).encode()).hexdigest()
 
 
-def patched(file: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def patched(
+    file: str | Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    sums: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
     """A state dict with a patch applied; tensors that it does not change are the same objects.
 
     Args:
         tensors: of the base model.
+        sums: their checksums, where they were taken before.
 
     Raises:
         CheckpointMismatchError: if they are not those that the patch is of, or the file is no patch.
@@ -151,7 +157,9 @@ def patched(file: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
             f"{file} is no patch as to_patch writes it ({type(error).__name__}: {error}). Write it again."
         ) from error
     missing = [name for name in names if name not in tensors]
-    if missing or base_digest({name: tensors[name] for name in names}) != digest:
+    if not missing and sums is None:
+        sums = digests({name: tensors[name] for name in names})
+    if missing or base_digest({name: sums[name] for name in names}) != digest:
         what = f"they lack {missing[0]}" if missing else "their values differ"
         raise CheckpointMismatchError(
             f"{file} is a patch of {header.get('base') or 'another base model'}, not of the tensors given: {what}. Give that "

@@ -253,7 +253,11 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             writer = DeltaWriter(target, tasks, journal)
             model = make(writer, journal)
             if target is not None and ranks.leads:
-                model.write_config(target, {**writer.manifest, "tasks": model.tasks})
+                model.write_config(
+                    target,
+                    {**writer.manifest, "tasks": model.tasks},
+                    taken=task_vectors.base.digests,
+                )
         return model
 
     def _place(self) -> Path | None:

@@ -8,6 +8,7 @@ import copy
 import functools
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -406,9 +407,14 @@ class DynamicModel(ModulatedModel):
         parts: Mapping[str, Any],
         *,
         card: CardFacts = CardFacts(),
+        taken: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Write what stands beside the weights, which :meth:`write_parts` wrote and returned ``parts`` of."""
-        saving.write_config(self, directory, parts, card=card)
+        """Write what stands beside the weights, which :meth:`write_parts` wrote and returned ``parts`` of.
+
+        Args:
+            taken: checksums of the base model's tensors that were taken before.
+        """
+        saving.write_config(self, directory, parts, card=card, taken=taken)
 
     def write_parts(self, directory: Path) -> dict[str, Any]:
         """Write what is stored; returns what :meth:`from_parts` needs, JSON-plain, with ``tasks`` among it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -47,7 +48,12 @@ class Saved(Protocol):
     def attach_router(self, router: Router | None) -> Any: ...
 
     def write_config(
-        self, directory: Path, parts: Mapping[str, Any], *, card: CardFacts = ...
+        self,
+        directory: Path,
+        parts: Mapping[str, Any],
+        *,
+        card: CardFacts = ...,
+        taken: Mapping[str, str] = ...,
     ) -> None: ...
 
     def write_parts(self, directory: Path) -> dict[str, Any]: ...
@@ -88,12 +94,14 @@ def write_config(
     parts: Mapping[str, Any],
     *,
     card: CardFacts = CardFacts(),
+    taken: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write what stands beside the weights: configuration, router and model card.
 
     Args:
         parts: what the model's ``write_parts`` returned.
         card: what its maker says.
+        taken: checksums of the base model's tensors that were taken before.
     """
     tensors = model.base_tensors()
     backbone = backbones.describe(
@@ -101,6 +109,7 @@ def write_config(
         tensors,
         model.info.get("backbone", {}),
         replaced=set(model.touched) - set(tensors),
+        taken=taken,
     )
     config = {**described(model), "backbone": backbone, "versions": versions(), **parts}
     if model.router is not None:

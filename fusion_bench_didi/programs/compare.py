@@ -108,18 +108,18 @@ class ComparisonProgram(FabricModelFusionProgram):
 
     def _on(self, ranks: Ranks) -> dict[str, Any]:
         """The comparison on several processes, each of which makes whole rows by itself; rank 0 writes what follows from them."""
-        whole = self.fabric
+        whole, store = self.fabric, None
         with ExitStack() as stack:
             if ranks.leads:
                 place = self.directory / SETTINGS
                 stack.enter_context(alone(place, named=self.directory))
-                self._store(restart=self.restart)
+                store = self._store(restart=self.restart)
             if ranks.size > 1:
                 ranks.gather(None)  # settings and rows are there
                 check_seen(ranks, self.directory / SETTINGS)
                 self._fabric_instance = fabric_of_one(whole)
                 stack.callback(setattr, self, "_fabric_instance", whole)
-            comparison = self._compare(ranks)
+            comparison = self._compare(ranks, store or self._store())
         if ranks.leads:  # the Fabric that has the loggers is back
             for row in comparison["rows"]:
                 log_metrics(self.fabric, row_metrics(row))
@@ -131,14 +131,14 @@ class ComparisonProgram(FabricModelFusionProgram):
             store.check(entry.key, declared(entry))
         return store
 
-    def _compare(self, ranks: Ranks) -> dict[str, Any]:
+    def _compare(self, ranks: Ranks, store: RowStore) -> dict[str, Any]:
         console = terminal() if ranks.leads else Console(quiet=True)
         name = "host.log" if ranks.leads else f"host.{ranks.rank}.log"
         chatter, files = self.directory / name, []
         with quiet(chatter):
             console.print("reading every checkpoint once ...")
             with by_itself():
-                bench = self._bench(self._store(), reads=ranks.leads)
+                bench = self._bench(store, reads=ranks.leads)
             bench = replace(bench, facts=ranks.from_first(bench.facts))
             comparison = self._run(bench, console, ranks)
             if self.report and ranks.leads:

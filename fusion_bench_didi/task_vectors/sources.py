@@ -1,5 +1,6 @@
 """Where tensors come from: live modules and files, described without being read, under the base model's names."""
 
+import functools
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError
 from ..lowrank.factors import LowRankFactors
+from .digests import digests
 
 #: What torch calls the state of a module that is none of its tensors.
 EXTRA_STATE = "_extra_state"
@@ -99,6 +101,11 @@ class TensorSource(ABC):
         """What tells these tensors from others of the same headers, by file, as far as files tell; values of live models."""
         return {"": digest_of(repr(sorted(self.infos().items())).encode())}
 
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Checksums of values by name, taken once; none where files tell enough."""
+        return {}
+
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """The value of a tensor."""
@@ -146,13 +153,14 @@ class ModuleSource(TensorSource):
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    @functools.cached_property
+    def digests(self) -> Mapping[str, str]:
+        return digests(self._tensors)
+
     @property
     def identity(self) -> dict[str, str]:
-        found = hashlib.sha256(super().identity[""].encode())
-        for _, tensor in sorted(self._tensors.items()):
-            for block in tensor.reshape(-1).split(2**20):
-                found.update(block.cpu().contiguous().view(torch.uint8).numpy())
-        return {"in memory": found.hexdigest()[:16]}
+        content = (super().identity[""], sorted(self.digests.items()))
+        return {"in memory": digest_of(repr(content).encode())}
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.checkpoint import parts
-from fusion_bench_didi.checkpoint.backbone import digests
 from fusion_bench_didi.checkpoint.deltas import entry_of, read_config, read_deltas
 from fusion_bench_didi.checkpoint.fields import CHECKSUM, checksum
 from fusion_bench_didi.checkpoint.stream import write_deltas
@@ -32,6 +31,7 @@ from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.method.merge import MERGE
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.recombination.library import load_module
+from fusion_bench_didi.task_vectors.digests import digests
 
 # --- files of format 1 --------------------------------------------------------
 

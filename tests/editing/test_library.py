@@ -11,7 +11,7 @@ from torch import nn
 from tucker_models import linears
 
 from fusion_bench_didi.deltas.plain import DenseDelta
-from fusion_bench_didi.editing import AdapterLibrary, combine, load_tasks
+from fusion_bench_didi.editing import AdapterLibrary, combine, library, load_tasks
 from fusion_bench_didi.errors import (
     CheckpointMismatchError,
     DiDiError,
@@ -105,6 +105,14 @@ def test_tasks_go_with_what_only_they_shared(tmp_path):
     assert len([*(tmp_path / "shared").glob("[!.]*")]) == 1
     with pytest.raises(UnknownTaskError, match="'x'"):
         library.remove("x")
+
+
+def test_what_tasks_share_is_looked_at_once(tmp_path, monkeypatch):
+    looked, digests = [], library.digests
+    monkeypatch.setattr(library, "digests", lambda t: looked.append(t) or digests(t))
+    model = model_of("dense", 0, "abcdef")
+    AdapterLibrary(tmp_path).add(model)
+    assert len(looked) == len(model.shared) > 0
 
 
 def test_one_that_another_process_begins_is_none_yet(tmp_path):

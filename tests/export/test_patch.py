@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from fusion_bench_didi.deltas.plain import DenseDelta, OwnDelta
 from fusion_bench_didi.errors import CheckpointMismatchError
-from fusion_bench_didi.export import patched, to_patch
+from fusion_bench_didi.export import patch, patched, to_patch
 from fusion_bench_didi.models.dynamic import DiDiModel
 
 
@@ -86,6 +86,18 @@ def test_a_patch_of_another_base_model_is_refused(tmp_path):
     file.write_bytes(b"no file")
     with pytest.raises(CheckpointMismatchError, match="is no patch"):
         patched(file, state)
+
+
+def test_the_base_model_is_looked_at_once_for_all_tasks(tmp_path, monkeypatch):
+    looked, digests = [], patch.digests
+    monkeypatch.setattr(patch, "digests", lambda t: looked.append(t) or digests(t))
+    model = sparse_model(0.1)
+    (deltas,) = (dict(e.deltas.items()) for e in model.modulators.values())
+    model.hold({}, {task: deltas for task in "abc"})
+    to_patch(model, tmp_path / "out")
+    assert len(looked) == 1
+    patched(tmp_path / "out/b.safetensors", dict(llama().bfloat16().state_dict()))
+    assert len(looked) == 2, "a patch alone is held against what it is given"
 
 
 def test_heads_of_another_shape_are_whole(tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusion_bench_didi.allocation.curves import PerTaskCurve
 from fusion_bench_didi.checkpoint import stream
+from fusion_bench_didi.checkpoint.deltas import read_config
 from fusion_bench_didi.checkpoint.stream import DeltaWriter
 from fusion_bench_didi.deltas.base import Delta
 from fusion_bench_didi.deltas.sink import EncodedTensor
@@ -19,6 +20,7 @@ from fusion_bench_didi.lowrank.row_blocks import materialize
 from fusion_bench_didi.merging.forms import Choice, choice
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.method import TallMaskMerging, TSVCompression
+from fusion_bench_didi.task_vectors import digests
 from fusion_bench_didi.task_vectors.reader import TaskVectors
 from fusion_bench_didi.task_vectors.sources import ModuleSource
 
@@ -197,3 +199,24 @@ def test_bytes_are_hashed_once(tmp_path, monkeypatch):
     monkeypatch.setattr("fusion_bench_didi.checkpoint.tensors.file_digest", noted)
     didi(clip(), budget=0.6, output_dir=str(tmp_path / "out"))
     assert len(hashed) == len(set(hashed)) > 1
+
+
+def test_checksums_of_the_base_model_are_taken_once(tmp_path, monkeypatch):
+    """They tell this merge from another, and stand in the manifest: every tensor's, and no other than without a journal."""
+    taken, digest = Counter(), digests._digest
+
+    def noted(tensor):
+        taken[tensor.data_ptr()] += 1
+        return digest(tensor)
+
+    model = didi(clip(), budget=0.6)
+    model.save_pretrained(tmp_path / "afterwards")
+    monkeypatch.setattr(digests, "_digest", noted)
+    model = didi(clip(), budget=0.6, output_dir=str(tmp_path / "out"))
+    tensors = dict(model.backbone.named_parameters())
+    assert {taken[t.data_ptr()] for t in tensors.values()} == {1}
+    written, expected = (
+        read_config(tmp_path / name)["backbone"]["tensors"]
+        for name in ("out", "afterwards")
+    )
+    assert written == expected and list(written) == list(expected)

@@ -27,7 +27,7 @@ from fusion_bench_didi.programs.entries import (
     read_entries,
 )
 from fusion_bench_didi.programs.results import retention
-from fusion_bench_didi.programs.rows import differences
+from fusion_bench_didi.programs.rows import RowStore, differences
 from fusion_bench_didi.programs.scoring import Scorer
 from fusion_bench_didi.programs.sizes import Size
 
@@ -213,6 +213,15 @@ def test_routing_is_by_image_not_by_batch(cache, tmp_path):
         assert row["error"] is None
         found.append(row["accuracy"])
     assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_one_store_reads_the_rows(cache, tmp_path, monkeypatch):
+    made, construct = [], RowStore.__init__
+    monkeypatch.setattr(
+        RowStore, "__init__", lambda *a, **k: made.append(a) or construct(*a, **k)
+    )
+    compare(cache, tmp_path, only=["averaging"])
+    assert len(made) == 1
 
 
 def test_artifacts_are_held_against_the_account(cache, tmp_path, monkeypatch, scored):

@@ -92,7 +92,7 @@ def forecasts(
         "",
         "*Largest matrix*: its share of the numbers. A matrix is worked on by one process, so that no number of processes makes a",
         "merge faster than that part of it; an embedding of 128 k tokens is what holds up 8B on more than sixteen. *Writing* has the",
-        "checksums in it: one process takes those of the whole base model twice, to tell this merge from another and for its manifest.",
+        "checksums in it: one process takes those of the whole base model, which tell this merge from another and stand in its manifest.",
     ]
 
 

@@ -41,7 +41,7 @@ def counted(case: Case) -> dict:
         base = sum(p.nbytes for p in model.backbone.parameters())
         shutil.rmtree(target)
     counts["shared"] |= {"written": written, "hashed": 2 * written}
-    counts["own"] |= {"hashed": 2 * base}  # its identity, and the backbone's
+    counts["own"] |= {"hashed": base}
     energy = model.info["ranks"]["shared"]
     sides = [tuple(model.base_tensor(name).shape) for name in energy]
     numbers = sum(model.base_tensor(name).numel() for name in energy)

@@ -142,10 +142,16 @@ def encode(parts: Sequence[Codes]) -> Tensor:
     runs: list[tuple[Tensor, Table]] = []
     for codes in parts:
         for spread, rows in _groups(codes.classes):
-            high, low = _split(codes.symbols[rows], spread)
-            runs.append((high, table(coded_class(spread))))
-            if low_bits(spread):
-                runs.append((low, 2 ** low_bits(spread)))
+            symbols, bits = codes.symbols[rows], low_bits(spread)  # a copy
+            low = []
+            if (
+                bits
+            ):  # the numbers nearest to a multiple of 2^bits have the same high bits
+                symbols += 1 << bits >> 1
+                low = [(symbols & ((1 << bits) - 1), 2**bits)]
+                symbols >>= bits
+            symbols += largest(coded_class(spread))
+            runs += [(symbols, table(coded_class(spread))), *low]
     return encode_runs(runs)
 
 
@@ -199,13 +205,6 @@ def _groups(classes: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Classes that are met, and indices of their rows."""
     for spread in torch.unique(classes).tolist():
         yield spread, (classes == spread).nonzero().squeeze(1)
-
-
-def _split(symbols: Tensor, spread: int) -> tuple[Tensor, Tensor]:
-    """Symbols as indices of the table of their class, and their lowest bits; none of either sign is favored."""
-    bits = low_bits(spread)
-    moved = symbols + (1 << bits >> 1)
-    return (moved >> bits) + largest(coded_class(spread)), moved & ((1 << bits) - 1)
 
 
 def _row_blocks(rows: Tensor) -> Iterator[slice]:

@@ -22,6 +22,8 @@ from .pricing import as_dense, cheapest, cost, in_all_precisions, least
 
 #: Sharing may pay where the mean holds this much more than that of unrelated tasks.
 WORTH_SHARING = 1.5
+#: ... which is not looked into where a sample of all entries holds less: chance makes two hundredths.
+WORTH_A_LOOK = 1.1
 
 
 class SharedMean(Experts):
@@ -45,6 +47,8 @@ def _beside_low_rank(form: SharedMean, look: Look) -> Iterator[Choice]:
 
     Looked into is only what pays if all tasks gain as much as the one that holds most of what is shared.
     """
+    if look.sample is not None and look.sample.alike < WORTH_A_LOOK:
+        return
     context, name, weights = look.context, look.name, look.weights
     row, multiplier = look.experts.spectra, look.guess.multiplier
     curves = in_all_precisions(context, name, 0, row.sigma[1:], row.tail_energy[1:])

@@ -65,3 +65,9 @@ def test_the_workflow_runs_what_contributors_run():
     assert run == ["make test", "make site"] and {"test", "site"} <= set(targets)
     for form in (REPOSITORY / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text())
+
+
+def test_the_root_is_read_at_a_glance():
+    """What is new has a room; the root is no place for it."""
+    files = sorted(p.name for p in Path(fusion_bench_didi.__file__).parent.glob("*.py"))
+    assert len(files) <= 5, files

@@ -19,9 +19,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..distributed.ranks import Ranks
-from ..errors import CheckpointMismatchError, DiDiError, RankError
+from ..errors import CheckpointMismatchError, DiDiError, RankError, spelled
 from ..files import sync, write_whole
-from ..spelling import spelled
 from .exchange import exchange, rename_new
 from .fields import read_object
 from .locks import held, is_held

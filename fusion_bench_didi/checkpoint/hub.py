@@ -7,7 +7,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..errors import DiDiError
-from ..places import check_place
+from ..task_vectors.places import check_place
 
 #: What no saved model consists of, and what would run when it is opened by others.
 _NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.py", "*.so")

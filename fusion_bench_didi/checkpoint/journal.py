@@ -24,8 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..distributed.ranks import ALONE, Ranks
-from ..errors import CheckpointMismatchError, DiDiError, RankError, ResumeError
-from ..spelling import spelled
+from ..errors import CheckpointMismatchError, DiDiError, RankError, ResumeError, spelled
 from .directory import CONFIG, journal_of, seen_by_all, write_json
 from .fields import read_object, sealed
 from .tensors import file_digest

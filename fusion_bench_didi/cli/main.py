@@ -6,8 +6,7 @@ import warnings
 
 import click
 
-from ..errors import DiDiError
-from ..spelling import spelled_as
+from ..errors import DiDiError, spelled_as
 from . import (
     comparing,
     editing,

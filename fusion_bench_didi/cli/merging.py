@@ -138,7 +138,7 @@ def _architecture(place: str) -> str | None:
     """
     from transformers import AutoConfig
 
-    from ..places import check_place, check_to_be_had
+    from ..task_vectors.places import check_place, check_to_be_had
 
     check_place(place, owned=False)
     path = Path(place).expanduser()

@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from ..errors import DiDiError
-from ..spelling import Spelling, as_key
+from ..errors import DiDiError, Spelling, as_key
 
 #: Keywords by the options that stand for them.
 _CALLED = {"output_dir": "out"}

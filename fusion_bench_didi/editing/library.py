@@ -36,9 +36,8 @@ from ..checkpoint.fields import Field
 from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..deltas.grouped import GroupedDelta
-from ..errors import DiDiError
+from ..errors import DiDiError, spelled
 from ..models.dynamic import DynamicModel
-from ..spelling import spelled
 from ..task_vectors.digests import digests
 from .combining import check_entries, combined
 from .loading import check_known, on_backbone

@@ -14,12 +14,11 @@ from ..checkpoint.directory import CONFIG, check_target, whole_directory
 from ..checkpoint.fields import Field
 from ..checkpoint.stream import write_deltas
 from ..deltas.storage import StorageReport
-from ..errors import DiDiError, SettingsError
+from ..errors import DiDiError, SettingsError, spelled
 from ..models.dynamic import DynamicModel
 from ..models.model_card import model_card
 from ..models.saving import check_config
 from ..routers.files import FILE as ROUTER_FILE
-from ..spelling import spelled
 from .facts import check_info
 from .stored import Stored
 

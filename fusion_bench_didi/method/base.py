@@ -26,7 +26,7 @@ from ..deltas.sink import EncodedTensor, InMemory, Sink
 from ..deltas.storage import told
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks, ranks_here
-from ..errors import CheckpointMismatchError, SettingsError
+from ..errors import CheckpointMismatchError, SettingsError, spelled
 from ..merging.encoding import encode_own
 from ..merging.finished import Finished
 from ..models import DynamicModel
@@ -50,7 +50,6 @@ from ..pools.opening import (
 )
 from ..pools.task_names import check_tasks, pool_tasks
 from ..report.units import readable
-from ..spelling import spelled
 from ..task_vectors.alignment import some
 from ..task_vectors.loop import Progress, Result, each, spread
 from ..task_vectors.reader import TaskVectors

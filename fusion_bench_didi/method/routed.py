@@ -15,13 +15,12 @@ from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.utils import instantiate
 
-from ..errors import SettingsError
+from ..errors import SettingsError, spelled
 from ..models.dynamic import DynamicModel
 from ..options import Aliases, Fraction, ImageCount, Positive, Seed
 from ..pools.inputs import Inputs, load_inputs, parts, require_inputs
 from ..routers.base import Router
 from ..routers.files import make_router
-from ..spelling import spelled
 from ..taskpool.task_switching import attach
 from .base import PoolMethod
 

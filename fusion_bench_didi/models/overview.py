@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..places import is_name
 from ..report.units import readable, storage_line
+from ..task_vectors.places import is_name
 
 #: So many tasks have a line each.
 MOST_TASKS = 12

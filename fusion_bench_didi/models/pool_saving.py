@@ -6,8 +6,7 @@ from typing import Any
 
 from ..checkpoint.directory import check_target
 from ..distributed.ranks import ALONE, Ranks
-from ..errors import SettingsError
-from ..spelling import as_key, spelled_as
+from ..errors import SettingsError, as_key, spelled_as
 from .dynamic import DynamicModel
 
 log = logging.getLogger(__name__)

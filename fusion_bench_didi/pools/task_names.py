@@ -10,8 +10,7 @@ from typing import Any
 
 from omegaconf import ListConfig
 
-from ..errors import UnknownTaskError
-from ..spelling import spelled
+from ..errors import UnknownTaskError, spelled
 
 
 def normalized(name: str) -> str:

@@ -21,6 +21,7 @@ from ..checkpoint.deltas import versions
 from ..checkpoint.directory import alone, check_seen, write_json
 from ..distributed.fabrics import fabric_of_one
 from ..distributed.ranks import Ranks, by_itself, ranks_here
+from ..errors import as_key, spelled_as
 from ..options import check_keywords
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
@@ -29,7 +30,6 @@ from ..pools.task_names import check_tasks
 from ..report import whereabouts, write_report
 from ..report.loggers import log_metrics, row_metrics
 from ..report.terminal import print_table
-from ..spelling import as_key, spelled_as
 from .entries import declared, dependent, read_entries
 from .entry_run import Bench, run_entry, summary
 from .progress import Watch, quiet, terminal

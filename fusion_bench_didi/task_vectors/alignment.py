@@ -3,8 +3,7 @@
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 
-from ..errors import CheckpointMismatchError
-from ..spelling import spelled
+from ..errors import CheckpointMismatchError, spelled
 from .lora_adapter import WAY_OUT
 from .sources import TensorInfo, TensorSource
 

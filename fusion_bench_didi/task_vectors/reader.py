@@ -18,8 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointMismatchError, ModelPoolError, SettingsError
-from ..spelling import spelled
+from ..errors import CheckpointMismatchError, ModelPoolError, SettingsError, spelled
 from .alignment import check_alignment, floating, matches, some
 from .float8 import FLOAT8
 from .sources import STORED, TensorInfo, TensorSource, aligned

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..distributed.ownership import SOLO, Crew
-from ..errors import ModelPoolError, NonFiniteError
+from ..errors import ModelPoolError, NonFiniteError, spelled
 from ..lowrank.factors import energy_of
 from ..lowrank.row_blocks import squared_norms
-from ..spelling import spelled
 from .loop import spread
 from .parallel import workers_for
 from .reader import TaskVectors

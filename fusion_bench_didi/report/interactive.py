@@ -5,7 +5,8 @@ from plotly import graph_objects as go
 
 from .comparison import Comparison, kind
 from .modules import KIND_COLORS, Place, RankTable, energy_lines
-from .plots import STORAGE_AXIS, family_label
+from .page_labels import annotations
+from .plots import STORAGE_AXIS, family_label, short_name, zoom_from
 from .style import KINDS, RANK_COLORS, color
 
 _LOOK = dict(
@@ -57,8 +58,43 @@ def accuracy_vs_storage(comparison: Comparison) -> go.Figure | None:
         tickangle=0,
         title=STORAGE_AXIS.replace(", ", "<br>"),
     )
-    figure.update_yaxes(title="average accuracy (%)")
-    return figure.update_layout(height=480, hovermode="closest", **_LOOK)
+    values = [100 * r["average"] for r in rows]
+    whole = _padded(min(values), max(values))
+    low = zoom_from(comparison)
+    near = whole if low is None else (low, max(values) + 0.12 * (max(values) - low))
+    across = (-0.06 * most**0.5, 1.12 * most**0.5)
+    named = _annotations(rows, comparison, across, near)
+    figure.update_xaxes(range=across)
+    figure.update_yaxes(title="average accuracy (%)", range=near, title_standoff=4)
+    figure.update_layout(annotations=named, height=570, hovermode="closest", **_LOOK)
+    if low is not None:
+        views = {
+            "near the top": {"yaxis.range": near, "annotations": named},
+            "all methods": {"yaxis.range": whole, "annotations": []},
+        }
+        buttons = [dict(label=k, method="relayout", args=[v]) for k, v in views.items()]
+        menu = _MENU | {"x": 1, "xanchor": "right", "yanchor": "top", "y": -0.05}
+        figure.update_layout(updatemenus=[dict(buttons=buttons, **menu)])
+    return figure
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    room = 0.06 * (high - low) or 1.0
+    return low - room, high + room
+
+
+def _annotations(rows, comparison: Comparison, across, near) -> list[dict]:
+    """Names of the points in view."""
+    seen = [r for r in rows if near[0] <= 100 * r["average"] <= near[1]]
+    kinds = [kind(r) for r in seen]
+    return annotations(
+        [(r["x_excl"] ** 0.5, 100 * r["average"]) for r in seen],
+        [short_name(r, comparison) for r in seen],
+        [None if k == "reference" else color(k) for k in kinds],
+        [k == "ours" for k in kinds],
+        across,
+        near,
+    )
 
 
 def _traces(rows) -> list[tuple[str, list]]:

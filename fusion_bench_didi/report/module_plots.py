@@ -7,9 +7,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from . import findings
 from .comparison import Comparison
 from .modules import KIND_COLORS, RankTable, energy_lines
-from .style import RANK_COLORS, new_figure
+from .style import RANK_COLORS, new_figure, title
 
 
 def rank_plot(comparison: Comparison) -> Figure | None:
@@ -64,18 +65,18 @@ def rank_plot(comparison: Comparison) -> Figure | None:
         side.set_visible(False)
     scale = ScalarMappable(Normalize(0, most), colors)
     picture.colorbar(scale, ax=axes, label="rank", fraction=0.02, pad=0.01)
-    axes.set_title(f"Ranks of {row['method']}", pad=14)
+    title(axes, findings.of_ranks(comparison, row), pad=24)
     handles = [
         Rectangle((0, 0), 1, 1, color=KIND_COLORS[k], label=k)
         for k in dict.fromkeys(p.kind for p in table.modules)
     ]
     axes.legend(
         handles=handles,
-        loc="upper right",
+        loc="lower right",
         ncols=3,
         fontsize=7,
-        bbox_to_anchor=(1, 1.16),
-        borderaxespad=0,
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0.3,
     )
     return picture
 
@@ -121,7 +122,7 @@ def energy_plot(comparison: Comparison) -> Figure | None:
         axes.set_xticks(list(x), line.layers)
     axes.set_xlabel("layer")
     axes.set_ylabel("energy kept (%)")
-    axes.set_title(f"Energy of the task vectors that {row['method']} keeps")
+    title(axes, findings.of_energy(comparison, row))
     axes.legend(title="mean, and range over tasks", loc="best")
     axes.margins(x=0.06)
     return picture

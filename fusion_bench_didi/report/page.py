@@ -19,26 +19,17 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from ..files import write_whole
-from . import interactive, plots
+from . import findings, interactive, plots
 from .comparison import GROUPS, Comparison, best_two
 from .page_template import PAGE, SCRIPT, STYLE
 from .style import look
 from .tables import LEGEND, as_csv, as_latex, columns
 
-_TITLES = {
-    "accuracy_vs_storage": (
-        "Accuracy against storage",
-        "Up is better, left is smaller. Methods of one family are joined.",
-    ),
-    "accuracy_by_task": ("Accuracy by task", "Choose a task in the menu."),
-    "ranks": (
-        "Ranks",
-        "Shared part first, then one block per expert; attention in blue, MLP in orange. Scroll sideways on a phone.",
-    ),
-    "energy_kept": (
-        "Energy kept",
-        "Share of the task vectors' squared norm that the stored modules reproduce; bars: range over tasks.",
-    ),
+_TOLD = {
+    "accuracy_vs_storage": "Up is better, left is smaller. Methods of one family are joined.",
+    "accuracy_by_task": "Choose a task in the menu.",
+    "ranks": "Shared part first, then one block per expert; attention in blue, MLP in orange. Scroll sideways on a phone.",
+    "energy_kept": "Share of the task vectors' squared norm that the stored modules reproduce; bars: range over tasks.",
 }
 
 
@@ -53,7 +44,7 @@ def render(comparison: Comparison) -> str:
     """The page."""
     printed = _svgs(comparison)
     sections = [
-        _figure(name, figure, printed.get(name, ""))
+        _figure(name, figure, _title(name, comparison), printed.get(name, ""))
         for name, figure in interactive.figures(comparison).items()
     ]
     return PAGE.format(
@@ -167,8 +158,16 @@ def _downloads(comparison: Comparison) -> str:
     )
 
 
-def _figure(name: str, figure, printed: str) -> str:
-    title, told = _TITLES[name]
+def _title(name: str, comparison: Comparison) -> str:
+    """What a figure shows."""
+    if name in ("ranks", "energy_kept"):
+        make = findings.of_ranks if name == "ranks" else findings.of_energy
+        return make(comparison, comparison.shown_in_detail())
+    make = findings.of_tasks if name == "accuracy_by_task" else findings.of_storage
+    return make(comparison)
+
+
+def _figure(name: str, figure, title: str, printed: str) -> str:
     plot = to_html(
         figure,
         full_html=False,
@@ -177,7 +176,7 @@ def _figure(name: str, figure, printed: str) -> str:
         config={"responsive": True, "displaylogo": False, "displayModeBar": False},
     )
     return (
-        f'<section class="{name}"><h2 class="screen">{title}</h2><p class="screen">{told}</p>'
+        f'<section class="{name}"><h2 class="screen">{html.escape(title)}</h2><p class="screen">{_TOLD[name]}</p>'
         f'<div class="screen"><div class="plot">{plot}</div></div><div class="print">{printed}</div></section>'
     )
 

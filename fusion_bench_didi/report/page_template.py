@@ -14,6 +14,7 @@ table { font-size: .85rem; font-variant-numeric: tabular-nums; }
 #summary td:last-child { white-space: normal; min-width: 15rem; }
 div.screen { overflow-x: auto; } .ranks .plot { min-width: 900px; }
 .print { display: none; }
+@media (max-width: 760px) { .annotation { display: none; } }
 @media (max-width: 600px) { body { padding: .6rem; font-size: 15px; } table { font-size: .78rem; }
   h1 { font-size: 1.25rem; } table.dataTable > thead > tr > th { padding: 4px 16px 4px 4px !important; }
   .table td:first-child { max-width: 8.5rem; overflow: hidden; text-overflow: ellipsis; }

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from . import labels
+from . import findings, labels
 from .comparison import Comparison, kind
 from .module_plots import energy_plot, rank_plot
-from .style import KINDS, color, look, new_figure, save_figure
+from .style import KINDS, color, look, new_figure, save_figure, title
 
 
 def write(comparison: Comparison, directory: Path) -> list[Path]:
@@ -63,7 +63,7 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
     rows = comparison.good
     if not rows:
         return None
-    low = _zoom_from(comparison)
+    low = zoom_from(comparison)
     close = low is not None
     picture = new_figure(12.5 if close else 9, 6.2)
     widths = [2.6, 1] if close else [1]
@@ -80,7 +80,7 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
         panels[1].set_xlabel("stored, on the same scale")
     _storage_axis(panels[-1], max(r["x_excl"] for r in rows), few=close)
     panels[-1].margins(y=0.08)
-    panels[0].set_title(finding(comparison))
+    title(panels[0], findings.of_storage(comparison))
     panels[0].set_xlabel(STORAGE_AXIS)
     picture.legend(handles=_legend(rows), loc="lower center", ncols=6, fontsize=8)
     picture.tight_layout(rect=(0, 0.05, 1, 1))
@@ -94,7 +94,7 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
 _CROWDED = 0.45
 
 
-def _zoom_from(comparison: Comparison) -> float | None:
+def zoom_from(comparison: Comparison) -> float | None:
     """Accuracy from which on a panel of its own shows the methods; None where all fit into one."""
     values = sorted(100 * r["average"] for r in comparison.good)
     ours = [100 * r["average"] for r in comparison.good if kind(r) == "ours"]
@@ -103,23 +103,6 @@ def _zoom_from(comparison: Comparison) -> float | None:
     low, high = min(ours), values[-1]
     low -= 0.35 * (high - low) + 0.5
     return low if high - low < _CROWDED * (high - values[0]) else None
-
-
-def finding(comparison: Comparison) -> str:
-    """What the picture shows, in words: where ours keeps 99 %."""
-    kept = [
-        r
-        for r in comparison.good
-        if kind(r) == "ours" and (r["retention"]["mean_of_ratios"] or 0) >= 0.99
-    ]
-    if not kept:
-        return "Accuracy against storage"
-    least = min(kept, key=lambda r: r["x_excl"])
-    share = 100 * least["retention"]["mean_of_ratios"]
-    return (
-        f"{least['family']} keeps {share:.1f} % of {len(comparison.tasks)} fine-tuned models "
-        f"in the space of {least['x_excl']:.2f} models"
-    )
 
 
 def _points(axes: Axes, comparison: Comparison) -> None:
@@ -194,10 +177,7 @@ def accuracy_by_task(comparison: Comparison) -> Figure | None:
     picture = new_figure(2.1 * across + 1.2, down * height + 0.7)
     grid = picture.subplots(down, across, sharey=True, squeeze=False)
     names = [r["method"] for r in rows]
-    own = next(
-        (r for r in rows if r["routing"] == "oracle" and r["group"] == "reference"),
-        None,
-    )
+    own = findings.own_models(comparison)
     for axes, task in zip(grid.flat, tasks):
         values = [
             100 * (r["average"] if task == "average" else r["accuracy"][task])
@@ -217,11 +197,13 @@ def accuracy_by_task(comparison: Comparison) -> Figure | None:
     for axes in list(grid.flat)[len(tasks) :]:
         axes.set_visible(False)
     tall = picture.get_figheight()
-    picture.legend(
-        handles=_legend(rows, bars=True), loc="lower center", ncols=6, fontsize=8
-    )
+    handles = _legend(rows, bars=True)
+    if own:
+        line = {"color": "#222222", "lw": 0.8, "ls": (0, (4, 3))}
+        handles.append(Line2D([], [], label="the task's own model", **line))
+    picture.legend(handles=handles, loc="lower center", ncols=7, fontsize=8)
     picture.suptitle(
-        "Accuracy by task (%), dashed: the task's own model",
+        findings.of_tasks(comparison),
         x=0.01,
         y=1 - 0.05 / tall,
         ha="left",

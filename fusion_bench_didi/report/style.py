@@ -3,10 +3,13 @@ marker each."""
 
 import contextlib
 import io
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -64,6 +67,12 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
+
+
+def title(axes: Axes, text: str, **options: Any) -> None:
+    """A title in as many lines as the picture is narrow."""
+    letters = int(12.5 * axes.figure.get_figwidth() * axes.get_position().width)
+    axes.set_title(textwrap.fill(text, max(letters, 30)), **options)
 
 
 def save_figure(figure: Figure, file: Path) -> None:

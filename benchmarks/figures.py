@@ -37,6 +37,7 @@ PAGES = {
     "merge_front": "benchmarks.merge_front --evaluations 300 --samples 48 --seeds 0 1 2",
     "stages": "benchmarks.stages",
     "speed": "benchmarks.speed",
+    "speed_budgets": "benchmarks.speed budgets",
     "speed_cold": "benchmarks.speed --cold --only didi tsv_m",
     "speed_growth": "benchmarks.speed growth",
     "memory": "benchmarks.memory --runs 3",

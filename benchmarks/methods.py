@@ -14,6 +14,7 @@ def _didi(
     exact: bool = False,
     to_disk: bool = False,
     per_task: float | None = None,
+    budget: float = 1.4,
     **settings,
 ) -> Merge:
     def run(pool, out: Path, **_):
@@ -23,8 +24,8 @@ def _didi(
         if exact:
             svd.SKETCH_SIDE = sys.maxsize
         place = str(out) if to_disk else None
-        budget = per_task * len(pool.model_names) if per_task else 1.4
-        model = DiDiMerging(budget=budget, output_dir=place, **settings).run(pool)
+        x = per_task * len(pool.model_names) if per_task else budget
+        model = DiDiMerging(budget=x, output_dir=place, **settings).run(pool)
         if not to_disk:
             model.save_pretrained(out)
         return model
@@ -81,5 +82,8 @@ METHODS: dict[str, tuple[str, Merge]] = {
     "smile": ("SMILE (16, 128)", _smile),
     "wudi": ("WUDI, 300 steps", _wudi),
 }
-#: measured side by side; the other is about growth
+#: measured side by side; the others are about growth and about budgets
 PEERS = tuple(name for name in METHODS if name != "didi_per_task")
+BUDGETS = (0.06, 0.12, 0.24, 0.5, 0.7, 1.0)
+METHODS |= {f"didi_{x}": (f"DiDi at {x}", _didi(budget=x)) for x in BUDGETS}
+AT_BUDGETS = (*(f"didi_{x}" for x in BUDGETS), "didi", "tsv_m")

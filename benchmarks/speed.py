@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed                    # ViT-B/32, eight tasks: DiDi, TSV-M, EMR, SMILE, WUDI
     python -m benchmarks.speed --cold --only didi tsv_m  # files and floor from the disk instead of the system's cache
+    python -m benchmarks.speed budgets            # DiDi at small budgets, and TSV-M
     python -m benchmarks.speed growth             # DiDi over numbers of tasks (--counts, with 8), and over --sizes
     python -m benchmarks.speed --device cuda --only didi didi_float tsv_m
 
@@ -24,7 +25,7 @@ import torch
 
 from benchmarks.checkpoints import SHAPES, pool_of
 from benchmarks.floor import Decomposed, Machine, floor, forget, seconds
-from benchmarks.methods import METHODS, PEERS
+from benchmarks.methods import AT_BUDGETS, METHODS, PEERS
 from benchmarks.speed_page import write_page
 from benchmarks.suites import machine, write_json
 from fusion_bench_didi.programs.measure import peak_resident
@@ -122,7 +123,8 @@ def side_by_side(arguments: argparse.Namespace) -> dict:
     pool, cold = pool_of(shape, tasks), arguments.cold
     if not cold:
         _read_once(pool)
-    names = arguments.only or PEERS
+    rows = AT_BUDGETS if arguments.what == "budgets" else PEERS
+    names = arguments.only or rows
     found: dict[str, list[dict]] = {name: [] for name in names}
     speeds: list[Machine] = []
     for run in range(arguments.runs):
@@ -206,7 +208,8 @@ def _slope(x: list[float], y: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=("peers", "growth"), default="peers")
+    kinds = ("peers", "budgets", "growth")
+    parser.add_argument("what", nargs="?", choices=kinds, default="peers")
     parser.add_argument("--shape", choices=SHAPES, default="vit-b-32")
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=METHODS)
@@ -224,14 +227,14 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(child(arguments.child, arguments)))
         return
-    if arguments.cold and arguments.what == "growth":
-        parser.error("--cold is for the methods side by side, not for growth")
+    if arguments.cold and arguments.what != "peers":
+        parser.error(f"--cold is for the methods side by side, not {arguments.what}")
     file = arguments.out / "speed.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
-    if arguments.what == "peers":
-        found = side_by_side(arguments)
-    else:
+    if arguments.what == "growth":
         found = growth(arguments, record.get("growth", {}))
+    else:
+        found = side_by_side(arguments)
     what = "cold" if arguments.cold else arguments.what
     record[what] = {"machine": machine(), "device": arguments.device, **found}
     write_json(file, record)

@@ -1,10 +1,10 @@
 """docs/speed.md from docs/speed.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import METHODS, PEERS
+from benchmarks.methods import AT_BUDGETS, METHODS, PEERS
 from benchmarks.suites import NOTES, in_words
 
 
@@ -12,25 +12,35 @@ def write_page(record: Mapping[str, Any], file: Path) -> None:
     """Tables of what was measured; sections that were not run are left out."""
     lines = ["# Speed and memory of a merge", ""]
     if "peers" in record:
-        lines += _peers(record["peers"])
+        lines += _peers(record["peers"], PEERS)
+    if "budgets" in record:
+        lines += _peers(record["budgets"], AT_BUDGETS, options=" budgets")
     if "cold" in record:
-        lines += _peers(record["cold"], cold=True)
+        lines += _peers(record["cold"], PEERS, options=" --cold")
     if "growth" in record:
         lines += _growth(record["growth"])
     file.write_text("\n".join(lines) + "\n")
 
 
-def _peers(found: Mapping[str, Any], *, cold: bool = False) -> list[str]:
-    rows = found["rows"]
-    options = " --cold" if cold else ""
-    if tuple(rows) != PEERS:
-        options += " --only " + " ".join(rows)
+def _peers(
+    found: Mapping[str, Any], usual: Sequence[str], *, options: str = ""
+) -> list[str]:
+    """A table of methods side by side.
+
+    Args:
+        usual: methods if none are named.
+        options: that the command was run with.
+    """
+    rows, where = found["rows"], "on disk" if "cold" in options else "in the cache"
+    only = ""
+    if tuple(rows) != tuple(usual):
+        only = " --only " + " ".join(rows)
     peer = rows.get("tsv_m")
     rates = ", ".join(f"{name} {value:.1f}" for name, value in found["rates"].items())
     lines = [
-        f"## {found['shape']}, {found['tasks']} tasks, files {'on disk' if cold else 'in the cache'} to saved model",
+        f"## {found['shape']}, {found['tasks']} tasks, files {where} to saved model",
         "",
-        f"`python -m benchmarks.speed --shape {found['shape']} --tasks {found['tasks']}{options}` on {found['device']}; "
+        f"`python -m benchmarks.speed{options} --shape {found['shape']} --tasks {found['tasks']}{only}` on {found['device']}; "
         f"{in_words(found['machine'])}; {rates}.",
         "",
         "| method | runs | seconds | of TSV-M | over floor | peak GB | of TSV-M | relative error |",

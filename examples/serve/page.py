@@ -27,7 +27,7 @@ _LIMITS = """
 | PEFT | every rank, all of `-s carry=all` | nothing |
 | vLLM | linear layers; the largest rank of any module decides about `--max-lora-rank` (1, 8, 16, 32, 64, 128, 256, 320 or 512). Versions that know one rank per adapter read these too, for alpha is the rank everywhere | `vllm serve BASE --enable-lora --max-lora-rank R --lora-modules TASK=OUT/TASK ...`; `-s pad_rank=true` if it refuses uneven ranks |
 | SGLang (not run here) | linear layers, rank and alpha patterns in recent versions | `python -m sglang.launch_server --model-path BASE --lora-paths TASK=OUT/TASK ... --max-lora-rank R` |
-| llama.cpp | linear layers and embeddings, any rank per tensor | `convert_hf_to_gguf.py BASE`, `convert_lora_to_gguf.py OUT/TASK --base BASE`, then `llama-server -m BASE.gguf --lora TASK.gguf` |
+| llama.cpp | linear layers and embeddings; one alpha, which it divides by each tensor's rank | `-s pad_rank=true`; then `convert_hf_to_gguf.py BASE`, `convert_lora_to_gguf.py OUT/TASK --base BASE`, and `llama-server -m BASE.gguf --lora TASK.gguf` |
 
 With `-s shared=fold` the base model of a server is `OUT/_pretrained_`. A patch turns a running model into a task's, one model and one task at a time:
 `examples/serve/vllm_patch.py` does it through vLLM's `reload_weights`. vLLM's `load_checkpoint_weight_patches`, which takes sparse tensors as they are (and whole

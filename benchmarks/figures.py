@@ -22,6 +22,7 @@ PAGES = {
     "comparison_language": "benchmarks.language_suite",
     "multimodal": "benchmarks.multimodal_suite",
     "frontier": "benchmarks.frontier --anew",
+    "own_storage": "benchmarks.own_storage --anew",
     "coded": "benchmarks.coded",
     "models": "benchmarks.pool_table",
     "real_suite_real8": "benchmarks.real_suite",

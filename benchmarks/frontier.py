@@ -42,14 +42,21 @@ MOST = 1.0
 LEAST = 88
 
 
-def pools(name: str, split: str = "test") -> tuple[Any, Scorer]:
-    """Model pool, and scorer on a split."""
+def pools(
+    name: str, split: str = "test", texts: int | None = None
+) -> tuple[Any, Scorer]:
+    """Model pool, and scorer on a split.
+
+    Args:
+        texts: how many of each task; what the suite's YAML says if None.
+    """
     if name == "text":
         models, tasks = (
             OmegaConf.load(Path("benchmarks/conf") / kind / "text.yaml")
             for kind in ("modelpool", "taskpool")
         )
         tasks.split = split
+        tasks.limit = texts or tasks.limit
         return instantiate(models), Scorer(instantiate(tasks))
     suite = Suite(None if name == "real8" else name, split=split)
     return suite.modelpool, suite.scorer
@@ -103,8 +110,8 @@ def retention_at(points: Sequence[tuple[float, float]], x: float) -> float | Non
     return None
 
 
-def rivals(name: str) -> list[tuple[str, float, float]]:
-    """Method, storage and retention of every row of few bits of the suite's comparison."""
+def rivals(name: str, most: float = MOST) -> list[tuple[str, float, float]]:
+    """Method, storage and retention of every row of the suite's comparison that is told the task and stores less than so much."""
     file = Path("docs") / f"comparison_{name}.json"
     if not file.is_file():
         return []
@@ -114,7 +121,8 @@ def rivals(name: str) -> list[tuple[str, float, float]]:
         if row["group"] == "dynamic"
         and row["family"] is None
         and not row["error"]
-        and 0 < row["x_excl"] < MOST
+        and row["routing"] == "oracle"
+        and 0 < row["x_excl"] < most
         and not row["key"].startswith("merge")
     ]
 

@@ -3,6 +3,7 @@
     python -m benchmarks.text_suite                     # weights, fine-tunes (an hour or two on one core), comparison, page
     python -m benchmarks.text_suite --tasks trec subj   # some tasks; whatever is there already is taken
     python -m benchmarks.text_suite --models-only       # up to the fine-tunes
+    python -m benchmarks.text_suite --wudi              # WUDI too, 25 minutes more of a core
 
 The base model is inside a package of the registry; texts and the fine-tuning script are the suite's, beside the repository.
 """
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--suite", type=Path, default=SUITE)
     parser.add_argument("--models", type=Path, default=MODELS, help="where they are kept")  # fmt: skip
     parser.add_argument("--models-only", action="store_true")
+    parser.add_argument("--wudi", action="store_true", help="that row too, 25 minutes")  # fmt: skip
     parser.add_argument("--at", type=Path, default=Path("outputs/text/comparison"))
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -68,7 +70,8 @@ def main() -> None:
     os.environ |= places
     chosen = "[" + ",".join(tasks) + "]"
     only = [f"{pool}.tasks={chosen}" for pool in ("modelpool", "taskpool")]
-    comparison_page.run("text", arguments.at, *only)
+    whole = ["skip=[]"] if arguments.wudi else []
+    comparison_page.run("text", arguments.at, *only, *whole)
     comparison_page.write_pages()
 
 

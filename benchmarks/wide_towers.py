@@ -5,7 +5,7 @@
     python -m benchmarks.wide_towers --pages            # page and figure from docs/wide_towers.json
 
 Trains a base and a fine-tuned tower per task for each width (``benchmarks/wide_training.py``), merges by every row in
-processes beside the training (``benchmarks/wide_rows.py``), and writes OUT/wide_towers.json after every row; rows that are
+processes beside the training (``benchmarks/wide_rows.py``, rows of ``few_bit_rows.py``), and writes OUT/wide_towers.json after every row; rows that are
 there are not measured again, and widths whose towers are there are not trained again.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks import wide_rows
+from benchmarks import few_bit_rows, wide_rows
 from benchmarks.suites import DEFAULT, machine, write_json
 from benchmarks.wide_images import Images, read_images
 from benchmarks.wide_page import write_page
@@ -146,8 +146,8 @@ def work(arguments) -> None:
     """Towers in this process, rows in others beside it, until the time is over."""
     torch.backends.cudnn.allow_tf32 = False
     end = _begun + 60 * arguments.minutes
-    asked = wide_rows.rows(
-        tuple(arguments.budgets or wide_rows.BUDGETS), not arguments.no_rivals
+    asked = few_bit_rows.rows(
+        tuple(arguments.budgets or few_bit_rows.BUDGETS), not arguments.no_rivals
     )
     configs = {row.key: row.config() for row in asked}
     say(f"{len(asked)} rows per width")

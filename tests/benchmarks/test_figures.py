@@ -11,6 +11,7 @@ from benchmarks import (
     comparison_page,
     frontier,
     merge_front,
+    own_storage_page,
     ranks_and_bits,
     real_suite,
     routing_page,
@@ -48,6 +49,7 @@ def of_wide_towers() -> Figure:
 DRAWN = {
     "frontier": of_frontier,
     "wide_towers": of_wide_towers,
+    "own_storage": lambda: own_storage_page.draw(own_storage_page.held(stored("own_storage"))),
     "real8_ranks_and_bits": lambda: ranks_and_bits.draw(stored("ranks_and_bits")["rows"]),
     "real_suite_real8": lambda: real_suite.draw(stored("real_suite_real8")["rows"]),
     "confusion_real8": lambda: routing_page.draw(stored("routing_real8", "benchmarks/results")),

@@ -10,6 +10,7 @@ from benchmarks import (
     expectations,
     figures,
     merge_front,
+    own_storage_page,
     what_we_learned,
 )
 
@@ -39,6 +40,11 @@ def test_page_shows_the_figures_beside_it(name):
 def test_the_search_shows_the_figures_beside_it():
     record = json.loads((ROOT / "docs" / "merge_front.json").read_text())
     assert (ROOT / "docs" / "merge_front.md").read_text() == merge_front.page(record)
+
+
+def test_rivals_at_their_own_storage_show_the_figures_beside_them():
+    record = json.loads(own_storage_page.FILE.read_text())
+    assert own_storage_page.PAGE.read_text() == own_storage_page.page(record)
 
 
 def test_what_was_learned_shows_the_figures_of_the_other_pages():

@@ -1,0 +1,61 @@
+"""Rivals at their own storage: validation chooses, the default never stores more, and whoever keeps more is shown ahead."""
+
+import pytest
+
+from benchmarks import own_storage, own_storage_page
+from benchmarks.few_bit_rows import Row
+
+#: gain -> what validation and test keep
+KEPT = {1.0: {"validation": 90.0, "test": 99.0}, 0.7: {"validation": 95.0, "test": 91.0}}  # fmt: skip
+
+
+class Bench:
+    """Merges are gains; every split that is looked at is written down."""
+
+    def __init__(self):
+        self.looked: list[tuple[float, str]] = []
+
+    def merged(self, row):
+        return row.overrides["gain"], 0.1
+
+    def kept(self, model, split):
+        self.looked.append((model, split))
+        return KEPT[model][split]
+
+
+def candidates(*gains):
+    return [Row("DARE", "90%", "didi/dare", {"gain": gain}) for gain in gains]
+
+
+def test_validation_chooses_and_test_is_looked_at_once():
+    bench = Bench()
+    found = own_storage.best_of(bench, candidates(1.0, 0.7))
+    assert found["overrides"] == {"gain": 0.7} and found["retention"] == 91.0
+    assert [look for look in bench.looked if look[1] == "test"] == [(0.7, "test")]
+
+
+def test_a_single_candidate_is_not_validated():
+    bench = Bench()
+    assert own_storage.best_of(bench, candidates(1.0))["retention"] == 99.0
+    assert bench.looked == [(1.0, "test")]
+
+
+def record(kept: float, stored: float = 0.1):
+    rival = {"family": "DARE", "dial": "90%", "x": stored, "retention": kept, "candidates": 1, "overrides": {}}  # fmt: skip
+    ours = {str(x): {"x": x, "retention": r} for x, r in ((0.05, 90.0), (0.099, 95.0), (0.101, 99.0))}  # fmt: skip
+    return {"suites": {"text": {"rivals": {"DARE 90%": rival}, "ours": ours}}}
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"), [(94.0, "DiDi"), (95.2, "even"), (97.0, "**rival**")]
+)
+def test_the_default_stores_no_more_and_the_winner_is_shown(kept, told):
+    (row,) = own_storage_page.held(record(kept))["text"]
+    assert row["ours"]["x"] == 0.099
+    assert own_storage_page.verdict(row["gap"]) == told
+    assert own_storage_page.table([row]).endswith(f"| {told} |")
+    assert ("DARE" in own_storage_page.counts([row])) == (kept > 95.0)
+
+
+def test_a_rival_that_stores_less_than_the_default_ever_did_is_no_row():
+    assert not own_storage_page.held(record(90.0, stored=0.04))

@@ -85,9 +85,8 @@ def merge(
 ) -> dict[str, Any]:
     """One merge in this process."""
     from fusion_bench.method import TaskSingularVectorMerging
-    from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool
-    from omegaconf import DictConfig
 
+    from benchmarks.scaling import Case
     from fusion_bench_didi.method.didi import DiDiMerging
     from fusion_bench_didi.programs.measure import peak_resident
 
@@ -95,12 +94,8 @@ def merge(
         torch.linalg.qr(torch.ones(2, 2, device=device))  # starts it, and its libraries
         torch.cuda.reset_peak_memory_stats()
     directories = checkpoints.pool_of(shape, tasks)
-    if shape.startswith("llama"):
-        kwargs = DictConfig({"torch_dtype": "bfloat16"})  # float32 if not told
-        pool = CausalLMPool(directories, tokenizer=None, model_kwargs=kwargs)
-    else:
-        pool = CLIPVisionModelPool(directories)
     base = Path(directories["_pretrained_"]).parent
+    pool = Case(shape, tasks, budget or 0.0).pool(base)()
     with tempfile.TemporaryDirectory(dir=base) as place:
         begun = time.perf_counter()
         if method == "tsv_m":

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..lowrank.factors import LowRankFactors
+from ..quantization.dead_zone import BLOCK
 
-#: Values that are decoded at a time.
-BLOCK = 2**18
 #: Stored forms by the name that files know them by; ``kinds`` imports all of them.
 KINDS: dict[str, type["Delta"]] = {}
 

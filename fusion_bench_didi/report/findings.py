@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .comparison import Comparison, kind
-from .modules import KIND_COLORS, Place, energy_lines
+from .modules import Place, energy_lines
 
 #: retention from which on a method keeps what the fine-tuned models can
 KEPT = 0.99
@@ -55,17 +55,21 @@ def of_tasks(comparison: Comparison) -> str:
 
 
 def of_ranks(comparison: Comparison, row: Mapping[str, Any]) -> str:
-    """Which kind of matrices gets how much rank."""
-    found: dict[str, list[int]] = {}
+    """Which matrices of the layers get least rank."""
+    found: dict[Place, list[int]] = {}
     for ranks in row["ranks"]["experts"].values():
         for name, rank in ranks.items():
-            place = Place.of(name)
-            if place.layer is not None:
-                found.setdefault(place.kind, []).append(rank)
-    medians = [f"{k} {np.median(found[k]):g}" for k in KIND_COLORS if k in found]
-    if not medians:
+            if (place := Place.of(name)).layer is not None:
+                found.setdefault(place, []).append(rank)
+    if not found:
         return _of(comparison, f"ranks of {row['method']}")
-    return _of(comparison, f"median rank of {row['method']}: {', '.join(medians)}")
+    means = {place: np.mean(ranks) for place, ranks in found.items()}
+    least = min(means, key=means.get)
+    return _of(
+        comparison,
+        f"{row['method']} gives {least.short} of layer {least.layer} the least rank, {means[least]:.0f} on average of up to "
+        f"{max(map(max, found.values()))}",
+    )
 
 
 def of_energy(comparison: Comparison, row: Mapping[str, Any]) -> str:

@@ -84,6 +84,8 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
     panels[0].set_xlabel(STORAGE_AXIS)
     picture.legend(handles=_legend(rows), loc="lower center", ncols=6, fontsize=8)
     picture.tight_layout(rect=(0, 0.05, 1, 1))
+    title(panels[0], findings.of_storage(comparison))  # as wide as the panel is now
+    picture.tight_layout(rect=(0, 0.05, 1, 1))
     inside = [not close or 100 * r["average"] >= low for r in rows]
     for axes, here in zip(panels, (True, False)):
         _name(axes, [r for r, i in zip(rows, inside) if i == here], comparison)

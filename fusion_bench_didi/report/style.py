@@ -71,7 +71,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def title(axes: Axes, text: str, **options: Any) -> None:
     """A title in as many lines as the picture is narrow."""
-    letters = int(12.5 * axes.figure.get_figwidth() * axes.get_position().width)
+    letters = int(10.7 * axes.figure.get_figwidth() * axes.get_position().width)
     axes.set_title(textwrap.fill(text, max(letters, 30)), **options)
 
 

@@ -268,6 +268,7 @@ frame.onload = async () => {{
     plots: all('.js-plotly-plot .main-svg').length, rows: methods().length,
     references: frame.contentWindow.document.getElementById('accuracy_vs_storage').data[0].marker.color,
     storage: named('x excl.').getBoundingClientRect().right,
+    named: all('.annotation').filter(a => frame.contentWindow.getComputedStyle(a).display != 'none').length,
   }};
   named('Average').click(); await pause(300); seen.rising = methods();
   named('Average').click(); await pause(300); seen.falling = methods();
@@ -307,6 +308,7 @@ def test_the_page_in_a_browser(written, tmp_path):
     assert found["width"] <= 390 and found["storage"] <= 390
     rows = synthetic()["rows"]
     assert found["rows"] == len(rows)
+    assert found["named"] == 0, "no room for names of points"
     assert found["tables"] > 10
     assert found["plots"] >= 4
     rising = sorted((r for r in rows if not r["error"]), key=lambda r: r["average"])

@@ -2,7 +2,8 @@
 
     VENV/bin/python examples/serve/llama_tokens.py ASKED.json ANSWERS.json
 
-``ASKED.json`` holds ``model``, ``ids`` by prompt, ``length``, and ``adapters``: files by name, "" for the base model alone.
+``ASKED.json`` holds ``model``, ``ids`` by prompt, ``length``, ``end``: the token that ends a text, and ``adapters``: files by
+name, "" for the base model alone.
 """
 
 import json
@@ -12,13 +13,15 @@ from pathlib import Path
 import llama_cpp
 
 
-def continued(model: llama_cpp.Llama, ids: list[int], length: int) -> list[int]:
+def continued(
+    model: llama_cpp.Llama, ids: list[int], length: int, end: int
+) -> list[int]:
     """What most likely follows, up to the token that ends a text and with it."""
     found: list[int] = []
     model.reset()
     for token in model.generate(ids, temp=0.0, repeat_penalty=1.0):
         found.append(token)
-        if len(found) == length or token == model.token_eos():
+        if len(found) == length or token == end:
             return found
 
 
@@ -35,7 +38,7 @@ def main() -> None:
             verbose=False,
         )
         answers["tokens"][name] = {
-            text: continued(model, ids, asked["length"])
+            text: continued(model, ids, asked["length"], asked["end"])
             for text, ids in asked["ids"].items()
         }
         model.close()

@@ -57,13 +57,14 @@ def page(work: Path, docs: Path) -> None:
         found = figures["vLLM"] = _read(work / "vllm.json")
         for what, one in found.items():
             if isinstance(one, dict):
-                text += _row(found["version"], what, one)
+                text += _row(found["version"], what.replace("_", " "), one)
     if (work / "llama_served.json").exists():
         found = figures["llama.cpp, served"] = _read(work / "llama_served.json")
         for what, one in found.items():
             if isinstance(one, dict):
-                size = f" GGUF, {one['megabytes of a task']:.1f} MB a task"
-                text += _row(found["version"], what + size, one)
+                name, kind = what.rsplit(", ", 1)
+                size = f"{kind} GGUF, {one['megabytes of a task']:.1f} MB a task"
+                text += _row(found["version"], f"{name.replace('_', ' ')}, {size}", one)
     text += (
         f"\nThe base model is asked too where a server has it as one of its models; {sum(a == b for a, b in pairs)} of {len(pairs)} answers of tasks are its own. "
         "Margins are of the reference: how far the token that was taken is before the next. Arithmetic in another order moves logits; "
@@ -73,7 +74,8 @@ def page(work: Path, docs: Path) -> None:
         found = figures["llama.cpp"] = _read(work / "llama.json")
         text += (
             f"\nllama.cpp's converter reads the adapters: the {found['tensors']} changes in its GGUF files differ from theirs by "
-            f"{found['largest difference']:.1e} at most, relative to their norm.\n"
+            f"{found['largest difference']:.1e} at most, relative to their norm. Its server divides one alpha by the rank of each tensor, "
+            "so that adapters of uneven ranks, those that are not padded, are scaled by too much and part from the model.\n"
         )
     (docs / "serving_export.md").write_text(text + _LIMITS)
     (docs / "serving_export.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -81,7 +83,7 @@ def page(work: Path, docs: Path) -> None:
 
 def _row(server: str, what: str, one: dict[str, Any]) -> str:
     margins = ", ".join(f"{margin:.3g}" for margin in one["margins"])
-    return f"| {server} | {what.replace('_', ' ')} | {one['same']} of {one['of']} | {margins} |\n"
+    return f"| {server} | {what} | {one['same']} of {one['of']} | {margins} |\n"
 
 
 def _read(file: Path) -> Any:

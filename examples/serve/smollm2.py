@@ -356,15 +356,18 @@ def llama_answers(work: Path, llama_cpp: Path, python: str) -> None:
         for kind in kinds:
             for task in STYLES:
                 file = place / f"{name}-{kind}-{task}.gguf"
-                convert(
-                    llama_cpp / "convert_lora_to_gguf.py",
-                    *(work / name / task, "--base", work / "base"),
-                    *("--outtype", kind, "--outfile", file),
-                )
+                if not file.exists():
+                    convert(
+                        llama_cpp / "convert_lora_to_gguf.py",
+                        *(work / name / task, "--base", work / "base"),
+                        *("--outtype", kind, "--outfile", file),
+                    )
                 files[f"{name}, {kind}/{task}"] = str(file)
                 sizes[f"{name}, {kind}"] = file.stat().st_size / 1e6
+    settings = json.loads((work / "base" / "generation_config.json").read_text())
     asked = {
         "model": str(base),
+        "end": settings["eos_token_id"],
         "ids": reference["ids"],
         "length": TOKENS,
         "adapters": files,

@@ -60,20 +60,31 @@ def compare(
 
 
 @click.command(no_args_is_help=True)
-@click.argument("directory")
-def report(directory: str) -> None:
+@click.argument("directories", nargs=-1, required=True)
+@click.option("-o", "--out", default=None, help="Directory to write to, of several: means over them and ranges, for comparisons that differ in their seeds.")  # fmt: skip
+def report(directories: tuple[str, ...], out: str | None) -> None:
     """Make tables, plots and page of a comparison anew from its comparison.json, and print the table.
 
     \b
-    Example:
+    Examples:
       didi report outputs/demo
+      didi report outputs/seed0 outputs/seed1 outputs/seed2 -o outputs/seeds
     """
+    if (len(directories) > 1) != (out is not None):
+        raise click.UsageError("--out is for several directories, and they need it.")
     from pathlib import Path
 
+    from ..checkpoint.directory import write_json
     from ..report import Comparison, whereabouts, write_report
+    from ..report.seeds import over_seeds
     from ..report.terminal import print_table
 
-    comparison = Comparison.read(Path(directory) / "comparison.json")
+    found = [Comparison.read(Path(d) / "comparison.json") for d in directories]
+    directory = Path(out or directories[0])
+    if out is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "comparison.json", over_seeds(found))
+    comparison = Comparison.read(directory / "comparison.json")
     files = write_report(directory)
     print_table(comparison.data)
     click.echo(whereabouts(files))

@@ -47,6 +47,7 @@ def accuracy_vs_storage(comparison: Comparison) -> go.Figure | None:
             marker=dict(color=shade, symbol=symbol, size=11),
             line=dict(color=shade, dash="dash" if name == "variant" else "solid"),
             name=family_label(name, mine, label),
+            error_y=_bars(mine),
             text=[_told(r) for r in mine],
             hovertemplate="%{text}<extra></extra>",
         )
@@ -78,6 +79,20 @@ def accuracy_vs_storage(comparison: Comparison) -> go.Figure | None:
     return figure
 
 
+def _bars(rows) -> dict | None:
+    """From the least to the greatest average over seeds."""
+    ends = [r.get("over_seeds") or (r["average"], r["average"]) for r in rows]
+    if not any(r.get("over_seeds") for r in rows):
+        return None
+    return dict(
+        array=[100 * (high - r["average"]) for r, (_, high) in zip(rows, ends)],
+        arrayminus=[100 * (r["average"] - low) for r, (low, _) in zip(rows, ends)],
+        symmetric=False,
+        thickness=1.4,
+        width=0,
+    )
+
+
 def _padded(low: float, high: float) -> tuple[float, float]:
     room = 0.06 * (high - low) or 1.0
     return low - room, high + room
@@ -107,8 +122,10 @@ def _traces(rows) -> list[tuple[str, list]]:
 
 
 def _told(row) -> str:
+    low, high = row.get("over_seeds") or (None, None)
+    spread = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f} over seeds)"
     return (
-        f"<b>{row['method']}</b><br>average {100 * row['average']:.1f} %<br>"
+        f"<b>{row['method']}</b><br>average {100 * row['average']:.1f} %{spread}<br>"
         f"stored {row['x_excl']:.2f} (with backbone {row['x_incl']:.2f})"
     )
 

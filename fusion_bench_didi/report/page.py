@@ -70,6 +70,9 @@ def summary_frame(comparison: Comparison) -> pd.DataFrame:
         line = {"Method": html.escape(row["method"])}
         line["x excl."] = _rounded(row["x_excl"], 2)
         line["Average"] = marked(row)
+        if any(r.get("over_seeds") for r in comparison.rows):
+            ends = [_rounded(v, 1, 100) for v in row.get("over_seeds") or ()]
+            line["Over seeds"] = " to ".join(ends)
         for head, value, digits, scale in (
             ("Retention", row["retention"]["mean_of_ratios"], 1, 100),
             ("(of averages)", row["retention"]["ratio_of_averages"], 1, 100),
@@ -128,7 +131,7 @@ def _rounded(value: float | None, digits: int, scale: float = 1) -> str:
 
 
 def _table(frame: pd.DataFrame, name: str) -> str:
-    words = ("Method", "Group", "Data", "Routing", "Notes")
+    words = ("Method", "Over seeds", "Group", "Data", "Routing", "Notes")
     figures = [i for i, head in enumerate(frame.columns) if head not in words]
     nowhere = dict.fromkeys(("topStart", "topEnd", "bottomStart", "bottomEnd"))
     return to_html_datatable(

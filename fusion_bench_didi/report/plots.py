@@ -68,7 +68,9 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
     picture = new_figure(12.5 if close else 9, 6.2)
     widths = [2.6, 1] if close else [1]
     panels = picture.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    panels[0].set_ylabel(f"accuracy, mean of {len(comparison.tasks)} tasks (%)")
+    seeds = any(r.get("over_seeds") for r in rows)
+    bars = "; bars: range over seeds" if seeds else ""
+    panels[0].set_ylabel(f"accuracy, mean of {len(comparison.tasks)} tasks (%){bars}")
     for axes in panels:
         _points(axes, comparison)
     if close:
@@ -110,6 +112,9 @@ def zoom_from(comparison: Comparison) -> float | None:
 def _points(axes: Axes, comparison: Comparison) -> None:
     for row in comparison.good:
         shade, marker, _, _ = KINDS[kind(row)]
+        if bounds := row.get("over_seeds"):
+            ends = [100 * value for value in bounds]
+            axes.vlines(row["x_excl"], *ends, color=shade, lw=1.4, zorder=3)
         axes.plot(
             row["x_excl"],
             100 * row["average"],

@@ -440,7 +440,8 @@ def progress_bars(title: str, ranks: Ranks = ALONE) -> Iterator[Progress]:
             if stage not in rows:
                 rows[stage] = bars.add_task(stage, total=total)
                 if not watched:
-                    log.info("%s: %s, %d steps", title, stage, total)
+                    count = "1 step" if total == 1 else f"{total} steps"
+                    log.info("%s: %s, %s", title, stage, count)
             bars.update(rows[stage], completed=done + 1, total=total)
 
         yield progress

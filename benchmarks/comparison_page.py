@@ -15,11 +15,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
 from benchmarks import language_page
 from benchmarks.suites import DEFAULT, NOTES, in_words, machine, write_json
@@ -162,16 +163,36 @@ def page(suite: str) -> str:
     comparison = Comparison.read(DOCS / f"comparison_{suite}.json")
     line = shlex.join(command(suite, Path("outputs") / suite))
     more = language_page.fields(comparison) if suite == "language" else {}
-    return (
-        (NOTES / f"comparison_{suite}.md")
-        .read_text()
-        .format(
-            **(figures(comparison) | more),
-            command=line,
-            table=as_markdown(comparison).rstrip(),
-            machine=in_words(comparison.data["machine"]),
-        )
-    )
+    fields = figures(comparison) | more | {
+        "command": line,
+        "table": as_markdown(comparison).rstrip(),
+        "machine": in_words(comparison.data["machine"]),
+        "left_out": "; ".join(not_run(comparison)),
+    }  # fmt: skip
+    note = (NOTES / f"comparison_{suite}.md").read_text()
+    return without_points_of(not_run(comparison), note, fields).format(**fields)
+
+
+def not_run(comparison: Comparison) -> list[str]:
+    """Names of the rows of ``didi_compare`` that a comparison lacks."""
+    entries = OmegaConf.load(Path("config") / "didi_compare.yaml").entries
+    there = {row["key"] for row in comparison.data["rows"]}
+    return [entry.name for key, entry in entries.items() if key not in there]
+
+
+def without_points_of(names: Collection[str], note: str, fields: Mapping[str, Any]) -> str:  # fmt: skip
+    """A note less the points of its lists that cite rows which were not run; other fields that are missing are errors."""
+
+    def kept(found: re.Match[str]) -> str:
+        try:
+            found[0].format(**fields)
+        except KeyError as missing:
+            if missing.args[0] not in names:
+                raise
+            return ""
+        return found[0]
+
+    return re.sub(r"(?m)^- .*\n(?:  .*\n)*", kept, note)
 
 
 def pictures(suite: str) -> dict[str, Figure]:

@@ -35,7 +35,7 @@ from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.programs.scoring import Scorer
 
 #: A merge of the default serves for rivals that store as much, or more by no more than this share.
-NEAR = 0.05
+NEAR = 0.1
 #: Texts of each task, the first ones (None: as many as in the comparison); images are all that there are.
 TEXTS = {"test": None, "validation": 75}
 

@@ -18,7 +18,7 @@ TITLES = {"real8": "real8: towers 128 wide", "text": "MiniLM: 384 wide, pre-trai
 #: Points of retention that one run does not tell apart.
 NOISE = 0.5
 #: The default keeps everything from here on; rivals that store more are held against it at this.
-MOST = 2.0
+MOST = 1.0
 #: Part of a rival's storage that the default has at least where the two are held against each other.
 LEAST = 0.9
 #: What the figure shows of the difference; what is beyond lies at the edge.

@@ -42,6 +42,14 @@ def test_the_search_shows_the_figures_beside_it():
     assert (ROOT / "docs" / "merge_front.md").read_text() == merge_front.page(record)
 
 
+def test_a_point_that_cites_a_row_that_was_not_run_is_left_out():
+    note = "- one {average[A]}\n  more\n- two {average[B]}\n  more\n\nrest\n"
+    found = comparison_page.without_points_of(["B"], note, {"average": {"A": 1}})
+    assert found == "- one {average[A]}\n  more\n\nrest\n"
+    with pytest.raises(KeyError):
+        comparison_page.without_points_of([], note, {"average": {"A": 1}})
+
+
 def test_rivals_at_their_own_storage_show_the_figures_beside_them():
     record = json.loads(own_storage_page.FILE.read_text())
     assert own_storage_page.PAGE.read_text() == own_storage_page.page(record)

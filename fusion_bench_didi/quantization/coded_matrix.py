@@ -3,6 +3,7 @@
 Letters: ``m`` out, ``n`` in, ``r`` rank, ``s`` short side, ``l`` long side.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ from .dead_zone import CLASS_BITS, Codes, quantize, rate_distortion
 
 #: Part of the bits that may stay unused, and how often the step is moved to come closer.
 SLACK, TRIES = 0.003, 4
-#: How often the two sides of a product are fitted to one another.
-ROUNDS = 2
+#: How often the two sides of a product are fitted to one another, how far apart their steps may come to be, and what is added
+#: to squared lengths, so that directions may be alike.
+ROUNDS, APART, RIDGE = 2, 1.25, 1e-6
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def code_product(
         gain: what they stand for is so many times as large.
     """
     goal = target.mT if target.shape[0] >= target.shape[1] else target  # (s, l)
-    while True:
+    for tries in itertools.count(1):
         rows = (vectors * values).mT  # (r, s)
         for left in reversed(range(rounds)):
             short, unit = _directions(quantize(rows, step))
@@ -85,12 +87,17 @@ def code_product(
                 over = short.bits + codes.bits - bits
                 step = _moved(step, over, rows.numel() + long.numel())
         least = len(short) * (CLASS_BITS + goal.shape[1] / 1024)
-        if bits - short.bits >= max(bits / 8, least):
+        if bits - short.bits < max(bits / 8, least):
+            step *= 2  # the short side alone takes nearly all
+            continue
+        codes, found = _within(long, step, bits - short.bits)
+        if tries >= TRIES or 1 / APART < found / step < APART:
             break
-        step *= 2  # the short side alone took nearly all
-    codes, step = _within(long, step, bits - short.bits)
-    step *= gain
-    outside = max(float(energy_of(target)) - float((long * seen).sum()), 0.0)
+        part = goal.shape[1] / sum(goal.shape)
+        step *= (found / step) ** part  # what both sides would take the bits at
+    step = found * gain
+    inside = float((long * (seen + RIDGE * long)).sum(dtype=torch.float64))
+    outside = max(float(energy_of(target)) - inside, 0.0)
     rounded = codes.values().mul_(step).sub_(long)
     error = float(((unit @ unit.mT) * (rounded @ rounded.mT)).sum())
     return CodedMatrix((short, codes), step, outside + max(error, 0.0))
@@ -152,5 +159,5 @@ def _inverse(unit: Tensor) -> Tensor:
     """(r, r) of the slightly lifted Gram matrix of rows (r, n) of unit length."""
     gram = (unit @ unit.mT).double()
     return torch.linalg.inv(
-        gram + 1e-6 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        gram + RIDGE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     ).to(unit.dtype)

@@ -1,7 +1,9 @@
-"""What entropy codes and gain are worth: the default, without gain, and without codes, on validation.
+"""What entropy codes and gain are worth: the default, other gains, and without codes, on validation.
 
-    python -m benchmarks.coded                # real8, and text where its models are
+    python -m benchmarks.coded                # real8, the embedded suite, and text where its models are
     python -m benchmarks.coded real8
+
+How far gains go (``RESTORED`` in ``merging/forms/coded.py``) was chosen by it: by the mean of the suites' means.
 
 Writes docs/coded.json and docs/coded.md.
 """
@@ -11,45 +13,75 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.frontier import TITLES, pools
 from benchmarks.suites import DEFAULT, in_words, machine, retention, write_json
-from fusion_bench_didi.merging.forms import choice
+from fusion_bench_didi.demo.suite import build_suite
+from fusion_bench_didi.merging.forms import choice, coded, early_decision
 from fusion_bench_didi.method.didi import DiDiMerging
 
 FILE, PAGE = Path("docs") / "coded.json", Path("docs") / "coded.md"
 BUDGETS = {
     "real8": (0.03, 0.06, 0.1, 0.12, 0.24, 0.36),
-    "text": (0.01, 0.02, 0.03, 0.06),
+    "demo": (0.08, 0.12, 0.2),
+    "text": (0.01, 0.015, 0.02, 0.03),
 }
-#: Settings, and whether coded experts compete.
+#: Training seeds of the embedded suite.
+SEEDS = (0, 1, 2)
+#: Texts per task.
+TEXTS = 250
+#: Settings, whether coded experts compete, and how far gains go.
 WAYS = {
-    "fixed widths": ({}, False),
-    "coded": ({"gain": "none"}, True),
-    "coded, with gain": ({}, True),
+    "fixed widths": ({}, False, coded.RESTORED),
+    "coded": ({"gain": "none"}, True, coded.RESTORED),
+    "coded, gain of a half": ({}, True, 0.5),
+    "coded, with gain": ({}, True, coded.RESTORED),
+    "coded, gain of all": ({}, True, 1.0),
 }
 
 
 @contextmanager
-def competing(coded: bool) -> Iterator[None]:
-    """Coded experts among the stored forms, or not."""
-    forms = choice.FORMS
-    choice.FORMS = tuple(form for form in forms if coded or form.name != "coded")
+def competing(codes: bool, restored: float) -> Iterator[None]:
+    """Coded experts among the stored forms, or not, and how far their gains go."""
+    before = choice.FORMS, early_decision._codes_compete, coded.RESTORED
+    coded.RESTORED = restored
+    if not codes:
+        choice.FORMS = tuple(f for f in choice.FORMS if f.name != "coded")
+        early_decision._codes_compete = lambda *_: False
     try:
         yield
     finally:
-        choice.FORMS = forms
+        choice.FORMS, early_decision._codes_compete, coded.RESTORED = before
 
 
 def measured(name: str) -> list[dict[str, Any]]:
-    modelpool, scorer = pools(name, "validation")
+    """Means over the trainings of a suite."""
+    if name != "demo":
+        return measured_once(name)
+    runs = [measured_once(str(build_suite(seed=seed))) for seed in SEEDS]
+    return [
+        {
+            **rows[0],
+            **{k: mean(row[k] for row in rows) for k in ("x", "error", "retention")},
+        }
+        for rows in zip(*runs)
+    ]
+
+
+def measured_once(name: str) -> list[dict[str, Any]]:
+    """
+    Args:
+        name: of a suite, or its directory.
+    """
+    modelpool, scorer = pools(name, "validation", TEXTS)
     tasks = modelpool.model_names
     own = {task: scorer.score(modelpool.load_model(task), task) for task in tasks}
     rows = []
-    for budget in BUDGETS[name]:
-        for way, (settings, coded) in WAYS.items():
-            with competing(coded):
+    for budget in BUDGETS.get(name, BUDGETS["demo"]):
+        for way, (settings, codes, restored) in WAYS.items():
+            with competing(codes, restored):
                 model = DiDiMerging(budget=budget, **settings).run(modelpool)
             scores = {task: scorer.score(model, task) for task in tasks}
             rows.append(
@@ -71,7 +103,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks.coded`; {in_words(found['machine'])}. Retention on *validation* in per cent, and the part of the energy "
         "that is lost, which",
-        "gain makes larger. *Fixed widths*: experts in 2 to 8 bits or whole, as before there were codes.",
+        "gain makes larger. *Fixed widths*: experts in 2 to 8 bits or whole, as before there were codes. Gain of all restores the "
+        f"length of the task vectors, the default {coded.RESTORED:g} of it in the logarithm.",
     ]
     for name, rows in found["suites"].items():
         at = {(row["budget"], row["way"]): row for row in rows}
@@ -84,6 +117,8 @@ def page(found: dict[str, Any]) -> str:
                 for row in (at[budget, way] for way in WAYS)
             ]
             lines.append(f"| {budget} | {' | '.join(cells)} |")
+        means = [mean(r["retention"] for r in rows if r["way"] == way) for way in WAYS]
+        lines.append(f"| mean | {' | '.join(f'{kept:.2f} |' for kept in means)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -92,7 +127,8 @@ def main() -> None:
     parser.add_argument("suites", nargs="*", choices=[[], *BUDGETS])
     arguments = parser.parse_args()
     found = json.loads(FILE.read_text()) if FILE.exists() else {"suites": {}}
-    there = {"real8": DEFAULT.is_dir(), "text": Path("outputs/text/models").is_dir()}
+    models = Path("outputs/text/models")
+    there = {"real8": DEFAULT.is_dir(), "demo": True, "text": models.is_dir()}
     for name in arguments.suites or [name for name in BUDGETS if there[name]]:
         found["suites"][name] = measured(name)
         found["machine"] = machine()

@@ -55,12 +55,17 @@ def figures() -> dict[str, Any]:
 
 
 def _coded() -> dict[str, str]:
-    """Of coded experts on real8's validation images: what is kept and lost, by budget and way."""
-    found = {}
-    for row in json.loads((DOCS / "coded.json").read_text())["suites"]["real8"]:
+    """Of coded experts on validation: what is kept and lost on real8 by budget and way, and means over budgets by suite and way."""
+    found: dict[str, str] = {}
+    suites = json.loads((DOCS / "coded.json").read_text())["suites"]
+    for row in suites["real8"]:
         name = f"{row['budget']}: {row['way']}"
         found[f"{name}: kept"] = f"{row['retention']:.1f}"
         found[f"{name}: lost"] = f"{row['error']:.3f}"
+    for suite, rows in suites.items():
+        for way in {row["way"] for row in rows}:
+            kept = [row["retention"] for row in rows if row["way"] == way]
+            found[f"{suite}: {way}"] = f"{sum(kept) / len(kept):.1f}"
     return found
 
 

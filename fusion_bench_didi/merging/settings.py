@@ -100,7 +100,7 @@ class MergeSettings:
         factor_dtype: see :data:`~fusion_bench_didi.deltas.precision.FactorType`.
         max_rank: of what a task changes in any matrix, the shared part and its expert together; no matrix is stored whole
             then. What adapters of that rank carry.
-        gain: ``auto`` makes coded experts as long as the task vectors are; ``none`` leaves them at the least squared error.
+        gain: ``auto`` makes coded experts nearly as long as the task vectors are; ``none`` leaves them at the least squared error.
 
     Raises:
         SettingsError: naming every value that is none of those there are, and every one that has no effect beside the

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from fusion_bench_didi.allocation.coded_curve import CodedCurve
 from fusion_bench_didi.deltas.coded import CodedDelta, CodedLowRankDelta
 from fusion_bench_didi.errors import SettingsError
+from fusion_bench_didi.merging.forms import coded
+from fusion_bench_didi.merging.forms.coded import RESTORED
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.merging.results import MergeResult
 from fusion_bench_didi.task_vectors.reader import TaskVectors
@@ -33,22 +35,26 @@ def norms(found: MergeResult, vectors: TaskVectors) -> dict[str, float]:
 
 @pytest.mark.parametrize("budget", [0.1, 0.3])
 def test_they_lose_less_than_fixed_widths_in_the_same_bits(budget, monkeypatch):
-    coded, _ = merged(budget, gain="none")
-    assert "coded" in coded.report.forms.values()
-    assert 0.97 * budget < coded.storage.x_excl <= budget
+    found, _ = merged(budget, gain="none")
+    assert "coded" in found.report.forms.values()
+    assert 0.97 * budget < found.storage.x_excl <= budget
     without_codes(monkeypatch)
     fixed, _ = merged(budget, gain="none")
-    assert coded.report.relative_error < 0.95 * fixed.report.relative_error
+    assert found.report.relative_error < 0.95 * fixed.report.relative_error
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.15])
-def test_they_are_as_long_as_the_task_vectors(budget):
+@pytest.mark.parametrize("part", [RESTORED, 1.0])
+def test_they_are_made_longer_by_a_part_of_what_they_lost(monkeypatch, budget, part):
+    """All of it restores the length of the task vectors."""
+    monkeypatch.setattr(coded, "RESTORED", part)
     short, vectors = merged(budget, gain="none")
     found, _ = merged(budget)
     assert found.storage.x_excl == short.storage.x_excl
-    assert max(norms(short, vectors).values()) < 0.98
-    for ratio in norms(found, vectors).values():
-        assert ratio == pytest.approx(1.0, abs=0.06)
+    before, after = norms(short, vectors), norms(found, vectors)
+    assert max(before.values()) < 0.98
+    for task, ratio in after.items():
+        assert ratio == pytest.approx(before[task] ** (1 - part), abs=0.06)
     assert found.report.relative_error > short.report.relative_error
 
 

@@ -28,7 +28,9 @@ from .base import Choice, Decision, Look
 CODED_PRECISION = Precision("coded", 0)
 #: Where dense matrices lose less than this at the budget, codes gain nothing that a task would show.
 WORTH_CODING = 0.01
-#: Gains are this at most: where hardly anything is kept, what would be made three times as long is not the task vector.
+#: How far gains go from least error to the task vectors' length, in the logarithm: chosen on validation (docs/coded.md).
+RESTORED = 0.7
+#: Gains are this at most: where hardly anything is kept, what would be made twice as long is not the task vector.
 MOST_GAIN = 1.6
 
 
@@ -105,11 +107,12 @@ def _encode(
 def with_gains(
     decisions: Mapping[str, Decision], energy: Mapping[str, Tensor]
 ) -> dict[str, Decision]:
-    """Decisions whose coded experts are as long as the task vectors again.
+    """Decisions whose coded experts are nearly as long as the task vectors again.
 
     What few bits reproduce is shorter than what they were given, for what they lose is nearly orthogonal to it. One factor
-    per task restores the norm: ``g_t^2 = sum E_t / sum (E_t - D_t)`` over the coded tensors, of energies E and expected
-    errors D, :data:`MOST_GAIN` at most. The squared error grows by it; accuracy, where half of the energy is lost, gains points.
+    per task makes up for most of it: ``g_t^2 = (sum E_t / sum (E_t - D_t))^RESTORED`` over the coded tensors, of energies E
+    and expected errors D, and g is :data:`MOST_GAIN` at most; the whole of it would restore the norm. The squared error
+    grows by it; accuracy, where half of the energy is lost, gains points.
 
     Args:
         energy: (T,) squared norms per tensor.
@@ -120,7 +123,8 @@ def with_gains(
     lost = torch.tensor([d.point.errors for d in coded.values()]).double().sum(0)
     whole = torch.stack([energy[n].double().cpu() for n in coded]).sum(0)
     kept = (whole - lost).clamp(min=torch.finfo(torch.float64).tiny)
-    gains = (whole / kept).sqrt().clamp(max=MOST_GAIN).where(whole > 0, 1.0)
+    gains = (whole / kept).pow(RESTORED / 2).clamp(max=MOST_GAIN)
+    gains = gains.where(whole > 0, 1.0)
     found = tuple(gains.tolist())
     return {
         n: replace(d, point=replace(d.point, gains=found)) if n in coded else d

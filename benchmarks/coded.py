@@ -10,7 +10,7 @@ Writes docs/coded.json and docs/coded.md.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
@@ -59,8 +59,8 @@ def competing(codes: bool, restored: float) -> Iterator[None]:
 def measured(name: str) -> list[dict[str, Any]]:
     """Means over the trainings of a suite."""
     if name != "demo":
-        return measured_once(name)
-    runs = [measured_once(str(build_suite(seed=seed))) for seed in SEEDS]
+        return measured_once(name, BUDGETS[name])
+    runs = [measured_once(str(build_suite(seed=seed)), BUDGETS[name]) for seed in SEEDS]
     return [
         {
             **rows[0],
@@ -70,7 +70,7 @@ def measured(name: str) -> list[dict[str, Any]]:
     ]
 
 
-def measured_once(name: str) -> list[dict[str, Any]]:
+def measured_once(name: str, budgets: Sequence[float]) -> list[dict[str, Any]]:
     """
     Args:
         name: of a suite, or its directory.
@@ -79,7 +79,7 @@ def measured_once(name: str) -> list[dict[str, Any]]:
     tasks = modelpool.model_names
     own = {task: scorer.score(modelpool.load_model(task), task) for task in tasks}
     rows = []
-    for budget in BUDGETS.get(name, BUDGETS["demo"]):
+    for budget in budgets:
         for way, (settings, codes, restored) in WAYS.items():
             with competing(codes, restored):
                 model = DiDiMerging(budget=budget, **settings).run(modelpool)

@@ -29,13 +29,11 @@ from benchmarks import nncodec_rows
 from benchmarks.few_bit_rows import Row, rivals
 from benchmarks.frontier import pools
 from benchmarks.frontier import rivals as compared_rows
-from benchmarks.own_storage_page import FILE, MOST, TITLES, write_page
+from benchmarks.own_storage_page import FILE, LEAST, MOST, TITLES, write_page
 from benchmarks.suites import DEFAULT, machine, retention, write_json
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.programs.scoring import Scorer
 
-#: A merge of the default serves for rivals that store as much, or more by no more than this share.
-NEAR = 0.1
 #: Texts of each task, the first ones (None: as many as in the comparison); images are all that there are.
 TEXTS = {"test": None, "validation": 75}
 
@@ -126,9 +124,10 @@ def measure_ours(bench: Bench, known: dict[str, Any]) -> Iterator[str]:
     ours = known.setdefault("ours", {})
     stored = {min(row["x"], MOST) for row in known["rivals"].values() if "x" in row}
     for budget in sorted(stored):
-        if any((1 - NEAR) * budget <= float(key) <= budget for key in ours):
-            continue
         key = repr(budget)
+        near = (row["x"] for row in ours.values())
+        if key in ours or any(LEAST * budget <= x <= budget for x in near):
+            continue
         begun = time.process_time()
         model = DiDiMerging(budget=budget).run(bench.modelpool)
         seconds = time.process_time() - begun

@@ -32,13 +32,14 @@ def _peers(
         options: that the command was run with.
     """
     rows, where = found["rows"], "on disk" if "cold" in options else "in the cache"
+    what = "small budgets" if "budgets" in options else "all methods"
     only = ""
     if tuple(rows) != tuple(usual):
         only = " --only " + " ".join(rows)
     peer = rows.get("tsv_m")
     rates = ", ".join(f"{name} {value:.1f}" for name, value in found["rates"].items())
     lines = [
-        f"## {found['shape']}, {found['tasks']} tasks, files {where} to saved model",
+        f"## {found['shape']}, {found['tasks']} tasks, {what}, files {where} to saved model",
         "",
         f"`python -m benchmarks.speed{options} --shape {found['shape']} --tasks {found['tasks']}{only}` on {found['device']}; "
         f"{in_words(found['machine'])}; {rates}.",

@@ -39,9 +39,11 @@ def layers(values: list[Tensor]) -> nn.ModuleList:
     return made
 
 
-def task_vectors(*makers, still: bool = False) -> TaskVectors:
-    """Layers of 320 x 280 and turned, one per maker; with ``still`` the last task leaves the first alone."""
+def task_vectors(*makers, still: bool = False, side: int | None = None) -> TaskVectors:
+    """Layers of 320 x 280 and turned, or square, one per maker; with ``still`` the last task leaves the first alone."""
     shapes = [(320, 280) if i % 2 == 0 else (280, 320) for i in range(len(makers))]
+    if side:
+        shapes = [(side, side)] * len(makers)
     base = [torch.randn(s, generator=torch.Generator().manual_seed(9)) for s in shapes]
     tuned = {}
     for t, task in enumerate(TASKS):

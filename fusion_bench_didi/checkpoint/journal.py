@@ -31,7 +31,7 @@ from .tensors import file_digest
 
 log = logging.getLogger(__name__)
 
-HEAD, FORMAT = "journal.json", 1
+HEAD, FORMAT = "journal.json", 2
 #: The stage whose findings are what is stored.
 ENCODED = "encode"
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)

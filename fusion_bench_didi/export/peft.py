@@ -91,7 +91,7 @@ def to_peft(
         if settings.factor_dtype == EIGHT_BITS:
             errors = [c.error for t in tensors.values() for c in t.values() if c.rank]
             notes.append(
-                f"in 8 bits factors lose up to {max(errors):.1%} of a tensor's change; factor_dtype=bfloat16 takes twice the bytes "
+                f"in 8 bits factors lose up to {max(errors, default=0.0):.1%} of a tensor's change; factor_dtype=bfloat16 takes twice the bytes "
                 "and loses a sixteenth of that."
             )
         report = ExportReport("peft", str(final), tensors, sizes, differ, tuple(notes))

@@ -15,7 +15,7 @@ def describe(
 ) -> str:
     """A table of the matrices, what a rank costs in each, the ranks of an even split, and the cost of the run.
 
-    Nothing but headers is read, so every tensor counts as changed, and sizes are upper bounds.
+    Nothing but headers is read, so every tensor counts as changed: the budget is an upper bound, what it leaves for matrices a lower one.
 
     Args:
         streamed: whether tensors are written to a directory as they are made.
@@ -56,8 +56,8 @@ def _facts(
         counts,
         f"one fine-tuned model is {readable(inventory.unit_bits)}; budget {settings.budget.ratio:g} is at most {readable(whole)} beyond "
         f"the backbone and leaves {readable(left)} for {sharing}{after}",
-        "These sizes are upper bounds: headers do not tell what changed, so every tensor counts. The merge never takes more, and may "
-        "take less.",
+        "Headers do not tell what changed, so every tensor counts: the merge never takes more than the budget says here, and what "
+        "does not change leaves more for the matrices.",
     ]
 
 

@@ -15,7 +15,7 @@ from ..lowrank.refinement import Refinement, RefinementSettings
 from ..lowrank.static_merge import SharedMerge
 from ..options import Gigabytes, PositiveCount, Scale, Share, check_fields
 
-#: Whether coded experts are made as long as the task vectors are, which few bits shorten.
+#: Whether coded experts are made nearly as long as the task vectors are, which few bits shorten.
 Gain = Literal["auto", "none"]
 #: Weight of a squared error: ``none`` is 1, ``matrix`` one over the energy of the task's matrix, ``root`` the geometric mean of both.
 Normalization = Literal["none", "root", "matrix"]

@@ -95,12 +95,13 @@ def code_product(
             break
         part = goal.shape[1] / sum(goal.shape)
         step *= (found / step) ** part  # what both sides would take the bits at
-    step = found * gain
+    long, seen, unit_energy = long / found, seen / found, found**2  # in steps
     inside = float((long * (seen + RIDGE * long)).sum(dtype=torch.float64))
-    outside = max(float(energy_of(target)) - inside, 0.0)
-    rounded = codes.values().mul_(step).sub_(long)
+    outside = max(float(energy_of(target)) - inside * unit_energy, 0.0)
+    rounded = codes.values().mul_(gain).sub_(long)
     error = float(((unit @ unit.mT) * (rounded @ rounded.mT)).sum())
-    return CodedMatrix((short, codes), step, outside + max(error, 0.0))
+    error = outside + max(error, 0.0) * unit_energy
+    return CodedMatrix((short, codes), found * gain, error)
 
 
 def unit_rows(values: Tensor) -> Tensor:
@@ -123,6 +124,8 @@ def _within(rows: Tensor, step: float, bits: float) -> tuple[Codes, float]:
             best = codes, step
         if -SLACK * bits <= over <= 0:
             break
+        if best is None and not bool(codes.symbols.any()):
+            return codes, step  # there is no less
         aim = SLACK / 2 * tries * bits  # farther below from time to time
         step = _moved(step, over + aim, rows.numel())
     return best

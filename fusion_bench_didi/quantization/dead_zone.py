@@ -84,10 +84,10 @@ class Codes:
         total = 0.0
         for rows in _row_blocks(target):
             found = _stand_for(self.symbols[rows], self.classes[rows])
-            error = found.mul_(step).sub_(target[rows])
+            error = found.sub_(target[rows], alpha=1 / step)
             norms = torch.linalg.vector_norm(error, dim=1).double()
             total += float(norms.square().sum())
-        return total
+        return total * step**2
 
 
 def quantize(rows: Tensor, step: float) -> Codes:
@@ -144,9 +144,8 @@ def encode(parts: Sequence[Codes]) -> Tensor:
         for spread, rows in _groups(codes.classes):
             symbols, bits = codes.symbols[rows], low_bits(spread)  # a copy
             low = []
-            if (
-                bits
-            ):  # the numbers nearest to a multiple of 2^bits have the same high bits
+            # the numbers nearest to a multiple of 2^bits have the same high bits
+            if bits:
                 symbols += 1 << bits >> 1
                 low = [(symbols & ((1 << bits) - 1), 2**bits)]
                 symbols >>= bits

@@ -24,7 +24,7 @@ def test_dry_run_prints_the_plan_and_reads_no_weights(pool, monkeypatch, capsys)
     assert "3 tasks: eurosat, mnist, svhn" in plan
     line = next(line for line in plan.splitlines() if "layers.*.mlp.fc1.weight" in line)
     assert line.split()[1:6] == ["2", "64", "x", "32", str(4 * (64 + 32))]
-    assert "upper bounds" in plan
+    assert "never takes more than the budget says" in plan
     assert "to read:" in plan and "predicted peak memory" in plan
 
 

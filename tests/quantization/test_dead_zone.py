@@ -229,6 +229,22 @@ def test_directions_of_single_large_values_take_their_bits(bits):
     assert coded.error == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
+def test_errors_are_told_of_every_size_of_values(scale):
+    target = scale * noise(40, 60)
+    vectors, values = decomposed(target, 40)
+    bits = 4.0 * 40 * 100
+    coded = code_product(target, vectors, values, scale, bits)
+    exact = target.double()
+    made = product(*coded.sides, coded.step / scale, wide=True).double() * scale
+    error = float((made - exact).square().sum())
+    assert coded.error == pytest.approx(error, rel=1e-2)
+    rows = code_rows(target, scale, bits)
+    made = rows.sides[0].values().double() * rows.step
+    error = float((made - exact).square().sum())
+    assert rows.error == pytest.approx(error, rel=1e-2)
+
+
 def test_rows_take_their_bits_and_tell_their_error():
     x = noise(40, 100) * torch.logspace(-1, 1, 40)[:, None]
     last = torch.inf

@@ -70,11 +70,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class FirstGuess:
-    """What energies alone tell of a merge.
+    """What is known of a merge before anything is decomposed for all tasks.
 
     Args:
-        multiplier: error per bit at which dense matrices, or none, meet the budget.
-        relative_error: part of the weighted energy that is lost then.
+        multiplier: error per bit at which dense matrices, codes of piloted spectra, or nothing meet the budget.
+        relative_error: part of the weighted energy that dense matrices in fixed widths lose.
     """
 
     multiplier: float
@@ -86,9 +86,10 @@ class Sample:
     """What a sample of the task vectors of one matrix tells.
 
     Args:
-        sigma: (T, q) singular values, tail: (T,) energy beyond, of the best that low rank may keep.
+        sigma: (T, q) singular values, tail: (T,) energy beyond: of the best that low rank may keep, or if piloted of one
+            task vector, scaled to the energies of the others.
         alike: energy of the mean over that of the mean of unrelated tasks, 1 to T.
-        piloted: they are those of one task vector, scaled to the energies of the others.
+        piloted: which of the two.
     """
 
     sigma: Tensor

@@ -49,7 +49,7 @@ def choose_forms(
     """The form and the precision of every matrix.
 
     Args:
-        samples: of the matrices that may well be stored dense.
+        samples: of the matrices that need not all be decomposed.
     """
     names = context.inventory.matrices
     if not context.inventory.competing:
@@ -65,11 +65,14 @@ def choose_forms(
     flat = {n: (_dense_alone(context, n), []) for n in context.inventory.flat}
     found = dict(sorted((found | flat).items()))
     table = {name: one for name, (one, _) in found.items()}
-    coded = {n for n, sample in samples.items() if sample.piloted}
     while True:
         rows = [one.spectra for one in table.values()]
         ranks = dict(zip(table, greedy(rows, bounds.budget)))
-        doubted = {n: one for n, one in table.items() if n not in coded}
+        doubted = {
+            n: one
+            for n, one in table.items()
+            if not (one.piloted and n in samples and samples[n].piloted)
+        }
         longer = extended(context, bounds, doubted, ranks)
         if not longer:
             break
@@ -126,7 +129,7 @@ def _experts_alone(look: Look) -> Decomposed:
     context, name = look.context, look.name
     reach, piloted = reach_of(look)
     if not reach:
-        return _dense_alone(context, name)
+        return replace(_dense_alone(context, name), piloted=piloted)
     found = decomposed(
         context, look.bounds, name, reach=reach, shared_rank=0, vectors=look.matrices
     )

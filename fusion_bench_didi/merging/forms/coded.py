@@ -92,7 +92,7 @@ def _encode(
     if not rank:
         return None, energy_of(tau).double().cpu()
     bits, gain = bits - OVERHEAD, point.gains[t] if point.gains else 1.0
-    if rank == min(tau.shape):
+    if point.whole[t]:
         coded = code_rows(as_dense(tau), step, bits, gain=gain)
         delta: Delta = CodedDelta.of(shape, coded)
     else:

@@ -35,10 +35,11 @@ WORTH = 0.1
 SHORT, LONG = 2, 6
 #: Decompositions reach this much further than one task's does.
 MARGIN = 1.15
-#: Codes compete below so many bits per entry on average (``coded.WORTH_CODING``).
+#: Codes may compete below so many bits per entry on average: from there on fixed widths lose under a hundredth.
 MOST_CODED = 4
-#: Directions that a task vector is given at most if each number takes so many bits.
-LEAST_BITS = 1.5
+#: Up to this side the pilot's singular values are all found, beyond it as many as the budget may reach if each of their
+#: numbers takes so many bits.
+SHORT_ENOUGH, LEAST_BITS = 1024, 1.5
 #: Part of the error of experts that are coded whole that is not worth a decomposition of every task vector.
 WORTH_DIRECTIONS = 0.03
 #: Sides of the sample by which the task vector is found that looks most like low rank, in the same unit as a rank.
@@ -111,15 +112,17 @@ def _codes_compete(bounds: RankBounds, tensor: ChangedTensor) -> bool:
 
 
 def _pilot(bounds: RankBounds, tensor: ChangedTensor, energy: Tensor) -> Sample:
-    """Singular values of the task vector that looks most like low rank, as far as the budget may reach."""
+    """Singular values of the task vector that looks most like low rank."""
     name, differences = tensor.name, tensor.differences()
     samples = _samples(differences, GLIMPSE).double()
     gram = samples @ samples.mT
-    norms = samples.square().sum((1, 2)).clamp(min=1e-300)
-    steep = gram.square().sum((1, 2)) / norms.square()
+    norms = samples.square().sum((1, 2))
+    steep = gram.square().sum((1, 2)) / norms.square().clamp(min=1e-300)
     task = int(steep.masked_fill(energy == 0, -1.0).argmax())
     share, sides = bounds.even_share(name), bounds.inventory.sides[name]
     most = int(REACH * share / (LEAST_BITS * sum(sides))) + 8
+    if min(sides) <= SHORT_ENOUGH:
+        most = min(sides)
     values = singular_values(materialize(differences[task]), max_rank=most).cpu()
     sigma = (energy / energy[task]).sqrt().float()[:, None] * values
     tail = (energy - sigma.double().square().sum(1)).clamp(min=0.0)
@@ -128,7 +131,8 @@ def _pilot(bounds: RankBounds, tensor: ChangedTensor, energy: Tensor) -> Sample:
 
 def _alike(samples: Tensor) -> float:
     """Energy of the mean of samples (T, a, b) over that of the mean of unrelated ones."""
-    return float(samples.sum(0).square().sum() / samples.square().sum())
+    energy = float(samples.square().sum())
+    return float(samples.sum(0).square().sum()) / energy if energy else 1.0
 
 
 def reach_of(look: Look) -> tuple[int, bool]:
@@ -138,7 +142,7 @@ def reach_of(look: Look) -> tuple[int, bool]:
     if sample is None:
         return look.bounds.initial_rank(name), False
     if sample.piloted:
-        return _reach_of_codes(look, sample), True
+        return _reach_of_codes(look, sample)
     task, doubtful = _most_doubtful(context, name, sample, look.energy, multiplier)
     if not doubtful:
         return 0, False
@@ -155,15 +159,18 @@ def reach_of(look: Look) -> tuple[int, bool]:
     return look.bounds.reach(name, int(MARGIN * longest) + 8), True
 
 
-def _reach_of_codes(look: Look, sample: Sample) -> int:
-    """The rank up to which experts are to be decomposed if they are coded, 0 where all entries are."""
+def _reach_of_codes(look: Look, sample: Sample) -> tuple[int, bool]:
+    """As :func:`reach_of`, of experts that may be coded; undecided where all that the pilot knows is worth its bits."""
     context, name, multiplier = look.context, look.name, look.guess.multiplier
     low_rank = coded_curve(context, name, sample.sigma)
     whole = coded_curve(context, name, sample.sigma[:, :0])
+    worthy, known = max(low_rank.worthy(multiplier)), sample.sigma.shape[1]
+    if worthy >= known and known < min(look.sides):
+        return look.bounds.initial_rank(name), False
     (best, bits), (lost, more) = low_rank.at(multiplier), whole.at(multiplier)
     if lost + multiplier * more - (best + multiplier * bits) < WORTH_DIRECTIONS * lost:
-        return 0
-    return look.bounds.reach(name, int(MARGIN * max(low_rank.worthy(multiplier))) + 8)
+        return 0, True
+    return look.bounds.reach(name, int(MARGIN * worthy) + 8), True
 
 
 def still_dense(look: Look, rest: Sequence[Difference], energy: Tensor) -> bool:

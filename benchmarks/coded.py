@@ -36,8 +36,8 @@ TEXTS = 250
 WAYS = {
     "fixed widths": ({}, False, coded.RESTORED),
     "coded": ({"gain": "none"}, True, coded.RESTORED),
-    "coded, gain of a half": ({}, True, 0.5),
     "coded, with gain": ({}, True, coded.RESTORED),
+    "coded, gain of seven tenths": ({}, True, 0.7),
     "coded, gain of all": ({}, True, 1.0),
 }
 

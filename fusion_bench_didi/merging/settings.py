@@ -15,7 +15,7 @@ from ..lowrank.refinement import Refinement, RefinementSettings
 from ..lowrank.static_merge import SharedMerge
 from ..options import Gigabytes, PositiveCount, Scale, Share, check_fields
 
-#: Whether coded experts are made nearly as long as the task vectors are, which few bits shorten.
+#: Whether coded experts are made longer, half way to the length of the task vectors, which few bits shorten.
 Gain = Literal["auto", "none"]
 #: Weight of a squared error: ``none`` is 1, ``matrix`` one over the energy of the task's matrix, ``root`` the geometric mean of both.
 Normalization = Literal["none", "root", "matrix"]
@@ -100,7 +100,7 @@ class MergeSettings:
         factor_dtype: see :data:`~fusion_bench_didi.deltas.precision.FactorType`.
         max_rank: of what a task changes in any matrix, the shared part and its expert together; no matrix is stored whole
             then. What adapters of that rank carry.
-        gain: ``auto`` makes coded experts nearly as long as the task vectors are; ``none`` leaves them at the least squared error.
+        gain: ``auto`` makes coded experts longer, half way to the task vectors' length; ``none`` leaves them at the least squared error.
 
     Raises:
         SettingsError: naming every value that is none of those there are, and every one that has no effect beside the

@@ -29,7 +29,7 @@ CODED_PRECISION = Precision("coded", 0)
 #: Where dense matrices lose less than this at the budget, codes gain nothing that a task would show.
 WORTH_CODING = 0.01
 #: How far gains go from least error to the task vectors' length, in the logarithm: chosen on validation (docs/coded.md).
-RESTORED = 0.7
+RESTORED = 0.5
 #: Gains are this at most: where hardly anything is kept, what would be made twice as long is not the task vector.
 MOST_GAIN = 1.6
 
@@ -107,10 +107,10 @@ def _encode(
 def with_gains(
     decisions: Mapping[str, Decision], energy: Mapping[str, Tensor]
 ) -> dict[str, Decision]:
-    """Decisions whose coded experts are nearly as long as the task vectors again.
+    """Decisions whose coded experts are longer, half way to the length of the task vectors.
 
     What few bits reproduce is shorter than what they were given, for what they lose is nearly orthogonal to it. One factor
-    per task makes up for most of it: ``g_t^2 = (sum E_t / sum (E_t - D_t))^RESTORED`` over the coded tensors, of energies E
+    per task makes up for half of it: ``g_t^2 = (sum E_t / sum (E_t - D_t))^RESTORED`` over the coded tensors, of energies E
     and expected errors D, and g is :data:`MOST_GAIN` at most; the whole of it would restore the norm. The squared error
     grows by it; accuracy, where half of the energy is lost, gains points.
 

@@ -84,8 +84,9 @@ def code_product(
             if left:
                 codes, unit = _directions(quantize(long, step))
                 rows = _inverse(unit) @ (unit @ goal.mT)
-                over = short.bits + codes.bits - bits
-                step = _moved(step, over, rows.numel() + long.numel())
+                if tries == 1:  # later it would be moved back and forth
+                    over = short.bits + codes.bits - bits
+                    step = _moved(step, over, rows.numel() + long.numel())
         least = len(short) * (CLASS_BITS + goal.shape[1] / 1024)
         if bits - short.bits < max(bits / 8, least):
             step *= 2  # the short side alone takes nearly all

@@ -245,6 +245,19 @@ def test_errors_are_told_of_every_size_of_values(scale):
     assert rows.error == pytest.approx(error, rel=1e-2)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("bits", [30.0, 300.0])
+def test_fitting_ends_whatever_the_sides_are(rows, bits):
+    """A short side that takes all of the bits at one step and next to none at another."""
+    target = torch.zeros(20, 4000)
+    target[:rows] = noise(rows, 4000)
+    target[10, 7] = 500.0
+    vectors, values = decomposed(target, 4)
+    for step in (1e-3, 0.3, 100.0):
+        coded = code_product(target, vectors, values, step, bits)
+        assert coded.bits <= bits
+
+
 def test_rows_take_their_bits_and_tell_their_error():
     x = noise(40, 100) * torch.logspace(-1, 1, 40)[:, None]
     last = torch.inf

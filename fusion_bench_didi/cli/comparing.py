@@ -75,6 +75,7 @@ def report(directories: tuple[str, ...], out: str | None) -> None:
     from pathlib import Path
 
     from ..checkpoint.directory import write_json
+    from ..programs.rows import SETTINGS
     from ..report import Comparison, whereabouts, write_report
     from ..report.seeds import over_seeds
     from ..report.terminal import print_table
@@ -82,6 +83,11 @@ def report(directories: tuple[str, ...], out: str | None) -> None:
     found = [Comparison.read(Path(d) / "comparison.json") for d in directories]
     directory = Path(out or directories[0])
     if out is not None:
+        given = any(directory.resolve() == Path(d).resolve() for d in directories)
+        if given or (directory / SETTINGS).exists():
+            raise click.UsageError(
+                f"{out} holds a comparison that was run, which means would replace. Give another --out."
+            )
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "comparison.json", over_seeds(found))
     comparison = Comparison.read(directory / "comparison.json")

@@ -44,8 +44,8 @@ from .loading import check_known, on_backbone
 from .places import Place, stored_of
 from .stored import Stored
 
-#: Checksums of the tensors of deltas, by the deltas' ids.
-Seen = dict[int, dict[str, str]]
+#: Checksums of the tensors of deltas.
+Seen = dict[Delta, dict[str, str]]
 
 INDEX = "library.json"
 _SHARED, _TASKS = "shared", "tasks"
@@ -306,13 +306,13 @@ def digest_of(deltas: Mapping[str, Delta], seen: Seen) -> str:
     """SHA-256 of names, forms and tensors.
 
     Args:
-        seen: what was taken of deltas that live; they are not read again.
+        seen: what was taken before; they are not read again.
     """
     digest = hashlib.sha256()
     for name in sorted(deltas):
         delta = deltas[name]
-        if id(delta) not in seen:
-            seen[id(delta)] = digests(delta.tensors())
+        if delta not in seen:
+            seen[delta] = digests(delta.tensors())
         what = (name, delta.kind, delta.shape, sorted(delta.options().items()))
-        digest.update(repr((*what, sorted(seen[id(delta)].items()))).encode())
+        digest.update(repr((*what, sorted(seen[delta].items()))).encode())
     return digest.hexdigest()

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..lowrank.factors import Matrix, energy_of
 from .dead_zone import CLASS_BITS, Codes, quantize, rate_distortion
 
-#: Part of the bits that may stay unused, and how often the step is moved to come closer.
-SLACK, TRIES = 0.003, 4
+#: Part of the bits that may stay unused, how often the step is moved to come closer, and how close it comes by halving where
+#: that finds none.
+SLACK, TRIES, CLOSE = 0.003, 4, 1.005
 #: How often the two sides of a product are fitted to one another, how far apart their steps may come to be, and what is added
 #: to squared lengths, so that directions may be alike.
 ROUNDS, APART, RIDGE = 2, 1.25, 1e-6
@@ -117,19 +118,27 @@ def _within(rows: Tensor, step: float, bits: float) -> tuple[Codes, float]:
     Args:
         step: to start from.
     """
-    best, tries = None, 0
-    while best is None or tries < TRIES:
-        codes, tries = quantize(rows, step), tries + 1
+    best, least = None, 0.0  # what fits, and a step that takes too many
+    for tries in itertools.count(1):
+        codes = quantize(rows, step)
         over = codes.bits - bits
         if over <= 0 and (best is None or step < best[1]):
             best = codes, step
+        elif over > 0:
+            least = max(least, step)
         if -SLACK * bits <= over <= 0:
-            break
+            return codes, step
         if best is None and not bool(codes.symbols.any()):
             return codes, step  # there is no less
-        aim = SLACK / 2 * tries * bits  # farther below from time to time
-        step = _moved(step, over + aim, rows.numel())
-    return best
+        if tries < TRIES:
+            aim = SLACK / 2 * tries * bits  # farther below from time to time
+            step = _moved(step, over + aim, rows.numel())
+        elif best is None:  # few large values take most, whatever the others do
+            step = 2 * least
+        elif tries == TRIES or best[1] < CLOSE * least:
+            return best
+        else:
+            step = (least * best[1]) ** 0.5
 
 
 def _moved(step: float, bits: float, numel: int) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusion_bench_didi.lowrank.factors import LowRankFactors
+from fusion_bench_didi.quantization import coded_matrix
 from fusion_bench_didi.quantization import gaussian_tables as tables
 from fusion_bench_didi.quantization.coded_matrix import (
     code_product,
@@ -256,6 +257,29 @@ def test_fitting_ends_whatever_the_sides_are(rows, bits):
     for step in (1e-3, 0.3, 100.0):
         coded = code_product(target, vectors, values, step, bits)
         assert coded.bits <= bits
+
+
+@pytest.mark.parametrize("bits", [40.0, 75.0, 160.0, 1000.0])
+@pytest.mark.parametrize("sides", [(16, 1600), (20, 2000), (64, 640)])
+def test_fitting_takes_few_tries_of_sparse_directions(monkeypatch, sides, bits):
+    """Where single values take most of the bits, a longer step saves next to nothing until they are gone."""
+    tries = []
+    monkeypatch.setattr(
+        coded_matrix, "quantize", lambda *args: tries.append(0) or quantize(*args)
+    )
+    target = torch.zeros(sides)
+    for i in range(4):
+        target[3 * i, 100 * i + 7] = 10.0 ** (4 - i)
+    vectors, values = decomposed(target, 4)
+    for step in (1e-2, 10.0, 1e4):
+        tries.clear()
+        coded = code_product(target, vectors, values, step, bits)
+        assert coded.bits <= bits
+        assert len(tries) < 80
+        tries.clear()
+        rows = code_rows(target, step, bits + CLASS_BITS * sides[0])
+        assert rows.bits <= bits + CLASS_BITS * sides[0]
+        assert len(tries) < 80
 
 
 def test_rows_take_their_bits_and_tell_their_error():

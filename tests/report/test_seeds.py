@@ -3,6 +3,7 @@
 import copy
 import json
 
+import click
 import pytest
 from commands import run
 from helpers import REPOSITORY
@@ -52,6 +53,13 @@ def test_the_command_writes_one_report(three, tmp_path):
     for place, comparison in zip(places, three):
         place.mkdir()
         (place / "comparison.json").write_text(json.dumps(comparison.data))
+    before = (places[1] / "comparison.json").read_bytes()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    for taken in (places[1], tmp_path / "run"):
+        with pytest.raises(click.UsageError, match="another --out"):
+            run("report", *places, "-o", taken)
+    assert (places[1] / "comparison.json").read_bytes() == before
     told = run("report", *places, "-o", tmp_path / "all")
     assert "comparison.html" in told
     assert "over seeds" in (tmp_path / "all" / "accuracy_vs_storage.svg").read_text()

@@ -23,6 +23,7 @@ class ExpertsCurve:
         precision: name of the precision.
         sigma: (T, q) singular values of the residuals.
         tail_energy: (T,) beyond them.
+        full: the rank from which modules are stored whole, also where factors would cost less.
         rounding, rounding_dense: relative squared error that rounding adds to what is kept as factors, and whole.
     """
 
@@ -31,6 +32,7 @@ class ExpertsCurve:
     precision: str
     sigma: Tensor
     tail_energy: Tensor
+    full: int
     rounding: float = 0.0
     rounding_dense: float = 0.0
 
@@ -38,7 +40,7 @@ class ExpertsCurve:
         """Weighted error (T, K) and bits (K,) of an expert at ranks 0, 1, ..., cap and, last, dense."""
         energy = self.sigma.double().square()
         whole = energy.sum(1) + self.tail_energy.double()
-        cap = min(self.rate.cap, energy.shape[1])
+        cap = min(self.rate.cap, self.full - 1, energy.shape[1])
         # summed from the end, so that nothing is left where nothing is
         left = energy.flip(1).cumsum(1).flip(1)
         left = torch.cat([left, energy.new_zeros(len(energy), 1)], 1)[:, : cap + 1]
@@ -52,23 +54,13 @@ class ExpertsCurve:
             error[:, -1] = torch.inf
         return error, bits
 
-    def ranks(self, weights: Tensor, multiplier: float, full: int) -> Tensor:
-        """(T,) of the experts where ``error + multiplier * bits`` is least; ``full`` where they are whole.
-
-        Args:
-            weights: (T,).
-        """
-        error, bits = self.curve(weights)
-        best = (error + multiplier * bits).argmin(1)
-        return torch.where(best == len(bits) - 1, full, best)
-
     def weighted(self, weights: Tensor) -> PerTaskCurve:
         """The curve of the matrix: one rank per expert, and the shared part.
 
         Args:
             weights: (T,).
         """
-        shared = min(self.shared_rank * self.rate.per_rank, self.rate.dense)
+        shared = self.rate.of(self.shared_rank, self.full)
         return PerTaskCurve(*self.curve(weights), shared)
 
     def spectra(

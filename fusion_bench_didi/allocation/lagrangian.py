@@ -15,7 +15,7 @@ def choose(options: Sequence[Sequence[Curve]], budget: int) -> tuple[list[int], 
     """Index of the best curve per matrix under one budget, and the multiplier at which they are the best.
 
     Args:
-        options: curves per matrix.
+        options: curves per matrix, one of them of no bits.
         budget: bits.
     """
 
@@ -37,8 +37,11 @@ def choose(options: Sequence[Sequence[Curve]], budget: int) -> tuple[list[int], 
         (curve.zero_rate_multiplier for row in options for curve in row), default=0.0
     )
     high = max(high, 1e-300)
-    low = high * 2.0**-60
     frugal = [best(row, high) for row in options]
+    while spent(frugal) > budget and high < 1e300:
+        high *= 4  # what all tasks share gains more per bit than any expert
+        frugal = [best(row, high) for row in options]
+    low = high * 2.0**-60
     for _ in range(40):  # bisection on the logarithm
         middle = (low * high) ** 0.5
         # bits never rise with multiplier: what is the same at both ends is the same between them

@@ -19,7 +19,9 @@ def candidates_of(tau: Tensor, ranks=(0, 1, 2, 4), rounding: float = 0.0):
         sigma = torch.stack([spectrum(r).S for r in rest])
         rate = Rate(per_rank=32 * (m + n), dense=32 * m * n)
         nothing = torch.zeros(len(tau))
-        row.append(ExpertsCurve(k, rate, "float32", sigma, nothing, rounding))
+        row.append(
+            ExpertsCurve(k, rate, "float32", sigma, nothing, min(m, n), rounding)
+        )
     return row
 
 
@@ -39,6 +41,16 @@ def test_sharing_is_chosen_only_where_it_pays():
     picks, _ = choose(offers, budget)
     assert options[0][picks[0]].shared_rank == 2
     assert options[1][picks[1]].shared_rank == 0
+
+
+def test_what_is_shared_is_not_bought_beyond_the_budget():
+    """It gains more per bit than any expert where many tasks are nearly alike, and leaves experts nothing to gain."""
+    tau = torch.randn(1, 30, 2, generator=torch.Generator().manual_seed(0))
+    tau = tau.expand(6, 30, 2) + 1e-3 * random_tasks(30, 2, tasks=6)
+    row = [c.weighted(torch.ones(6)) for c in candidates_of(tau, ranks=(0, 2))]
+    picks, multiplier = choose([row], row[1].shared - 1)
+    assert row[picks[0]].at(multiplier)[1] < row[1].shared
+    assert choose([row], row[1].shared + 1)[0] == [1]
 
 
 def test_curve_of_a_candidate_is_the_error_of_its_experts():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from helpers import task_vectors
+from torch import nn
 
 from benchmarks.overlap import constructed, merged
 from fusion_bench_didi.allocation.experts_curve import ExpertsCurve
@@ -33,8 +35,8 @@ def test_common_directions_are_found_and_halve_the_storage():
 def test_choice_with_equal_candidates_takes_experts_only():
     rate = Precision("float32", 32, torch.float32).rate(16, 16)
     sigma = torch.rand(3, 8).sort(descending=True).values
-    own = ExpertsCurve(0, rate, "float32", sigma, torch.zeros(3))
-    costlier = ExpertsCurve(2, rate, "float32", sigma, torch.zeros(3))
+    own = ExpertsCurve(0, rate, "float32", sigma, torch.zeros(3), 16)
+    costlier = ExpertsCurve(2, rate, "float32", sigma, torch.zeros(3), 16)
     offers = [candidate.weighted(torch.ones(3)) for candidate in (own, costlier)]
     assert choose([offers], 10 * rate.per_rank)[0] == [0]
 
@@ -52,3 +54,19 @@ def test_auto_takes_coarse_numbers_when_poor_and_exact_ones_when_rich():
 
     assert precision(0.2) <= {"coded", "int2", "int3", "int4"}
     assert precision(float("inf")) == {"float32"}
+
+
+@pytest.mark.parametrize("budget", [0.005, 0.06, 0.12, 0.5])
+def test_thin_matrices_that_are_nearly_alike_keep_to_the_budget(budget):
+    """Whole, in whole numbers, they take more than as factors of full rank."""
+    generator = torch.Generator().manual_seed(0)
+    base = nn.Linear(2, 400, bias=False)
+    change = torch.randn(400, 2, generator=generator)
+    models = {"_pretrained_": base}
+    for task in "abcd":
+        models[task] = nn.Linear(2, 400, bias=False)
+        own = 0.3 * torch.randn(400, 2, generator=generator)
+        models[task].weight.data = base.weight.data + 0.01 * (change + own)
+    settings = MergeSettings(Budget(budget), allocation="greedy")
+    storage = merge(task_vectors(models), settings).storage
+    assert storage.excl_bits <= settings.budget.bits(storage.unit_bits)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...allocation.experts_curve import ExpertsCurve
 from ...allocation.spectra import Rate
 from ...deltas.precision import Precision
+from ...lowrank.factors import full_rank
 from ..context import MergeContext
 
 
@@ -40,6 +41,7 @@ def in_all_precisions(
             p.name,
             sigma,
             tail_energy,
+            full_rank(*context.sides(name)),
             p.rounding,
             p.rounding_dense,
         )

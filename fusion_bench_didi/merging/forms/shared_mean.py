@@ -174,7 +174,7 @@ def _may_pay(
     )
     gain = before + multiplier * most - (after + multiplier * bits)
     energy = weights * (own.sigma.square().sum(1) + own.tail_energy)
-    shared = min(beside.shared_rank * own.rate.per_rank, own.rate.dense)
+    shared = own.rate.of(beside.shared_rank, own.full)
     return gain * float(energy.sum() / energy[task]) > multiplier * shared
 
 

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
+from .eigen import eigen_of
 from .factors import LowRankFactors
 
 #: Products of other widths than multiples of this are slower than those of the next larger multiple.
 WIDTH = 16
 #: Least sine of the angle between a direction and those before it at which a Cholesky factor is trusted.
 INDEPENDENT = 0.1
+#: Lengths below this cannot be told from none: their squares are below what float32 holds.
+SHORTEST = 2.0**-63
 
 
 class Subspace:
@@ -43,8 +46,9 @@ class Subspace:
         tiny = torch.finfo(a.dtype).tiny
         long = _orthonormal(a @ self._vectors)  # (l, p)
         short = long.mT @ a  # (p, s)
-        self._vectors = (short / short.norm(dim=1, keepdim=True).clamp(min=tiny)).mT
-        values, turn = torch.linalg.eigh(short @ short.mT)  # ascending
+        length = short.norm(dim=1, keepdim=True).clamp(min=SHORTEST)
+        self._vectors = (short / length).mT
+        values, turn = eigen_of(short @ short.mT)  # ascending
         kept = values.flip(-1)[: self._rank].clamp(min=tiny)
         turn, root = turn.flip(-1)[:, : self._rank], kept.sqrt().sqrt()
         far, near = (long @ turn) * root, (turn.mT @ short) / root[:, None]

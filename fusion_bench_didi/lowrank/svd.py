@@ -16,18 +16,16 @@ least possible where singular values fall as i^-0.3; where they fall as 1/i and 
 that results do not depend on the driver or on the order in which tasks arrive.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .eigen import eigen_of
 from .factored import product_svd
 from .factors import LowRankFactors, Matrix, Spectrum, energy_of
 from .krylov import Search
-
-log = logging.getLogger(__name__)
 
 #: Gram matrices up to this side are formed and solved in float64.
 DOUBLE_SIDE = 384
@@ -240,17 +238,8 @@ def _direct(a: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
 
 def _leading_of(gram: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
     """Leading eigenvectors (s, q) of a Gram matrix, and (q,) roots of its eigenvalues."""
-    values, vectors = _eigh(gram, name)  # ascending
+    values, vectors = eigen_of(gram, name)  # ascending
     return vectors.flip(-1)[:, :q], values.flip(-1)[:q].clamp(min=0).sqrt()
-
-
-def _eigh(gram: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    try:
-        return torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:
-        log.warning("The eigensolver did not converge on %s; trying in float64.", name)
-        values, vectors = torch.linalg.eigh(gram.double())
-        return values.to(gram.dtype), vectors.to(gram.dtype)
 
 
 def _half_of_product(matrix: LowRankFactors, max_rank: int | None) -> HalfSVD:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from ..lowrank.factors import Matrix, energy_of
-from .dead_zone import CLASS_BITS, Codes, quantize, rate_distortion
+from .dead_zone import (
+    CLASS_BITS,
+    Codes,
+    finest_step,
+    quantize,
+    rate_distortion,
+)
 
 #: Part of the bits that may stay unused, how often the step is moved to come closer, and how close it comes by halving where
 #: that finds none.
@@ -79,11 +85,11 @@ def code_product(
     for tries in itertools.count(1):
         rows = (vectors * values).mT  # (r, s)
         for left in reversed(range(rounds)):
-            short, unit = _directions(quantize(rows, step))
+            short, unit = _directions(rows, step)
             seen = unit @ goal  # (r, l)
             long = _inverse(unit) @ seen
             if left:
-                codes, unit = _directions(quantize(long, step))
+                codes, unit = _directions(long, step)
                 rows = _inverse(unit) @ (unit @ goal.mT)
                 if tries == 1:  # later it would be moved back and forth
                     over = short.bits + codes.bits - bits
@@ -119,14 +125,16 @@ def _within(rows: Tensor, step: float, bits: float) -> tuple[Codes, float]:
         step: to start from.
     """
     best, least = None, 0.0  # what fits, and a step that takes too many
+    finest = finest_step(rows)
     for tries in itertools.count(1):
+        step = max(step, finest)
         codes = quantize(rows, step)
         over = codes.bits - bits
         if over <= 0 and (best is None or step < best[1]):
             best = codes, step
         elif over > 0:
             least = max(least, step)
-        if -SLACK * bits <= over <= 0:
+        if -SLACK * bits <= over <= 0 or (over <= 0 and step == finest):
             return codes, step
         if best is None and not bool(codes.symbols.any()):
             return codes, step  # there is no less
@@ -162,8 +170,9 @@ def _step_for(rows: Tensor, step: float, bits: float) -> float:
     return float(steps[i - 1] * (steps[i] / steps[i - 1]) ** part)
 
 
-def _directions(codes: Codes) -> tuple[Codes, Tensor]:
-    """Codes without rows of zeros, and what they stand for at unit length."""
+def _directions(rows: Tensor, step: float) -> tuple[Codes, Tensor]:
+    """Codes of rows (r, n) but of those that become zero, and what they stand for at unit length."""
+    codes = quantize(rows, max(step, finest_step(rows)))
     codes = codes[codes.symbols.any(1)]
     return codes, unit_rows(codes.values())
 

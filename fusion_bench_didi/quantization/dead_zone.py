@@ -91,10 +91,10 @@ class Codes:
 
 
 def quantize(rows: Tensor, step: float) -> Codes:
-    """Codes of rows (r, n); nothing is cut off, for a row of a few large values is of a higher class.
+    """Codes of rows (r, n); a row of a few large values is of a higher class.
 
     Args:
-        step: in the unit of the rows.
+        step: in the unit of the rows; below :func:`finest_step` the largest values are cut off.
     """
     symbols = rows.new_empty(rows.shape, dtype=torch.int32)
     classes = rows.new_empty(len(rows), dtype=torch.uint8)
@@ -102,6 +102,14 @@ def quantize(rows: Tensor, step: float) -> Codes:
         numbers, classes[some] = _quantized(rows[some] / step)
         symbols[some] = numbers  # what is behind the point is cut off
     return Codes(symbols, classes)
+
+
+def finest_step(rows: Tensor) -> float:
+    """The smallest step at which the numbers of rows (r, n) are within those of the highest class."""
+    if not rows.numel():
+        return 0.0
+    largest_value = torch.linalg.vector_norm(rows, torch.inf)
+    return float(largest_value) / float(_tables(rows.device).reach[-1])
 
 
 def _quantized(scaled: Tensor) -> tuple[Tensor, Tensor]:

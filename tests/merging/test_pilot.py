@@ -96,6 +96,19 @@ def test_a_matrix_that_holds_most_of_the_energy_is_not_dismissed(
     assert lost < 1.03 * least
 
 
+@pytest.mark.parametrize("bits", [0.6, 1.3, 5.0])
+def test_what_few_directions_hold_exactly_is_found_at_every_budget(bits):
+    """A few rows of an embedding, also where bits are so many that all entries lose as little."""
+
+    def few_rows(m: int, n: int, seed: int) -> Tensor:
+        changed = torch.zeros(m, n)
+        changed[:3] = noise(3, n, 7) + 0.01 * noise(3, n, seed)
+        return changed
+
+    vectors = task_vectors(few_rows, side=256)
+    assert merged(vectors, bits).report.relative_error < 1e-5
+
+
 @pytest.mark.parametrize("quiet", [0, 1])
 def test_a_task_of_which_the_sample_sees_nothing_is_no_pilot(monkeypatch, quiet):
     """Sparse changes, as of a few rows of an embedding."""

@@ -246,6 +246,19 @@ def test_errors_are_told_of_every_size_of_values(scale):
     assert rows.error == pytest.approx(error, rel=1e-2)
 
 
+def test_bits_without_end_cut_no_large_value_off():
+    """Steps stay as coarse as the largest value of few asks for."""
+    target = torch.zeros(40, 60)
+    target[3], target[7, 5] = noise(1, 60)[0], 2e3
+    vectors, values = decomposed(target, 2)
+    bits = 64.0 * target.numel()
+    for coded in (
+        code_rows(target, 1e-3, bits),
+        code_product(target, vectors, values, 1e-3, bits),
+    ):
+        assert coded.error < 1e-9 * float(target.square().sum())
+
+
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("bits", [30.0, 300.0])
 def test_fitting_ends_whatever_the_sides_are(rows, bits):

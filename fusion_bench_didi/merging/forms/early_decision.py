@@ -44,7 +44,7 @@ SHORT_ENOUGH, LEAST_BITS = 1024, 1.5
 WORTH_DIRECTIONS = 0.03
 #: Sides of the sample by which the task vector is found that looks most like low rank, in the same unit as a rank.
 GLIMPSE = 24
-#: Part of the energy beyond which directions are not worth having in any integer precision.
+#: Part of the energy beyond which directions are not worth having in any integer precision, and of which a loss is none.
 EXACT = 1e-5
 #: What spectra in float32 differ from energies in float64 by.
 ROUNDING = 1e-6
@@ -168,7 +168,12 @@ def _reach_of_codes(look: Look, sample: Sample) -> tuple[int, bool]:
     if worthy >= known and known < min(look.sides):
         return look.bounds.initial_rank(name), False
     (best, bits), (lost, more) = low_rank.at(multiplier), whole.at(multiplier)
-    if lost + multiplier * more - (best + multiplier * bits) < WORTH_DIRECTIONS * lost:
+    exact = best < EXACT * weighted_energy(context, name) and bits < more
+    if (
+        not exact
+        and lost + multiplier * more - (best + multiplier * bits)
+        < WORTH_DIRECTIONS * lost
+    ):
         return 0, True
     return look.bounds.reach(name, int(MARGIN * worthy) + 8), True
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from ..errors import DiDiError
-from ..pools.weight_files import Weights, open_weights
+from ..pools.weight_files import Weights, index_files, open_weights
 from ..task_vectors.sources import TensorSource
 from ..task_vectors.tower_names import fill
 
@@ -166,6 +166,8 @@ def _loader(target: Any) -> Callable[..., Any]:
 def _open_clip(model_name: Any, state_dict_path: Any) -> nn.Module:
     if not isinstance(model_name, str) or not isinstance(state_dict_path, str):
         raise TypeError("a model name and a path are strings")
+    if not Path(state_dict_path).is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{state_dict_path} is no file")
     from fusion_bench.models.open_clip import ImageEncoder
 
     encoder = ImageEncoder(model_name)
@@ -206,15 +208,16 @@ def _ready(
     if asked is not None:
         new = Version(transformers.__version__) >= Version("4.56")
         found["dtype" if new else "torch_dtype"] = asked
-    found[_PLACE] = _place(found[_PLACE], directory)
+    found[_PLACE] = place_of(found[_PLACE], directory)
     subfolder = found.get("subfolder", "")
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
         raise _refused(f"the subfolder {subfolder!r}", "one inside")
-    _check_files(found[_PLACE], subfolder, found.get("revision"))
+    asked = (found.get(key) for key in ("revision", "variant"))
+    _check_files(found[_PLACE], subfolder, *asked)
     return {**found, "trust_remote_code": False}
 
 
-def _place(source: str, directory: Path) -> str:
+def place_of(source: str, directory: Path) -> str:
     """A directory that exists, or a repository of the hub."""
     for path in (directory / source, Path(source).expanduser()):
         if path.is_dir():
@@ -228,24 +231,38 @@ def _place(source: str, directory: Path) -> str:
     return source
 
 
-def _check_files(place: str, subfolder: str, revision: str | None) -> None:
-    """Nothing beside the weights may make transformers run code."""
+def _check_files(
+    place: str, subfolder: str, revision: str | None, variant: str | None
+) -> None:
+    """Nothing beside the weights may make transformers run code, or read what lies elsewhere."""
     for home in {Path(place), Path(place) / subfolder}:
         if os.path.lexists(home / "custom_generate"):
             raise _refused(f"{home}, which holds custom_generate", "weights only")
     file = _file_of(place, "adapter_config.json", "", revision)
     if file is not None:
         raise _refused(f"{place}, which is an adapter", "a whole model")
+    for index in index_files(variant):
+        if file := _file_of(place, index, subfolder, revision):
+            named = json.loads(Path(file).read_text("utf-8"))["weight_map"].values()
+            if outside := [name for name in named if not _beside(name)]:
+                raise _refused(f"{file} with {outside[0]!r}", "files beside it")
     file = _file_of(place, "config.json", subfolder, revision)
     if file is None:
         return
     for key, value in _pairs(json.loads(Path(file).read_text("utf-8"))):
+        if key == "transformers_weights" and value and not _beside(value):
+            raise _refused(f"{file} with {key}={value!r}", "a file beside it")
         if "attn_implementation" in key and value is not None:
             names = value.values() if isinstance(value, Mapping) else (value,)
             if not ATTENTION.issuperset(names):
                 raise _refused(
                     f"{file} with {key}={value!r}", f"one of {sorted(ATTENTION)}"
                 )
+
+
+def _beside(name: Any) -> bool:
+    """Whether it is the name of a file in the same directory."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def _weights(arguments: Mapping[str, Any]) -> TensorSource | None:

@@ -8,6 +8,7 @@ from ..errors import CheckpointMismatchError
 from ..task_vectors.float8 import Float8Source
 from ..task_vectors.sources import (
     PickleSource,
+    RenamedSource,
     SafetensorsSource,
     TensorSource,
     read_json,
@@ -60,14 +61,21 @@ def _found(directory: Path, label: str, weights: Weights) -> TensorSource | None
         if (directory / single).exists():
             return SafetensorsSource([directory / single], label)
         if (directory / index).exists():
-            return SafetensorsSource(_shards(directory / index, label), label)
+            return _sharded(SafetensorsSource, directory / index, label)
     single, index = _named("pytorch_model", "bin", weights.variant)
     if weights.use_safetensors is not True:
         if (directory / single).exists():
             return PickleSource([directory / single], label)
         if (directory / index).exists():
-            return PickleSource(_shards(directory / index, label), label)
+            return _sharded(PickleSource, directory / index, label)
     return None
+
+
+def index_files(variant: str | None = None) -> tuple[str, str]:
+    """Names of the indices of shards."""
+    stems = ("model", "safetensors"), ("pytorch_model", "bin")
+    first, second = (_named(*stem, variant)[1] for stem in stems)
+    return first, second
 
 
 def _named(stem: str, ending: str, variant: str | None) -> tuple[str, str]:
@@ -76,8 +84,21 @@ def _named(stem: str, ending: str, variant: str | None) -> tuple[str, str]:
     return f"{stem}{middle}.{ending}", f"{stem}.{ending}.index{middle}.json"
 
 
-def _shards(index: Path, label: str) -> list[Path]:
-    """The files of an index, beside it."""
+def _sharded(
+    kind: type[SafetensorsSource] | type[PickleSource], index: Path, label: str
+) -> TensorSource:
+    """The tensors that an index names; transformers 4 does not load others, which an earlier save may have left in a shard."""
+    names, files = _indexed(index, label)
+    source = kind(files, label)
+    left = source.infos().keys() - names
+    if not left:
+        return source
+    kept = {name: name for name in source.infos() if name in names}
+    return RenamedSource(source, kept, dict.fromkeys(left, f"not in {index.name}"))
+
+
+def _indexed(index: Path, label: str) -> tuple[set[str], list[Path]]:
+    """Names of tensors in an index, and its files, which lie beside it."""
     found = read_json(index, label, "an index of shards")
     names = found.get("weight_map") if isinstance(found, Mapping) else None
     if not isinstance(names, Mapping) or not names:
@@ -94,4 +115,4 @@ def _shards(index: Path, label: str) -> list[Path]:
         raise CheckpointMismatchError(
             f"{label}: {index} names {outside[0]!r}, expected files beside it. Download it again, from a source that you trust."
         )
-    return [index.parent / name for name in shards]
+    return set(names), [index.parent / name for name in shards]

@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from ..checkpoint.deltas import read_config
 from ..checkpoint.hub import local_directory
+from ..checkpoint.loaders import place_of
 from ..errors import CheckpointMismatchError, SettingsError
 from ..models import DynamicModel, Serving
 from .classification import Classification, Heads
@@ -49,7 +50,7 @@ def open_runner(
     if dtype is not None:
         model.backbone.to(getattr(torch, dtype))
     model.serving = Serving(memory_limit_gb=limits.memory_limit_gb)
-    source = base or config["backbone"].get("source")
+    source = base or _beside(config["backbone"].get("source"), place)
     name = type(model.backbone).__name__
     kind, options = _kind(model, name, heads), {"limits": limits}
     if kind == "language":
@@ -81,16 +82,23 @@ def _kind(model: DynamicModel, name: str, heads: Any) -> str:
     )
 
 
-def _processor(auto: Any, source: str | Mapping[str, Any] | None) -> Any:
+def _beside(source: str | Mapping[str, Any] | None, place: Path) -> str | None:
+    """Where a saved model's base model lies, whose place may be relative to the model's."""
+    if isinstance(source, Mapping):
+        source = source.get("pretrained_model_name_or_path")
+    return None if source is None else place_of(source, place)
+
+
+def _processor(auto: Any, where: str | None) -> Any:
     """Tokenizer or image processor of the base model, read as data."""
-    where = source["pretrained_model_name_or_path"] if isinstance(source, Mapping) else source  # fmt: skip
     file = _FILES[auto]
     try:
         if where is None or (Path(where).is_dir() and not (Path(where) / file).is_file()):  # fmt: skip
             raise OSError(f"there is no {file}")
         return auto.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any type, for it comes of files of any content
+        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointMismatchError(
-            f"The base model at {where} has no {auto.__name__.removeprefix('Auto')} that can be read: "
-            f"{str(error).splitlines()[0]}. Give its directory with --base."
+            f"The base model at {where} has no {auto.__name__.removeprefix('Auto')} that can be read: {first}. Give its "
+            "directory with --base."
         ) from error

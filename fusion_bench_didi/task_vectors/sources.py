@@ -164,7 +164,10 @@ class ModuleSource(TensorSource):
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    return {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
+    return {
+        n: TensorInfo(() if t.is_nested else tuple(t.shape), t.dtype)
+        for n, t in tensors.items()
+    }
 
 
 def digest_of(content: bytes) -> str:
@@ -176,6 +179,8 @@ def fault_of(tensor: Tensor) -> str | None:
     """Why the values of a tensor cannot be read."""
     if tensor.is_meta:
         return "is without values (on the meta device, as in a model that is loaded in part)"
+    if tensor.is_nested:
+        return "is a nested tensor, expected one of plain rows"
     if tensor.layout != torch.strided:
         return f"is of layout {tensor.layout}, expected a dense tensor"
     return None

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,16 @@ import torch
 from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
 from fusion_bench.modelpool.causal_lm import CausalLMPool
 from helpers import BASE, TRANSFORMERS, didi, family, fine_tuned
+from hostile_directories import (
+    MARK,
+    Bomb,
+    merged_language_model,
+    rewrite,
+    with_backbone,
+    write_language_model,
+)
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2LMHeadModel
 
 from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.checkpoint import loaders
@@ -22,8 +29,6 @@ from fusion_bench_didi.checkpoint.fields import CHECKSUM, inside, sealed
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.method.merge import MERGE
 from fusion_bench_didi.models.dynamic import DiDiModel
-
-MARK = "ran"
 
 
 @pytest.fixture
@@ -44,19 +49,6 @@ def static(tiny_clip, tiny_clip_dir: Path, tmp_path: Path) -> Path:
         fine_tuned(base, 1), tmp_path / "static", base=base, types=types, known=known
     )
     return tmp_path / "static"
-
-
-def rewrite(directory: Path, change: Callable[[dict], object]) -> None:
-    """As someone would who means harm, and knows how a manifest is sealed."""
-    file = directory / "config.json"
-    config = json.loads(file.read_text())
-    config.pop(CHECKSUM, None)
-    change(config)
-    file.write_text(json.dumps(sealed(config)))
-
-
-def with_backbone(directory: Path, **changes: object) -> None:
-    rewrite(directory, lambda config: config["backbone"].update(changes))
 
 
 # --- nothing runs -------------------------------------------------------------
@@ -101,16 +93,6 @@ TARGETS = {
     },
     "pickle of the host": {"model_name": "ViT-B-32", "pickle_path": "{mark}.pt"},
 }
-
-
-class Bomb:
-    """A pickle that leaves a mark where it is read."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -178,33 +160,6 @@ def test_classes_of_what_is_stored_are_of_a_closed_list(saved, tiny_clip, change
         CheckpointMismatchError, match="config.json: .* (expected|make)"
     ):
         load_artifact(saved, tiny_clip.base)
-
-
-def write_language_model(directory: Path, kind: str = "gpt2") -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = {"vocab_size": 30, "num_hidden_layers": 1, "num_attention_heads": 2}
-        if kind == "gpt2":
-            sizes = {"vocab_size": 30, "n_layer": 1, "n_head": 2}
-            model = GPT2LMHeadModel(GPT2Config(n_embd=16, **sizes))
-        else:
-            config = LlamaConfig(hidden_size=16, intermediate_size=24, **sizes)
-            model = LlamaForCausalLM(config)
-    model.save_pretrained(directory)
-    return model.eval()
-
-
-def merged_language_model(directory: Path, place: str, **known: object) -> nn.Module:
-    """A merge in ``directory`` whose base model lies in ``place`` in it; returns the base model."""
-    base = write_language_model(directory.parent / "base")
-    didi(family(copy.deepcopy(base)), budget=0.9).save_pretrained(directory)
-    os.rename(directory.parent / "base", directory / place)
-    with_backbone(
-        directory,
-        source=place,
-        **{"class": "transformers.models.gpt2.modeling_gpt2.GPT2LMHeadModel", **known},
-    )
-    return base
 
 
 def test_a_base_model_is_found_beside_the_merge(tmp_path, monkeypatch):

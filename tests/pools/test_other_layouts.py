@@ -1,0 +1,313 @@
+"""Files that name or hold tensors otherwise than their models do: read as ``from_pretrained`` reads them, or named in an error."""
+
+import copy
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from helpers import TRANSFORMERS, didi
+from safetensors.torch import load_file, save_file
+from saved_checkpoints import (
+    LLAMA,
+    as_pickle,
+    assert_exact,
+    change_file,
+    gpt2,
+    llama,
+    pool_of,
+    saved,
+    seeded,
+    tuned,
+)
+from torch import nn
+
+from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.pools.opening import load_backbone, open_pool
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+TEXT = {**LLAMA, "head_dim": 8}
+IMAGES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+#: Multimodal models by what their configurations want.
+MULTIMODAL: dict[str, dict] = {
+    "Gemma3": {"mm_tokens_per_image": 4, "image_token_index": 63},
+    "PaliGemma": {"projection_dim": 16, "image_token_index": 63},
+    "LlavaNext": {"vision_feature_layer": -1},
+}
+PARTS = {
+    "Gemma3": ("siglip_vision_model", "gemma3_text"),
+    "PaliGemma": ("siglip_vision_model", "gemma"),
+    "LlavaNext": ("clip_vision_model", "llama"),
+}
+
+
+def multimodal(name: str) -> nn.Module:
+    images, text = PARTS[name]
+    parts = {
+        "vision_config": {**IMAGES, "model_type": images},
+        "text_config": {**TEXT, "model_type": text},
+    }
+    config = getattr(transformers, f"{name}Config")(**parts, **MULTIMODAL[name])
+    kind = getattr(transformers, f"{name}ForConditionalGeneration")
+    return seeded(lambda: kind(config))
+
+
+def family(place, base: nn.Module) -> dict[str, nn.Module]:
+    models = {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)}
+    saved(place, models)
+    return models
+
+
+# --- names --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_language_towers_of_multimodal_models_are_merged(tmp_path, name):
+    base = multimodal(name)
+    family(tmp_path, base)
+    in_file = set(load_file(tmp_path / "a" / "model.safetensors"))
+    assert TRANSFORMERS >= 5 or not in_file <= set(base.state_dict())
+    kind = type(base)
+    if name == "Gemma3":
+        kind = transformers.AutoModelForImageTextToText
+    assert_exact(pool_of(tmp_path, kind))
+
+
+def bare(tensors: dict) -> dict:
+    """As the first GPT-2 was published."""
+    mask = {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    return {n.removeprefix("transformer."): v for n, v in tensors.items()} | mask
+
+
+def by_other_names(tensors: dict) -> dict:
+    """One matrix under each of its names but the first."""
+    rest = dict(tensors)
+    rows = rest.pop("shared.weight")
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    return {**rest, **{name: rows.clone() for name in (*names, "lm_head.weight")}}
+
+
+def t5() -> nn.Module:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 1}
+    config = transformers.T5Config(**sizes, vocab_size=30)
+    return seeded(lambda: transformers.T5ForConditionalGeneration(config))
+
+
+def masked() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, intermediate_size=16, vocab_size=30)
+    return seeded(lambda: transformers.BertForMaskedLM(config))
+
+
+def whole_decoder(tensors: dict) -> dict:
+    """A head in full, though it is tied."""
+    rows, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
+    head = {"weight": tensors[rows].clone(), "bias": tensors[bias].clone()}
+    named = {f"cls.predictions.decoder.{n}": v for n, v in head.items()}
+    return {**tensors, **named}
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [(gpt2, bare), (t5, by_other_names), (masked, whole_decoder)],
+    ids=["no prefix", "other names of one", "tied head in full"],
+)
+@pytest.mark.parametrize("where", ["a", "base"])
+def test_names_that_other_versions_wrote(tmp_path, make, change, where):
+    base = make()
+    family(tmp_path, base)
+    change_file(tmp_path / where, change)
+    assert_exact(pool_of(tmp_path, type(base)))
+
+
+# --- numbers ------------------------------------------------------------------
+
+
+def quantized(**forms: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+    """Weights of layers in forms by what follows the layer's name."""
+
+    def change(tensors: dict) -> dict:
+        out = {}
+        for name, value in tensors.items():
+            if not name.endswith("_proj.weight"):
+                out[name] = value
+                continue
+            stem = name.removesuffix("weight")
+            out.update({stem + end: form(value) for end, form in forms.items()})
+        return out
+
+    return change
+
+
+QUANTIZED = {
+    "8 bits, scale per row": quantized(
+        weight=lambda v: (100 * v).to(torch.int8), SCB=lambda v: torch.ones(len(v))
+    ),
+    "4 bits, packed": quantized(
+        weight=lambda v: torch.zeros(v.numel() // 2, 1, dtype=torch.uint8),
+        **{"weight.absmax": lambda v: torch.ones(4)},
+    ),
+    "compressed": quantized(
+        weight_packed=lambda v: torch.ones(2, 2, dtype=torch.int32),
+        weight_scale=lambda v: torch.ones(len(v), 1),
+    ),
+    "float8, scale of an unknown name": quantized(
+        weight=lambda v: v.to(torch.float8_e4m3fn),
+        scale_weight=lambda v: torch.ones(()),
+    ),
+    "whole numbers": quantized(weight=lambda v: (10 * v).to(torch.int8)),
+}
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_numbers_that_stand_for_others_are_refused(tmp_path, form):
+    family(tmp_path, llama(False))
+    change_file(tmp_path / "a", QUANTIZED[form])
+    with pytest.raises(CheckpointMismatchError, match="a: .*_proj"):
+        didi(pool_of(tmp_path, transformers.LlamaForCausalLM))
+
+
+@pytest.mark.parametrize("kind", ["e5m2", "e4m3fnuz", "e5m2fnuz"])
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+def test_other_float8_is_read(tmp_path, kind, form):
+    """With a scale for each column."""
+    models = family(tmp_path, llama(False))
+    dtype = getattr(torch, f"float8_{kind}")
+    scales = lambda v: torch.linspace(0.5, 2, v.shape[1])[None]  # noqa: E731
+    change = quantized(
+        weight=lambda v: (v / scales(v)).to(dtype), weight_scale_inv=scales
+    )
+    if form == "safetensors":
+        change_file(tmp_path / "a", change)
+    else:
+        as_pickle(tmp_path / "a", change(models["a"].state_dict()))
+    pool = pool_of(tmp_path, transformers.LlamaForCausalLM)
+    vectors = open_pool(pool, load_backbone(pool))
+    name = "model.layers.0.mlp.up_proj.weight"
+    found, want = vectors.tensor(name).tuned(0).float(), models["a"].state_dict()[name]
+    assert 0 < float((found - want).norm() / want.norm()) < 0.1
+
+
+# --- files --------------------------------------------------------------------
+
+
+def in_shards(place, model: nn.Module, change: Callable[[dict], object]) -> None:
+    """The model in shards of an index that is changed."""
+    (place / "model.safetensors").unlink()
+    model.save_pretrained(place, max_shard_size="5KB")
+    file = place / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
+
+
+def test_shards_come_before_an_older_pickle(tmp_path):
+    models = family(tmp_path, llama(False))
+    in_shards(tmp_path / "a", models["a"], lambda _: None)
+    old = tuned(models["base"], 9).state_dict()
+    torch.save(old, tmp_path / "a" / "pytorch_model.bin")
+    assert_exact(pool_of(tmp_path, transformers.LlamaForCausalLM))
+
+
+def test_a_link_to_nowhere_is_no_file(tmp_path):
+    models = family(tmp_path, llama(False))
+    as_pickle(tmp_path / "a", tuned(models["base"], 9).state_dict())
+    (tmp_path / "a" / "model.safetensors").symlink_to("nowhere")
+    assert_exact(pool_of(tmp_path, transformers.LlamaForCausalLM))
+
+
+def test_a_variant_in_shards(tmp_path):
+    models = family(tmp_path, llama(False))
+    new = tuned(models["base"], 9)
+    new.save_pretrained(tmp_path / "a", variant="new", max_shard_size="5KB")
+    pool = pool_of(tmp_path, transformers.LlamaForCausalLM)
+    pool._models["a"]["variant"] = "new"
+    assert_exact(pool)
+    found = didi(pool, budget=1e9).materialize("a").lm_head.weight
+    torch.testing.assert_close(found, new.lm_head.weight, atol=1e-5, rtol=0)
+
+
+def test_what_a_shard_holds_beside_its_index_is_not_read(tmp_path):
+    """It is of an earlier save; from_pretrained takes only what the index names."""
+    models, name = family(tmp_path, llama(False)), "model.norm.weight"
+    in_shards(tmp_path / "a", models["a"], lambda names: names.pop(name))
+    pool = pool_of(tmp_path, transformers.LlamaForCausalLM)
+    with pytest.raises(CheckpointMismatchError, match=f"a: 1 tensors missing: {name}"):
+        didi(pool)
+
+
+def test_an_index_that_mixes_up_its_files_is_as_good(tmp_path):
+    models = family(tmp_path, llama(False))
+
+    def swap(names: dict) -> None:
+        first, *_, last = names
+        names[first], names[last] = names[last], names[first]
+
+    in_shards(tmp_path / "a", models["a"], swap)
+    assert_exact(pool_of(tmp_path, transformers.LlamaForCausalLM))
+
+
+def test_an_index_names_what_no_file_holds(tmp_path):
+    models = family(tmp_path, llama(False))
+    in_shards(tmp_path / "a", models["a"], lambda _: None)
+    shard = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    file = tmp_path / "a" / shard["weight_map"]["model.norm.weight"]
+    kept = {n: v for n, v in load_file(file).items() if n != "model.norm.weight"}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointMismatchError, match="missing: model.norm.weight"):
+        didi(pool_of(tmp_path, transformers.LlamaForCausalLM))
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: {NORM: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+            f"a: {NORM} is a nested tensor",
+        ),
+        (lambda t: {NORM: torch.ones(16, device="meta")}, f"a: {NORM} is without"),
+        (
+            lambda t: {NORM: torch.quantize_per_tensor(t[NORM], 0.1, 0, torch.qint8)},
+            f"a: {NORM} is of torch.qint8",
+        ),
+        (lambda t: {NORM: t[NORM].to(torch.complex64)}, f"a: {NORM} is of torch.comp"),
+        (lambda t: {NORM: t[NORM].long()}, f"a: {NORM} is of torch.int64"),
+        (lambda t: {NORM: torch.tensor(1.0)}, rf"a: {NORM} is \(\), the base model"),
+        (lambda t: {b"x": torch.ones(2)}, r"a: .*holds \[b'x'\], expected tensors by"),
+    ],
+    ids=["nested", "meta", "qint8", "complex", "int64", "scalar", "bytes"],
+)  # fmt: skip
+def test_tensors_of_pickles_that_are_none_to_merge(tmp_path, change, message):
+    models = family(tmp_path, llama(False))
+    state = models["a"].state_dict()
+    as_pickle(tmp_path / "a", {**state, **change(state)})
+    with pytest.raises(CheckpointMismatchError, match=message):
+        didi(pool_of(tmp_path, transformers.LlamaForCausalLM))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {n: v.half() if "norm" in n else v.double() for n, v in t.items()},
+        lambda t: {**t, NORM: torch.ones(1).expand(16)},
+        lambda t: {n: v.T.contiguous().T if v.ndim == 2 else v for n, v in t.items()},
+        lambda t: {**t, "none": None, "steps": {1, 2}, "rows": torch.Size([3])},
+    ],
+    ids=["types", "one value for all", "turned", "other values"],
+)
+def test_pickles_that_are_as_good_as_state_dicts(tmp_path, change):
+    models = family(tmp_path, llama(False))
+    as_pickle(tmp_path / "a", change(copy.deepcopy(models["a"].state_dict())))
+    assert_exact(pool_of(tmp_path, transformers.LlamaForCausalLM))

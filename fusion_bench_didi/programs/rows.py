@@ -26,6 +26,8 @@ from .entries import ComparisonError
 
 SETTINGS, ROWS, COMPARISON = "settings.json", "rows", "comparison.json"
 SEARCHES, ARTIFACTS = "searches", "artifacts"
+#: The directory of the run, in paths that rows name.
+HERE = "<run>"
 
 
 class RowStore:
@@ -63,7 +65,8 @@ class RowStore:
         """
         row = self.load(key)
         if row is not None and row["accuracy"]:
-            self._refuse(row["entry"], _plain(declared), f"entries.{key}.")
+            there, here = self._movable(row["entry"]), self._movable(declared)
+            self._refuse(there, here, f"entries.{key}.")
 
     def load(self, key: str) -> dict[str, Any] | None:
         file = self._file(key)
@@ -72,7 +75,20 @@ class RowStore:
         return _read(file, lambda row: _check_row(row, key))
 
     def save(self, key: str, row: Mapping[str, Any]) -> None:
-        write_json(self._file(key), sealed(row, finite=False))
+        entry = self._movable(row["entry"])
+        write_json(self._file(key), sealed({**row, "entry": entry}, finite=False))
+
+    def _movable(self, entry: Any) -> Any:
+        """Paths in the directory of the run as seen from it, so that a run that was moved goes on."""
+        if isinstance(entry, Mapping):
+            return {key: self._movable(value) for key, value in entry.items()}
+        if isinstance(entry, (list, tuple)):
+            return [self._movable(value) for value in entry]
+        if isinstance(entry, str):
+            for place in (str(self.directory), str(self.directory.absolute())):
+                if entry.startswith(place + os.sep):
+                    return os.path.join(HERE, entry[len(place) + 1 :])
+        return entry
 
     def _forget(self) -> None:
         """Remove what runs left in the directory, and nothing else that lies there."""

@@ -45,6 +45,28 @@ def test_a_row_comes_back_as_it_was(store, budget):
     RowStore(store.directory, SETTINGS)
 
 
+@pytest.mark.parametrize("before", ["relocated", "as it was"])
+def test_a_run_that_was_moved_goes_on(tmp_path, monkeypatch, before):
+    monkeypatch.chdir(tmp_path)
+    there, here = tmp_path / "there", tmp_path / "here"
+    store = RowStore("there", SETTINGS)  # a relative one is the same place
+    entry = {"method": {"directory": str(there / "searches/merge"), "seeds": [0, 1]}}
+    if before == "as it was":  # rows written with whole paths
+        monkeypatch.setattr(RowStore, "_movable", lambda self, value: value)
+    store.save("emr", {**ROW, "entry": entry})
+    monkeypatch.undo()
+    RowStore(there, SETTINGS).check("emr", entry)
+    if before == "as it was":
+        return
+    there.rename(here)
+    moved = {"method": {"directory": str(here / "searches/merge"), "seeds": [0, 1]}}
+    RowStore(here, SETTINGS).check("emr", moved)
+    for other in ("searches/other", "../elsewhere", ""):
+        wrong = {"method": {"directory": str(here / other), "seeds": [0, 1]}}
+        with pytest.raises(ComparisonError, match="directory"):
+            RowStore(here, SETTINGS).check("emr", wrong)
+
+
 @pytest.mark.parametrize("name", ["rows/emr.json", "settings.json"])
 def test_no_flipped_bit_is_read_as_another_figure(store, name):
     file, rng = store.directory / name, random.Random(0)

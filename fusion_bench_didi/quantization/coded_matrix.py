@@ -112,6 +112,25 @@ def code_product(
     return CodedMatrix((short, codes), found * gain, error)
 
 
+def step_within(spread: Tensor, lengths: Tensor, bits: float) -> float:
+    """The step at which Gaussian rows take so many bits.
+
+    Args:
+        spread: (r,) standard deviations.
+        lengths: (r,) values of each row.
+    """
+    spread, lengths = spread.double().cpu(), lengths.double().cpu()
+    finest, coarsest = (float(spread.max()) * 2.0**p for p in (-16, 8))
+    for _ in range(40):
+        step = (finest * coarsest) ** 0.5
+        taken = (rate_distortion(spread / step)[0] * lengths).sum()
+        if taken + CLASS_BITS * len(spread) > bits:
+            finest = step
+        else:
+            coarsest = step
+    return coarsest
+
+
 def unit_rows(values: Tensor) -> Tensor:
     """(r, n) float32 directions of rows, in their place; zero where all are zero."""
     length = torch.linalg.vector_norm(values, dim=1, keepdim=True)

@@ -729,6 +729,8 @@ def test_yaml_is_the_constructor(name):
     [
         (lambda: methods.TSVCompression(conv="low"), "conv='low'"),
         (lambda: methods.TSVCompression(rank_fraction=0), "rank_fraction=0"),
+        (lambda: methods.TSVCompression(bits=0), "bits=0"),
+        (lambda: methods.TSVCompression(bits=2, fold_sigma=False), "fold_sigma"),
         (lambda: methods.TallMaskMerging(multi_task="sum"), "multi_task='sum'"),
         (lambda: methods.TallMaskMerging(ties_keep=20), "ties_keep=20"),
         (lambda: methods.TwinMerging(conv="low"), "conv='low'"),

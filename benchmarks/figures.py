@@ -24,6 +24,7 @@ PAGES = {
     "frontier": "benchmarks.frontier --anew",
     "own_storage": "benchmarks.own_storage --anew",
     "coded": "benchmarks.coded",
+    "bound": "benchmarks.bound",
     "models": "benchmarks.pool_table",
     "real_suite_real8": "benchmarks.real_suite",
     "ranks_and_bits": "benchmarks.ranks_and_bits",

@@ -1,8 +1,10 @@
 """A shared part is bought only where it pays."""
 
+import copy
+
 import pytest
 import torch
-from helpers import task_vectors
+from helpers import merge_settings, task_vectors
 from torch import nn
 
 from benchmarks.overlap import constructed, merged
@@ -70,3 +72,29 @@ def test_thin_matrices_that_are_nearly_alike_keep_to_the_budget(budget):
     settings = MergeSettings(Budget(budget), allocation="greedy")
     storage = merge(task_vectors(models), settings).storage
     assert storage.excl_bits <= settings.budget.bits(storage.unit_bits)
+
+
+@pytest.mark.parametrize("budget", [0.06, 0.3])
+def test_sharing_does_not_lose_what_few_rows_or_entries_hold(budget):
+    """Of which numbers of few bits lose all: rows of an embedding that all tasks change, and an entry far above all others."""
+    generator = torch.Generator().manual_seed(0)
+    rows, entry = torch.zeros(300, 40), torch.zeros(300, 40)
+    rows[:8], entry[5, 6] = torch.randn(8, 40, generator=generator), 100.0
+    base = nn.ModuleList(nn.Linear(40, 300, bias=False) for _ in range(2))
+    models = {"_pretrained_": base}
+    for task in "abc":
+        models[task] = copy.deepcopy(base)
+        own = torch.randn(2, 300, 40, generator=generator)
+        changes = (rows * (1 + 0.03 * own[0]), 0.1 * (entry + own[1]))
+        for layer, change in zip(models[task], changes):
+            layer.weight.data += 0.01 * change
+    vectors = task_vectors(models)
+    both, alone = (
+        merge(vectors, merge_settings(budget, factor_dtype="auto", shared=how)).report
+        for how in ("auto", "none")
+    )
+    for name, lost in both.errors.items():
+        assert (
+            lost.sum()
+            <= 1.1 * alone.errors[name].sum() + 1e-3 * both.energy[name].sum()
+        )

@@ -25,6 +25,7 @@ from ..spectra import Decomposed
 from .base import Choice, Decision
 from .dense import encode_dense
 from .pricing import in_all_precisions
+from .uneven import at_its_price, beyond_gaussian
 
 
 class Experts:
@@ -88,6 +89,7 @@ def choices_of(
     sigma: Tensor,
     tail_energy: Tensor,
     bases: KeptBases | None,
+    shared: Matrix | None = None,
 ) -> list[Choice]:
     """Experts of known spectra beside a shared part of some rank, in every precision.
 
@@ -95,8 +97,15 @@ def choices_of(
         sigma: (T, q).
         tail_energy: (T,).
         bases: half SVDs of the shared matrix and of the experts.
+        shared: (m, n) the shared part at its rank.
     """
     curves = in_all_precisions(context, name, shared_rank, sigma, tail_energy)
+    precisions = context.inventory.precisions[name]
+    if shared is not None:
+        energy, beyond = float(energy_of(shared)), beyond_gaussian(
+            shared, shared_rank, precisions
+        )
+        curves = [at_its_price(c, more, energy) for c, more in zip(curves, beyond)]
     return [
         Choice(
             form,
@@ -105,7 +114,7 @@ def choices_of(
             bases,
             curve.spectra(name, context.sides(name), context.weights[name]),
         )
-        for curve, precision in zip(curves, context.inventory.precisions[name])
+        for curve, precision in zip(curves, precisions)
     ]
 
 

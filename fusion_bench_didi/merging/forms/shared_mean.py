@@ -79,7 +79,7 @@ def _beside_low_rank(form: SharedMean, look: Look) -> Iterator[Choice]:
             tail_energy=torch.tensor([one.tail_energy]),
         )
         if _may_pay(own, beside, first, weights, multiplier):
-            yield from _choices(form, look, k, found, map(left, vectors), q)
+            yield from _choices(form, look, k, part, found, map(left, vectors), q)
 
 
 def _beside_dense(form: SharedMean, look: Look) -> Iterator[Choice]:
@@ -108,29 +108,31 @@ def _beside_dense(form: SharedMean, look: Look) -> Iterator[Choice]:
         rest = minus(look.differences, part)
         tail = squared_norms(rest).cpu()
         if not still_dense(look, rest, tail):
-            yield from _choices(form, look, k, found, map(materialize, rest), q)
+            experts = map(materialize, rest)
+            yield from _choices(form, look, k, part, found, experts, q)
             continue
         nothing = HalfSVD(found.vectors[:, :0], found.S[:0], 0.0)
         bases = context.store.keep((found, *[nothing] * len(rest)))
         sigma = torch.zeros(len(rest), 0)
-        yield from choices_of(form, context, name, k, sigma, tail, bases)
+        yield from choices_of(form, context, name, k, sigma, tail, bases, part)
 
 
 def _choices(
     form: SharedMean,
     look: Look,
     shared_rank: int,
+    part: Matrix,
     shared: HalfSVD,
     residuals: Iterable[Matrix],
     rank: int,
 ) -> list[Choice]:
-    """Low-rank experts that are what a shared part leaves."""
+    """Low-rank experts that are what a shared part (m, n) leaves."""
     name = look.name
     found = [half_svd(rest, max_rank=rank, name=name) for rest in residuals]
     sigma = torch.stack([one.S.cpu() for one in found])
     tail = torch.tensor([one.tail_energy for one in found])
     bases = look.context.store.keep((shared, *found))
-    return choices_of(form, look.context, name, shared_rank, sigma, tail, bases)
+    return choices_of(form, look.context, name, shared_rank, sigma, tail, bases, part)
 
 
 def _worth_sharing(look: Look, own: ExpertsCurve, held: Tensor) -> bool:

@@ -19,6 +19,7 @@ from ..rank_bounds import REACH
 from ..reconstruction import squared_error
 from ..spectra import SPENT
 from .base import Choice, Decision, Look
+from .uneven import columns_beyond_gaussian
 
 #: Looked into where the even share is below this part of what a matrix costs dense ...
 WORTH_CORES = 0.35
@@ -68,9 +69,10 @@ class Tucker:
         kept = context.store.keep(tuple(HalfSVD(b, empty, 0.0) for b in both))
         p, q = spaces.sizes_up[:, None], spaces.sizes_down
         tasks = sum(b.tail_energy > 0 or bool(b.S.any()) for b in found)
-        for precision in allowed:
+        beyond = columns_beyond_gaussian(spaces.up, spaces.down, allowed)
+        for precision, more in zip(allowed, beyond):
             bits = precision.common_bits(shape, tasks, p, q)
-            rounding = precision.common_rounding(shape, p, q)
+            rounding = precision.common_rounding(shape, p, q) + more
             curve = TuckerCurve.of(spaces, bits, rounding, tasks, most=most)
             yield Choice(self, precision, curve, kept)
 

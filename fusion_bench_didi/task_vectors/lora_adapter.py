@@ -87,6 +87,8 @@ class AdapterSource(TensorSource):
         self._infos: dict[str, TensorInfo] = {}
         if found := variants(config):
             self.faults[""] = "; ".join(found)
+        elif not source.infos():
+            self.faults[""] = "it holds no tensors, expected lora_A and lora_B"
         else:
             self._sort()
         self._ties = bool(config.get("ensure_weight_tying"))

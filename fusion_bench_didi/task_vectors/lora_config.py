@@ -22,6 +22,7 @@ VARIANTS = (
     "lora_bias",
     "alora_invocation_tokens",
     "arrow_config",
+    "enable_lora",
     "kasa_config",
     "layer_replication",
     "monteclora_config",
@@ -29,6 +30,18 @@ VARIANTS = (
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
+)
+
+#: Others that are turned on as variants are, and change nothing about a trained adapter.
+PLAIN = (
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "runtime_config",
+    "use_rslora",
+    "velora_config",
 )
 
 #: Starts that leave the base model's weights alone; others (PiSSA, OLoRA, ...) take part of them into the adapter.
@@ -111,9 +124,9 @@ def variants(config: Mapping[str, Any]) -> list[str]:
     if kind != "LORA":
         return [f"{CONFIG} has peft_type={kind!r}, expected 'LORA'"]
     found = [
-        f"{CONFIG} has {name}={config[name]!r}, expected none of it (plain LoRA)"
-        for name in VARIANTS
-        if config.get(name)
+        f"{CONFIG} has {name}={value!r}, expected none of it (plain LoRA)"
+        for name, value in config.items()
+        if value and (name in VARIANTS or _turns_on(name) and name not in PLAIN)
     ]
     start = config.get("init_lora_weights", True)
     if str(start).lower() not in STARTS:
@@ -124,9 +137,18 @@ def variants(config: Mapping[str, Any]) -> list[str]:
     return found + _malformed(config)
 
 
+def _turns_on(name: str) -> bool:
+    """Whether settings of this name turn on a variant, perhaps of a release of PEFT to come."""
+    return name.startswith("use_") or name.endswith("_config")
+
+
 def _malformed(config: Mapping[str, Any]) -> list[str]:
     """Settings of the arithmetic that are none: what was found, and what is expected."""
-    found = []
+    found = [
+        f"{CONFIG} has {key}={value!r}, expected true or false"
+        for key in ("use_rslora", "fan_in_fan_out", "ensure_weight_tying")
+        if not isinstance(value := config.get(key) or False, bool)
+    ]
     for key, patterns, fits, expected in (
         ("r", "rank_pattern", _is_rank, "a whole number above 0"),
         ("lora_alpha", "alpha_pattern", _is_number, "a number"),

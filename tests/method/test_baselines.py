@@ -6,6 +6,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from dynamic_methods import DYNAMIC
 from fusion_bench.method.emr_merging import EMRMerging as HostEMRMerging
 from fusion_bench.modelpool import BaseModelPool
 from helpers import REPOSITORY, TOWER, OpenClipLike, family
@@ -22,30 +23,6 @@ from fusion_bench_didi.method.base import PoolMethod
 from fusion_bench_didi.models.dynamic import DynamicModel
 
 CONFIGS = REPOSITORY / "config" / "method" / "didi"
-DYNAMIC = {
-    "tsv_c": lambda: methods.TSVCompression(),
-    "tsv_c matrix": lambda: methods.TSVCompression(conv="matrix", fold_sigma=False),
-    "tall ties": lambda: methods.TallMaskMerging(),
-    "tall sum": lambda: methods.TallMaskMerging(multi_task="task_arithmetic"),
-    "twin": lambda: methods.TwinMerging(),
-    "twin dense": lambda: methods.TwinMerging(conv="dense", rank_fraction=0.6),
-    "free": lambda: methods.FreeMerging(),
-    "free code": lambda: methods.FreeMerging(filter="code", keep=0.2),
-    "free released": lambda: methods.FreeMerging(
-        filter="code", keep=0.2, biases="released"
-    ),
-    "emr": lambda: methods.EMRMerging(),
-    "bitdelta": lambda: methods.BitDelta(others="bfloat16"),
-    "dare": lambda: methods.DARE(positions="stored", others="pretrained"),
-    "dare seed": lambda: methods.DARE(width=4, tensors="linear"),
-    "t_switch": lambda: methods.TSwitch(),
-    "compeft": lambda: methods.ComPEFT(),
-    "tvq": lambda: methods.TaskVectorQuantization(),
-    "rtvq": lambda: methods.TaskVectorQuantization(width=2, base_width=3),
-    "lossless": lambda: methods.LosslessDifference(),
-    "delta_come": lambda: methods.DeltaCoMe(others="checkpoint"),
-    "ultra_delta": lambda: methods.UltraDelta(drop=0.9),
-}
 
 
 def floats(module: nn.Module) -> dict[str, np.ndarray]:

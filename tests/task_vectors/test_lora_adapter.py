@@ -128,6 +128,35 @@ def test_all_faults_of_all_adapters_come_in_one_error(llamas, monkeypatch):
     assert "eurosat: adapter_config.json has use_dora=True" in message
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.clear(), "it holds no tensors"),
+        (lambda t: t.update(prompt_embeddings=torch.ones(2, 32)), "prompt_embeddings"),
+        (lambda t: renamed(t, ".default.weight"), "is not of plain LoRA"),
+        (lambda t: t.update({PAIR + "lora_A.two.weight": torch.ones(3, 32)}), "A.two"),
+        (lambda t: t.update({PAIR + "lora_magnitude_vector": torch.ones(32)}), "magn"),
+        (lambda t: t.update({n: v.to(torch.int8) for n, v in t.items()}), "torch.int8"),
+        (lambda t: t.update({n: v[:0].clone() for n, v in t.items()}), "expected rank"),
+    ],
+    ids=["none", "prompt", "names", "another", "magnitude", "whole numbers", "rank 0"],
+)  # fmt: skip
+def test_tensors_that_are_none_of_a_plain_adapter(llamas, change, message):
+    directory, _, pool = llamas
+    change_tensors(directory / "svhn", change)
+    with pytest.raises(CheckpointMismatchError, match=f"svhn: .*{message}"):
+        didi(pool)
+
+
+PAIR = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+def renamed(tensors: dict, ending: str) -> None:
+    """As in memory, where adapters have names."""
+    for name in list(tensors):
+        tensors[name.removesuffix(".weight") + ending] = tensors.pop(name)
+
+
 def test_faulty_tensors_may_be_left_out(llamas):
     directory, models, pool = llamas
     key = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"

@@ -4,10 +4,16 @@ import time
 
 import pytest
 from fuzz import limits
+from peft import LoraConfig
 
 from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.task_vectors import lora_config
-from fusion_bench_didi.task_vectors.lora_config import LoraSettings, variants
+from fusion_bench_didi.task_vectors.lora_config import (
+    PLAIN,
+    VARIANTS,
+    LoraSettings,
+    variants,
+)
 
 
 @pytest.mark.parametrize("pattern", ["(a|aa)+$x", "(?:(?:a?){90}){90}b", "((a*)*)*b"])
@@ -72,12 +78,30 @@ def test_patterns_that_take_memory_are_refused_before_they_do(pattern):
         {"rank_pattern": {"a" * 2000: 8}},
         {"alpha_pattern": {"q_proj": [1]}},
         {"alpha_pattern": 8},
+        {"use_rslora": "false"},
+        {"fan_in_fan_out": 1},
+        {"ensure_weight_tying": "no"},
+        {"use_dora": "yes"},
+        {"use_what_comes_next": True},
+        {"what_comes_next_config": {"rank": 2}},
+        {"enable_lora": [True, False, True]},
     ],
     ids=lambda change: str(change)[:40],
 )
 def test_settings_of_adapters_that_are_none_are_faults(change):
     (fault,) = variants({"peft_type": "LORA", "r": 8, "lora_alpha": 16, **change})
     assert next(iter(change)) in fault and "expected" in fault
+
+
+def test_every_setting_of_peft_is_known():
+    """A release that adds one makes this fail: is it a variant, or does it change nothing?"""
+    ours = {*VARIANTS, *PLAIN, "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+    ours |= {"fan_in_fan_out", "init_lora_weights", "peft_type", "ensure_weight_tying"}
+    of_training = {"lora_dropout", "inference_mode", "task_type", "qalora_group_size"}
+    of_files = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping"}
+    of_places = {"target_modules", "exclude_modules", "layers_to_transform"}
+    of_places |= {"layers_pattern", "modules_to_save", "bias", "megatron_core"}
+    assert set(LoraConfig().to_dict()) <= ours | of_training | of_files | of_places
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '"r"', "3", "[[1, 2]]", "{", "\xff", ""])

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,6 +23,8 @@ from .report import ExportReport
 MANIFEST = "export.json"
 #: Where an exported base model lies beside those of tasks; no task of a pool can have this name.
 BASE = "_pretrained_"
+#: Bytes of a file's name, with room for an ending.
+LONGEST = 200
 #: Files of tokenizers and processors, which are data.
 COMPANIONS = (
     "added_tokens.json",
@@ -65,6 +68,8 @@ def asked_tasks(model: DynamicModel, tasks: Sequence[str] | str | None) -> list[
 def folder(task: str) -> str:
     """A task's name as the name of a file, which no other task's is."""
     name = quote(task, safe="")
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST - 17]}-{sha256(task.encode()).hexdigest()[:16]}"
     return name.replace(".", "%2E", 1) if name.startswith(".") else name
 
 

@@ -15,6 +15,11 @@ Difference = tuple[Tensor, Tensor | None]
 BLOCK = 5 * 2**17
 
 
+def wide(values: Tensor) -> Tensor:
+    """In the type in which differences are taken before they become float32: that of float64 checkpoints, float32 of others."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def blocks_of_rows(matrix: Tensor) -> Iterator[slice]:
     """Slices that cover the rows of (m, n) evenly; of a multiple of eight rows, but for the last. One on an accelerator."""
     m, n = matrix.shape
@@ -34,15 +39,15 @@ def differences(terms: Sequence[Difference]) -> Iterator[tuple[int, slice, Tenso
         last = block = None
         for t, (matrix, minus) in enumerate(terms):
             if minus is not last:
-                last, block = minus, None if minus is None else minus[rows].float()
-            x = matrix[rows].float()
-            yield t, rows, x if block is None else x - block
+                last, block = minus, None if minus is None else wide(minus[rows])
+            x = wide(matrix[rows])
+            yield t, rows, (x if block is None else x - block).float()
 
 
 def materialize(terms: Difference) -> Tensor:
     """One difference (m, n) in float32, whole."""
     matrix, minus = terms
-    return matrix.float() if minus is None else matrix.float() - minus.float()
+    return (wide(matrix) if minus is None else wide(matrix) - wide(minus)).float()
 
 
 def squared_norms(terms: Sequence[Difference]) -> Tensor:
@@ -69,7 +74,7 @@ def minus(terms: Sequence[Difference], part: Matrix | None) -> list[Difference]:
     dense, found, last, both = as_dense(part), [], None, None
     for matrix, other in terms:
         if other is not None and other is not last:
-            last, both = other, other.float() + dense
+            last, both = other, wide(other) + dense
         found.append((matrix, dense if other is None else both))
     return found
 

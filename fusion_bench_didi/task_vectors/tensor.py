@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.factors import LowRankFactors, Matrix
-from ..lowrank.row_blocks import Difference
+from ..lowrank.row_blocks import Difference, wide
 from .sources import TensorInfo, TensorSource
 
 #: Task vectors of one tensor are stacked in memory up to this size.
@@ -127,8 +127,9 @@ class ChangedTensor:
 
     def stacked(self) -> Tensor:
         """All task vectors in float32, (T, *shape)."""
-        base = self.base().to(self.device, torch.float32)
-        stack = base.new_empty(len(self._tuned), *base.shape)
+        base = wide(self.base().to(self.device))
+        shape = len(self._tuned), *base.shape
+        stack = base.new_empty(shape, dtype=torch.float32)
         for task, tau in enumerate(stack):
             factors = self.factors(task)
             if factors is None:
@@ -142,8 +143,11 @@ class ChangedTensor:
         factors = self.factors(task)
         if factors is not None:
             return factors.to(self.device)
-        tuned = self.tuned(task).to(self.device, torch.float32, copy=True)
-        return tuned.sub_(self.base().to(self.device)).view(self.sides)
+        tuned, base = self.tuned(task).to(self.device), self.base().to(self.device)
+        if torch.float64 in (tuned.dtype, base.dtype):
+            return (wide(tuned) - wide(base)).float().view(self.sides)
+        tuned = tuned.to(torch.float32, copy=True)
+        return tuned.sub_(base).view(self.sides)
 
 
 class _OneByOne(Sequence):

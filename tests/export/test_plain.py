@@ -64,6 +64,13 @@ def test_models_that_are_not_transformers(tmp_path):
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
+def test_names_of_any_length_are_names_of_files(tmp_path):
+    long = ["ü" * 200 + end for end in "ab"]
+    model = didi(family(OpenClipLike(), long), budget=0.5)
+    to_patch(model, tmp_path / "patches")
+    assert len(list((tmp_path / "patches").glob("*.safetensors"))) == 2
+
+
 def test_only_an_export_is_overwritten(tmp_path):
     model = didi(family(OpenClipLike()), budget=0.5)
     to_plain(model, tmp_path / "out")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...allocation.experts_curve import ExpertsCurve
 from ...allocation.lagrangian import choose
-from ...lowrank.row_blocks import Difference, materialize
+from ...lowrank.row_blocks import Difference, materialize, wide
 from ...lowrank.spectrum_bounds import optimistic_spectrum, sampled
 from ...lowrank.svd import SKETCH_SIDE, singular_values
 from ...task_vectors.tensor import ChangedTensor
@@ -260,12 +260,12 @@ def _samples(differences: Sequence[Difference], rank: int) -> Tensor:
 
     def part(matrix: Tensor) -> Tensor:
         some = matrix.index_select(0, rows.to(matrix.device))
-        return some.index_select(1, columns.to(matrix.device)).float()
+        return wide(some.index_select(1, columns.to(matrix.device)))
 
     samples, last, block = [], None, None
     for matrix, base in differences:
         if base is not last:
             last, block = base, None if base is None else part(base)
         x = part(matrix)
-        samples.append((x if block is None else x - block).cpu())
+        samples.append((x if block is None else x - block).float().cpu())
     return torch.stack(samples)

@@ -22,9 +22,10 @@ from torch import nn
 
 from ..checkpoint import backbone as backbones
 from ..checkpoint.deltas import read_config, versions, write_manifest
-from ..checkpoint.directory import CONFIG, whole_directory
+from ..checkpoint.directory import whole_directory
 from ..checkpoint.fields import Field
 from ..checkpoint.hub import local_directory
+from ..checkpoint.ours import CONFIG
 from ..errors import CheckpointMismatchError
 from ..models.dynamic import DynamicModel
 from .forms import (

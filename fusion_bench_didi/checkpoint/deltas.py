@@ -17,8 +17,9 @@ from ..deltas.kinds import KINDS
 from ..deltas.names import escaped
 from ..deltas.plain import OwnDelta
 from ..errors import CheckpointMismatchError, DiDiError
-from .directory import CONFIG, MARK, write_json
+from .directory import write_json
 from .fields import CHECKSUM, Field, read_object, sealed
+from .ours import CONFIG, MARK
 from .parts import (
     FORMS,
     NEVER_OF_A_TASK,

@@ -19,15 +19,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..distributed.ranks import Ranks
-from ..errors import CheckpointMismatchError, DiDiError, RankError, spelled
+from ..errors import DiDiError, RankError, spelled
 from ..files import sync, write_whole
 from .exchange import exchange, rename_new
-from .fields import read_object
 from .locks import held, is_held
+from .ours import CONFIG, is_ours, others
 
-CONFIG = "config.json"
-#: Under this key a manifest says who wrote it.
-MARK = "fusion-bench-didi"
 #: Names are cut to so many bytes where others are made of them.
 _LONGEST = 200
 #: Seconds between two looks at a lock that someone else holds.
@@ -96,24 +93,15 @@ def _check_replaceable(
             f"{target} exists and is no saved model of this package ({mark} does not say so), so it is not overwritten. "
             "Choose another directory."
         )
+    if mark == CONFIG and (strange := others(place)):
+        raise FileExistsError(
+            f"{target} also holds {', '.join(strange[:4])}, which this package did not write and which would be lost, so it is not "
+            "overwritten. Put that elsewhere, or choose another directory."
+        )
     if os.path.ismount(place):
         raise FileExistsError(
             f"{target} is a mounted file system and cannot be replaced. Choose a directory in it."
         )
-
-
-def is_ours(directory: Path, file: str = CONFIG) -> bool:
-    """Whether a directory says that this package wrote it.
-
-    Args:
-        file: that says so.
-    """
-    try:
-        found = read_object(directory / file, whole=False)
-    except CheckpointMismatchError:
-        return False
-    by = found.get("versions")
-    return type(found.get("format")) is int and isinstance(by, dict) and MARK in by
 
 
 @contextmanager

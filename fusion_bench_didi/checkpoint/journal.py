@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import CheckpointMismatchError, DiDiError, RankError, ResumeError, spelled
-from .directory import CONFIG, journal_of, seen_by_all, write_json
+from .directory import journal_of, seen_by_all, write_json
 from .fields import read_object, sealed
+from .ours import CONFIG
 from .tensors import file_digest
 
 log = logging.getLogger(__name__)

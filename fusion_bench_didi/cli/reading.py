@@ -48,9 +48,9 @@ def verify(directory: str, base: str | None, files_only: bool) -> None:
       didi verify merged --files-only
     """
     from ..checkpoint.deltas import read_config, read_deltas
-    from ..checkpoint.directory import CONFIG
     from ..checkpoint.fields import Field
     from ..checkpoint.hub import local_directory
+    from ..checkpoint.ours import CONFIG
     from ..checkpoint.tensors import open_tensors
 
     place = local_directory(directory)

@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint.deltas import read_config
-from ..checkpoint.directory import CONFIG
 from ..checkpoint.fields import Field
+from ..checkpoint.ours import CONFIG
 from ..deltas.storage import told
 from ..deltas.tucker import Bases, Core
 from ..errors import CheckpointMismatchError, ModelPoolError

@@ -31,8 +31,9 @@ from ..checkpoint.deltas import (
     versions,
     write_manifest,
 )
-from ..checkpoint.directory import CONFIG, alone, whole_directory
+from ..checkpoint.directory import alone, whole_directory
 from ..checkpoint.fields import Field
+from ..checkpoint.ours import CONFIG
 from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..deltas.grouped import GroupedDelta

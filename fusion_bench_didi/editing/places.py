@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..checkpoint.deltas import read_config, read_deltas, versions, write_manifest
-from ..checkpoint.directory import CONFIG, check_target, whole_directory
+from ..checkpoint.directory import check_target, whole_directory
 from ..checkpoint.fields import Field
+from ..checkpoint.ours import CONFIG
 from ..checkpoint.stream import write_deltas
 from ..deltas.storage import StorageReport
 from ..errors import DiDiError, SettingsError, spelled

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..checkpoint import backbone as backbones
 from ..checkpoint.deltas import entries_of, read_config, versions, write_manifest
-from ..checkpoint.directory import CONFIG, whole_directory
+from ..checkpoint.directory import whole_directory
 from ..checkpoint.fields import Field, inside
 from ..checkpoint.hub import local_directory
+from ..checkpoint.ours import CONFIG
 from ..deltas.base import Delta
 from ..deltas.storage import StorageReport
 from ..errors import CheckpointMismatchError, DiDiError

@@ -19,8 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.directory import is_ours, write_json
+from ..checkpoint.directory import write_json
 from ..checkpoint.fields import CHECKSUM, Field, read_object, sealed
+from ..checkpoint.ours import is_ours
 from ..errors import CheckpointMismatchError
 from .entries import ComparisonError
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint.directory import CONFIG
 from ..checkpoint.fields import Field
+from ..checkpoint.ours import CONFIG
 from ..checkpoint.tensors import file_digest, open_tensors
 from ..errors import CheckpointMismatchError
 from .base import Router

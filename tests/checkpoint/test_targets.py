@@ -14,13 +14,13 @@ from saved_directories import TESTS, listing, marked, small
 
 from fusion_bench_didi.artifacts import save_artifact
 from fusion_bench_didi.checkpoint import directory as directories
-from fusion_bench_didi.checkpoint import exchange
+from fusion_bench_didi.checkpoint import exchange, stream
 from fusion_bench_didi.checkpoint.directory import (
     alone,
     check_target,
-    is_ours,
     whole_directory,
 )
+from fusion_bench_didi.checkpoint.ours import is_ours
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError, SettingsError
 from fusion_bench_didi.method.baselines.tsv_c import TSVCompression
 from fusion_bench_didi.method.didi import DiDiMerging
@@ -92,6 +92,53 @@ def test_what_is_ours_is_overwritten_damaged_or_of_format_1(tmp_path):
     (tmp_path / "didi" / "model.safetensors").unlink()
     small(mark="newer").save_pretrained(tmp_path / "didi", overwrite=True)
     assert marked(tmp_path / "didi") == "newer"
+
+
+OTHERS = ("base/model.safetensors", "m2/config.json", ".git/HEAD", "thesis/a.tex")
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "heads.safetensors", "base.pt"])
+@pytest.mark.parametrize("how", ["save", "output_dir"])
+def test_what_lies_within_what_is_ours_is_not_lost(tmp_path, monkeypatch, name, how):
+    """A base model beside its merge, say, which is where the merge looks for it."""
+    small(mark="old").save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match=f"also holds {name.split('/')[0]}, "):
+        if how == "save":
+            small(mark="new").save_pretrained(tmp_path / "m", overwrite=True)
+        else:
+            monkeypatch.setattr("fusion_bench_didi.method.base.adapted", never)
+            method = DiDiMerging(output_dir=str(tmp_path / "m"), overwrite=True)
+            method.run(BaseModelPool(family(body(), ("a", "b"))))
+    assert file.read_text() == "mine" and listing(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("kind", ["router", "shards", "individuals", "modules"])
+def test_all_parts_of_what_is_ours_are_overwritten(tmp_path, monkeypatch, kind):
+    target, types = tmp_path / "m", {name: p.dtype for name, p in body().named_parameters()}  # fmt: skip
+    if kind == "individuals":
+        models = family(body(), ("a", "b"))
+        base = models.pop("_pretrained_")
+        save_artifact(models.items(), target, base=base, types=types)
+    elif kind in ("modules", "router"):
+        name = {"modules": "merge", "router": "router"}[kind]
+        shutil.copytree(TESTS / "data" / "format1" / name, target)
+    else:
+        monkeypatch.setattr(stream, "SHARD_BYTES", 1000)
+        monkeypatch.setattr(stream, "MAX_SHARD", 1000)
+        small().save_pretrained(target)
+        assert "model.safetensors.index.json" in listing(target)
+    (target / ".cache").mkdir()
+    for file in (".gitattributes", "tokenizer.json", "report.json"):
+        (target / file).touch()
+    small(mark="new").save_pretrained(target, overwrite=True)
+    assert marked(target) == "new"
+
+
+def never(*_, **__):
+    raise AssertionError("models were read")
 
 
 # --- targets of all kinds -----------------------------------------------------
@@ -296,9 +343,6 @@ def test_a_merge_whose_place_is_taken_reads_nothing(tmp_path, monkeypatch, make,
     method = make(output_dir=None if where == "program" else place)
     if where == "program":
         method._program = SimpleNamespace(taskpool=None, **vars(Program(place)))
-
-    def never(*_, **__):
-        raise AssertionError("models were read")
 
     monkeypatch.setattr("fusion_bench_didi.method.base.adapted", never)
     with pytest.raises(FileExistsError, match="another directory"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lowrank.factors import LowRankFactors
+from ..lowrank.row_blocks import wide
 from ..quantization.dead_zone import BLOCK
 
 #: Stored forms by the name that files know them by; ``kinds`` imports all of them.
@@ -83,8 +84,11 @@ class Delta(nn.Module):
         return None if other is None else own + other
 
     def applied(self, base: Tensor, shared: "Delta | None" = None) -> Tensor:
-        """The task's tensor, of a base value of the tensor's shape; in float32 but for what replaces the base value."""
-        return base.float() + self.change(shared)
+        """The task's tensor, of a base value of the tensor's shape.
+
+        In float32, in float64 where the base value is, but for what replaces the base value.
+        """
+        return wide(base) + self.change(shared)
 
     def beyond(self, shared: "Delta | None" = None) -> Tensor:
         """``change(shared) - shared.change()`` in float32; a form that adds to what is shared decodes only itself."""

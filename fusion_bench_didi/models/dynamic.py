@@ -300,7 +300,7 @@ class DynamicModel(ModulatedModel):
         return plain
 
     def task_tensor(self, name: str, expert: TaskExpert) -> Tensor:
-        """``W_0 + change`` of one tensor under one expert, in float32; a tensor of the task's own as it is."""
+        """``W_0 + change`` of one tensor under one expert, as ``Delta.applied`` gives it; a tensor of the task's own as it is."""
         base = self.base_tensor(name)
         shared, delta = self.shared.get(name), expert.deltas.get(name)
         if delta is not None:

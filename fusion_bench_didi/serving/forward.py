@@ -43,8 +43,11 @@ from .shapes import Shapes
 from .trees import leaves
 
 log = logging.getLogger(__name__)
-#: relative; a wrong layer order is off by far more, rounding by far less
+#: relative; a wrong layer order is off by far more, rounding of float32 by far less
 AGREEMENT = 1e-3
+#: In fewer bits rounding adds up from layer to layer: results may be so many times as far off, in length, as when the weights are
+#: rounded once more.
+ROUNDINGS = 3
 #: samples of the first batch on which the two ways are compared
 PROBES = 4
 #: bytes of a layer's output that stay near the processor
@@ -284,7 +287,19 @@ class MixedForward:
         self.limit = CACHE // max(largest)
         if _agree(alone, found, layout):
             return None
+        if self._few_bits:
+            again = [
+                self.alone(group, probe.picked(group.order), nudged=True)
+                for group in groups
+            ]
+            if _agree(alone, found, layout, again):
+                return None
         return "results differ from those of single tasks"
+
+    @property
+    def _few_bits(self) -> bool:
+        dtypes = {p.dtype for p in self.backbone.parameters() if p.is_floating_point()}
+        return not dtypes <= {torch.float32, torch.float64}
 
     def learned(self, mix: Mix, call: Call) -> Layout:
         """How outputs of this kind of call are laid out."""
@@ -301,8 +316,14 @@ class MixedForward:
             layout = self._layouts[self._kind(call)] = Layout.of(two, three)
             return layout
 
-    def alone(self, piece: Mix, call: Call, *, watched: bool = False) -> Any:
-        """Samples of equal weights through the backbone."""
+    def alone(
+        self, piece: Mix, call: Call, *, watched: bool = False, nudged: bool = False
+    ) -> Any:
+        """Samples of equal weights through the backbone.
+
+        Args:
+            nudged: with what is put into it rounded once more.
+        """
 
         def value(bank: AnyBank) -> Tensor:
             try:
@@ -313,6 +334,8 @@ class MixedForward:
                 return bank.value(self.count)
 
         tensors = {name: value(bank) for name, bank in self.banks.items()}
+        if nudged:
+            tensors = {name: rounded_again(value) for name, value in tensors.items()}
         return self.with_tensors(tensors, call)
 
     def on(self, network: nn.Module, call: Call) -> Any:
@@ -338,22 +361,48 @@ class MixedForward:
         self.network = None
 
 
-def _agree(alone: Sequence[Any], found: Any, layout: Layout) -> bool:
-    """Whether what single tasks give is what one pass of all of them gives, but for rounding."""
+def rounded_again(x: Tensor) -> Tensor:
+    """A tensor that is off by a rounding of its type, at random but always the same."""
+    unit = torch.finfo(x.dtype).eps / 2
+    generator = torch.Generator(x.device).manual_seed(0)
+    noise = torch.rand(x.shape, generator=generator, device=x.device)
+    return (x.float() * (1 + unit * (2 * noise - 1))).to(x.dtype)
+
+
+def _agree(
+    alone: Sequence[Any],
+    found: Any,
+    layout: Layout,
+    again: Sequence[Any] | None = None,
+) -> bool:
+    """Whether what single tasks give is what one pass of all of them gives, but for rounding.
+
+    Args:
+        again: what single tasks give with weights that are rounded once more, as the measure of rounding.
+    """
     expected, compared = [leaves(part) for part in alone], 0
+    noisy = expected if again is None else [leaves(part) for part in again]
+
+    def close(expected: Tensor, found: Tensor, noisy: Tensor) -> bool:
+        if again is None:
+            return _close(expected, found)
+        return _as_close(expected, found, noisy)
+
     for path, value in leaves(found).items():
         sides = layout.sides.get(path)
         if not isinstance(value, Tensor) or sides is None or len(sides) > 1:
             continue
-        parts = [part.get(path) for part in expected]
+        parts, others = ([part.get(path) for part in of] for of in (expected, noisy))
         if not all(isinstance(part, Tensor) for part in parts):
             return False
         if sides:
             compared += 1
-            if not _close(torch.cat(parts, sides[0][0]), value):
+            whole, other = (torch.cat(some, sides[0][0]) for some in (parts, others))
+            if not close(whole, value, other):
                 return False
-        elif value.ndim and not all(_close(part, value) for part in parts):
-            return False  # a number may be a mean over the samples
+        elif value.ndim:  # a number may be a mean over the samples
+            if not all(close(p, value, other) for p, other in zip(parts, others)):
+                return False
     return compared > 0
 
 
@@ -362,11 +411,26 @@ def _close(expected: Tensor, found: Tensor) -> bool:
         return expected.shape == found.shape
     if not expected.numel():
         return True
-    same = (expected == found) | (expected.isnan() & found.isnan())  # also infinities
-    error = (expected - found).masked_fill(same, 0).abs()
+    error = _difference(expected, found).abs()
     scale = expected.masked_fill(~expected.isfinite(), 0).abs().amax().clamp_min(1e-6)
     coarse = AGREEMENT if expected.dtype == torch.float32 else 30 * AGREEMENT
     return bool((error <= coarse * scale).all())
+
+
+def _as_close(expected: Tensor, found: Tensor, noisy: Tensor) -> bool:
+    """Whether a result is no farther off than rounding the weights once more takes it, by :data:`ROUNDINGS`."""
+    if not expected.is_floating_point() or expected.shape != found.shape:
+        return expected.shape == found.shape
+    off, rounding = (
+        torch.linalg.vector_norm(_difference(expected, x).float())
+        for x in (found, noisy)
+    )
+    return bool(off <= ROUNDINGS * rounding)
+
+
+def _difference(expected: Tensor, found: Tensor) -> Tensor:
+    same = (expected == found) | (expected.isnan() & found.isnan())  # also infinities
+    return (expected - found).masked_fill(same, 0)
 
 
 @contextmanager

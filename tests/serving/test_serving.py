@@ -22,6 +22,7 @@ from fusion_bench_didi.errors import UnknownTaskError
 from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.quantization.rounding import round_factors
+from fusion_bench_didi.serving import forward
 from fusion_bench_didi.serving.banks import MatrixBank, Serving
 from fusion_bench_didi.serving.forward import MixedForward
 from fusion_bench_didi.serving.grouped_matmul import product_by_task
@@ -88,6 +89,51 @@ def test_bfloat16_is_close_to_float32(merged):
     alone = one_by_one(merged, pixels.bfloat16(), ids)
     assert (found - alone).abs().max() < 0.05 * expected.abs().max()
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.fixture(scope="module")
+def deep() -> DynamicModel:
+    """Rounding in bfloat16 adds up over its layers."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = LlamaModel(config).bfloat16().eval()
+    pool = family(base, ("a", "b", "c"))
+    return didi(pool, budget=0.5, factor_dtype="int8").eval()
+
+
+@pytest.mark.parametrize("fault", [None, "shared", "scale", "strict"])
+def test_rounding_that_adds_up_is_told_from_faults(deep, monkeypatch, fault):
+    model = copy.deepcopy(deep)
+    model.serving = Serving(dense_above=math.inf, small=0)
+    product = ByTask.product
+
+    def wrong(self, x, bank, biases=None):
+        if fault == "shared":
+            self = ByTask.of(torch.full_like(self.tasks, len(model.tasks)), 3)
+        return product(self, x, bank, biases) * (1.1 if fault == "scale" else 1)
+
+    monkeypatch.setattr(forward, "AGREEMENT", 1e-5)  # as over many more layers
+    if fault == "strict":  # what single tasks differ by says nothing
+        monkeypatch.setattr(forward, "ROUNDINGS", 0)
+    elif fault:
+        monkeypatch.setattr(ByTask, "product", wrong)
+    ids = torch.arange(24).view(3, 8)
+    found = model(input_ids=ids, task_ids=["c", "a", "b"]).last_hidden_state
+    assert (model.mixed.network is None) == (fault is not None)
+    for row, task in enumerate(["c", "a", "b"]):
+        model.set_task(task)
+        alone = model(input_ids=ids[row : row + 1]).last_hidden_state
+        model.unset_task()
+        off = (found[row] - alone[0]).float().norm() / alone.float().norm()
+        assert off < 0.05
 
 
 def test_pieces_of_a_batch_give_what_the_batch_gives(merged):

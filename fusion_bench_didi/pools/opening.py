@@ -223,7 +223,7 @@ def base_of(
         base = stored or ModuleSource(load_model(modelpool, BASE), BASE)
     else:
         stored = _file_source(modelpool, BASE, Names.of(backbone))
-        base = ModuleSource(backbone, BASE)
+        base = ModuleSource(backbone, BASE, stored)
     names = dict(base.infos())
     if stored is None:
         return base, names, frozenset()

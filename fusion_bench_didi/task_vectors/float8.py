@@ -64,6 +64,9 @@ class Float8Source(TensorSource):
     def identity(self) -> dict[str, str]:
         return self._source.identity
 
+    def check(self) -> None:
+        self._source.check()
+
     def read(self, name: str) -> Tensor:
         value = self._source.read(name)
         if value.dtype not in FLOAT8:

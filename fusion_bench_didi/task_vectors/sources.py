@@ -110,6 +110,13 @@ class TensorSource(ABC):
     def read(self, name: str) -> Tensor:
         """The value of a tensor."""
 
+    def check(self) -> None:
+        """The files are those that were opened.
+
+        Raises:
+            CheckpointMismatchError: naming one that is not.
+        """
+
     def rank(self, name: str) -> int | None:
         """Of a change that is given as factors: 0 for no change, None where the tensor is given by its value."""
         return None
@@ -126,12 +133,17 @@ class TensorSource(ABC):
 class ModuleSource(TensorSource):
     """The parameters and buffers of a live module; tied parameters appear once.
 
+    Args:
+        files: that it was loaded from, and into which its tensors may still be mapped.
+
     Attributes:
         config: what it says of itself; None if nothing.
     """
 
-    def __init__(self, module: nn.Module, label: str):
-        self.label = label
+    def __init__(
+        self, module: nn.Module, label: str, files: TensorSource | None = None
+    ):
+        self.label, self._loaded_from = label, files
         self.config = getattr(module, "config", None)
         state = module.state_dict(keep_vars=True)
         self._tensors = {
@@ -151,10 +163,16 @@ class ModuleSource(TensorSource):
         return self._infos
 
     def read(self, name: str) -> Tensor:
+        self.check()
         return self._tensors[name]
+
+    def check(self) -> None:
+        if self._loaded_from is not None:
+            self._loaded_from.check()
 
     @functools.cached_property
     def digests(self) -> Mapping[str, str]:
+        self.check()
         return digests(self._tensors)
 
     @property
@@ -208,6 +226,11 @@ class Watched:
             str(file): f"{stamp[2]} bytes of {stamp[3] / 1e9:.6f}"
             for file, stamp in self._seen.items()
         }
+
+    def check_all(self) -> None:
+        """All of them are."""
+        for file in self._seen:
+            self.check(file)
 
     def check(self, file: Path) -> None:
         """It is still the file that was opened, of the same size and date."""
@@ -265,6 +288,9 @@ class SafetensorsSource(TensorSource):
     def identity(self) -> dict[str, str]:
         return self._watched.identity
 
+    def check(self) -> None:
+        self._watched.check_all()
+
     def read(self, name: str) -> Tensor:
         file = self._files[name]
         self._watched.check(file)  # of a file cut short not even an error would be left
@@ -316,6 +342,9 @@ class PickleSource(TensorSource):
     @property
     def identity(self) -> dict[str, str]:
         return self._watched.identity
+
+    def check(self) -> None:
+        self._watched.check_all()
 
     def read(self, name: str) -> Tensor:
         self._watched.check(self._files[name])
@@ -395,6 +424,9 @@ class RenamedSource(TensorSource):
     @property
     def identity(self) -> dict[str, str]:
         return self._source.identity
+
+    def check(self) -> None:
+        self._source.check()
 
     def read(self, name: str) -> Tensor:
         return self._source.read(self._names[name])

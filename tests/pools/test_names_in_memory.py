@@ -370,17 +370,18 @@ CHANGES = ("rewritten", "dated back", "replaced", "link moved", "cut short", "re
 
 @pytest.mark.parametrize("how", CHANGES)
 @pytest.mark.parametrize("form", ["safetensors", "pickle"])
-def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, how, form):
+@pytest.mark.parametrize("whose", ["a", "base"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, how, form, whose):
+    """Also the base model's, into which what transformers has loaded is still mapped."""
     base = llama(False)
     models = {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)}
     saved(tmp_path, models)
     if form == "pickle":
-        as_pickle(tmp_path / "a", models["a"].state_dict())
+        as_pickle(tmp_path / whose, models[whose].state_dict())
     pool = pool_of(tmp_path, LlamaForCausalLM)
     vectors = open_pool(pool, load_backbone(pool))
-    (file,) = {*(tmp_path / "a").glob("model.safetensors")} or {
-        tmp_path / "a" / "pytorch_model.bin"
-    }
+    name = {"safetensors": "model.safetensors", "pickle": "pytorch_model.bin"}[form]
+    file = tmp_path / whose / name
     content, dates = file.read_bytes(), os.stat(file)
     other = file.with_suffix(".new")
     other.write_bytes(content)
@@ -398,7 +399,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, how, form):
         os.truncate(file, len(content) // 2)
     else:
         file.unlink()
-    with pytest.raises(CheckpointMismatchError, match="a: .*(changed|cannot be read)"):
+    label = {"a": "a", "base": "_pretrained_"}[whose]
+    with pytest.raises(
+        CheckpointMismatchError, match=f"{label}: .*(changed|cannot be read)"
+    ):
         scan(vectors)
 
 

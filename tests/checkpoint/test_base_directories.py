@@ -87,7 +87,7 @@ def test_a_tokenizer_beside_a_base_model_is_read(base, monkeypatch):
 # --- nothing outside ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("shard", ["../outside", "/outside", "..", "", 3])
+@pytest.mark.parametrize("shard", ["../outside", "/outside", 3])
 @pytest.mark.parametrize("index", loaders.index_files())
 def test_shards_of_a_base_model_lie_beside_their_index(base, index, shard):
     shutil.copy(base / "model.safetensors", base.parent / "outside")

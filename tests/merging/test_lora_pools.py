@@ -73,17 +73,10 @@ KINDS: dict[str, tuple[Any, dict]] = {
         {
             "target_modules": "all-linear",
             "exclude_modules": ["layers.0.self_attn.q_proj"],
-            "rank_pattern": {r"^model.layers.1.self_attn.v_proj": 2},
-            "alpha_pattern": {"q_proj|k_proj": 11, r"(?<=layers\.0\.)mlp.*": -3.5},
-        },
-    ),
-    "llama, some layers": (
-        llama,
-        {
-            "target_modules": ATTENTION,
-            "layers_to_transform": [1],
             "init_lora_weights": "orthogonal",
             "r": 4,
+            "rank_pattern": {r"^model.layers.1.self_attn.v_proj": 2},
+            "alpha_pattern": {"q_proj|k_proj": 11, r"(?<=layers\.0\.)mlp.*": -3.5},
         },
     ),
     "llama, head and norm": (

@@ -22,7 +22,7 @@ from fusion_bench_didi.distributed.ranks import Ranks
 from fusion_bench_didi.lowrank.svd import EIGEN_COST
 from fusion_bench_didi.quantization import dead_zone
 from fusion_bench_didi.task_vectors import loop
-from fusion_bench_didi.task_vectors.sources import SafetensorsSource
+from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
 
 #: Tensors from this size on come from memory and not from the processor's caches.
 LARGE = 2**19

@@ -23,7 +23,7 @@ MOVED = {
     "pipeline": "merging.pipeline merging.results",
     "pool_reader": "pools.opening",
     "quantised": "deltas.quantized",
-    "sources": "task_vectors.sources",
+    "sources": "task_vectors.sources task_vectors.file_sources task_vectors.renaming",
     "storage": "deltas.storage",
 }
 #: (old module, old name) -> new name

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..errors import DiDiError, ModelPoolError
+from ..task_vectors.file_sources import read_json
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.places import check_place
-from ..task_vectors.sources import read_json
 from ..task_vectors.tower_names import fill, is_tower
 from .configurations import COMPUTED
 from .weight_files import Weights, open_weights

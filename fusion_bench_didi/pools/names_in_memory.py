@@ -12,13 +12,9 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..task_vectors.sources import (
-    RenamedSource,
-    TensorInfo,
-    TensorSource,
-    read_json,
-    renaming,
-)
+from ..task_vectors.file_sources import read_json
+from ..task_vectors.renaming import RenamedSource, renaming
+from ..task_vectors.sources import TensorInfo, TensorSource
 from ..task_vectors.ties import tied_names
 from .file_layouts import loaded_names
 

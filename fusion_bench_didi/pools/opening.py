@@ -15,12 +15,8 @@ from ..task_vectors.float8 import Float8Source
 from ..task_vectors.lora_adapter import AdapterSource, fan_in_first
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.reader import TaskVectors
-from ..task_vectors.sources import (
-    ModuleSource,
-    TensorInfo,
-    TensorSource,
-    aligned,
-)
+from ..task_vectors.renaming import aligned
+from ..task_vectors.sources import ModuleSource, TensorInfo, TensorSource
 from ..task_vectors.ties import untie
 from .configurations import check_configurations
 from .entries import (

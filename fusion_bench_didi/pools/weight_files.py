@@ -5,14 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointMismatchError
+from ..task_vectors.file_sources import PickleSource, SafetensorsSource, read_json
 from ..task_vectors.float8 import Float8Source
-from ..task_vectors.sources import (
-    PickleSource,
-    RenamedSource,
-    SafetensorsSource,
-    TensorSource,
-    read_json,
-)
+from ..task_vectors.renaming import RenamedSource
+from ..task_vectors.sources import TensorSource
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError
 from ..lowrank.factors import LowRankFactors
+from .file_sources import PickleSource, SafetensorsSource
 from .lora_config import CONFIG, LoraSettings, read_config, variants
-from .sources import (
-    PickleSource,
-    SafetensorsSource,
-    TensorInfo,
-    TensorSource,
-    digest_of,
-    renaming,
-)
+from .renaming import renaming
+from .sources import TensorInfo, TensorSource, digest_of
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 

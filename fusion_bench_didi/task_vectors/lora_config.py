@@ -12,7 +12,7 @@ from typing import Any
 import regex
 
 from ..errors import CheckpointMismatchError
-from .sources import read_json
+from .file_sources import read_json
 
 CONFIG = "adapter_config.json"
 

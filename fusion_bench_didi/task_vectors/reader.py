@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ..errors import CheckpointMismatchError, ModelPoolError, SettingsError, spelled
 from .alignment import check_alignment, floating, matches, some
+from .file_sources import STORED
 from .float8 import FLOAT8
-from .sources import STORED, TensorInfo, TensorSource, aligned
+from .renaming import aligned
+from .sources import TensorInfo, TensorSource
 from .tensor import ChangedTensor, matrix_shape
 
 

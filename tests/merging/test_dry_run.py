@@ -8,7 +8,7 @@ from merged_tasks import pool
 
 from fusion_bench_didi.errors import ModelPoolError
 from fusion_bench_didi.method.didi import DiDiMerging
-from fusion_bench_didi.task_vectors.sources import SafetensorsSource
+from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
 
 
 def test_dry_run_prints_the_plan_and_reads_no_weights(pool, monkeypatch, capsys):

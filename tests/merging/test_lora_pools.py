@@ -44,7 +44,7 @@ from fusion_bench_didi.method.baselines.twin import TwinMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.pools.merged_adapters import adapted
 from fusion_bench_didi.pools.opening import open_pool
-from fusion_bench_didi.task_vectors.sources import SafetensorsSource
+from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
 
 # PEFT on what it saves beside the adapter, and on layouts that it corrects itself.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")

@@ -133,7 +133,7 @@ def test_no_model_of_the_bases_architecture(tiny_clip):
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_all_faults_of_all_files_come_in_one_error(files, no_svd, dry_run, monkeypatch):
-    from fusion_bench_didi.task_vectors.sources import SafetensorsSource
+    from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
 
     monkeypatch.setattr(SafetensorsSource, "read", lambda *_: 1 / 0)
     rewrite(files, "mnist", lambda t: t.pop(FIRST))

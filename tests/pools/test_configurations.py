@@ -70,7 +70,7 @@ def test_another_computation_is_refused(make, key, value):
 @pytest.mark.parametrize("dry_run", [True, False])
 @pytest.mark.parametrize("form", ["place", "mapping", "loaded"])
 def test_in_files_too_and_before_weights_are_read(tmp_path, form, dry_run, monkeypatch):
-    from fusion_bench_didi.task_vectors.sources import SafetensorsSource
+    from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
 
     monkeypatch.setattr(SafetensorsSource, "read", lambda *_: 1 / 0)
     models = models_of(llama)

@@ -25,7 +25,7 @@ from fusion_bench_didi.errors import (
     ModelPoolError,
     NonFiniteError,
 )
-from fusion_bench_didi.task_vectors.sources import SafetensorsSource
+from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
 
 # PEFT on what it saves beside the adapter, and on layouts that it corrects itself.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 from fusion_bench_didi.distributed.ownership import Crew
 from fusion_bench_didi.distributed.ranks import Ranks
-from fusion_bench_didi.task_vectors import sources
+from fusion_bench_didi.task_vectors import file_sources
+from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
 from fusion_bench_didi.task_vectors.loop import spread
 from fusion_bench_didi.task_vectors.parallel import GROWTH, HeapTrimmer, ordered_map
-from fusion_bench_didi.task_vectors.sources import SafetensorsSource
 
 
 def test_ordered_map_keeps_order_and_never_runs_far_ahead():
@@ -94,9 +94,9 @@ def test_small_tensors_are_let_go_like_large_ones(tmp_path, monkeypatch, numel, 
     save_file({name: torch.ones(numel) for name in names}, tmp_path / "a.safetensors")
     source = SafetensorsSource([tmp_path / "a.safetensors"], "a")
     opened = []
-    real = sources.safe_open
+    real = file_sources.safe_open
     monkeypatch.setattr(
-        sources, "safe_open", lambda *a, **k: opened.append(a) or real(*a, **k)
+        file_sources, "safe_open", lambda *a, **k: opened.append(a) or real(*a, **k)
     )
     for name in names:
         assert bool((source.read(name) == 1).all())

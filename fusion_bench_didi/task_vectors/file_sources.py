@@ -1,0 +1,249 @@
+"""Weights in files, read tensor by tensor: safetensors and state dicts of torch, held against what was opened."""
+
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointMismatchError
+from .sources import TensorInfo, TensorSource, described, fault_of
+
+#: Files are mapped anew after so many bytes read from a model.
+MAPPED_BYTES = 2**25
+#: What a tensor may map beyond itself: systems cache files in pages of up to this size, and map them whole.
+PAGE_BYTES = 2**21
+
+#: safetensors' names of types
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+#: Types that files hold.
+STORED = frozenset(_DTYPES.values())
+
+
+class Watched:
+    """Files that must not change while a merge reads them: what was opened is held against what is there.
+
+    Raises:
+        CheckpointMismatchError: if a file is none, or is another one than when it was opened.
+    """
+
+    def __init__(self, label: str):
+        self._label = label
+        self._seen: dict[Path, tuple] = {}
+
+    def opened(self, file: Path) -> None:
+        """Note a file before it is opened."""
+        self._seen[file] = self._stamp(file)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Size and date of every file."""
+        return {
+            str(file): f"{stamp[2]} bytes of {stamp[3] / 1e9:.6f}"
+            for file, stamp in self._seen.items()
+        }
+
+    def check_all(self) -> None:
+        """All of them are."""
+        for file in self._seen:
+            self.check(file)
+
+    def check(self, file: Path) -> None:
+        """It is still the file that was opened, of the same size and date."""
+        if self._stamp(file) != self._seen[file]:
+            raise CheckpointMismatchError(
+                f"{self._label}: {file} changed while it was read; what was read so far is of no use. Start again once nothing "
+                "writes to it."
+            )
+
+    def _stamp(self, file: Path) -> tuple:
+        try:
+            found = os.stat(file)
+        except OSError as error:
+            raise CheckpointMismatchError(
+                f"{self._label}: {file} cannot be read ({error}). Download or write it again."
+            ) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointMismatchError(
+                f"{self._label}: {file} is no file. Download or write it again."
+            )
+        times = found.st_mtime_ns, found.st_ctime_ns
+        return found.st_dev, found.st_ino, found.st_size, *times
+
+
+class SafetensorsSource(TensorSource):
+    """One or several safetensors files, read tensor by tensor.
+
+    Files are mapped into memory, and mapped anew after every :data:`MAPPED_BYTES` so that what was read is let go.
+
+    Raises:
+        CheckpointMismatchError: if a file is no whole safetensors file, or changes while it is read.
+    """
+
+    def __init__(self, files: Sequence[Path], label: str):
+        self.label = label
+        self._files: dict[str, Path] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        self._open: dict[Path, Any] = {}
+        self._watched = Watched(label)
+        self._served, self._touched = 0, set[Path]()
+        for file in files:
+            self._watched.opened(file)
+            handle = self._open[file] = self._mapped(file)
+            for name in handle.keys():
+                view = handle.get_slice(name)
+                self._files[name] = file
+                self._infos[name] = TensorInfo(
+                    tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
+                )
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return self._watched.identity
+
+    def check(self) -> None:
+        self._watched.check_all()
+
+    def read(self, name: str) -> Tensor:
+        file = self._files[name]
+        self._watched.check(file)  # of a file cut short not even an error would be left
+        tensor = self._open[file].get_tensor(name)
+        self._watched.check(file)
+        self._touched.add(file)
+        self._served += tensor.nbytes + PAGE_BYTES
+        if self._served > MAPPED_BYTES:
+            touched, self._touched, self._served = self._touched, set(), 0
+            for file in tuple(touched):
+                self._open[file] = self._mapped(file)
+        return tensor
+
+    def _mapped(self, file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointMismatchError(
+                f"{self.label}: {file} is not a whole safetensors file ({error}). Download or write it again."
+            ) from error
+
+
+class PickleSource(TensorSource):
+    """State dicts written by ``torch.save``, memory-mapped and read with ``weights_only=True``.
+
+    Raises:
+        CheckpointMismatchError: if a file is no state dict, or changes while it is read.
+    """
+
+    def __init__(self, files: Sequence[Path], label: str):
+        self.label = label
+        self._tensors: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
+        self._watched = Watched(label)
+        unused: dict[str, str] = {}
+        for file in files:
+            self._watched.opened(file)
+            tensors, beside = _state_dict(file, label)
+            for name, value in tensors.items():
+                self._tensors[name], self._files[name] = value, file
+            unused.update(dict.fromkeys(beside, "beside the state dict's tensors"))
+        self.unused = unused
+        self._infos = described(self._tensors)
+        self.faults = {n: f for n, t in self._tensors.items() if (f := fault_of(t))}
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return self._watched.identity
+
+    def check(self) -> None:
+        self._watched.check_all()
+
+    def read(self, name: str) -> Tensor:
+        self._watched.check(self._files[name])
+        return self._tensors[name].clone()
+
+
+def _state_dict(file: Path, label: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a pickle; other plain values beside them (a step, a list of classes) are none of the model's.
+
+    Returns:
+        tensors by name; names of other values that hold some.
+    """
+    way_out = "Save the model's state dict as safetensors."
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # of the format before torch 1.6, which cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a broken archive
+        raise CheckpointMismatchError(
+            f"{label}: {file} cannot be read as a weights-only checkpoint ({error}). {way_out}"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise CheckpointMismatchError(
+            f"{label}: {file} holds a {type(state).__name__}, expected a state dict (tensors by name). {way_out}"
+        )
+    nested = [k for k, v in state.items() if isinstance(v, Mapping) and v]
+    tensors = {k: v.detach() for k, v in state.items() if isinstance(v, Tensor)}
+    if nested and not tensors:
+        raise CheckpointMismatchError(
+            f"{label}: {file} holds dictionaries {nested[:4]}, expected tensors by name. {way_out}"
+        )
+    if strange := [k for k in tensors if not isinstance(k, str)]:
+        raise CheckpointMismatchError(
+            f"{label}: {file} holds {strange[:4]}, expected tensors by name. {way_out}"
+        )
+    return tensors, [str(k) for k, v in state.items() if k not in tensors and _deep(v)]
+
+
+def _deep(value: Any) -> bool:
+    """Whether there are tensors within a value."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_deep, value))
+    return isinstance(value, Tensor)
+
+
+def read_json(file: Path, label: str, what: str) -> Any:
+    """A small file of a checkpoint.
+
+    Raises:
+        CheckpointMismatchError: if it is not there, or not JSON.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise ValueError("it is no file")
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointMismatchError(
+            f"{label}: {file} is not {what} ({error}). Download or write it again."
+        ) from error

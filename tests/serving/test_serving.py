@@ -22,7 +22,7 @@ from fusion_bench_didi.errors import UnknownTaskError
 from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.quantization.rounding import round_factors
-from fusion_bench_didi.serving import forward
+from fusion_bench_didi.serving import agreement
 from fusion_bench_didi.serving.banks import MatrixBank, Serving
 from fusion_bench_didi.serving.forward import MixedForward
 from fusion_bench_didi.serving.grouped_matmul import product_by_task
@@ -120,9 +120,9 @@ def test_rounding_that_adds_up_is_told_from_faults(deep, monkeypatch, fault):
             self = ByTask.of(torch.full_like(self.tasks, len(model.tasks)), 3)
         return product(self, x, bank, biases) * (1.1 if fault == "scale" else 1)
 
-    monkeypatch.setattr(forward, "AGREEMENT", 1e-5)  # as over many more layers
+    monkeypatch.setattr(agreement, "AGREEMENT", 1e-5)  # as over many more layers
     if fault == "strict":  # what single tasks differ by says nothing
-        monkeypatch.setattr(forward, "ROUNDINGS", 0)
+        monkeypatch.setattr(agreement, "ROUNDINGS", 0)
     elif fault:
         monkeypatch.setattr(ByTask, "product", wrong)
     ids = torch.arange(24).view(3, 8)

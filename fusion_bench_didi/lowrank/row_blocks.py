@@ -50,15 +50,24 @@ def materialize(terms: Difference) -> Tensor:
     return (wide(matrix) if minus is None else wide(matrix) - wide(minus)).float()
 
 
-def squared_norms(terms: Sequence[Difference]) -> Tensor:
-    """(T,) squared Frobenius norms in float64 of differences in float32; rows are summed in float32.
-
-    Zero only where nothing differs, also where the squares underflow.
-    """
+def row_norms(terms: Sequence[Difference]) -> Tensor:
+    """(T, m) norms of the rows of differences in float32, summed in it."""
     like = terms[0][0]
     norms = torch.empty(len(terms), len(like), device=like.device)
     for t, rows, x in differences(terms):
         norms[t, rows] = torch.linalg.vector_norm(x, dim=1)
+    return norms
+
+
+def squared_norms(terms: Sequence[Difference], norms: Tensor | None = None) -> Tensor:
+    """(T,) squared Frobenius norms in float64 of differences in float32; rows are summed in float32.
+
+    Zero only where nothing differs, also where the squares underflow.
+
+    Args:
+        norms: (T, m) of the rows, if they are known.
+    """
+    norms = row_norms(terms) if norms is None else norms
     energies = norms.double().square().sum(1)
     for t in (energies == 0).nonzero().flatten().tolist():
         matrix, minus = terms[t]

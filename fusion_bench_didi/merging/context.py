@@ -29,6 +29,7 @@ class MergeContext:
         task_vectors: tasks sorted.
         energy: (T,) squared norms of the task vectors, per tensor.
         weights: (T,) of the squared errors, per matrix.
+        beyond: per tensor and precision, what rounding dense experts loses of their energy beyond what is expected.
         device: where the arithmetic happens.
         store: takes the half SVDs between planning and encoding.
         given: the finished model that is added to; None for a merge from the start.
@@ -45,6 +46,7 @@ class MergeContext:
     store: BasisStore
     given: Given | None = None
     crew: Crew = SOLO
+    beyond: Mapping[str, Sequence[float]] = field(default_factory=dict)
     trimmer: HeapTrimmer = field(default_factory=HeapTrimmer)
 
     @property

@@ -15,7 +15,7 @@ from ..deltas.precision import Precision
 from ..lowrank.coupling import Coupling
 from .basis_store import BasisStore, KeptBases
 from .forms import EXPERTS, FORMS, Choice, Form
-from .forms.base import Sample
+from .forms.base import Observed, Sample
 from .spectra import Decomposed
 
 _CLASSES = (
@@ -24,6 +24,7 @@ _CLASSES = (
     Decomposed,
     MatrixSpectra,
     CodedCurve,
+    Observed,
     PerTaskCurve,
     Precision,
     Rate,

@@ -27,14 +27,17 @@ from ..task_vectors.loop import Progress, no_progress
 from ..task_vectors.parallel import HeapTrimmer
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, account_of, scan
+from ..task_vectors.tensor import ChangedTensor
 from .basis_store import BasisStore
 from .context import MergeContext
 from .encoding import encode_all
 from .finished import Finished
 from .forms import Decision
+from .forms.base import Observed
 from .forms.choice import Placed, Ranked, choose_forms, experts_only
 from .forms.coded import with_gains
 from .forms.early_decision import sample_of
+from .forms.uneven import dense_beyond_gaussian
 from .given import Given
 from .inventory import matrix_budget, take_inventory
 from .loss_weights import loss_weights
@@ -122,7 +125,7 @@ def plan(
         budget = settings.budget.bits(expected.unit_bits)
         budget -= expected.vector_bits + expected.own_bits
         bounds = RankBounds(task_vectors, expected, settings, max(budget, 0), device)
-        observe = partial(sample_of, bounds) if joint else None
+        observe = partial(_observed, bounds) if joint else None
         found = scan(task_vectors, device, observe=observe, crew=crew)
     inventory = take_inventory(task_vectors, settings, found, given=given)
     weighed = found.energy if given is None else given.weighed(found.energy)
@@ -138,6 +141,7 @@ def plan(
         store,
         given,
         crew,
+        {name: seen.beyond for name, seen in found.observed.items()},
         HeapTrimmer(ranks.size),
     )
     budget = matrix_budget(inventory, settings)
@@ -145,7 +149,9 @@ def plan(
     placed: dict[str, Placed] = {}
     with _timed(seconds, "decompose"):
         if joint:
-            ranked, placed = choose_forms(context, bounds, found.observed)
+            seen = found.observed.items()
+            samples = {n: one.sample for n, one in seen if one.sample is not None}
+            ranked, placed = choose_forms(context, bounds, samples)
         else:
             ranked = experts_only(context, bounds)
     budget -= sum(one.bits for one in placed.values())
@@ -162,6 +168,16 @@ def plan(
     if settings.gain == "auto":
         decisions = with_gains(decisions, context.energy)
     return Plan(context, found, decisions, seconds)
+
+
+def _observed(
+    bounds: RankBounds, tensor: ChangedTensor, energy: Tensor, norms: Tensor | None
+) -> Observed:
+    """What the choice of forms wants to know of a tensor while it is read for its energies."""
+    allowed, beyond = bounds.inventory.precisions.get(tensor.name, ()), ()
+    if norms is not None and len(allowed) > 1 and bool((energy > 0).any()):
+        beyond = dense_beyond_gaussian(tensor, norms, allowed)
+    return Observed(sample_of(bounds, tensor, energy), beyond)
 
 
 def _allocated(

@@ -97,6 +97,13 @@ def _best_multiple(x: Tensor, bits: int, empty: Tensor, others: float) -> Tensor
     return torch.tensor(_MULTIPLES, dtype=x.dtype, device=x.device)[best][:, None]
 
 
+def lost_by_row(x: Tensor, bits: int) -> Tensor:
+    """(r,) squared norms, float64, of what :func:`round_rows` loses of (r, n)."""
+    coded, step = _coded(x, bits)
+    rest = coded.add_(offset(bits)).mul_(step).sub_(x)
+    return torch.linalg.vector_norm(rest, dim=1).double().square()
+
+
 @dataclass(frozen=True)
 class RoundedMatrix:
     """``level * scale``, row by row.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..distributed.ownership import SOLO, Crew
 from ..errors import ModelPoolError, NonFiniteError, spelled
 from ..lowrank.factors import energy_of
-from ..lowrank.row_blocks import squared_norms
+from ..lowrank.row_blocks import row_norms, squared_norms
 from .loop import spread
 from .parallel import workers_for
 from .reader import TaskVectors
@@ -21,8 +21,9 @@ from .tensor import ChangedTensor
 #: left of it in a sum with the base model's value.
 ENERGIES = (1e-60, 1e30)
 
-#: What else is to be found out while a tensor is in memory: called with it and its (T,) energies.
-Observe = Callable[[ChangedTensor, Tensor], Any]
+#: What else is to be found out while a tensor is in memory: called with it, its (T,) energies and (T, m) norms of rows, of which
+#: there are none where some task changes it by an adapter's factors.
+Observe = Callable[[ChangedTensor, Tensor, Tensor | None], Any]
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ def scan(
 
     def one(name: str) -> tuple[Tensor, Any]:
         tensor = task_vectors.tensor(name, device)
-        energy = _energies(tensor)
+        energy, norms = _energies(tensor)
         energy[energy < ENERGIES[0]] = 0
         asked = observe is not None and _usable(energy)
-        return energy, observe(tensor, energy) if asked else None
+        return energy, observe(tensor, energy, norms) if asked else None
 
     names, workers = list(task_vectors.infos), workers_for(device)
     found = dict(spread(crew, "scan", one, names, workers=workers))
@@ -152,22 +153,26 @@ def account_of(
     return account
 
 
-def _energies(tensor: ChangedTensor) -> Tensor:
-    """(T,) squared norms, not finite where something that is read is not; no task vector is formed."""
+def _energies(tensor: ChangedTensor) -> tuple[Tensor, Tensor | None]:
+    """(T,) squared norms, not finite where something that is read is not; no task vector is formed. And (T, m) of rows."""
     energies: dict[int, Tensor] = {}
+    rows: list[Tensor] = []
     for task, rank in enumerate(tensor.ranks):
         if rank is not None:
             energies[task] = energy_of(tensor.factors(task).to(tensor.device))
     for tasks in tensor.together:
         others: Sequence[int] = [task for task in tasks if task not in energies]
         if others:
-            norms = squared_norms(tensor.differences(others))
-            energies.update(zip(others, norms))
+            terms = tensor.differences(others)
+            norms = row_norms(terms)
+            rows.append(norms.cpu())
+            energies.update(zip(others, squared_norms(terms, norms)))
     found = torch.stack([energies[task] for task in range(len(tensor.ranks))]).cpu()
     if tensor.factored and bool(found.any()):
         # no difference was taken to the base model
         found += 0 * energy_of(tensor.base().to(tensor.device)).cpu()
-    return found
+    whole = all(rank is None for rank in tensor.ranks)
+    return found, torch.cat(rows) if whole else None
 
 
 def _usable(energy: Tensor) -> bool:

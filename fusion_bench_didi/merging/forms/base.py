@@ -98,6 +98,18 @@ class Sample:
     piloted: bool = False
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What is found out of a tensor while its energies are.
+
+    Args:
+        beyond: per precision, what rounding dense experts loses of their energy beyond what is expected; none if not known.
+    """
+
+    sample: Sample | None
+    beyond: tuple[float, ...] = ()
+
+
 class Look:
     """One matrix while it is looked at: read at most once, and not before a form asks.
 

@@ -26,7 +26,7 @@ from .base import Choice, Decision, Look
 
 #: As reports call it.
 CODED_PRECISION = Precision("coded", 0)
-#: Where dense matrices lose less than this at the budget, codes gain nothing that a task would show.
+#: Where dense matrices lose less than this at the budget, codes gain nothing that a task would show; but of uneven ones.
 WORTH_CODING = 0.01
 #: How far gains go from least error to the task vectors' length, in the logarithm: chosen on validation (docs/coded.md).
 RESTORED = 0.5
@@ -40,10 +40,11 @@ class Coded:
     name = "coded"
 
     def choices(self, look: Look) -> Iterator[Choice]:
-        coded = look.context.settings.factor_dtype == "auto"
-        if not coded or look.guess.relative_error < WORTH_CODING:
+        context, gain = look.context, look.guess.relative_error >= WORTH_CODING
+        uneven = any(context.beyond.get(look.name, ()))
+        if context.settings.factor_dtype != "auto" or not (gain or uneven):
             return
-        yield self.choice(look.context, look.name, look.experts)
+        yield self.choice(context, look.name, look.experts)
 
     def choice(self, context: MergeContext, name: str, known: Decomposed) -> Choice:
         """Of experts of known spectra, or of none."""

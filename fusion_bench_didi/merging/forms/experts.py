@@ -115,6 +115,8 @@ def choices_of(
             curve.spectra(name, context.sides(name), context.weights[name]),
         )
         for curve, precision in zip(curves, precisions)
+        # what loses all of dense experts would still be bought of bits that nothing else wants
+        if curve.rounding_dense < 1 or sigma.shape[1]
     ]
 
 

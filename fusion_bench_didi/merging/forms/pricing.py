@@ -34,6 +34,8 @@ def in_all_precisions(
             return precision.rate(*context.sides(name))
         return context.inventory.rate_in(precision, name, shared_rank=shared_rank)
 
+    allowed = context.inventory.precisions[name]
+    beyond = context.beyond.get(name) or (0.0,) * len(allowed)
     return [
         ExpertsCurve(
             shared_rank,
@@ -43,9 +45,9 @@ def in_all_precisions(
             tail_energy,
             full_rank(*context.sides(name)),
             p.rounding,
-            p.rounding_dense,
+            p.rounding_dense + more,
         )
-        for p in context.inventory.precisions[name]
+        for p, more in zip(allowed, beyond)
     ]
 
 

@@ -1,21 +1,70 @@
-"""Shared parts whose energy lies in few rows or entries round worse than Gaussian numbers, by which precisions are priced.
+"""What has its energy in few rows or entries rounds worse than Gaussian numbers, by which precisions are priced.
 
 Levels of few bits have no zero, so that where most numbers are next to nothing and few are large all is lost. What is measured
-beyond the Gaussian error, where that is no chance, is added to what every task loses.
+beyond the Gaussian error, where that is no chance, is added to what every task loses: of dense experts on a sample of rows,
+of shared parts whole.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ...allocation.experts_curve import ExpertsCurve
 from ...deltas.precision import Precision
 from ...lowrank.factors import Matrix, energy_of, full_rank
+from ...lowrank.row_blocks import wide
+from ...quantization.rounding import lost_by_row
+from ...task_vectors.tensor import ChangedTensor
 from ..reconstruction import encode_shared, squared_error
 
-#: Measured errors are taken for those of Gaussian numbers up to so many times theirs.
-EXPECTED = 2.0
+#: Measured errors are taken for those of Gaussian numbers up to so many times theirs: of what is shared; and of dense experts,
+#: where entries of fine-tuned models, those of biases first, are somewhat uneven.
+EXPECTED, EXPECTED_DENSE = 2.0, 4.0
+#: Entries of all tasks of which that is measured, and rows at least.
+SAMPLE, ROWS = 2**16, 8
+
+
+def dense_beyond_gaussian(
+    tensor: ChangedTensor, norms: Tensor, precisions: Sequence[Precision]
+) -> tuple[float, ...]:
+    """Per precision, by how much more of the energy of dense experts than expected rounding loses; the mean over tasks.
+
+    Half of the rows that are looked at are those of most energy, the others stand for all that remain.
+
+    Args:
+        norms: (T, m) of the rows of the task vectors.
+    """
+    if tensor.large:
+        return (0.0,) * len(precisions)  # it would be read once more
+    terms, (m, n) = tensor.differences(), tensor.sides
+    count = max(ROWS, SAMPLE // max(len(terms) * n, 1))
+    energy = norms.double().square()
+    order = energy.sum(0).argsort(descending=True, stable=True)
+    first, rest = order[: count // 2], order[count // 2 :]
+    some = rest[:: max(-(-len(rest) // (count - count // 2)), 1)]
+    rows = torch.cat([first, some])
+    at = rows.to(tensor.device)
+    samples = [
+        (wide(x[at]) if base is None else wide(x[at]) - wide(base[at])).float()
+        for x, base in terms
+    ]
+    stacked = torch.cat(samples).cpu()
+    times = torch.ones(len(terms), len(rows), dtype=torch.float64)
+    seen = energy[:, some].sum(1).clamp(min=1e-300)
+    times[:, len(first) :] = (energy[:, rest].sum(1) / seen)[:, None]
+    whole = energy.sum(1)
+    found = []
+    for precision in precisions:
+        more = 0.0
+        if precision.dtype is None:
+            rounded = lost_by_row(stacked, precision.bits).view(len(terms), -1)
+            parts = (rounded * times).sum(1)[whole > 0] / whole[whole > 0]
+            lost, usual = float(parts.mean()), precision.rounding_dense
+            more = _beyond(lost, usual, EXPECTED_DENSE)
+        found.append(more)
+    return tuple(found)
 
 
 def beyond_gaussian(
@@ -57,8 +106,8 @@ def columns_beyond_gaussian(
     return found
 
 
-def _beyond(lost: float, usual: float) -> float:
-    return lost - usual if lost > EXPECTED * usual else 0.0
+def _beyond(lost: float, usual: float, times: float = EXPECTED) -> float:
+    return lost - usual if lost > times * usual else 0.0
 
 
 def at_its_price(curve: ExpertsCurve, more: float, energy: float) -> ExpertsCurve:

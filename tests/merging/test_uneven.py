@@ -1,0 +1,94 @@
+"""Entries of heavy tails, or few that are far above the others: widths are priced by what rounding loses of them."""
+
+import pytest
+import torch
+from helpers import merge_settings, task_vectors
+from torch import Tensor, nn
+
+from fusion_bench_didi.deltas.precision import precisions
+from fusion_bench_didi.lowrank.row_blocks import row_norms
+from fusion_bench_didi.merging.forms.uneven import dense_beyond_gaussian
+from fusion_bench_didi.merging.pipeline import merge
+from fusion_bench_didi.task_vectors.reader import TaskVectors
+
+ALLOWED = precisions("auto", torch.float32)
+WIDTHS = {allowed.name: i for i, allowed in enumerate(ALLOWED)}
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def heavy(*shape: int, seed: int) -> Tensor:
+    """Student's t of three degrees of freedom, to the power 3/2 in the tails."""
+    chi = normal(3, *shape, seed=seed + 100).square().mean(0).sqrt()
+    return normal(*shape, seed=seed) / (chi + 1e-9) ** 1.5
+
+
+def pool(*changes: list[Tensor]) -> TaskVectors:
+    """Tasks that change matrices so, one list each."""
+    models = {}
+    zeros = [torch.zeros_like(change) for change in changes[0]]
+    for task, own in zip(("_pretrained_", *"abcdefgh"), (zeros, *changes)):
+        models[task] = nn.ParameterList(own)
+    return task_vectors(models)
+
+
+def beyond(*changes: Tensor) -> tuple[float, ...]:
+    tensor = pool(*([change] for change in changes)).tensor("0", "cpu")
+    return dense_beyond_gaussian(tensor, row_norms(tensor.differences()), ALLOWED)
+
+
+def test_error_does_not_rise_with_the_budget():
+    shapes = [(129, 257), (64, 500), (300, 2), (900,)]
+    vectors = pool(
+        *([heavy(*s, seed=10 * t + i) for i, s in enumerate(shapes)] for t in range(3))
+    )
+    least = 1.0
+    for budget in (0.25, 0.5, 1.0, 1.4, 2.0):
+        found = merge(vectors, merge_settings(budget, factor_dtype="auto", gain="none"))
+        assert found.report.relative_error <= 1.02 * least + 1e-4
+        least = found.report.relative_error
+    assert least < 2e-4
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (3000, 40), (40, 3000), (1, 5000)])
+def test_normal_entries_are_priced_as_before(shape):
+    tasks = [normal(*shape, seed=seed) for seed in range(3)]
+    assert not any(beyond(*tasks))
+    mask = torch.arange(shape[0])[:, None] % 8 == 0
+    assert not any(beyond(*(task * mask for task in tasks)))
+
+
+def test_one_entry_is_found_among_very_many():
+    tasks = [normal(3000, 200, seed=seed) for seed in range(3)]
+    for task in tasks:
+        task[1234, 56] = 2e3
+    found = beyond(*tasks)
+    assert all(found[WIDTHS[width]] > 0.5 for width in ("int2", "int3", "int4"))
+    assert found[WIDTHS["float32"]] == 0
+
+
+def test_what_is_measured_is_what_is_lost():
+    """On half of the rows and those of most energy, within a few percent."""
+    tasks = [heavy(1000, 120, seed=seed) for seed in range(2)]
+    terms = [(task, None) for task in tasks]
+    found = beyond(*tasks)
+    for width in ("int2", "int4"):
+        precision = ALLOWED[WIDTHS[width]]
+        _, lost = precision.dense((1000, 120), terms)
+        parts = [
+            float(error / task.double().square().sum())
+            for error, task in zip(lost, tasks)
+        ]
+        expected = sum(parts) / len(parts) - precision.rounding_dense
+        assert found[WIDTHS[width]] == pytest.approx(expected, rel=0.05)
+
+
+def test_a_vector_of_one_entry_is_kept_whole_or_left_alone():
+    one = torch.zeros(3000)
+    one[0] = 1.0
+    vectors = pool([one], [-one])
+    for budget in (0.2, 0.3, 0.6):
+        settings = merge_settings(budget, factor_dtype="auto")
+        assert merge(vectors, settings).report.relative_error <= 1.0

@@ -23,7 +23,7 @@ from ..errors import DiDiError, RankError, spelled
 from ..files import sync, write_whole
 from .exchange import exchange, rename_new
 from .locks import held, is_held
-from .ours import CONFIG, is_ours, others
+from .ours import SAVED, Kind, is_ours
 
 #: Names are cut to so many bytes where others are made of them.
 _LONGEST = 200
@@ -36,7 +36,7 @@ def check_target(
     *,
     overwrite: bool = False,
     probe: bool = True,
-    mark: str = CONFIG,
+    kind: Kind = SAVED,
 ) -> Path:
     """The directory that would be written for a target; nothing is touched.
 
@@ -44,7 +44,7 @@ def check_target(
 
     Args:
         probe: look whether another run is writing to it.
-        mark: the file that says what this package wrote.
+        kind: of directory.
 
     Raises:
         FileExistsError: if it exists and may not be replaced: without ``overwrite`` nothing may, with it a model saved by
@@ -61,7 +61,7 @@ def check_target(
             f"{str(target)[:_LONGEST]} cannot be made ({error}). Choose another directory."
         ) from error
     else:
-        _check_replaceable(target, place, overwrite, mark)
+        _check_replaceable(target, place, overwrite, kind)
     parent = next(p for p in place.parents if os.path.lexists(p))
     if not parent.is_dir():
         raise DiDiError(
@@ -77,23 +77,23 @@ def check_target(
 
 
 def _check_replaceable(
-    target: str | Path, place: Path, overwrite: bool, mark: str
+    target: str | Path, place: Path, overwrite: bool, kind: Kind
 ) -> None:
     if not place.is_dir():
-        kind = "a file" if place.is_file() else "neither a file nor a directory"
+        found = "a file" if place.is_file() else "neither a file nor a directory"
         raise FileExistsError(
-            f"{target} is {kind}, so no directory is made of it. Choose another directory."
+            f"{target} is {found}, so no directory is made of it. Choose another directory."
         )
     if not overwrite:
         raise FileExistsError(
             f"{target} exists. Choose another directory, or replace it: {spelled('overwrite', 'true')}."
         )
-    if any(place.iterdir()) and not is_ours(place, mark):
+    if any(place.iterdir()) and not is_ours(place, kind.mark):
         raise FileExistsError(
-            f"{target} exists and is no saved model of this package ({mark} does not say so), so it is not overwritten. "
+            f"{target} exists and is no saved model of this package ({kind.mark} does not say so), so it is not overwritten. "
             "Choose another directory."
         )
-    if mark == CONFIG and (strange := others(place)):
+    if strange := sorted(kind.others(place)):
         raise FileExistsError(
             f"{target} also holds {', '.join(strange[:4])}, which this package did not write and which would be lost, so it is not "
             "overwritten. Put that elsewhere, or choose another directory."
@@ -106,24 +106,24 @@ def _check_replaceable(
 
 @contextmanager
 def whole_directory(
-    target: str | Path, *, overwrite: bool = False, mark: str = CONFIG
+    target: str | Path, *, overwrite: bool = False, kind: Kind = SAVED
 ) -> Iterator[Path]:
     """A directory to write into that takes its name only when the block ends well.
 
     While the block runs no other run may write to the target. What dead runs left beside it is removed.
 
     Args:
-        mark: as of :func:`check_target`; the block has to write it.
+        kind: of directory; the block has to write its mark.
 
     Raises:
         FileExistsError, DiDiError: as by :func:`check_target`, before the block and, if the target came to be meanwhile,
             after it; the result is kept under another name then.
     """
-    place = check_target(target, overwrite=overwrite, mark=mark)
+    place = check_target(target, overwrite=overwrite, kind=kind)
     with alone(place, named=target) as sure:
         if sure:
             _sweep(place)
-        check_target(place, overwrite=overwrite, probe=False, mark=mark)
+        check_target(place, overwrite=overwrite, probe=False, kind=kind)
         name = f".{_short(place.name)}."
         beside = Path(tempfile.mkdtemp(prefix=name, suffix=".tmp", dir=place.parent))
         try:
@@ -135,7 +135,7 @@ def whole_directory(
                 ) from error
             _open_up(beside)
             _flush(beside)
-            _put(beside, place, overwrite, mark)
+            _put(beside, place, overwrite, kind)
             sync(place.parent)
             shutil.rmtree(journal_of(place), ignore_errors=True)
         finally:
@@ -212,11 +212,11 @@ def alone(
         yield sure
 
 
-def _put(beside: Path, place: Path, overwrite: bool, mark: str) -> None:
+def _put(beside: Path, place: Path, overwrite: bool, kind: Kind) -> None:
     """Give what was written its name; if it cannot be had any more, another one."""
     try:
         if os.path.lexists(place):
-            check_target(place, overwrite=overwrite, probe=False, mark=mark)
+            check_target(place, overwrite=overwrite, probe=False, kind=kind)
             exchange(beside, place)
         else:
             rename_new(beside, place)

@@ -1,6 +1,8 @@
 """What this package wrote: directories that say so, and what in them is not of it."""
 
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointMismatchError
@@ -32,7 +34,27 @@ def is_ours(directory: Path, file: str = CONFIG) -> bool:
     return type(found.get("format")) is int and isinstance(by, dict) and MARK in by
 
 
+def held_by(directory: Path) -> Iterator[Path]:
+    """What a directory holds that could not be had again: weights and directories."""
+    return (p for p in directory.iterdir() if p.suffix in _WEIGHTS or p.is_dir())
+
+
 def others(directory: Path) -> list[str]:
     """Names of weights and directories in a saved model's directory that are no part of it: a base model beside the merge, say."""
-    found = (p for p in directory.iterdir() if p.suffix in _WEIGHTS or p.is_dir())
-    return sorted(path.name for path in found if not _PARTS.fullmatch(path.name))
+    return [p.name for p in held_by(directory) if not _PARTS.fullmatch(p.name)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What this package writes as a directory.
+
+    Args:
+        mark: the file in it that says so.
+        others: what is held in such a directory that is no part of it.
+    """
+
+    mark: str
+    others: Callable[[Path], list[str]]
+
+
+SAVED = Kind(CONFIG, others)

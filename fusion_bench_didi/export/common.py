@@ -1,5 +1,6 @@
 """What all exports begin and end with: tasks, the base model, where it lies, and the directory."""
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,16 @@ from torch import Tensor, nn
 
 from ..checkpoint.deltas import versions, write_manifest
 from ..checkpoint.directory import check_target, whole_directory
+from ..checkpoint.fields import read_object
+from ..checkpoint.ours import Kind, held_by
 from ..errors import DiDiError, UnknownTaskError
 from ..models.dynamic import DynamicModel
 from .report import ExportReport
 
 #: The file that says what an exported directory holds.
 MANIFEST = "export.json"
+#: Files with weights in the directory of a task.
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetensors")
 #: Where an exported base model lies beside those of tasks; no task of a pool can have this name.
 BASE = "_pretrained_"
 #: Bytes of a file's name, with room for an ending.
@@ -132,6 +137,26 @@ def copy_companions(source: Mapping[str, str], directory: Path) -> str | None:
     return None if found else f"{place} holds no tokenizer or processor to copy."
 
 
+def _others(directory: Path) -> list[str]:
+    """Names of weights and directories within an export that are no part of it."""
+    if not (held := list(held_by(directory))):
+        return []
+    report = read_object(directory / MANIFEST, whole=False)
+    tasks = report.get("bytes")
+    parts = {folder(task) for task in tasks} if isinstance(tasks, dict) else set()
+    if report.get("form") == "patch":
+        files = {f"{part}.safetensors" for part in parts}
+        return [p.name for p in held if p.is_dir() or p.name not in files]
+    found = [p for p in held if not p.is_dir() or p.name not in parts]
+    for home in set(held) - set(found):
+        found += [p for p in held_by(home) if not _WEIGHTS.fullmatch(p.name)]
+    return [str(path.relative_to(directory)) for path in found]
+
+
+#: A directory with an export.
+EXPORT = Kind(MANIFEST, _others)
+
+
 @contextmanager
 def export_directory(
     target: str | Path, *, overwrite: bool
@@ -141,8 +166,8 @@ def export_directory(
     Raises:
         FileExistsError, DiDiError: as by :func:`~fusion_bench_didi.checkpoint.directory.whole_directory`.
     """
-    final = check_target(target, overwrite=overwrite, mark=MANIFEST)
-    with whole_directory(target, overwrite=overwrite, mark=MANIFEST) as place:
+    final = check_target(target, overwrite=overwrite, kind=EXPORT)
+    with whole_directory(target, overwrite=overwrite, kind=EXPORT) as place:
         yield place, final
 
 

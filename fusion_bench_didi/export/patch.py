@@ -56,7 +56,7 @@ def to_patch(
 
     Raises:
         UnknownTaskError: for tasks that the model does not hold.
-        FileExistsError: if the directory exists and ``overwrite`` is false, or is no export.
+        FileExistsError: if the directory exists and ``overwrite`` is false, or it is no export, or other weights lie in it.
     """
     asked, source = asked_tasks(model, tasks), source_of(model, base)
     plain = base_model(model)

@@ -55,7 +55,7 @@ def to_peft(
     Raises:
         DiDiError: if nothing of a task is in a form that an adapter carries, or if PEFT reads something else.
         UnknownTaskError: for tasks that the model does not hold.
-        FileExistsError: if the directory exists and ``overwrite`` is false, or is no export.
+        FileExistsError: if the directory exists and ``overwrite`` is false, or it is no export, or other weights lie in it.
     """
     asked, source = asked_tasks(model, tasks), source_of(model, base)
     before = base_model(model)

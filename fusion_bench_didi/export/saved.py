@@ -8,7 +8,7 @@ from ..artifacts.saving import load
 from ..checkpoint.directory import check_target
 from ..errors import DiDiError, SettingsError
 from ..models.dynamic import DynamicModel
-from .common import MANIFEST, source_of
+from .common import EXPORT, source_of
 from .patch import to_patch
 from .peft import to_peft
 from .plain import to_plain
@@ -41,7 +41,7 @@ def export(
     Raises:
         SettingsError: for settings of another form.
         DiDiError: if what lies there is no dynamic model, or cannot be exported.
-        FileExistsError: if ``out`` exists and ``overwrite`` is false.
+        FileExistsError: if ``out`` exists and ``overwrite`` is false, or it is no export, or other weights lie in it.
     """
     if form not in get_args(Form):
         raise SettingsError(
@@ -52,7 +52,7 @@ def export(
             f"{', '.join(sorted(settings))}: of form=peft, not {form}. Leave them out."
         )
     adapters = AdapterSettings(**settings)
-    check_target(out, overwrite=overwrite, mark=MANIFEST)
+    check_target(out, overwrite=overwrite, kind=EXPORT)
     model = _loaded(directory, base)
     if base is None:
         place = source_of(model, None).get("place")

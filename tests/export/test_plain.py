@@ -1,6 +1,7 @@
 """Plain checkpoints: bit for bit ``materialize``, with all that belongs to a model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from fusion_bench_didi.deltas.plain import DenseDelta
-from fusion_bench_didi.export import to_patch, to_plain
+from fusion_bench_didi.export import export, to_patch, to_peft, to_plain
 from fusion_bench_didi.models.dynamic import DiDiModel
 
 
@@ -81,6 +82,40 @@ def test_only_an_export_is_overwritten(tmp_path):
     model.save_pretrained(tmp_path / "merged")
     with pytest.raises(FileExistsError, match="export.json does not say so"):
         to_plain(model, tmp_path / "merged", overwrite=True)
+
+
+FORMS = {"peft": to_peft, "plain": to_plain, "patch": to_patch}
+OTHERS = {
+    "mine/model.safetensors": "mine",
+    "mine.bin": "mine.bin",
+    "svhn/run/model.safetensors": "svhn/run",
+    "svhn/heads.safetensors": "svhn/heads.safetensors",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_lies_within_an_export_is_not_lost(tmp_path, form, monkeypatch):
+    """Nor is a merged model read before that is said."""
+    model, out = didi(family(llama()), budget=0.5), tmp_path / "out"
+    FORMS[form](model, out)
+    FORMS[form](model, out, overwrite=True)  # all of its own parts are replaced
+    monkeypatch.setattr("fusion_bench_didi.export.saved.load", never)
+    for name, strange in OTHERS.items():
+        file = out / name
+        made = [p for p in (file, *file.parents) if not p.exists()][-1]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+        strange = strange.split("/")[0] if form == "patch" else strange
+        with pytest.raises(FileExistsError, match=f"also holds {strange}, which"):
+            export(tmp_path / "merged", out, form=form, overwrite=True)
+        with pytest.raises(FileExistsError, match="also holds"):
+            FORMS[form](model, out, overwrite=True)
+        assert file.read_text() == "mine"
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
+
+
+def never(*_, **__):
+    raise AssertionError("the merged model was read")
 
 
 def test_classes_that_name_tensors_otherwise_in_checkpoints(tmp_path):

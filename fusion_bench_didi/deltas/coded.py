@@ -19,7 +19,7 @@ class CodedDelta(Delta):
 
     Args:
         stream: (size,) uint8, the numbers of all rows.
-        classes: (m,) uint8, spread of each row; (1,) for a vector.
+        classes: (m,) uint8, spread of each row; (1,) for a vector or a single column.
         step: (1,) float32.
     """
 
@@ -43,7 +43,12 @@ class CodedDelta(Delta):
             (rows,) = decode(self.stream, [(self.classes, self._length)])
         return rows.mul_(self.step).view(self.shape)
 
-    def blocks(self, shared: Delta | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(
+        self, shared: Delta | None = None
+    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        if len(self.classes) != self.sides[0]:  # a column
+            yield from super().blocks(shared)
+            return
         parts = [(self.classes, self._length)]
         with _readable():
             for _, rows, values in decode_blocks(self.stream, parts):

@@ -71,7 +71,7 @@ class RoundedDenseDelta(Delta):
 
     Args:
         codes: of the tensor's shape, stored as ``quantization/codes.py`` says.
-        scale: (m,); (1,) for a vector.
+        scale: (m,); (1,) for a vector or a single column.
         bits: of a code.
     """
 

@@ -18,7 +18,7 @@ from ..lowrank.factors import full_rank
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, model_bits
 from ..task_vectors.sources import TensorInfo
-from ..task_vectors.tensor import matrix_shape
+from ..task_vectors.tensor import merged_sides
 from .given import Given
 from .settings import MergeSettings
 
@@ -56,6 +56,11 @@ class Inventory:
     def competing(self) -> tuple[str, ...]:
         """Tensors among which the budget is divided, sorted."""
         return tuple(sorted((*self.matrices, *self.flat)))
+
+    @property
+    def mostly_flat(self) -> bool:
+        """Whether most entries that compete are those of vectors, as where biases alone are trained."""
+        return sum(map(self.numel, self.flat)) > sum(map(self.numel, self.matrices))
 
     def cheapest(self, name: str) -> Precision:
         """The cheapest precision of a tensor."""
@@ -98,7 +103,7 @@ def take_inventory(
     matrices = [n for n in names if task_vectors.is_matrix(n)]
     vectors = [n for n in names if not task_vectors.is_matrix(n)]
     chosen = settings.factor_dtype == "auto" and settings.vectors == "expert"
-    flat = [n for n in vectors if chosen and min(matrix_shape(infos[n].shape)) < 2]
+    flat = [n for n in vectors if chosen and min(merged_sides(infos[n].shape)) < 2]
     vectors = [n for n in vectors if n not in flat]
     types = {n: task_vectors.tuned_dtype(n) for n in names}
     sizes = {n: infos[n].numel for n in names}
@@ -128,7 +133,7 @@ def take_inventory(
         vectors=tuple(vectors),
         flat=tuple(flat),
         own=tuple(scan.changed_own if scan else kept),
-        sides={n: matrix_shape(infos[n].shape) for n in names},
+        sides={n: merged_sides(infos[n].shape) for n in names},
         unit_bits=unit_bits,
         vector_bits=sum(sizes[n] * dtype_bits(stored[n]) * copies(n) for n in vectors),
         own_bits=sum(_own_bits(own[n], which) for n, which in kept.items()),

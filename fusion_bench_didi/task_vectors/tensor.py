@@ -47,7 +47,7 @@ class ChangedTensor:
 
     @property
     def sides(self) -> tuple[int, int]:
-        return matrix_shape(self.shape)
+        return merged_sides(self.shape)
 
     @property
     def factored(self) -> bool:
@@ -92,7 +92,9 @@ class ChangedTensor:
         rank = self.ranks[task]
         if rank == 0:
             return LowRankFactors.zeros(*self.sides, like=torch.empty(0))
-        return None if rank is None else self._tuned[task].factors(self.name)
+        factors = None if rank is None else self._tuned[task].factors(self.name)
+        turned = factors is not None and tuple(factors.shape) != self.sides
+        return factors.mT if turned else factors
 
     def differences(self, tasks: Sequence[int] | None = None) -> list[Difference]:
         """Task vectors as differences of matrices (m, n), of the types in which they are stored; the base is one object.
@@ -170,3 +172,9 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
+
+
+def merged_sides(shape: Sequence[int]) -> tuple[int, int]:
+    """As :func:`matrix_shape`, with a single column as the vector that it is, of one scale instead of one per entry."""
+    m, n = matrix_shape(shape)
+    return (1, m) if n == 1 else (m, n)

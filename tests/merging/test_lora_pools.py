@@ -428,3 +428,25 @@ def test_other_methods_take_adapters_too(tmp_path, make):
         for name, value in expected.items():
             far = (found[name] - value).abs() > 1e-5
             assert float(far.float().mean()) < 2e-3, name
+
+
+class OneInput(OpenClipLike):
+    """A layer whose weight is a single column."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(1, 40)
+
+
+@pytest.mark.parametrize("budget", [0.3, float("inf")])
+def test_adapters_of_a_layer_of_one_input_are_merged(tmp_path, budget):
+    models = family(tmp_path, OneInput, target_modules=["gate"])
+    model = didi(
+        pool_of(tmp_path, models[BASE]),
+        budget=budget,
+        factor_dtype="auto",
+        allocation="greedy",
+    )
+    assert model.storage.x_excl <= budget
+    if budget == float("inf"):
+        assert_close(model, models, names=["gate.weight"])

@@ -202,3 +202,26 @@ def test_vectors_take_bits_but_have_no_ranks(tiny_clip, capsys):
         f"{len(matrices)} matrices, {sum(d < 2 for d in sides.values())} vectors"
         in printed
     )
+
+
+@pytest.mark.parametrize("budget", [0.03, 0.1, 0.3, 2.0])
+def test_rows_columns_and_vectors_of_the_same_numbers_are_stored_alike(budget):
+    """Also where there is nothing else, as where biases alone are trained, and in less than two bits per number."""
+    generator = torch.Generator().manual_seed(0)
+    changes = [torch.randn(3000, generator=generator) for _ in range(2)]
+    found = []
+    for shape in ((3000,), (1, 3000), (3000, 1)):
+        base = nn.ParameterList([torch.zeros(shape)])
+        models = {BASE: base}
+        for task, change in zip(("mnist", "svhn"), changes):
+            models[task] = nn.ParameterList([change.view(shape)])
+        model = didi(models, budget=budget, factor_dtype="auto", allocation="greedy")
+        expert = model.modulators["svhn"].deltas["0"]
+        value = torch.zeros(expert.sides)
+        for rows, part in expert.blocks():
+            value[rows] += part
+        assert value.equal(expert.own().view(expert.sides))
+        found.append((model.storage.excl_bits, expert.own().flatten()))
+    (bits, values), *others = found
+    assert bits
+    assert all(bits == other and values.equal(same) for other, same in others)

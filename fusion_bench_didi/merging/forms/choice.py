@@ -62,8 +62,12 @@ def choose_forms(
         return look.experts, [c for form in FORMS for c in form.choices(look)]
 
     found = dict(context.each("decompose", look_at, names))
-    flat = {n: (_dense_alone(context, n), []) for n in context.inventory.flat}
-    found = dict(sorted((found | flat).items()))
+    for name in context.inventory.flat:
+        look = Look(context, bounds, name, guess)
+        look.experts = _dense_alone(context, name)
+        codes = CODED.choices(look) if context.inventory.mostly_flat else ()
+        found[name] = look.experts, list(codes)
+    found = dict(sorted(found.items()))
     table = {name: one for name, (one, _) in found.items()}
     while True:
         rows = [one.spectra for one in table.values()]

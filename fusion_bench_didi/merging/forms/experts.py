@@ -42,7 +42,9 @@ class Experts:
         name, row, k = decision.name, decision.spectra, decision.point
         tensor, precision = context.tensor(name), decision.precision
         full = k == row.full
-        dense = bool(((k == 0) | full)[1:].all()) and not tensor.factored
+        # vectors have no bases, adapters of them neither
+        whole = not tensor.factored or decision.bases is None
+        dense = bool(((k == 0) | full)[1:].all()) and whole
         if dense and row.shared_rank == 0:
             return encode_dense(context, tensor, (k[1:] > 0).tolist(), precision)
         bases = decision.bases.take()

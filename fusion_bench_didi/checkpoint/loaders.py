@@ -7,7 +7,7 @@ directory in some cases (``custom_generate``, adapters that name modules, kernel
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from torch import nn
 from transformers.utils import cached_file
 
 from ..errors import DiDiError
+from ..pools.counts import check_counts, pairs
 from ..pools.weight_files import Weights, index_files, open_weights
-from ..task_vectors.sources import TensorSource
 from ..task_vectors.tower_names import fill
 
 #: Classes of the host that its model pools load by ``from_pretrained``.
@@ -106,6 +106,8 @@ def load(
             return _open_clip(**given), frozenset()
         make = _loader(given.pop("_target_", f"{class_name}.from_pretrained"))
         arguments = _ready(_arguments(given), directory, dtype)
+        if weights := _weights(arguments):
+            check_counts(*weights)
         model, found = make(**arguments, output_loading_info=True)
     except DiDiError:
         raise
@@ -113,7 +115,7 @@ def load(
         raise DiDiError(
             f"The backbone cannot be loaded from {source!r} ({type(error).__name__}: {error}). {_WAY_OUT}"
         ) from error
-    if found["missing_keys"] and fill(model, _weights(arguments)):
+    if weights and found["missing_keys"] and fill(model, open_weights(*weights)):
         return model, frozenset()
     return model, frozenset(found["missing_keys"])
 
@@ -249,7 +251,7 @@ def _check_files(
     file = _file_of(place, "config.json", subfolder, revision)
     if file is None:
         return
-    for key, value in _pairs(json.loads(Path(file).read_text("utf-8"))):
+    for key, value in pairs(json.loads(Path(file).read_text("utf-8"))):
         if key == "transformers_weights" and value and not _beside(value):
             raise _refused(f"{file} with {key}={value!r}", "a file beside it")
         if "attn_implementation" in key and value is not None:
@@ -265,12 +267,12 @@ def _beside(name: Any) -> bool:
     return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
-def _weights(arguments: Mapping[str, Any]) -> TensorSource | None:
-    """The weight files of what was just loaded."""
+def _weights(arguments: Mapping[str, Any]) -> tuple[Path, str, Weights] | None:
+    """Where the weight files of what is loaded lie, its label, and which of them are asked for."""
     asked = {key: arguments.get(key) for key in ("variant", "use_safetensors")}
     inside, revision = arguments.get("subfolder", ""), arguments.get("revision")
     file = _file_of(arguments[_PLACE], "config.json", inside, revision)
-    return file and open_weights(Path(file).parent, "the backbone", Weights(**asked))
+    return file and (Path(file).parent, "the backbone", Weights(**asked))
 
 
 def _file_of(place: str, name: str, subfolder: str, revision: str | None) -> str | None:
@@ -283,14 +285,3 @@ def _file_of(place: str, name: str, subfolder: str, revision: str | None) -> str
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-
-
-def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """All keys of nested objects, with their values."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield key, inner
-            yield from _pairs(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _pairs(inner)

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ..errors import CheckpointMismatchError
 from . import options
 
 BASE = "_pretrained_"
@@ -115,6 +116,8 @@ def _class_of(places: dict[str, str]) -> str:
             continue
         try:
             named[task] = _architecture(place)
+        except CheckpointMismatchError:
+            raise  # says all of it
         except FileNotFoundError as error:
             faults.append(str(error))
         except (OSError, ValueError) as error:
@@ -138,6 +141,7 @@ def _architecture(place: str) -> str | None:
     """
     from transformers import AutoConfig
 
+    from ..pools.counts import check_counts
     from ..task_vectors.places import check_place, check_to_be_had
 
     check_place(place, owned=False)
@@ -146,6 +150,7 @@ def _architecture(place: str) -> str | None:
         place = str(path)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{place} is no model: it holds no config.json.")
+        check_counts(path, path.name)
     else:
         check_to_be_had(place)
     config = AutoConfig.from_pretrained(place, local_files_only=local)

@@ -17,6 +17,7 @@ from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.places import check_place
 from ..task_vectors.tower_names import fill, is_tower
 from .configurations import COMPUTED
+from .counts import check_counts
 from .weight_files import Weights, open_weights
 
 BASE = "_pretrained_"
@@ -38,6 +39,8 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
         modelpool = copy.copy(modelpool)
         modelpool.enable_lazy_loading = False
         modelpool._models = {**modelpool._models, name: whole}
+    if directory := directory_of(modelpool, name):
+        check_counts(directory, name, asked(modelpool, name)[1])
     try:
         if name == BASE:
             model = modelpool.load_pretrained_model()
@@ -159,6 +162,7 @@ def configuration_of(modelpool: BaseModelPool, name: str) -> Any:
     file = directory / asked(modelpool, name)[1].subfolder / "config.json"
     if not file.is_file():
         return None
+    check_counts(directory, name, asked(modelpool, name)[1])
     arguments = _arguments(modelpool, name)
     added = {key: value for key, value in arguments.items() if key in COMPUTED}
     return read_json(file, name, "a model's configuration") | added

@@ -110,6 +110,14 @@ def test_a_configuration_names_weights_beside_it(base, name):
 # --- nothing for ever ---------------------------------------------------------
 
 
+@pytest.mark.parametrize("how", ["n_layer", "parts"])
+def test_layers_that_no_weights_are_for_are_not_built(base, how):
+    """transformers would build them one by one."""
+    layers = {"n_layer": 10**9}
+    configure(base, **(layers if how == "n_layer" else {"parts": [layers]}))
+    refused(base, r"config.json says n_layer=1000000000, .* are \d+ tensors")
+
+
 def as_pipe(file: Path) -> None:
     file.unlink(missing_ok=True)
     os.mkfifo(file)

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from commands import run
 from exact_models import bert, gpt2, llama, seeded, t5, tokens
 from fusion_bench.modelpool import BaseModelPool, CausalLMPool
 from helpers import BASE, didi, fine_tuned
@@ -215,3 +216,25 @@ def test_models_that_the_host_takes_for_special_are_named(caplog):
     with caplog.at_level(logging.WARNING):
         assert didi({BASE: base, **tuned}).tasks == ["a", "b"]
     assert any("_c_" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", [BASE, "a"])
+@pytest.mark.parametrize("how", ["pool", "command"])
+def test_layers_that_no_weights_are_for_are_not_built(tmp_path, name, how):
+    """transformers would build them, or list their types, one by one."""
+    places = written(models_of(llama), tmp_path)
+    file = tmp_path / name / "config.json"
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 10**9})
+    )
+    with pytest.raises(CheckpointMismatchError, match=f"{file} says num_hidden_layers"):
+        if how == "pool":
+            didi(CausalLMPool(places, tokenizer=None), budget=0.5)
+        else:
+            run("merge", places[BASE], places["a"], places["b"], "-o", tmp_path / "m")
+
+
+def test_many_layers_that_weights_are_for_are_built(tmp_path, monkeypatch):
+    monkeypatch.setattr("fusion_bench_didi.pools.counts._FEW", 0)
+    places = written(models_of(llama), tmp_path)
+    assert didi(CausalLMPool(places, tokenizer=None), budget=0.5).tasks == ["a", "b"]

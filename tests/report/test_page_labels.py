@@ -59,12 +59,16 @@ def test_a_label_that_another_would_cover_in_some_width_is_left_out():
 
 def test_a_figure_says_what_it_shows_and_of_which_suite():
     data = json.loads((REPOSITORY / "docs" / "comparison_real8.json").read_text())
+    ours = [row for row in data["rows"] if row["family"] == "DiDi"]
+    kept = [r for r in ours if r["retention"]["mean_of_ratios"] >= findings.KEPT]
+    least = min(kept, key=lambda row: row["x_excl"])
+    share, size = 100 * least["retention"]["mean_of_ratios"], f"{least['x_excl']:.2f}"
     told = findings.of_storage(Comparison(data))
-    assert told.startswith("real8: DiDi keeps 99.9 % of 8 ") and "0.50" in told
-    for row in data["rows"]:  # a finding is of the rows
-        if row["family"] == "DiDi" and row["x_excl"] < 0.6:
+    assert told.startswith(f"real8: DiDi keeps {share:.1f} % of 8 ") and size in told
+    for row in ours:  # a finding is of the rows
+        if row["x_excl"] < least["x_excl"] + 0.1:
             row["retention"]["mean_of_ratios"] = 0.5
-    assert "0.50" not in findings.of_storage(Comparison(data))
+    assert size not in findings.of_storage(Comparison(data))
     task = data["tasks"][3]
     for row in data["rows"]:
         if row["family"] == "DiDi":

@@ -148,7 +148,13 @@ def fitted(
     )
     products = {name: delta.product() for name, delta in shared.items()}
     ranks = {name: found.rank for name, found in products.items() if found is not None}
-    given = Given(stored.unit_bits, whole.energy, bases=bases, ranks=ranks)
+    given = Given(
+        stored.unit_bits,
+        whole.energy,
+        bases=bases,
+        ranks=ranks,
+        enough=bool(stored.shared),
+    )
     result = merge(beside, settings, device=device, given=given)
     report = result.report
     lost = sum(float(e.sum()) for e in report.errors.values())

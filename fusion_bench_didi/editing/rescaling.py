@@ -89,17 +89,18 @@ def rescaled(
         for task, deltas in stored.experts.items()
     }
     kept = sum(d.bits for deltas in own.values() for d in deltas.values())
-    left = total - kept - stored.routing_bits
-    if left <= 0:
+    whole = kept + stored.routing_bits
+    left = total - whole
+    if left < 0 or whole and not left:
         raise BudgetError(
             f"budget={budget.ratio} is too small: tensors that tasks keep as they are, and the router, alone take "
-            f"{(kept + stored.routing_bits) / stored.unit_bits:.6f}. Give more than that."
+            f"{whole / stored.unit_bits:.6f}. Give more than that."
         )
-    limit = Budget(left / stored.unit_bits)
+    limit = Budget(left / stored.unit_bits) if left else budget
     if settings is None:
         settings = merged_with(stored.info, limit)
     settings = replace(settings, budget=limit)
-    given = Given(stored.unit_bits, kept=_parts(stored))
+    given = Given(stored.unit_bits, kept=_parts(stored), enough=kept > 0)
     result = merge(decoded(stored), settings, device=device, given=given)
     experts = {task: {**result.experts[task], **own[task]} for task in stored.tasks}
     after = replace(stored, shared=result.shared, experts=experts).useful()

@@ -19,6 +19,7 @@ class Given:
         kept: per tensor, (T,) instead of these: what part of such an energy the vectors to be merged have.
         bases: per matrix, common bases that cores may be written in.
         ranks: per matrix, of the shared part that every task's change holds.
+        enough: whether what stands already makes models other than the base model, so that nothing more has to fit.
     """
 
     unit_bits: int
@@ -26,6 +27,7 @@ class Given:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     bases: Mapping[str, Bases] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
+    enough: bool = False
 
     def weighed(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Energies to weigh errors by: those given, else, also where these are nothing, those found."""

@@ -1,7 +1,8 @@
 """What is to be merged: tensors by class, their sizes, and what each costs in the precisions allowed."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -163,17 +164,28 @@ def matrix_budget(inventory: Inventory, settings: MergeSettings) -> int:
     fixed = inventory.vector_bits + inventory.own_bits
     left = settings.budget.bits(inventory.unit_bits) - fixed
     if left < 0:
-        # rounded up, so that the value printed is enough
-        millionths = -(-fixed * 10**6 // inventory.unit_bits)
-        smallest = settings.budget.named(millionths / 1e6)
+        smallest = named_budget(fixed, inventory, settings)
         what = "the vectors (biases, norms, ...)"
         if inventory.own_bits:
             what += f" and the tasks' own tensors ({', '.join(inventory.own[:3])} ...)"
         raise BudgetError(
-            f"budget={settings.budget.ratio} is too small: {what} alone take {smallest:.6f}. Give at least that, or store "
+            f"budget={settings.budget.ratio} is too small: {what} alone take {smallest}. Give at least that, or store "
             f"fewer: {', '.join(_ways_to_store_less(settings))}."
         )
     return left
+
+
+def named_budget(bits: int, inventory: Inventory, settings: MergeSettings) -> str:
+    """The budget that holds so many bits, as it would be given; rounded up, so that the value printed is enough."""
+    ratio, digits = settings.budget.named(bits / inventory.unit_bits), 6
+    while True:
+        printed = f"{math.ceil(ratio * 10**digits) / 10**digits:.{digits}f}"
+        if (
+            replace(settings.budget, ratio=float(printed)).bits(inventory.unit_bits)
+            >= bits
+        ):
+            return printed
+        digits += 1
 
 
 def _ways_to_store_less(settings: MergeSettings) -> Iterator[str]:

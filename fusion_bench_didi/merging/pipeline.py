@@ -23,6 +23,7 @@ from ..deltas.sink import Experts, InMemory, Shared, Sink
 from ..deltas.storage import account, told
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks
+from ..errors import BudgetError
 from ..task_vectors.loop import Progress, no_progress
 from ..task_vectors.parallel import HeapTrimmer
 from ..task_vectors.reader import TaskVectors
@@ -39,7 +40,7 @@ from .forms.coded import with_gains
 from .forms.early_decision import sample_of
 from .forms.uneven import dense_beyond_gaussian
 from .given import Given
-from .inventory import matrix_budget, take_inventory
+from .inventory import matrix_budget, named_budget, take_inventory
 from .loss_weights import loss_weights
 from .rank_bounds import RankBounds
 from .ranks import allocate, refined
@@ -165,9 +166,36 @@ def plan(
             name, choice.form, choice.precision, point, choice.bases
         )
     decisions = {name: decisions[name] for name in inventory.competing}
+    if given is None or not given.enough:
+        _check_something_fits(context, decisions)
     if settings.gain == "auto":
         decisions = with_gains(decisions, context.energy)
     return Plan(context, found, decisions, seconds)
+
+
+def _check_something_fits(
+    context: MergeContext, decisions: Mapping[str, Decision]
+) -> None:
+    """A merge of which all tasks are the base model is none.
+
+    Raises:
+        BudgetError: with a budget that holds one module.
+    """
+    inventory, settings, tasks = context.inventory, context.settings, context.tasks
+    ranks = (d.form.ranks(d, len(tasks)) for d in decisions.values())
+    if not decisions or any(map(any, ranks)):
+        return
+    if inventory.vector_bits or inventory.own_bits:
+        return
+    rates = [
+        inventory.rate(name) if decision.spectra is None else decision.spectra.rate
+        for name, decision in decisions.items()
+    ]
+    bits = min(rate.per_rank if rate.cap else rate.dense for rate in rates)
+    raise BudgetError(
+        f"budget={settings.budget.ratio} is too small: nothing of any task fits, so that all of them would be the base model. "
+        f"What is cheapest takes {named_budget(bits, inventory, settings)}; give at least that."
+    )
 
 
 def _observed(
@@ -238,7 +266,7 @@ def merge(
 
     Raises:
         NonFiniteError, ModelPoolError: from the first read.
-        BudgetError: if the vectors alone exceed the budget.
+        BudgetError: if the vectors alone exceed the budget, or nothing fits into it.
     """
     planned = plan(
         task_vectors,

@@ -545,8 +545,7 @@ def test_another_base_model_of_equal_shapes_is_refused(wide, form):
 
 def test_a_merge_of_nothing_knows_its_base_model(tmp_path):
     """It touches no tensor, and every base model was taken for its own."""
-    models = family(body(), ("a", "b"))
-    model = didi(models, budget=1e-9, vectors="pretrained")
+    model = DiDiModel(body(), {}, {"a": {}, "b": {}}, unit_bits=10000)
     assert not model.touched
     model.save_pretrained(tmp_path / "m")
     load_artifact(tmp_path / "m", body())

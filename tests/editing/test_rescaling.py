@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 from helpers import BASE, didi, floats
@@ -136,3 +137,14 @@ def test_what_is_no_smaller_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         rescale(tmp_path / "nothing", budget=0.1, output_dir=tmp_path / "out")
     assert model.storage == storage and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", [1e-9, 1e-3])
+def test_a_budget_that_holds_nothing_is_refused_with_one_that_does(budget):
+    model = didi(linears(), budget=0.5, factor_dtype="auto", allocation="greedy")
+    before = model.storage
+    with pytest.raises(BudgetError, match="nothing of any task fits") as refusal:
+        rescale(model, budget=budget)
+    assert model.storage == before
+    (named,) = re.findall(r"takes (\d+\.\d+)", str(refusal.value))
+    assert rescale(model, budget=float(named)).after.excl_bits > 0

@@ -103,6 +103,9 @@ def choose_forms(
         for n, one in longer.items():
             others = [c for c in found[n][1] if not isinstance(c.form, Coded)]
             found[n] = found[n][0], [*others, CODED.choice(context, n, one)]
+    if not any(choice.curve.at(multiplier)[1] for _, choice in chosen):
+        # nothing is worth its bits, or fits: what modules there are of the lowest rank is what is cheapest
+        chosen = [(n, row[0]) for n, row in options.items()]
     ranked, placed = {}, {}
     for name, choice in chosen:
         if choice.spectra is None:

@@ -8,7 +8,7 @@ from . import options
 
 
 @click.command()
-@options.out
+@click.option("-o", "--out", required=True, help="Directory to write, or of a run to go on with.")  # fmt: skip
 @click.option("--suite", default=None, help="Folder of CLIP towers and images; the demo, which is made on the spot, if left out.")  # fmt: skip
 @click.option("--only", default="", help="Names of methods, with commas between; all if left out.")  # fmt: skip
 @click.option("--skip", default="", help="Names of methods that are left out.")

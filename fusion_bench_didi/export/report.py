@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from textwrap import wrap
 from typing import Any, Literal
+
+from ..task_vectors.alignment import of_all_layers
 
 #: As low-rank factors; whole; at the changed positions; in the base checkpoint that is exported too; not at all.
 How = Literal["factors", "whole", "sparse", "base", "left out"]
@@ -61,13 +64,23 @@ class ExportReport:
         lines = [f"{self.form} in {self.directory}"]
         for task, size in self.bytes.items():
             lines.append(f"  {task}: {size / 1e6:.2f} MB{self._summary(task)}")
-        for task, tensors in self.lossy.items():
-            lines += [
-                f"  {task}: {name}: {c.how}{'' if c.rank is None else f', rank {c.rank}'}, {c.error:.2%} of its change is "
-                f"lost ({c.why})"
-                for name, c in tensors.items()
-            ]
+        for (how, why), losses in self._alike().items():
+            low, high = min(losses.values()), max(losses.values())
+            share = f"{low:.2%}" if low == high else f"{low:.2%} to {high:.2%}"
+            lines.append(f"  {how}, {share} of the change is lost ({why}):")
+            lines += [f"    {line}" for line in wrap(", ".join(losses), 116)]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _alike(self) -> dict[tuple[str, str], dict[str, float]]:
+        """Losses for one reason in all tasks: the largest part of a change that is lost, by name without the number of a layer."""
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        for tensors in self.lossy.values():
+            for name, one in tensors.items():
+                losses, kind = found.setdefault((one.how, one.why), {}), of_all_layers(
+                    name
+                )
+                losses[kind] = max(losses.get(kind, 0.0), one.error)
+        return found
 
     def _summary(self, task: str) -> str:
         carried = self.tensors.get(task, {}).values()
@@ -75,5 +88,5 @@ class ExportReport:
         parts = [f"{count} {how}" for how, count in counts.items() if count]
         output = self.outputs.get(task)
         if output is not None:
-            parts.append(f"outputs within {output:.1e}")
+            parts.append(f"outputs differ by up to {output:.2g} of the largest")
         return f" ({', '.join(parts)})" if parts else ""

@@ -17,9 +17,9 @@ from .parallel import workers_for
 from .reader import TaskVectors
 from .tensor import ChangedTensor
 
-#: Squared norms that float32 can calculate with: above, sums of squares overflow; below, nothing that a task changes by is
-#: left of it in a sum with the base model's value.
-ENERGIES = (1e-60, 1e30)
+#: Squared norms that float32 can calculate with: above, sums of squares overflow; below, per entry, squares underflow, and
+#: nothing that a task changes by is left of it in a sum with any weight but zero.
+PER_ENTRY, LARGEST = 1e-34, 1e30
 
 #: What else is to be found out while a tensor is in memory: called with it, its (T,) energies and (T, m) norms of rows, of which
 #: there are none where some task changes it by an adapter's factors.
@@ -32,11 +32,13 @@ class Scan:
 
     Args:
         energy: per tensor, (T,) squared norms of the task vectors, float64.
+        negligible: per tensor, (T,) whether a task's change is so small that it counts as none; only tensors that have such.
         own: per tensor that tasks keep as they have it, (T,) whether it differs from the base model's.
         observed: per tensor, what was asked beside that.
     """
 
     energy: Mapping[str, Tensor]
+    negligible: Mapping[str, Tensor] = field(default_factory=dict)
     own: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     observed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -68,18 +70,19 @@ def scan(
         ModelPoolError: if no task differs from the base model.
     """
 
-    def one(name: str) -> tuple[Tensor, Any]:
+    def one(name: str) -> tuple[Tensor, Tensor, Any]:
         tensor = task_vectors.tensor(name, device)
         energy, norms = _energies(tensor)
-        energy[energy < ENERGIES[0]] = 0
+        negligible = (energy > 0) & (energy < PER_ENTRY * tensor.numel)
+        energy[negligible] = 0
         asked = observe is not None and _usable(energy)
-        return energy, observe(tensor, energy, norms) if asked else None
+        return energy, negligible, observe(tensor, energy, norms) if asked else None
 
     names, workers = list(task_vectors.infos), workers_for(device)
     found = dict(spread(crew, "scan", one, names, workers=workers))
     faults = [
         fault
-        for name, (energy, _) in found.items()
+        for name, (energy, _, _) in found.items()
         if not _usable(energy)
         for fault in _non_finite(task_vectors, name, energy)
     ]
@@ -104,9 +107,10 @@ def scan(
             + f"\nFix or leave out these models; a single tensor can be left out with {spelled('exclude', '[...]')}."
         )
     result = Scan(
-        {name: energy for name, (energy, _) in found.items()},
+        {name: energy for name, (energy, _, _) in found.items()},
+        {name: few for name, (_, few, _) in found.items() if bool(few.any())},
         own,
-        {name: seen for name, (_, seen) in found.items() if seen is not None},
+        {name: seen for name, (_, _, seen) in found.items() if seen is not None},
     )
     if not result.changed and not result.changed_own:
         left_out = any(map(task_vectors.excluded, tasks))
@@ -117,7 +121,7 @@ def scan(
         )
         raise ModelPoolError(
             f"All task vectors are zero: {', '.join(tasks)} equal the base model in every tensor that is "
-            f"merged. {way_out}."
+            f"merged{', but for less than any weight notices' if result.negligible else ''}. {way_out}."
         )
     return result
 
@@ -138,15 +142,17 @@ def account_of(
     account = {}
     for t, task in enumerate(task_vectors.tasks):
         changed = [name for name, energy in scan.energy.items() if energy[t] > 0]
+        few = [name for name, found in scan.negligible.items() if found[t]]
         left = [n for n in changed if n not in shared and n not in experts[task]]
         own = [name for name, kept in scan.own.items() if kept[t]]
         account[task] = {
             "merged": len(changed) - len(left),
             "equal to the base model": len(scan.energy)
             - len(changed)
+            - len(few)
             + sum(not kept[t] for kept in scan.own.values()),
             "kept as the task has them": own,
-            "left as in the base model": left,
+            "left as in the base model": sorted(left + few),
             "excluded": task_vectors.excluded(task),
             "not taken from the checkpoint": dict(task_vectors.unused(task)),
         }
@@ -177,7 +183,7 @@ def _energies(tensor: ChangedTensor) -> tuple[Tensor, Tensor | None]:
 
 def _usable(energy: Tensor) -> bool:
     """Whether a tensor's task vectors can be calculated with."""
-    return bool((energy <= ENERGIES[1]).all())  # not of NaN either
+    return bool((energy <= LARGEST).all())  # not of NaN either
 
 
 def _non_finite(task_vectors: TaskVectors, name: str, energy: Tensor) -> list[str]:

@@ -55,7 +55,7 @@ from fusion_bench_didi.recombination.search import (
     nsga2,
 )
 from fusion_bench_didi.recombination.validation import scorer_from_pools
-from fusion_bench_didi.report.style import color, look, new_figure, save_figure
+from fusion_bench_didi.report.style import color, look, new_figure, save_figure, title
 from fusion_bench_didi.task_vectors.scan import scan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,8 +199,8 @@ def on_test(bench: Bench, methods: dict[str, Models]) -> dict:
     }
 
 
-def draw_hypervolume(traces: dict[str, list]) -> Figure:
-    """Means over seeds, with their ranges."""
+def draw_hypervolume(traces: dict[str, list], suite: str) -> Figure:
+    """Means over seeds, with their ranges; the search first."""
     with look():
         figure = new_figure(6.4, 3.6)
         axes = figure.subplots()
@@ -212,9 +212,11 @@ def draw_hypervolume(traces: dict[str, list]) -> Figure:
             axes.fill_between(
                 x, table.min(0), table.max(0), color=color(kind), alpha=0.2, lw=0
             )
-        axes.set_title("What a search finds, mean and range over seeds")
+        searched, random = ([run[-1] for run in runs] for runs in traces.values())
+        wins = sum(a > b for a, b in zip(searched, random))
+        title(axes, f"{suite}: more than random finds on {wins} of {len(searched)} seeds")  # fmt: skip
         axes.set_xlabel("evaluations")
-        axes.set_ylabel("dominated share of the corner")
+        axes.set_ylabel("dominated share of the corner,\nmean and range over seeds")
         axes.legend(loc="lower right")
         figure.tight_layout()
     return figure
@@ -346,8 +348,10 @@ def pictures(record: Record) -> dict[str, Figure]:
     }
     first = next(iter(runs["nsga2"].values()))
     return {
-        "merge_hypervolume": draw_hypervolume(traces),
-        "merge_front": draw_front(first, others=record["others"]),
+        "merge_hypervolume": draw_hypervolume(traces, record["suite"]),
+        "merge_front": draw_front(
+            first, others=record["others"], suite=record["suite"]
+        ),
     }
 
 

@@ -14,6 +14,7 @@ from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.pools.opening import open_pool
 from fusion_bench_didi.report.style import (
     RANK_COLORS,
+    headline,
     look,
     new_figure,
     save_figure,
@@ -58,11 +59,11 @@ def main() -> None:
     )
     image = f"{Path(suite.label).name}_ranks_and_bits.png"
     (arguments.out / "img").mkdir(parents=True, exist_ok=True)
-    save_figure(draw(rows), arguments.out / "img" / image)
+    save_figure(draw(rows, Path(suite.label).name), arguments.out / "img" / image)
     (arguments.out / "ranks_and_bits.md").write_text(_page(rows, image))
 
 
-def draw(rows: list[dict]) -> Figure:
+def draw(rows: list[dict], suite: str) -> Figure:
     """Rank and bits of every matrix over budgets, as two heat maps."""
     names = list(dict.fromkeys(row["matrix"] for row in rows))
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
@@ -93,10 +94,21 @@ def draw(rows: list[dict]) -> Figure:
             axes.set_title(label)
             axes.grid(False)
             figure.colorbar(shown, ax=axes, fraction=0.04)
-        short = [n.removeprefix("vision_model.").removesuffix(".weight") for n in names]
-        panels[0].set_yticks(range(len(names)), short, fontsize=7)
+        panels[0].set_yticks(range(len(names)), map(_short, names), fontsize=7)
+        headline(figure, f"{suite}: {_finding(rows)}")
         figure.tight_layout()
     return figure
+
+
+def _finding(rows: list[dict], budget: float = 0.5) -> str:
+    """Which matrices get most and least at one budget."""
+    bits = {row["matrix"]: row["bits"] for row in rows if row["budget"] == budget}
+    least, most = min(bits, key=bits.get), max(bits, key=bits.get)
+    return f"at {budget:g} models an entry gets {bits[least]:.1f} bits ({_short(least)}) to {bits[most]:.1f} ({_short(most)})"
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("vision_model.").removesuffix(".weight")
 
 
 def _value(row: dict, key: str) -> float:

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.suites import Suite, machine, mean, retention, write_json
 from fusion_bench_didi.method.didi import DiDiMerging
-from fusion_bench_didi.report.style import look, new_figure, save_figure
+from fusion_bench_didi.report.findings import KEPT
+from fusion_bench_didi.report.style import look, new_figure, save_figure, title
 
 BUDGETS = (0.24, 0.5, 1.0, 1.24, 1.4, 2.0)
 SMALLEST = (0.08, 0.12, 0.16, 0.2, 0.3, 0.36, 0.42)  # few bits only: where 99 % is lost
@@ -123,7 +124,9 @@ def main() -> None:
     write_json(file, {"machine": machine(), "rows": rows})
     file.with_suffix(".md").write_text(_page(suite, rows, arguments))
     (arguments.out / "img").mkdir(exist_ok=True)
-    save_figure(draw(rows), arguments.out / "img" / f"{file.stem}.png")
+    save_figure(
+        draw(rows, Path(suite.label).name), arguments.out / "img" / f"{file.stem}.png"
+    )
     print(f"written: {file}, a page beside it, and a plot in img/")
 
 
@@ -138,7 +141,7 @@ SHOWN = {
 }
 
 
-def draw(rows: list[dict]) -> Figure:
+def draw(rows: list[dict], suite: str) -> Figure:
     """Retention against storage, one line per setting, the ones to tell apart in color."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -160,12 +163,20 @@ def draw(rows: list[dict]) -> Figure:
             )
         axes.plot([], [], color="#bbbbbb", marker=".", label="other settings")
         axes.axhline(100, color="#222222", lw=0.8, ls=(0, (4, 3)))
-        axes.set_title("Retention against storage, by setting")
+        title(axes, f"{suite}: {_finding(lines)}")
         axes.set_xlabel("stored beyond the backbone, in fine-tuned models")
         axes.set_ylabel("retention, % of fine-tuned accuracy")
         axes.legend(loc="lower right")
         figure.tight_layout()
     return figure
+
+
+def _finding(lines: dict[str, list[tuple[float, float]]]) -> str:
+    """Where the default keeps what the fine-tuned models can, and what float32 keeps at most."""
+    kept = min((x for x, kept in lines["default"] if kept >= 100 * KEPT), default=None)
+    x, most = max(lines["learned, alternating"], key=lambda point: point[1])
+    bits = "no budget" if kept is None else f"{kept:.2f} models"
+    return f"{100 * KEPT:.0f} % kept in {bits}, by float32 {most:.1f} % in {x:.2f}"
 
 
 def _line(row: dict) -> str:

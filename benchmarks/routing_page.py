@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.suites import NOTES
-from fusion_bench_didi.report.style import look, new_figure, save_figure
+from fusion_bench_didi.report.style import headline, look, new_figure, save_figure
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEXT = """# Routing
@@ -98,13 +98,7 @@ def draw(result: dict[str, Any]) -> Figure:
         for axes, row in zip(panels, shown):
             _confusion(axes, row)
         panels[0].set_ylabel("true task")
-        figure.suptitle(
-            f"{result['suite']}: where images of each task are sent, in %",
-            x=0.01,
-            ha="left",
-            fontsize=11,
-            fontweight="bold",
-        )
+        headline(figure, f"{result['suite']}: where images of each task are sent, in %")
         figure.tight_layout()
     return figure
 

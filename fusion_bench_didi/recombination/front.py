@@ -67,14 +67,17 @@ def draw_front(
     evaluations: Sequence[Evaluation],
     *,
     others: Sequence[tuple[str, float, float]] = (),
+    suite: str = "",
 ) -> "Figure":
     """All evaluations, the front and its picks; beside it the corner where the front lies.
 
     Args:
         others: other methods as label, storage, performance.
+        suite: what the models are called by.
     """
     from ..report import labels
-    from ..report.style import color, look, new_figure
+    from ..report.findings import KEPT
+    from ..report.style import color, headline, look, new_figure
 
     front = [evaluations[i] for i in pareto_front(evaluations)]
     picks = [(p, *_point(front[i])) for p, i in named_picks(front).items()]
@@ -125,6 +128,9 @@ def draw_front(
         near.set_title("The corner of the front")
         whole.set_ylabel("mean performance, % of fine-tuned")
         whole.legend(loc="lower right")
+        kept = [at for at in steps if at[1] >= 100 * KEPT]
+        x, y = kept[0] if kept else steps[-1]
+        headline(figure, f"{suite and f'{suite}: '}{len(evaluations)} trials find {y:.1f} % of fine-tuned in {x:.2f} models")  # fmt: skip
         figure.tight_layout()
         inside = [r for r in rivals if low <= r[1] <= high and bottom <= r[2] <= top]
         for axes, shown, strong in (

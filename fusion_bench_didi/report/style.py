@@ -75,6 +75,11 @@ def title(axes: Axes, text: str, **options: Any) -> None:
     axes.set_title(textwrap.fill(text, max(letters, 30)), **options)
 
 
+def headline(figure: Figure, text: str) -> None:
+    """What a picture of several panels shows, above all of them."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
+
+
 def save_figure(figure: Figure, file: Path) -> None:
     """A picture in the format of its file's ending, cut to what is drawn; the same picture gives the same file."""
     ending, out = file.suffix.removeprefix("."), io.BytesIO()

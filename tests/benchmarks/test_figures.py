@@ -1,6 +1,7 @@
 """Every picture of docs/img, drawn anew from the figures beside it: no text on another, nothing cut off."""
 
 import json
+import re
 
 import pytest
 from figure_boxes import ink_at_the_edge, overlapping
@@ -50,8 +51,8 @@ DRAWN = {
     "frontier": of_frontier,
     "wide_towers": of_wide_towers,
     "own_storage": lambda: own_storage_page.draw(own_storage_page.held(stored("own_storage"))),
-    "real8_ranks_and_bits": lambda: ranks_and_bits.draw(stored("ranks_and_bits")["rows"]),
-    "real_suite_real8": lambda: real_suite.draw(stored("real_suite_real8")["rows"]),
+    "real8_ranks_and_bits": lambda: ranks_and_bits.draw(stored("ranks_and_bits")["rows"], "real8"),
+    "real_suite_real8": lambda: real_suite.draw(stored("real_suite_real8")["rows"], "real8"),
     "confusion_real8": lambda: routing_page.draw(stored("routing_real8", "benchmarks/results")),
 }  # fmt: skip
 #: Pictures of ranks need more than is kept in docs/; tests/report draws them of rows that are made up.
@@ -67,6 +68,16 @@ def test_no_text_of_the_search_lies_on_another():
     drawn = merge_front.pictures(stored("merge_front"))
     assert set(drawn) == {"merge_front", "merge_hypervolume"}
     assert not [pair for figure in drawn.values() for pair in overlapping(figure)]
+
+
+@pytest.mark.parametrize("name", [*DRAWN, "merge_front", "merge_hypervolume"])
+def test_a_picture_names_its_suite_and_says_a_number(name):
+    search = merge_front.pictures(stored("merge_front")) if "merge" in name else {}
+    figure = search.get(name) or DRAWN[name]()
+    titles = [axes.get_title("left") for axes in figure.axes]
+    titles += [figure.get_suptitle()]
+    said = " ".join(titles)
+    assert "real8" in said and re.search(r"\d", said.replace("real8", ""))
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -117,6 +117,7 @@ def _of_kind(file: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
 
 
 def _settings(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    config = _in_one_spelling(config)
     scaling = config.get("rope_scaling")
     kind = _kind(scaling)
     for key, value in config.items():
@@ -132,6 +133,17 @@ def _settings(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str
                 yield within + key, value
         elif key.endswith("_config") and isinstance(value, Mapping):
             yield from _settings(value, f"{within}{key}.")
+
+
+def _in_one_spelling(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rotary positions as transformers 4 writes them; 5 writes them into one setting, unless they differ by kind of layer."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or _kind(rope) is None:
+        return config
+    apart = {k: v for k, v in rope.items() if k in COMPUTED}
+    scaling = {k: v for k, v in rope.items() if k not in COMPUTED}
+    rest = {k: v for k, v in config.items() if k != "rope_parameters"}
+    return {**rest, **apart, "rope_scaling": scaling}
 
 
 def _kind(scaling: Any) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from commands import run
 from exact_models import bert, gpt2, llama, seeded, t5, tokens
 from fusion_bench.modelpool import BaseModelPool, CausalLMPool
-from helpers import BASE, didi, fine_tuned
+from helpers import BASE, TRANSFORMERS, didi, fine_tuned
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from fusion_bench_didi.errors import CheckpointMismatchError, ModelPoolError
@@ -24,7 +24,7 @@ OTHERS = [
     (gpt2, "activation_function", "relu"),
     (gpt2, "scale_attn_by_inverse_layer_idx", True),
     (gpt2, "layer_norm_epsilon", 1e-2),
-    (bert, "position_embedding_type", "relative_key"),
+    *([(bert, "position_embedding_type", "relative_key")] if TRANSFORMERS < 5 else []),
     (t5, "relative_attention_max_distance", 16),
 ]
 #: What does not.
@@ -50,7 +50,11 @@ def models_of(make):
 
 
 def change(model, key, value) -> None:
-    setattr(model.config, key, value)
+    config = model.config
+    if TRANSFORMERS >= 5 and key.startswith("rope_"):
+        value = value if key == "rope_scaling" else {key: value}
+        key, value = "rope_parameters", {**config.rope_parameters, **value}
+    setattr(config, key, value)
 
 
 def written(models, place) -> dict:
@@ -112,17 +116,17 @@ def test_models_that_differ_in_such_alone_are_merged(caplog, tmp_path):
 
 def test_the_way_out_that_the_message_names_works(tmp_path):
     models = models_of(llama)
-    models["b"].config.rope_theta = 1e6
+    change(models["b"], "rope_theta", 1e6)
     entries = written(models, tmp_path)
+    key = "rope_theta" if TRANSFORMERS < 5 else "rope_parameters"
+    given = {key: getattr(models[BASE].config, key)}
     entries["b"] = {
         "_target_": "transformers.LlamaForCausalLM.from_pretrained",
         "pretrained_model_name_or_path": entries["b"],
-        "rope_theta": models[BASE].config.rope_theta,
+        **given,
     }
     merged = didi(CausalLMPool(entries, tokenizer=None), budget=8.0)
-    loaded = LlamaForCausalLM.from_pretrained(
-        str(tmp_path / "b"), rope_theta=models[BASE].config.rope_theta
-    )
+    loaded = LlamaForCausalLM.from_pretrained(str(tmp_path / "b"), **given)
     x = tokens(2, 5)
     with torch.no_grad():
         found, right = (m(x).logits for m in (merged.materialize("b"), loaded))
@@ -134,6 +138,21 @@ def test_positions_by_length_depend_on_the_length_of_pre_training():
     here, there = ({"rope_scaling": scaling, "max_position_embeddings": n} for n in (64, 128))  # fmt: skip
     assert differing(here, there) == ["max_position_embeddings: 64 != 128"]
     assert not differing({**here, "rope_scaling": None}, {**there, "rope_scaling": None})  # fmt: skip
+
+
+def test_rotary_positions_as_either_generation_writes_them():
+    """A base model in files of transformers 4, a fine-tuned one in files of 5."""
+    plain = {"model_type": "llama", "rope_theta": 1e4, "rope_scaling": None}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    assert not differing(plain, {"model_type": "llama", "rope_parameters": rope})
+    for name, other in {
+        "rope_theta": {"rope_theta": 1e6},
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }.items():
+        told = differing(
+            plain, {"model_type": "llama", "rope_parameters": {**rope, **other}}
+        )
+        assert [line.split(":")[0] for line in told] == [name]
 
 
 def test_scaling_of_positions_under_its_older_name_and_none():
@@ -172,7 +191,7 @@ def test_a_tower_in_the_files_of_its_whole_model(tiny_clip, tmp_path):
 def test_all_differences_of_all_tasks_come_in_one_error():
     models = models_of(llama)
     for name, theta in (("a", 1e5), ("b", 1e6)):
-        models[name].config.rope_theta = theta
+        change(models[name], "rope_theta", theta)
         models[name].config.hidden_act = "relu"
     with pytest.raises(CheckpointMismatchError) as caught:
         didi(models)
@@ -182,7 +201,7 @@ def test_all_differences_of_all_tasks_come_in_one_error():
 def test_models_of_another_kind_are_told(caplog):
     models = models_of(llama)
     models["b"].config = bert().config
-    models["b"].config.rope_theta = models[BASE].config.rope_theta
+    models["b"].config.rope_theta = 1e4
     models["b"].config.hidden_act = models[BASE].config.hidden_act
     with caplog.at_level(logging.WARNING):
         check_configurations(models[BASE].config, {t: models[t].config for t in "ab"})

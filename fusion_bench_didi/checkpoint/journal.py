@@ -24,7 +24,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..distributed.ranks import ALONE, Ranks
-from ..errors import CheckpointMismatchError, DiDiError, RankError, ResumeError, spelled
+from ..errors import (
+    BudgetError,
+    CheckpointMismatchError,
+    DiDiError,
+    RankError,
+    ResumeError,
+    spelled,
+)
 from .directory import journal_of, seen_by_all, write_json
 from .fields import read_object, sealed
 from .ours import CONFIG
@@ -244,7 +251,7 @@ def remove(path: Path) -> None:
 @contextmanager
 def left_if_worth(journal: Journal, ranks: Ranks = ALONE) -> Iterator[None]:
     """The journal is closed with the block, and stays if it fails, unless all that it holds is from the first look at an input
-    that cannot be merged.
+    that cannot be merged, or what would go on is a budget that is refused.
 
     Raises:
         DiDiError: in place of what the system says where there is no room.
@@ -254,7 +261,7 @@ def left_if_worth(journal: Journal, ranks: Ranks = ALONE) -> Iterator[None]:
     except BaseException as error:
         refused = isinstance(error, DiDiError) and not isinstance(error, RankError)
         begun = [stage for stage in journal.stages if not stage.startswith("scan")]
-        if refused and not begun and ranks.leads:
+        if ranks.leads and refused and (not begun or isinstance(error, BudgetError)):
             remove(journal.path)
         elif ranks.leads:
             log.warning(

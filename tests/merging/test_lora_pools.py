@@ -148,7 +148,7 @@ def test_generous_budget_of_many_adapters_is_spent_on_nothing_but_their_ranks(tm
 
 
 @pytest.mark.parametrize("residual", ["truncated", "full"])
-@pytest.mark.parametrize("budget", [0.05, 0.12])
+@pytest.mark.parametrize("budget", [0.07, 0.12])
 def test_small_budget_cuts_adapters_like_whole_models(kind, budget, residual):
     directory, models = kind
     choice = {"budget": budget, "residual": residual, "refinement": "none"}
@@ -228,7 +228,7 @@ def related(directory: Path) -> dict[str, nn.Module]:
         refinement=["alternating", "adam"],
     ),
 )
-@pytest.mark.parametrize("budget", [1e-4, 0.02, 0.05])
+@pytest.mark.parametrize("budget", [0.01, 0.02, 0.05])
 def test_no_product_is_formed(tmp_path, monkeypatch, choice, budget):
     sides = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     related_to = {"target_modules": [*ATTENTION, "down_proj"], "r": 2}
@@ -249,9 +249,8 @@ def test_no_product_is_formed(tmp_path, monkeypatch, choice, budget):
 
     monkeypatch.setattr(LowRankFactors, "dense", small)
     result = merge(vectors, merge_settings(budget, **choice))
-    assert result.storage.x_excl <= budget
+    assert 0 < result.storage.x_excl <= budget
     assert 0 < result.report.relative_error < 1 + 1e-6
-    assert budget < 0.01 or result.storage.x_excl > 0
 
 
 MEMORY = """

@@ -17,7 +17,7 @@ from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.renaming import aligned
 from ..task_vectors.sources import ModuleSource, TensorInfo, TensorSource
-from ..task_vectors.ties import untie
+from ..task_vectors.ties import taken_apart, untie
 from .configurations import check_configurations
 from .entries import (
     BASE,
@@ -152,7 +152,8 @@ def open_pool(
         buffers = frozenset(name for name, _ in backbone.named_buffers())
         stored = _file_source(modelpool, BASE, names)
         if stored is not None:
-            fresh = frozenset(set(names.infos) - set(stored.infos()) - buffers)
+            there = buffers.union(stored.infos(), taken_apart(backbone))
+            fresh = frozenset(set(names.infos) - there)
     tuned, configurations = {}, {}
     for name in modelpool.model_names:
         tuned[name] = adapter_source(modelpool, name, known, names)

@@ -93,6 +93,13 @@ def check_alignment(
         faults += [f"{task}: {fault}" for fault in misfits[:_MOST]]
         if len(misfits) > _MOST:
             faults.append(f"{task}: and {len(misfits) - _MOST} more kinds of tensors")
+    faults += [
+        f"{task}: {name} is changed by an adapter's factors, and the base model's is random at every load; give a base model whose "
+        "files hold it, or adapters that hold it whole (modules_to_save)"
+        for task, source in adapters.items()
+        for name in sorted(fresh & set(infos[task]))
+        if source.rank(name) is not None and not matches(name, exclude)
+    ]
     faults += _left_out(infos, reference, exclude, fresh)
     if faults:
         raise CheckpointMismatchError(

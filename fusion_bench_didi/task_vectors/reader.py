@@ -161,9 +161,9 @@ class TaskVectors:
         source = self._sources[task]
         if name not in source.infos():
             return None
-        value = source.read(name)
-        if name not in self.fresh and name in self.base.infos():
-            base = self.base.read(name)
+        base = self.base.read(name) if name in self.base.infos() else None
+        value = source.read(name) if base is None else source.applied(name, base)
+        if base is not None and name not in self.fresh:
             same = value.shape == base.shape and value.dtype == base.dtype
             if same and value.equal(base):
                 return None

@@ -30,10 +30,19 @@ from lora_families import (
     llamas,
     pool_of,
 )
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.method.baselines.emr import EMRMerging
@@ -105,6 +114,40 @@ def kind(request, tmp_path_factory):
     make, config = KINDS[request.param]
     directory = tmp_path_factory.mktemp("adapters")
     return directory, family(directory, make, **config)
+
+
+def test_a_matrix_of_adapters_can_be_kept_as_each_task_has_it(tmp_path):
+    wholes = family(tmp_path, llama, target_modules=ATTENTION)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / BASE)
+    model = didi(pool_of(tmp_path, base), own=["*q_proj*"], budget=4.0)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for task in TASKS:
+        kept, right = (
+            m.get_parameter(name) for m in (model.materialize(task), wholes[task])
+        )
+        assert torch.allclose(kept, right, atol=1e-6)
+
+
+def test_a_head_that_no_file_holds_is_not_changed_by_factors(tmp_path):
+    """It is random at every load: what the adapter was trained on is not there."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    whole = BertForSequenceClassification(
+        BertConfig(**sizes, num_attention_heads=2, vocab_size=30)
+    )
+    whole.bert.save_pretrained(tmp_path / BASE)
+    for task in "ab":
+        config = LoraConfig(r=2, target_modules=["query", "classifier"])
+        get_peft_model(copy.deepcopy(whole), config).save_pretrained(tmp_path / task)
+    target = "transformers.BertForSequenceClassification.from_pretrained"
+    pool = {
+        n: {"_target_": target, "pretrained_model_name_or_path": str(tmp_path / n)}
+        for n in (BASE, "a", "b")
+    }
+    with pytest.raises(
+        CheckpointMismatchError,
+        match="a: classifier.weight is .*random at every load.*modules_to_save",
+    ):
+        didi(BaseModelPool(pool))
 
 
 def test_every_task_comes_back_whatever_peft_did(kind):

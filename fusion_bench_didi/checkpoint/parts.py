@@ -102,6 +102,12 @@ def _side(found: Found, part: str, i: int) -> int:
     return shape[i] if i < len(shape) else -1
 
 
+def _rows(entry: Entry, found: Found, part: str) -> int:
+    """Of a tensor that is stored by rows; a single column is one, or as many as it has entries, as in older files."""
+    column = math.prod(entry.shape[1:]) == 1 and _side(found, part, 0) == 1
+    return 1 if column or len(entry.shape) < 2 else entry.shape[0]
+
+
 def _codes(bits: int, *shape: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if bits == 8:
         return ("I8",), shape
@@ -134,8 +140,7 @@ def _rounded_low_rank(entry: Entry, found: Found) -> Expected:
 
 def _rounded_dense(entry: Entry, found: Found) -> Expected:
     codes = _codes(entry.options["bits"], *entry.shape)
-    rows = entry.shape[:1] if len(entry.shape) > 1 else (1,)
-    return {"codes": codes, "scale": (FLOATS, rows)}
+    return {"codes": codes, "scale": (FLOATS, (_rows(entry, found, "scale"),))}
 
 
 def _affine(entry: Entry, found: Found) -> Expected:
@@ -194,8 +199,7 @@ def _banded(entry: Entry, found: Found) -> Expected:
 
 def _coded(entry: Entry, found: Found) -> Expected:
     """How long streams are is held against their contents where they are decoded."""
-    rows = entry.shape[0] if len(entry.shape) > 1 else 1
-    return {**_stream(found), "classes": (("U8",), (rows,))}
+    return {**_stream(found), "classes": (("U8",), (_rows(entry, found, "classes"),))}
 
 
 def _coded_low_rank(entry: Entry, found: Found) -> Expected:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
 from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.models import DiDiModel
 
 
 def test_convolution_and_fused_attention_are_matrices():
@@ -205,7 +206,9 @@ def test_vectors_take_bits_but_have_no_ranks(tiny_clip, capsys):
 
 
 @pytest.mark.parametrize("budget", [0.03, 0.1, 0.3, 2.0])
-def test_rows_columns_and_vectors_of_the_same_numbers_are_stored_alike(budget):
+def test_rows_columns_and_vectors_of_the_same_numbers_are_stored_alike(
+    budget, tmp_path
+):
     """Also where there is nothing else, as where biases alone are trained, and in less than two bits per number."""
     generator = torch.Generator().manual_seed(0)
     changes = [torch.randn(3000, generator=generator) for _ in range(2)]
@@ -216,6 +219,8 @@ def test_rows_columns_and_vectors_of_the_same_numbers_are_stored_alike(budget):
         for task, change in zip(("mnist", "svhn"), changes):
             models[task] = nn.ParameterList([change.view(shape)])
         model = didi(models, budget=budget, factor_dtype="auto", allocation="greedy")
+        model.save_pretrained(tmp_path / str(shape))
+        model = DiDiModel.from_pretrained(tmp_path / str(shape), backbone=base)
         expert = model.modulators["svhn"].deltas["0"]
         value = torch.zeros(expert.sides)
         for rows, part in expert.blocks():

@@ -16,8 +16,10 @@ import time
 
 #: Pages, and the arguments of ``python -m`` that write them.
 PAGES = {
+    "tuned_scales": "benchmarks.tuned_scales",
     "comparison_real8": "benchmarks.comparison_page real8",
     "comparison_demo": "benchmarks.comparison_page demo",
+    "comparison_seeds": "benchmarks.seeds",
     "comparison_text": "benchmarks.text_suite",
     "comparison_language": "benchmarks.language_suite",
     "multimodal": "benchmarks.multimodal_suite",

@@ -83,7 +83,9 @@ def summary_frame(comparison: Comparison) -> pd.DataFrame:
         ):
             line[head] = _rounded(value, digits, scale)
         line["Group"] = row["group"]
-        line |= {head: html.escape(cell(row)) for head, cell in columns()[-2:]}
+        line |= {
+            head: html.escape(cell(row)) for head, cell in columns(comparison)[-2:]
+        }
         notes = f"failed: {row['error']}" if row["error"] else row["notes"]
         line["Notes"] = html.escape(notes)
         lines.append(line)

@@ -1,4 +1,4 @@
-"""One comparison of several that differ in their seeds: means, and the range of each method's average."""
+"""One comparison of several that differ in their seeds: means, and the ranges of each method's average and retention."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,6 +40,9 @@ def _row(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         row[key] = {k: _mean([r[key][k] for r in group]) for k in group[0][key]}
     averages = [r["average"] for r in group if r["average"] is not None]
     row["over_seeds"] = [min(averages), max(averages)] if averages else None
+    kept = [r["retention"]["mean_of_ratios"] for r in group]
+    known = not any(value is None for value in kept)
+    row["retention_over_seeds"] = [min(kept), max(kept)] if known else None
     return row
 
 

@@ -33,6 +33,11 @@ def as_csv(comparison: Comparison) -> str:
         | {f"retention_{convention}": v for convention, v in row["retention"].items()}
         | {f"accuracy_{task}": row["accuracy"][task] for task in comparison.tasks}
         | {key: row.get(key) for key in measured}
+        | {
+            f"{key}_{end}": bound
+            for key in (RANGES if over_seeds(comparison) else ())
+            for end, bound in zip(("least", "largest"), row.get(key) or (None, None))
+        }
         for row in comparison.rows
     ]
     frame = pd.DataFrame(lines, dtype=object)  # else whole numbers beside gaps get ".0"
@@ -47,12 +52,24 @@ LEGEND = (
 )
 
 Column = tuple[str, Callable[[Row], str]]
+#: Keys of rows that are of several seeds: least and largest average, and least and largest mean of ratios.
+RANGES = ("over_seeds", "retention_over_seeds")
 
 
-def columns() -> list[Column]:
+def over_seeds(comparison: Comparison) -> bool:
+    """Whether rows are means over several seeds."""
+    return any(row.get("over_seeds") for row in comparison.rows)
+
+
+def columns(comparison: Comparison) -> list[Column]:
     """Heading and cell of everything beside the accuracies."""
+    seeds: list[Column] = [
+        ("Average over seeds", lambda r: between(r.get("over_seeds"))),
+        ("Retention over seeds", lambda r: between(r.get("retention_over_seeds"))),
+    ]
     return [
         ("Retention", retention),
+        *(seeds if over_seeds(comparison) else ()),
         ("x excl.", lambda r: number(r["x_excl"], 2)),
         ("x incl.", lambda r: number(r["x_incl"], 2)),
         ("x printed", lambda r: number(r["published_x"], 2)),
@@ -65,7 +82,7 @@ def columns() -> list[Column]:
 
 def as_markdown(comparison: Comparison) -> str:
     """Best in bold, second best in italics, within static and within dynamic methods."""
-    extra = columns()
+    extra = columns(comparison)
     heads = ["Method", *comparison.tasks, "Average", *(h for h, _ in extra), "Notes"]
     width = len(heads)
     lines = [_pipe(heads), _pipe(["---", *["--:"] * (width - 2), "---"])]
@@ -83,7 +100,7 @@ def as_markdown(comparison: Comparison) -> str:
 
 def as_latex(comparison: Comparison) -> str:
     """A ``tabular`` for ``booktabs``; best in bold, second best underlined."""
-    extra = [c for c in columns() if c[0] not in ("Peak GB", "x printed")]
+    extra = [c for c in columns(comparison) if c[0] not in ("Peak GB", "x printed")]
     heads = ["Method", *comparison.tasks, "Average", *(head for head, _ in extra)]
     lines = [
         "% needs \\usepackage{booktabs}",
@@ -145,6 +162,11 @@ def _groups(
 def number(value: float | None, digits: int, scale: float = 1) -> str:
     """A figure as it is printed; a dash where there is none."""
     return "–" if value is None else f"{scale * value:.{digits}f}"
+
+
+def between(ends: Sequence[float] | None) -> str:
+    """A range in per cent."""
+    return "–" if not ends else " to ".join(number(end, 1, 100) for end in ends)
 
 
 def retention(row: Row) -> str:

@@ -1,6 +1,7 @@
 """Comparisons of several seeds as one: means, ranges, and refusals."""
 
 import copy
+import csv
 import json
 
 import click
@@ -12,6 +13,7 @@ from fusion_bench_didi.errors import DiDiError
 from fusion_bench_didi.report import interactive
 from fusion_bench_didi.report.comparison import Comparison
 from fusion_bench_didi.report.seeds import over_seeds
+from fusion_bench_didi.report.tables import as_csv, as_latex, as_markdown
 
 
 @pytest.fixture
@@ -38,6 +40,23 @@ def test_means_and_ranges(three):
     assert made["config"]["seed"] == [0, 1, 2]
     bars = interactive.accuracy_vs_storage(Comparison(made)).data[-1].error_y
     assert bars.array == pytest.approx([1.0] * len(bars.array))
+
+
+def test_tables_tell_the_ranges_of_several_seeds_only(three):
+    for i, comparison in enumerate(three):
+        for row in comparison.rows:
+            row["retention"]["mean_of_ratios"] = 0.9 + 0.01 * i
+    made = Comparison(over_seeds(three))
+    row = made.rows[1]
+    ends = " to ".join(f"{100 * end:.1f}" for end in row["over_seeds"])
+    for make in (as_markdown, as_latex):
+        starts = f"| {row['method']} |", f"{row['method']} &"
+        (line,) = (x for x in make(made).splitlines() if x.startswith(starts))
+        assert ends in line and "90.0 to 92.0" in line
+        assert "over seeds" in make(made) and "over seeds" not in make(three[0])
+    head, *lines = csv.DictReader(as_csv(made).splitlines())
+    assert float(head["retention_over_seeds_largest"]) == pytest.approx(0.92)
+    assert "over_seeds" not in as_csv(three[0])
 
 
 def test_a_method_that_failed_once_failed_and_others_are_refused(three):

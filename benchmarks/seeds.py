@@ -1,0 +1,72 @@
+"""The comparison on three re-trainings of the embedded suite: means, and how far averages lie apart.
+
+    python -m benchmarks.seeds            # some minutes per seed; what is there already is taken
+    python -m benchmarks.seeds --pages    # the page from stored figures
+
+Every seed draws other pictures and trains other towers. Writes docs/comparison_seeds.json and docs/comparison_seeds.md.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.comparison_page import LEFT_OUT, figures
+from benchmarks.suites import NOTES, in_words, machine, write_json
+from fusion_bench_didi.report.comparison import Comparison
+from fusion_bench_didi.report.seeds import over_seeds
+from fusion_bench_didi.report.tables import as_markdown
+
+FILE, PAGE = Path("docs") / "comparison_seeds.json", Path("docs") / "comparison_seeds.md"  # fmt: skip
+SEEDS = (0, 1, 2)
+#: Rows whose searches and trainings take minutes.
+SKIPPED = (
+    *("wemoe", "merge_oracle", "merge_performance"),
+    *("merge_balanced", "merge_storage"),
+)
+
+
+def command(seed: int) -> list[str]:
+    return [
+        *("fusion_bench", "--config-name", "didi_compare"),
+        *("modelpool=didi/demo", "taskpool=didi/demo"),
+        *(f"modelpool.seed={seed}", f"taskpool.seed={seed}"),
+        f"skip=[{','.join(SKIPPED)}]",
+        f"path.log_dir=outputs/demo_seed{seed}",
+    ]
+
+
+def compare(seed: int) -> Comparison:
+    line = command(seed)
+    line[0] = str(Path(sys.executable).with_name(line[0]))
+    subprocess.run(line, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return Comparison.read(Path(line[-1].partition("=")[2]) / "comparison.json")
+
+
+def write_page() -> None:
+    comparison = Comparison.read(FILE)
+    fields = figures(comparison) | {
+        "command": "\n".join(shlex.join(command(seed)) for seed in SEEDS),
+        "table": as_markdown(comparison).rstrip(),
+        "machine": in_words(comparison.data["machine"]),
+    }
+    PAGE.write_text((NOTES / "comparison_seeds.md").read_text().format(**fields))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pages", action="store_true", help="run nothing")
+    if not parser.parse_args().pages:
+        data = over_seeds([compare(seed) for seed in SEEDS])
+        data["rows"] = [
+            {key: value for key, value in row.items() if key not in LEFT_OUT}
+            for row in data["rows"]
+        ]
+        write_json(FILE, {**data, "machine": machine()})
+    write_page()
+
+
+if __name__ == "__main__":
+    main()

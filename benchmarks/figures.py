@@ -19,7 +19,7 @@ PAGES = {
     "tuned_scales": "benchmarks.tuned_scales",
     "comparison_real8": "benchmarks.comparison_page real8",
     "comparison_demo": "benchmarks.comparison_page demo",
-    "comparison_seeds": "benchmarks.seeds",
+    "over_seeds": "benchmarks.seeds",
     "comparison_text": "benchmarks.text_suite",
     "comparison_language": "benchmarks.language_suite",
     "multimodal": "benchmarks.multimodal_suite",

@@ -3,7 +3,7 @@
     python -m benchmarks.seeds            # some minutes per seed; what is there already is taken
     python -m benchmarks.seeds --pages    # the page from stored figures
 
-Every seed draws other pictures and trains other towers. Writes docs/comparison_seeds.json and docs/comparison_seeds.md.
+Every seed draws other pictures and trains other towers. Writes docs/over_seeds.json and docs/over_seeds.md.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from fusion_bench_didi.report.comparison import Comparison
 from fusion_bench_didi.report.seeds import over_seeds
 from fusion_bench_didi.report.tables import as_markdown
 
-FILE, PAGE = Path("docs") / "comparison_seeds.json", Path("docs") / "comparison_seeds.md"  # fmt: skip
+FILE, PAGE = Path("docs") / "over_seeds.json", Path("docs") / "over_seeds.md"  # fmt: skip
 SEEDS = (0, 1, 2)
 #: Rows whose searches and trainings take minutes.
 SKIPPED = (
@@ -52,7 +52,7 @@ def write_page() -> None:
         "table": as_markdown(comparison).rstrip(),
         "machine": in_words(comparison.data["machine"]),
     }
-    PAGE.write_text((NOTES / "comparison_seeds.md").read_text().format(**fields))
+    PAGE.write_text((NOTES / "over_seeds.md").read_text().format(**fields))
 
 
 def main() -> None:

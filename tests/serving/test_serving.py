@@ -136,6 +136,25 @@ def test_rounding_that_adds_up_is_told_from_faults(deep, monkeypatch, fault):
         assert off < 0.05
 
 
+@pytest.mark.parametrize("fault", [1.0, math.inf, math.nan])
+def test_rounding_that_overflows_measures_nothing(fault):
+    expected = torch.ones(4, dtype=torch.float16)
+    again = expected * fault if fault != 1.0 else expected * 1.01
+    near = torch.full_like(expected, 1.02)
+    assert agreement._as_close(expected, near, again) == (fault == 1.0)
+    assert not agreement._as_close(expected, expected * 9, again)
+
+
+def test_numbers_of_every_type_are_rounded_again():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.linspace(1, 2, 99, dtype=dtype)
+        off = (agreement.rounded_again(x).double() / x.double() - 1).abs()
+        assert 0 < off.max() <= torch.finfo(dtype).eps
+        assert agreement.rounded_again(x).equal(agreement.rounded_again(x))
+    for x in (torch.tensor(3), torch.tensor([True, False])):
+        assert agreement.rounded_again(x) is x
+
+
 def test_pieces_of_a_batch_give_what_the_batch_gives(merged):
     pixels, ids = images(), task_ids()
     expected = merged(pixels, task_ids=ids)

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .sources import TensorInfo, TensorSource
+from .sources import TensorInfo, TensorSource, WrappedSource
 
 
-class CastSource(TensorSource):
+class CastSource(WrappedSource):
     """A source some of whose tensors are of other types.
 
     Args:
@@ -20,13 +20,12 @@ class CastSource(TensorSource):
     """
 
     def __init__(self, source: TensorSource, types: Mapping[str, torch.dtype]):
-        self.label, self.faults = source.label, source.faults
-        self.unused, self.extra = source.unused, source.extra
-        self._source, self._types = source, types
-        self._infos = {
+        infos = {
             name: TensorInfo(info.shape, types.get(name, info.dtype))
             for name, info in source.infos().items()
         }
+        super().__init__(source, infos)
+        self._types = types
 
     @classmethod
     def over(cls, source: TensorSource, base: TensorSource) -> TensorSource:
@@ -37,13 +36,6 @@ class CastSource(TensorSource):
                 if coarse[name].dtype.itemsize < info.dtype.itemsize:
                     types[name] = coarse[name].dtype
         return cls(source, types) if types else source
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    @property
-    def identity(self) -> dict[str, str]:
-        return self._source.identity
 
     def read(self, name: str) -> Tensor:
         value = self._source.read(name)

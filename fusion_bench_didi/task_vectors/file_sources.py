@@ -95,31 +95,14 @@ class Watched:
         return found.st_dev, found.st_ino, found.st_size, *times
 
 
-class SafetensorsSource(TensorSource):
-    """One or several safetensors files, read tensor by tensor.
+class FilesSource(TensorSource):
+    """Tensors in files that are watched."""
 
-    Files are mapped into memory, and mapped anew after every :data:`MAPPED_BYTES` so that what was read is let go.
-
-    Raises:
-        CheckpointMismatchError: if a file is no whole safetensors file, or changes while it is read.
-    """
-
-    def __init__(self, files: Sequence[Path], label: str):
+    def __init__(self, label: str):
         self.label = label
         self._files: dict[str, Path] = {}
         self._infos: dict[str, TensorInfo] = {}
-        self._open: dict[Path, Any] = {}
         self._watched = Watched(label)
-        self._served, self._touched = 0, set[Path]()
-        for file in files:
-            self._watched.opened(file)
-            handle = self._open[file] = self._mapped(file)
-            for name in handle.keys():
-                view = handle.get_slice(name)
-                self._files[name] = file
-                self._infos[name] = TensorInfo(
-                    tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
-                )
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
@@ -130,6 +113,30 @@ class SafetensorsSource(TensorSource):
 
     def check(self) -> None:
         self._watched.check_all()
+
+
+class SafetensorsSource(FilesSource):
+    """One or several safetensors files, read tensor by tensor.
+
+    Files are mapped into memory, and mapped anew after every :data:`MAPPED_BYTES` so that what was read is let go.
+
+    Raises:
+        CheckpointMismatchError: if a file is no whole safetensors file, or changes while it is read.
+    """
+
+    def __init__(self, files: Sequence[Path], label: str):
+        super().__init__(label)
+        self._open: dict[Path, Any] = {}
+        self._served, self._touched = 0, set[Path]()
+        for file in files:
+            self._watched.opened(file)
+            handle = self._open[file] = self._mapped(file)
+            for name in handle.keys():
+                view = handle.get_slice(name)
+                self._files[name] = file
+                self._infos[name] = TensorInfo(
+                    tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
+                )
 
     def read(self, name: str) -> Tensor:
         file = self._files[name]
@@ -153,7 +160,7 @@ class SafetensorsSource(TensorSource):
             ) from error
 
 
-class PickleSource(TensorSource):
+class PickleSource(FilesSource):
     """State dicts written by ``torch.save``, memory-mapped and read with ``weights_only=True``.
 
     Raises:
@@ -161,10 +168,8 @@ class PickleSource(TensorSource):
     """
 
     def __init__(self, files: Sequence[Path], label: str):
-        self.label = label
+        super().__init__(label)
         self._tensors: dict[str, Tensor] = {}
-        self._files: dict[str, Path] = {}
-        self._watched = Watched(label)
         unused: dict[str, str] = {}
         for file in files:
             self._watched.opened(file)
@@ -175,16 +180,6 @@ class PickleSource(TensorSource):
         self.unused = unused
         self._infos = described(self._tensors)
         self.faults = {n: f for n, t in self._tensors.items() if (f := fault_of(t))}
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    @property
-    def identity(self) -> dict[str, str]:
-        return self._watched.identity
-
-    def check(self) -> None:
-        self._watched.check_all()
 
     def read(self, name: str) -> Tensor:
         self._watched.check(self._files[name])

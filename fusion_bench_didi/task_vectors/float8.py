@@ -1,12 +1,10 @@
 """Checkpoints in float8, with scales beside the weights or without, read as the numbers that they stand for."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointMismatchError
-from .sources import TensorInfo, TensorSource
+from .sources import TensorInfo, TensorSource, WrappedSource
 
 FLOAT8 = (
     torch.float8_e4m3fn,
@@ -19,7 +17,7 @@ SCALES = ("_scale_inv", "_scale")
 INPUT_SCALES = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
 
 
-class Float8Source(TensorSource):
+class Float8Source(WrappedSource):
     """A source some of whose tensors are float8: ``value * scale``, one scale for all, per row, or per block.
 
     The numbers are told to be of bfloat16, the type in which such a model is run.
@@ -29,25 +27,23 @@ class Float8Source(TensorSource):
     """
 
     def __init__(self, source: TensorSource):
-        self.label, self.partial = source.label, source.partial
-        self.faults, self.extra = source.faults, source.extra
-        self._source = source
-        self._infos = dict(source.infos())
+        infos = dict(source.infos())
+        super().__init__(source, infos)
         self._scales: dict[str, str] = {}
         unused = dict(source.unused)
         for name, info in source.infos().items():
             if info.dtype not in FLOAT8:
                 continue
-            self._infos[name] = TensorInfo(info.shape, torch.bfloat16)
+            infos[name] = TensorInfo(info.shape, torch.bfloat16)
             for ending in SCALES:
-                if name + ending in self._infos:
+                if name + ending in infos:
                     self._scales[name] = name + ending
                     _check(source, name, name + ending)
         for scale in self._scales.values():
-            del self._infos[scale]
+            del infos[scale]
             unused[scale] = "multiplied into its weight"
-        for name in [n for n in self._infos if n.endswith(INPUT_SCALES)]:
-            del self._infos[name]
+        for name in [n for n in infos if n.endswith(INPUT_SCALES)]:
+            del infos[name]
             unused[name] = "of layer inputs in float8"
         self.unused = unused
 
@@ -56,16 +52,6 @@ class Float8Source(TensorSource):
         """The source, wrapped where it holds float8."""
         types = {info.dtype for info in source.infos().values()}
         return cls(source) if types & set(FLOAT8) else source
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    @property
-    def identity(self) -> dict[str, str]:
-        return self._source.identity
-
-    def check(self) -> None:
-        self._source.check()
 
     def read(self, name: str) -> Tensor:
         value = self._source.read(name)

@@ -5,13 +5,13 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from .sources import TensorInfo, TensorSource
+from .sources import TensorSource, WrappedSource
 
 #: Names that are looked for at the ends of others.
 _ENDS = 8
 
 
-class RenamedSource(TensorSource):
+class RenamedSource(WrappedSource):
     """A source under other names.
 
     Args:
@@ -25,26 +25,15 @@ class RenamedSource(TensorSource):
         names: Mapping[str, str],
         unused: Mapping[str, str] = MappingProxyType({}),
     ):
-        self.label = source.label
-        self.unused, self.extra = {**source.unused, **unused}, source.extra
+        infos = source.infos()
+        super().__init__(source, {new: infos[old] for new, old in names.items()})
+        self.unused = {**source.unused, **unused}
         self.faults = {
             new: source.faults[old]
             for new, old in names.items()
             if old in source.faults
         }
-        self._source, self._names = source, names
-        infos = source.infos()
-        self._infos = {name: infos[inner] for name, inner in names.items()}
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    @property
-    def identity(self) -> dict[str, str]:
-        return self._source.identity
-
-    def check(self) -> None:
-        self._source.check()
+        self._names = names
 
     def read(self, name: str) -> Tensor:
         return self._source.read(self._names[name])

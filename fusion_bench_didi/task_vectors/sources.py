@@ -98,6 +98,30 @@ class TensorSource(ABC):
         return self.read(name)
 
 
+class WrappedSource(TensorSource):
+    """Another source some of whose tensors are given otherwise; its files, and what is said of them, are that one's.
+
+    Args:
+        infos: what is given.
+    """
+
+    def __init__(self, source: TensorSource, infos: Mapping[str, TensorInfo]):
+        self.label, self.partial = source.label, source.partial
+        self.faults, self.unused = source.faults, source.unused
+        self.extra = source.extra
+        self._source, self._infos = source, infos
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return self._source.identity
+
+    def check(self) -> None:
+        self._source.check()
+
+
 class ModuleSource(TensorSource):
     """The parameters and buffers of a live module; tied parameters appear once.
 

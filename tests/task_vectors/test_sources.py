@@ -1,0 +1,41 @@
+"""Sources over other sources: what is said of the files beneath is said of them too."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.task_vectors.cast import CastSource
+from fusion_bench_didi.task_vectors.file_sources import PickleSource, SafetensorsSource
+from fusion_bench_didi.task_vectors.float8 import Float8Source
+from fusion_bench_didi.task_vectors.renaming import RenamedSource
+from fusion_bench_didi.task_vectors.sources import WrappedSource
+
+WRAPPERS = {
+    CastSource: lambda source: CastSource(source, {"a": torch.bfloat16}),
+    Float8Source: Float8Source,
+    RenamedSource: lambda source: RenamedSource(source, {"b": "a"}),
+}
+KINDS = {".safetensors": (SafetensorsSource, save_file), ".bin": (PickleSource, torch.save)}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", KINDS)
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_files_beneath_are_watched(tmp_path, kind, ending):
+    file, (of_files, write) = tmp_path / f"m{ending}", KINDS[ending]
+    write({"a": torch.ones(3)}, file)
+    inner = of_files([file], "mnist")
+    inner.extra = {"state": b"1"}
+    source = WRAPPERS[kind](WRAPPERS[kind](inner) if kind is not RenamedSource else inner)  # fmt: skip
+    source.check()
+    assert source.identity == inner.identity and str(file) in source.identity
+    assert (source.label, source.extra) == ("mnist", inner.extra)
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(CheckpointMismatchError, match="mnist.*changed while"):
+        source.check()
+
+
+def test_every_wrapper_is_among_them():
+    assert set(WrappedSource.__subclasses__()) == set(WRAPPERS)

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +113,28 @@ def run(suite: str, place: Path, *changes: str) -> None:
     Args:
         changes: more of the command line.
     """
+    found = compared([*command(suite, place), *changes], place)
+    write_json(DOCS / f"comparison_{suite}.json", shown(found.data))
+    for picture in PICTURES[suite]:
+        shutil.copy(place / f"{picture}.png", DOCS / "img" / f"{suite}_{picture}.png")
+
+
+def compared(line: Sequence[str], place: Path) -> Comparison:
+    """What a comparison's command line, on one thread, leaves in its directory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DIDI_SUITE": str(DEFAULT)}
-    line = [*command(suite, place), *changes]
-    line[0] = str(Path(sys.executable).with_name(line[0]))
-    subprocess.run(line, check=True, env=environment)
-    data = dict(Comparison.read(place / "comparison.json").data)
-    data["rows"] = [
+    program = str(Path(sys.executable).with_name(line[0]))
+    subprocess.run([program, *line[1:]], check=True, env=environment)
+    return Comparison.read(place / "comparison.json")
+
+
+def shown(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What pages need of a comparison, JSON-plain; paths are as seen from the repository, on every machine."""
+    rows = [
         {key: value for key, value in row.items() if key not in LEFT_OUT}
         for row in data["rows"]
     ]
-    data["machine"] = machine()
-    here = Path.cwd()  # paths are as seen from the repository, on every machine
-    plain = json.dumps(data).replace(f"{here}/", "").replace(str(here.parent), "..")
-    write_json(DOCS / f"comparison_{suite}.json", json.loads(plain))
-    for picture in PICTURES[suite]:
-        shutil.copy(place / f"{picture}.png", DOCS / "img" / f"{suite}_{picture}.png")
+    here, text = Path.cwd(), json.dumps({**data, "rows": rows, "machine": machine()})
+    return json.loads(text.replace(f"{here}/", "").replace(str(here.parent), ".."))
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:

@@ -7,14 +7,11 @@ Every seed draws other pictures and trains other towers. Writes docs/over_seeds.
 """
 
 import argparse
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-from benchmarks.comparison_page import LEFT_OUT, figures
-from benchmarks.suites import NOTES, in_words, machine, write_json
+from benchmarks.comparison_page import compared, figures, shown
+from benchmarks.suites import NOTES, in_words, write_json
 from fusion_bench_didi.report.comparison import Comparison
 from fusion_bench_didi.report.seeds import over_seeds
 from fusion_bench_didi.report.tables import as_markdown
@@ -28,21 +25,18 @@ SKIPPED = (
 )
 
 
+def place_of(seed: int) -> Path:
+    return Path("outputs") / f"demo_seed{seed}"
+
+
 def command(seed: int) -> list[str]:
     return [
         *("fusion_bench", "--config-name", "didi_compare"),
         *("modelpool=didi/demo", "taskpool=didi/demo"),
         *(f"modelpool.seed={seed}", f"taskpool.seed={seed}"),
         f"skip=[{','.join(SKIPPED)}]",
-        f"path.log_dir=outputs/demo_seed{seed}",
+        f"path.log_dir={place_of(seed)}",
     ]
-
-
-def compare(seed: int) -> Comparison:
-    line = command(seed)
-    line[0] = str(Path(sys.executable).with_name(line[0]))
-    subprocess.run(line, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return Comparison.read(Path(line[-1].partition("=")[2]) / "comparison.json")
 
 
 def write_page() -> None:
@@ -59,12 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pages", action="store_true", help="run nothing")
     if not parser.parse_args().pages:
-        data = over_seeds([compare(seed) for seed in SEEDS])
-        data["rows"] = [
-            {key: value for key, value in row.items() if key not in LEFT_OUT}
-            for row in data["rows"]
-        ]
-        write_json(FILE, {**data, "machine": machine()})
+        found = [compared(command(seed), place_of(seed)) for seed in SEEDS]
+        write_json(FILE, shown(over_seeds(found)))
     write_page()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...allocation.experts_curve import ExpertsCurve
 from ...deltas.precision import Precision
 from ...lowrank.factors import Matrix, energy_of, full_rank
-from ...lowrank.row_blocks import wide
+from ...lowrank.row_blocks import materialize
 from ...quantization.rounding import lost_by_row
 from ...task_vectors.tensor import ChangedTensor
 from ..reconstruction import encode_shared, squared_error
@@ -38,7 +38,7 @@ def dense_beyond_gaussian(
     """
     if tensor.large:
         return (0.0,) * len(precisions)  # it would be read once more
-    terms, (m, n) = tensor.differences(), tensor.sides
+    terms, (_, n) = tensor.differences(), tensor.sides
     count = max(ROWS, SAMPLE // max(len(terms) * n, 1))
     energy = norms.double().square()
     order = energy.sum(0).argsort(descending=True, stable=True)
@@ -47,8 +47,7 @@ def dense_beyond_gaussian(
     rows = torch.cat([first, some])
     at = rows.to(tensor.device)
     samples = [
-        (wide(x[at]) if base is None else wide(x[at]) - wide(base[at])).float()
-        for x, base in terms
+        materialize((x[at], None if base is None else base[at])) for x, base in terms
     ]
     stacked = torch.cat(samples).cpu()
     times = torch.ones(len(terms), len(rows), dtype=torch.float64)

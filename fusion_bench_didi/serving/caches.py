@@ -44,11 +44,9 @@ class Caches:
                 for path, value in held
                 if isinstance(value, Tensor)
             }
-            alike = [_counted(copy, 0) for copy in copies]
             whole = joined(
-                alike, orders, Layout(sides), names=lambda i: f"part {i + 1}"
+                copies, orders, Layout(sides), names=lambda i: f"part {i + 1}"
             )
-            whole = _counted(whole, sum(map(len, orders)))
             vars(self._given[name]).update(vars(whole))
 
         def put(_: Path, leaf: Any) -> Any:
@@ -71,15 +69,6 @@ class _Mark:
 def caches_of(call: Call) -> dict[str, Any]:
     """Caches among the arguments, by name."""
     return {name: value for name, value in call.given.items() if is_cache(value)}
-
-
-def _counted(cache: Any, samples: int) -> Any:
-    """A cache that states another number of samples, where it states one."""
-
-    def leaf(path: Path, value: Any) -> Any:
-        return samples if path[-1] == "max_batch_size" else value
-
-    return mapped(leaf, cache)
 
 
 def _without(value: Any, marks: dict[int, _Mark]) -> Any:

@@ -13,7 +13,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..errors import DiDiError
-from .trees import Path, first_tensor, holds_tensors, is_cache, mapped, place
+from .trees import (
+    Path,
+    first_tensor,
+    holds_tensors,
+    is_cache,
+    is_own_cache,
+    mapped,
+    place,
+)
 
 #: Arguments that say nothing of a single sample, whatever their shape is.
 FOR_ALL = frozenset(
@@ -114,6 +122,9 @@ class Call:
         for name in PACKED_BY:
             if self.kwargs.get(name) is not None:
                 self._refuse(name)
+        for name, value in self.given.items():
+            if is_own_cache(value):
+                self._refuse(name, type(value).__name__)
 
         def rows(name: str, value: Any) -> Any:
             if value is None or name in self._for_all:

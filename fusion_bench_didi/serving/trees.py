@@ -1,7 +1,7 @@
 """Nested inputs and outputs of models: their containers, opened and closed again.
 
 Containers are mappings (also transformers' outputs and batches), tuples and lists, dataclasses, and the caches of
-transformers with their layers. All else is a leaf.
+transformers and of its architectures, with their layers. All else is a leaf.
 """
 
 import copy
@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 Path = tuple[Any, ...]
+#: what caches call the number of their samples, where they state it
+SAMPLES = "max_batch_size"
 
 
 class Differing(Exception):
@@ -28,7 +30,7 @@ def children(value: Any) -> dict[Any, Any] | None:
         return dict(enumerate(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return dict(vars(value)) if is_cache(value) else None
+    return dict(vars(value)) if is_cache(value) or is_own_cache(value) else None
 
 
 def rebuilt(value: Any, held: Mapping[Any, Any], *, fresh: bool = False) -> Any:
@@ -80,7 +82,7 @@ def mapped(
         return leaf(path, *values)
     if any(other is None or other.keys() != first.keys() for other in opened):
         raise Differing(f"{place(path)} holds different things")
-    fresh = fresh or is_cache(values[0])
+    fresh = fresh or is_cache(values[0]) or is_own_cache(values[0])
     held = {
         key: mapped(leaf, *(o[key] for o in opened), path=(*path, key), fresh=fresh)
         for key in first
@@ -105,6 +107,14 @@ def is_cache(value: Any) -> bool:
     return any(
         base.__module__ == "transformers.cache_utils" for base in type(value).__mro__
     )
+
+
+def is_own_cache(value: Any) -> bool:
+    """Whether this is a cache that an architecture of transformers has for itself, such as of states of a recurrence; in its
+    tensors the samples may be any side."""
+    kind = type(value)
+    own = kind.__module__.startswith("transformers.models.")
+    return own and kind.__name__.endswith("Cache") and not is_cache(value)
 
 
 def holds_tensors(value: Any) -> bool:

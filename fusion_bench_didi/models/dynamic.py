@@ -219,6 +219,7 @@ class DynamicModel(ModulatedModel):
                         self._banks(shared_scale, held),
                         self.tasks,
                         shapes=self._weights.shapes,
+                        derived=self._weights.derived,
                         lock=self._weights.lock,
                         held=held,
                     )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError
 from ..serving.copies import deep_copy
+from ..serving.derived import Derived
 from ..serving.shapes import Shapes
 
 
@@ -20,12 +21,14 @@ class BackboneWeights:
     Attributes:
         lock: held while tensors are read or written; also by whoever replaces the backbone's tensors for a while.
         shapes: what the backbone was loaded with.
+        derived: what its modules keep that they work out of their weights.
     """
 
     def __init__(self, backbone: nn.Module):
         self.backbone = backbone
         self.lock = threading.RLock()
         self.shapes = Shapes(backbone)
+        self.derived = Derived(backbone)
         self._base: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,7 +67,8 @@ class BackboneWeights:
             self.put(self.backbone, name, value)
 
     def put(self, model: nn.Module, name: str, value: Tensor) -> None:
-        """Write a value into the backbone or a copy of it; what states the shapes of tensors follows."""
+        """Write a value into the backbone or a copy of it; what states the shapes of tensors follows, and what was worked out
+        of the tensor is forgotten."""
         held, shape = self._held(model, name), tuple(value.shape)
         as_stated = held.shape == value.shape == self.shapes.sides.get(name, shape)
         if held.shape == value.shape:
@@ -77,6 +81,7 @@ class BackboneWeights:
                 )  # the same object: it may have several names
         if not as_stated:
             self.shapes.follow(model, name, shape)
+        self.derived.forget(model, [name])
 
     def restore(self) -> None:
         """Write all base values back; their copies are no longer needed."""

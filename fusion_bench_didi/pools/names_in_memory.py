@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..task_vectors.file_sources import read_json
 from ..task_vectors.renaming import RenamedSource, renaming
@@ -114,22 +114,22 @@ def _tied_head(names: Names, directory: Path, label: str) -> tuple[str, str] | N
         head, rows = model.get_output_embeddings(), model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # no language model
         return None
-    if head is None or rows is None or not file.is_file():
-        return None
     where = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}
-    pair = where.get(id(head.weight)), where.get(id(rows.weight))
-    if None in pair or pair[0] == pair[1]:
+    # heads of several codebooks are lists of layers
+    pair = tuple(where.get(id(getattr(end, "weight", None))) for end in (head, rows))
+    if None in pair or pair[0] == pair[1] or not file.is_file():
         return None
-    config = read_json(file, label, "the configuration of a model")
-    if not isinstance(config, Mapping):
+    found = read_json(file, label, "the configuration of a model")
+    if not isinstance(found, Mapping):
         return None
-    inner = config.get("text_config")
-    both = {**config, **(inner if isinstance(inner, Mapping) else {})}
-    tied = both.get("tie_word_embeddings")
-    if tied is None:
-        default = type(model).config_class().get_text_config()
-        tied = default.tie_word_embeddings
-    return pair if tied else None
+    tied = _ties(type(model).config_class.from_dict(dict(found)))
+    # what the base model itself is not tied by does not tie another either
+    return pair if tied and tied != _ties(model.config) else None
+
+
+def _ties(config: PretrainedConfig) -> bool:
+    """Whether a configuration asks for a head that is the embedding."""
+    return bool(config.get_text_config(decoder=True).tie_word_embeddings)
 
 
 def _equal(source: TensorSource, one: str, other: str) -> bool:

@@ -30,6 +30,7 @@ from .agreement import agree, rounded_again
 from .banks import OwnBank
 from .caches import Caches, caches_of
 from .calls import Call, call_of, parameter_names
+from .derived import Derived
 from .held import Held
 from .in_place import Places
 from .layers import PerSampleLinear, UnsupportedShape
@@ -57,6 +58,7 @@ class MixedForward:
         banks: of the tensors that some task changes, by name.
         tasks: their names, in the order of the banks.
         shapes: what the backbone was loaded with.
+        derived: what its modules keep that they work out of their weights.
         lock: held while the backbone's own tensors are replaced; one for all mixed forwards of a backbone.
         held: what banks hold decoded within a limit; None where they hold all, and then the shared model too.
     """
@@ -68,6 +70,7 @@ class MixedForward:
         tasks: Sequence[str],
         *,
         shapes: Shapes | None = None,
+        derived: Derived | None = None,
         lock: AbstractContextManager | None = None,
         held: Held | None = None,
     ):
@@ -83,7 +86,8 @@ class MixedForward:
             self.shared_network = network_with(backbone, shared)
         made = filter(None, (self.network, self.shared_network))
         self._buffers = {network: OwnBuffers(network, backbone) for network in made}
-        self._places = Places(backbone, self.banks, self.shapes)
+        derived = Derived(backbone) if derived is None else derived
+        self._places = Places(backbone, self.banks, self.shapes, derived)
         self._names = parameter_names(backbone.forward)
         self._main = getattr(backbone, "main_input_name", None)
         self._layouts: dict[Hashable, Layout] = {}

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .copies import holders_of, rebind
+from .derived import Derived
 from .shadow import slots_of, tensor_of
 from .shapes import Shapes
 
@@ -18,10 +19,17 @@ class Places:
         backbone: whose tensors they are.
         names: of the tensors; tied ones have several places.
         shapes: of the backbone.
+        derived: what its modules keep beside their tensors.
     """
 
-    def __init__(self, backbone: nn.Module, names: Iterable[str], shapes: Shapes):
-        self._backbone, self._shapes = backbone, shapes
+    def __init__(
+        self,
+        backbone: nn.Module,
+        names: Iterable[str],
+        shapes: Shapes,
+        derived: Derived,
+    ):
+        self._backbone, self._shapes, self._derived = backbone, shapes, derived
         self._slots = slots_of(backbone, names)
         live = [tensor_of(backbone, name) for name in self._slots]
         self._holders = holders_of(backbone, live)
@@ -51,6 +59,7 @@ class Places:
                 for name, own in live.items()
                 if tensors[name].shape != own.shape
             }
+            self._derived.forget(self._backbone, tensors, for_a_while=True)
             with self._shapes.following(self._backbone, others):
                 yield
         finally:

@@ -237,6 +237,21 @@ def test_a_head_of_ones_own_takes_the_tied_base_apart(tmp_path, form):
     assert not merged.materialize("a").config.tie_word_embeddings
 
 
+@pytest.mark.skipif(TRANSFORMERS > 4, reason="the flag of the whole counts there")
+def test_a_head_is_tied_by_the_part_of_the_configuration_that_ties(tmp_path):
+    """Of a model with vision the text's, whatever the whole says."""
+    base = llava()
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    for name in ("base", "a", "b"):
+        file = tmp_path / name / "config.json"
+        config = {**json.loads(file.read_text()), "tie_word_embeddings": True}
+        config["text_config"].pop("tie_word_embeddings", None)  # its class has False
+        file.write_text(json.dumps(config))
+    pool = pool_of(tmp_path, LlavaForConditionalGeneration)
+    assert_exact(pool)
+    assert "lm_head.weight" in didi(pool, budget=1e9).touched
+
+
 def test_fine_tuned_models_that_tie_what_the_base_does_not(tmp_path):
     base = llama(False)
     tied = llama(True)

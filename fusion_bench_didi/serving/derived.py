@@ -1,0 +1,85 @@
+"""What modules work out of their weights and keep, such as tables of attention biases: forgotten where the weights become others."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .trees import first_tensor
+
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+
+
+class Derived:
+    """Which modules keep something that they work out of their own tensors.
+
+    It is dropped as such modules do it themselves, on the way to training and back; and what a module had not worked out yet
+    when it was loaded is to be worked out again.
+
+    Args:
+        model: as it was loaded. Copies of it may be given to the methods.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._unset: dict[str, dict[str, type]] = {}
+        keeping: dict[int, list[str]] = {}
+        for name, module in model.named_modules():
+            _through_training(module)
+            unset = _unset(module)
+            if unset or _has_own_train(module):
+                self._unset[name] = unset
+                for tensor in _tensors(module):
+                    keeping.setdefault(id(tensor), []).append(name)
+        state = model.state_dict(keep_vars=True).items() if keeping else ()
+        self._keeping = {n: keeping[id(t)] for n, t in state if id(t) in keeping}
+
+    def forget(
+        self, model: nn.Module, names: Iterable[str], *, for_a_while: bool = False
+    ) -> None:
+        """Forget what was worked out of tensors.
+
+        Args:
+            names: of them.
+            for_a_while: what modules hold is put back afterwards, so that nothing of it may be filled in its place.
+        """
+        for owner in {owner for name in names for owner in self._keeping.get(name, ())}:
+            module = model.get_submodule(owner)
+            for key, kind in self._unset[owner].items():
+                value = vars(module).get(key)
+                empty = for_a_while and type(value) is kind and not value
+                if empty or first_tensor(value) is not None:
+                    vars(module)[key] = kind()
+            _through_training(module)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Of the module itself."""
+    held = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in held if tensor is not None]
+
+
+def _unset(module: nn.Module) -> dict[str, type]:
+    """Attributes that hold nothing yet, and what kind of nothing."""
+    return {
+        key: type(value)
+        for key, value in vars(module).items()
+        if type(value) in (type(None), dict, list)
+        and not value
+        and key not in _OF_ALL_MODULES
+    }
+
+
+def _has_own_train(module: nn.Module) -> bool:
+    return type(module).train is not nn.Module.train
+
+
+@torch.no_grad()
+def _through_training(module: nn.Module) -> None:
+    """Let a module that keeps something for evaluation only work it out anew."""
+    if module.training or not _has_own_train(module) or not _tensors(module):
+        return
+    modes = [(inner, inner.training) for inner in module.modules()]
+    module.train(True)
+    module.train(False)
+    for inner, training in modes:
+        inner.training = training

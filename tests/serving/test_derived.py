@@ -1,0 +1,137 @@
+"""Modules that keep for evaluation what they work out of their weights: never that of another task."""
+
+import copy
+
+import pytest
+import torch
+from exact_models import exact_model, pool_of, seeded, state_of, unchanged
+from helpers import BASE
+from mixed_net import close
+from torch import Tensor, nn
+from transformers import LevitConfig, LevitForImageClassification
+
+
+class Lazily(nn.Module):
+    """Worked out at the first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.table = nn.Parameter(torch.randn(3, 4)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = self.weight.exp()
+        return x @ self.table.mT
+
+
+class ByDevice(nn.Module):
+    """Worked out at the first forward of a device, dropped on the way to training, as LeViT's attention biases are."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.tables = nn.Parameter(torch.randn(3, 4)), {}
+
+    def train(self, mode: bool = True) -> "ByDevice":
+        if mode and self.tables:
+            self.tables = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device not in self.tables:
+            self.tables[x.device] = self.weight.exp()
+        return x @ self.tables[x.device].mT
+
+
+class AtEvaluation(nn.Module):
+    """Worked out on the way to evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> "AtEvaluation":
+        self.table = None if mode else self.weight.exp()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.exp() if self.training else self.table).mT
+
+
+class Net(nn.Module):
+    def __init__(self, kind: type):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), kind())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def levit() -> nn.Module:
+    config = LevitConfig(
+        image_size=32,
+        hidden_sizes=[16, 16, 16],
+        num_attention_heads=[2, 2, 2],
+        depths=[1, 1, 1],
+        key_dim=[8, 8, 8],
+        num_labels=3,
+    )
+    return LevitForImageClassification(config)
+
+
+KINDS = {
+    **{kind.__name__: lambda kind=kind: Net(kind) for kind in (Lazily, ByDevice, AtEvaluation)},
+    "LeViT": levit,
+}  # fmt: skip
+INPUTS = {"LeViT": (4, 3, 32, 32)}
+
+
+@pytest.fixture(params=KINDS)
+def case(request):
+    base = seeded(KINDS[request.param])
+    models = pool_of(base)
+    for model in models.values():  # as loaded: nothing worked out of other weights
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+        model.train().eval()
+    x = torch.randn(INPUTS.get(request.param, (4, 4)))
+    return models, x
+
+
+@torch.no_grad()
+def run(model: nn.Module, *args: Tensor, **task) -> Tensor:
+    found = model(*args, **task)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def test_a_task_that_is_set_is_not_run_with_what_another_left(case):
+    models, x = case
+    model = exact_model(models)
+    for task in ("a", "b", "a"):
+        model.set_task(task)
+        close(run(model, x), run(models[task], x))
+        close(run(model.materialize("b"), x), run(models["b"], x))
+    model.unset_task()
+    close(run(model.backbone, x), run(models[BASE], x))
+
+
+def test_nor_is_a_batch_of_several_and_it_leaves_nothing_itself(case):
+    models, x = case
+    model, tasks = exact_model(models), ["b", "a", "b", None]
+    for before in (None, "a"):
+        if before:
+            model.set_task(before)
+        first = state_of(model.backbone)
+        found = run(model, x, task_ids=tasks)
+        for i, task in enumerate(tasks):
+            close(found[i : i + 1], run(models[task or BASE], x[i : i + 1]))
+        assert unchanged(first, model.backbone)
+        close(run(model.backbone, x), run(models[before or BASE], x))
+
+
+def test_a_base_model_that_ran_before_the_merge_leaves_nothing_that_it_drops_itself():
+    for kind in (ByDevice, AtEvaluation):
+        models, x = pool_of(seeded(lambda: Net(kind))), torch.randn(4, 4)
+        run(models[BASE], x)
+        model = exact_model(models)
+        model.set_task("a")
+        close(run(model, x), run(models["a"].train().eval(), x))

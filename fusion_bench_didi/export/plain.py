@@ -90,9 +90,12 @@ def untied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read_again(place: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by the model's names, which are not those of the file where a class translates them."""
-    found = read_all(place)
-    if found.keys() <= model.state_dict().keys():
+    """The tensors of a checkpoint by the model's names, of a class that translates names or computes what it does not save (tables
+    of positions) as it reads them."""
+    found, wanted = read_all(place), model.state_dict()
+    there = {value.data_ptr() for name, value in wanted.items() if name in found}
+    whole = all(value.data_ptr() in there for value in wanted.values())
+    if (found.keys() <= wanted.keys() and whole) or not isinstance(model, PreTrainedModel):  # fmt: skip
         return found
     return type(model).from_pretrained(place).to(model.dtype).state_dict()
 

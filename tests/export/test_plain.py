@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from exact_models import llama, qwen
-from helpers import OpenClipLike, didi, family
+from exact_models import llama, qwen, seeded
+from helpers import BASE, OpenClipLike, didi, family, same_bits
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +14,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
 )
 
 from fusion_bench_didi.deltas.plain import DenseDelta
@@ -116,6 +118,29 @@ def test_what_lies_within_an_export_is_not_lost(tmp_path, form, monkeypatch):
 
 def never(*_, **__):
     raise AssertionError("the merged model was read")
+
+
+def test_classes_that_compute_what_they_do_not_save(tmp_path):
+    """Such as tables of positions, which are in no checkpoint."""
+    sides = {
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": 16,
+    }
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "vocab_size": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 2}
+    config = MarianConfig(**sides, **layers, **heads, **tokens)
+    models = family(seeded(lambda: MarianMTModel(config)))
+    tables = ("model.encoder.embed_positions", "model.decoder.embed_positions")
+    for model in models.values():
+        for name in tables:
+            model.get_submodule(name).load_state_dict(models[BASE].get_submodule(name).state_dict())  # fmt: skip
+    merged = didi(models, budget=0.5)
+    to_plain(merged, tmp_path / "out")
+    found = MarianMTModel.from_pretrained(tmp_path / "out/svhn").state_dict()
+    assert not any(f"{n}.weight" in load_file(tmp_path / "out/svhn/model.safetensors") for n in tables)  # fmt: skip
+    assert same_bits(found, merged.materialize("svhn").state_dict())
 
 
 def test_classes_that_name_tensors_otherwise_in_checkpoints(tmp_path):

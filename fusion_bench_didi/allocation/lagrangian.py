@@ -4,11 +4,15 @@ For a multiplier (error per bit) every curve has its best point; the curve of le
 its matrix, and the multiplier is the smallest that meets the budget.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from .curves import Curve
+
+#: Halvings of 60 octaves in which the multiplier is looked for, and after how many of them it is interpolated.
+HALVINGS, COARSE = 40, 5
 
 
 def choose(options: Sequence[Sequence[Curve]], budget: int) -> tuple[list[int], float]:
@@ -42,15 +46,31 @@ def choose(options: Sequence[Sequence[Curve]], budget: int) -> tuple[list[int], 
         high *= 4  # what all tasks share gains more per bit than any expert
         frugal = [best(row, high) for row in options]
     low = high * 2.0**-60
-    for _ in range(40):  # bisection on the logarithm
+    above, below = low, high  # what is known to take too much, and to fit
+    for halving in range(HALVINGS):  # bisection on the logarithm
         middle = (low * high) ** 0.5
-        # bits never rise with multiplier: what is the same at both ends is the same between them
-        chosen = [
-            f if f == g else best(row, middle)
-            for row, f, g in zip(options, frugal, generous)
-        ]
-        if spent(chosen) <= budget:
-            high, frugal = middle, chosen
+        asked = [middle]
+        if halving >= COARSE and above < middle < below:
+            # bits fall about evenly in between: where they would meet the budget, from both sides
+            much, little = spent(generous), spent(frugal)
+            part = (much - budget) / (much - little)
+            ratio = below / above
+            near = min(math.log(ratio), 1 / 2) / 2 * min(part, 1 - part)
+            asked = [above * ratio ** (part + by) for by in (-near, near)] + asked
+        for one in asked:
+            if not above < one < below:
+                continue  # bits never rise with the multiplier
+            # what is the same at both ends is the same between them
+            chosen = [
+                f if f == g else best(row, one)
+                for row, f, g in zip(options, frugal, generous)
+            ]
+            if spent(chosen) <= budget:
+                below, frugal = one, chosen
+            else:
+                above, generous = one, chosen
+        if middle >= below:
+            high = middle
         else:
-            low, generous = middle, chosen
+            low = middle
     return [index for _, index in frugal], high

@@ -87,9 +87,13 @@ class CodedCurve:
         return sum(point.bits)
 
     def step(self, point: CodedPoint, left: int) -> tuple[float, CodedPoint] | None:
+        before = self.rate(point)
+        least = self.point(point.multiplier * (1 - PARTS[-1]))
+        if self.rate(least) - before > left:
+            return None  # larger parts take no less
         for part in PARTS:
             finer = self.point(point.multiplier * (1 - part))
-            more = self.rate(finer) - self.rate(point)
+            more = self.rate(finer) - before
             if 0 < more <= left:
                 lost, less = (
                     self._weighted(torch.tensor(one.errors, dtype=torch.float64))
@@ -130,13 +134,11 @@ class CodedCurve:
         ranks up to a third of s, within 7 % beyond.
         """
         sigma, sides = self.sigma.double(), sorted(self.shape)
-        bits, kept = torch.full_like(sigma, 2.0 * CLASS_BITS), []
-        for side in sides:
-            spread = sigma / side**0.5 / steps[:, None]
-            rate, lost = rate_distortion(spread)
-            bits += side * rate
-            kept.append(1 - (lost / spread.square().clamp(min=1e-300)).clamp(max=1.0))
-        short, long = kept
+        roots = sigma.new_tensor(sides).sqrt()[:, None, None]
+        spread = sigma / roots / steps[:, None]  # (2, T, q)
+        rate, lost = rate_distortion(spread)
+        bits = 2.0 * CLASS_BITS + sides[0] * rate[0] + sides[1] * rate[1]
+        short, long = 1 - (lost / spread.square().clamp(min=1e-300)).clamp(max=1.0)
         worth = SLOPE * steps.square()[:, None] * bits
         pays = sigma.square() * short * long > worth
         parts = [pays.sum(1, keepdim=True) / side for side in sides]

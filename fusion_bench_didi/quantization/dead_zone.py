@@ -137,8 +137,11 @@ def rate_distortion(spread: Tensor) -> tuple[Tensor, Tensor]:
     octaves = spread.double().clamp(min=2.0**LOWEST).log2() - LOWEST
     place = (octaves * PER_OCTAVE).clamp(max=CLASSES - 1)
     low = place.floor().clamp(max=CLASSES - 2).long()
-    part, curves = place - low, _curves().to(spread.device)
-    bits, error = curves[:, low] * (1 - part) + curves[:, low + 1] * part
+    part, high = place - low, low + 1
+    bits, error = (
+        curve.take(low) * (1 - part) + curve.take(high) * part
+        for curve in _curves().to(spread.device)
+    )
     nothing = spread < 2.0**LOWEST
     return bits.masked_fill(nothing, 0.0), error.where(
         ~nothing, spread.double().square()

@@ -151,7 +151,7 @@ class MatrixBank(Bank):
             t for t, k in enumerate(kept) if not isinstance(k, (tuple, NoneType))
         ]
         self.matrices = [k if t in self.dense else shared for t, k in enumerate(kept)]
-        ranks = [first.shape[1] for first, _ in factors]
+        self.ranks = ranks = [first.shape[1] for first, _ in factors]
         self.first = torch.cat([first for first, _ in factors], 1)  # (n, R)
         self.last = torch.cat([last for _, last in factors])  # (R, m)
         self.firsts, self.lasts = self.first.split(ranks, 1), self.last.split(ranks)

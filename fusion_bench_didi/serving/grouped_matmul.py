@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: Rows up to which, in 16 bits, the factors of all tasks are multiplied at once: so few are bound by calls and by what is read.
+FEW = 32
+
 
 def _product(
     x: Tensor,
@@ -16,10 +19,12 @@ def _product(
     counts: Tensor,
     biases: Tensor | None,
     matrices: Sequence[Tensor],
-    firsts: Sequence[Tensor],
-    lasts: Sequence[Tensor],
+    first: Tensor,
+    last: Tensor,
+    owner: Tensor,
+    ranks: Sequence[int],
 ) -> Tensor:
-    n, m = firsts[0].shape[0], lasts[0].shape[1]
+    n, m = first.shape[0], last.shape[1]
     rows, batch = x.reshape(-1, n), x.shape[0]
     per_sample = rows.shape[0] // batch
     sizes = [per_sample * count for count in counts.tolist()]
@@ -37,11 +42,15 @@ def _product(
             y.view(batch, per_sample, m).copy_(biases.index_select(0, tasks)[:, None])
         for part, out, task in parts:
             out.addmm_(part, matrices[task], beta=0 if biases is None else 1)
-    if any(last.shape[0] for last in lasts):
+    if len(rows) <= FEW and x.dtype.itemsize == 2 and len(owner):
+        own = owner == tasks.repeat_interleave(per_sample)[:, None]
+        y.addmm_((rows @ first).masked_fill_(~own, 0), last)
+    elif len(owner):
         parts = zip(rows.split_with_sizes(sizes), y.split_with_sizes(sizes))
-        for (part, out), first, last in zip(parts, firsts, lasts):
-            if len(part) and len(last):
-                out.addmm_(part @ first, last)
+        factors = zip(first.split_with_sizes(ranks, 1), last.split_with_sizes(ranks))
+        for (part, out), (a, b) in zip(parts, factors):
+            if len(part) and len(b):
+                out.addmm_(part @ a, b)
     return y.view(*x.shape[:-1], m)
 
 
@@ -64,14 +73,14 @@ _operator = torch.library.custom_op(
     "fusion_bench_didi::product_by_task",
     _product,
     mutates_args=(),
-    schema="(Tensor x, Tensor tasks, Tensor counts, Tensor? biases, Tensor[] matrices, Tensor[] firsts, Tensor[] lasts)"
-    " -> Tensor",
+    schema="(Tensor x, Tensor tasks, Tensor counts, Tensor? biases, Tensor[] matrices, Tensor first, Tensor last, "
+    "Tensor owner, int[] ranks) -> Tensor",
 )
 
 
 @_operator.register_fake
-def _(x, tasks, counts, biases, matrices, firsts, lasts):
-    return x.new_empty(*x.shape[:-1], lasts[0].shape[1])
+def _(x, tasks, counts, biases, matrices, first, last, owner, ranks):
+    return x.new_empty(*x.shape[:-1], last.shape[1])
 
 
 def product_by_task(
@@ -80,8 +89,10 @@ def product_by_task(
     counts: Tensor,
     biases: Tensor | None,
     matrices: Sequence[Tensor],
-    firsts: Sequence[Tensor],
-    lasts: Sequence[Tensor],
+    first: Tensor,
+    last: Tensor,
+    owner: Tensor,
+    ranks: Sequence[int],
 ) -> Tensor:
     """``x_t W_t + (x_t A_t) B_t + b_t`` for the samples x_t of each task.
 
@@ -91,7 +102,9 @@ def product_by_task(
         counts: samples per task, on the CPU.
         biases: ``b_t`` (m,) per task.
         matrices: ``W_t`` (n, m) per task; neighbors that are one tensor are multiplied in one product.
-        firsts, lasts: ``A_t`` (n, r) and ``B_t`` (r, m) per task, r = 0 for none.
+        first, last: (n, R) and (R, m), ``A_t`` and ``B_t`` of all tasks one after another.
+        owner: (R,) the task of each direction.
+        ranks: directions per task, 0 for none.
 
     Returns:
         (B, ..., m).
@@ -100,5 +113,7 @@ def product_by_task(
         IndexError: if the counts leave samples out.
     """
     if torch.compiler.is_compiling():
-        return _operator(x, tasks, counts, biases, [*matrices], [*firsts], [*lasts])
-    return _product(x, tasks, counts, biases, matrices, firsts, lasts)
+        return _operator(
+            x, tasks, counts, biases, [*matrices], first, last, owner, [*ranks]
+        )
+    return _product(x, tasks, counts, biases, matrices, first, last, owner, ranks)

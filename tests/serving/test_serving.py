@@ -455,31 +455,48 @@ def test_the_shared_part_of_a_tensor_is_decoded_once(form, turned, monkeypatch):
 # --- the product --------------------------------------------------------------------
 
 
-def test_product_by_task_is_a_product_per_task():
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_by_task_is_a_product_per_task(dtype, rows):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(dtype)
 
+    close = dict(rtol=0.05, atol=0.1) if dtype == torch.bfloat16 else {}
     common, own = draw(6, 5), draw(6, 5)
     matrices = [common, common, own, common]
     ranks = [2, 0, 0, 1]
     firsts, lasts = [draw(6, r) for r in ranks], [draw(r, 5) for r in ranks]
+    owner = torch.arange(4).repeat_interleave(torch.tensor(ranks))
+    factors = torch.cat(firsts, 1), torch.cat(lasts), owner, ranks
     counts = torch.tensor([2, 0, 3, 1])
     alone = [draw(6, 5) for _ in ranks]
-    x, bias = draw(6, 4, 6), draw(4, 5)
+    x, bias = draw(6, rows, 6), draw(4, 5)
     tasks = torch.arange(4).repeat_interleave(counts)
     before = bias.clone()
     for kept in (matrices, alone):
         for biases in (None, bias, bias[:1].expand(4, -1)):
-            found = product_by_task(x, tasks, counts, biases, kept, firsts, lasts)
+            found = product_by_task(x, tasks, counts, biases, kept, *factors)
             for i, t in enumerate(tasks.tolist()):
                 expected = x[i] @ (kept[t] + firsts[t] @ lasts[t])
                 if biases is not None:
                     expected = expected + biases[t]
-                torch.testing.assert_close(found[i], expected)
-            product_by_task(draw(6, 6), tasks, counts, biases, kept, firsts, lasts)
+                torch.testing.assert_close(found[i], expected, **close)
+            product_by_task(draw(6, 6), tasks, counts, biases, kept, *factors)
     assert bias.equal(before), "an input was written to"
+
+
+def test_a_task_that_overflows_leaves_the_others_of_a_small_batch_alone():
+    matrices = [torch.zeros(2, 2, dtype=torch.bfloat16)] * 3
+    first = torch.tensor([[1.0, torch.inf], [1.0, 1.0]], dtype=torch.bfloat16)
+    last, owner = torch.ones(2, 2, dtype=torch.bfloat16), torch.tensor([0, 1])
+    tasks, counts = torch.tensor([0, 1]), torch.tensor([1, 1, 0])
+    x = torch.ones(2, 2, dtype=torch.bfloat16)
+    found = product_by_task(
+        x, tasks, counts, None, matrices, first, last, owner, [1, 1, 0]
+    )
+    assert found[0].tolist() == [2, 2] and found[1].isinf().all()
 
 
 # --- modes --------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .banks import MatrixBank
+
 #: Rows up to which, in 16 bits, the factors of all tasks are multiplied at once: so few are bound by calls and by what is read.
 FEW = 32
 
@@ -84,27 +86,16 @@ def _(x, tasks, counts, biases, matrices, first, last, owner, ranks):
 
 
 def product_by_task(
-    x: Tensor,
-    tasks: Tensor,
-    counts: Tensor,
-    biases: Tensor | None,
-    matrices: Sequence[Tensor],
-    first: Tensor,
-    last: Tensor,
-    owner: Tensor,
-    ranks: Sequence[int],
+    x: Tensor, tasks: Tensor, counts: Tensor, biases: Tensor | None, bank: MatrixBank
 ) -> Tensor:
-    """``x_t W_t + (x_t A_t) B_t + b_t`` for the samples x_t of each task.
+    """``x_t W_t + b_t`` for the samples x_t of each task.
 
     Args:
         x: (B, ..., n), sorted by task.
         tasks: (B,) the task of each sample.
         counts: samples per task, on the CPU.
         biases: ``b_t`` (m,) per task.
-        matrices: ``W_t`` (n, m) per task; neighbors that are one tensor are multiplied in one product.
-        first, last: (n, R) and (R, m), ``A_t`` and ``B_t`` of all tasks one after another.
-        owner: (R,) the task of each direction.
-        ranks: directions per task, 0 for none.
+        bank: of the ``W_t`` (n, m); neighbors that are one tensor are multiplied in one product.
 
     Returns:
         (B, ..., m).
@@ -112,8 +103,6 @@ def product_by_task(
     Raises:
         IndexError: if the counts leave samples out.
     """
-    if torch.compiler.is_compiling():
-        return _operator(
-            x, tasks, counts, biases, [*matrices], first, last, owner, [*ranks]
-        )
-    return _product(x, tasks, counts, biases, matrices, first, last, owner, ranks)
+    product = _operator if torch.compiler.is_compiling() else _product
+    factors = bank.first, bank.last, bank.owner, bank.ranks
+    return product(x, tasks, counts, biases, bank.matrices, *factors)

@@ -118,10 +118,7 @@ class ByTask:
             y = self.stored(Vectors(x, bank.turned), bank)
             return y if bias is None else y.add_(over(self.rows(bias), y))
         biases = None if bias is None else bias.values
-        factors = bank.first, bank.last, bank.owner, bank.ranks
-        return product_by_task(
-            x, self.tasks, self.counts, biases, bank.matrices, *factors
-        )
+        return product_by_task(x, self.tasks, self.counts, biases, bank)
 
     def stored(self, inputs: Inputs, bank: StoredBank) -> Tensor:
         """The product with each sample's own matrix, or rows of it."""

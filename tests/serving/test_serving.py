@@ -463,39 +463,33 @@ def test_product_by_task_is_a_product_per_task(dtype, rows):
     def draw(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    close = dict(rtol=0.05, atol=0.1) if dtype == torch.bfloat16 else {}
-    common, own = draw(6, 5), draw(6, 5)
-    matrices = [common, common, own, common]
-    ranks = [2, 0, 0, 1]
-    firsts, lasts = [draw(6, r) for r in ranks], [draw(r, 5) for r in ranks]
-    owner = torch.arange(4).repeat_interleave(torch.tensor(ranks))
-    factors = torch.cat(firsts, 1), torch.cat(lasts), owner, ranks
-    counts = torch.tensor([2, 0, 3, 1])
-    alone = [draw(6, 5) for _ in ranks]
-    x, bias = draw(6, rows, 6), draw(4, 5)
-    tasks = torch.arange(4).repeat_interleave(counts)
+    close = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {}
+    shared, own = draw(6, 5), draw(6, 5)
+    two, one = (draw(6, 2), draw(2, 5)), (draw(6, 1), draw(1, 5))
+    counts = torch.tensor([2, 0, 3, 1, 1])
+    x, bias = draw(7, rows, 6), draw(5, 5)
+    tasks = torch.arange(5).repeat_interleave(counts)
     before = bias.clone()
-    for kept in (matrices, alone):
-        for biases in (None, bias, bias[:1].expand(4, -1)):
-            found = product_by_task(x, tasks, counts, biases, kept, *factors)
+    for kept in ([two, None, own, one], [own] * 4, [None] * 4, [one, two] * 2):
+        bank = MatrixBank((6, 5), shared, kept, turned=False)
+        for biases in (None, bias, bias[:1].expand(5, -1)):
+            found = product_by_task(x, tasks, counts, biases, bank)
             for i, t in enumerate(tasks.tolist()):
-                expected = x[i] @ (kept[t] + firsts[t] @ lasts[t])
+                expected = x[i] @ bank.value(t)
                 if biases is not None:
                     expected = expected + biases[t]
                 torch.testing.assert_close(found[i], expected, **close)
-            product_by_task(draw(6, 6), tasks, counts, biases, kept, *factors)
+            product_by_task(draw(7, 6), tasks, counts, biases, bank)
     assert bias.equal(before), "an input was written to"
 
 
 def test_a_task_that_overflows_leaves_the_others_of_a_small_batch_alone():
-    matrices = [torch.zeros(2, 2, dtype=torch.bfloat16)] * 3
-    first = torch.tensor([[1.0, torch.inf], [1.0, 1.0]], dtype=torch.bfloat16)
-    last, owner = torch.ones(2, 2, dtype=torch.bfloat16), torch.tensor([0, 1])
-    tasks, counts = torch.tensor([0, 1]), torch.tensor([1, 1, 0])
-    x = torch.ones(2, 2, dtype=torch.bfloat16)
-    found = product_by_task(
-        x, tasks, counts, None, matrices, first, last, owner, [1, 1, 0]
-    )
+    one, far = torch.ones(2, 1), torch.tensor([[torch.inf], [1.0]])
+    kept = [tuple(f.bfloat16() for f in (a, one.mT)) for a in (one, far)]
+    zero = torch.zeros(2, 2, dtype=torch.bfloat16)
+    bank = MatrixBank((2, 2), zero, kept, turned=False)
+    x, counts = torch.ones(2, 2, dtype=torch.bfloat16), torch.tensor([1, 1, 0])
+    found = product_by_task(x, torch.tensor([0, 1]), counts, None, bank)
     assert found[0].tolist() == [2, 2] and found[1].isinf().all()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from .coupling import Coupling, _couple
 from .factored import subtracting
-from .factors import Matrix, Spectrum
+from .factors import LowRankFactors, Matrix, Spectrum, energy_of
 from .svd import HalfSVD, half_svd, spectrum
 
 
@@ -59,6 +59,7 @@ def half_decompose(
     *,
     shared_rank: int | None = None,
     max_rank: int | None = None,
+    factored_only: bool = False,
     name: str = "",
 ) -> Decomposition:
     """As :func:`decompose`, uncoupled, short-side vectors only, against a shared part of fixed rank if one is given.
@@ -66,6 +67,7 @@ def half_decompose(
     Args:
         shared: (m, n); None for experts only.
         shared_rank: experts are residuals to S cut to this rank, ``tau_t - S_k``; to the whole of S if None.
+        factored_only: no directions of dense experts are found.
     """
     like, side = task_vectors[0], min(task_vectors[0].shape)
     q = side if max_rank is None else min(max_rank, side)
@@ -79,10 +81,14 @@ def half_decompose(
             shared = first.factors(shared, shared_rank)
             first = HalfSVD(first.vectors, first.S[:q], first.tail_energy)
     left = subtracting(shared)
-    return Decomposition(
-        first,
-        tuple(half_svd(left(tau), max_rank=q, name=name) for tau in task_vectors),
-    )
+
+    def half(matrix: Matrix) -> HalfSVD:
+        if factored_only and not isinstance(matrix, LowRankFactors):
+            left_out = float(energy_of(matrix))
+            return HalfSVD(none.vectors.clone(), zeros.clone(), left_out)
+        return half_svd(matrix, max_rank=q, name=name)
+
+    return Decomposition(first, tuple(half(left(tau)) for tau in task_vectors))
 
 
 def half_of(whole: Decomposition) -> Decomposition:

@@ -48,6 +48,7 @@ def decomposed(
     reach: int,
     shared_rank: int | None,
     vectors: Sequence[Matrix] | None = None,
+    adapters_only: bool = False,
 ) -> Decomposed:
     """Half SVDs of all modules of a matrix up to a rank.
 
@@ -55,10 +56,16 @@ def decomposed(
         reach: that rank.
         shared_rank: experts are residuals to S cut to this rank, or to the whole of S if None.
         vectors: T of (m, n); read if None.
+        adapters_only: the others are stored whole or not at all, beside nothing shared.
     """
     if vectors is None:
         vectors = context.tensor(name).matrices()
-    parts = _decompose(context, bounds, name, vectors, reach, shared_rank)
+    if adapters_only:
+        parts = half_decompose(
+            vectors, None, max_rank=reach, factored_only=True, name=name
+        )
+    else:
+        parts = _decompose(context, bounds, name, vectors, reach, shared_rank)
     spectra = spectra_of(
         name,
         parts,

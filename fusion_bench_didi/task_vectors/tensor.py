@@ -55,6 +55,16 @@ class ChangedTensor:
         return None not in self.ranks
 
     @property
+    def adapters(self) -> list[int]:
+        """Tasks that change it by an adapter's factors."""
+        return [task for task, rank in enumerate(self.ranks) if rank is not None]
+
+    @property
+    def adapter_rank(self) -> int:
+        """The largest rank of these; 0 if there are none."""
+        return min(max((rank or 0 for rank in self.ranks), default=0), *self.sides)
+
+    @property
     def large(self) -> bool:
         """Whether one task vector alone takes so much memory that only one is worked on at a time."""
         return 4 * self.numel > STACK_BYTES // 2 and not self.factored

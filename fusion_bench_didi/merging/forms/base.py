@@ -163,5 +163,9 @@ class Look:
 
     @property
     def dense(self) -> bool:
-        """Whether experts are known to be stored dense or not at all."""
-        return not self.experts.spectra.sigma.shape[1]
+        """Whether experts, but for those of adapters, are known to be stored dense or not at all."""
+        sigma, tail = (
+            x[1:]
+            for x in (self.experts.spectra.sigma, self.experts.spectra.tail_energy)
+        )
+        return not sigma.shape[1] or bool(((tail > 0) & ~sigma.any(1)).any())

@@ -135,10 +135,17 @@ def _experts_alone(look: Look) -> Decomposed:
     """Spectra of the task vectors, as far as they may be used."""
     context, name = look.context, look.name
     reach, piloted = reach_of(look)
-    if not reach:
+    adapter_rank = look.tensor.adapter_rank
+    if not reach and not adapter_rank:
         return replace(_dense_alone(context, name), piloted=piloted)
     found = decomposed(
-        context, look.bounds, name, reach=reach, shared_rank=0, vectors=look.matrices
+        context,
+        look.bounds,
+        name,
+        reach=reach or adapter_rank,
+        shared_rank=0,
+        vectors=look.matrices,
+        adapters_only=not reach,
     )
     return replace(found, piloted=piloted)
 

@@ -84,15 +84,15 @@ def sample_of(
     """A sample, where a matrix may well be stored dense and a decomposition would cost more than the sample's."""
     name = tensor.name
     matrix = name in bounds.inventory.matrices
-    if not matrix or any(rank is not None for rank in tensor.ranks):
-        return None  # an adapter's factors are decomposed at once
-    rank = bounds.initial_rank(name)
+    if not matrix or tensor.factored:
+        return None  # adapters' factors are decomposed at once
+    rank, adapters = bounds.initial_rank(name), tensor.adapters
     if not bool((energy > 0).any()):
         return None
     pays_dense = bounds.even_share_pays_dense(name)
-    if not pays_dense and _codes_compete(bounds, tensor):
+    if (adapters or not pays_dense) and _codes_compete(bounds, tensor):
         return _pilot(bounds, tensor, energy)
-    if not pays_dense or rank >= bounds.rank_bound(name):
+    if adapters or not pays_dense or rank >= bounds.rank_bound(name):
         return None
     samples = _samples(tensor.differences(), rank)
     bound = optimistic_spectrum(samples, energy, tensor.numel, rank=rank)
@@ -111,20 +111,27 @@ def _codes_compete(bounds: RankBounds, tensor: ChangedTensor) -> bool:
     )
 
 
-def _pilot(bounds: RankBounds, tensor: ChangedTensor, energy: Tensor) -> Sample:
-    """Singular values of the task vector that looks most like low rank."""
+def _pilot(bounds: RankBounds, tensor: ChangedTensor, energy: Tensor) -> Sample | None:
+    """Singular values of the task vector that looks most like low rank, and those of adapters; None where there are no others."""
     name, differences = tensor.name, tensor.differences()
     samples = _samples(differences, GLIMPSE).double()
     gram = samples @ samples.mT
     norms = samples.square().sum((1, 2))
     steep = gram.square().sum((1, 2)) / norms.square().clamp(min=1e-300)
-    task = int(steep.masked_fill(energy == 0, -1.0).argmax())
+    unasked = energy == 0
+    unasked[tensor.adapters] = True
+    if bool(unasked.all()):
+        return None
+    task = int(steep.masked_fill(unasked, -1.0).argmax())
     share, sides = bounds.even_share(name), bounds.inventory.sides[name]
     most = int(REACH * share / (LEAST_BITS * sum(sides))) + 8
     if min(sides) <= SHORT_ENOUGH:
         most = min(sides)
     values = singular_values(materialize(differences[task]), max_rank=most).cpu()
     sigma = (energy / energy[task]).sqrt().float()[:, None] * values
+    for adapter in tensor.adapters:
+        known = singular_values(tensor.factors(adapter), max_rank=len(values))
+        sigma[adapter] = known.cpu()
     tail = (energy - sigma.double().square().sum(1)).clamp(min=0.0)
     return Sample(sigma, tail, _alike(samples), piloted=True)
 
@@ -136,7 +143,9 @@ def _alike(samples: Tensor) -> float:
 
 
 def reach_of(look: Look) -> tuple[int, bool]:
-    """The rank up to which experts are to be decomposed, 0 where they are dense; and whether one task's spectrum told."""
+    """The rank up to which experts are to be decomposed, 0 where all but those of adapters are dense; and whether one task's
+    spectrum told.
+    """
     context, name, multiplier = look.context, look.name, look.guess.multiplier
     sample = look.sample
     if sample is None:
@@ -163,7 +172,9 @@ def _reach_of_codes(look: Look, sample: Sample) -> tuple[int, bool]:
     """As :func:`reach_of`, of experts that may be coded; undecided where all that the pilot knows is worth its bits."""
     context, name, multiplier = look.context, look.name, look.guess.multiplier
     low_rank = coded_curve(context, name, sample.sigma)
-    whole = coded_curve(context, name, sample.sigma[:, :0])
+    known = torch.zeros_like(sample.sigma[:, : look.tensor.adapter_rank])
+    known[look.tensor.adapters] = sample.sigma[look.tensor.adapters, : known.shape[1]]
+    whole = coded_curve(context, name, known)
     worthy, known = max(low_rank.worthy(multiplier)), sample.sigma.shape[1]
     if worthy >= known and known < min(look.sides):
         return look.bounds.initial_rank(name), False

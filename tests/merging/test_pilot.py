@@ -3,12 +3,15 @@
 import pytest
 import torch
 from helpers import without_codes
-from steep_layers import TASKS, decaying, low_rank, merged, steep, task_vectors
+from steep_layers import TASKS, decaying, layers, low_rank, merged, steep, task_vectors
 from torch import Tensor
 
+from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.lowrank.svd import half_svd
-from fusion_bench_didi.merging import spectra
+from fusion_bench_didi.merging import pipeline, spectra
 from fusion_bench_didi.merging.forms import early_decision
+from fusion_bench_didi.task_vectors.reader import TaskVectors
+from fusion_bench_didi.task_vectors.sources import ModuleSource
 
 
 def noise(m: int, n: int, seed: int) -> Tensor:
@@ -145,3 +148,36 @@ def test_the_pilot_is_scaled_to_the_others(monkeypatch):
     torch.testing.assert_close(whole, energy, rtol=1e-5, atol=0)
     own = torch.stack([half_svd(t, max_rank=4).S for t in vectors.read("0.weight")])
     torch.testing.assert_close(sample.sigma[:, :4], own, rtol=0.3, atol=0)
+
+
+class _Adapter(ModuleSource):
+    """The base model and a change of a few directions, as an adapter has it."""
+
+    def rank(self, name):
+        return 6
+
+    def factors(self, name):
+        m, n = self._tensors[name].shape
+        return LowRankFactors(noise(m, 6, 1), 0.05 * noise(6, n, 2))
+
+    def applied(self, name, base):
+        return base + self.factors(name).dense()
+
+
+@pytest.mark.parametrize("bits", [1.0, 3.0])
+def test_beside_adapters_noise_is_not_decomposed_either(monkeypatch, reached, bits):
+    """Which keep directions of their own, and are what they are when all is decomposed."""
+    plain = task_vectors(noise, noise)
+    base = layers([plain.tensor(name).base() for name in plain.infos])
+    source = {task: plain.tensor("0.weight")._tuned[t] for t, task in enumerate(TASKS)}
+    source[TASKS[-1]] = _Adapter(base, TASKS[-1])
+    vectors = TaskVectors(ModuleSource(base, "base"), source)
+    found = merged(vectors, bits, gain="none")
+    assert not reached
+    assert set(found.report.forms.values()) == {"coded"}
+    assert set(found.ranks.experts[TASKS[-1]].values()) == {6}
+    monkeypatch.setattr(pipeline, "sample_of", lambda *_: None)
+    expected = merged(vectors, bits, gain="none")
+    assert reached
+    lost, least = found.report.relative_error, expected.report.relative_error
+    assert lost < (1 + early_decision.WORTH_DIRECTIONS) * least + 1e-4

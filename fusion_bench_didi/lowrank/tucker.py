@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .factored import JointBasis, all_factored, stacked
 from .factors import Matrix, energy_of
-from .svd import HalfSVD, half_svd, spectrum
+from .svd import HalfSVD, half_svd, singular_values, spectrum
 
 #: The error is tabulated at no more than so many values of p, and of q.
 GRID = 256
@@ -101,6 +101,46 @@ def tucker_bases(
     sizes_up, sizes_down = _grid(up.shape[1]), _grid(down.shape[0])
     kept = squares.cumsum(0)[sizes_up - 1].cumsum(1)[:, sizes_down - 1].cpu()
     kept += max(rest, 0.0) / (m * n) * sizes_up[:, None] * sizes_down
+    return TuckerBases(up, down, sizes_up, sizes_down, kept, energy)
+
+
+def optimistic_tucker(
+    shape: tuple[int, int],
+    bases: Sequence[HalfSVD],
+    weights: Tensor,
+    *,
+    max_up: int,
+    max_down: int,
+) -> TuckerBases:
+    """At least what :func:`tucker_bases` would find to be kept, by singular values alone; no spaces.
+
+    Common directions of the short side keep no more than the best ones do, and min(p, q) directions of any one task no more
+    than its own leading ones.
+
+    Args:
+        shape: m and n.
+        bases, weights, max_up, max_down: as there.
+    """
+    (m, n), side = shape, min(shape)
+    most = -(-AMONG * side // len(bases))
+    heavy, own, energy = [], torch.zeros(side + 1, dtype=torch.float64), 0.0
+    for basis, weight in zip(bases, weights.tolist()):
+        values = basis.S[:most][: basis.vectors.shape[1]]
+        heavy.append(weight**0.5 * basis.vectors[:, : len(values)] * values)
+        squares = weight * basis.S.double().square().cpu()
+        own[1 : len(values) + 1] += squares[: len(values)]
+        energy += float(squares.sum()) + weight * basis.tail_energy
+    together = torch.zeros_like(own)
+    values = singular_values(torch.cat(heavy, 1)).double().cpu()
+    together[1 : len(values) + 1] = values.square()
+    own, together = own.cumsum(0), together.cumsum(0)
+    sizes_up, sizes_down = _grid(min(max_up, m)), _grid(min(max_down, n))
+    p, q = torch.broadcast_tensors(sizes_up[:, None], sizes_down)
+    short, rank = (p if m <= n else q), torch.minimum(p, q)
+    kept = torch.minimum(together[short], own[rank])
+    kept += max(energy - float(own[-1]), 0.0) / (m * n) * p * q
+    like = bases[0].vectors
+    up, down = like.new_empty(m, 0), like.new_empty(0, n)
     return TuckerBases(up, down, sizes_up, sizes_down, kept, energy)
 
 

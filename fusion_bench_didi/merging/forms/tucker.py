@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...allocation.curves import Curve
 from ...allocation.tucker_curve import TuckerCurve
 from ...deltas.base import Delta
 from ...deltas.precision import Precision
@@ -13,12 +14,20 @@ from ...lowrank import svd
 from ...lowrank.factors import Matrix, energy_of
 from ...lowrank.overlap import subspace_overlap
 from ...lowrank.svd import HalfSVD
-from ...lowrank.tucker import cores, refine_tucker, tucker_bases
+from ...lowrank.tucker import (
+    TuckerBases,
+    cores,
+    optimistic_tucker,
+    refine_tucker,
+    tucker_bases,
+)
 from ..context import MergeContext
 from ..rank_bounds import REACH
 from ..reconstruction import squared_error
 from ..spectra import SPENT
 from .base import Choice, Decision, Look
+from .coded import CODED
+from .experts import EXPERTS
 from .uneven import columns_beyond_gaussian
 
 #: Looked into where the even share is below this part of what a matrix costs dense ...
@@ -56,24 +65,31 @@ class Tucker:
             return
         # bases alone cannot take more than what the matrix is likely to be given
         values = REACH * share * len(found) / allowed[0].bits
+        up, down = (max(int(values / side), 1) for side in shape)
+        tasks = sum(b.tail_energy > 0 or bool(b.S.any()) for b in found)
+        sketched = min(shape) >= svd.SKETCH_SIDE
+        if sketched:
+            most_kept = optimistic_tucker(
+                shape, found, weights, max_up=up, max_down=down
+            )
+            curves = _curves(most_kept, allowed, tasks, most)
+            multiplier, alone = look.guess.multiplier, _alone(look)
+            if _least(curves, multiplier) >= _least(alone, multiplier):
+                return
         spaces = tucker_bases(
             look.matrices,
             weights,
-            bases=found if min(shape) >= svd.SKETCH_SIDE else None,
-            max_up=max(int(values / shape[0]), 1),
-            max_down=max(int(values / shape[1]), 1),
+            bases=found if sketched else None,
+            max_up=up,
+            max_down=down,
             name=name,
         )
         empty = spaces.up.new_zeros(0)
         both = (spaces.up, spaces.down.mT)
         kept = context.store.keep(tuple(HalfSVD(b, empty, 0.0) for b in both))
-        p, q = spaces.sizes_up[:, None], spaces.sizes_down
-        tasks = sum(b.tail_energy > 0 or bool(b.S.any()) for b in found)
         beyond = columns_beyond_gaussian(spaces.up, spaces.down, allowed)
-        for precision, more in zip(allowed, beyond):
-            bits = precision.common_bits(shape, tasks, p, q)
-            rounding = precision.common_rounding(shape, p, q) + more
-            curve = TuckerCurve.of(spaces, bits, rounding, tasks, most=most)
+        curves = _curves(spaces, allowed, tasks, most, beyond)
+        for precision, curve in zip(allowed, curves):
             yield Choice(self, precision, curve, kept)
 
     def encode(self, context: MergeContext, decision: Decision) -> EncodedTensor:
@@ -100,6 +116,42 @@ class Tucker:
 
     def ranks(self, decision: Decision, tasks: int) -> list[int]:
         return [min(decision.point)] * (tasks + 1)
+
+
+def _curves(
+    spaces: TuckerBases,
+    precisions: Sequence[Precision],
+    tasks: int,
+    most: int | None,
+    beyond: Sequence[Tensor | float] | None = None,
+) -> list[TuckerCurve]:
+    """In every precision.
+
+    Args:
+        tasks: that are changed.
+        most: the largest rank of a core that is allowed.
+        beyond: what rounding loses beyond what is expected.
+    """
+    shape = spaces.up.shape[0], spaces.down.shape[1]
+    p, q = spaces.sizes_up[:, None], spaces.sizes_down
+    curves = []
+    for precision, more in zip(precisions, beyond or [0.0] * len(precisions)):
+        bits = precision.common_bits(shape, tasks, p, q)
+        rounding = precision.common_rounding(shape, p, q) + more
+        curves.append(TuckerCurve.of(spaces, bits, rounding, tasks, most=most))
+    return curves
+
+
+def _alone(look: Look) -> list[Curve]:
+    """Of experts that share nothing."""
+    choices = EXPERTS.curves(look.context, look.name, look.experts)
+    return [choice.curve for choice in (*choices, *CODED.choices(look))]
+
+
+def _least(curves: Sequence[Curve], multiplier: float) -> float:
+    """``error + multiplier * bits`` of the best of them."""
+    points = (curve.at(multiplier) for curve in curves)
+    return min(lost + multiplier * bits for lost, bits in points)
 
 
 def encode_cores(

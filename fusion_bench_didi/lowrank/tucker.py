@@ -136,7 +136,7 @@ def optimistic_tucker(
     own, together = own.cumsum(0), together.cumsum(0)
     sizes_up, sizes_down = _grid(min(max_up, m)), _grid(min(max_down, n))
     p, q = torch.broadcast_tensors(sizes_up[:, None], sizes_down)
-    short, rank = (p if m <= n else q), torch.minimum(p, q)
+    short, rank = (p if m < n else q), torch.minimum(p, q)
     kept = torch.minimum(together[short], own[rank])
     kept += max(energy - float(own[-1]), 0.0) / (m * n) * p * q
     like = bases[0].vectors

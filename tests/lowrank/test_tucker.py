@@ -7,7 +7,13 @@ from tucker_models import in_common
 
 from fusion_bench_didi.lowrank.overlap import subspace_overlap
 from fusion_bench_didi.lowrank.svd import half_svd
-from fusion_bench_didi.lowrank.tucker import GRID, cores, refine_tucker, tucker_bases
+from fusion_bench_didi.lowrank.tucker import (
+    GRID,
+    cores,
+    optimistic_tucker,
+    refine_tucker,
+    tucker_bases,
+)
 
 WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 1.0])
 
@@ -51,6 +57,22 @@ def test_table_of_leading_directions_is_nearly_the_dense_error(shape):
         core = up.mT @ tau @ down.mT
         kept = float((WEIGHTS * core.square().sum((1, 2))).sum())
         assert float(spaces.kept[i, j]) == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (30, 30)])
+@pytest.mark.parametrize("noise", [0.1, 10.0])
+def test_no_more_is_kept_than_singular_values_allow(shape, noise):
+    """Of what is common to all the bound is close; of noise it is a bound."""
+    tau, weights = in_common(*shape, noise=noise), torch.tensor([1.0, 2.0, 0.5, 1.0])
+    bases = [half_svd(t, max_rank=16) for t in tau]
+    found = tucker_bases(tau, weights, bases=bases, max_up=20, max_down=18)
+    bound = optimistic_tucker(shape, bases, weights, max_up=20, max_down=18)
+    assert bound.energy == pytest.approx(found.energy)
+    assert torch.equal(bound.sizes_up, found.sizes_up)
+    assert torch.equal(bound.sizes_down, found.sizes_down)
+    assert (found.kept <= bound.kept + 1e-5 * found.energy).all()
+    if noise < 1:
+        assert float(bound.kept[3, 3]) < 1.02 * float(found.kept[3, 3])
 
 
 def test_whole_sides_lose_nothing():

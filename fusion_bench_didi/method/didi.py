@@ -19,6 +19,7 @@ from ..allocation.water_filling import Allocation
 from ..checkpoint.journal import Journal
 from ..deltas.precision import FactorType
 from ..deltas.sink import Sink
+from ..errors import CheckpointMismatchError
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..merging.dry_run import describe
 from ..merging.pipeline import merge
@@ -167,7 +168,7 @@ class DiDiMerging(PoolMethod):
             if self.dry_run:
                 streamed = self.output_dir is not None
                 if ranks.leads:
-                    vectors = open_pool(modelpool, **choice)
+                    vectors = _by_headers(modelpool, choice)
                     print(describe(vectors, settings, streamed=streamed))
                 return None
             with self.profile("load backbone"):
@@ -214,3 +215,17 @@ class DiDiMerging(PoolMethod):
             unit_bits=result.storage.unit_bits,
             info=info,
         )
+
+
+def _by_headers(modelpool: BaseModelPool, choice: dict[str, Any]) -> TaskVectors:
+    """The pool without a weight read; but where headers alone do not line up, as its classes load them, which tie tensors and
+    give them other names.
+
+    Raises:
+        CheckpointMismatchError: as the merge does.
+    """
+    try:
+        return open_pool(modelpool, **choice)
+    except CheckpointMismatchError:
+        log.info("Headers alone do not line up; the base model is loaded.")
+    return open_pool(modelpool, load_backbone(modelpool), **choice)

@@ -206,6 +206,7 @@ class DynamicModel(ModulatedModel):
     @torch.compiler.disable
     def _make_mixed(self, shared_scale: float, state: tuple) -> None:
         with self._weights.lock:
+            self._weights.tie(self.backbone)
             made = self._mixed if self._mixed_state == state else {}
             limit = self.serving.memory_limit_gb
             held = next((forward.held for forward in made.values()), None)

@@ -10,6 +10,7 @@ from ..errors import CheckpointMismatchError
 from ..serving.copies import deep_copy
 from ..serving.derived import Derived
 from ..serving.shapes import Shapes
+from ..task_vectors.ties import tie, tied_names
 
 
 class BackboneWeights:
@@ -29,6 +30,8 @@ class BackboneWeights:
         self.lock = threading.RLock()
         self.shapes = Shapes(backbone)
         self.derived = Derived(backbone)
+        self._aliases = tied_names(backbone)
+        self.tie(backbone)
         self._base: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -41,6 +44,10 @@ class BackboneWeights:
         """An independent copy of the backbone as it is now."""
         with self.lock:
             return deep_copy(self.backbone)
+
+    def tie(self, model: nn.Module) -> None:
+        """Tie the tensors of the backbone or a copy of it again that were tied, whatever has become of them on a move."""
+        tie(model, self._aliases)
 
     def live(self, name: str) -> Tensor:
         """The tensor as it is now.
@@ -69,6 +76,7 @@ class BackboneWeights:
     def put(self, model: nn.Module, name: str, value: Tensor) -> None:
         """Write a value into the backbone or a copy of it; what states the shapes of tensors follows, and what was worked out
         of the tensor is forgotten."""
+        self.tie(model)
         held, shape = self._held(model, name), tuple(value.shape)
         as_stated = held.shape == value.shape == self.shapes.sides.get(name, shape)
         if held.shape == value.shape:

@@ -73,6 +73,18 @@ def as_loaded(source: TensorSource, names: Names, directory: Path) -> TensorSour
     return RenamedSource(source, found, unused)
 
 
+def tied_as(source: TensorSource, names: Names) -> TensorSource:
+    """A model in memory without what the base model ties to others and it holds equal; where it is not, it stays."""
+    held = source.infos()
+    unused = {
+        name: f"tied to {first}, and equal"
+        for name, first in names.aliases.items()
+        if name in held and first in held and _equal(source, first, name)
+    }
+    kept = {name: name for name in held if name not in unused}
+    return RenamedSource(source, kept, unused) if unused else source
+
+
 def apart(source: TensorSource, names: Names) -> set[str]:
     """Tensors that the model ties to others and that differ from these in a whole checkpoint."""
     mapped = _mapped(list(source.infos()), names)

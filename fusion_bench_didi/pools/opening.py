@@ -17,7 +17,7 @@ from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.renaming import aligned
 from ..task_vectors.sources import ModuleSource, TensorInfo, TensorSource
-from ..task_vectors.ties import taken_apart, untie
+from ..task_vectors.ties import taken_apart, tie, tied_names, untie
 from .configurations import check_configurations
 from .entries import (
     BASE,
@@ -32,7 +32,7 @@ from .entries import (
     load_model,
 )
 from .file_layouts import computed_on_loading
-from .names_in_memory import Names, apart, as_loaded
+from .names_in_memory import Names, apart, as_loaded, tied_as
 from .task_names import normalized
 from .weight_files import open_weights
 
@@ -91,7 +91,9 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
     if not isinstance(entry, nn.Module):
         return load_model(modelpool, BASE)
     try:
-        return copy.deepcopy(entry)
+        backbone = copy.deepcopy(entry)
+        tie(backbone, tied_names(entry))
+        return backbone
     except (
         RuntimeError
     ) as error:  # of tensors that are computed, and of parametrizations
@@ -267,7 +269,8 @@ def _whole_source(
         return found, configuration_of(modelpool, name)
     log.info("%s is read through the model that the pool loads.", name)
     loaded = ModuleSource(load_model(modelpool, name), name)
-    return Float8Source.over(loaded), loaded.config
+    source = Float8Source.over(loaded)
+    return source if names is None else tied_as(source, names), loaded.config
 
 
 def _file_source(

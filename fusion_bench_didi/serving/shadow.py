@@ -3,11 +3,12 @@
 Their buffers are their own, so that what a forward writes never reaches the backbone.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ..task_vectors.ties import memory_of
 from .copies import rebind
 
 #: what is done to the copy of a module
@@ -68,12 +69,12 @@ Slot = tuple[nn.Module, str]
 
 def slots_of(backbone: nn.Module, names: Iterable[str]) -> dict[str, list[Slot]]:
     """All places of each tensor; tied ones have several."""
-    where: dict[int, list[Slot]] = {}
+    where: dict[Hashable, list[Slot]] = {}
     for module in backbone.modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                where.setdefault(id(tensor), []).append((module, leaf))
-    return {name: where[id(tensor_of(backbone, name))] for name in names}
+                where.setdefault(memory_of(tensor), []).append((module, leaf))
+    return {name: where[memory_of(tensor_of(backbone, name))] for name in names}
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..lowrank.factors import LowRankFactors
 from .digests import digests
+from .ties import tied_names
 
 #: What torch calls the state of a module that is none of its tensors.
 EXTRA_STATE = "_extra_state"
@@ -137,11 +138,11 @@ class ModuleSource(TensorSource):
     ):
         self.label, self._loaded_from = label, files
         self.config = getattr(module, "config", None)
-        state = module.state_dict(keep_vars=True)
+        state, second = module.state_dict(keep_vars=True), tied_names(module)
         self._tensors = {
             name: tensor.detach()
             for name, tensor in (*module.named_parameters(), *module.named_buffers())
-            if name in state
+            if name in state and name not in second
         }
         self._infos = described(self._tensors)
         self.faults = {n: f for n, t in self._tensors.items() if (f := fault_of(t))}

@@ -1,25 +1,55 @@
 """Tensors that a model uses under several names, and taking them apart where tasks need them to differ."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError
 
 _MARK = "tensors_taken_apart"
 
 
+def memory_of(tensor: Tensor) -> Hashable:
+    """What tied tensors have in common: they are one object, or, where a class ties values only, lie in one place alike."""
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # of kinds that have no memory of their own
+        start = 0
+    if not start or not tensor.numel():
+        return id(tensor)
+    return start, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
 def tied_names(module: nn.Module) -> dict[str, str]:
     """Other names of tied tensors -> their first name in the state dict."""
-    first: dict[int, str] = {}
+    first: dict[Hashable, str] = {}
     aliases = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        known = first.setdefault(id(tensor), name)
+        known = first.setdefault(memory_of(tensor), name)
         if known != name:
             aliases[name] = known
     return aliases
+
+
+def tie(module: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Let tied tensors be one object, which copies and moves of a model leave them, as they do not leave them in one place.
+
+    Args:
+        aliases: as :func:`tied_names` gives them, of the module or of what it was copied from.
+    """
+    for name, first in aliases.items():
+        (owner, leaf), (other, known) = _place(module, name), _place(module, first)
+        for held in ("_parameters", "_buffers"):
+            mine, theirs = getattr(owner, held), getattr(other, held)
+            if leaf in mine and known in theirs:
+                mine[leaf] = theirs[known]
+
+
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return module.get_submodule(owner), leaf
 
 
 @torch.no_grad()
@@ -41,9 +71,12 @@ def untie(module: nn.Module, names: Iterable[str]) -> None:
             "its forward computes something else then. Leave these models out, or train them with tied tensors."
         )
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        owner, value = module.get_submodule(owner), module.get_parameter(name)
-        setattr(owner, leaf, nn.Parameter(value.clone(), value.requires_grad))
+        owner, leaf = _place(module, name)
+        value = getattr(owner, leaf)
+        own = value.detach().clone()
+        if isinstance(value, nn.Parameter):
+            own = nn.Parameter(own, value.requires_grad)
+        setattr(owner, leaf, own)
     config = getattr(module, "config", None)
     for part in (config, getattr(config, "get_text_config", lambda: None)()):
         if part is not None:

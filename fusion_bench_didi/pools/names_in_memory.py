@@ -73,16 +73,25 @@ def as_loaded(source: TensorSource, names: Names, directory: Path) -> TensorSour
     return RenamedSource(source, found, unused)
 
 
-def tied_as(source: TensorSource, names: Names) -> TensorSource:
-    """A model in memory without what the base model ties to others and it holds equal; where it is not, it stays."""
+def tied_as(source: TensorSource, names: Names, model: nn.Module) -> TensorSource:
+    """A model in memory with the tensors that the base model has: none that it ties to others, where they are equal, and those that
+    it does not tie under each of their names.
+
+    Args:
+        model: that the source reads.
+    """
     held = source.infos()
     unused = {
         name: f"tied to {first}, and equal"
         for name, first in names.aliases.items()
         if name in held and first in held and _equal(source, first, name)
     }
-    kept = {name: name for name in held if name not in unused}
-    return RenamedSource(source, kept, unused) if unused else source
+    found = {name: name for name in held if name not in unused}
+    for name, first in tied_names(model).items():
+        if name in names.infos and first in found:
+            found[name] = first
+    same = not unused and len(found) == len(held)
+    return source if same else RenamedSource(source, found, unused)
 
 
 def apart(source: TensorSource, names: Names) -> set[str]:

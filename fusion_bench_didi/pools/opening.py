@@ -197,6 +197,8 @@ def needed_apart(
             turned = fan_in_first(backbone)
             adapter = AdapterSource.of_directory(directory, task, known, turned)
             found |= adapter.apart(names.aliases)
+        elif isinstance(entry := modelpool._models[task], nn.Module):
+            found |= apart(ModuleSource(entry, task), names)
         elif source := _opened(modelpool, task):
             found |= apart(source, names)
     return found
@@ -268,9 +270,12 @@ def _whole_source(
     if found is not None:
         return found, configuration_of(modelpool, name)
     log.info("%s is read through the model that the pool loads.", name)
-    loaded = ModuleSource(load_model(modelpool, name), name)
+    model = load_model(modelpool, name)
+    loaded = ModuleSource(model, name)
     source = Float8Source.over(loaded)
-    return source if names is None else tied_as(source, names), loaded.config
+    if names is not None:
+        source = tied_as(source, names, model)
+    return source, loaded.config
 
 
 def _file_source(

@@ -12,7 +12,8 @@ from fusion_bench_didi.merging.pipeline import merge
 def pool(*sizes: tuple[float, float], dtype: torch.dtype = torch.float32):
     """Two matrices of zeros that tasks change by normal numbers of such sizes."""
     generator = torch.Generator().manual_seed(0)
-    models = {"_pretrained_": nn.ParameterList([torch.zeros(30, 40, dtype=dtype)] * 2)}
+    zeros = [torch.zeros(30, 40, dtype=dtype) for _ in range(2)]
+    models = {"_pretrained_": nn.ParameterList(zeros)}
     for task, own in zip("abc", sizes):
         noise = torch.randn(2, 30, 40, generator=generator, dtype=dtype)
         models[task] = nn.ParameterList(size * x for size, x in zip(own, noise))

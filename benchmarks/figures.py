@@ -28,6 +28,7 @@ PAGES = {
     "coded": "benchmarks.coded",
     "bound": "benchmarks.bound",
     "models": "benchmarks.pool_table",
+    "architectures": "benchmarks.architectures",
     "real_suite_real8": "benchmarks.real_suite",
     "ranks_and_bits": "benchmarks.ranks_and_bits",
     "exact": "benchmarks.exact",

@@ -15,9 +15,10 @@ def memory_of(tensor: Tensor) -> Hashable:
     """What tied tensors have in common: they are one object, or, where a class ties values only, lie in one place alike."""
     try:
         start = tensor.data_ptr()
-    except RuntimeError:  # of kinds that have no memory of their own
-        start = 0
-    if not start or not tensor.numel():
+        somewhere = bool(start and tensor.numel())
+    except (AttributeError, RuntimeError):  # no tensor, or one without memory
+        somewhere = False
+    if not somewhere:
         return id(tensor)
     return start, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 

@@ -6,8 +6,6 @@ from benchmarks.architectures import BUILT, NOT_TRIED, page, row
 
 TELLING = {
     "GotOcr2ForConditionalGeneration": "ties its head by a part of its configuration",
-    "LevitModel": "keeps tables that it works out of its weights",
-    "MambaModel": "has a cache of its own",
     "MarianMTModel": "does not save its tables of positions",
     "MusicgenForCausalLM": "has several heads",
 }

@@ -35,6 +35,8 @@ WORTH = 0.1
 SHORT, LONG = 2, 6
 #: Decompositions reach this much further than one task's does.
 MARGIN = 1.15
+#: How much further than the pilot's the directions of other tasks may go.
+APART = 1.5
 #: Codes may compete below so many bits per entry on average: from there on fixed widths lose under a hundredth.
 MOST_CODED = 4
 #: Up to this side the pilot's singular values are all found, beyond it as many as the budget may reach if each of their
@@ -186,7 +188,12 @@ def _reach_of_codes(look: Look, sample: Sample) -> tuple[int, bool]:
         < WORTH_DIRECTIONS * lost
     ):
         return 0, True
-    return look.bounds.reach(name, int(MARGIN * worthy) + 8), True
+    reach, further = (
+        look.bounds.reach(name, int(part * worthy) + 8) for part in (MARGIN, APART)
+    )
+    if further == look.bounds.rank_bound(name):
+        reach = further  # costs little more than that, and is not done again
+    return reach, True
 
 
 def still_dense(look: Look, rest: Sequence[Difference], energy: Tensor) -> bool:

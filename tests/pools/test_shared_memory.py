@@ -2,9 +2,10 @@
 
 import copy
 
+import pytest
 import torch
 from exact_models import pool_of as family_of
-from helpers import BASE, didi
+from helpers import BASE, TRANSFORMERS, didi
 from mixed_net import close
 from saved_checkpoints import assert_exact, pool_of, saved, seeded, tuned
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ def sam() -> SamModel:
     return seeded(lambda: SamModel(config))
 
 
+@pytest.mark.skipif(TRANSFORMERS > 4, reason="they are tied as one object there")
 def test_files_with_one_name_and_with_both_are_merged_alike(tmp_path, capfd):
     base = sam()
     assert tied_names(base) == {SECOND: FIRST}
@@ -37,7 +39,8 @@ def test_files_with_one_name_and_with_both_are_merged_alike(tmp_path, capfd):
     assert_exact(pool)
 
 
-def test_models_in_memory_too(tmp_path):
+@pytest.mark.skipif(TRANSFORMERS > 4, reason="they are tied as one object there")
+def test_models_in_memory_too():
     base = sam()
     both = tuned(base, 2)
     both.prompt_encoder.shared_embedding.positional_embedding = both.get_buffer(FIRST).clone()  # fmt: skip

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from exact_models import GROUPED, SIDES, exact_model, pool_of, seeded, tokens
+from helpers import TRANSFORMERS
 from transformers import (
     Lfm2Config,
     Lfm2ForCausalLM,
@@ -50,12 +51,24 @@ def test_states_come_back_of_every_sample_under_its_own_task(kind):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_states_that_are_given_are_not_guessed_at(kind):
-    """Which side of them is the samples nobody says; as many layers as samples would be taken for them."""
-    model = exact_model(pool_of(seeded(MAKE[kind]), scale=0.1))
-    with torch.no_grad():
-        out = model(tokens(2, 6), task_ids=["a", "b"], use_cache=True)
+def test_states_that_are_given_are_every_samples_own_or_refused(kind):
+    """Which side of them is the samples nobody says before transformers 5; as many layers as samples would be taken for them."""
+    models = pool_of(seeded(MAKE[kind]), scale=0.1)
+    ids, tasks = tokens(2, 7), ["b", "a"]
+
+    @torch.no_grad()
+    def second(forward, ids, **task) -> torch.Tensor:
+        out = forward(ids[:, :6], use_cache=True, **task)
         name = "cache_params" if "cache_params" in out else "past_key_values"
         more = {name: out[name], "cache_position": torch.tensor([6])}
-        with pytest.raises(DiDiError, match=name):
-            model(tokens(2, 1), task_ids=["a", "b"], use_cache=True, **more)
+        return forward(ids[:, 6:], use_cache=True, **more, **task).logits
+
+    model = exact_model(models)
+    if TRANSFORMERS < 5:
+        with pytest.raises(DiDiError, match="cache_params|past_key_values"):
+            second(model, ids, task_ids=tasks)
+        return
+    found = second(model, ids, task_ids=tasks)
+    for i, task in enumerate(tasks):
+        alone = second(models[task], ids[i : i + 1])
+        torch.testing.assert_close(found[i : i + 1], alone, atol=1e-4, rtol=1e-4)

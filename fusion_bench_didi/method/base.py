@@ -27,6 +27,7 @@ from ..deltas.storage import told
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks, ranks_here
 from ..errors import CheckpointMismatchError, SettingsError, spelled
+from ..lowrank.full_precision import full_precision
 from ..merging.encoding import encode_own
 from ..merging.finished import Finished
 from ..models import DynamicModel
@@ -124,10 +125,11 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Other ranks are told if the block fails here."""
+        """Other ranks are told if the block fails here; products are exact meanwhile."""
         ranks = self.processes
         try:
-            yield
+            with full_precision():
+                yield
         except BaseException as error:
             ranks.fail(error)
             raise

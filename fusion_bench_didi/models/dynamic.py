@@ -21,6 +21,7 @@ from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
 from ..deltas.storage import StorageReport, account
 from ..errors import SettingsError, UnknownTaskError
+from ..lowrank.full_precision import without_autocast
 from ..routers.base import Router
 from ..routers.files import RouterName, make_router
 from ..serving.banks import Serving
@@ -301,6 +302,7 @@ class DynamicModel(ModulatedModel):
             self._weights.put(plain, name, value)
         return plain
 
+    @without_autocast()
     def task_tensor(self, name: str, expert: TaskExpert) -> Tensor:
         """``W_0 + change`` of one tensor under one expert, as ``Delta.applied`` gives it; a tensor of the task's own as it is."""
         base = self.base_tensor(name)

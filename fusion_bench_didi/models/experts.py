@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..deltas.base import Delta
 from ..deltas.names import escaped, unescaped
+from ..lowrank.full_precision import without_autocast
 
 Held = TypeVar("Held", bound=nn.Module)
 
@@ -90,6 +91,7 @@ class TaskExpert(TaskModulator):
         self.deltas: NamedModules[Delta] = NamedModules(deltas)
 
     @torch.no_grad()
+    @without_autocast()
     def apply(self, modulated_model: Switchable) -> None:
         """Write the task's weights into the live backbone, one pass over the touched tensors."""
         for name in modulated_model.touched:

@@ -16,11 +16,11 @@ AGREEMENT = 1e-3
 ROUNDINGS = 3
 
 
-def rounded_again(x: Tensor) -> Tensor:
-    """A tensor that is off by a rounding of its type, at random but always the same; whole numbers are not rounded."""
+def rounded_again(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor that is off by a rounding of a type, its own if None, at random but always the same; whole numbers are not rounded."""
     if not x.is_floating_point():
         return x
-    unit = torch.finfo(x.dtype).eps / 2
+    unit = torch.finfo(dtype or x.dtype).eps / 2
     generator = torch.Generator(x.device).manual_seed(0)
     noise = torch.rand(x.shape, generator=generator, device=x.device)
     return (x.float() * (1 + unit * (2 * noise - 1))).to(x.dtype)

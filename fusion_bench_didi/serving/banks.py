@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DiDiError
+from ..lowrank.full_precision import without_autocast
 from ..options import Gigabytes, check_fields
 
 Factors = tuple[Tensor, Tensor]
@@ -159,12 +160,14 @@ class MatrixBank(Bank):
         self.owner = owner.to(shared.device)  # (R,) the task of each direction
         self._stack: Tensor | None = None
 
+    @without_autocast()
     def value(self, task: int) -> Tensor:
         matrix = self.matrices[task]
         if self.lasts[task].shape[0]:
             matrix = matrix + self.firsts[task] @ self.lasts[task]
         return (matrix.mT if self.turned else matrix).reshape(self.shape)
 
+    @without_autocast()
     def stacked(self) -> Tensor:
         """All matrices as one tensor (T + 1, n, m), which from now on is what the bank holds."""
         if self._stack is None:

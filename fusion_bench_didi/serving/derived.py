@@ -50,6 +50,7 @@ class Derived:
                 if empty or first_tensor(value) is not None:
                     vars(module)[key] = kind()
             _through_training(module)
+        torch.clear_autocast_cache()  # of casts of tensors as they were
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import DiDiError
 from .agreement import agree, rounded_again
+from .autocast import product_dtype
 from .banks import OwnBank
 from .caches import Caches, caches_of
 from .calls import Call, call_of, parameter_names
@@ -297,6 +298,8 @@ class MixedForward:
 
     @property
     def _few_bits(self) -> bool:
+        if product_dtype(self._device) is not None:
+            return True
         dtypes = {p.dtype for p in self.backbone.parameters() if p.is_floating_point()}
         return not dtypes <= {torch.float32, torch.float64}
 
@@ -334,7 +337,8 @@ class MixedForward:
 
         tensors = {name: value(bank) for name, bank in self.banks.items()}
         if nudged:
-            tensors = {name: rounded_again(value) for name, value in tensors.items()}
+            dtype = product_dtype(self._device)
+            tensors = {n: rounded_again(value, dtype) for n, value in tensors.items()}
         return self.with_tensors(tensors, call)
 
     def on(self, network: nn.Module, call: Call) -> Any:
@@ -348,7 +352,7 @@ class MixedForward:
                 self._buffers[network].restore()
 
     def _kind(self, call: Call) -> Hashable:
-        return self.backbone.training, call.kind()
+        return self.backbone.training, product_dtype(self._device), call.kind()
 
     @property
     def _device(self) -> torch.device:

@@ -34,16 +34,20 @@ def _product(
         raise IndexError(f"A task number is not in 0 ... {len(matrices) - 1}.")
     y = x.new_empty(rows.shape[0], m)
     owners, lengths = _runs(matrices, sizes)
+    cast = {task: matrices[task].to(x.dtype) for task in owners}
+    biases = None if biases is None else biases.to(x.dtype)
     parts = zip(rows.split_with_sizes(lengths), y.split_with_sizes(lengths), owners)
     if biases is not None and len(owners) == sum(map(bool, sizes)):
         own = biases.unbind()
         for part, out, task in parts:
-            torch.addmm(own[task], part, matrices[task], out=out)
+            torch.addmm(own[task], part, cast[task], out=out)
     else:
         if biases is not None:
             y.view(batch, per_sample, m).copy_(biases.index_select(0, tasks)[:, None])
         for part, out, task in parts:
-            out.addmm_(part, matrices[task], beta=0 if biases is None else 1)
+            out.addmm_(part, cast[task], beta=0 if biases is None else 1)
+    if len(owner):
+        first, last = first.to(x.dtype), last.to(x.dtype)
     if len(rows) <= FEW and x.dtype.itemsize == 2 and len(owner):
         own = owner == tasks.repeat_interleave(per_sample)[:, None]
         y.addmm_((rows @ first).masked_fill_(~own, 0), last)

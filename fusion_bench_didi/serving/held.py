@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 from torch import Tensor
 
+from ..lowrank.full_precision import without_autocast
+
 #: What is held of one tensor of one task: the matrix, or factors.
 Decoded = tuple[Tensor | None, ...]
 
@@ -63,7 +65,7 @@ class Held:
                 return None
             self._bytes += size
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), without_autocast():
                 made = make()
         except BaseException:
             with self._lock:

@@ -64,7 +64,7 @@ class PerSampleLinear(PerSample):
         if "weight" in self.banks:
             return mix.product(x, self.banks["weight"], self.biases)
         y = super().forward(x)
-        return y + over(mix.rows(self.biases) - self.bias, y)
+        return y + over(mix.rows(self.biases) - self.bias, y).to(y)
 
 
 class PerSamplePatchConv(PerSampleLinear):
@@ -74,7 +74,7 @@ class PerSamplePatchConv(PerSampleLinear):
         mix = self.mix_for(x)
         if "weight" not in self.banks:
             y = nn.Conv2d.forward(self, x)
-            return y + (mix.rows(self.biases) - self.bias)[:, :, None, None]
+            return y + (mix.rows(self.biases) - self.bias)[:, :, None, None].to(y)
         rows = patches(x, self.kernel_size)
         y = mix.product(rows, self.banks["weight"], self.biases)
         return y.mT.unflatten(2, (-1, x.shape[3] // self.kernel_size[1]))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
+from ..lowrank.full_precision import without_autocast
 from .banks import Factors, MatrixBank, OwnBank, Serving, ValueBank
 from .held import Held
 from .stored import StoredBank
@@ -16,6 +17,7 @@ AnyBank = Union[ValueBank, MatrixBank, StoredBank, OwnBank]
 
 
 @torch.no_grad()
+@without_autocast()
 def bank_of(
     base: Tensor | Callable[[], Tensor],
     shared: Delta | None,

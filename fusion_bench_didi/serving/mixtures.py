@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .autocast import as_multiplied
 from .banks import Bank, MatrixBank, ValueBank
 from .grouped_matmul import product_by_task
 from .stored import Inputs, StoredBank, Vectors
@@ -114,6 +115,7 @@ class ByTask:
         self, x: Tensor, bank: MatrixBank | StoredBank, bias: ValueBank | None
     ) -> Tensor:
         """``x_i W_i + b_i`` for x (B, ..., n); (B, ..., m)."""
+        x = as_multiplied(x)
         if isinstance(bank, StoredBank):
             y = self.stored(Vectors(x, bank.turned), bank)
             return y if bias is None else y.add_(over(self.rows(bias), y))
@@ -193,6 +195,7 @@ class ByWeight:
     def product(
         self, x: Tensor, bank: MatrixBank | StoredBank, bias: ValueBank | None
     ) -> Tensor:
+        x = as_multiplied(x)
         if isinstance(bank, StoredBank):
             y = self.stored(Vectors(x, bank.turned), bank)
             return y if bias is None else y.add_(over(self.rows(bias), y))
@@ -207,7 +210,7 @@ class ByWeight:
         if len(bank.owner):
             scale = over(weights[:, bank.owner], x)
             y = y + ((x @ bank.first) * scale) @ bank.last
-        return y if bias is None else y + over(self.rows(bias), y)
+        return y if bias is None else y + over(self.rows(bias), y).to(y)
 
     def stored(self, inputs: Inputs, bank: StoredBank) -> Tensor:
         return bank.by_weight(inputs, self.weights)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..deltas.base import Delta, row_blocks
 from ..deltas.plain import OwnDelta
+from ..lowrank.full_precision import without_autocast
 from .banks import Bank, Serving
 from .held import Held
 
@@ -171,6 +172,7 @@ class StoredBank(Bank):
             held=self.held,
         )
 
+    @without_autocast()
     def value(self, task: int) -> Tensor:
         base = self.base()
         whole = base.new_empty(self.sides)

@@ -15,6 +15,7 @@ from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 
+from ...lowrank.full_precision import full_precision
 from ...options import (
     Aliases,
     Count,
@@ -76,6 +77,7 @@ class CATMerging(PoolMethod):
         super().__init__(**kwargs)
 
     @torch.no_grad()
+    @full_precision()
     def run(self, modelpool: Any) -> nn.Module:
         """Merge the pool into one static model.
 

@@ -1,11 +1,13 @@
 """What modules work out of their weights and keep, such as tables of attention biases: forgotten where the weights become others."""
 
+import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .trees import first_tensor
+from .trees import first_tensor, is_own_cache
 
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
@@ -13,8 +15,8 @@ _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 class Derived:
     """Which modules keep something that they work out of their own tensors.
 
-    It is dropped as such modules do it themselves, on the way to training and back; and what a module had not worked out yet
-    when it was loaded is to be worked out again.
+    It is dropped as such modules do it themselves, on the way to training and back; what a module had not worked out yet when it
+    was loaded is to be worked out again; and caches that an architecture keeps of its results are as they were then.
 
     Args:
         model: as it was loaded. Copies of it may be given to the methods.
@@ -22,9 +24,13 @@ class Derived:
 
     def __init__(self, model: nn.Module):
         self._unset: dict[str, dict[str, type]] = {}
+        self._caches: dict[str, dict[str, Any]] = {}
         keeping: dict[int, list[str]] = {}
         for name, module in model.named_modules():
             _through_training(module)
+            found = {k: v for k, v in vars(module).items() if is_own_cache(v)}
+            if found:
+                self._caches[name] = copy.deepcopy(found)
             unset = _unset(module)
             if unset or _has_own_train(module):
                 self._unset[name] = unset
@@ -32,6 +38,11 @@ class Derived:
                     keeping.setdefault(id(tensor), []).append(name)
         state = model.state_dict(keep_vars=True).items() if keeping else ()
         self._keeping = {n: keeping[id(t)] for n, t in state if id(t) in keeping}
+
+    @property
+    def of_results(self) -> bool:
+        """Whether something is kept of what samples gave, which is not another task's, nor a network's over the same modules."""
+        return bool(self._caches)
 
     def forget(
         self, model: nn.Module, names: Iterable[str], *, for_a_while: bool = False
@@ -42,6 +53,8 @@ class Derived:
             names: of them.
             for_a_while: what modules hold is put back afterwards, so that nothing of it may be filled in its place.
         """
+        for name, caches in self._caches.items():
+            vars(model.get_submodule(name)).update(copy.deepcopy(caches))
         for owner in {owner for name in names for owner in self._keeping.get(name, ())}:
             module = model.get_submodule(owner)
             for key, kind in self._unset[owner].items():

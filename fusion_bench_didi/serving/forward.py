@@ -80,14 +80,16 @@ class MixedForward:
         self.shapes = Shapes(backbone) if shapes is None else shapes
         self.lock = threading.RLock() if lock is None else lock
         self.running = Running()
-        self.network = per_sample_network(backbone, self.banks, self.running)
+        derived = Derived(backbone) if derived is None else derived
+        self.network = None
+        if not derived.of_results:
+            self.network = per_sample_network(backbone, self.banks, self.running)
         self.held, self.shared_network = held, None
         if self.network is not None and held is None:
             shared = {name: bank.value(self.count) for name, bank in banks.items()}
             self.shared_network = network_with(backbone, shared)
         made = filter(None, (self.network, self.shared_network))
         self._buffers = {network: OwnBuffers(network, backbone) for network in made}
-        derived = Derived(backbone) if derived is None else derived
         self._places = Places(backbone, self.banks, self.shapes, derived)
         self._names = parameter_names(backbone.forward)
         self._main = getattr(backbone, "main_input_name", None)

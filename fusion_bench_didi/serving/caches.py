@@ -40,7 +40,7 @@ class Caches:
         for name, copies in self._copies.items():
             held = leaves(copies[0]).items()
             sides = {
-                path: ((0, 1),) if value.numel() else ()
+                path: ((0, 1),) if value.ndim and value.numel() else ()
                 for path, value in held
                 if isinstance(value, Tensor)
             }

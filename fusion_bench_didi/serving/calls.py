@@ -173,8 +173,11 @@ class Call:
         side = None if inner in self._for_all else self._side(inner, leaf)
         if side is not None:
             return leaf.index_select(side, index.to(leaf.device))
-        if name in self._caches and leaf.numel():
-            self._refuse(place((name, *path)), tuple(leaf.shape))
+        if name in self._caches:
+            if not leaf.ndim:  # how much it holds, which every part counts for itself
+                return leaf.clone()
+            if leaf.numel():
+                self._refuse(place((name, *path)), tuple(leaf.shape))
         if name.startswith(MEDIA) and leaf.ndim and name != self.samples[0]:
             self._refuse(place((name, *path)), tuple(leaf.shape))
         return leaf

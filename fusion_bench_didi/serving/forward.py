@@ -41,7 +41,7 @@ from .network import per_sample_network
 from .outputs import Layout, joined, reordered
 from .requests import checked_weights, task_numbers
 from .running import Pass, Running
-from .shadow import OwnBuffers, network_with
+from .shadow import OwnBuffers, network_with, watch_states
 from .shapes import Shapes
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class MixedForward:
         self.shapes = Shapes(backbone) if shapes is None else shapes
         self.lock = threading.RLock() if lock is None else lock
         self.running = Running()
+        watch_states(backbone)
         derived = Derived(backbone) if derived is None else derived
         self.network = None
         if not derived.of_results:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DiDiError
-from .trees import SAMPLES, Differing, Path, holds_tensors, leaves, mapped, place
+from .trees import Differing, Path, counts_samples, holds_tensors, leaves, mapped, place
 
 #: the sides of a tensor that are the samples, with how many rows each has there; None where it is neither of all samples
 #: together nor of each
@@ -47,7 +47,7 @@ class Layout:
             if isinstance(value, Tensor):
                 sides[path] = _sides(tuple(value.shape), tuple(other[path].shape))
             elif isinstance(value, (int, float)) and value != other[path]:
-                if path[-1:] != (SAMPLES,):
+                if not counts_samples(path):
                     sides[path] = None
         return cls(sides)
 
@@ -146,7 +146,7 @@ def joined(
                 return values[0]
             raise _mixing(path, values[0])
         first = _checked(path, values[0], layout)
-        if path[-1:] == (SAMPLES,):
+        if counts_samples(path):
             return sum(map(len, orders))
         if any(type(value) is not type(first) or value != first for value in values):
             raise DiDiError(

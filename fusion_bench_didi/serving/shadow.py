@@ -3,6 +3,7 @@
 Their buffers are their own, so that what a forward writes never reaches the backbone.
 """
 
+import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import torch
@@ -61,6 +62,23 @@ def network_with(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Modul
         return lambda twin: twin._parameters.update(leaves)
 
     return shadowed(backbone, {m: change(leaves) for m, leaves in by_module.items()})
+
+
+def watch_states(module: nn.Module) -> None:
+    """Have transformers 5 register its hooks on hidden states and attentions, if it has not yet.
+
+    It does so at the first forward that is asked for them, and notes on the model that it did. Networks that share hooks but not
+    that note would register them once more each, and give every state several times.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    register = getattr(capturing, "maybe_install_capturing_hooks", None)
+    if register is None:  # transformers 4
+        return
+    for model in module.modules():
+        if hasattr(model, "_can_record_outputs"):
+            inner = [vars(m) for m in model.modules()]
+            if not any("_output_capturing_hooks_installed" in v for v in inner):
+                register(model)
 
 
 #: a module, and the name in it of one of its tensors

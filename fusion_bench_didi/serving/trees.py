@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 Path = tuple[Any, ...]
-#: what caches call the number of their samples, where they state it
-SAMPLES = "max_batch_size"
+#: what caches call the number of their samples, where they state it: those of transformers 4, and of 5
+SAMPLES = ("max_batch_size", "batch_size")
 
 
 class Differing(Exception):
@@ -100,6 +100,11 @@ def leaves(value: Any) -> dict[Path, Any]:
 def place(path: Path) -> str:
     """A path as a reader knows it."""
     return ".".join(map(str, path)) or "the output"
+
+
+def counts_samples(path: Path) -> bool:
+    """Whether a number at this path is that of a cache's samples."""
+    return bool(path) and path[-1] in SAMPLES
 
 
 def is_cache(value: Any) -> bool:

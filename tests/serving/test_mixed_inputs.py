@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from exact_models import exact_model, llama, pool_of, seeded, tokens
-from helpers import BASE
+from helpers import BASE, TRANSFORMERS
 from mixed_net import IDS, NAMES, close, net
 from torch import nn
 from transformers import BatchEncoding, Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -247,6 +247,8 @@ def test_images_whose_patches_lie_in_one_row_are_refused():
         "pixel_values": torch.randn(8, 3 * 2 * 14 * 14),
         "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
     }
+    if TRANSFORMERS >= 5:
+        images["mm_token_type_ids"] = (ids == 60).long()
     assert len(model(input_ids=ids, **images, task_ids=["b", "b"]).logits) == 2
     with pytest.raises(DiDiError, match="image_grid_thw .* one row for each of the 2"):
         model(input_ids=ids, **images, task_ids=["b", "a"])

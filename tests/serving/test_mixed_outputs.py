@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exact_models import exact_model, gpt2, llama, pool_of, qwen, seeded, t5, tokens
-from helpers import BASE
+from helpers import BASE, TRANSFORMERS
 from mixed_net import IDS, Net, close, net
 from torch import nn
 from transformers import (
@@ -35,7 +35,8 @@ CACHED = {"llama": llama, "qwen": qwen, "gpt2": gpt2, "t5": t5}
         *((make, "made") for make in CACHED),
         *((make, "given") for make in ("llama", "qwen", "gpt2")),
         *((make, "static") for make in ("llama", "qwen")),
-        ("gpt2", "legacy"),  # that other families take no longer
+        # that other families take no longer, nor any under transformers 5
+        *([("gpt2", "legacy")] if TRANSFORMERS < 5 else []),
     ],
 )
 def test_decoding_with_a_cache_is_every_samples_own(make, kind, how):
@@ -214,7 +215,12 @@ def test_images_and_texts_of_several_tasks_are_compared_by_no_group():
     features = model.get_image_features(given["pixel_values"], task_ids=tasks)
     for i, task in enumerate(tasks):
         own = models[task].get_image_features(given["pixel_values"][i : i + 1])
-        close(features[i : i + 1], own)
+        if TRANSFORMERS < 5:
+            close(features[i : i + 1], own)
+        else:
+            assert features.keys() == own.keys()
+            for key in own:
+                close(features[key][i : i + 1], own[key])
 
 
 def test_router_logits_of_experts_are_sorted_back():

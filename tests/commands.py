@@ -3,8 +3,11 @@
 import sys
 
 from click.testing import CliRunner
+from transformers.utils import logging
 
 from fusion_bench_didi.cli import didi, main
+
+logging.disable_progress_bar()  # of loading, which transformers 5 shows amid what is told
 
 
 def run(*arguments: object) -> str:

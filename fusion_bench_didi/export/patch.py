@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checkpoint.tensors import independent
 from ..errors import CheckpointMismatchError
 from ..models.dynamic import DynamicModel
+from ..pools.file_layouts import holds_other_names
 from ..task_vectors.digests import digests
 from .checks import bits, check_equal
 from .common import (
@@ -73,7 +74,7 @@ def to_patch(
             check_equal(patched(file, before, sums=sums), whole, f"The patch of {task}")
             sizes[task] = file.stat().st_size
         notes = ()
-        if getattr(plain, "_checkpoint_conversion_mapping", None):
+        if holds_other_names(plain):
             notes = (_TRANSLATED.format(type(model.backbone).__name__),)
         report = ExportReport("patch", str(final), tensors, sizes, notes=notes)
         return write_report(place, report)

@@ -3,7 +3,7 @@
 MLP of each block: ``W_0 + sum_t g_t(x) tau_t``, with a small router g per block; everything else is task arithmetic. The
 routers are trained by entropy minimisation on unlabelled **test** images.
 
-Four things are put right in FusionBench 0.2.33:
+Five things are put right in FusionBench 0.2.33:
 
 - its ``task_arithmetic_merge`` asks ``state_dict_sub`` to compare parameters with tensors, which that refuses
   (``TypeError``, on every version of transformers);
@@ -11,7 +11,8 @@ Four things are put right in FusionBench 0.2.33:
   task pool's CLIP model has both;
 - after training it means to route every image by itself but sets the flag on the wrong module, so that a batch is routed
   by its mean: a batch of one task then tells the task;
-- loaders are cached for the life of the process.
+- loaders are cached for the life of the process;
+- it asks towers for their ``vision_model``, which those of transformers 5 are themselves.
 
 Its training is not the authors' (tanganke/weight-ensembling_MoE at c401fdc), which ``training=published`` gives: learning rate
 1e-3 with a cosine to 0 in place of a constant 1e-4, and a gate per image in training in place of one per batch. Both: Adam,
@@ -33,6 +34,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm.auto import trange
+from transformers import CLIPVisionModel
 
 from ..errors import ModelPoolError
 from ..options import (
@@ -164,7 +166,7 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
         return module
 
     def construct_moe_model(self) -> nn.Module:
-        with _working_task_arithmetic():
+        with _working_task_arithmetic(), _old_towers():
             return super().construct_moe_model()
 
     @torch.no_grad()
@@ -210,3 +212,15 @@ def _working_task_arithmetic() -> Iterator[None]:
         yield
     finally:
         clip_we_moe.task_arithmetic_merge = broken
+
+
+@contextlib.contextmanager
+def _old_towers() -> Iterator[None]:
+    """Towers that have no module ``vision_model`` are it, for a while."""
+    CLIPVisionModel.vision_model = property(
+        lambda tower: tower._modules.get("vision_model", tower)
+    )
+    try:
+        yield
+    finally:
+        del CLIPVisionModel.vision_model

@@ -16,7 +16,10 @@ except ImportError:  # transformers 4
 
 
 def loaded_names(found: Sequence[str], model: PreTrainedModel) -> dict[str, str]:
-    """Name in memory by name in a file; names that the rules say nothing about stay as they are."""
+    """Name in memory by name in a file; names that the rules say nothing about stay as they are.
+
+    Of a model with a head, of which this one is the part below it, the head's names are left out.
+    """
     if get_model_conversion_mapping is not None:
         return _by_transformers_5(found, model)[0]
     prefix = model.base_model_prefix
@@ -29,6 +32,15 @@ def loaded_names(found: Sequence[str], model: PreTrainedModel) -> dict[str, str]
     except ValueError:
         # what transformers calls corrupted is told by the names that are missing
         return {name: name for name in found}
+
+
+def holds_other_names(model: object) -> bool:
+    """Whether checkpoints of a model's class hold tensors under other names than it has in memory."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    if get_model_conversion_mapping is not None:
+        return bool(get_model_conversion_mapping(model, add_legacy=False))
+    return bool(getattr(type(model), "_checkpoint_conversion_mapping", None))
 
 
 def computed_on_loading(found: Sequence[str], model: object) -> list[str]:
@@ -45,11 +57,15 @@ def _by_transformers_5(
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
     prefix, names, computed = model.base_model_prefix, {}, []
+    below = f"{prefix}." if prefix and not hasattr(model, prefix) else ""
+    if not any(name.startswith(below) for name in found):
+        below = ""
     for old in found:
         new, pattern = rename_source_key(old, renamings, converters, prefix, state)
         if new not in state and old in state:
             new, pattern = rename_source_key(old, [], [], prefix, state)
         if pattern is not None and new in state:
             computed.append(old)
-        names[old] = new
+        if new in state or old.startswith(below):
+            names[old] = new
     return names, computed

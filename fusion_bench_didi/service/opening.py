@@ -95,10 +95,18 @@ def _processor(auto: Any, where: str | None) -> Any:
     try:
         if where is None or (Path(where).is_dir() and not (Path(where) / file).is_file()):  # fmt: skip
             raise OSError(f"there is no {file}")
-        return auto.from_pretrained(where, trust_remote_code=False)
+        found = auto.from_pretrained(where, trust_remote_code=False)
+        if auto is AutoTokenizer and not _knows_words(found):
+            raise OSError("there is no vocabulary beside it")
+        return found
     except Exception as error:  # of any type, for it comes of files of any content
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointMismatchError(
             f"The base model at {where} has no {auto.__name__.removeprefix('Auto')} that can be read: {first}. Give its "
             "directory with --base."
         ) from error
+
+
+def _knows_words(tokenizer: Any) -> bool:
+    """Whether it has a vocabulary: transformers 5 makes some of special tokens, and a mark of spaces, where the file is missing."""
+    return len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) > 1

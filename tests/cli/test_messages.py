@@ -107,7 +107,7 @@ def test_a_model_of_another_architecture_is_called_by_its_task(tiny_clip):
 
     merged = didi(tiny_clip.pool_models(), budget=0.5)
     with pytest.raises(CheckpointMismatchError, match="^dtd: no tensor is one") as told:
-        add_task(merged, nn.Linear(2, 2), "dtd", budget=0.1)
+        add_task(merged, nn.Sequential(nn.Linear(2, 2)), "dtd", budget=0.1)
     assert BASE not in str(told.value)
 
 

@@ -20,8 +20,8 @@ CASES = {
         layers(decaying), budget=0.12, factor_dtype="auto", **to
     ),
     "own tensors": lambda _, **to: didi(convolution(), own=["proj"], **to),
-    "adapters": lambda home, **to: didi(
-        adapters(home), budget=0.05, factor_dtype="auto", **to
+    "adapters": lambda inputs, **to: didi(
+        adapters(inputs), budget=0.05, factor_dtype="auto", **to
     ),
     "baseline": lambda _, **to: FreeMerging(filter="code", **to).run(
         BaseModelPool(convolution())
@@ -46,22 +46,22 @@ def contents(directory: Path) -> dict[str, bytes | dict]:
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory) -> dict[int, Path]:
     """The merges of so many ranks each."""
-    whole, stream.SHARD_BYTES = stream.SHARD_BYTES, 8_000  # several files
+    inputs = tmp_path_factory.mktemp("inputs")
+    adapters(inputs)  # of several processes transformers 5 saves on the first alone
     homes = {}
-    for size in SIZES:
-        home = homes[size] = tmp_path_factory.mktemp(f"of {size}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "SHARD_BYTES", 8_000)  # several files
+        for size in SIZES:
+            home = homes[size] = tmp_path_factory.mktemp(f"of {size}")
 
-        def merges(rank: int) -> None:
-            for case in SIZES[size]:
-                inputs = home / f"{rank} {case}"
-                inputs.mkdir()
-                CASES[case](inputs, output_dir=str(home / case))
+            def merges(rank: int) -> None:
+                for case in SIZES[size]:
+                    CASES[case](inputs, output_dir=str(home / case))
 
-        if size == 1:
-            merges(0)
-        else:
-            assert on_ranks(size, merges) == [None] * size
-    stream.SHARD_BYTES = whole
+            if size == 1:
+                merges(0)
+            else:
+                assert on_ranks(size, merges) == [None] * size
     return homes
 
 

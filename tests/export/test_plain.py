@@ -149,7 +149,7 @@ def test_classes_that_name_tensors_otherwise_in_checkpoints(tmp_path):
     vision = CLIPVisionConfig(**heads, image_size=16, patch_size=8)
     text = LlamaConfig(**heads, vocab_size=32)
     base = LlavaForConditionalGeneration(
-        LlavaConfig(vision, text, image_token_index=30)
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=30)
     ).eval()
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     change = DenseDelta((16, 16), torch.ones(16, 16))

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
-from helpers import BASE, OpenClipLike, didi, family, task_vectors
+from helpers import BASE, TOWER, OpenClipLike, didi, family, task_vectors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,8 +24,8 @@ from fusion_bench_didi.lowrank import svd
 from fusion_bench_didi.method.baselines.delta_come import DeltaCoMe
 from fusion_bench_didi.method.didi import DiDiMerging
 
-FIRST = "vision_model.encoder.layers.0.mlp.fc1.weight"
-LAST = "vision_model.post_layernorm.bias"
+FIRST = f"{TOWER}encoder.layers.0.mlp.fc1.weight"
+LAST = f"{TOWER}post_layernorm.bias"
 
 
 @pytest.fixture
@@ -48,9 +48,11 @@ def files(tiny_clip, tmp_path):
 
 
 def rewrite(pool, task, change) -> None:
-    file = f"{pool._models[task]}/model.safetensors"
-    tensors = load_file(file)
+    """Change the tensors of a file, by their names in memory."""
+    file, prefix = f"{pool._models[task]}/model.safetensors", "vision_model."
+    tensors = {TOWER + n.removeprefix(prefix): t for n, t in load_file(file).items()}
     change(tensors)
+    tensors = {prefix + n.removeprefix(TOWER): t for n, t in tensors.items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -116,7 +118,10 @@ def test_another_architecture(tiny_clip, no_svd):
     with pytest.raises(CheckpointMismatchError) as caught:
         didi(models)
     message = str(caught.value)
-    assert "svhn: 39 tensors missing: vision_model." in message and " more" in message
+    assert (
+        f"svhn: 39 tensors missing: {TOWER}embeddings." in message
+        and " more" in message
+    )
     assert re.search(r"svhn: \d+ tensors that the base model .* attn\.", message)
     assert "mnist:" not in message
 
@@ -135,7 +140,7 @@ def test_all_faults_of_all_files_come_in_one_error(files, no_svd, dry_run, monke
 
     monkeypatch.setattr(SafetensorsSource, "read", lambda *_: 1 / 0)
     rewrite(files, "mnist", lambda t: t.pop(FIRST))
-    rewrite(files, "svhn", lambda t: t.update({"vision_model.extra": torch.ones(2)}))
+    rewrite(files, "svhn", lambda t: t.update({f"{TOWER}extra": torch.ones(2)}))
 
     def two_faults(tensors):
         tensors[FIRST] = torch.ones(3, 5)
@@ -145,12 +150,17 @@ def test_all_faults_of_all_files_come_in_one_error(files, no_svd, dry_run, monke
     with pytest.raises(CheckpointMismatchError) as caught:
         didi(files, dry_run=dry_run)
     message = str(caught.value)
-    assert f"mnist: 1 tensors missing: {FIRST}" in message
+    first, last, extra = FIRST, LAST, f"{TOWER}extra"
+    if dry_run:  # loads no model, so that names are those of files
+        first, last, extra = (
+            f"vision_model.{name.removeprefix(TOWER)}" for name in (first, last, extra)
+        )
+    assert f"mnist: 1 tensors missing: {first}" in message
     assert "svhn: 1 tensors that the base model does not have" in message
-    assert "vision_model.extra" in message
-    assert f"eurosat: {FIRST} is (3, 5), the base model has (64, 32)" in message
+    assert extra in message
+    assert f"eurosat: {first} is (3, 5), the base model has (64, 32)" in message
     assert (
-        f"eurosat: {LAST} is of torch.int64, the base model has torch.float32"
+        f"eurosat: {last} is of torch.int64, the base model has torch.float32"
         in message
     )
     assert "leave tensors out with exclude=[...]" in message
@@ -158,7 +168,7 @@ def test_all_faults_of_all_files_come_in_one_error(files, no_svd, dry_run, monke
 
 def test_the_way_out_that_the_message_names_works(files):
     rewrite(files, "mnist", lambda t: t.pop(FIRST))
-    rewrite(files, "svhn", lambda t: t.update({"vision_model.extra": torch.ones(2)}))
+    rewrite(files, "svhn", lambda t: t.update({f"{TOWER}extra": torch.ones(2)}))
     rewrite(files, "eurosat", lambda t: t.update({LAST: torch.ones(5)}))
     model = didi(files, exclude=[FIRST, LAST, "*extra"])
     assert FIRST not in model.touched and LAST not in model.touched

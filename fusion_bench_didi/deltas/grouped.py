@@ -33,7 +33,9 @@ class GroupedDelta(Delta):
         super().__init__(shape)
         self.kind, self.group = "grouped", group
         self.common, self.inner = common, own
-        self.register_buffer("_place", torch.empty(0), persistent=False)
+        self.register_buffer(
+            "_place", torch.empty(0, dtype=torch.float32), persistent=False
+        )
 
     def change(self, shared: Delta | None = None) -> Tensor:
         if self.inner is not None:

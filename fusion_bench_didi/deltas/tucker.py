@@ -23,10 +23,13 @@ class Bases(Delta):
         raise NotImplementedError
 
     def own(self) -> Tensor:
-        return torch.zeros(self.shape, device=next(self.parameters()).device)
+        like = next(self.parameters())
+        return torch.zeros(self.shape, dtype=torch.float32, device=like.device)
 
     def own_product(self) -> LowRankFactors:
-        return LowRankFactors.zeros(*self.sides, like=torch.empty(0))
+        return LowRankFactors.zeros(
+            *self.sides, like=torch.empty(0, dtype=torch.float32)
+        )
 
     def decoded(self) -> Delta:
         return BasesDelta(self.shape, *self.bases())

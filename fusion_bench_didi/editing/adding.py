@@ -22,6 +22,7 @@ from ..checkpoint.ours import CONFIG
 from ..deltas.storage import told
 from ..deltas.tucker import Bases, Core
 from ..errors import CheckpointMismatchError, ModelPoolError
+from ..lowrank.arithmetic import own_arithmetic
 from ..merging.given import Given
 from ..merging.pipeline import merge
 from ..merging.results import MergeResult
@@ -124,6 +125,7 @@ class Fit:
     tensors: Mapping[str, Any]
 
 
+@own_arithmetic()
 def fitted(
     stored: Stored,
     task_vectors: TaskVectors,

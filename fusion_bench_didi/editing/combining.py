@@ -18,6 +18,7 @@ from ..deltas.grouped import GroupedDelta, groups_of
 from ..deltas.plain import OwnDelta
 from ..deltas.tucker import Bases
 from ..errors import CheckpointMismatchError, DiDiError, SettingsError
+from ..lowrank.arithmetic import own_arithmetic
 from ..models.dynamic import DynamicModel
 from ..pools.task_names import normalized
 from ..task_vectors.alignment import some
@@ -102,6 +103,7 @@ def combine(
     )
 
 
+@own_arithmetic()
 def combined(first: Stored, second: Stored) -> Stored:
     """What both store; shared parts of the second that the first does not have are kept apart."""
     check_names(first, second)

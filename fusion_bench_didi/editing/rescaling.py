@@ -22,6 +22,7 @@ from torch import Tensor
 from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
 from ..errors import BudgetError
+from ..lowrank.arithmetic import own_arithmetic
 from ..merging.given import Given
 from ..merging.pipeline import merge
 from ..merging.results import MergeResult
@@ -69,6 +70,7 @@ def rescale(
     )
 
 
+@own_arithmetic()
 def rescaled(
     stored: Stored,
     budget: Budget,

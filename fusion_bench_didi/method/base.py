@@ -27,7 +27,7 @@ from ..deltas.storage import told
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks, ranks_here
 from ..errors import CheckpointMismatchError, SettingsError, spelled
-from ..lowrank.full_precision import full_precision
+from ..lowrank.arithmetic import own_arithmetic
 from ..merging.encoding import encode_own
 from ..merging.finished import Finished
 from ..models import DynamicModel
@@ -125,11 +125,10 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Other ranks are told if the block fails here; products are exact meanwhile."""
+        """Other ranks are told if the block fails here."""
         ranks = self.processes
         try:
-            with full_precision():
-                yield
+            yield
         except BaseException as error:
             ranks.fail(error)
             raise
@@ -219,6 +218,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 yield name
                 progress(stage, done, len(names))
 
+    @own_arithmetic()
     def streamed(
         self,
         task_vectors: TaskVectors,

@@ -20,6 +20,7 @@ from ..checkpoint.journal import Journal
 from ..deltas.precision import FactorType
 from ..deltas.sink import Sink
 from ..errors import CheckpointMismatchError
+from ..lowrank.arithmetic import own_arithmetic
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..merging.dry_run import describe
 from ..merging.pipeline import merge
@@ -169,7 +170,8 @@ class DiDiMerging(PoolMethod):
                 streamed = self.output_dir is not None
                 if ranks.leads:
                     vectors = _by_headers(modelpool, choice)
-                    print(describe(vectors, settings, streamed=streamed))
+                    with own_arithmetic():
+                        print(describe(vectors, settings, streamed=streamed))
                 return None
             with self.profile("load backbone"):
                 backbone = load_backbone(modelpool)

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from ..checkpoint.directory import write_json
 from ..distributed.ranks import check_alone
 from ..errors import DiDiError, SettingsError
-from ..lowrank.full_precision import full_precision
+from ..lowrank.arithmetic import own_arithmetic
 from ..options import (
     Aliases,
     FilePath,
@@ -126,7 +126,7 @@ class MERGE(PoolMethod):
             self.scaling, self.ties_keep, self.clip, self.low_rank_bits
         )
 
-    @full_precision()
+    @own_arithmetic()
     def run(self, modelpool: Any) -> RecombinedModel:
         """Search, leave front and library, and return the picked model."""
         if find_spec("pymoo") is None:

@@ -21,7 +21,7 @@ from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
 from ..deltas.storage import StorageReport, account
 from ..errors import SettingsError, UnknownTaskError
-from ..lowrank.full_precision import without_autocast
+from ..lowrank.arithmetic import without_autocast
 from ..routers.base import Router
 from ..routers.files import RouterName, make_router
 from ..serving.banks import Serving

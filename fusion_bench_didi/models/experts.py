@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..deltas.base import Delta
 from ..deltas.names import escaped, unescaped
-from ..lowrank.full_precision import without_autocast
+from ..lowrank.arithmetic import without_autocast
 
 Held = TypeVar("Held", bound=nn.Module)
 

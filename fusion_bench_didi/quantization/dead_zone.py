@@ -9,7 +9,7 @@ per value more than the Gaussian bound at high rates, less at low ones (Gish and
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import torch
@@ -174,7 +174,10 @@ def decode(stream: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
     Raises:
         StreamError: if the bytes are not those of such matrices.
     """
-    made = [torch.empty(len(c), n, device=stream.device) for c, n in parts]
+    made = [
+        torch.empty(len(c), n, dtype=torch.float32, device=stream.device)
+        for c, n in parts
+    ]
     for part, rows, values in decode_blocks(stream, parts):
         made[part][rows.to(stream.device)] = values
     return made
@@ -273,15 +276,16 @@ class _Tables:
 
 @lru_cache(maxsize=None)
 def _tables(device: torch.device) -> _Tables:
+    floats = partial(torch.tensor, dtype=torch.float32, device=device)
     every, low = range(CLASSES), [low_bits(c) for c in range(CLASSES)]
     most = [largest(coded_class(c)) for c in every]
     starts = [0, *accumulate(2 * m + 1 for m in most[:TOP])]
     middles = [starts[coded_class(c)] + most[c] for c in every]
     reach = [float((m << bits) - (bits > 0)) for m, bits in zip(most, low)]
     return _Tables(
-        torch.tensor([offset(c) for c in every], device=device),
-        torch.tensor([float(dead_zone(c)) for c in every], device=device),
-        torch.tensor(reach, device=device),
+        floats([offset(c) for c in every]),
+        floats([float(dead_zone(c)) for c in every]),
+        floats(reach),
         torch.tensor(low, dtype=torch.int32, device=device),
         torch.tensor(middles, dtype=torch.int32, device=device),
         torch.cat([lengths(c) for c in range(TOP)]).float().to(device),
@@ -294,7 +298,8 @@ def _values_of_class(spread: int) -> Tensor:
     """(2 L + 1,) float32, what the numbers -L to L of a class without low bits stand for, in steps."""
     most = largest(spread)
     symbols = torch.arange(-most, most + 1, dtype=torch.int32)[None]
-    return _farther(symbols, torch.tensor([offset(spread)]))[0]
+    offsets = torch.tensor([offset(spread)], dtype=torch.float32)
+    return _farther(symbols, offsets)[0]
 
 
 @lru_cache(maxsize=None)

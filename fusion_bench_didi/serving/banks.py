@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DiDiError
-from ..lowrank.full_precision import without_autocast
+from ..lowrank.arithmetic import without_autocast
 from ..options import Gigabytes, check_fields
 
 Factors = tuple[Tensor, Tensor]
@@ -156,7 +156,8 @@ class MatrixBank(Bank):
         self.first = torch.cat([first for first, _ in factors], 1)  # (n, R)
         self.last = torch.cat([last for _, last in factors])  # (R, m)
         self.firsts, self.lasts = self.first.split(ranks, 1), self.last.split(ranks)
-        owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+        tasks_of = torch.tensor(ranks, device="cpu")
+        owner = torch.arange(len(ranks), device="cpu").repeat_interleave(tasks_of)
         self.owner = owner.to(shared.device)  # (R,) the task of each direction
         self._stack: Tensor | None = None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 from torch import Tensor
 
-from ..lowrank.full_precision import without_autocast
+from ..lowrank.arithmetic import without_autocast
 
 #: What is held of one tensor of one task: the matrix, or factors.
 Decoded = tuple[Tensor | None, ...]

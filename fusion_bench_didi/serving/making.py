@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
-from ..lowrank.full_precision import without_autocast
+from ..lowrank.arithmetic import without_autocast
 from .banks import Factors, MatrixBank, OwnBank, Serving, ValueBank
 from .held import Held
 from .stored import StoredBank

@@ -78,7 +78,7 @@ def _listed(task_ids: Any, tasks: Sequence[str]) -> Tensor:
             raise DiDiError(
                 f"task_ids hold {task!r}, expected positions among {list(tasks)}, names, or None for the shared model."
             )
-    return torch.tensor(ids, dtype=torch.long)
+    return torch.tensor(ids, dtype=torch.long, device="cpu")
 
 
 def _is_position(task: Any) -> bool:
@@ -111,7 +111,9 @@ def checked_weights(task_weights: Any, tasks: Sequence[str]) -> Tensor:
     weights = task_weights
     if not isinstance(weights, Tensor):
         try:
-            weights = torch.as_tensor(np.asarray(weights, dtype=np.float32))
+            weights = torch.as_tensor(
+                np.asarray(weights, dtype=np.float32), device="cpu"
+            )
         except (TypeError, ValueError):
             raise DiDiError(
                 f"task_weights={task_weights!r} are no matrix of numbers, one row per sample."

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..deltas.base import Delta, row_blocks
 from ..deltas.plain import OwnDelta
-from ..lowrank.full_precision import without_autocast
+from ..lowrank.arithmetic import without_autocast
 from .banks import Bank, Serving
 from .held import Held
 

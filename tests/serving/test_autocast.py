@@ -11,7 +11,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fusion_bench_didi.lowrank.full_precision import full_precision
+from fusion_bench_didi.lowrank.arithmetic import own_arithmetic
 from fusion_bench_didi.serving.banks import Serving
 
 TASKS = ("a", "b", "c")
@@ -115,8 +115,8 @@ def test_own_products_keep_all_bits_and_the_process_gets_its_setting_back(precis
     torch.set_float32_matmul_precision(precision)
     try:
         before = [backend.fp32_precision for backend in backends]
-        with pytest.raises(KeyError), full_precision(), cast():
-            with full_precision():
+        with pytest.raises(KeyError), own_arithmetic(), cast():
+            with own_arithmetic():
                 assert {backend.fp32_precision for backend in backends} == {"ieee"}
                 assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
             raise KeyError

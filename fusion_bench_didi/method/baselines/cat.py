@@ -15,7 +15,7 @@ from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 
-from ...lowrank.full_precision import full_precision
+from ...lowrank.arithmetic import own_arithmetic
 from ...options import (
     Aliases,
     Count,
@@ -77,7 +77,7 @@ class CATMerging(PoolMethod):
         super().__init__(**kwargs)
 
     @torch.no_grad()
-    @full_precision()
+    @own_arithmetic()
     def run(self, modelpool: Any) -> nn.Module:
         """Merge the pool into one static model.
 

@@ -1,4 +1,4 @@
-"""Own arithmetic in the type of its operands, whatever the process asks of its models: casts of autocast, products in TF32.
+"""Own arithmetic as it is meant, whatever the process asks of its models: casts of autocast, products in TF32, other defaults.
 
 A singular value a thousandth of the largest is lost in products of ten bits, and what is decoded under ``torch.autocast``
 would be another model.
@@ -21,10 +21,14 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """As :func:`without_autocast`, and products of float32 keep all its bits, on all threads of the process."""
+def own_arithmetic() -> Iterator[None]:
+    """As :func:`without_autocast`; new tensors are of float32 and on the CPU, where nothing else is said, and products of
+    float32 keep all its bits, both on all threads of the process."""
     with ExitStack() as stack:
         stack.enter_context(without_autocast())
+        stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
         if all(hasattr(kind, "fp32_precision") for kind in kinds):
             for kind in kinds:

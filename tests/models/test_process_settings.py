@@ -1,0 +1,83 @@
+"""What a process sets for its models changes neither what is merged nor what is decoded: default type and device, inference mode."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from helpers import BASE, didi, family, floats, same_bits
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from fusion_bench_didi import DiDiModel
+
+TASKS = ("a", "b")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS = {
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    # stands for an accelerator that new tensors would be put on
+    "device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "deterministic": deterministic,
+}
+MERGES = {
+    "codes": {"budget": 0.3, "factor_dtype": "auto", "gain": "auto"},
+    "floats": {"budget": 1.0},
+    "packed": {"budget": 0.5, "factor_dtype": "int4"},
+}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict:
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    return family(CLIPVisionModel(config).eval(), TASKS)
+
+
+@pytest.mark.parametrize("settings", MERGES.values(), ids=MERGES)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_the_process_change_nothing(setting, settings, models, tmp_path):
+    plain = didi(models, **settings)
+    expected = {task: floats(plain.materialize(task)) for task in TASKS}
+    images = torch.randn(4, 3, 16, 16)
+    answer = plain(images, task_ids=[0, 1, 1, 0])[0]
+    with setting():
+        didi(models, **settings, output_dir=str(tmp_path / "merged"))
+        backbone = copy.deepcopy(models[BASE])
+        model = DiDiModel.from_pretrained(tmp_path / "merged", backbone=backbone)
+        for task in TASKS:
+            assert same_bits(floats(model.materialize(task)), expected[task])
+            model.set_task(task)
+        model.unset_task()
+        mixed = model(images, task_ids=[0, 1, 1, 0])[0]
+    torch.testing.assert_close(mixed, answer)
+    for task in TASKS:
+        model.set_task(task)
+        assert same_bits(floats(model.backbone), expected[task])

@@ -2,6 +2,7 @@
 
     make test-transformers5                              # in an environment of its own with the newest release 5
     python -m benchmarks.transformers_page tests/models  # some rooms, in this environment
+    python -m benchmarks.transformers_page --failed      # what failed last time
     python -m benchmarks.transformers_page --page        # the page anew from docs/transformers.json
 
 Writes docs/transformers.{json,md}; rooms that are not run again keep what was found with the same version. Ends with status 1
@@ -93,6 +94,24 @@ def merged(before: dict, now: dict) -> dict:
     }
 
 
+def again(before: dict) -> dict:
+    """What failed is run once more; tests that are no longer there leave the counts of their rooms."""
+    names = before["failed"]
+    files = sorted({f"tests/{name.partition('::')[0]}" for name in names})
+    listing = [sys.executable, "-m", "pytest", "-q", "--collect-only", *files]
+    there = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
+    ids = [f"tests/{name}" for name in names if f"tests/{name}" in there]
+    outcomes = {name: outcome for _, outcome, name in tested(ids)} if ids else {}
+    rooms = {room: Counter(counts) for room, counts in before["rooms"].items()}
+    for name in names:
+        room = rooms[name.rpartition("::")[0].rpartition("/")[0] or "(top)"]
+        room["failed"] -= 1
+        if name in outcomes:
+            room[outcomes[name]] += 1
+    failed = sorted(name for name, how in outcomes.items() if how == "failed")
+    return {**before, "rooms": rooms, "failed": failed}
+
+
 def page(found: dict) -> str:
     """The notes with the tables in them."""
     outcomes = ("passed", "skipped", "failed")
@@ -120,6 +139,7 @@ def page(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("paths", nargs="*", default=["tests"])
+    parser.add_argument("--failed", action="store_true", help="only what failed")
     parser.add_argument("--page", action="store_true", help="only the page")
     given = parser.parse_args()
     found = json.loads(DATA.read_text()) if DATA.exists() else {}
@@ -127,8 +147,11 @@ def main() -> None:
         packages = ("transformers", "fusion-bench", "torch", "huggingface_hub", "peft")
         versions = {name: version(name) for name in packages}
         same = found.get("versions", {}).get("transformers") == versions["transformers"]
-        now = run(given.paths)
-        found = {"versions": versions, **merged(found if same else {}, now)}
+        before = found if same else {}
+        if given.failed and same:
+            found = again(before)
+        else:
+            found = {"versions": versions, **merged(before, run(given.paths))}
         DATA.write_text(json.dumps(found, indent=1) + "\n")
     (DOCS / "transformers.md").write_text(page(found))
     sys.exit(int(bool(found["failed"])))

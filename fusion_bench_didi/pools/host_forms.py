@@ -26,12 +26,15 @@ _MAPPINGS = (Mapping, DictConfig)
 _BY_NAME = f"models by name: {BASE} and the tasks"
 #: What an entry of a list says beside its place, as far as it changes no weights.
 _LISTED = {"name", "path", "is_trainable", "merge_and_unload"}
+#: Where ``torch.compile`` keeps the model that it wraps.
+_COMPILED = "_orig_mod"
 
 
 def as_pool(modelpool: Any) -> BaseModelPool:
     """A host pool of today's form, also from a plain dictionary of modules or a pool of the host's first version.
 
-    A pool stays the same object; entries that lack the class that its pool is of are given it.
+    A pool stays the same object; entries that lack the class that its pool is of are given it, and what ``torch.compile`` wrapped
+    is taken out, as its tensors have other names.
 
     Raises:
         ModelPoolError: for what is no pool, models that are not given by name, and entries without a value.
@@ -49,10 +52,13 @@ def as_pool(modelpool: Any) -> BaseModelPool:
         raise ModelPoolError(
             f"Entries of modelpool.models have no value: {unknown}. Give them one."
         )
+    entries = modelpool._models
+    if any(isinstance(e, nn.Module) and hasattr(e, _COMPILED) for e in entries.values()):  # fmt: skip
+        entries = {n: getattr(e, _COMPILED, e) for n, e in entries.items()}
+        modelpool._models = entries
     names = {cls.__name__ for cls in type(modelpool).__mro__}
     kind = next((k for k in CLASSES if k in names), None)
     if kind is not None:
-        entries = modelpool._models
         found = {name: _completed(entry, kind) for name, entry in entries.items()}
         if any(entry is not entries[name] for name, entry in found.items()):
             keeps = isinstance(entries, DictConfig)

@@ -81,3 +81,18 @@ def test_settings_of_the_process_change_nothing(setting, settings, models, tmp_p
     for task in TASKS:
         model.set_task(task)
         assert same_bits(floats(model.backbone), expected[task])
+
+
+@pytest.mark.parametrize("compiled", [(BASE,), ("a",), (BASE, *TASKS)])
+def test_compiled_models_are_merged_as_what_they_wrap(models, compiled, tmp_path):
+    expected = didi(models, budget=0.5)
+    wrapped = {n: torch.compile(m) if n in compiled else m for n, m in models.items()}
+    model = didi(wrapped, budget=0.5)
+    assert type(model.backbone) is CLIPVisionModel
+    for task in TASKS:
+        plain = floats(expected.materialize(task))
+        assert same_bits(floats(model.materialize(task)), plain)
+    model.save_pretrained(tmp_path / "merged")
+    images = torch.randn(2, 3, 16, 16)
+    mixed, answer = (m(images, task_ids=[0, 1])[0] for m in (model, expected))
+    assert mixed.equal(answer)

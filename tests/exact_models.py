@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -90,6 +92,18 @@ def seeded(make: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().eval()
+
+
+def clip_tower() -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    return seeded(lambda: CLIPVisionModel(config))
 
 
 def llama(**options: Any) -> LlamaForCausalLM:

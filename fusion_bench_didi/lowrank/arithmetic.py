@@ -6,6 +6,7 @@ would be another model.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 
 import torch
 
@@ -23,19 +24,46 @@ def without_autocast() -> Iterator[None]:
 @contextmanager
 def own_arithmetic() -> Iterator[None]:
     """As :func:`without_autocast`; new tensors are of float32 and on the CPU, where nothing else is said, and products of
-    float32 keep all its bits, both on all threads of the process."""
+    float32 keep all its bits: the type and the products on all threads of the process, until the last block ends.
+    """
     with ExitStack() as stack:
         stack.enter_context(without_autocast())
         stack.enter_context(torch.device("cpu"))
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.enter_context(_PROCESS)
+        yield
+
+
+class _Process:
+    """What is set for the whole process while one thread or several are in the block."""
+
+    def __init__(self):
+        self._lock, self._inside, self._before = Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._set()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.close()
+
+    def _set(self) -> None:
+        self._before.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
         if all(hasattr(kind, "fp32_precision") for kind in kinds):
             for kind in kinds:
-                stack.callback(setattr, kind, "fp32_precision", kind.fp32_precision)
+                before = kind.fp32_precision
+                self._before.callback(setattr, kind, "fp32_precision", before)
                 kind.fp32_precision = "ieee"
         else:  # before torch 2.9
             before = torch.get_float32_matmul_precision()
-            stack.callback(torch.set_float32_matmul_precision, before)
+            self._before.callback(torch.set_float32_matmul_precision, before)
             torch.set_float32_matmul_precision("highest")
-        yield
+
+
+_PROCESS = _Process()

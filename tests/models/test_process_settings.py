@@ -1,14 +1,17 @@
 """What a process sets for its models changes neither what is merged nor what is decoded: default type and device, inference mode."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
+from exact_models import clip_tower
 from helpers import BASE, didi, family, floats, same_bits
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 from fusion_bench_didi import DiDiModel
+from fusion_bench_didi.lowrank.arithmetic import own_arithmetic
 
 TASKS = ("a", "b")
 
@@ -49,16 +52,7 @@ MERGES = {
 
 @pytest.fixture(scope="module")
 def models() -> dict:
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
-    return family(CLIPVisionModel(config).eval(), TASKS)
+    return family(clip_tower(), TASKS)
 
 
 @pytest.mark.parametrize("settings", MERGES.values(), ids=MERGES)
@@ -96,3 +90,14 @@ def test_compiled_models_are_merged_as_what_they_wrap(models, compiled, tmp_path
     images = torch.randn(2, 3, 16, 16)
     mixed, answer = (m(images, task_ids=[0, 1])[0] for m in (model, expected))
     assert mixed.equal(answer)
+
+
+def test_settings_come_back_when_the_last_of_several_blocks_ends():
+    first, second = own_arithmetic(), own_arithmetic()
+    with default_dtype(torch.bfloat16), ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.float32, "the other is still inside"
+        other.submit(second.__exit__, None, None, None).result()
+        assert torch.get_default_dtype() == torch.bfloat16

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from exact_models import clip_tower, llama, tokens
 from helpers import didi, family, floats, same_bits
 from torch import nn
 from transformers import (
@@ -18,32 +19,9 @@ TASKS = ("a", "b", "c")
 IDS = [*TASKS, *TASKS]
 
 
-def tower() -> CLIPVisionModel:
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
-    return CLIPVisionModel(config)
-
-
-def language_model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=64,
-    )
-    return LlamaForCausalLM(config)
-
-
 KINDS = {
-    "tower": (tower, lambda: {"pixel_values": torch.randn(6, 3, 16, 16)}),
-    "language": (language_model, lambda: {"input_ids": torch.arange(24).view(6, 4)}),
+    "tower": (clip_tower, lambda: {"pixel_values": torch.randn(6, 3, 16, 16)}),
+    "language": (llama, lambda: {"input_ids": tokens(6, 4)}),
 }
 
 
@@ -61,7 +39,7 @@ def answer(model: nn.Module, inputs: dict, **tasks) -> torch.Tensor:
 def test_mixed_batches_are_cast_as_single_tasks_are(kind, serving, factors):
     torch.manual_seed(0)
     build, given = KINDS[kind]
-    model = didi(family(build().eval(), TASKS), budget=1.0, factor_dtype=factors)
+    model = didi(family(build(), TASKS), budget=1.0, factor_dtype=factors)
     model.serving, inputs = serving, given()
     before = answer(model, inputs, task_ids=IDS)
     with cast():
@@ -80,7 +58,7 @@ def test_mixed_batches_are_cast_as_single_tasks_are(kind, serving, factors):
 @pytest.mark.parametrize("gradients", [torch.no_grad, torch.enable_grad])
 def test_weights_that_were_cast_are_not_those_of_the_next_task(gradients):
     torch.manual_seed(0)
-    model = didi(family(tower().eval(), TASKS), budget=1.0)
+    model = didi(family(clip_tower(), TASKS), budget=1.0)
     model.backbone.requires_grad_(True)  # whose casts are kept to the end of the block
     inputs, expected = KINDS["tower"][1](), {}
     with gradients():
@@ -97,7 +75,7 @@ def test_weights_that_were_cast_are_not_those_of_the_next_task(gradients):
 @pytest.mark.parametrize("factors", ["float32", "int8", "auto"])
 def test_weights_are_the_same_under_autocast(factors):
     torch.manual_seed(0)
-    models = family(tower().eval(), TASKS)
+    models = family(clip_tower(), TASKS)
     with cast():
         model = didi(models, budget=0.5, factor_dtype=factors)
     again = didi(models, budget=0.5, factor_dtype=factors)

@@ -92,12 +92,10 @@ def sample_of(
     if not bool((energy > 0).any()):
         return None
     pays_dense = bounds.even_share_pays_dense(name)
-    if (
-        adapters
-    ):  # their own spectra say enough where few directions of the others are looked at
+    piloted = not pays_dense
+    if adapters:
+        # a pilot takes longer than what it saves where few directions of the others are looked at
         piloted = pays_dense or 2 * rank >= bounds.rank_bound(name)
-    else:
-        piloted = not pays_dense
     if piloted and _codes_compete(bounds, tensor):
         return _pilot(bounds, tensor, energy)
     if adapters or not pays_dense or rank >= bounds.rank_bound(name):

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from lightning.fabric import Fabric
-from simulated_device import simulated
+from simulated_device import OnDevice, simulated
 from test_golden import CASES, FILE, found
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusion_bench_didi.quantization.dead_zone import encode, quantize
 from fusion_bench_didi.task_vectors import loop, scan
 
 #: What takes longest, and goes the ways of others.
@@ -19,6 +21,9 @@ SLOW = (
     "subspaces",
     "uniform",
 )
+
+#: Operations whose result has a size that depends on values.
+SIZED = (torch.ops.aten.nonzero.default, torch.ops.aten._unique2.default)
 
 
 @pytest.fixture
@@ -50,3 +55,28 @@ def test_tensors_of_two_devices_are_an_error():
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
         assert (there.cpu() + torch.ones(2, 2)).device.type == "cpu"
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what makes the program wait for the device: copies from there, and results whose size is found there."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if OnDevice in types:
+            back = str((kwargs or {}).get("device", "")) == "cpu"
+            self.count += back or function in SIZED
+        return function(*args, **(kwargs or {}))
+
+
+def test_coding_waits_no_more_often_for_many_spreads_than_for_one(device):
+    spreads = torch.logspace(0, 3, 24)[:, None]
+    rows = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    waits = []
+    for values in (rows * spreads, rows):
+        codes = quantize(values.to(device), 1.0)
+        with _Waits() as seen:
+            stream = encode([codes])
+        waits.append(seen.count)
+        assert stream.equal(encode([quantize(values, 1.0)]))
+    assert waits[0] == waits[1] > 0

@@ -192,7 +192,7 @@ def _step_for(rows: Tensor, step: float, bits: float) -> float:
 def _directions(rows: Tensor, step: float) -> tuple[Codes, Tensor]:
     """Codes of rows (r, n) but of those that become zero, and what they stand for at unit length."""
     codes = quantize(rows, max(step, finest_step(rows)))
-    codes = codes[codes.symbols.any(1)]
+    codes = codes[codes.symbols.any(1).nonzero().squeeze(1)]
     return codes, unit_rows(codes.values())
 
 

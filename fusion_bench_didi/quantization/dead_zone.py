@@ -71,12 +71,12 @@ class Codes:
     def bits(self) -> float:
         """Of classes and symbols; a stream takes up to 64 more."""
         tables = _tables(self.symbols.device)
-        low = int(tables.low_bits[self.classes.long()].sum())
-        total = CLASS_BITS * len(self) + low * self.symbols.shape[1]
+        low = tables.low_bits[self.classes.long()].sum()
+        total = (CLASS_BITS * len(self) + low * self.symbols.shape[1]).double()
         for rows in _row_blocks(self.symbols):
             places = _places(self.symbols[rows], self.classes[rows])
             taken = tables.lengths.index_select(0, places.flatten())
-            total += float(taken.sum(dtype=torch.float64))
+            total += taken.sum(dtype=torch.float64)
         return float(total)
 
     def squared_error(self, target: Tensor, step: float) -> float:
@@ -108,8 +108,7 @@ def finest_step(rows: Tensor) -> float:
     """The smallest step at which the numbers of rows (r, n) are within those of the highest class."""
     if not rows.numel():
         return 0.0
-    largest_value = torch.linalg.vector_norm(rows, torch.inf)
-    return float(largest_value) / float(_tables(rows.device).reach[-1])
+    return float(torch.linalg.vector_norm(rows, torch.inf)) / _FARTHEST
 
 
 def _quantized(scaled: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,9 +121,8 @@ def _quantized(scaled: Tensor) -> tuple[Tensor, Tensor]:
     classes = classes.maximum(farthest).clamp(max=CLASSES - 1)
     rounding = 0.5 - tables.dead_zones[classes][:, None]
     numbers = scaled.add_(torch.copysign(rounding, scaled))
-    if bool((farthest >= CLASSES).any()):
-        most = float(tables.reach[-1])
-        numbers.clamp_(-most, most)
+    if _unless_seen(farthest >= CLASSES):
+        numbers.clamp_(-_FARTHEST, _FARTHEST)
     return numbers, classes
 
 
@@ -152,8 +150,9 @@ def encode(parts: Sequence[Codes]) -> Tensor:
     """(size,) uint8, the symbols of several matrices in one stream: part by part, class by class."""
     runs: list[tuple[Tensor, Table]] = []
     for codes in parts:
-        for spread, rows in _groups(codes.classes):
-            symbols, bits = codes.symbols[rows], low_bits(spread)  # a copy
+        numbers = codes.symbols.cpu()  # in one piece
+        for spread, rows in _groups(codes.classes.cpu()):
+            symbols, bits = numbers[rows], low_bits(spread)  # a copy
             low = []
             # the numbers nearest to a multiple of 2^bits have the same high bits
             if bits:
@@ -174,13 +173,10 @@ def decode(stream: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
     Raises:
         StreamError: if the bytes are not those of such matrices.
     """
-    made = [
-        torch.empty(len(c), n, dtype=torch.float32, device=stream.device)
-        for c, n in parts
-    ]
-    for part, rows, values in decode_blocks(stream, parts):
-        made[part][rows.to(stream.device)] = values
-    return made
+    made = [torch.empty(len(c), n, dtype=torch.float32, device="cpu") for c, n in parts]
+    for part, rows, values in decode_blocks(stream.cpu(), parts):
+        made[part][rows] = values
+    return [values.to(stream.device) for values in made]
 
 
 def decode_blocks(
@@ -220,6 +216,11 @@ def _groups(classes: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield spread, (classes == spread).nonzero().squeeze(1)
 
 
+def _unless_seen(which: Tensor) -> bool:
+    """Whether any is not zero, so that work on the rest is spared; on an accelerator waiting for the answer takes longer."""
+    return which.device.type != "cpu" or bool(which.any())
+
+
 def _row_blocks(rows: Tensor) -> Iterator[slice]:
     """Rows of a matrix (r, n), few enough for what is made of them to stay in a core's cache."""
     cpu, (r, n) = rows.device.type == "cpu", rows.shape
@@ -231,7 +232,7 @@ def _places(symbols: Tensor, classes: Tensor) -> Tensor:
     """(r, n) int32, where the symbols without their low bits stand in the tables of all classes one after another."""
     tables, classes = _tables(symbols.device), classes.long()
     low = tables.low_bits[classes][:, None]
-    if bool(low.any()):
+    if _unless_seen(low):
         symbols = (symbols + (1 << low >> 1)) >> low
     return symbols + tables.middles[classes][:, None]
 
@@ -249,6 +250,15 @@ def _farther(symbols: Tensor, offsets: Tensor) -> Tensor:
     """(r, n) float32 symbols, farther from zero by one offset for 1 and by another for what is larger, (r, 2)."""
     farther = torch.where(symbols.abs() == 1, offsets[:, :1], offsets[:, 1:])
     return symbols + symbols.sign() * farther
+
+
+def _reach(spread: int) -> float:
+    """The largest number of rows of a class."""
+    bits = low_bits(spread)
+    return float((largest(coded_class(spread)) << bits) - (bits > 0))
+
+
+_FARTHEST = _reach(CLASSES - 1)
 
 
 @dataclass(frozen=True)
@@ -281,11 +291,10 @@ def _tables(device: torch.device) -> _Tables:
     most = [largest(coded_class(c)) for c in every]
     starts = [0, *accumulate(2 * m + 1 for m in most[:TOP])]
     middles = [starts[coded_class(c)] + most[c] for c in every]
-    reach = [float((m << bits) - (bits > 0)) for m, bits in zip(most, low)]
     return _Tables(
         floats([offset(c) for c in every]),
         floats([float(dead_zone(c)) for c in every]),
-        floats(reach),
+        floats([_reach(c) for c in every]),
         torch.tensor(low, dtype=torch.int32, device=device),
         torch.tensor(middles, dtype=torch.int32, device=device),
         torch.cat([lengths(c) for c in range(TOP)]).float().to(device),

@@ -7,8 +7,8 @@
 Merges of checkpoints that are made on the spot (ViT-B/32 and L/14 with eight tasks, 1.1 B with four), from files in the
 system's cache to a saved model, with the accelerator and some without, beside TSV-M; the time of reading and writing those
 bytes is the floor. Then batches of several tasks beside the plain model. Files go where ``FUSION_BENCH_DIDI_CACHE`` says: a
-directory in memory, where the disk is slow. Every row is written to gpu.json when it is there; where the time ends, the page
-says so. Towers of other widths are another command, ``python -m benchmarks.wide_towers``.
+directory in memory, where the disk is slow. Every row is written to gpu.json when it is there. No part takes the time of the
+others; where it ends, the page says so. Towers of other widths are another command, ``python -m benchmarks.wide_towers``.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import checkpoints
 from benchmarks.floor import Machine
-from benchmarks.suites import in_words, machine, write_json
+from benchmarks.suites import NOTES, in_words, machine, write_json
 
 #: Shape, tasks, budget and method; the most telling first.
 MERGES = (
@@ -42,12 +42,14 @@ MERGES = (
     ("vit-l-14", 8, 1.4, "didi"),
     ("llama-1b", 4, 1.4, "didi"),
     ("vit-b-32", 8, 1.4, "didi_float"),
-    ("vit-l-14", 8, None, "tsv_m"),
     ("vit-l-14", 8, 0.5, "didi"),
+    ("vit-l-14", 8, None, "tsv_m"),
     ("llama-1b", 4, 0.5, "didi"),
 )
 #: Without the accelerator: the first that are this many, since TSV-M takes minutes.
 ON_THE_CPU = 3
+#: What is measured, on what, and the part of the time that is left then which it may take.
+PARTS = (("merges", "cuda", 0.45), ("merges", "cpu", 0.4), ("serving", "cuda", 1.0))
 SERVING = ("vit-b-32", "vit-l-14")
 BATCH = 64
 #: What lines of a process begin with that are rows.
@@ -204,43 +206,42 @@ def measure(arguments: argparse.Namespace) -> None:
     keep("rates", rates("cuda"))
     where = checkpoints.root() / "vit-b-32" / "_pretrained_"
     keep("processor", asdict(Machine.measured(where)))
-    for what, device in (("merges", "cuda"), ("serving", "cuda"), ("merges", "cpu")):
+    for what, device, part in PARTS:
         if what not in arguments.only:
             continue
         key = what if device == "cuda" else f"{what} without"
         rows: list[dict[str, Any]] = []
-        for row in rows_of(what, device, end - time.monotonic()):
+        for row in rows_of(what, device, part * (end - time.monotonic())):
             rows.append(row)
             keep(key, rows)
             print(f"{end - time.monotonic():.0f} s left: {row}", flush=True)
 
 
-def page(found: dict[str, Any]) -> list[str]:
-    """The page's lines."""
-    lines = [
-        "# On an accelerator",
-        "",
-        f"`python -m benchmarks.gpu`; {in_words(found['machine'])}. "
-        + ", ".join(f"{name} {value:,.0f}" for name, value in found["rates"].items())
-        + ".",
-        "",
-        "## Merges",
-        "",
-        "From files in the system's cache to a saved model, one run each, without imports and the start of the accelerator. *Floor*: "
-        "reading every",
-        "file and writing what is stored, at the rates of this machine.",
-        "",
-        "| model | tasks | budget | method | on | seconds | over floor | scan | decompose | refine | peak GB | on it GB | relative error |",
-        "|---|--:|--:|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+def page(found: dict[str, Any]) -> str:
+    """The page's text."""
+    parts = (found.get(key, ()) for key in ("merges", "merges without", "serving"))
+    rows = [[row for row in part if "failed" not in row] for part in parts]
+    ended = [f"{key}: {row['failed'].strip().splitlines()[-1]}" for key in found for row in _listed(found[key]) if "failed" in row]  # fmt: skip
+    return (NOTES / "gpu.md").read_text().format(
+        machine=in_words(found["machine"]),
+        rates=", ".join(f"{name} {value:,.0f}" for name, value in found["rates"].items()),
+        merges="\n".join(_merges([*rows[0], *rows[1]], found["processor"])),
+        serving="\n".join(_serving(rows[2])),
+        ended="\n".join(["Where the time was over:", "", *(f"- {one}" for one in ended)]) if ended else "",
+    ).rstrip() + "\n"  # fmt: skip
+
+
+def _listed(value: Any) -> list[dict[str, Any]]:
+    return value if isinstance(value, list) else []
+
+
+def _merges(rows: list[dict[str, Any]], processor: dict[str, float]) -> Iterator[str]:
+    yield "| model | tasks | budget | method | on | seconds | over floor | scan | decompose | refine | peak GB | on it GB | relative error |"
+    yield "|---|--:|--:|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     titles = {"didi": "DiDi", "didi_float": "DiDi, float factors", "tsv_m": "TSV-M"}
-    merges = [*found.get("merges", ()), *found.get("merges without", ())]
-    for row in merges:
-        if "failed" in row:
-            continue
+    for row in rows:
         shape, tasks, budget, method, device = row["case"]
-        start = f"| {shape} | {tasks} | {budget or ''} | {titles[method]} | {device} |"
-        least = row["read"] / found["processor"]["read"] + row["written"] / found["processor"]["write"]  # fmt: skip
+        least = row["read"] / processor["read"] + row["written"] / processor["write"]
         stages = row["stages"] or {}
         cells = [
             f"{row['seconds']:.1f}",
@@ -250,25 +251,21 @@ def page(found: dict[str, Any]) -> list[str]:
             f"{row['device_gb']:.1f}" if row["device_gb"] else "",
             f"{row['relative_error']:.4f}" if row["relative_error"] is not None else "",
         ]  # fmt: skip
-        lines.append(f"{start} {' | '.join(cells)} |")
-    if "serving" in found:
-        lines += [
-            "",
-            "## Batches of several tasks",
-            "",
-            f"{BATCH} images of eight tasks, seconds relative to the plain model in turns; *held*: working copies in models of this type.",
-            "",
-            "| model, budget, type | way | seconds | of plain | held |",
-            "|---|---|--:|--:|--:|",
-        ]
-        for one in found["serving"]:
-            for way, row in one.get("rows", {}).items():
-                held = f"{row['held']:.1f}" if "held" in row else ""
-                lines.append(f"| {one['model']} | {way} | {row['seconds']:.4f} | {row['ratio']:.2f} | {held} |")  # fmt: skip
-    ended = [row["failed"] for row in (*merges, *found.get("serving", ())) if "failed" in row]  # fmt: skip
-    for said in ended:
-        lines += ["", f"Rows after the last one were not measured: {said.strip().splitlines()[-1]}."]  # fmt: skip
-    return lines
+        yield f"| {shape} | {tasks} | {budget or ''} | {titles[method]} | {device} | {' | '.join(cells)} |"
+
+
+def _serving(models: list[dict[str, Any]]) -> Iterator[str]:
+    if not models:
+        yield "Batches of several tasks were not measured: the time was over."
+        return
+    yield from ("## Batches of several tasks", "")
+    yield f"{BATCH} images of eight tasks, seconds relative to the plain model in turns; *held*: working copies in models of this type."
+    yield from ("", "| model, budget, type | way | seconds | of plain | held |", "|---|---|--:|--:|--:|")  # fmt: skip
+    for one in models:
+        for way, row in one["rows"].items():
+            held = f"{row['held']:.1f}" if "held" in row else ""
+            yield f"| {one['model']} | {way} | {row['seconds']:.4f} | {row['ratio']:.2f} | {held} |"
+    yield ""
 
 
 def main() -> None:
@@ -285,7 +282,7 @@ def main() -> None:
     if not arguments.pages:
         measure(arguments)
     found = json.loads((arguments.out / "gpu.json").read_text())
-    (arguments.out / "gpu.md").write_text("\n".join(page(found)) + "\n")
+    (arguments.out / "gpu.md").write_text(page(found))
 
 
 if __name__ == "__main__":

@@ -320,7 +320,8 @@ def _gpt2_tasks(place: Path, modelpool: Any) -> Any:
         {"input_ids": t, "attention_mask": torch.ones_like(t), "labels": t[0] % 2}
         for t in ids
     ]
-    pool.get_test_dataloader = lambda task: DataLoader(rows, batch_size=1)
+    loader = DataLoader(rows, batch_size=1)
+    pool.get_test_dataloader = lambda task: pool.fabric.setup_dataloaders(loader)
     return _with_program(pool, modelpool)
 
 

@@ -9,6 +9,7 @@ from benchmarks import (
     comparison_page,
     expectations,
     figures,
+    gpu,
     merge_front,
     own_storage_page,
     what_we_learned,
@@ -53,6 +54,11 @@ def test_a_point_that_cites_a_row_that_was_not_run_is_left_out():
 def test_rivals_at_their_own_storage_show_the_figures_beside_them():
     record = json.loads(own_storage_page.FILE.read_text())
     assert own_storage_page.PAGE.read_text() == own_storage_page.page(record)
+
+
+def test_the_accelerator_shows_the_figures_beside_it():
+    record = json.loads((ROOT / "docs" / "gpu.json").read_text())
+    assert (ROOT / "docs" / "gpu.md").read_text() == gpu.page(record)
 
 
 def test_what_was_learned_shows_the_figures_of_the_other_pages():
@@ -110,10 +116,8 @@ def test_every_page_with_figures_has_a_command():
     """A page that `make figures` does not make would grow old."""
     by_hand = {"published", "architecture", "export", "index", "tutorial"}
     by_hand |= {"configuration", "storage", "reference"}
-    by_hand.add("wide_towers")  # by benchmarks.wide_towers, which needs an accelerator
+    by_hand |= {"gpu", "wide_towers"}  # by commands that need an accelerator
     by_hand.add("serving_export")  # by examples/serve, which needs servers
-    by_hand.add(
-        "transformers"
-    )  # by make test-transformers5, in an environment of its own
+    by_hand.add("transformers")  # by make test-transformers5, whose environment differs
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
     assert pages - by_hand <= set(figures.PAGES)

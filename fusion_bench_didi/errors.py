@@ -3,7 +3,7 @@
 Ways out name settings, as whoever is told types them: as a keyword, as a key of the host's command line, as an option of ``didi``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -41,6 +41,13 @@ class RankError(DiDiError):
 
 class ResumeError(DiDiError):
     """What lies beside the output is of another merge, so that this one cannot go on from there."""
+
+
+def some(names: Iterable[str], count: int = 4) -> str:
+    """The first names, for a message, and how many more there are."""
+    names = sorted(names)
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest
 
 
 #: Key and value (as YAML, or empty) -> what to type.

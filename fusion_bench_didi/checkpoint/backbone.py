@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointMismatchError, DiDiError
+from ..errors import CheckpointMismatchError, DiDiError, some
 from ..task_vectors.digests import digests
 from ..task_vectors.sources import ModuleSource
 from ..task_vectors.ties import taken_apart, untie
@@ -103,10 +103,9 @@ def check(
         differ = [n for n, d in expected.items() if found.get(n) != d]
         differ = [n for n in differ if n not in fresh]
     if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise CheckpointMismatchError(
             f"The backbone given is not the one that {directory} was merged from ({entry['class']} from {entry['source']}, in "
-            f"{entry.get('dtype') or 'its own type'}): its weights differ ({', '.join(differ[:3])}{more}). Pass the base model "
+            f"{entry.get('dtype') or 'its own type'}): its weights differ ({some(differ, 3)}). Pass the base model "
             "of the merge, in the type that it was merged in."
         )
 

@@ -180,16 +180,18 @@ def vector_precisions(own: torch.dtype) -> tuple[Precision, ...]:
     return (*codes, as_is)
 
 
-def vector_dtype(
-    name: str, own: torch.dtype, *, share: float, few: float = 0.02
-) -> torch.dtype:
+#: Vectors that take more of the budget than this are narrowed by ``auto``.
+_FEW = 0.02
+
+
+def vector_dtype(name: str, own: torch.dtype, *, share: float) -> torch.dtype:
     """In what type tensors are stored that do not compete for bits: whole ones, and vectors where precisions are not chosen.
 
     Args:
-        share: of the budget that they take in their own type; ``auto`` goes to bfloat16 where that is above ``few``.
+        share: of the budget that they take in their own type; ``auto`` goes to bfloat16 where that is above :data:`_FEW`.
     """
     if name in _FLOATS:
         return _FLOATS[name]
-    if name == "checkpoint" or (name == "auto" and share <= few):
+    if name == "checkpoint" or (name == "auto" and share <= _FEW):
         return own
     return torch.bfloat16

@@ -78,9 +78,7 @@ class RoundedDenseDelta(Delta):
     kind = "rounded_dense"
     parts = ("codes", "scale")
 
-    def __init__(
-        self, shape: tuple[int, ...], codes: Tensor, scale: Tensor, bits: int = 8
-    ):
+    def __init__(self, shape: tuple[int, ...], codes: Tensor, scale: Tensor, bits: int):
         super().__init__(shape, codes=codes, scale=scale)
         self.width = bits
 

@@ -156,13 +156,13 @@ class Canvas:
             self.place(points), fill=fill or self.ink, width=pixels, joint="curve"
         )
 
-    def figure(self, points: Points, *, filled: bool, width: float = 0.2) -> None:
+    def figure(self, points: Points, *, filled: bool) -> None:
         """A closed figure, either solid or as an outline."""
         if filled:
             self.polygon(points)
         else:
             closed = [*points, points[0], points[1]]
-            self.line(closed, width)
+            self.line(closed, width=0.2)
 
     def text(
         self,

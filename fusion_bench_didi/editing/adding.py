@@ -21,7 +21,7 @@ from ..checkpoint.fields import Field
 from ..checkpoint.ours import CONFIG
 from ..deltas.storage import told
 from ..deltas.tucker import Bases, Core
-from ..errors import CheckpointMismatchError, ModelPoolError
+from ..errors import CheckpointMismatchError, ModelPoolError, some
 from ..lowrank.arithmetic import own_arithmetic
 from ..merging.given import Given
 from ..merging.pipeline import merge
@@ -31,7 +31,6 @@ from ..models.dynamic import DynamicModel
 from ..options import Patterns, as_patterns
 from ..pools.opening import needed_apart, open_pool
 from ..pools.task_names import normalized
-from ..task_vectors.alignment import some
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import account_of, scan
 from .facts import check_info

@@ -17,11 +17,10 @@ from ..deltas.base import Delta
 from ..deltas.grouped import GroupedDelta, groups_of
 from ..deltas.plain import OwnDelta
 from ..deltas.tucker import Bases
-from ..errors import CheckpointMismatchError, DiDiError, SettingsError
+from ..errors import CheckpointMismatchError, DiDiError, SettingsError, some
 from ..lowrank.arithmetic import own_arithmetic
 from ..models.dynamic import DynamicModel
 from ..pools.task_names import normalized
-from ..task_vectors.alignment import some
 from .places import (
     Edited,
     Place,

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from .svd import HalfSVD, singular_values
 
+#: Directions that are looked at, in parts of the short side.
+_PART = 0.1
 
-def subspace_overlap(
-    bases: Sequence[HalfSVD], weights: Tensor, *, part: float = 0.1
-) -> float:
+
+def subspace_overlap(bases: Sequence[HalfSVD], weights: Tensor) -> float:
     """How much more the leading short-side directions of all tasks together hold than if tasks used unrelated ones.
 
     Unrelated are the same directions with their entries shuffled, task by task: the spectra stay, what is common goes.
@@ -18,11 +19,10 @@ def subspace_overlap(
     Args:
         bases: T of equal shape.
         weights: (T,) of the squared errors.
-        part: how many directions are looked at, in parts of the side; no more than every task has.
     """
     side = bases[0].vectors.shape[0]
-    known = min(basis.vectors.shape[1] for basis in bases)
-    count = min(max(int(part * side), 2), max(known, 1))
+    known = min(basis.vectors.shape[1] for basis in bases)  # what every task has
+    count = min(max(int(_PART * side), 2), max(known, 1))
     seed = torch.Generator().manual_seed(side)
     own, shuffled = [], []
     for basis, weight in zip(bases, weights.tolist()):

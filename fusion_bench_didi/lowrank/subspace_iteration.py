@@ -67,9 +67,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return columns @ turn
 
 
-def subspace_step(
-    matrix: Tensor, factors: LowRankFactors, *, iterations: int = 1
-) -> LowRankFactors:
+def subspace_step(matrix: Tensor, factors: LowRankFactors) -> LowRankFactors:
     """Improve a low-rank approximation of ``matrix`` without decomposing it.
 
     Each half step is exact in one factor given the span of the other (least squares), so the error
@@ -78,13 +76,9 @@ def subspace_step(
     Args:
         matrix: (m, n).
         factors: the current approximation; its row space is the start.
-        iterations: pairs of half steps.
     """
     if factors.rank == 0:
         return factors
-    down = factors.down
-    for _ in range(iterations):
-        rows = torch.linalg.qr(down.mT).Q  # (n, r)
-        columns = torch.linalg.qr(matrix @ rows).Q  # (m, r)
-        down = columns.mT @ matrix  # (r, n)
-    return LowRankFactors(columns, down)
+    rows = torch.linalg.qr(factors.down.mT).Q  # (n, r)
+    columns = torch.linalg.qr(matrix @ rows).Q  # (m, r)
+    return LowRankFactors(columns, columns.mT @ matrix)

@@ -26,7 +26,7 @@ from ..deltas.sink import EncodedTensor, InMemory, Sink
 from ..deltas.storage import told
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks, ranks_here
-from ..errors import CheckpointMismatchError, SettingsError, spelled
+from ..errors import CheckpointMismatchError, SettingsError, some, spelled
 from ..lowrank.arithmetic import own_arithmetic
 from ..merging.encoding import encode_own
 from ..merging.finished import Finished
@@ -51,7 +51,6 @@ from ..pools.opening import (
 )
 from ..pools.task_names import check_tasks, pool_tasks
 from ..report.units import readable
-from ..task_vectors.alignment import some
 from ..task_vectors.loop import Progress, Result, each, spread
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import account_of, model_bits, scan

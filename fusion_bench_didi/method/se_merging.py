@@ -212,9 +212,13 @@ def with_experts(modelpool: BaseModelPool, model: DynamicModel) -> BaseModelPool
     return pool
 
 
+#: Relative error up to which a static merge counts as a multiple of what is stored.
+_TOLERANCE = 1e-3
+
+
 @torch.no_grad()
 def as_multiple(
-    model: DynamicModel, merged: nn.Module, *, tolerance: float = 1e-3
+    model: DynamicModel, merged: nn.Module
 ) -> tuple[tuple[float, float], dict[str, Tensor] | None]:
     """Write a static merge as ``base + a shared + c sum_t E_t``, if it is of that form.
 
@@ -240,8 +244,8 @@ def as_multiple(
         gram += (rows @ rows.mT).cpu()
     weights = torch.linalg.pinv(gram[:2, :2]) @ gram[:2, 2]
     left = gram[2, 2] - weights @ gram[:2, 2]
-    if left > tolerance**2 * gram[2, 2]:
+    if left > _TOLERANCE**2 * gram[2, 2]:
         return (1.0, 0.0), changes
     a, c = weights.tolist()
-    as_it_is = not len(model.shared) or abs(a - 1) < tolerance
+    as_it_is = not len(model.shared) or abs(a - 1) < _TOLERANCE
     return (1.0 if as_it_is else a, c), None

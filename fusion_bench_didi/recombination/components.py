@@ -88,18 +88,21 @@ def _natural(item: tuple[str, object]) -> tuple:
     return item[0] == REST, [int(p) if p.isdigit() else p for p in pieces]
 
 
+#: Components held at once; (T, size of the component) float32 each.
+_KEPT = 64
+
+
 class ComponentReader:
     """Task vectors of a component, the last few kept in memory.
 
     Args:
         task_vectors: aligned checkpoints, tasks in a fixed order.
-        keep: components held at once; (T, size of the component) float32 each.
     """
 
-    def __init__(self, task_vectors: TaskVectors, *, keep: int = 64):
+    def __init__(self, task_vectors: TaskVectors):
         self.tasks = list(task_vectors.tasks)
         self._task_vectors = task_vectors
-        self._all = lru_cache(maxsize=keep)(self._load)
+        self._all = lru_cache(maxsize=_KEPT)(self._load)
 
     def read(
         self, component: Component, tasks: Sequence[str] | None = None

@@ -45,19 +45,13 @@ def named_picks(front: Sequence[Evaluation]) -> dict[str, int]:
     return dict(zip(PICKS, picks))
 
 
-def plot_front(
-    evaluations: Sequence[Evaluation],
-    directory: Path,
-    *,
-    others: Sequence[tuple[str, float, float]] = (),
-    name: str = "front",
-) -> list[Path]:
+def plot_front(evaluations: Sequence[Evaluation], directory: Path) -> list[Path]:
     """PNG and SVG of :func:`draw_front`."""
     from ..report.style import save_figure
 
-    figure = draw_front(evaluations, others=others)
+    figure = draw_front(evaluations)
     directory.mkdir(parents=True, exist_ok=True)
-    files = [directory / f"{name}.{suffix}" for suffix in ("png", "svg")]
+    files = [directory / f"front.{suffix}" for suffix in ("png", "svg")]
     for file in files:
         save_figure(figure, file)
     return files

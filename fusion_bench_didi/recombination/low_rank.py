@@ -27,15 +27,18 @@ class Parts:
     experts: Mapping[str, Mapping[str, Delta]]
 
 
+#: Numbers that a cache keeps.
+_KEPT = 2**27
+
+
 class SVDCache:
     """Decompositions of matrices, of which low-rank modules of other sizes and groups need the same again.
 
-    Args:
-        memory_floats: numbers kept; what was used longest ago goes first.
+    What was used longest ago goes first.
     """
 
-    def __init__(self, *, memory_floats: int = 2**27):
-        self._memory, self._held = memory_floats, 0
+    def __init__(self) -> None:
+        self._held = 0
         self._kept: OrderedDict[tuple, tuple[Decomposition, int]] = OrderedDict()
 
     def get(
@@ -66,7 +69,7 @@ class SVDCache:
         size = sum(s.U.numel() + s.Vh.numel() for s in (made.shared, *made.experts))
         self._kept[key] = made, size
         self._held += size
-        while self._held > self._memory and len(self._kept) > 1:
+        while self._held > _KEPT and len(self._kept) > 1:
             self._held -= self._kept.popitem(last=False)[1][1]
         return made
 

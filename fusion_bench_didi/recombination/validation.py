@@ -39,6 +39,10 @@ class _Candidate(nn.Module):
         )
 
 
+#: Images at a time.
+_BATCH = 64
+
+
 class ValidationScorer:
     """Accuracy on validation images over the accuracy of the task's fine-tuned model on the same images.
 
@@ -48,7 +52,6 @@ class ValidationScorer:
         heads: class names and templates per task.
         data: per task.
         task_vectors: for the fine-tuned models that scores are relative to.
-        batch_size: images at a time.
     """
 
     def __init__(
@@ -58,12 +61,10 @@ class ValidationScorer:
         heads: Mapping[str, tuple],
         data: Mapping[str, LabelledImages],
         task_vectors: TaskVectors,
-        *,
-        batch_size: int = 64,
     ):
         self._candidate = _Candidate(backbone).eval()
         self._classifier = classifier.eval()
-        self._data, self._batch_size = data, batch_size
+        self._data = data
         self._base = {n: task_vectors.tensor(n).base() for n in task_vectors.infos}
         self._heads = {}
         for task, (classnames, templates) in heads.items():
@@ -97,7 +98,7 @@ class ValidationScorer:
         try:
             hits = 0
             for images, labels in zip(
-                data.images.split(self._batch_size), data.labels.split(self._batch_size)
+                data.images.split(_BATCH), data.labels.split(_BATCH)
             ):
                 hits += int((self._classifier(images).argmax(1) == labels).sum())
         finally:

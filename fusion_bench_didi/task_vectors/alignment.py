@@ -3,7 +3,7 @@
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 
-from ..errors import CheckpointMismatchError, spelled
+from ..errors import CheckpointMismatchError, some, spelled
 from .lora_adapter import WAY_OUT
 from .sources import TensorInfo, TensorSource
 
@@ -173,9 +173,3 @@ def _left_out(
                     f"{task}: {name} is excluded, and is {found[name].shape} where the base model has {reference[name].shape}; "
                     f"keep it ({spelled('own')})"
                 )
-
-
-def some(names: Iterable[str], count: int = 4) -> str:
-    names = sorted(names)
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest

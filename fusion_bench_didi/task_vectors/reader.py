@@ -18,8 +18,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointMismatchError, ModelPoolError, SettingsError, spelled
-from .alignment import check_alignment, floating, matches, some
+from ..errors import (
+    CheckpointMismatchError,
+    ModelPoolError,
+    SettingsError,
+    some,
+    spelled,
+)
+from .alignment import check_alignment, floating, matches
 from .file_sources import STORED
 from .float8 import FLOAT8
 from .renaming import aligned

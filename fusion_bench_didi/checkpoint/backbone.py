@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError, DiDiError, some
 from ..task_vectors.digests import digests
+from ..task_vectors.live_models import check_values
 from ..task_vectors.sources import ModuleSource
 from ..task_vectors.ties import taken_apart, untie
 from . import loaders
@@ -141,8 +142,12 @@ def resolved(
 
     Returns:
         the model, and the names of tensors that its checkpoint does not hold.
+
+    Raises:
+        CheckpointMismatchError: if weights of the model given are not in memory, or not those of its checkpoint.
     """
     if isinstance(given, nn.Module):
+        check_values(given, "The base model")
         return given, frozenset()
     if given is None:
         return load_backbone(entry, directory)

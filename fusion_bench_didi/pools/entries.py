@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import DiDiError, ModelPoolError
 from ..task_vectors.file_sources import read_json
+from ..task_vectors.live_models import check_values
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.places import check_place
 from ..task_vectors.tower_names import fill, is_tower
@@ -30,9 +31,11 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
 
     Raises:
         ModelPoolError: if it gives something else than a model.
+        CheckpointMismatchError: if its weights are not in memory, or not those of its checkpoint.
     """
     entry = modelpool._models[name]
     if isinstance(entry, nn.Module):
+        check_values(entry, repr(name))
         return entry
     if getattr(modelpool, "enable_lazy_loading", False):
         whole = eager(modelpool, entry)
@@ -58,6 +61,7 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
             f"{type(modelpool).__name__} gives a {type(model).__name__} for {name!r}, expected a model (torch.nn.Module). "
             "Give an entry with a _target_ that loads one."
         )
+    check_values(model, repr(name))
     if is_tower(model) and (directory := directory_of(modelpool, name)):
         fill(model, open_weights(directory, name, asked(modelpool, name)[1]))
     return model
@@ -112,7 +116,11 @@ _HARMLESS = {
     "dtype",
     "local_files_only",
     "low_cpu_mem_usage",
+    "max_memory",
     "num_labels",
+    "offload_buffers",
+    "offload_folder",
+    "offload_state_dict",
     "pretrained_model_name_or_path",
     "token",
     "torch_dtype",

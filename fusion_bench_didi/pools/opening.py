@@ -85,11 +85,12 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
 
     Raises:
         ModelPoolError: if it is an adapter, or the pool gives something else than a model.
+        CheckpointMismatchError: if its weights are not in memory, or not those of its checkpoint.
     """
     _refuse_adapter(modelpool)
-    entry = modelpool._models[BASE]
-    if not isinstance(entry, nn.Module):
-        return load_model(modelpool, BASE)
+    entry = load_model(modelpool, BASE)
+    if not isinstance(modelpool._models[BASE], nn.Module):
+        return entry
     try:
         backbone = copy.deepcopy(entry)
         tie(backbone, tied_names(entry))
@@ -197,8 +198,8 @@ def needed_apart(
             turned = fan_in_first(backbone)
             adapter = AdapterSource.of_directory(directory, task, known, turned)
             found |= adapter.apart(names.aliases)
-        elif isinstance(entry := modelpool._models[task], nn.Module):
-            found |= apart(ModuleSource(entry, task), names)
+        elif isinstance(modelpool._models[task], nn.Module):
+            found |= apart(ModuleSource(load_model(modelpool, task), task), names)
         elif source := _opened(modelpool, task):
             found |= apart(source, names)
     return found

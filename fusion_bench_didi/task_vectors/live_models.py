@@ -1,0 +1,45 @@
+"""Models in memory whose tensors are not the weights that they were loaded with."""
+
+from torch import nn
+
+from ..errors import CheckpointMismatchError, some
+
+#: How RWKV models of transformers say that a forward has divided their weights, and the setting by which they do it.
+DIVIDED, EVERY = "layers_are_rescaled", "rescale_every"
+
+
+def check_values(model: nn.Module, label: str) -> None:
+    """A live model must hold the values of its weights.
+
+    Args:
+        label: for messages.
+
+    Raises:
+        CheckpointMismatchError: if some are elsewhere (accelerate's offloading), or others than those of its checkpoint.
+    """
+    tensors = dict(model.named_parameters())
+    tensors |= {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in tensors}  # fmt: skip
+    absent = [n for n, t in tensors.items() if getattr(t, "is_meta", False)]
+    if absent:
+        raise CheckpointMismatchError(
+            f"{label} ({type(model).__name__}) has {len(absent)} of {len(tensors)} weights not in memory: "
+            f"{some(absent)} are on the meta device, without values, as device_map leaves what it offloads to the disk "
+            "or the CPU. Give the model's directory, which is read tensor by tensor, or load it without device_map."
+        )
+    check_undivided(model, label)
+
+
+def check_undivided(model: nn.Module, label: str) -> None:
+    """A live model must not have divided its weights in a forward.
+
+    Raises:
+        CheckpointMismatchError: if it has.
+    """
+    for module in model.modules():
+        every = getattr(getattr(module, "config", None), EVERY, None) or 0
+        if getattr(module, DIVIDED, False) and every > 0:
+            raise CheckpointMismatchError(
+                f"{label} ({type(module).__name__}) has divided weights of its layers in a forward ({DIVIDED}), so that they are not "
+                f"those of its checkpoint. Give the model's directory, or the model as it was loaded, with {EVERY}=0 in its "
+                "configuration if it is to run before the merge."
+            )

@@ -6,7 +6,7 @@ so that a task's weights do not depend on what was switched on before.
 
 import copy
 import functools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +30,7 @@ from ..serving.forward import MixedForward
 from ..serving.held import Held
 from ..serving.layers import is_turned
 from ..serving.making import AnyBank, bank_of
+from ..serving.unwritten import without_rescaling
 from . import saving
 from .experts import NamedModules, TaskExpert
 from .methods import attribute, no_task
@@ -70,7 +71,7 @@ class DynamicModel(ModulatedModel):
         info: Mapping[str, Any] | None = None,
         backbone_bits: int | None = None,
     ):
-        super().__init__(adopted(backbone), {})
+        super().__init__(without_rescaling(adopted(backbone)), {})
         self.backbone.requires_grad_(False)
         self.modulators: NamedModules[TaskExpert] = NamedModules()
         self.shared: NamedModules[Delta] = NamedModules(shared)
@@ -185,11 +186,21 @@ class DynamicModel(ModulatedModel):
         if task_ids is not None or task_weights is not None:
             return self.mixed(task_ids, task_weights, args, kwargs)
         if self._has_task:
-            return self.backbone(*args, **kwargs)
+            return self.run_alone(self.backbone, *args, **kwargs)
         if self.router is not None:
             weights = self.router.route(self, *args, **kwargs)
             return self.mixed(None, weights, args, kwargs)
         raise no_task(self)
+
+    def run_alone(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a function of the backbone returns, which may not write to the weights.
+
+        Raises:
+            DiDiError: if it did.
+        """
+        return self._weights.unwritten.run(
+            self.backbone, lambda: function(*args, **kwargs)
+        )
 
     @property
     def mixed(self) -> MixedForward:
@@ -222,6 +233,7 @@ class DynamicModel(ModulatedModel):
                         self.tasks,
                         shapes=self._weights.shapes,
                         derived=self._weights.derived,
+                        unwritten=self._weights.unwritten,
                         lock=self._weights.lock,
                         held=held,
                     )

@@ -42,6 +42,10 @@ class Called(RoutedModel, Protocol):
     @property
     def mixed(self) -> MixedForward: ...
 
+    def run_alone(
+        self, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any: ...
+
 
 def no_task(model: Called) -> UnknownTaskError:
     """What is wrong if a model is run without a task."""
@@ -102,7 +106,7 @@ def _method(model: Called, name: str, value: Callable[..., Any]) -> Callable[...
         if task_ids is not None or task_weights is not None:
             return _mixed(model, name, args, kwargs, task_ids, task_weights)
         if model.current_task is not None:
-            return value(*args, **kwargs)
+            return model.run_alone(value, *args, **kwargs)
         if model.router is not None:
             return _routed(model, name, args, kwargs)
         raise no_task(model)

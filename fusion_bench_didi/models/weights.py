@@ -10,6 +10,7 @@ from ..errors import CheckpointMismatchError
 from ..serving.copies import deep_copy
 from ..serving.derived import Derived
 from ..serving.shapes import Shapes
+from ..serving.unwritten import Unwritten
 from ..task_vectors.ties import tie, tied_names
 
 
@@ -23,6 +24,7 @@ class BackboneWeights:
         lock: held while tensors are read or written; also by whoever replaces the backbone's tensors for a while.
         shapes: what the backbone was loaded with.
         derived: what its modules keep that they work out of their weights.
+        unwritten: what no forward may have written to.
     """
 
     def __init__(self, backbone: nn.Module):
@@ -30,6 +32,7 @@ class BackboneWeights:
         self.lock = threading.RLock()
         self.shapes = Shapes(backbone)
         self.derived = Derived(backbone)
+        self.unwritten = Unwritten(backbone)
         self._aliases = tied_names(backbone)
         self.tie(backbone)
         self._base: dict[str, Tensor] = {}
@@ -42,6 +45,7 @@ class BackboneWeights:
 
     def copied(self) -> nn.Module:
         """An independent copy of the backbone as it is now."""
+        self.unwritten.check()
         with self.lock:
             return deep_copy(self.backbone)
 
@@ -58,7 +62,12 @@ class BackboneWeights:
         return self._held(self.backbone, name).detach()
 
     def base(self, name: str) -> Tensor:
-        """The base value, whatever was written; in the live tensor's type and on its device."""
+        """The base value, whatever was written; in the live tensor's type and on its device.
+
+        Raises:
+            DiDiError: if a forward wrote to the backbone.
+        """
+        self.unwritten.check()
         with self.lock:
             live = self.live(name)
             kept = self._base.get(name, live)
@@ -90,6 +99,7 @@ class BackboneWeights:
         if not as_stated:
             self.shapes.follow(model, name, shape)
         self.derived.forget(model, [name])
+        self.unwritten.forget(model)
 
     def restore(self) -> None:
         """Write all base values back; their copies are no longer needed."""

@@ -43,6 +43,7 @@ from .requests import checked_weights, task_numbers
 from .running import Pass, Running
 from .shadow import OwnBuffers, network_with, watch_states
 from .shapes import Shapes
+from .unwritten import Unwritten
 
 log = logging.getLogger(__name__)
 #: samples of the first batch on which the two ways are compared
@@ -60,6 +61,7 @@ class MixedForward:
         tasks: their names, in the order of the banks.
         shapes: what the backbone was loaded with.
         derived: what its modules keep that they work out of their weights.
+        unwritten: what no forward may write to.
         lock: held while the backbone's own tensors are replaced; one for all mixed forwards of a backbone.
         held: what banks hold decoded within a limit; None where they hold all, and then the shared model too.
     """
@@ -72,6 +74,7 @@ class MixedForward:
         *,
         shapes: Shapes | None = None,
         derived: Derived | None = None,
+        unwritten: Unwritten | None = None,
         lock: AbstractContextManager | None = None,
         held: Held | None = None,
     ):
@@ -79,6 +82,7 @@ class MixedForward:
         self.count = len(self.tasks)
         self.shapes = Shapes(backbone) if shapes is None else shapes
         self.lock = threading.RLock() if lock is None else lock
+        self.unwritten = Unwritten(backbone) if unwritten is None else unwritten
         self.running = Running()
         watch_states(backbone)
         derived = Derived(backbone) if derived is None else derived
@@ -163,7 +167,9 @@ class MixedForward:
     def with_tensors(self, tensors: Mapping[str, Tensor], call: Call) -> Any:
         """The backbone's output with other tensors in place of its own, one thread at a time."""
         with self.lock, self._places.holding(tensors):
-            return call.on(self.backbone)
+            return self.unwritten.run(
+                self.backbone, lambda: call.on(self.backbone), lasting=False
+            )
 
     def run(self, mix: Mix, call: Call, *, watched: bool = False) -> Any:
         """A batch.
@@ -349,7 +355,7 @@ class MixedForward:
         if network.training != self.backbone.training:
             network.train(self.backbone.training)
         try:
-            return call.on(network)
+            return self.unwritten.run(network, lambda: call.on(network))
         finally:
             if not torch.compiler.is_compiling():
                 self._buffers[network].restore()

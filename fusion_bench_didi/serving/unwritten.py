@@ -1,0 +1,131 @@
+"""Weights that a forward must leave as they are: tasks are switched by writing to them, and mixed batches share them."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ..errors import DiDiError, some
+from ..task_vectors.live_models import DIVIDED, EVERY, check_undivided
+
+log = logging.getLogger(__name__)
+Parameters = list[nn.Parameter]
+
+
+class Unwritten:
+    """Watches that forwards of a backbone, and of networks over its parameters, do not write to these.
+
+    It goes by the counters that torch keeps of writes, so that training between forwards is the user's own. Writes past the
+    counters (``.data``, tensors made in inference mode) are not seen. Embeddings with ``max_norm`` write what they would write
+    again under any task, which does no harm.
+
+    Args:
+        backbone: whose parameters they are.
+    """
+
+    def __init__(self, backbone: nn.Module):
+        self.backbone = backbone
+        self._fault: str | None = None
+        self._lasting = WeakKeyDictionary[nn.Module, Parameters]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"backbone": self.backbone, "_fault": self._fault}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lasting=WeakKeyDictionary())
+
+    def check(self) -> None:
+        """No forward has written to them.
+
+        Raises:
+            DiDiError: from the first that did on.
+        """
+        if self._fault is not None:
+            raise DiDiError(self._fault)
+
+    def run(
+        self, network: nn.Module, forward: Callable[[], Any], *, lasting: bool = True
+    ) -> Any:
+        """What a forward returns, which may not write to the parameters of a network.
+
+        Args:
+            lasting: they are those of its last run, see :meth:`forget`.
+
+        Raises:
+            DiDiError: naming what was written to.
+        """
+        if torch.compiler.is_compiling():
+            return forward()
+        self.check()
+        parameters = self._lasting.get(network) if lasting else None
+        if parameters is None:
+            parameters = _watched(network)
+            if lasting:
+                self._lasting[network] = parameters
+        before = [parameter._version for parameter in parameters]
+        try:
+            return forward()
+        finally:
+            if before != [parameter._version for parameter in parameters]:
+                pairs = zip(parameters, before)
+                written = {id(p) for p, count in pairs if p._version != count}
+                self._fault = _fault(network, written)
+                self.check()
+
+    def forget(self, network: nn.Module) -> None:
+        """The parameters of a network may be others than at its last run."""
+        self._lasting.pop(network, None)
+
+
+def _watched(network: nn.Module) -> Parameters:
+    return [
+        parameter
+        for module in network.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+        and not parameter.is_inference()
+        and vars(module).get("max_norm") is None
+    ]
+
+
+def _fault(network: nn.Module, written: set[int]) -> str:
+    names = [
+        f"{name} of {type(network.get_submodule(name.rpartition('.')[0])).__name__}"
+        for name, parameter in network.named_parameters()
+        if id(parameter) in written
+    ]
+    return (
+        f"A forward of {type(network).__name__} wrote to its own weights ({some(names)}), by which tasks are switched: the merged model "
+        "in memory is spoiled. Load it again, fusion_bench_didi.load(directory, backbone=...), or merge again, with a base model whose "
+        "forwards leave its weights alone, as a setting of its configuration may make it do."
+    )
+
+
+def without_rescaling(backbone: nn.Module) -> nn.Module:
+    """The model itself, kept from dividing its weights, as RWKV models do.
+
+    Transformers divides weights of layer i by ``2 ** (i // rescale_every)`` at the first forward after training, and halves
+    activations as often, for the range of float16. Outputs are the same without, but for the constants of layer norms.
+
+    Raises:
+        DiDiError: if weights are divided already.
+    """
+    check_undivided(backbone, "The base model")
+    for module in backbone.modules():
+        config = getattr(module, "config", None)
+        every = getattr(config, EVERY, None) or 0
+        if hasattr(module, DIVIDED) and every > 0:
+            module.config = copy.copy(config)
+            setattr(module.config, EVERY, 0)
+            log.warning(
+                "%s runs with %s=0 in place of %d: its forwards would divide the weights by which tasks are switched. Activations of "
+                "deep models may be too large for float16.",
+                type(module).__name__,
+                EVERY,
+                every,
+            )
+    return backbone

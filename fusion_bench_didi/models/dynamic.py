@@ -30,6 +30,7 @@ from ..serving.forward import MixedForward
 from ..serving.held import Held
 from ..serving.layers import is_turned
 from ..serving.making import AnyBank, bank_of
+from ..serving.shadow import let_pickle
 from ..serving.unwritten import without_rescaling
 from . import saving
 from .experts import NamedModules, TaskExpert
@@ -98,6 +99,7 @@ class DynamicModel(ModulatedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own working copies of the experts."""
+        let_pickle(self.backbone)
         return {**self.__dict__, "_mixed": {}, "_mixed_state": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DynamicModel":

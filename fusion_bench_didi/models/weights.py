@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointMismatchError
 from ..serving.copies import deep_copy
 from ..serving.derived import Derived
+from ..serving.shadow import unwatched
 from ..serving.shapes import Shapes
 from ..serving.unwritten import Unwritten
 from ..task_vectors.ties import tie, tied_names
@@ -47,7 +48,7 @@ class BackboneWeights:
         """An independent copy of the backbone as it is now."""
         self.unwritten.check()
         with self.lock:
-            return deep_copy(self.backbone)
+            return unwatched(deep_copy(self.backbone))
 
     def tie(self, model: nn.Module) -> None:
         """Tie the tensors of the backbone or a copy of it again that were tied, whatever has become of them on a move."""

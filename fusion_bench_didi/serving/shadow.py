@@ -3,8 +3,10 @@
 Their buffers are their own, so that what a forward writes never reaches the backbone.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,21 +66,77 @@ def network_with(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Modul
     return shadowed(backbone, {m: change(leaves) for m, leaves in by_module.items()})
 
 
+#: where transformers 5 has its hooks on states and attentions, and how it notes on a model that it registered them
+_CAPTURING, _NOTE = (
+    "transformers.utils.output_capturing",
+    "_output_capturing_hooks_installed",
+)
+
+
 def watch_states(module: nn.Module) -> None:
     """Have transformers 5 register its hooks on hidden states and attentions, if it has not yet.
 
     It does so at the first forward that is asked for them, and notes on the model that it did. Networks that share hooks but not
     that note would register them once more each, and give every state several times.
     """
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    register = getattr(capturing, "maybe_install_capturing_hooks", None)
+    register = getattr(
+        sys.modules.get(_CAPTURING), "maybe_install_capturing_hooks", None
+    )
     if register is None:  # transformers 4
         return
     for model in module.modules():
         if hasattr(model, "_can_record_outputs"):
-            inner = [vars(m) for m in model.modules()]
-            if not any("_output_capturing_hooks_installed" in v for v in inner):
+            if not any(_NOTE in vars(inner) for inner in model.modules()):
                 register(model)
+
+
+def unwatched(module: nn.Module) -> nn.Module:
+    """The model itself without those hooks, so that it can be pickled; transformers registers them again where it is asked."""
+    for inner in module.modules():
+        vars(inner).pop(_NOTE, None)
+        for key in _capturing(inner):
+            del inner._forward_hooks[key]
+    return module
+
+
+def let_pickle(module: nn.Module) -> None:
+    """Put hooks that can be pickled in the place of those, which cannot, while they stay registered."""
+    for inner in module.modules():
+        for key, hook in _capturing(inner).items():
+            if not isinstance(hook, CapturingHook):
+                names = ("key", "index", "capture_initial_hidden_state")
+                held = inspect.getclosurevars(hook).nonlocals
+                inner._forward_hooks[key] = CapturingHook(*(held[n] for n in names))
+
+
+def _capturing(module: nn.Module) -> dict[int, Callable]:
+    return {
+        key: hook
+        for key, hook in module._forward_hooks.items()
+        if isinstance(hook, CapturingHook)
+        or getattr(hook, "__module__", None) == _CAPTURING
+    }
+
+
+class CapturingHook:
+    """A hook of transformers 5 on a layer, which is a function inside of another there; made anew where it is unpickled.
+
+    Args:
+        given: to what makes the hook.
+    """
+
+    def __init__(self, *given: Any):
+        self.given, holder = given, nn.Module()
+        from transformers.utils.output_capturing import install_output_capuring_hook
+
+        install_output_capuring_hook(holder, *given)
+        (self.hook,) = holder._forward_hooks.values()
+
+    def __reduce__(self) -> tuple:
+        return CapturingHook, self.given
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.hook(module, args, output)
 
 
 #: a module, and the name in it of one of its tensors

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import math
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -539,11 +540,50 @@ def test_the_network_follows_the_backbone_into_training(merged):
 def test_a_served_model_can_be_copied_and_pickled(merged):
     pixels, ids = images(), task_ids()
     expected = merged(pixels, task_ids=ids).pooler_output
-    file = io.BytesIO()
-    torch.save(merged, file)
-    file.seek(0)
-    for twin in (copy.deepcopy(merged), torch.load(file, weights_only=False)):
+    for twin in (copy.deepcopy(merged), pickled(merged)):
         assert twin(pixels, task_ids=ids).pooler_output.equal(expected)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("asked", ["mixed", "set", "both", "twice"])
+def test_models_that_were_asked_for_states_are_pickled_and_give_each_once(
+    merged, asked
+):
+    pixels, ids = images(), task_ids()
+    states = {"output_hidden_states": True}
+    if asked != "mixed":
+        merged.set_task("mnist")
+        merged(pixels, **states)
+        merged.unset_task()
+    if asked != "set":
+        merged(pixels, task_ids=ids, **states)
+    expected = merged(pixels, task_ids=ids, **states).hidden_states
+    one = pickled(merged)
+    if asked == "twice":
+        one = pickled(one)
+    for twin in (one, copy.deepcopy(merged), merged):
+        found = twin(pixels, task_ids=ids, **states).hidden_states
+        assert len(found) == len(expected) == 1 + merged.config.num_hidden_layers
+        assert all(f.equal(e) for f, e in zip(found, expected))
+
+
+def test_plain_models_of_one_that_was_asked_for_states_are_plain(merged):
+    pixels, states = images(), {"output_hidden_states": True}
+    fresh = merged.materialize("mnist")
+    expected = fresh(pixels, **states).hidden_states
+    merged(pixels, task_ids=task_ids(), **states)
+    one = merged.materialize("mnist")
+    assert b"fusion_bench_didi" not in pickle.dumps(one)
+    for model in (one, pickled(one)):
+        found = model(pixels, **states).hidden_states
+        assert len(found) == len(expected)
+        assert all(f.equal(e) for f, e in zip(found, expected))
 
 
 def test_compiled_equals_eager_with_one_graph_for_all_batches(merged):

@@ -73,12 +73,14 @@ class Bench:
         """As transformers reads them."""
         self.pool
         try:
-            return {
-                name: self.kind.from_pretrained(self.place / name).float().eval()
-                for name in self.models
-            }
+            return {name: self.read(self.place / name) for name in self.models}
         except Exception as error:
             raise NotTried(f"not loaded by itself: {error}") from error
+
+    def read(self, place: Path) -> PreTrainedModel:
+        """In the base model's type, for what a class works out itself is rounded to the type that it is loaded in; transformers 5
+        takes that of the files."""
+        return self.kind.from_pretrained(place, dtype=torch.float32).float().eval()
 
     @cached_property
     def kept(self) -> set[str]:

@@ -126,8 +126,9 @@ def export(bench: Bench) -> None:
     place = bench.place / "plain"
     to_plain(bench.merged, place)
     for task in TASKS:
-        again = bench.kind.from_pretrained(place / task).float().eval()
-        same_tensors(again, bench.merged.materialize(task).float(), bench.kept)
+        same_tensors(
+            bench.read(place / task), bench.merged.materialize(task).float(), bench.kept
+        )
 
 
 def mixed_batch(bench: Bench) -> None:

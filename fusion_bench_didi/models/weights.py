@@ -100,7 +100,7 @@ class BackboneWeights:
         if not as_stated:
             self.shapes.follow(model, name, shape)
         self.derived.forget(model, [name])
-        self.unwritten.forget(model)
+        self.unwritten.switched(model)
 
     def restore(self) -> None:
         """Write all base values back; their copies are no longer needed."""

@@ -30,10 +30,11 @@ class Unwritten:
     def __init__(self, backbone: nn.Module):
         self.backbone = backbone
         self._fault: str | None = None
+        self._switches = 0
         self._lasting = WeakKeyDictionary[nn.Module, Parameters]()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backbone": self.backbone, "_fault": self._fault}
+        return {"backbone": self.backbone, "_fault": self._fault, "_switches": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lasting=WeakKeyDictionary())
@@ -53,7 +54,7 @@ class Unwritten:
         """What a forward returns, which may not write to the parameters of a network.
 
         Args:
-            lasting: they are those of its last run, see :meth:`forget`.
+            lasting: they are those of its last run, see :meth:`switched`.
 
         Raises:
             DiDiError: naming what was written to.
@@ -67,17 +68,20 @@ class Unwritten:
             if lasting:
                 self._lasting[network] = parameters
         before = [parameter._version for parameter in parameters]
+        switches = self._switches
         try:
             return forward()
         finally:
-            if before != [parameter._version for parameter in parameters]:
+            after = [parameter._version for parameter in parameters]
+            if before != after and switches == self._switches:
                 pairs = zip(parameters, before)
                 written = {id(p) for p, count in pairs if p._version != count}
                 self._fault = _fault(network, written)
                 self.check()
 
-    def forget(self, network: nn.Module) -> None:
-        """The parameters of a network may be others than at its last run."""
+    def switched(self, network: nn.Module) -> None:
+        """Values of a network are another task's: no forward of another thread wrote them. Its parameters may be others, too."""
+        self._switches += 1
         self._lasting.pop(network, None)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -338,6 +339,22 @@ def test_training_between_forwards_is_the_users():
         optimizer.step()
         assert not weight.equal(before)
     model.set_task("b")
+
+
+def test_a_task_that_another_thread_switches_meanwhile_spoils_nothing():
+    model = exact_model(pool_of(seeded(lambda: Net(lambda _: None))))
+    expected = model.materialize("b")(X)
+    model.set_task("a")
+    body = model.backbone.body
+    body.write = lambda _: in_a_thread(lambda: model.set_task("b"))
+    model(X)
+    assert model.current_task == "b"
+    torch.testing.assert_close(model(X), expected)
+
+
+def in_a_thread(function: Callable[[], Any]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(function).result()
 
 
 def test_statistics_of_batch_norms_in_training():

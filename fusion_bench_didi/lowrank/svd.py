@@ -33,7 +33,7 @@ DOUBLE_SIDE = 384
 SKETCH_SIDE = 256
 #: Through ``a^T a`` by two products with the matrix, and through its Gram matrix, where products cost less.
 DIRECT, WITHIN_GRAM = Search(1.9, blocks=4, times=1), Search(1.5, blocks=3, times=2)
-#: Gram matrices are formed in so many strips, each from its diagonal block on.
+#: Gram matrices are formed in so many strips, each from its diagonal block on; on an accelerator whole, by one operation.
 STRIPS = 8
 #: What an eigenproblem of size s costs, in multiples of s^3 operations of a matrix product, by type of device.
 EIGEN_COST = {"cpu": 9.0, "cuda": 60.0}
@@ -202,8 +202,10 @@ def _operations(
 
 
 def _gram_matrix(a: Tensor) -> Tensor:
-    """``a^T a`` of (l, s), each entry off the diagonal blocks formed once."""
+    """``a^T a`` of (l, s); on a CPU each entry off the diagonal blocks is formed once."""
     work = a.double() if a.shape[1] <= DOUBLE_SIDE else a
+    if work.device.type != "cpu":
+        return work.mT @ work
     side = work.shape[1]
     gram, width = work.new_empty(side, side), max(-(-side // STRIPS), 1)
     for begin in range(0, side, width):

@@ -233,7 +233,7 @@ def _places(symbols: Tensor, classes: Tensor) -> Tensor:
     tables, classes = _tables(symbols.device), classes.long()
     low = tables.low_bits[classes][:, None]
     if _unless_seen(low):
-        symbols = (symbols + (1 << low >> 1)) >> low
+        symbols = (symbols + tables.half_steps[classes][:, None]) >> low
     return symbols + tables.middles[classes][:, None]
 
 
@@ -270,6 +270,7 @@ class _Tables:
         dead_zones: (CLASSES,).
         reach: (CLASSES,) the largest numbers, ascending.
         low_bits: (CLASSES,) int32.
+        half_steps: (CLASSES,) int32, half of the number that has one bit more.
         middles: (CLASSES,) int32 where 0 stands in the two tables below.
         lengths: float32 bits that the symbols of each class without low bits take, one class after another.
         values: float32 what these symbols stand for, in steps.
@@ -279,6 +280,7 @@ class _Tables:
     dead_zones: Tensor
     reach: Tensor
     low_bits: Tensor
+    half_steps: Tensor
     middles: Tensor
     lengths: Tensor
     values: Tensor
@@ -287,6 +289,7 @@ class _Tables:
 @lru_cache(maxsize=None)
 def _tables(device: torch.device) -> _Tables:
     floats = partial(torch.tensor, dtype=torch.float32, device=device)
+    integers = partial(torch.tensor, dtype=torch.int32, device=device)
     every, low = range(CLASSES), [low_bits(c) for c in range(CLASSES)]
     most = [largest(coded_class(c)) for c in every]
     starts = [0, *accumulate(2 * m + 1 for m in most[:TOP])]
@@ -295,8 +298,9 @@ def _tables(device: torch.device) -> _Tables:
         floats([offset(c) for c in every]),
         floats([float(dead_zone(c)) for c in every]),
         floats([_reach(c) for c in every]),
-        torch.tensor(low, dtype=torch.int32, device=device),
-        torch.tensor(middles, dtype=torch.int32, device=device),
+        integers(low),
+        integers([1 << bits >> 1 for bits in low]),
+        integers(middles),
         torch.cat([lengths(c) for c in range(TOP)]).float().to(device),
         torch.cat([_values_of_class(c) for c in range(TOP)]).to(device),
     )

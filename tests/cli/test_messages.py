@@ -89,7 +89,8 @@ def test_a_plan_does_not_mind_what_lies_where_nothing_is_written(
         ("rescale", "{}", "--budget", "0.1", "-o", "out"),
     ],
 )
-def test_no_hub_is_asked_for_what_is_a_path(command, place, hub):
+def test_no_hub_is_asked_for_what_is_a_path(command, place, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"^{place} does not exist"):
         run(*(word.format(place) for word in command))
     assert not hub

@@ -110,6 +110,42 @@ class DynamicModel(ModulatedModel):
             twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As of any module, the backbone's tensors with their base values, whatever task is on: so every one can be loaded.
+
+        With ``keep_vars`` the live ones.
+        """
+        found = super().state_dict(*args, **kwargs)
+        places = dict(zip(("destination", "prefix", "keep_vars"), args), **kwargs)
+        if not places.get("keep_vars"):
+            start = places.get("prefix", "") + "backbone."
+            for name, value in self._weights.kept.items():
+                if start + name in found:
+                    found[start + name] = value.detach()
+        return found
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        task = self._current_task
+        found = super().load_state_dict(*args, **kwargs)
+        if task is not None:
+            self.set_task(task)
+        return found
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """What is loaded takes the place of base values; what was made of those is made again."""
+        self.unset_task()
+        self.backbone_changed()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def backbone_changed(self) -> None:
+        """To be called after a change of how the backbone runs: what was made for mixed batches is made again.
+
+        Raises:
+            DiDiError: if tensors of the backbone have other shapes than what the tasks were made for.
+        """
+        self._mixed, self._mixed_state = {}, None
+        self._weights.check_shapes()
+
     @property
     def tasks(self) -> list[str]:
         return list(self.modulators.keys())

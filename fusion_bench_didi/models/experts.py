@@ -1,6 +1,6 @@
 """What tasks add to a backbone: deltas by tensor name, one expert per task."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -90,12 +90,19 @@ class TaskExpert(TaskModulator):
         super().__init__()
         self.deltas: NamedModules[Delta] = NamedModules(deltas)
 
-    @torch.no_grad()
-    @without_autocast()
-    def apply(self, modulated_model: Switchable) -> None:
-        """Write the task's weights into the live backbone, one pass over the touched tensors."""
-        for name in modulated_model.touched:
-            modulated_model.write(name, modulated_model.task_tensor(name, self))
+    def apply(
+        self, modulated_model: Switchable | Callable[[nn.Module], None]
+    ) -> "TaskExpert | None":
+        """Write the task's weights into the live backbone, one pass over the touched tensors.
+
+        The host's modulators call this as torch calls what does something with every module; a function is applied so.
+        """
+        if not isinstance(modulated_model, nn.Module):
+            return nn.Module.apply(self, modulated_model)
+        with torch.no_grad(), without_autocast():
+            for name in modulated_model.touched:
+                modulated_model.write(name, modulated_model.task_tensor(name, self))
+        return None
 
     @torch.no_grad()
     def remove(self, modulated_model: Switchable) -> None:

@@ -29,6 +29,15 @@ _LOOKING = (
 _SEEN = ("get_input_embeddings", "get_output_embeddings", "get_position_embeddings")
 #: Methods of such classes that hand on what runs, or the weights as they are.
 _HANDING_ON = ("get_encoder", "get_decoder")
+#: Methods that change how the network runs, or the shapes of its tensors.
+_CHANGING = (
+    "resize_token_embeddings",
+    "resize_position_embeddings",
+    "prune_heads",
+    "gradient_checkpointing_enable",
+    "gradient_checkpointing_disable",
+    "set_attn_implementation",
+)
 
 
 class Called(RoutedModel, Protocol):
@@ -45,6 +54,8 @@ class Called(RoutedModel, Protocol):
     def run_alone(
         self, function: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any: ...
+
+    def backbone_changed(self) -> None: ...
 
 
 def no_task(model: Called) -> UnknownTaskError:
@@ -66,9 +77,21 @@ def attribute(model: Called, name: str, value: Any) -> Any:
             True for _ in value.parameters()
         )
         return _guarded(model, value) if runs_alone else value
+    if name in _CHANGING:
+        return _changing(model, value)
     if not runs(model.backbone, name, value):
         return value
     return _method(model, name, value)
+
+
+def _changing(model: Called, value: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(value)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        found = value(*args, **kwargs)
+        model.backbone_changed()
+        return found
+
+    return method
 
 
 def runs(backbone: nn.Module, name: str, value: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointMismatchError
+from ..errors import CheckpointMismatchError, DiDiError
 from ..serving.copies import deep_copy
 from ..serving.derived import Derived
 from ..serving.shadow import unwatched
@@ -37,6 +37,13 @@ class BackboneWeights:
         self._aliases = tied_names(backbone)
         self.tie(backbone)
         self._base: dict[str, Tensor] = {}
+        self._shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in (
+                *backbone.named_parameters(),
+                *backbone.named_buffers(),
+            )
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "lock"}
@@ -59,8 +66,35 @@ class BackboneWeights:
 
         Raises:
             CheckpointMismatchError: if the backbone lacks it.
+            DiDiError: if something else gave it another shape, which what is written would undo.
         """
-        return self._held(self.backbone, name).detach()
+        held = self._held(self.backbone, name)
+        shape = tuple(held.shape)
+        if shape != self._shapes.setdefault(name, shape):
+            raise DiDiError(
+                f"The backbone's {name} is {shape} now, and was {self._shapes[name]} when the tasks were merged, which are made for that. "
+                "Resize the base model and the fine-tuned ones before the merge, or one task's plain model, materialize(...)."
+            )
+        return held.detach()
+
+    def check_shapes(self) -> None:
+        """
+        Raises:
+            DiDiError: as :meth:`live`, for any tensor.
+        """
+        with self.lock:
+            for name, _ in self.backbone.named_parameters():
+                self.live(name)
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Base values of what was overwritten, by every name that it has."""
+        with self.lock:
+            again = {n: f for n, f in self._aliases.items() if f in self._base}
+            return {
+                name: self.base(first)
+                for name, first in (*((n, n) for n in self._base), *again.items())
+            }
 
     def base(self, name: str) -> Tensor:
         """The base value, whatever was written; in the live tensor's type and on its device.
@@ -97,6 +131,8 @@ class BackboneWeights:
                 held.data = other.copy_(
                     value
                 )  # the same object: it may have several names
+        if model is self.backbone:
+            self._shapes[name] = shape
         if not as_stated:
             self.shapes.follow(model, name, shape)
         self.derived.forget(model, [name])

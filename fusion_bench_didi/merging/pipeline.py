@@ -23,7 +23,8 @@ from ..deltas.sink import Experts, InMemory, Shared, Sink
 from ..deltas.storage import account, told
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks
-from ..errors import BudgetError
+from ..errors import BudgetError, SettingsError, spelled
+from ..task_vectors.alignment import some
 from ..task_vectors.loop import Progress, no_progress
 from ..task_vectors.parallel import HeapTrimmer
 from ..task_vectors.reader import TaskVectors
@@ -180,13 +181,17 @@ def _check_something_fits(
 
     Raises:
         BudgetError: with a budget that holds one module.
+        SettingsError: if everything that tasks change is left out.
     """
     inventory, settings, tasks = context.inventory, context.settings, context.tasks
     ranks = (d.form.ranks(d, len(tasks)) for d in decisions.values())
-    if not decisions or any(map(any, ranks)):
+    if any(map(any, ranks)) or inventory.vector_bits or inventory.own_bits:
         return
-    if inventory.vector_bits or inventory.own_bits:
-        return
+    if not decisions:
+        raise SettingsError(
+            f"{spelled('vectors', 'pretrained')} leaves out all that the tasks change ({some(inventory.vectors)}), so that all of them "
+            f"would be the base model. Keep them: {spelled('vectors', 'expert')}, or {spelled('vectors', 'shared')}."
+        )
     rates = [
         inventory.rate(name) if decision.spectra is None else decision.spectra.rate
         for name, decision in decisions.items()

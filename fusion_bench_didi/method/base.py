@@ -49,7 +49,7 @@ from ..pools.opening import (
     load_backbone,
     open_pool,
 )
-from ..pools.task_names import check_tasks, pool_tasks
+from ..pools.task_names import check_aliases, check_tasks, pool_tasks
 from ..report.units import readable
 from ..task_vectors.loop import Progress, Result, each, spread
 from ..task_vectors.reader import TaskVectors
@@ -137,7 +137,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
         Raises:
             ModelPoolError: no base model, fewer than two tasks, or names that mean the same task.
-            UnknownTaskError: if the task pool has a task that no model covers.
+            UnknownTaskError: if the task pool has a task that no model covers, or an alias means none.
             DiDiError: if the task pool cannot tell a model its task, or what is saved cannot be written where it shall be.
             FileExistsError: if something lies there.
         """
@@ -148,6 +148,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             )
         modelpool = as_pool(modelpool)
         check_pool(modelpool)
+        check_aliases(self.task_aliases, modelpool.model_names)
         if self.dynamic and self.processes.leads:
             check_saving(self._program, self.output_dir)
         if self.output_dir is not None and self.processes.leads:

@@ -61,6 +61,24 @@ def check_tasks(
         )
 
 
+def check_aliases(aliases: Mapping[str, str] | None, known: Iterable[str]) -> None:
+    """Every alias must mean a model.
+
+    Raises:
+        UnknownTaskError: naming those that do not.
+    """
+    known, unknown = list(known), {}
+    for name, model in (aliases or {}).items():
+        try:
+            resolve_task(model, known)
+        except UnknownTaskError:
+            unknown[name] = model
+    if unknown:
+        raise UnknownTaskError(
+            f"{spelled('task_aliases', str(unknown))} names no model of the pool, which has {known}. Map task pool names to model names."
+        )
+
+
 def names_of(
     models: Iterable[str],
     given: Iterable[str],

@@ -101,6 +101,28 @@ class TaskVectors:
                         f"{key}: no tensor matches {pattern!r}; there are names like {some(known)}."
                     )
 
+                if key != "exclude" and (why := self._useless(key, pattern)):
+                    raise SettingsError(
+                        f"{key}: {pattern!r} does nothing, since it matches nothing but {why}. Take it out, or name other tensors."
+                    )
+
+    def _useless(self, key: str, pattern: str) -> str | None:
+        """Tensors on which a pattern has no effect, and why, where it matches nothing else."""
+        infos = self.base.infos() | {
+            n: i for s in self._sources.values() for n, i in s.infos().items()
+        }
+        names = fnmatch.filter(infos, pattern)
+        excluded = [n for n in names if matches(n, self.exclude)]
+        if names and names == excluded:
+            return f"{some(names)}, which exclude leaves out"
+        if key == "own" or not names:
+            return None
+        own = [n for n in names if n not in excluded and matches(n, self.own)]
+        whole = [n for n in names if min(matrix_shape(infos[n].shape)) < 2]
+        if {*names} - {*excluded, *own, *whole}:
+            return None
+        return f"{some(names)}, which are stored whole anyway, own or left out"
+
     @property
     def tasks(self) -> list[str]:
         return list(self.tuned)

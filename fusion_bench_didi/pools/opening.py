@@ -32,6 +32,7 @@ from .entries import (
     load_model,
 )
 from .file_layouts import computed_on_loading
+from .live_modules import check_modules
 from .names_in_memory import Names, apart, as_loaded, tied_as
 from .task_names import normalized
 from .weight_files import open_weights
@@ -157,11 +158,13 @@ def open_pool(
         if stored is not None:
             there = buffers.union(stored.infos(), taken_apart(backbone))
             fresh = frozenset(set(names.infos) - there)
-    tuned, configurations = {}, {}
+    tuned, configurations, live = {}, {}, {}
     for name in modelpool.model_names:
         tuned[name] = adapter_source(modelpool, name, known, names)
         if tuned[name] is None:
-            whole, configurations[name] = _whole_source(modelpool, name, names)
+            whole, configurations[name], model = _whole_source(modelpool, name, names)
+            if model is not None:
+                live[name] = model
             tuned[name] = CastSource.over(whole, base)
     vectors = TaskVectors(
         base,
@@ -176,6 +179,8 @@ def open_pool(
     )
     config = getattr(base, "config", None) or configuration_of(modelpool, BASE)
     check_configurations(config, configurations)
+    if backbone is not None:
+        check_modules(backbone, live)
     return vectors
 
 
@@ -265,18 +270,18 @@ def adapter_source(
 
 def _whole_source(
     modelpool: BaseModelPool, name: str, names: Names | None
-) -> tuple[TensorSource, Any]:
-    """A whole fine-tuned model, from its files or as the pool loads it, and its configuration."""
+) -> tuple[TensorSource, Any, nn.Module | None]:
+    """A whole fine-tuned model, from its files or as the pool loads it; its configuration; and, where it was loaded, itself."""
     found = _file_source(modelpool, name, names)
     if found is not None:
-        return found, configuration_of(modelpool, name)
+        return found, configuration_of(modelpool, name), None
     log.info("%s is read through the model that the pool loads.", name)
     model = load_model(modelpool, name)
     loaded = ModuleSource(model, name)
     source = Float8Source.over(loaded)
     if names is not None:
         source = tied_as(source, names, model)
-    return source, loaded.config
+    return source, loaded.config, model
 
 
 def _file_source(

@@ -1,0 +1,170 @@
+"""What live modules compute with their tensors: the base model runs all tasks, so that a fine-tuned module must compute the same.
+
+Models of transformers say it in their configurations, see ``configurations.py``; of other modules it is found out here.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ..errors import CheckpointMismatchError
+from .configurations import COMPUTED
+
+log = logging.getLogger(__name__)
+
+#: Where classes come from all of whose settings are known.
+_LIBRARY = "torch.nn.modules."
+#: Settings of such classes that shapes of tensors tell.
+_SIZES = {
+    *("in_features", "out_features", "in_channels", "out_channels", "num_features"),
+    *("num_embeddings", "embedding_dim", "normalized_shape", "num_channels"),
+    *("embed_dim", "kdim", "vdim", "in1_features", "in2_features"),
+}
+#: And those that matter to training alone.
+_TRAINING = {
+    *("training", "momentum", "inplace", "padding_idx", "sparse", "p"),
+    *("scale_grad_by_freq", "dropout", "track_running_stats"),
+}
+_SCALARS = (bool, int, float, str, type(None))
+#: What a setting of any class is called that matters to training alone.
+_ONLY_TRAINED = ("drop", "lr", "learning_rate", "loss", "decay")
+
+
+def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
+    """
+    Args:
+        tuned: by task, modules in memory.
+
+    Raises:
+        CheckpointMismatchError: listing what tasks would lose: other classes, settings, replaced functions, and buffers that no
+            state dict holds.
+    """
+    faults = [
+        f"{task}: {fault}"
+        for task, module in tuned.items()
+        if not (_configured(base) and _configured(module))
+        for fault in _differing(base, module)
+    ]
+    if faults:
+        raise CheckpointMismatchError(
+            "Fine-tuned modules compute something else with their tensors than the base model, which runs all tasks (base model's != "
+            "fine-tuned model's):\n  "
+            + "\n  ".join(faults)
+            + "\nGive the base model what they have in common, let what differs be tensors (register_buffer, nn.Parameter), which each "
+            "task keeps, or take these models out of the pool."
+        )
+    for task, module in tuned.items():
+        if hooked := _hooked(base, module):
+            log.warning("%s has hooks on %s, which the base model has not, and no task will have.", task, ", ".join(hooked[:4]))  # fmt: skip
+
+
+def _configured(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "config", None), PretrainedConfig)
+
+
+def _pairs(
+    base: nn.Module, tuned: nn.Module
+) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Modules of both by name."""
+    there = dict(tuned.named_modules())
+    for name, module in base.named_modules():
+        if name in there:
+            yield name, module, there[name]
+
+
+def _differing(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
+    for first, second, which in ((base, tuned, "base"), (tuned, base, "fine-tuned")):
+        known = dict(second.named_modules())
+        for name, module in first.named_modules():
+            # what holds tensors is found by those
+            if name not in known and _acts(module) and not module.state_dict():
+                yield f"{name} ({_class(module)}) is in the {which} model only"
+    for name, here, there in _pairs(base, tuned):
+        shown = name or "the model"
+        if (
+            _class(here) != _class(there)
+            and type(here).forward is not type(there).forward
+        ):
+            yield f"{shown} is {_class(here)} != {_class(there)}"
+            continue
+        if _replaced(here) != _replaced(there):
+            yield f"{shown} has a forward of its own in one of them only"
+        mine, theirs = _settings(here), _settings(there)
+        for key in sorted(mine.keys() & theirs.keys()):
+            if mine[key] != theirs[key]:
+                yield f"{shown}: {key} {mine[key]!r} != {theirs[key]!r}"
+        for leaf in sorted(
+            here._non_persistent_buffers_set & there._non_persistent_buffers_set
+        ):
+            if not _same(here._buffers.get(leaf), there._buffers.get(leaf)):
+                yield f"{shown}: the buffer {leaf}, which is in no state dict, is another"
+
+
+def _acts(module: nn.Module) -> bool:
+    """Whether a module without tensors may do something once a model is trained."""
+    idle = isinstance(module, nn.Identity) or "drop" in type(module).__name__.lower()
+    return not idle
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _replaced(module: nn.Module) -> Any:
+    """The code of a forward that is set on the module itself, unless a library put it around the class's."""
+    forward = vars(module).get("forward")
+    if forward is None or hasattr(module, "_hf_hook"):
+        return None
+    function = getattr(forward, "__func__", forward)
+    return getattr(function, "__code__", type(function))
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Settings of a module that its outputs may depend on; nan is itself."""
+    library = type(module).__module__.startswith(_LIBRARY)
+    found = {}
+    for key, value in vars(module).items():
+        if key.startswith("_") or not _plain(value):
+            continue
+        if library:
+            counts = key not in _SIZES | _TRAINING
+        else:
+            trained = any(
+                part in key.lower().split("_") or key.lower().startswith(part)
+                for part in _ONLY_TRAINED
+            )
+            counts = key in COMPUTED or (type(value) is float and not trained)
+        if counts:
+            found[key] = repr(value) if value != value else value
+    return found
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_plain, value))
+    return isinstance(value, _SCALARS)
+
+
+def _same(left: Tensor | None, right: Tensor | None) -> bool:
+    """Equal, or of other sizes, as what is worked out for the longest input so far; in the smaller type where those differ."""
+    if left is None or right is None or left.shape != right.shape:
+        return True
+    if left.is_meta or right.is_meta:
+        return True
+    small = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(left.cpu().to(small), right.cpu().to(small))
+
+
+def _hooked(base: nn.Module, tuned: nn.Module) -> list[str]:
+    """Modules on which only the fine-tuned model has hooks."""
+    return [
+        name or "the model"
+        for name, here, there in _pairs(base, tuned)
+        if not hasattr(there, "_hf_hook")
+        and len(there._forward_hooks) + len(there._forward_pre_hooks)
+        > len(here._forward_hooks) + len(here._forward_pre_hooks)
+    ]

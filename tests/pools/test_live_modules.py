@@ -1,0 +1,122 @@
+"""Modules in memory that compute something else than the base model with the same tensors: named, not run as the base model."""
+
+import copy
+
+import pytest
+import torch
+from helpers import didi, family
+from torch import nn
+
+from fusion_bench_didi.errors import CheckpointMismatchError
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.drop, self.norm = nn.Dropout(0.1), nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+        self.temperature, self.best_loss, self.run = 1.0, 0.3, "first"
+        self.register_buffer("mean", torch.ones(3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        x = self.body(x * self.mean).mean((2, 3))
+        return self.head(self.norm(self.drop(x))) / self.temperature
+
+
+class Hotter(Net):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(Net):
+    """Of another class, and computes the same."""
+
+
+def changed(net: Net, how: str) -> Net:
+    if how == "buffer":
+        net.mean += 0.5
+    elif how == "class":
+        net.__class__ = Hotter
+    elif how == "activation":
+        net.body[2] = nn.GELU()
+    elif how == "float":
+        net.temperature = 2.0
+    elif how == "epsilon":
+        net.norm.eps = 0.1
+    elif how == "stride":
+        net.body[0].stride = (2, 2)
+    elif how == "statistics":
+        net.body[1].momentum, net.body[1].eps = 0.5, 0.1
+    elif how == "one more":
+        net.body.append(nn.Tanh())
+    elif how == "one less":
+        del net.body[2]
+    elif how == "forward":
+        plain = net.forward
+        net.forward = lambda x: -plain(x)
+    return net
+
+
+LOST = {
+    "buffer": "the buffer mean, which is in no state dict",
+    "class": r"the model is .*Net != .*Hotter",
+    "activation": r"body\.2 is .*ReLU != .*GELU",
+    "float": "temperature 1.0 != 2.0",
+    "epsilon": "norm: eps 1e-05 != 0.1",
+    "stride": r"body\.0: stride \(1, 1\) != \(2, 2\)",
+    "statistics": r"body\.1: eps 1e-05 != 0.1",
+    "one more": r"body\.3 .*Tanh.* is in the fine-tuned model only",
+    "one less": r"body\.2 .*ReLU.* is in the base model only",
+    "forward": "the model has a forward of its own",
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_what_a_task_would_lose_is_named(how):
+    pool = family(Net())
+    changed(pool["svhn"], how)
+    with pytest.raises(CheckpointMismatchError, match=f"svhn: .*{LOST[how]}"):
+        didi(pool)
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_what_all_have_in_common_is_kept(how):
+    pool = {name: changed(net, how) for name, net in family(Net()).items()}
+    pool = {name: net.eval() for name, net in pool.items()}
+    model, x = didi(pool, budget=1e6).eval(), torch.randn(2, 3, 6, 6)
+    for task in model.tasks:
+        model.set_task(task)
+        torch.testing.assert_close(model(x), pool[task](x))
+
+
+def harmless(net: Net, how: str) -> None:
+    if how == "training":
+        net.drop.p, net.body[1].momentum, net.best_loss, net.run = 0.5, 0.9, 0.1, "last"
+    elif how == "class":
+        net.__class__ = Renamed
+    elif how == "type":
+        net.bfloat16()
+    elif how == "inplace":
+        net.body[2].inplace = True
+    elif how == "longer":
+        net.mean = torch.ones(5, 1, 1)
+
+
+@pytest.mark.parametrize("how", ["training", "class", "type", "inplace", "longer"])
+def test_what_outputs_do_not_depend_on_may_differ(how):
+    pool = family(Net())
+    harmless(pool["svhn"], how)
+    assert didi(pool, budget=1e6).tasks == ["mnist", "svhn"]
+
+
+def test_hooks_of_a_fine_tuned_module_are_told_of(caplog):
+    pool = family(Net())
+    hooked = copy.deepcopy(pool)
+    for net in hooked.values():
+        net.norm.register_forward_hook(lambda *_: None)
+    didi(hooked)
+    assert "hooks" not in caplog.text
+    pool["svhn"].norm.register_forward_hook(lambda module, args, y: 2 * y)
+    didi(pool)
+    assert "svhn has hooks on norm" in caplog.text

@@ -32,7 +32,7 @@ from benchmarks.processes import Job, silence
 from benchmarks.resident import peaks
 from benchmarks.scaling_page import page
 from benchmarks.suites import machine, write_json
-from fusion_bench_didi.checkpoint.tensors import file_digest
+from fusion_bench_didi.files import file_digest
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 

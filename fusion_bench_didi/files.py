@@ -1,6 +1,7 @@
-"""Single files that appear whole or stay as they were."""
+"""Single files that appear whole or stay as they were, and what tells them from others."""
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -27,3 +28,12 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

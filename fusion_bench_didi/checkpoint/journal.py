@@ -32,10 +32,10 @@ from ..errors import (
     ResumeError,
     spelled,
 )
+from ..files import file_digest
 from .directory import journal_of, seen_by_all, write_json
 from .fields import read_object, sealed
 from .ours import CONFIG
-from .tensors import file_digest
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,11 @@ from ..deltas.base import Delta
 from ..deltas.grouped import apart
 from ..deltas.sink import EncodedTensor, Experts, Shared
 from ..distributed.ranks import ALONE, Ranks
+from ..files import file_digest
 from .deltas import entry_of, in_groups, read_deltas, written_by
 from .directory import write_json
 from .journal import ENCODED, Journal
-from .tensors import file_digest, independent
+from .tensors import independent
 
 #: Pieces are put together to shards of this size; what is larger is a shard by itself.
 SHARD_BYTES = 2**27

@@ -1,6 +1,5 @@
 """safetensors files with their SHA-256: written as they are, opened only if they are what was written."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointMismatchError
+from ..files import file_digest
 from .fields import inside
 
 MAX_SHARD = "5GB"
@@ -71,12 +71,3 @@ def independent(value: Tensor) -> Tensor:
     value = value.detach().contiguous().cpu()
     whole = value.untyped_storage().nbytes() == value.nbytes
     return value if whole else value.clone()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -25,7 +25,7 @@ from ..errors import as_key, spelled_as
 from ..options import check_keywords
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
-from ..pools.opening import check_pool, load_backbone
+from ..pools.opening import check_pool, load_backbone, open_pool
 from ..pools.task_names import check_tasks
 from ..report import whereabouts, write_report
 from ..report.loggers import log_metrics, row_metrics
@@ -36,7 +36,7 @@ from .progress import Watch, quiet, terminal
 from .results import FORMAT, assemble, made
 from .rows import COMPARISON, SETTINGS, RowStore
 from .scoring import Scorer
-from .sizes import pool_facts
+from .sizes import facts_of
 
 
 class ComparisonProgram(FabricModelFusionProgram):
@@ -160,14 +160,17 @@ class ComparisonProgram(FabricModelFusionProgram):
         self.taskpool = self._instantiate_and_setup(self._taskpool)
         scorer = Scorer(self.taskpool, self.task_aliases)
         check_tasks(scorer.tasks, pool.model_names, self.task_aliases)
-        facts = None
+        backbone, facts = load_backbone(pool), None
+        vectors = open_pool(pool, backbone)
         if reads:
-            facts = pool_facts(pool, load_backbone(pool), self.fabric.device)
+            facts = facts_of(vectors, backbone, self.fabric.device)
+            store.agree_on_models({n: f.content for n, f in vectors.watched.items()})
         return Bench(
             new_modelpool=self.new_modelpool,
             instantiate=self._instantiate_and_setup,
             scorer=scorer,
             facts=facts,
+            inputs=tuple(vectors.watched.values()),
             store=store,
             aliases=self.task_aliases,
             seed=self.seed,

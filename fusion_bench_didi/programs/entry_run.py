@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..artifacts.saving import save_artifact
 from ..pools.entries import load_model
 from ..pools.opening import backbone_reference, load_backbone
 from ..pools.task_names import resolve_task
+from ..task_vectors.watched import Watched
 from .entries import ComparisonError, Entry, declared, method_config
 from .measure import free_memory, measured
 from .progress import Watch
@@ -38,6 +39,7 @@ class Bench:
         instantiate: makes a method of its configuration, tied to the running program.
         scorer: evaluates on single tasks.
         facts: of the model pool.
+        inputs: the files of its models, which must stay as they were when the facts were found.
         store: takes a row after every evaluated task.
         aliases: task pool name -> model name.
         seed: that every entry starts from, or None.
@@ -48,10 +50,19 @@ class Bench:
     instantiate: Callable[[Any], Any]
     scorer: Scorer
     facts: PoolFacts
+    inputs: Sequence[Watched]
     store: RowStore
     aliases: Mapping[str, str] | None = None
     seed: int | None = None
     save_artifacts: bool = False
+
+    def check_inputs(self) -> None:
+        """
+        Raises:
+            CheckpointMismatchError: naming a file that changed, so that no more figures would be of the same models.
+        """
+        for files in self.inputs:
+            files.check_all()
 
 
 def run_entry(bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Row:
@@ -87,6 +98,7 @@ def run_entry(bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Row:
 
 def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> None:
     """Everything that an entry may fail at; the row holds what was found until then."""
+    bench.check_inputs()
     pool, types = bench.new_modelpool(), bench.facts.types
     if entry.method == "individuals":
         model, size = None, individuals_size(bench.facts)
@@ -97,6 +109,7 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
     else:
         artifact = model = _merged(row, bench, entry, rows, pool, watch)
         size = model_size(model, load_backbone(pool), bench.facts)
+    bench.check_inputs()
     _account(row, size, bench.facts)
     _note(row, _unspent(row))
     if bench.save_artifacts:
@@ -111,6 +124,8 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
             name = resolve_task(task, pool.model_names, bench.aliases)
             model = load_model(pool, name)
         accuracy, loss = bench.scorer.scores(model, task)
+        if entry.method == "individuals":
+            bench.check_inputs()
         row["accuracy"][task] = accuracy
         if loss is not None:
             row["loss"][task] = loss

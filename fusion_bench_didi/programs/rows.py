@@ -3,6 +3,7 @@
 ::
 
     <directory>/settings.json        pools, seed and versions that all rows have in common
+    <directory>/models.json          checksums of the checkpoints' files
     <directory>/rows/<key>.json      one row, written anew after every evaluated task
     <directory>/searches/            what methods that search keep between runs
     <directory>/artifacts/<key>/     the model of a row, if asked for
@@ -26,6 +27,7 @@ from ..errors import CheckpointMismatchError
 from .entries import ComparisonError
 
 SETTINGS, ROWS, COMPARISON = "settings.json", "rows", "comparison.json"
+MODELS = "models.json"
 SEARCHES, ARTIFACTS = "searches", "artifacts"
 #: The directory of the run, in paths that rows name.
 HERE = "<run>"
@@ -69,6 +71,21 @@ class RowStore:
             there, here = self._movable(row["entry"]), self._movable(declared)
             self._refuse(there, here, f"entries.{key}.")
 
+    def agree_on_models(self, found: Mapping[str, Mapping[str, str]]) -> None:
+        """What is there must have been found with the same models.
+
+        Args:
+            found: checksums by model and file.
+
+        Raises:
+            ComparisonError: as for the settings.
+        """
+        file, models = self.directory / MODELS, _plain(found)
+        if os.path.lexists(file) and any(map(_is_row, self.rows.glob("*.json"))):
+            self._refuse(_read(file), models, "checkpoints of ")
+        else:
+            write_json(file, sealed(models, finite=False))
+
     def load(self, key: str) -> dict[str, Any] | None:
         file = self._file(key)
         if not os.path.lexists(file):
@@ -77,6 +94,7 @@ class RowStore:
 
     def save(self, key: str, row: Mapping[str, Any]) -> None:
         entry = self._movable(row["entry"])
+        self.rows.mkdir(exist_ok=True)  # something may have cleared it away
         write_json(self._file(key), sealed({**row, "entry": entry}, finite=False))
 
     def _movable(self, entry: Any) -> Any:
@@ -109,7 +127,8 @@ class RowStore:
             if any(file.is_file() for file in found) and not place.is_symlink():
                 shutil.rmtree(place)
         if settings.exists():
-            (self.directory / COMPARISON).unlink(missing_ok=True)
+            for name in (COMPARISON, MODELS):
+                (self.directory / name).unlink(missing_ok=True)
             settings.unlink()
         for name in (ROWS, ARTIFACTS, SEARCHES):
             with suppress(OSError):  # it does not exist, or something else lies there
@@ -120,6 +139,11 @@ class RowStore:
 
     def _agree(self) -> None:
         file = self.directory / SETTINGS
+        for place in (self.directory / name for name in (COMPARISON, MODELS)):
+            if os.path.lexists(place) and not place.is_file():
+                raise ComparisonError(
+                    f"{place} is no file, so that nothing can be written there. Remove it, or give another directory (path.log_dir=...)."
+                )
         if os.path.lexists(file):
             self._refuse(_read(file), self.settings, "")
             return

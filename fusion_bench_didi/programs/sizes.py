@@ -9,6 +9,7 @@ from torch import nn
 from ..artifacts.host_moe import host_storage
 from ..models.dynamic import DynamicModel
 from ..pools.opening import open_pool
+from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import model_bits, scan
 
 
@@ -43,15 +44,19 @@ class Size:
 
 
 def pool_facts(modelpool, backbone: nn.Module, device="cpu") -> PoolFacts:
+    """As :func:`facts_of`, of a pool."""
+    return facts_of(open_pool(modelpool, backbone), backbone, device)
+
+
+def facts_of(vectors: TaskVectors, backbone: nn.Module, device="cpu") -> PoolFacts:
     """Reads every checkpoint once, and so also finds NaN and misaligned ones before anything runs.
 
     Raises:
         CheckpointMismatchError, NonFiniteError, ModelPoolError: as the merge would.
     """
-    vectors = open_pool(modelpool, backbone)
     found, base = scan(vectors, device), vectors.base.infos()
     types = {name: vectors.tuned_dtype(name) for name in found.changed}
-    bits, tasks = model_bits(vectors, found), tuple(modelpool.model_names)
+    bits, tasks = model_bits(vectors, found), tuple(vectors.tasks)
     whole, sizes = len(tasks) * sum(bits[name] for name in found.changed), 0
     for name in found.changed_own:
         held = vectors.own_by_task(name)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..checkpoint.fields import Field
 from ..checkpoint.ours import CONFIG
-from ..checkpoint.tensors import file_digest, open_tensors
+from ..checkpoint.tensors import open_tensors
 from ..errors import CheckpointMismatchError
+from ..files import file_digest
 from .base import Router
 from .features import FeatureRouter, OracleRouter
 from .projection import ProjectionRouter

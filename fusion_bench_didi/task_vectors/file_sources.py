@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointMismatchError
 from .sources import TensorInfo, TensorSource, described, fault_of
+from .watched import Watched
 
 #: Files are mapped anew after so many bytes read from a model.
 MAPPED_BYTES = 2**25
@@ -44,57 +45,6 @@ _DTYPES = {
 STORED = frozenset(_DTYPES.values())
 
 
-class Watched:
-    """Files that must not change while a merge reads them: what was opened is held against what is there.
-
-    Raises:
-        CheckpointMismatchError: if a file is none, or is another one than when it was opened.
-    """
-
-    def __init__(self, label: str):
-        self._label = label
-        self._seen: dict[Path, tuple] = {}
-
-    def opened(self, file: Path) -> None:
-        """Note a file before it is opened."""
-        self._seen[file] = self._stamp(file)
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Size and date of every file."""
-        return {
-            str(file): f"{stamp[2]} bytes of {stamp[3] / 1e9:.6f}"
-            for file, stamp in self._seen.items()
-        }
-
-    def check_all(self) -> None:
-        """All of them are."""
-        for file in self._seen:
-            self.check(file)
-
-    def check(self, file: Path) -> None:
-        """It is still the file that was opened, of the same size and date."""
-        if self._stamp(file) != self._seen[file]:
-            raise CheckpointMismatchError(
-                f"{self._label}: {file} changed while it was read; what was read so far is of no use. Start again once nothing "
-                "writes to it."
-            )
-
-    def _stamp(self, file: Path) -> tuple:
-        try:
-            found = os.stat(file)
-        except OSError as error:
-            raise CheckpointMismatchError(
-                f"{self._label}: {file} cannot be read ({error}). Download or write it again."
-            ) from error
-        if not stat.S_ISREG(found.st_mode):
-            raise CheckpointMismatchError(
-                f"{self._label}: {file} is no file. Download or write it again."
-            )
-        times = found.st_mtime_ns, found.st_ctime_ns
-        return found.st_dev, found.st_ino, found.st_size, *times
-
-
 class FilesSource(TensorSource):
     """Tensors in files that are watched."""
 
@@ -111,8 +61,9 @@ class FilesSource(TensorSource):
     def identity(self) -> dict[str, str]:
         return self._watched.identity
 
-    def check(self) -> None:
-        self._watched.check_all()
+    @property
+    def watched(self) -> Watched:
+        return self._watched
 
 
 class SafetensorsSource(FilesSource):

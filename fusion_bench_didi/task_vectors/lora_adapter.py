@@ -21,6 +21,7 @@ from .file_sources import PickleSource, SafetensorsSource
 from .lora_config import CONFIG, LoraSettings, read_config, variants
 from .renaming import renaming
 from .sources import TensorInfo, TensorSource, digest_of
+from .watched import Watched
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -111,6 +112,7 @@ class AdapterSource(TensorSource):
             source: TensorSource = PickleSource([file], label)
         else:
             source = SafetensorsSource([file], label)
+        source.watched.opened(directory / CONFIG)
         return cls(source, config, base, fan_in_first)
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -121,6 +123,10 @@ class AdapterSource(TensorSource):
     def identity(self) -> dict[str, str]:
         pairs = digest_of(repr(sorted(self._pairs.items())).encode())
         return {**self._source.identity, "configuration": pairs}
+
+    @property
+    def watched(self) -> Watched | None:
+        return self._source.watched
 
     def read(self, name: str) -> Tensor:
         """The fine-tuned value of a tensor that it holds whole."""
@@ -161,6 +167,18 @@ class AdapterSource(TensorSource):
             return set()
         changed = set(self._infos)
         return {name for name, first in tied.items() if {name, first} & changed}
+
+    def leave_out_copies(self, tied: Mapping[str, str]) -> None:
+        """Take once what PEFT has written by each of its names, as it does for ``ensure_weight_tying``.
+
+        Args:
+            tied: other names of tensors that the base model ties -> their first name.
+        """
+        for name, first in tied.items():
+            if self._ties and {name, first} <= set(self._whole):
+                if self.read(name).equal(self.read(first)):
+                    del self._whole[name], self._infos[name]
+                    self.unused = {**self.unused, name: f"tied to {first}, and equal"}
 
     def _sort(self) -> None:
         """Which tensor of the file belongs to which of the base model."""

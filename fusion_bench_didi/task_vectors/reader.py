@@ -31,6 +31,7 @@ from .float8 import FLOAT8
 from .renaming import aligned
 from .sources import TensorInfo, TensorSource
 from .tensor import ChangedTensor, matrix_shape
+from .watched import Watched
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,13 @@ class TaskVectors:
             for model, source in sources.items()
             for file, told in source.identity.items()
         }
+
+    @property
+    def watched(self) -> dict[str, Watched]:
+        """The files of every model that is read from some."""
+        sources = {"the base model": self.base, **self._sources}
+        found = {model: source.watched for model, source in sources.items()}
+        return {model: files for model, files in found.items() if files is not None}
 
     def unused(self, task: str) -> Mapping[str, str]:
         """Tensors of a checkpoint that the model does not take from it, and why."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..lowrank.factors import LowRankFactors
 from .digests import digests
 from .ties import tied_names
+from .watched import Watched
 
 #: What torch calls the state of a module that is none of its tensors.
 EXTRA_STATE = "_extra_state"
@@ -79,12 +80,19 @@ class TensorSource(ABC):
     def read(self, name: str) -> Tensor:
         """The value of a tensor."""
 
+    @property
+    def watched(self) -> "Watched | None":
+        """The files, as they were when they were opened."""
+        return None
+
     def check(self) -> None:
         """The files are those that were opened.
 
         Raises:
             CheckpointMismatchError: naming one that is not.
         """
+        if self.watched is not None:
+            self.watched.check_all()
 
     def rank(self, name: str) -> int | None:
         """Of a change that is given as factors: 0 for no change, None where the tensor is given by its value."""
@@ -119,8 +127,9 @@ class WrappedSource(TensorSource):
     def identity(self) -> dict[str, str]:
         return self._source.identity
 
-    def check(self) -> None:
-        self._source.check()
+    @property
+    def watched(self) -> Watched | None:
+        return self._source.watched
 
 
 class ModuleSource(TensorSource):
@@ -159,9 +168,9 @@ class ModuleSource(TensorSource):
         self.check()
         return self._tensors[name]
 
-    def check(self) -> None:
-        if self._loaded_from is not None:
-            self._loaded_from.check()
+    @property
+    def watched(self) -> Watched | None:
+        return None if self._loaded_from is None else self._loaded_from.watched
 
     @functools.cached_property
     def digests(self) -> Mapping[str, str]:

@@ -47,7 +47,7 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
         f"{task}: {fault}"
         for task, module in tuned.items()
         if not (_configured(base) and _configured(module))
-        for fault in _differing(base, module)
+        for fault in _differing(*_matched(base, module))
     ]
     if faults:
         raise CheckpointMismatchError(
@@ -58,8 +58,20 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
             "task keeps, or take these models out of the pool."
         )
     for task, module in tuned.items():
-        if hooked := _hooked(base, module):
+        if hooked := _hooked(*_matched(base, module)):
             log.warning("%s has hooks on %s, which the base model has not, and no task will have.", task, ", ".join(hooked[:4]))  # fmt: skip
+
+
+def _matched(base: nn.Module, tuned: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The two, or what one of them is wrapped in or part of (DataParallel, averages of weights, a tower of a whole model)."""
+    if type(base) is not type(tuned):
+        for module in tuned.modules():
+            if type(module) is type(base):
+                return base, module
+        for module in base.modules():
+            if type(module) is type(tuned):
+                return module, tuned
+    return base, tuned
 
 
 def _configured(module: nn.Module) -> bool:

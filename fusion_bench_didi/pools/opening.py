@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.models.modulator import ModulatedModel
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import ModelPoolError
 from ..task_vectors.cast import CastSource
@@ -44,7 +46,7 @@ def check_pool(modelpool: BaseModelPool) -> None:
     """Faults that need no file.
 
     Raises:
-        ModelPoolError: no base model, fewer than two tasks, or names that mean the same task.
+        ModelPoolError: no base model, fewer than two tasks, names that mean the same task, or modules that are no plain models.
     """
     if type(modelpool).__name__ == "LazyStateDictPool":
         raise ModelPoolError(
@@ -64,6 +66,16 @@ def check_pool(modelpool: BaseModelPool) -> None:
             f"The pool has no base model: no {BASE!r} among {modelpool.all_model_names}. "
             f"Task vectors are differences to it; add modelpool.models.{BASE}."
         )
+    for name, entry in modelpool._models.items():
+        if isinstance(entry, ModulatedModel):
+            raise ModelPoolError(
+                f"{name!r} is a merged model of several tasks. Give the plain model of one, materialize(...), or the base model that it "
+                "was merged from; tasks are added to it by didi add-task."
+            )
+        if isinstance(entry, nn.Module) and any(map(is_lazy, entry.parameters())):
+            raise ModelPoolError(
+                f"{name!r} has parameters that get their shapes in the first forward (nn.Lazy...). Run it once before the merge."
+            )
     names = modelpool.model_names
     special = {n for n in modelpool._models if n not in names} - {BASE, "_merged_"}
     if special:
@@ -265,7 +277,9 @@ def adapter_source(
     if names is None:
         return AdapterSource.of_directory(directory, name, known)
     turned = fan_in_first(names.module)
-    return AdapterSource.of_directory(directory, name, known, turned)
+    source = AdapterSource.of_directory(directory, name, known, turned)
+    source.leave_out_copies(names.aliases)
+    return source
 
 
 def _whole_source(

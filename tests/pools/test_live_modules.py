@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import didi, family
+from helpers import BASE, didi, family
 from torch import nn
 
-from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.errors import CheckpointMismatchError, ModelPoolError
 
 
 class Net(nn.Module):
@@ -120,3 +120,55 @@ def test_hooks_of_a_fine_tuned_module_are_told_of(caplog):
     pool["svhn"].norm.register_forward_hook(lambda module, args, y: 2 * y)
     didi(pool)
     assert "svhn has hooks on norm" in caplog.text
+
+
+class Whole(nn.Module):
+    """A model of which the other is a tower."""
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.tower = tower
+
+
+WRAPPED = {
+    "DataParallel": nn.DataParallel,
+    "average": torch.optim.swa_utils.AveragedModel,
+    "tower": Whole,
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+@pytest.mark.parametrize("lost", [None, "float", "activation", "buffer"])
+def test_a_wrapped_module_is_held_against_the_base_model(how, lost):
+    pool = family(Net())
+    want = pool["svhn"]
+    pool["svhn"] = WRAPPED[how](want)
+    if lost is None:
+        model, x = didi(pool, budget=1e6).eval(), torch.randn(2, 3, 6, 6)
+        model.set_task("svhn")
+        torch.testing.assert_close(model(x), want.eval()(x))
+        return
+    inside = next(m for m in pool["svhn"].modules() if type(m) is Net)
+    changed(inside, lost)
+    with pytest.raises(CheckpointMismatchError, match=f"svhn: .*{LOST[lost]}"):
+        didi(pool)
+
+
+@pytest.mark.parametrize("name", [BASE, "svhn"])
+@pytest.mark.parametrize("task", [None, "mnist"])
+def test_a_merged_model_is_no_model_of_a_pool(name, task):
+    merged = didi(family(Net()), budget=1e6)
+    if task:
+        merged.set_task(task)
+    with pytest.raises(ModelPoolError, match=f"{name}' is a merged model of several"):
+        didi({**family(Net()), name: merged})
+    plain = merged.materialize("mnist")
+    assert didi({**family(Net()), name: plain}, budget=1e6).tasks == ["mnist", "svhn"]
+
+
+@pytest.mark.parametrize("name", [BASE, "svhn"])
+def test_modules_without_shapes_are_no_models_yet(name):
+    pool = family(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)))
+    pool[name] = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.LazyLinear(8))
+    with pytest.raises(ModelPoolError, match=f"{name}' has parameters that get their"):
+        didi(pool)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import TRANSFORMERS, didi
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from saved_checkpoints import (
     LLAMA,
     as_pickle,
@@ -274,11 +274,19 @@ def test_fine_tuned_models_that_tie_what_the_base_does_not(tmp_path):
             lambda: llama(True),
             {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         ),
+        (
+            lambda: llama(True),
+            {
+                "target_modules": ["q_proj"],
+                "modules_to_save": ["embed_tokens"],
+                "ensure_weight_tying": True,
+            },
+        ),
     ],
-    ids=["pair on the head", "whole embedding", "whole head"],
+    ids=["pair on the head", "whole embedding", "whole head", "both, kept tied"],
 )
 def test_adapters_that_change_one_name_of_a_tied_tensor(tmp_path, make, settings):
-    """PEFT runs the embedding and the head apart from then on; so does the merged model."""
+    """PEFT runs the embedding and the head apart from then on, unless it is told to tie them; so does the merged model."""
     base, want = make(), {}
     base.save_pretrained(tmp_path / "base")
     for seed, task in enumerate("ab", 1):
@@ -299,6 +307,21 @@ def test_adapters_that_change_one_name_of_a_tied_tensor(tmp_path, make, settings
         with torch.no_grad():
             found, expected = merged(ids).logits, want[task](input_ids=ids).logits
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path):
+    """An adapter that says it keeps them tied, and does not."""
+    base = llama(True)
+    base.save_pretrained(tmp_path / "base")
+    for task in "ab":
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["embed_tokens"], ensure_weight_tying=True)  # fmt: skip
+        get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / task)
+    file = tmp_path / "a/adapter_model.safetensors"
+    tensors = load_file(file)
+    (head,) = (name for name in tensors if "lm_head" in name)
+    save_file({**tensors, head: tensors[head] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointMismatchError, match="a: .*lm_head.weight"):
+        didi(pool_of(tmp_path, LlamaForCausalLM), budget=1e9)
 
 
 def test_a_model_that_computes_something_else_when_untied_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
 from ..deltas.storage import StorageReport, account
-from ..errors import SettingsError, UnknownTaskError
+from ..errors import DiDiError, SettingsError, UnknownTaskError
 from ..lowrank.arithmetic import without_autocast
 from ..routers.base import Router
 from ..routers.files import RouterName, make_router
@@ -222,6 +222,10 @@ class DynamicModel(ModulatedModel):
                 of heads of different shapes, are not one batch.
         """
         if task_ids is not None or task_weights is not None:
+            if _exporting() and not self._was_mixed:
+                raise DiDiError(
+                    "torch.export of a mixed batch needs one run of such a batch before, in which it is seen how to run it."
+                )
             return self.mixed(task_ids, task_weights, args, kwargs)
         if self._has_task:
             return self.run_alone(self.backbone, *args, **kwargs)
@@ -239,6 +243,10 @@ class DynamicModel(ModulatedModel):
         return self._weights.unwritten.run(
             self.backbone, lambda: function(*args, **kwargs)
         )
+
+    @property
+    def _was_mixed(self) -> bool:
+        return any(forward.trusted for forward in self._mixed.values())
 
     @property
     def mixed(self) -> MixedForward:
@@ -525,3 +533,8 @@ class DynamicModel(ModulatedModel):
 
 class DiDiModel(DynamicModel):
     """The merged model of DiDi-Merging: low-rank shared part and experts under one budget."""
+
+
+def _exporting() -> bool:
+    """Whether torch.export traces this; releases before 2.7 do not tell."""
+    return getattr(torch.compiler, "is_exporting", bool)()

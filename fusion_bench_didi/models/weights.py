@@ -123,7 +123,7 @@ class BackboneWeights:
         self.tie(model)
         held, shape = self._held(model, name), tuple(value.shape)
         as_stated = held.shape == value.shape == self.shapes.sides.get(name, shape)
-        if held.shape == value.shape:
+        if held.shape == value.shape and not _repeats(held):
             held.detach().copy_(value)
         else:
             with torch.inference_mode(False), torch.no_grad():
@@ -162,3 +162,10 @@ class BackboneWeights:
                 "Pass the base model of the merge."
             )
         return found
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether several entries lie in one place, as after ``expand``, so that they cannot be written."""
+    return any(
+        step == 0 and side > 1 for step, side in zip(tensor.stride(), tensor.shape)
+    )

@@ -5,11 +5,12 @@ import copy
 
 import pytest
 import torch
-from helpers import didi, family, floats, same_bits
+from helpers import BASE, didi, family, floats, same_bits
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusion_bench_didi.errors import DiDiError
+from fusion_bench_didi.models.dynamic import DiDiModel
 
 IDS = torch.arange(20).view(4, 5)
 
@@ -117,3 +118,71 @@ def test_mixed_batches_follow_what_is_changed_through_the_model():
     for row, task in enumerate(tasks):
         model.set_task(task)
         torch.testing.assert_close(found[row], logits(model)[row])
+
+
+@pytest.mark.parametrize("task", [None, "mnist"])
+def test_a_merged_model_is_no_backbone(tmp_path, task):
+    model, other = merged(), merged()
+    model.save_pretrained(tmp_path / "m")
+    if task:
+        other.set_task(task)
+    with pytest.raises(DiDiError, match="backbone is a merged model itself"):
+        DiDiModel.from_pretrained(tmp_path / "m", backbone=other)
+    for odd in (llama().state_dict(), 5, llama):
+        with pytest.raises(DiDiError, match="expected a module, or where"):
+            DiDiModel.from_pretrained(tmp_path / "m", backbone=odd)
+    other.unset_task()
+    assert DiDiModel.from_pretrained(tmp_path / "m", backbone=other.backbone).tasks
+
+
+def test_a_mixed_batch_is_exported_once_one_has_run():
+    base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    pool, x = family(base), torch.randn(4, 8)
+    model = didi(pool, budget=1e6).eval()
+    ids, others = torch.tensor([0, 1, 1, 0]), torch.tensor([1, 0, 1, 0])
+    with pytest.raises(DiDiError, match="needs one run of such a batch before"):
+        torch.export.export(model, (x,), {"task_ids": ids})
+    model(x, task_ids=ids)
+    program = torch.export.export(model, (x,), {"task_ids": ids}).module()
+    want = [pool[model.tasks[i]](x[n]) for n, i in enumerate(others)]
+    torch.testing.assert_close(program(x, task_ids=others), torch.stack(want))
+    model.set_task("svhn")
+    program = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(program(x), pool["svhn"](x))
+
+
+class Expanded(nn.Module):
+    """Tensors several entries of which lie in one place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(1, 1).expand(4, 4))
+        self.register_buffer("shift", torch.ones(1, 4).expand(3, 4))
+
+    def forward(self, x):
+        return self.layer(x) @ self.scale + self.shift[1]
+
+
+def test_tensors_that_repeat_in_memory_are_written(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = Expanded()
+        pool, x = {BASE: base}, torch.randn(4, 4)
+        for task in ("mnist", "svhn"):
+            pool[task] = Expanded()
+            pool[task].scale = nn.Parameter(torch.randn(4, 4))
+            pool[task].shift = torch.randn(3, 4)
+    model = didi(pool, budget=1e6)
+    for task in ("mnist", "svhn", "mnist"):
+        model.set_task(task)
+        torch.testing.assert_close(model(x), pool[task](x))
+        torch.testing.assert_close(model.materialize(task)(x), pool[task](x))
+    tasks = ["svhn", "mnist", "mnist", "svhn"]
+    want = torch.stack([pool[task](x[n]) for n, task in enumerate(tasks)])
+    torch.testing.assert_close(model(x, task_ids=tasks), want)
+    model.unset_task()
+    torch.testing.assert_close(model.backbone(x), base(x))
+    model.save_pretrained(tmp_path / "m")
+    back = DiDiModel.from_pretrained(tmp_path / "m", backbone=copy.deepcopy(base))
+    torch.testing.assert_close(back(x, task_ids=tasks), want)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fusion_bench.models.modulator import ModulatedModel
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError, DiDiError, some
@@ -145,7 +146,17 @@ def resolved(
 
     Raises:
         CheckpointMismatchError: if weights of the model given are not in memory, or not those of its checkpoint.
+        DiDiError: for what is neither, and for a merged model.
     """
+    if isinstance(given, ModulatedModel):
+        raise DiDiError(
+            "backbone is a merged model itself, expected the base model of the merge. Pass that model's own: backbone=model.backbone, "
+            "with no task set."
+        )
+    if given is not None and not isinstance(given, (nn.Module, str, Path)):
+        raise DiDiError(
+            f"backbone is a {type(given).__name__}, expected a module, or where the base model lies."
+        )
     if isinstance(given, nn.Module):
         check_values(given, "The base model")
         return given, frozenset()

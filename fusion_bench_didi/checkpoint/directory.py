@@ -51,6 +51,8 @@ def check_target(
             this package.
         DiDiError: if another run is writing to it, or it cannot be made.
     """
+    if not str(target).strip():
+        raise DiDiError("The name of the directory to write is empty. Give one.")
     try:
         place = Path(os.path.realpath(Path(target).expanduser()))
         os.lstat(place)

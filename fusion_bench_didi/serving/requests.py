@@ -55,7 +55,11 @@ def _no_task(ids: Sequence[Any], tasks: Sequence[str]) -> UnknownTaskError:
 
 def _listed(task_ids: Any, tasks: Sequence[str]) -> Tensor:
     texts, unordered = (str, bytes), (Set, Mapping)
-    if isinstance(task_ids, (*texts, *unordered)) or not hasattr(task_ids, "__iter__"):
+    if isinstance(task_ids, unordered):
+        raise DiDiError(
+            f"task_ids are a {type(task_ids).__name__}, which has no order; give a list, one task per sample."
+        )
+    if isinstance(task_ids, texts) or not hasattr(task_ids, "__iter__"):
         raise DiDiError(
             f"task_ids={task_ids!r} is no sequence; give one task per sample, such as [{task_ids!r}] * batch."
         )
@@ -111,14 +115,17 @@ def checked_weights(task_weights: Any, tasks: Sequence[str]) -> Tensor:
     weights = task_weights
     if not isinstance(weights, Tensor):
         try:
-            weights = torch.as_tensor(
-                np.asarray(weights, dtype=np.float32), device="cpu"
-            )
+            found = np.asarray(weights)
+            if not np.iscomplexobj(found):
+                found = found.astype(np.float32)
+            weights = torch.as_tensor(found, device="cpu")
         except (TypeError, ValueError):
             raise DiDiError(
                 f"task_weights={task_weights!r} are no matrix of numbers, one row per sample."
             ) from None
-    if weights.ndim != 2 or weights.shape[1] != len(tasks) or weights.is_complex():
+    if weights.is_complex():
+        raise DiDiError(f"task_weights are {weights.dtype}, expected real numbers.")
+    if weights.ndim != 2 or weights.shape[1] != len(tasks):
         raise DiDiError(
             f"task_weights are {tuple(weights.shape)}, expected one row per sample and {len(tasks)} columns, for {list(tasks)}."
         )

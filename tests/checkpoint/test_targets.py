@@ -207,6 +207,15 @@ def test_odd_names(tmp_path, name):
     assert marked(target) == "new" and listing(target.parent) == [name]
 
 
+@pytest.mark.parametrize("name", ["", " ", "\n"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_name_must_be_given(tmp_path, monkeypatch, name, overwrite):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DiDiError, match="name of the directory to write is empty"):
+        small().save_pretrained(name, overwrite=overwrite)
+    assert listing(tmp_path) == []
+
+
 def test_a_relative_target_stays_where_it_was_meant(tmp_path, monkeypatch):
     """A method, or the program, may change the directory while it merges."""
     (tmp_path / "here").mkdir()

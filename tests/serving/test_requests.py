@@ -69,3 +69,23 @@ def test_parametrized_modules_serve_mixed_batches(kind, changed):
     assert unchanged(before, model.backbone)
     assert (model.mixed.network is not None) == (changed == "2.")
     copy.deepcopy(model)
+
+
+COMPLEX = {
+    "tensor": torch.eye(2, dtype=torch.complex64),
+    "array": np.eye(2) * (1 + 1j),
+    "rows": [[1 + 1j, 0], [0, 1]],
+}
+
+
+@pytest.mark.parametrize("kind", COMPLEX)
+def test_weights_of_complex_numbers_are_refused(model, kind):
+    """Of arrays the real part was taken."""
+    with pytest.raises(DiDiError, match="task_weights are torch.complex.*real"):
+        model(torch.ones(2, 3), task_weights=COMPLEX[kind])
+
+
+@pytest.mark.parametrize("ids", [{"b", "a"}, {"b": 1, "a": 0}, {0: "a"}.keys()])
+def test_what_has_no_order_is_called_so(model, ids):
+    with pytest.raises(DiDiError, match=f"a {type(ids).__name__}, which has no order"):
+        model(torch.ones(2, 3), task_ids=ids)

@@ -23,8 +23,7 @@ from ..deltas.sink import Experts, InMemory, Shared, Sink
 from ..deltas.storage import account, told
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks
-from ..errors import BudgetError, SettingsError, spelled
-from ..task_vectors.alignment import some
+from ..errors import BudgetError, SettingsError, some, spelled
 from ..task_vectors.loop import Progress, no_progress
 from ..task_vectors.parallel import HeapTrimmer
 from ..task_vectors.reader import TaskVectors

@@ -9,6 +9,8 @@
 
 import os
 
+from helpers import write_clip
+
 # Read at import by the libraries below: must come first.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -125,6 +127,22 @@ def tiny_clip() -> TinyClip:
 @pytest.fixture(scope="session")
 def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_clip().save(tmp_path_factory.mktemp("tiny_clip"))
+
+
+@pytest.fixture(scope="session")
+def clip_dir(make_tiny_clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP around the tiny tower, as the host's task pool loads it."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip", make_tiny_clip().base)
+
+
+@pytest.fixture(scope="session")
+def demo_suite(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where the smallest demo suite lies, as its pools take it."""
+    from fusion_bench_didi.demo import build_suite
+
+    cache = tmp_path_factory.mktemp("suite")
+    build_suite(cache, size="tiny")
+    return {"cache_dir": str(cache), "size": "tiny"}
 
 
 @pytest.fixture(autouse=True)

@@ -100,6 +100,11 @@ def task_vectors(models: Mapping[str, nn.Module], **choice: Any) -> TaskVectors:
     return TaskVectors(sources.pop(BASE), sources, **choice)
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def floats(module: nn.Module) -> dict[str, Tensor]:
     """Independent copies of all floating-point tensors of the state dict."""
     state = module.state_dict().items()
@@ -126,6 +131,13 @@ def family(base: nn.Module, tasks: tuple[str, ...] = ("mnist", "svhn")) -> dict:
     """A pool's ``models`` around a base model."""
     tuned = {task: fine_tuned(base, seed) for seed, task in enumerate(tasks, 1)}
     return {BASE: base.eval(), **tuned}
+
+
+class Payload:
+    """What a pickle could run."""
+
+    def __reduce__(self):
+        return (print, ("this must not run",))
 
 
 class OpenClipLike(nn.Module):

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from helpers import BASE, PLAIN, QUICK, floats
-from host_pools import HOST_POOLS, HostPool
+from helpers import PLAIN, QUICK, floats
+from host_pools import HostPool
 from torch import Tensor, nn
 
 from fusion_bench_didi import load

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from exact_models import seeded
 from fusion_bench.modelpool import BaseModelPool
 from helpers import didi
 from safetensors.torch import load_file, save_file
@@ -19,12 +20,6 @@ LLAMA = {
     "num_key_value_heads": 2,
     "vocab_size": 64,
 }
-
-
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make().eval()
 
 
 def llama(tied: bool) -> LlamaForCausalLM:

@@ -1,7 +1,7 @@
 """Models of one small matrix that share something in every form there is."""
 
 import torch
-from helpers import floats
+from helpers import floats, normal
 from torch import Tensor, nn
 
 from fusion_bench_didi.deltas.masks import MaskedDelta, SparseDelta
@@ -13,29 +13,25 @@ FORMS = ("none", "bases", "dense", "low rank")
 SHAPE = (6, 6)
 
 
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def shared_part(form, seed):
     if form == "bases":
-        return BasesDelta(SHAPE, drawn(seed, 6, 2), drawn(seed + 1, 2, 6))
+        return BasesDelta(SHAPE, normal(6, 2, seed=seed), normal(2, 6, seed=seed + 1))
     if form == "dense":
-        return DenseDelta(SHAPE, drawn(seed, 6, 6))
+        return DenseDelta(SHAPE, normal(6, 6, seed=seed))
     if form == "low rank":
-        return LowRankDelta(SHAPE, drawn(seed, 6, 1), drawn(seed + 1, 1, 6))
+        return LowRankDelta(SHAPE, normal(6, 1, seed=seed), normal(1, 6, seed=seed + 1))
     return None
 
 
 def expert(form, seed):
     """What may stand beside a shared part."""
     if form == "bases":
-        return CoreDelta(SHAPE, drawn(seed, 2, 2))
+        return CoreDelta(SHAPE, normal(2, 2, seed=seed))
     if form == "dense":
-        return MaskedDelta.of(drawn(seed, 6, 6) > 0, 0.7)
+        return MaskedDelta.of(normal(6, 6, seed=seed) > 0, 0.7)
     if form == "low rank":
-        return LowRankDelta(SHAPE, drawn(seed, 6, 1), drawn(seed + 1, 1, 6))
-    return SparseDelta.of(drawn(seed, 6, 6).relu(), torch.float32)
+        return LowRankDelta(SHAPE, normal(6, 1, seed=seed), normal(1, 6, seed=seed + 1))
+    return SparseDelta.of(normal(6, 6, seed=seed).relu(), torch.float32)
 
 
 def base() -> nn.Module:
@@ -47,7 +43,7 @@ def base() -> nn.Module:
 def model_of(form, seed, tasks):
     """A model of two tasks with experts and one that is as what is shared."""
     experts = {t: {"0.weight": expert(form, seed + 9 * i)} for i, t in enumerate(tasks)}
-    experts[tasks[-1]] = {"1.bias": OwnDelta((3,), drawn(seed, 3))}
+    experts[tasks[-1]] = {"1.bias": OwnDelta((3,), normal(3, seed=seed))}
     shared = shared_part(form, seed)
     shared = {} if shared is None else {"0.weight": shared}
     return DiDiModel(base(), shared, experts, unit_bits=6 * 6 * 32)

@@ -16,7 +16,6 @@ from torch import nn
 from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.artifacts.host_moe import host_storage
 from fusion_bench_didi.artifacts.saving import written
-from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.method import EMRMerging, TwinMerging
 from fusion_bench_didi.models.dynamic import DynamicModel
@@ -74,14 +73,13 @@ def outputs(model: nn.Module | dict[str, nn.Module]) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def compared(tmp_path_factory, demo_suite):
     """All shipped entries on the tiny suite, saved; and what each model gave before it was saved."""
-    cache, directory = tmp_path_factory.mktemp("suite"), tmp_path_factory.mktemp("run")
-    build_suite(cache, size="tiny")
+    directory = tmp_path_factory.mktemp("run")
     pools = [
         f"{pool}.{key}={value}"
         for pool in ("modelpool", "taskpool")
-        for key, value in (("cache_dir", cache), ("size", "tiny"))
+        for key, value in demo_suite.items()
     ]
     options = [f"path.log_dir={directory}", "save_artifacts=true", "report=false"]
     config = initialize_hydra_config("didi_compare", [*pools, *options])

@@ -9,12 +9,12 @@ import pytest
 from fusion_bench.modelpool import BaseModelPool
 from fuzz_cases import body, every_form
 from helpers import family
+from saved_directories import small
 
 from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.checkpoint.directory import check_target
 from fusion_bench_didi.errors import DiDiError
 from fusion_bench_didi.method.didi import DiDiMerging
-from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.recombination.library import ModularExpert, save_modules
 
 
@@ -31,12 +31,8 @@ def full_disk(size: int):
         signal.signal(signal.SIGXFSZ, ignored)
 
 
-def model(**info) -> DiDiModel:
-    return DiDiModel(body(), *every_form(), unit_bits=10000, info=info)
-
-
 def save(target, overwrite):
-    model().save_pretrained(target, overwrite=overwrite)
+    small().save_pretrained(target, overwrite=overwrite)
 
 
 def merge(target, overwrite):
@@ -54,7 +50,7 @@ def static(target, overwrite):
 def test_a_full_disk_leaves_what_was_there(tmp_path, write, overwrite):
     """The library's error named no file."""
     if overwrite:
-        model(mark="old").save_pretrained(tmp_path / "m")
+        small(mark="old").save_pretrained(tmp_path / "m")
     before = os.listdir(tmp_path)
     with full_disk(1000), pytest.raises((DiDiError, OSError), match="too large"):
         write(tmp_path / "m", overwrite)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -11,7 +10,6 @@ from omegaconf import OmegaConf
 from benchmarks.processes import on_ranks
 from fusion_bench_didi.demo.pools import DemoCLIPVisionModelPool as Models
 from fusion_bench_didi.demo.pools import DemoCLIPVisionModelTaskPool as Tasks
-from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.distributed.fabrics import fabric_of_one
 from fusion_bench_didi.distributed.ranks import ranks_here
 from fusion_bench_didi.errors import RankError
@@ -38,13 +36,6 @@ ENTRIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> dict[str, str]:
-    cache = tmp_path_factory.mktemp("suite")
-    build_suite(cache, size="tiny")
-    return {"cache_dir": str(cache), "size": "tiny"}
-
-
 def of_two(rank: int) -> L.Fabric:
     """As each of two processes that Fabric has started gets it: its loaders give a half of the samples."""
     os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE="2", NODE_RANK="0")
@@ -54,14 +45,14 @@ def of_two(rank: int) -> L.Fabric:
     return fabric
 
 
-def task_pool(place: dict[str, str]) -> Tasks:
-    return Tasks(**place, dataloader_kwargs={"batch_size": 7})
+def task_pool(demo_suite: dict[str, str]) -> Tasks:
+    return Tasks(**demo_suite, dataloader_kwargs={"batch_size": 7})
 
 
-def test_tasks_are_evaluated_once_and_whole(place):
+def test_tasks_are_evaluated_once_and_whole(demo_suite):
     def evaluate(rank: int | None) -> tuple[dict, list[str]]:
-        model = DiDiMerging(budget=0.6, **DIDI).run(Models(**place))
-        taskpool, done = task_pool(place), []
+        model = DiDiMerging(budget=0.6, **DIDI).run(Models(**demo_suite))
+        taskpool, done = task_pool(demo_suite), []
         if rank is not None:
             taskpool._fabric_instance = of_two(rank)
         stock = taskpool._evaluate
@@ -78,16 +69,19 @@ def test_tasks_are_evaluated_once_and_whole(place):
     assert some and others and sorted(some + others) == sorted(tasks)
 
 
-def test_rows_are_those_of_one_process(place, tmp_path):
+def test_rows_are_those_of_one_process(demo_suite, tmp_path):
     def compare(rank: int | None) -> tuple[dict, list[str]]:
         directory = tmp_path / ("one" if rank is None else "two")
         config = {
             "entries": ENTRIES,
             "modelpool": {
                 "_target_": f"{Models.__module__}.{Models.__name__}",
-                **place,
+                **demo_suite,
             },
-            "taskpool": {"_target_": f"{Tasks.__module__}.{Tasks.__name__}", **place},
+            "taskpool": {
+                "_target_": f"{Tasks.__module__}.{Tasks.__name__}",
+                **demo_suite,
+            },
             "path": {"log_dir": str(directory)},
             "seed": 0,
             "report": False,

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import BASE, didi, fine_tuned, floats, same_bits
+from shared_forms import values
 from torch import nn
 from tucker_models import linears
 
@@ -53,10 +54,6 @@ def alike(base: nn.Module, seed: int, *, noise: float = 0.02) -> nn.Module:
 def models(make_tiny_clip):
     base = make_tiny_clip(()).base
     return {BASE: base, **{t: alike(base, s) for s, t in enumerate("abcd", 1)}}
-
-
-def values(model):
-    return {task: floats(model.materialize(task)) for task in model.tasks}
 
 
 def error_of(model, task, tuned, base, names=None):

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import BASE, didi, floats, same_bits
-from shared_forms import base, drawn, model_of, values
+from helpers import BASE, didi, floats, normal, same_bits
+from shared_forms import base, model_of, values
 from torch import nn
 from tucker_models import linears
 
@@ -77,7 +77,7 @@ def test_many_adapters_and_names_of_all_kinds(tmp_path):
     names = [f"task {i}" for i in range(40)] + ["a/b", "..", "ä.b", "100%", "A", "a"]
     names.remove("..")
     experts = {
-        name: {"0.weight": DenseDelta((6, 6), drawn(i, 6, 6))}
+        name: {"0.weight": DenseDelta((6, 6), normal(6, 6, seed=i))}
         for i, name in enumerate(names)
     }
     model = DynamicModel(base(), {}, experts, unit_bits=36 * 32)

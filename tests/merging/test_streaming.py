@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import didi, floats, merge_settings, same_bits, task_vectors, without_codes
+from steep_layers import decaying
 
 from fusion_bench_didi.lowrank.svd import half_svd
 from fusion_bench_didi.merging.basis_store import BasisStore
@@ -13,15 +14,6 @@ from fusion_bench_didi.merging.pipeline import merge, plan
 from fusion_bench_didi.merging.rank_bounds import RankBounds
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
-
-
-def decaying(m: int, n: int, seed: int = 0) -> torch.Tensor:
-    """Singular values falling like i^(-1/2): hard for a range finder."""
-    g = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(m, n, generator=g)
-        * torch.arange(1, m + 1).rsqrt()[torch.randperm(m, generator=g), None]
-    )
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "int4"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import merge_settings, task_vectors
+from helpers import merge_settings, normal, task_vectors
 from torch import Tensor, nn
 
 from fusion_bench_didi.deltas.precision import precisions
@@ -13,10 +13,6 @@ from fusion_bench_didi.task_vectors.reader import TaskVectors
 
 ALLOWED = precisions("auto", torch.float32)
 WIDTHS = {allowed.name: i for i, allowed in enumerate(ALLOWED)}
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def heavy(*shape: int, seed: int) -> Tensor:

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
-from helpers import BASE, TOWER, OpenClipLike, didi, family, task_vectors
+from helpers import BASE, TOWER, OpenClipLike, Payload, didi, family, task_vectors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -226,13 +226,6 @@ def test_damaged_checkpoint_file(files, damage, dry_run, no_svd):
     expected = r"svhn: .*svhn/model.safetensors is not a whole safetensors file"
     with pytest.raises(CheckpointMismatchError, match=expected):
         didi(files, dry_run=dry_run)
-
-
-class Payload:
-    """What a pickle could run."""
-
-    def __reduce__(self):
-        return (print, ("this must not run",))
 
 
 def test_pickle_that_is_more_than_weights(files, capsys):

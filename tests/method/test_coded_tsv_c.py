@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import family
-from steep_layers import decaying, layers
+from steep_layers import decaying
 from torch import nn
 
 from fusion_bench_didi import method as methods

@@ -1,8 +1,7 @@
 """What only one task can have: every method keeps it to the bit, or refuses by its name."""
 
 import pytest
-import torch
-from exact_models import seeded
+from exact_models import Classifier, seeded
 from helpers import BASE, didi, fine_tuned
 from torch import nn
 
@@ -22,21 +21,11 @@ OWN = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
 KEEPING = [EMRMerging, FreeMerging, TallMaskMerging, TSVCompression, TwinMerging]
 
 
-class Net(nn.Module):
-    def __init__(self, classes: int = 3):
-        super().__init__()
-        self.mlp, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
-        self.head = nn.Linear(8, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.mlp(x)))
-
-
 def models(heads: bool = True) -> dict[str, nn.Module]:
-    base = seeded(Net)
+    base = seeded(Classifier)
     found = {BASE: base}
     for seed, (task, classes) in enumerate({"a": 3, "b": 5 if heads else 3}.items(), 1):
-        found[task] = fine_tuned(seeded(lambda: Net(classes)), seed)
+        found[task] = fine_tuned(seeded(lambda: Classifier(classes)), seed)
         found[task].norm.running_var.mul_(10.0 ** (-6 * seed))
         found[task].norm.running_mean.add_(seed)
         found[task].norm.num_batches_tracked.fill_(2**40 + seed)

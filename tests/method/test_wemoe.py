@@ -13,7 +13,6 @@ from fusion_bench_didi.demo.pools import (
     DemoCLIPVisionModelPool,
     DemoCLIPVisionModelTaskPool,
 )
-from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.method.wemoe import WEMoEMerging
 
 pytestmark = pytest.mark.filterwarnings(
@@ -29,13 +28,6 @@ FEW = {
 }
 
 
-@pytest.fixture(scope="module")
-def side(tmp_path_factory) -> dict:
-    cache = tmp_path_factory.mktemp("suite")
-    build_suite(cache, size="tiny")
-    return {"cache_dir": str(cache), "size": "tiny"}
-
-
 class Renamed(DemoCLIPVisionModelPool):
     """Models under other names than their tasks."""
 
@@ -45,11 +37,11 @@ class Renamed(DemoCLIPVisionModelPool):
         self._models = {n if n[0] == "_" else f"{n}-v1": m for n, m in models.items()}
 
 
-def trained(side: dict, monkeypatch, pool=DemoCLIPVisionModelPool, **settings):
+def trained(demo_suite: dict, monkeypatch, pool=DemoCLIPVisionModelPool, **settings):
     """The model, and learning rate and kind of gates of every step."""
     seen: list[tuple[float, bool]] = []
     method = WEMoEMerging(**{**FEW, **settings})
-    taskpool = DemoCLIPVisionModelTaskPool(**side)
+    taskpool = DemoCLIPVisionModelTaskPool(**demo_suite)
     taskpool.setup()
     method._program = SimpleNamespace(taskpool=taskpool)
     stock = torch.optim.Adam.step
@@ -68,23 +60,23 @@ def trained(side: dict, monkeypatch, pool=DemoCLIPVisionModelPool, **settings):
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     monkeypatch.setattr(WEMoEMerging, "test_time_adaptation", watched)
     torch.manual_seed(0)
-    return method.run(pool(**side)), seen
+    return method.run(pool(**demo_suite)), seen
 
 
 def mixtures(model) -> list[WeightEnsemblingMoE]:
     return [m for m in model.modules() if isinstance(m, WeightEnsemblingMoE)]
 
 
-def test_the_hosts_training(side, monkeypatch):
-    model, seen = trained(side, monkeypatch)
+def test_the_hosts_training(demo_suite, monkeypatch):
+    model, seen = trained(demo_suite, monkeypatch)
     assert seen == [(1e-4, True)] * 4
     assert not any(m.batch_reduce for m in mixtures(model)), "routes by image at test"
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_the_authors_training(side, monkeypatch):
+def test_the_authors_training(demo_suite, monkeypatch):
     """A learning rate of 1e-3 that falls by a cosine, and a gate per image."""
-    _, seen = trained(side, monkeypatch, training="published")
+    _, seen = trained(demo_suite, monkeypatch, training="published")
     expected = [5e-4 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
     assert [lr for lr, _ in seen] == pytest.approx(expected)
     assert {per_batch for _, per_batch in seen} == {False}
@@ -98,41 +90,41 @@ def test_the_authors_training(side, monkeypatch):
         ({"lr_schedule": "constant", "max_steps": 2}, (1e-3, False)),
     ],
 )
-def test_single_settings_come_first(side, monkeypatch, changed, expected):
-    _, seen = trained(side, monkeypatch, training="published", **changed)
+def test_single_settings_come_first(demo_suite, monkeypatch, changed, expected):
+    _, seen = trained(demo_suite, monkeypatch, training="published", **changed)
     assert seen[0] == pytest.approx(expected)
     assert (seen[-1][0] == seen[0][0]) == ("lr_schedule" in changed)
 
 
-def test_tasks_at_once_or_one_after_the_other(side, monkeypatch):
+def test_tasks_at_once_or_one_after_the_other(demo_suite, monkeypatch):
     """Gradients add up to the same; memory is the only difference."""
     routers = []
     for accumulate in (True, False):
         with monkeypatch.context() as patch:
-            model, _ = trained(side, patch, use_grad_accumulate=accumulate)
+            model, _ = trained(demo_suite, patch, use_grad_accumulate=accumulate)
         gates = [m.gate.state_dict() for m in mixtures(model)]
         routers.append(torch.cat([v.flatten() for g in gates for v in g.values()]))
     torch.testing.assert_close(*routers, rtol=1e-4, atol=1e-6)
 
 
-def test_training_moves_the_routers(side, monkeypatch):
-    still, _ = trained(side, monkeypatch, max_steps=0)
-    moved, _ = trained(side, monkeypatch, training="published")
+def test_training_moves_the_routers(demo_suite, monkeypatch):
+    still, _ = trained(demo_suite, monkeypatch, max_steps=0)
+    moved, _ = trained(demo_suite, monkeypatch, training="published")
     pairs = zip(still.named_parameters(), moved.named_parameters())
     changed = {name for (name, a), (_, b) in pairs if not torch.equal(a, b)}
     assert changed and all(".gate." in name for name in changed)
 
 
-def test_other_names_of_tasks(side, monkeypatch):
+def test_other_names_of_tasks(demo_suite, monkeypatch):
     """Test images and class names are looked up under the task pool's names, by the aliases."""
-    names = DemoCLIPVisionModelPool(**side).model_names
+    names = DemoCLIPVisionModelPool(**demo_suite).model_names
     aliases = {name: f"{name}-v1" for name in names}
-    model, _ = trained(side, monkeypatch, pool=Renamed, task_aliases=aliases)
-    plain, _ = trained(side, monkeypatch)
+    model, _ = trained(demo_suite, monkeypatch, pool=Renamed, task_aliases=aliases)
+    plain, _ = trained(demo_suite, monkeypatch)
     for a, b in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="none for|any for"):
-        trained(side, monkeypatch, pool=Renamed)
+        trained(demo_suite, monkeypatch, pool=Renamed)
 
 
 @pytest.mark.parametrize(

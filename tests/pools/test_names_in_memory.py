@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from exact_models import seeded
 from helpers import TRANSFORMERS, didi
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,6 @@ from saved_checkpoints import (
     llama,
     pool_of,
     saved,
-    seeded,
     tuned,
 )
 from torch import nn

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from exact_models import seeded
 from helpers import TRANSFORMERS, didi
 from safetensors.torch import load_file, save_file
 from saved_checkpoints import (
@@ -18,7 +19,6 @@ from saved_checkpoints import (
     llama,
     pool_of,
     saved,
-    seeded,
     tuned,
 )
 from torch import nn

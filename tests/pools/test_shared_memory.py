@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from exact_models import pool_of as family_of
+from exact_models import seeded
 from helpers import BASE, TRANSFORMERS, didi
 from mixed_net import close
-from saved_checkpoints import assert_exact, pool_of, saved, seeded, tuned
+from saved_checkpoints import assert_exact, pool_of, saved, tuned
 from torch import Tensor, nn
 from transformers import SamConfig, SamModel
 

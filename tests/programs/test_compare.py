@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from fusion_bench_didi.checkpoint.fields import sealed
 from fusion_bench_didi.deltas.base import Delta
 from fusion_bench_didi.demo import pools
-from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.programs import entry_run
 from fusion_bench_didi.programs.compare import ComparisonProgram
 from fusion_bench_didi.programs.entries import (
@@ -70,10 +69,8 @@ ENTRIES = {
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    cache = tmp_path_factory.mktemp("suite")
-    build_suite(cache, size="tiny")
-    return cache
+def cache(demo_suite) -> Path:
+    return Path(demo_suite["cache_dir"])
 
 
 def configuration(cache: Path, directory: Path, **changes) -> dict:

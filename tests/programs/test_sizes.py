@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from exact_models import seeded
+from exact_models import Classifier, seeded
 from fusion_bench.method import SimpleAverageAlgorithm
 from helpers import BASE, fine_tuned
 from torch import nn
@@ -30,20 +30,10 @@ DYNAMIC = (
 )
 
 
-class Net(nn.Module):
-    def __init__(self, classes: int = 3):
-        super().__init__()
-        self.mlp, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
-        self.head = nn.Linear(8, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.mlp(x)))
-
-
 def pool_of(heads: tuple[int, ...]) -> dict[str, nn.Module]:
-    models = {BASE: seeded(Net)}
+    models = {BASE: seeded(Classifier)}
     for seed, (task, classes) in enumerate(zip("abc", heads), 1):
-        models[task] = fine_tuned(seeded(lambda: Net(classes)), seed)
+        models[task] = fine_tuned(seeded(lambda: Classifier(classes)), seed)
         models[task].norm.running_mean.add_(seed)
         models[task].norm.running_var.mul_(seed + 1)
         models[task].norm.num_batches_tracked.fill_(2**40 + seed)
@@ -104,13 +94,13 @@ def test_individuals_with_heads_of_other_sizes_are_written_and_come_back(
         assert model.eval()(x).equal(again[task].eval()(x))
 
 
-class Deeper(Net):
+class Deeper(Classifier):
     def __init__(self):
         super().__init__()
         self.extra = nn.Linear(8, 8)
 
 
-class Wider(Net):
+class Wider(Classifier):
     def __init__(self):
         super().__init__()
         self.head = nn.Conv1d(8, 3, 1)

@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+from helpers import normal
 from torch import Tensor
 
 from fusion_bench_didi.lowrank.factors import LowRankFactors
@@ -25,10 +26,6 @@ from fusion_bench_didi.quantization.dead_zone import (
     rate_distortion,
 )
 from fusion_bench_didi.quantization.entropy import StreamError
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_tables_are_those_of_the_first_release():
@@ -68,7 +65,7 @@ def test_no_class_reaches_less_far_than_the_one_below():
 
 @pytest.mark.parametrize("spread", [0.1, 0.3, 0.5, 0.7, 1.0, 3.0, 9.0, 40.0, 1000.0])
 def test_gaussian_rows_take_what_the_curve_says(spread):
-    x = spread * noise(64, 2000)
+    x = spread * normal(64, 2000)
     codes = quantize(x, 1.0)
     bits = (codes.bits - CLASS_BITS * 64) / x.numel()
     error = float((codes.values() - x).square().mean())
@@ -89,7 +86,7 @@ def test_the_curve_falls():
 
 def odd_rows() -> Tensor:
     """Of all spreads, some of single large values."""
-    x = noise(60, 50) * torch.logspace(-3, 5, 60)[:, None]
+    x = normal(60, 50) * torch.logspace(-3, 5, 60)[:, None]
     x[5], x[6, 7], x[20, 3] = 0.0, 1e3, 1e5
     return x
 
@@ -102,7 +99,7 @@ def test_nothing_is_cut_off():
 
 
 def test_streams_come_back():
-    codes, few = quantize(odd_rows(), 0.5), quantize(noise(7, 9), 0.3)
+    codes, few = quantize(odd_rows(), 0.5), quantize(normal(7, 9), 0.3)
     none = quantize(torch.zeros(0, 4), 1.0)
     parts = [codes, none, few]
     stream = encode(parts)
@@ -190,7 +187,7 @@ def product(short: Codes, long: Codes, step: float, wide: bool) -> Tensor:
 @pytest.mark.parametrize("gain", [1.0, 1.3])
 def test_products_take_their_bits_and_tell_their_error(shape, gain):
     m, n = shape
-    target = noise(m, n) @ torch.diag(torch.logspace(0, -2, n)) @ noise(n, n, seed=1)
+    target = normal(m, n) @ torch.diag(torch.logspace(0, -2, n)) @ normal(n, n, seed=1)
     vectors, values = decomposed(target, 12)
     step = float(values[-1]) / max(shape) ** 0.5
     bits = quantize((vectors * values).mT, step).bits * (m + n) / min(m, n)
@@ -208,7 +205,7 @@ def test_products_take_their_bits_and_tell_their_error(shape, gain):
 
 
 def test_products_of_factors_are_never_multiplied_out():
-    factors = LowRankFactors(noise(40, 5), noise(5, 30, seed=1))
+    factors = LowRankFactors(normal(40, 5), normal(5, 30, seed=1))
     vectors, values = decomposed(factors.dense(), 5)
     step = float(values[-1]) / 40
     one = code_product(factors, vectors, values, step, 1500.0)
@@ -232,7 +229,7 @@ def test_directions_of_single_large_values_take_their_bits(bits):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
 def test_errors_are_told_of_every_size_of_values(scale):
-    target = scale * noise(40, 60)
+    target = scale * normal(40, 60)
     vectors, values = decomposed(target, 40)
     bits = 4.0 * 40 * 100
     coded = code_product(target, vectors, values, scale, bits)
@@ -249,7 +246,7 @@ def test_errors_are_told_of_every_size_of_values(scale):
 def test_bits_without_end_cut_no_large_value_off():
     """Steps stay as coarse as the largest value of few asks for."""
     target = torch.zeros(40, 60)
-    target[3], target[7, 5] = noise(1, 60)[0], 2e3
+    target[3], target[7, 5] = normal(1, 60)[0], 2e3
     vectors, values = decomposed(target, 2)
     bits = 64.0 * target.numel()
     for coded in (
@@ -264,7 +261,7 @@ def test_bits_without_end_cut_no_large_value_off():
 def test_fitting_ends_whatever_the_sides_are(rows, bits):
     """A short side that takes all of the bits at one step and next to none at another."""
     target = torch.zeros(20, 4000)
-    target[:rows] = noise(rows, 4000)
+    target[:rows] = normal(rows, 4000)
     target[10, 7] = 500.0
     vectors, values = decomposed(target, 4)
     for step in (1e-3, 0.3, 100.0):
@@ -296,7 +293,7 @@ def test_fitting_takes_few_tries_of_sparse_directions(monkeypatch, sides, bits):
 
 
 def test_rows_take_their_bits_and_tell_their_error():
-    x = noise(40, 100) * torch.logspace(-1, 1, 40)[:, None]
+    x = normal(40, 100) * torch.logspace(-1, 1, 40)[:, None]
     last = torch.inf
     for bits in (2000.0, 8000.0, 20000.0):
         coded = code_rows(x, 1.0, bits)
@@ -310,7 +307,7 @@ def test_rows_take_their_bits_and_tell_their_error():
 
 def test_one_step_for_all_rows_beats_one_width_for_all():
     """Reverse water-filling: rows of much energy get more bits than others."""
-    x = noise(32, 400) * torch.logspace(-2, 0, 32)[:, None]
+    x = normal(32, 400) * torch.logspace(-2, 0, 32)[:, None]
     coded = code_rows(x, 0.1, 2.0 * x.numel())
     even = x.square().sum() * 2.0 ** (-2 * 2.0)  # the Gaussian bound of two bits each
     assert coded.error < 0.5 * float(even)

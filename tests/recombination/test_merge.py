@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
-from helpers import BASE, REPOSITORY, pictures, task_vectors, write_clip
+from helpers import BASE, REPOSITORY, pictures, task_vectors
 
 from benchmarks.merge_front import hypervolume, random_search
 from fusion_bench_didi.deltas.plain import DenseDelta
@@ -326,11 +326,6 @@ def test_front_and_picks():
 
 
 # --- the method --------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def clip_dir(make_tiny_clip, tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("merge") / "clip", make_tiny_clip().base)
 
 
 class LabelledPool(BaseModelPool):

@@ -14,6 +14,7 @@ from queue import Queue
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import normal
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -41,10 +42,6 @@ WORDS = [f"w{i}" for i in range(60)]
 TASKS = ("one", "two", "three")
 
 
-def draw(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def saved(backbone: torch.nn.Module, processor, place: Path) -> Path:
     """A merged model of three tasks beside its base."""
     base = place / "base"
@@ -53,7 +50,7 @@ def saved(backbone: torch.nn.Module, processor, place: Path) -> Path:
     backbone = type(backbone).from_pretrained(base)
     experts = {
         task: {
-            n: LowRankDelta(tuple(p.shape), draw(len(p), 2, seed=t), draw(2, p[0].numel(), seed=9 + t) / 9)  # fmt: skip
+            n: LowRankDelta(tuple(p.shape), normal(len(p), 2, seed=t), normal(2, p[0].numel(), seed=9 + t) / 9)  # fmt: skip
             for n, p in backbone.named_parameters()
             if p.ndim == 2 and "embed" not in n
         }
@@ -100,7 +97,7 @@ def images(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("images")
     merged = saved(model, CLIPImageProcessor(**sides), place)
     labels = {task: [f"{task} {i}" for i in range(3)] for task in TASKS}
-    tensors = {task: draw(3, 32, seed=i) for i, task in enumerate(TASKS)}
+    tensors = {task: normal(3, 32, seed=i) for i, task in enumerate(TASKS)}
     save_file(tensors, place / "heads", {"labels": json.dumps(labels)})
     return merged
 
@@ -373,7 +370,9 @@ def test_tasks_with_heads_of_their_own_shapes(texts):
     runner = open_runner(texts)
     for task, count in zip(TASKS, (2, 4)):
         deltas = runner.model.modulators[task].deltas
-        deltas["classifier.weight"] = OwnDelta((count, 32), draw(count, 32, seed=count))
+        deltas["classifier.weight"] = OwnDelta(
+            (count, 32), normal(count, 32, seed=count)
+        )
         deltas["classifier.bias"] = OwnDelta((count,), torch.zeros(count))
     asked = ["two", "one", "three", "one", "two"]
     rows = [runner.row(task, text) for task, text in zip(asked, prompts(5))]

@@ -5,12 +5,6 @@ import torch
 from exact_models import clip_tower, llama, tokens
 from helpers import didi, family, floats, same_bits
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from fusion_bench_didi.lowrank.arithmetic import own_arithmetic
 from fusion_bench_didi.serving.banks import Serving

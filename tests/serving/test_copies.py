@@ -15,6 +15,7 @@ from fusion_bench.modelpool import (
     ResNetForImageClassificationPool,
 )
 from helpers import BASE, didi, fine_tuned, floats, same_bits
+from mixed_net import Net, close
 from torch import nn
 from transformers import (
     ConvNextConfig,
@@ -30,10 +31,6 @@ from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.serving.copies import adopted, deep_copy
 
 PIXELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def close(found, expected, atol=1e-5):
-    torch.testing.assert_close(found, expected, atol=atol, rtol=1e-4)
 
 
 # --- the host's pools ---------------------------------------------------------------
@@ -129,14 +126,7 @@ def test_pools_whose_forward_is_a_closure(name, tmp_path):
 # --- functions on modules -----------------------------------------------------------
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.first(x).tanh())
-
+class TwoWays(Net):
     def other(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.first(x).relu())
 
@@ -170,7 +160,7 @@ def by_a_bound_function(model):
 
 
 def by_a_partial(model):
-    model.forward = functools.partial(Net.forward, model)
+    model.forward = functools.partial(TwoWays.forward, model)
 
 
 def by_a_wrapper(model):
@@ -244,7 +234,7 @@ WAYS = {k: f for k, f in list(globals().items()) if k.startswith("by_")}
 
 def replaced(way: str, tasks: tuple[str, ...] = ("a", "b")) -> dict[str, nn.Module]:
     """Models of which every one had its forward replaced after it was made."""
-    models = pool_of(seeded(Net), tasks)
+    models = pool_of(seeded(TwoWays), tasks)
     for model in models.values():
         WAYS[way](model)
     return models
@@ -275,7 +265,7 @@ def test_a_copy_runs_its_own_modules(way):
 def test_a_merged_model_runs_the_tasks_whatever_was_put_on_its_backbone(way, how):
     """The base model may be taken over as it is, or be a copy that still runs the original."""
     models = replaced(way)
-    built = exact_model(pool_of(seeded(Net)))
+    built = exact_model(pool_of(seeded(TwoWays)))
     base = models[BASE] if how == "taken over" else copy.deepcopy(models[BASE])
     experts = {t: dict(e.deltas.items()) for t, e in built.modulators.items()}
     model = DynamicModel(base, {}, experts, unit_bits=1).eval()
@@ -315,7 +305,7 @@ def test_an_original_that_several_parts_could_be_copies_of_is_refused():
 
 def test_other_models_that_a_function_runs_are_left_alone():
     teacher = seeded(lambda: nn.Linear(6, 3))
-    model = seeded(Net)
+    model = seeded(TwoWays)
     inner = model.forward
     model.forward = lambda x: inner(x) + teacher(x)
     twin = deep_copy(model)
@@ -327,7 +317,7 @@ def test_other_models_that_a_function_runs_are_left_alone():
 
 
 def test_what_cannot_be_rebound_is_refused_by_name():
-    models = pool_of(seeded(Net))
+    models = pool_of(seeded(TwoWays))
     model = exact_model(models)
     backbone = model.backbone
 
@@ -343,7 +333,7 @@ def test_what_cannot_be_rebound_is_refused_by_name():
     del backbone.last.forward_once
     globals()["the_model"] = backbone
     backbone.forward = lambda x: the_model.last(x)  # noqa: F821
-    with pytest.raises(DiDiError, match=r"the model itself \(Net\)"):
+    with pytest.raises(DiDiError, match=r"the model itself \(TwoWays\)"):
         model.materialize("a")
     backbone.forward = backbone.other
     close(model.materialize("a")(X), models["a"].other(X))
@@ -351,7 +341,7 @@ def test_what_cannot_be_rebound_is_refused_by_name():
 
 
 def test_functions_on_classes_that_know_an_instance_are_refused():
-    class Patched(Net):
+    class Patched(TwoWays):
         pass
 
     model = seeded(Patched)
@@ -361,7 +351,7 @@ def test_functions_on_classes_that_know_an_instance_are_refused():
 
 
 def test_plain_models_are_copied_as_ever():
-    models = pool_of(seeded(Net))
+    models = pool_of(seeded(TwoWays))
     model = exact_model(models)
     one = model.materialize("a")
     assert vars(one).keys() == vars(models["a"]).keys()

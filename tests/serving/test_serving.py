@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import TOWER, didi, family, floats, same_bits, tower_of
+from helpers import TOWER, didi, family, floats, normal, same_bits, tower_of
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaModel
@@ -32,8 +32,7 @@ from fusion_bench_didi.serving.mixtures import ByTask, ByWeight, mix_of
 
 
 def images(count: int = 12, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 32, 32, generator=generator)
+    return normal(count, 3, 32, 32, seed=seed)
 
 
 def task_ids(count: int = 12, tasks: int = 3, seed: int = 0) -> torch.Tensor:

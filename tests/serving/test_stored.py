@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import didi
+from helpers import didi, normal
 from simulated_device import simulated
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,8 +31,7 @@ SLIM = Serving(memory_limit_gb=0)
 
 
 def images(count: int = 12) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 3, 32, 32, generator=generator)
+    return normal(count, 3, 32, 32)
 
 
 def task_ids(count: int = 12) -> torch.Tensor:
@@ -42,10 +41,6 @@ def task_ids(count: int = 12) -> torch.Tensor:
 @pytest.fixture
 def merged(tiny_clip) -> DynamicModel:
     return didi(tiny_clip.pool_models(), budget=0.7).eval()
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -64,25 +59,27 @@ def language() -> DynamicModel:
     model = LlamaForCausalLM(config).eval()
     names = {n: tuple(p.shape) for n, p in model.named_parameters() if p.ndim == 2}
     shared = {
-        n: LowRankDelta(s, draw(s[0], 2) / 9, draw(2, s[1]) / 9)
+        n: LowRankDelta(s, normal(s[0], 2) / 9, normal(2, s[1]) / 9)
         for n, s in names.items()
     }
 
     def coded(s, seed):
         return CodedDelta.of(
-            s, code_rows(draw(*s, seed=seed) / 9, 0.1, 3.0 * s[0] * s[1])
+            s, code_rows(normal(*s, seed=seed) / 9, 0.1, 3.0 * s[0] * s[1])
         )
 
     def rounded(s, seed):
-        codes, scale = round_rows(draw(*s, seed=seed) / 9, 3)
+        codes, scale = round_rows(normal(*s, seed=seed) / 9, 3)
         return RoundedDenseDelta(s, pack_codes(codes, 3), scale, 3)
 
     def product(s, seed):
-        low = LowRankFactors(draw(s[0], 2, seed=seed) / 9, draw(2, s[1], seed=seed) / 9)
+        low = LowRankFactors(
+            normal(s[0], 2, seed=seed) / 9, normal(2, s[1], seed=seed) / 9
+        )
         return RoundedLowRankDelta.of(s, round_factors(low, bits=4))
 
     def own(s, seed):
-        return OwnDelta(s, draw(*s, seed=seed) / 9)
+        return OwnDelta(s, normal(*s, seed=seed) / 9)
 
     makers = {"coded": coded, "rounded": rounded, "product": product, "own": own}
     experts = {
@@ -228,11 +225,12 @@ def of_bases(tasks: int = 3) -> DynamicModel:
     model = nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(2)))
     names = {name: tuple(p.shape) for name, p in model.named_parameters()}
     shared = {
-        n: BasesDelta(s, draw(side, size), draw(size, side)) for n, s in names.items()
+        n: BasesDelta(s, normal(side, size), normal(size, side))
+        for n, s in names.items()
     }
     experts = {
         f"t{t}": {
-            n: CoreDelta(s, draw(size, size, seed=t) / 99) for n, s in names.items()
+            n: CoreDelta(s, normal(size, size, seed=t) / 99) for n, s in names.items()
         }
         for t in range(tasks)
     }
@@ -243,7 +241,7 @@ def of_bases(tasks: int = 3) -> DynamicModel:
 def test_bases_add_nothing_to_the_backbone(rows, monkeypatch):
     """No product decodes a shared part that is zero, or adds it."""
     model = of_bases()
-    x, ids = draw(4, rows, 16), [0, 2, 1, None]
+    x, ids = normal(4, rows, 16), [0, 2, 1, None]
     expected = model(x, task_ids=ids)
     model.serving = SLIM
     monkeypatch.setattr(BasesDelta, "own", lambda self: 1 / 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BASE, OpenClipLike, didi
+from helpers import BASE, OpenClipLike, Payload, didi
 from lora_families import (
     ATTENTION,
     TASKS,
@@ -45,10 +45,6 @@ def test_pickled_adapter_is_read_weights_only(llamas, capsys):
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
     assert_close(didi(pool, budget=1.4), models)
-
-    class Payload:
-        def __reduce__(self):
-            return (print, ("this must not run",))
 
     torch.save({"weight": Payload()}, file.with_suffix(".bin"))
     with pytest.raises(CheckpointMismatchError, match="weights-only checkpoint"):

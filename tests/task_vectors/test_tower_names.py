@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
-from helpers import BASE, QUICK, same_bits
+from helpers import QUICK, same_bits
 from safetensors.torch import save_file
 from torch import nn
 

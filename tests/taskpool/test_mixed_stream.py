@@ -5,7 +5,7 @@ import torch
 from fusion_bench.method.emr_merging.emr_merging import EMRMerging as HostEMR
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
-from helpers import didi, pictures, write_clip
+from helpers import didi, pictures
 
 from fusion_bench_didi.routers.features import OracleRouter
 from fusion_bench_didi.routers.files import make_router
@@ -13,11 +13,6 @@ from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskP
 from fusion_bench_didi.taskpool.mixed_stream import MixedStreamCLIPVisionModelTaskPool
 
 TASKS = ("mnist", "svhn", "eurosat")
-
-
-@pytest.fixture(scope="module")
-def clip_dir(make_tiny_clip, tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clip") / "clip", make_tiny_clip().base)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from fusion_bench.taskpool import (
     CLIPVisionModelTaskPool,
     GPT2TextClassificationTaskPool,
 )
-from helpers import BASE, QUICK, OpenClipLike, didi, family, pictures, write_clip
+from helpers import BASE, QUICK, OpenClipLike, didi, family, pictures
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
@@ -38,11 +38,6 @@ needs_us = pytest.mark.skipif(
     getattr(CLIPVisionModelTaskPool, "switches_tasks", False),
     reason="this host tells models their task",
 )
-
-
-@pytest.fixture(scope="module")
-def clip_dir(make_tiny_clip, tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clip") / "clip", make_tiny_clip().base)
 
 
 @pytest.fixture

@@ -235,20 +235,6 @@ def relation(front: list[Evaluation], storage: float, performance: float) -> str
 def page(record: Record) -> str:
     """docs/merge_front.md."""
     runs, settings, tasks = evaluations(record), record["settings"], record["tasks"]
-    storage = len(tasks) / 4
-    volumes = {
-        kind: [
-            {
-                mark: (
-                    hypervolume(found[:mark], storage=storage),
-                    hypervolume(found[:mark], **NEAR),
-                )
-                for mark in (*MARKS, len(found))
-            }
-            for found in runs[kind].values()
-        ]
-        for kind in runs
-    }
     seeds = list(runs["random"])
     lines = [
         "# MERGE: search and front",
@@ -262,6 +248,40 @@ def page(record: Record) -> str:
         " only, in fine-tuned models. Small images and small samples: a point of performance is a handful of images, and"
         " values above 100 % are noise and regularisation, no more.",
         "",
+        *_volumes(runs, settings, len(tasks) / 4),
+        "",
+        "![hypervolume](img/merge_hypervolume.png)",
+        "",
+        f"## Front of seed {seeds[0]} and other methods",
+        "",
+        *_front(next(iter(runs["nsga2"].values())), record["others"]),
+        "",
+        "![front](img/merge_front.png)",
+    ]
+    if tests := record["tests"]:
+        lines += ["", *_on_test(tests, tasks)]
+    return "\n".join(lines) + "\n"
+
+
+def _volumes(
+    runs: dict[str, dict[int, list[Evaluation]]], settings: Record, storage: float
+) -> list[str]:
+    """What each search dominates, by how much it has tried."""
+    volumes = {
+        kind: [
+            {
+                mark: (
+                    hypervolume(found[:mark], storage=storage),
+                    hypervolume(found[:mark], **NEAR),
+                )
+                for mark in (*MARKS, len(found))
+            }
+            for found in runs[kind].values()
+        ]
+        for kind in runs
+    }
+    seeds, end = list(runs["random"]), settings["evaluations"]
+    lines = [
         "## Hypervolume against evaluations",
         "",
         f"Share that is dominated, mean over seeds {seeds}, range in brackets: of the whole box, performance 0..1 x storage"
@@ -272,31 +292,22 @@ def page(record: Record) -> str:
         "| evaluations | whole box: NSGA-II with forest | random | corner: NSGA-II with forest | random |",
         "|---|---|---|---|---|",
     ]
-    for mark in sorted(
-        {m for m in (*MARKS, settings["evaluations"]) if m <= settings["evaluations"]}
-    ):
+    for mark in sorted({m for m in (*MARKS, end) if m <= end}):
         row = [str(mark)]
         for box in (0, 1):
             for kind in ("nsga2", "random"):
                 v = [run[mark][box] for run in volumes[kind]]
                 row.append(f"{np.mean(v):.4f} ({min(v):.4f} to {max(v):.4f})")
         lines.append(f"| {' | '.join(row)} |")
-    ends = {
-        kind: [v[settings["evaluations"]][0] for v in volumes[kind]] for kind in volumes
-    }
+    ends = {kind: [v[end][0] for v in volumes[kind]] for kind in volumes}
     wins = sum(a > b for a, b in zip(ends["nsga2"], ends["random"]))
-    lines += [
-        "",
-        f"The search beats random on {wins} of {len(seeds)} seeds.",
-        "",
-        "![hypervolume](img/merge_hypervolume.png)",
-    ]
-    found = next(iter(runs["nsga2"].values()))
+    return [*lines, "", f"The search beats random on {wins} of {len(seeds)} seeds."]
+
+
+def _front(found: list[Evaluation], others: list) -> list[str]:
+    """The named picks of a search, and where other methods lie beside its front."""
     front = [found[i] for i in pareto_front(found)]
-    lines += [
-        "",
-        f"## Front of seed {seeds[0]} and other methods",
-        "",
+    lines = [
         "| | x_excl | performance, % | relative to the front |",
         "|---|---|---|---|",
     ]
@@ -305,26 +316,27 @@ def page(record: Record) -> str:
         lines.append(
             f"| MERGE {pick} | {e.storage:.3f} | {100 * e.performance:.1f} | on it |"
         )
-    for name, x, performance in record["others"]:
+    for name, x, performance in others:
         where = relation(front, x, performance)
         lines.append(f"| {name} | {x:.3f} | {100 * performance:.1f} | {where} |")
-    lines += ["", "![front](img/merge_front.png)"]
-    if tests := record["tests"]:
-        lines += [
-            "",
-            "## Test accuracy, measured once",
-            "",
-            "Nothing was chosen on these images. The front above was, on the images that it is drawn with, so its lead over"
-            " methods that were not is flattered; the distances here are the fair ones.",
-            "",
-            "| | " + " | ".join([*tasks, "mean"]) + " |",
-            "|---" * (len(tasks) + 2) + "|",
-        ]
-        for name, row in tests.items():
-            values = [*row.values(), float(np.mean(list(row.values())))]
-            cells = " | ".join(f"{100 * v:.1f}" for v in values)
-            lines.append(f"| {name} | {cells} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _on_test(tests: dict[str, dict[str, float]], tasks: list[str]) -> list[str]:
+    lines = [
+        "## Test accuracy, measured once",
+        "",
+        "Nothing was chosen on these images. The front above was, on the images that it is drawn with, so its lead over"
+        " methods that were not is flattered; the distances here are the fair ones.",
+        "",
+        "| | " + " | ".join([*tasks, "mean"]) + " |",
+        "|---" * (len(tasks) + 2) + "|",
+    ]
+    for name, row in tests.items():
+        values = [*row.values(), float(np.mean(list(row.values())))]
+        cells = " | ".join(f"{100 * v:.1f}" for v in values)
+        lines.append(f"| {name} | {cells} |")
+    return lines
 
 
 def evaluations(record: Record) -> dict[str, dict[int, list[Evaluation]]]:

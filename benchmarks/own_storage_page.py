@@ -1,6 +1,5 @@
 """The page and the figure of :mod:`benchmarks.own_storage`, from docs/own_storage.json."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

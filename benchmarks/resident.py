@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fusion_bench_didi.programs.measure import forget_peak
+
 #: Seconds between two looks.
 LOOKS = 0.005
 _KEYS = {"own": "RssAnon", "files": "RssFile", "resident": "VmHWM"}
@@ -24,7 +26,7 @@ def now() -> dict[str, int]:
 @contextmanager
 def peaks() -> Iterator[dict[str, int]]:
     """The most of each while the block runs, filled in at its end; of ``own``, what was added to before."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of what was before
+    forget_peak()
     before, done = now(), threading.Event()
     most = dict(before)
 

@@ -42,9 +42,7 @@ def write_page(results: list[dict[str, Any]]) -> None:
     (DOCS / "img").mkdir(parents=True, exist_ok=True)
     for result in results:
         parts.append(section(result))
-    notes = NOTES / "routing.md"
-    if notes.is_file():
-        parts.append(notes.read_text())
+    parts.append((NOTES / "routing.md").read_text())
     (DOCS / "routing.md").write_text("\n".join(parts))
 
 

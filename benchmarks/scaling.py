@@ -11,7 +11,6 @@ more processes than the machine has cores they show how work is spread, not how 
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import tempfile

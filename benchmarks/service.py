@@ -215,9 +215,7 @@ def write_page(record: dict) -> None:
             ", ".join(f"{mib:.0f}" for mib in memory),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    notes = NOTES / "service.md"
-    if notes.is_file():
-        lines += ["", notes.read_text().rstrip()]
+    lines += ["", (NOTES / "service.md").read_text().rstrip()]
     PAGE.write_text("\n".join(lines) + "\n")
 
 

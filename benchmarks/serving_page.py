@@ -26,9 +26,7 @@ def write_page(record: dict[str, Any]) -> None:
     parts = [TEXT, *summary(record)]
     for key, found in record.items():
         parts += section(key, found)
-    notes = NOTES / "serving.md"
-    if notes.is_file():
-        parts += ["", notes.read_text().rstrip()]
+    parts += ["", (NOTES / "serving.md").read_text().rstrip()]
     PAGE.write_text("\n".join(parts) + "\n")
 
 

@@ -27,9 +27,7 @@ def write_page(record: dict[str, Any]) -> None:
     parts = [TEXT.rstrip()]
     for key, found in record.items():
         parts += section(key, found)
-    notes = NOTES / "slim_serving.md"
-    if notes.is_file():
-        parts += ["", notes.read_text().rstrip()]
+    parts += ["", (NOTES / "slim_serving.md").read_text().rstrip()]
     PAGE.write_text("\n".join(parts) + "\n")
 
 

@@ -10,7 +10,6 @@ Adds to benchmarks/results/slim_serving.json and writes docs/slim_serving.md.
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import io
 import json
@@ -18,6 +17,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ from fusion_bench_didi.deltas.coded import CodedLowRankDelta
 from fusion_bench_didi.deltas.quantized import RoundedLowRankDelta
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
+from fusion_bench_didi.programs.measure import (
+    forget_peak,
+    free_memory,
+    peak_resident,
+)
 from fusion_bench_didi.quantization.coded_matrix import CodedMatrix
 from fusion_bench_didi.quantization.codes import pack_codes
 from fusion_bench_didi.quantization.dead_zone import quantize
@@ -102,12 +107,9 @@ class Memory:
 
     def __init__(self, device: str):
         self.device = torch.device(device)
-        self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def alive(self) -> int:
-        gc.collect()
-        if self.trim is not None:
-            self.trim(0)
+        free_memory()
         kinds = (Tensor, nn.Parameter)
         tensors = [o for o in gc.get_objects() if type(o) in kinds]
         storages = (
@@ -123,16 +125,11 @@ class Memory:
             before = torch.cuda.memory_allocated()
             call()
             return torch.cuda.max_memory_allocated() - before
-        self.alive()
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        free_memory()
+        forget_peak()
+        before = psutil.Process().memory_info().rss
         call()
-        return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(l.split()[1]) << 10 for l in lines if l.startswith(key))
+        return peak_resident() - before
 
 
 class Case:

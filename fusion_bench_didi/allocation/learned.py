@@ -106,29 +106,7 @@ def learn_ranks(
         .requires_grad_(True)
         for g in groups
     ]
-    energy = sum(float(g.weighted_energy()) for g in groups)
-    optimizer = torch.optim.Adam(fractions, lr=settings.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    for step in range(settings.steps):
-        progress = step / max(settings.steps - 1, 1)
-        beta = settings.beta_start * (settings.beta_end / settings.beta_start) ** (
-            progress
-        )
-        optimizer.zero_grad()
-        loss, cost = torch.zeros(()), torch.zeros(())
-        for group, fraction in zip(groups, fractions):
-            k = fraction * group.full  # (G, T + 1)
-            loss = loss + group.error(k, beta=beta, shift=settings.shift)
-            cost = cost + (k * group.per_rank).clamp(max=group.dense).sum()
-        ratio = cost / unit
-        (loss / energy + settings.penalty * (ratio - budget / unit).abs()).backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            for group, fraction in zip(groups, fractions):
-                fraction.clamp_(0.0, 1.0)
-                fixed = group.shared_rank
-                fraction[fixed >= 0, 0] = fixed[fixed >= 0] / group.full
+    _descend(groups, fractions, budget, unit, settings)
     learned: list[Tensor] = [torch.empty(0)] * len(table)
     for group, fraction in zip(groups, fractions):
         for i, k in zip(group.members, (fraction.detach() * group.full).unbind()):
@@ -144,6 +122,38 @@ def learn_ranks(
         "start's" if better and settings.fallback else "learned",
     )
     return begun if better and settings.fallback else learned
+
+
+def _descend(
+    groups: Sequence["_Group"],
+    fractions: Sequence[Tensor],
+    budget: int,
+    unit: int,
+    settings: LearningSettings,
+) -> None:
+    """Adam on the smooth loss of Eq. 11-13; fractions of full rank (G, T + 1) are changed in place."""
+    energy = sum(float(g.weighted_energy()) for g in groups)
+    optimizer = torch.optim.Adam(fractions, lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    growth = settings.beta_end / settings.beta_start
+    for step in range(settings.steps):
+        progress = step / max(settings.steps - 1, 1)
+        beta = settings.beta_start * growth**progress
+        optimizer.zero_grad()
+        loss, cost = torch.zeros(()), torch.zeros(())
+        for group, fraction in zip(groups, fractions):
+            k = fraction * group.full  # (G, T + 1)
+            loss = loss + group.error(k, beta=beta, shift=settings.shift)
+            cost = cost + (k * group.per_rank).clamp(max=group.dense).sum()
+        ratio = cost / unit
+        (loss / energy + settings.penalty * (ratio - budget / unit).abs()).backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for group, fraction in zip(groups, fractions):
+                fraction.clamp_(0.0, 1.0)
+                fixed = group.shared_rank
+                fraction[fixed >= 0, 0] = fixed[fixed >= 0] / group.full
 
 
 def objective(table: Sequence[MatrixSpectra], ranks: Sequence[Tensor]) -> float:

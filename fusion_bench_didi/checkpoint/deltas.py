@@ -172,43 +172,28 @@ def read_deltas(
     entries = [e for e in entries if e.group is None or groups[e.group]["tasks"]]
     whole = verify and only is None
     where = open_tensors(directory, fields["files"].files(), verify=whole)
-    for entry in entries:
-        found = {}
-        for part in _parts(entry):
-            key = f"{entry.key}.{part}"
-            if key not in where:
-                raise CheckpointMismatchError(
-                    f"{directory}: tensor {key} is listed in {name} and in no file. Write the model again."
-                )
-            found[part] = read_header(where[key], key)
-        check_parts(entry, found, place)
+    for entry in entries:  # all of them, before any is read
+        _check_headers(entry, where, place)
     shared: dict[str, Delta] = {}
     experts: dict[str, dict[str, Delta]] = {task: {} for task in tasks}
     common: dict[str, dict[str, Delta]] = {label: {} for label in groups}
     for entry in entries:
-        keys = {part: f"{entry.key}.{part}" for part in _parts(entry)}
-        parts = dict.fromkeys(entry.without)
-        parts |= {part: where[key].get_tensor(key) for part, key in keys.items()}
-        delta = KINDS[entry.kind](entry.shape, **parts, **entry.options)
+        delta = _read(entry, where)
         if verify:
             check_content(delta, entry, place)
         owner = shared if entry.task is None else experts[entry.task]
         owner = owner if entry.group is None else common[entry.group]
         owner[entry.tensor] = delta
-    apart = {
-        task: (label, set(group["tensors"]))
-        for label, group in groups.items()
-        for task in group["tasks"]
-    }
+    group_of = {task: label for label in groups for task in groups[label]["tasks"]}
     of_all = {**beside, **shared}
     for task, deltas in experts.items():
-        label, own = apart.get(task, ("", ()))
+        label = group_of.get(task)
+        apart = set() if label is None else set(groups[label]["tensors"])
         for tensor, delta in deltas.items():
-            parts = common[label] if tensor in own else of_all
+            parts = common[label] if tensor in apart else of_all
             check_together(task, tensor, delta, parts.get(tensor), place)
-        for tensor in sorted(own):
-            delta = deltas.get(tensor)
-            part = common[label].get(tensor)
+        for tensor in sorted(apart):
+            delta, part = deltas.get(tensor), common[label].get(tensor)
             there = [d for d in (delta, part, shared.get(tensor)) if d is not None]
             if there and not isinstance(delta, OwnDelta):
                 shape = there[0].shape
@@ -216,9 +201,35 @@ def read_deltas(
     return shared, experts
 
 
-def _parts(entry: Entry) -> list[str]:
-    """Those that are there."""
-    return [part for part in KINDS[entry.kind].parts if part not in entry.without]
+def _keys(entry: Entry) -> dict[str, str]:
+    """By part of a delta that is there, under which key its tensor is in a file."""
+    parts = [part for part in KINDS[entry.kind].parts if part not in entry.without]
+    return {part: f"{entry.key}.{part}" for part in parts}
+
+
+def _check_headers(entry: Entry, where: Mapping[str, Any], manifest: Path) -> None:
+    """The files must hold every part of a delta, in its type and shape.
+
+    Args:
+        where: open files by key.
+
+    Raises:
+        CheckpointMismatchError: if they do not.
+    """
+    found = {}
+    for part, key in _keys(entry).items():
+        if key not in where:
+            raise CheckpointMismatchError(
+                f"{manifest.parent}: tensor {key} is listed in {manifest.name} and in no file. Write the model again."
+            )
+        found[part] = read_header(where[key], key)
+    check_parts(entry, found, manifest)
+
+
+def _read(entry: Entry, where: Mapping[str, Any]) -> Delta:
+    parts = dict.fromkeys(entry.without)
+    parts |= {part: where[key].get_tensor(key) for part, key in _keys(entry).items()}
+    return KINDS[entry.kind](entry.shape, **parts, **entry.options)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -121,11 +121,7 @@ def plan(
     memory = None if journal is None else Finished(journal, store)
     crew = Crew.of(ranks, task_vectors.sizes, memory)
     with _timed(seconds, "scan"):
-        # what is sampled is decided by headers, as if every tensor was changed
-        expected = take_inventory(task_vectors, settings, given=given)
-        budget = settings.budget.bits(expected.unit_bits)
-        budget -= expected.vector_bits + expected.own_bits
-        bounds = RankBounds(task_vectors, expected, settings, max(budget, 0), device)
+        bounds = _bounds_by_headers(task_vectors, settings, given, device)
         observe = partial(_observed, bounds) if joint else None
         found = scan(task_vectors, device, observe=observe, crew=crew)
     inventory = take_inventory(task_vectors, settings, found, given=given)
@@ -171,6 +167,19 @@ def plan(
     if settings.gain == "auto":
         decisions = with_gains(decisions, context.energy)
     return Plan(context, found, decisions, seconds)
+
+
+def _bounds_by_headers(
+    task_vectors: TaskVectors,
+    settings: MergeSettings,
+    given: Given | None,
+    device: torch.device | str,
+) -> RankBounds:
+    """Bounds as if every tensor was changed, by which it is decided what is sampled while all is scanned."""
+    expected = take_inventory(task_vectors, settings, given=given)
+    budget = settings.budget.bits(expected.unit_bits)
+    budget -= expected.vector_bits + expected.own_bits
+    return RankBounds(task_vectors, expected, settings, max(budget, 0), device)
 
 
 def _check_something_fits(

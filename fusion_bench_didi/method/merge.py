@@ -42,6 +42,7 @@ from ..recombination.objectives import (
     Evaluation,
     Evaluator,
     ReconstructionScorer,
+    Scorer,
     Space,
 )
 from ..recombination.operators import OperatorSettings, rate_of
@@ -147,7 +148,7 @@ class MERGE(PoolMethod):
         reader = ComponentReader(task_vectors)
         space = Space.of(parts, reader, list(self.operators))
         if self.objective == "proxy":
-            scorer = ReconstructionScorer(parts, reader)
+            scorer: Scorer = ReconstructionScorer(parts, reader)
         else:
             with self.profile("validation images"):
                 scorer = scorer_from_pools(
@@ -161,23 +162,12 @@ class MERGE(PoolMethod):
                 )
         memory = int(8 * 2**30 * self.library_memory_gb)
         library = Library(reader, self.operator_settings(), memory_bits=memory)
-        with self.profile("search"), Progress(transient=True) as bar:
-            row = bar.add_task("MERGE: evaluations", total=self.evaluations)
-            found = nsga2(
-                space,
-                Evaluator(space, library, scorer),
-                self.search_settings(),
-                state=directory and directory / STATE,
-                described=self._described(space, scorer),
-                progress=lambda done, total: bar.update(row, completed=done),
-            )
+        found = self._searched(directory, space, library, scorer)
         front = [found[i] for i in pareto_front(found)]
         picks = named_picks(front)
         with self.profile("library"):
             chains = self._leave(directory, space, library, found, front, picks)
-        index = picks[self.pick] if self.pick in picks else int(self.pick)
-        if not -len(front) <= index < len(front):
-            raise SettingsError(f"pick={self.pick}: the front has {len(front)} points.")
+        index = self._picked(picks, len(front))
         chosen = front[index]
         log.info(
             "%d evaluations, %d modules made, %d points on the front; pick %s: performance %.4f, x_excl %.4f",
@@ -204,6 +194,32 @@ class MERGE(PoolMethod):
             },
         )
         return self.connect(model, modelpool)
+
+    def _searched(
+        self, directory: Path | None, space: Space, library: Library, scorer: Scorer
+    ) -> list[Evaluation]:
+        """All that the search tried, in order."""
+        with self.profile("search"), Progress(transient=True) as bar:
+            row = bar.add_task("MERGE: evaluations", total=self.evaluations)
+            return nsga2(
+                space,
+                Evaluator(space, library, scorer),
+                self.search_settings(),
+                state=directory and directory / STATE,
+                described=self._described(space, scorer),
+                progress=lambda done, total: bar.update(row, completed=done),
+            )
+
+    def _picked(self, picks: dict[str, int], points: int) -> int:
+        """The point of the front that is asked for, by name or number.
+
+        Raises:
+            SettingsError: for a number that the front does not have.
+        """
+        index = picks[self.pick] if self.pick in picks else int(self.pick)
+        if not -points <= index < points:
+            raise SettingsError(f"pick={self.pick}: the front has {points} points.")
+        return index
 
     def _directory(self) -> Path | None:
         """Where front, library and state go; nothing is written without a place.

@@ -39,7 +39,7 @@ def measured() -> Iterator[Cost]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        _forget_peak()
+        forget_peak()
     before = torch.cuda.memory_allocated() if cuda else peak_resident()
     start = time.perf_counter()
     try:
@@ -61,10 +61,9 @@ def free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _forget_peak() -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # Linux only; elsewhere the peak is that of the whole run
+def forget_peak() -> None:
+    """Let :func:`peak_resident` begin anew; on Linux only, elsewhere the peak is that of the whole run."""
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -71,7 +71,7 @@ def draw_front(
     """
     from ..report import labels
     from ..report.findings import KEPT
-    from ..report.style import color, headline, look, new_figure
+    from ..report.style import headline, look, new_figure
 
     front = [evaluations[i] for i in pareto_front(evaluations)]
     picks = [(p, *_point(front[i])) for p, i in named_picks(front).items()]
@@ -82,39 +82,7 @@ def draw_front(
         figure = new_figure(10.5, 4.4)
         whole, near = figure.subplots(1, 2)
         for axes in (whole, near):
-            axes.plot(
-                *zip(*map(_point, evaluations)),
-                "o",
-                ms=3,
-                mew=0,
-                color=color("static"),
-                alpha=0.45,
-                label="tried by the search",
-            )
-            axes.plot(
-                *zip(*steps),
-                "-o",
-                ms=4,
-                color=color("dynamic"),
-                drawstyle="steps-post",
-                label="its front",
-            )
-            axes.plot(
-                *zip(*(at for _, *at in picks)),
-                "o",
-                ms=9,
-                mfc="none",
-                color=color("reference"),
-                label="named picks",
-            )
-            if rivals:
-                axes.plot(
-                    *zip(*(at for _, *at in rivals)),
-                    "D",
-                    ms=5,
-                    color=color("ours"),
-                    label="other methods",
-                )
+            _draw_points(axes, [_point(e) for e in evaluations], steps, picks, rivals)
             axes.set_xlabel("stored beyond the backbone, in fine-tuned models")
         near.set_xlim(low, high)
         near.set_ylim(bottom, top)
@@ -133,6 +101,21 @@ def draw_front(
         ):
             _label(labels.place, axes, shown, strong, steps)
     return figure
+
+
+def _draw_points(axes, tried, steps, picks, rivals) -> None:
+    """Points (storage, performance); picks and rivals have a name before."""
+    from ..report.style import color
+
+    def draw(points, marks: str, role: str, label: str, **style) -> None:
+        axes.plot(*zip(*points), marks, color=color(role), label=label, **style)
+
+    draw(tried, "o", "static", "tried by the search", ms=3, mew=0, alpha=0.45)
+    draw(steps, "-o", "dynamic", "its front", ms=4, drawstyle="steps-post")
+    named = [at for _, *at in picks]
+    draw(named, "o", "reference", "named picks", ms=9, mfc="none")
+    if rivals:
+        draw([at for _, *at in rivals], "D", "ours", "other methods", ms=5)
 
 
 def _point(evaluation: Evaluation) -> tuple[float, float]:

@@ -33,28 +33,10 @@ def rank_plot(comparison: Comparison) -> Figure | None:
             width = modules if whole else 1
             for x in range(1 if whole else modules):
                 _cell(axes, left + x, y, width, cells[x], most, colors)
-        for x, place in enumerate(table.modules):
-            shade = KIND_COLORS[place.kind]
-            axes.add_patch(Rectangle((left + x, -0.42), 1, 0.26, color=shade, lw=0))
-            axes.text(
-                left + x + 0.5,
-                lines + 0.12,
-                place.short,
-                rotation=90,
-                ha="center",
-                va="top",
-                fontsize=6,
-                color=shade,
-            )
-        axes.text(
-            left + modules / 2,
-            -0.62,
-            block,
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            fontweight="bold" if b == 0 else "normal",
-        )
+        _name_columns(axes, table, left)
+        weight = "bold" if b == 0 else "normal"
+        middle = left + modules / 2
+        axes.text(middle, -0.62, block, ha="center", va="bottom", fontsize=8, fontweight=weight)  # fmt: skip
     axes.set_xlim(-0.1, blocks * (modules + gap) - gap + 0.1)
     axes.set_ylim(lines + 0.9, -1.3)
     axes.set_yticks([y + 0.5 for y in range(lines)], table.lines, fontsize=7)
@@ -79,6 +61,23 @@ def rank_plot(comparison: Comparison) -> Figure | None:
         borderaxespad=0.3,
     )
     return picture
+
+
+def _name_columns(axes, table: RankTable, left: float) -> None:
+    """The modules of a block: a bar of their kind's color above, their names below."""
+    for x, place in enumerate(table.modules):
+        shade = KIND_COLORS[place.kind]
+        axes.add_patch(Rectangle((left + x, -0.42), 1, 0.26, color=shade, lw=0))
+        axes.text(
+            left + x + 0.5,
+            len(table.lines) + 0.12,
+            place.short,
+            rotation=90,
+            ha="center",
+            va="top",
+            fontsize=6,
+            color=shade,
+        )
 
 
 def _layers(table: RankTable) -> int:

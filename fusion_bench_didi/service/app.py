@@ -3,7 +3,13 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,7 +21,7 @@ from starlette.exceptions import HTTPException
 from ..errors import DiDiError
 from .batching import Batcher, Row
 from .classification import Classification
-from .language import Language
+from .language import Completion, Language
 from .limits import Limits, Refused
 from .messages import ASKED, ClassifyRequest, CompletionRequest, faults, listed
 from .opening import Runner
@@ -89,30 +95,7 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
                 listed(asked.prompt),
                 lambda task, text: runner.row(task, text, asked.max_tokens),
             )
-            before, after = (
-                sum(getattr(one, key) for one in found)
-                for key in ("prompt_tokens", "tokens")
-            )
-            return {
-                "id": f"cmpl-{uuid.uuid4().hex}",
-                "object": "text_completion",
-                "created": int(time.time()),
-                "model": asked.model,
-                "choices": [
-                    {
-                        "index": place,
-                        "text": one.text,
-                        "finish_reason": one.finish,
-                        "logprobs": None,
-                    }
-                    for place, one in enumerate(found)
-                ],
-                "usage": {
-                    "prompt_tokens": before,
-                    "completion_tokens": after,
-                    "total_tokens": before + after,
-                },
-            }
+            return _as_completion(asked.model, found)
 
     if isinstance(runner, Classification):
 
@@ -133,6 +116,32 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
             }
 
     return app
+
+
+def _as_completion(name: str, found: Sequence[Completion]) -> dict[str, Any]:
+    """The answer in OpenAI's form."""
+    before = sum(one.prompt_tokens for one in found)
+    after = sum(one.tokens for one in found)
+    return {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": name,
+        "choices": [
+            {
+                "index": place,
+                "text": one.text,
+                "finish_reason": one.finish,
+                "logprobs": None,
+            }
+            for place, one in enumerate(found)
+        ],
+        "usage": {
+            "prompt_tokens": before,
+            "completion_tokens": after,
+            "total_tokens": before + after,
+        },
+    }
 
 
 def _told(request: Request | None, error: Exception) -> JSONResponse:

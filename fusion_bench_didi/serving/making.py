@@ -9,6 +9,7 @@ from torch import Tensor
 from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
 from ..lowrank.arithmetic import without_autocast
+from ..lowrank.factors import LowRankFactors
 from .banks import Factors, MatrixBank, OwnBank, Serving, ValueBank
 from .held import Held
 from .stored import StoredBank
@@ -73,24 +74,35 @@ def bank_of(
         values = [*map(whole, deltas), start]
         return ValueBank(torch.stack(values).to(base.dtype))
 
-    def laid_out(matrix: Tensor) -> Tensor:
-        matrix = matrix.flatten(1)
-        matrix = (matrix.mT if turned else matrix).to(base.dtype).contiguous()
-        return matrix.clone() if matrix.data_ptr() == base.data_ptr() else matrix
-
-    of_shared = laid_out(start)
-
     def kept(delta: Delta | None) -> Factors | Tensor | None:
         if delta is None:
             return None
-        own = isinstance(delta, OwnDelta)
-        factors = None if own else delta.beyond_product(decoded)
-        if factors is not None and delta.numel >= serving.small:
-            size = factors.up.numel() + factors.down.numel()
-            if size <= serving.dense_above * delta.numel:
-                factors = (factors.mT if turned else factors).to(base.dtype)
-                return factors.up, factors.down
-        return laid_out(whole(delta))
+        factors = _worthwhile_factors(delta, decoded, serving)
+        if factors is None:
+            return _laid_out(whole(delta), base, turned)
+        factors = (factors.mT if turned else factors).to(base.dtype)
+        return factors.up, factors.down
 
+    of_shared = _laid_out(start, base, turned)
     parts = [kept(delta) for delta in deltas]
     return MatrixBank(tuple(base.shape), of_shared, parts, turned=turned)
+
+
+def _worthwhile_factors(
+    delta: Delta, shared: Delta | None, serving: Serving
+) -> LowRankFactors | None:
+    """What a task adds as a product of factors, where it is one and costs less than the whole matrix."""
+    if isinstance(delta, OwnDelta):
+        return None
+    factors = delta.beyond_product(shared)
+    if factors is None or delta.numel < serving.small:
+        return None
+    size = factors.up.numel() + factors.down.numel()
+    return factors if size <= serving.dense_above * delta.numel else None
+
+
+def _laid_out(matrix: Tensor, base: Tensor, turned: bool) -> Tensor:
+    """Of the base tensor's type, as (in, out), in memory of its own."""
+    matrix = matrix.flatten(1)
+    matrix = (matrix.mT if turned else matrix).to(base.dtype).contiguous()
+    return matrix.clone() if matrix.data_ptr() == base.data_ptr() else matrix

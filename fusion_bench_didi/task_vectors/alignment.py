@@ -52,54 +52,29 @@ def check_alignment(
     reference = floating(base)
     infos = {task: source.infos() for task, source in tuned.items()}
     held = set().union(*infos.values())
-    # what is in no checkpoint at all is new in every model
-    expected = {n for n in reference if n in held or (loaded and n not in fresh)}
-    expected = {n for n in expected if not matches(n, exclude)}
-    adapters = {t: s for t, s in tuned.items() if s.partial}
-    faults = [
-        f"{task}: {fault if source.partial else f'{name} {fault}'}"
-        for task, source in {base.label: base, **tuned}.items()
-        for name, fault in source.faults.items()
-        if not matches(name, exclude)
-    ]
-    faults += [
-        f"{task}: {name} is another than the base model's, and no tensor that could be kept"
-        for task, source in tuned.items()
-        for name, state in source.extra.items()
-        if state != base.extra.get(name) and not matches(name, exclude)
-    ]
+    faults = [*_faults_of_sources(base, tuned, exclude)]
     if not held & set(reference) and not faults:
         raise CheckpointMismatchError(
             f"{', '.join(tuned)}: no tensor is one of the base model's: expected names like {some(reference)}, found {some(held)}. "
             "Use models of the base model's architecture."
         )
+    # what is in no checkpoint at all is new in every model
+    expected = {n for n in reference if n in held or (loaded and n not in fresh)}
+    expected = {n for n in expected if not matches(n, exclude)}
+    adapters = {t: s for t, s in tuned.items() if s.partial}
     for task, found in infos.items():
         missing = expected - set(found)
         if task in adapters:
             missing &= fresh
-        if missing:
-            faults.append(f"{task}: {len(missing)} tensors missing: {some(missing)}")
         found = {
             n: i
             for n, i in found.items()
             if not matches(n, exclude) and n not in ignored
         }
         foreign = {n for n in found if n not in base.infos() and not matches(n, own)}
-        if foreign:
-            faults.append(
-                f"{task}: {len(foreign)} tensors that the base model does not have: {some(foreign)}"
-            )
         misfits = _alike(_misfits(found, reference, own, fresh))
-        faults += [f"{task}: {fault}" for fault in misfits[:_MOST]]
-        if len(misfits) > _MOST:
-            faults.append(f"{task}: and {len(misfits) - _MOST} more kinds of tensors")
-    faults += [
-        f"{task}: {name} is changed by an adapter's factors, and the base model's is random at every load; give a base model whose "
-        "files hold it, or adapters that hold it whole (modules_to_save)"
-        for task, source in adapters.items()
-        for name in sorted(fresh & set(infos[task]))
-        if source.rank(name) is not None and not matches(name, exclude)
-    ]
+        faults += [f"{task}: {f}" for f in _faults_of_names(missing, foreign, misfits)]
+    faults += _on_random_tensors(adapters, exclude, fresh)
     faults += _left_out(infos, reference, exclude, fresh)
     if faults:
         raise CheckpointMismatchError(
@@ -109,6 +84,45 @@ def check_alignment(
             f"has them with {spelled('own', '[...]')}."
             + (f" {WAY_OUT}" if adapters else "")
         )
+
+
+def _faults_of_sources(
+    base: TensorSource, tuned: Mapping[str, TensorSource], exclude: Iterable[str]
+) -> Iterator[str]:
+    """What each source says of itself, and state beside tensors that is not the base model's."""
+    for task, source in {base.label: base, **tuned}.items():
+        for name, fault in source.faults.items():
+            if not matches(name, exclude):
+                yield f"{task}: {fault if source.partial else f'{name} {fault}'}"
+    for task, source in tuned.items():
+        for name, state in source.extra.items():
+            if state != base.extra.get(name) and not matches(name, exclude):
+                yield f"{task}: {name} is another than the base model's, and no tensor that could be kept"
+
+
+def _faults_of_names(
+    missing: set[str], foreign: set[str], misfits: list[str]
+) -> Iterator[str]:
+    if missing:
+        yield f"{len(missing)} tensors missing: {some(missing)}"
+    if foreign:
+        yield f"{len(foreign)} tensors that the base model does not have: {some(foreign)}"
+    yield from misfits[:_MOST]
+    if len(misfits) > _MOST:
+        yield f"and {len(misfits) - _MOST} more kinds of tensors"
+
+
+def _on_random_tensors(
+    adapters: Mapping[str, TensorSource], exclude: Iterable[str], fresh: frozenset[str]
+) -> Iterator[str]:
+    """Factors of adapters that belong to a tensor without a base value."""
+    for task, source in adapters.items():
+        for name in sorted(fresh & set(source.infos())):
+            if source.rank(name) is not None and not matches(name, exclude):
+                yield (
+                    f"{task}: {name} is changed by an adapter's factors, and the base model's is random at every load; give a base "
+                    "model whose files hold it, or adapters that hold it whole (modules_to_save)"
+                )
 
 
 def floating(source: TensorSource) -> dict[str, TensorInfo]:

@@ -112,18 +112,29 @@ def scan(
         own,
         {name: seen for name, (_, _, seen) in found.items() if seen is not None},
     )
-    if not result.changed and not result.changed_own:
-        left_out = any(map(task_vectors.excluded, tasks))
-        way_out = (
-            f"Give fewer patterns in {spelled('exclude')}, which leaves tensors out"
-            if left_out
-            else "Check that the pool does not load the base weights for every task"
-        )
-        raise ModelPoolError(
-            f"All task vectors are zero: {', '.join(tasks)} equal the base model in every tensor that is "
-            f"merged{', but for less than any weight notices' if result.negligible else ''}. {way_out}."
-        )
+    _check_something_changed(task_vectors, result)
     return result
+
+
+def _check_something_changed(task_vectors: TaskVectors, found: Scan) -> None:
+    """Some task must differ from the base model.
+
+    Raises:
+        ModelPoolError: if none does.
+    """
+    if found.changed or found.changed_own:
+        return
+    tasks = task_vectors.tasks
+    left_out = any(map(task_vectors.excluded, tasks))
+    way_out = (
+        f"Give fewer patterns in {spelled('exclude')}, which leaves tensors out"
+        if left_out
+        else "Check that the pool does not load the base weights for every task"
+    )
+    raise ModelPoolError(
+        f"All task vectors are zero: {', '.join(tasks)} equal the base model in every tensor that is "
+        f"merged{', but for less than any weight notices' if found.negligible else ''}. {way_out}."
+    )
 
 
 def account_of(

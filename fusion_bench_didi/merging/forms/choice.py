@@ -21,6 +21,10 @@ from .coded import CODED, Coded
 from .early_decision import first_guess, reach_of
 from .pricing import as_dense
 
+#: By matrix, in sorted order: spectra of experts alone, and what the other forms offer.
+Table = dict[str, Decomposed]
+Offers = dict[str, list[Choice]]
+
 
 @dataclass(frozen=True)
 class Ranked:
@@ -51,9 +55,26 @@ def choose_forms(
     Args:
         samples: of the matrices that need not all be decomposed.
     """
-    names = context.inventory.matrices
     if not context.inventory.competing:
         return {}, {}
+    table, offers = _looked_at(context, bounds, samples)
+    table = _long_enough(context, bounds, samples, table)
+    chosen, multiplier = _chosen(context, bounds, table, offers)
+    ranked, placed = {}, {}
+    for name, choice in chosen.items():
+        if choice.spectra is None:
+            placed[name] = Placed(choice, choice.curve.point(multiplier))
+        else:
+            piloted = table[name].piloted
+            one = Decomposed(choice.spectra, choice.bases, piloted)
+            ranked[name] = Ranked(choice.form, choice.precision, one)
+    return ranked, placed
+
+
+def _looked_at(
+    context: MergeContext, bounds: RankBounds, samples: Mapping[str, Sample]
+) -> tuple[Table, Offers]:
+    """The one look at every matrix."""
     guess = first_guess(context, bounds.budget, samples)
 
     def look_at(name: str) -> tuple[Decomposed, list[Choice]]:
@@ -61,14 +82,23 @@ def choose_forms(
         look.experts = _experts_alone(look)
         return look.experts, [c for form in FORMS for c in form.choices(look)]
 
-    found = dict(context.each("decompose", look_at, names))
+    found = dict(context.each("decompose", look_at, context.inventory.matrices))
     for name in context.inventory.flat:
         look = Look(context, bounds, name, guess)
         look.experts = _dense_alone(context, name)
         codes = CODED.choices(look) if context.inventory.mostly_flat else ()
         found[name] = look.experts, list(codes)
-    found = dict(sorted(found.items()))
-    table = {name: one for name, (one, _) in found.items()}
+    rows = sorted(found.items())
+    return {n: one for n, (one, _) in rows}, {n: offer for n, (_, offer) in rows}
+
+
+def _long_enough(
+    context: MergeContext,
+    bounds: RankBounds,
+    samples: Mapping[str, Sample],
+    table: Table,
+) -> Table:
+    """Spectra as long as the ranks that experts alone would get; those of piloted samples are left as they are."""
     while True:
         rows = [one.spectra for one in table.values()]
         ranks = dict(zip(table, greedy(rows, bounds.budget)))
@@ -79,42 +109,43 @@ def choose_forms(
         }
         longer = extended(context, bounds, doubted, ranks)
         if not longer:
-            break
-        table |= longer
+            return table
+        table = table | longer
+
+
+def _chosen(
+    context: MergeContext, bounds: RankBounds, table: Table, offers: Offers
+) -> tuple[dict[str, Choice], float]:
+    """One choice per matrix, and the multiplier at which they meet the budget.
+
+    Spectra of coded matrices are extended in ``table`` until they hold what is worth its bits.
+    """
     while True:
         options = {
-            n: [*EXPERTS.curves(context, n, one), *found[n][1]]
+            n: [*EXPERTS.curves(context, n, one), *offers[n]]
             for n, one in table.items()
         }
         picks, multiplier = choose(
             [[choice.curve for choice in row] for row in options.values()],
             bounds.budget,
         )
-        chosen = [(n, row[i]) for (n, row), i in zip(options.items(), picks)]
+        chosen = {n: row[i] for (n, row), i in zip(options.items(), picks)}
         ranks = {
             n: torch.tensor([0, *choice.curve.worthy(multiplier)])
-            for n, choice in chosen
+            for n, choice in chosen.items()
             if isinstance(choice.form, Coded) and choice.bases
         }
         longer = extended(context, bounds, {n: table[n] for n in ranks}, ranks)
         if not longer:
             break
-        table |= longer
+        table.update(longer)
         for n, one in longer.items():
-            others = [c for c in found[n][1] if not isinstance(c.form, Coded)]
-            found[n] = found[n][0], [*others, CODED.choice(context, n, one)]
-    if not any(choice.curve.at(multiplier)[1] for _, choice in chosen):
+            others = [c for c in offers[n] if not isinstance(c.form, Coded)]
+            offers[n] = [*others, CODED.choice(context, n, one)]
+    if not any(choice.curve.at(multiplier)[1] for choice in chosen.values()):
         # nothing is worth its bits, or fits: what modules there are of the lowest rank is what is cheapest
-        chosen = [(n, row[0]) for n, row in options.items()]
-    ranked, placed = {}, {}
-    for name, choice in chosen:
-        if choice.spectra is None:
-            placed[name] = Placed(choice, choice.curve.point(multiplier))
-        else:
-            piloted = table[name].piloted
-            one = Decomposed(choice.spectra, choice.bases, piloted)
-            ranked[name] = Ranked(choice.form, choice.precision, one)
-    return ranked, placed
+        chosen = {n: row[0] for n, row in options.items()}
+    return chosen, multiplier
 
 
 def experts_only(context: MergeContext, bounds: RankBounds) -> dict[str, Ranked]:

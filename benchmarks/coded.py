@@ -71,7 +71,8 @@ def measured(name: str) -> list[dict[str, Any]]:
 
 
 def measured_once(name: str, budgets: Sequence[float]) -> list[dict[str, Any]]:
-    """
+    """Rows of a suite, one per budget and way, measured on its validation images.
+
     Args:
         name: of a suite, or its directory.
     """

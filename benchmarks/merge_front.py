@@ -26,8 +26,7 @@ from matplotlib.figure import Figure
 from pymoo.indicators.hv import HV
 from torch import nn
 
-from benchmarks.suites import machine
-from fusion_bench_didi.checkpoint.directory import write_json
+from benchmarks.suites import machine, write_json
 from fusion_bench_didi.demo.folder_pools import (
     FolderCLIPVisionModelPool,
     FolderCLIPVisionModelTaskPool,

@@ -1,6 +1,5 @@
 """Model suites to measure on: directories of local CLIP towers and parquet data, as host pools."""
 
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +9,7 @@ from fusion_bench.modelpool import CLIPVisionModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from torch import nn
 
+from fusion_bench_didi.checkpoint import directory
 from fusion_bench_didi.demo.folder_pools import (
     FolderCLIPVisionModelPool,
     FolderCLIPVisionModelTaskPool,
@@ -90,5 +90,6 @@ def in_words(found: dict[str, str | int]) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
+    """A record that appears whole, in a directory that is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    directory.write_json(path, value)

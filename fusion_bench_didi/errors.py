@@ -40,7 +40,7 @@ class RankError(DiDiError):
 
 
 class ResumeError(DiDiError):
-    """What lies beside the output is of another merge, so that this one cannot go on from there."""
+    """The journal beside the output is of another merge, so that this one cannot go on from there."""
 
 
 def some(names: Iterable[str], count: int = 4) -> str:
@@ -70,12 +70,12 @@ def spelled_as(spelling: Spelling) -> Iterator[None]:
 
 
 def as_key(key: str, value: str) -> str:
-    """``key=value``, as in YAML."""
+    """A setting spelled ``key=value``, as in YAML."""
     return f"{key}={value}" if value else key
 
 
 def _as_keyword_or_key_of_a_method(key: str, value: str) -> str:
-    """Of Python, or below ``method`` where Hydra runs."""
+    """A setting spelled for Python, or below ``method`` where Hydra runs."""
     from hydra.core.hydra_config import HydraConfig
 
     if HydraConfig.initialized():

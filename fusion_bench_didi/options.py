@@ -122,7 +122,7 @@ def as_patterns(value: Patterns) -> tuple[str, ...]:
 def unknown_setting(
     owner: str, key: str, known: Iterable[str], *, more: str = ""
 ) -> SettingsError:
-    """What is wrong with a key that nothing reads, and where ``more`` is said of those that are read."""
+    """The error for a key that nothing reads; ``more`` is said of those that are read."""
     names = sorted(name for name in known if not name.startswith("_"))
     hint = nearest(key, names)
     return SettingsError(f"{owner} has no setting {key}. {hint}{more}")
@@ -162,7 +162,7 @@ def _of_host(cls: type) -> bool:
 
 
 def check_fields(instance: Any) -> None:
-    """The same for the fields of a dataclass, frozen ones too."""
+    """:func:`check_arguments` for the fields of a dataclass, frozen ones too."""
     hints = get_type_hints(type(instance), include_extras=True)
     _check(instance, {field.name: hints[field.name] for field in fields(instance)})
 

@@ -21,7 +21,7 @@ PARTS = tuple(0.05 * 2.0**-i for i in range(8))
 
 @dataclass(frozen=True)
 class CodedPoint:
-    """An operating point.
+    """An operating point on the rate-distortion curve of coded experts.
 
     Args:
         multiplier: error per bit.
@@ -106,7 +106,7 @@ class CodedCurve:
         return float((self.weights.double() * error).sum())
 
     def _steps(self, multiplier: float) -> Tensor:
-        """(T,) float64."""
+        """Quantization step of each expert at a multiplier, (T,) float64."""
         weights = self.weights.double().clamp(min=1e-300)
         root = (self.energy.double() / math.prod(self.shape)).sqrt()
         steps = (multiplier / SLOPE / weights).sqrt().maximum(FINEST * root)
@@ -126,7 +126,7 @@ class CodedCurve:
         return *found, best[0] == 2
 
     def _low_rank(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the directions that are worth their bits.
+        """Bits, error and rank of each expert if the directions worth their bits are coded.
 
         Of each, both sides keep a part of the energy, together the product. What rounding changes of the short side within
         the space of all directions, a part ``r / s`` of it, is made good by the long side, which is fitted to it; of what it
@@ -149,7 +149,7 @@ class CodedCurve:
         return (bits * pays).sum(1) + OVERHEAD, left.clamp(min=0.0), pays.sum(1)
 
     def _dense(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all entries, as if all rows were alike."""
+        """Bits, error and rank of each expert if all entries are coded, as if all rows were alike."""
         m, n = self.shape
         root = (self.energy.double() / (m * n)).sqrt()
         bits, error = rate_distortion(root / steps)

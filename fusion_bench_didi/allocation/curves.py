@@ -28,7 +28,7 @@ class PlacedCurve(Curve, Protocol):
         """The operating point where ``error + multiplier * bits`` is least."""
 
     def rate(self, point: Any) -> int:
-        """Bits at a point."""
+        """Bits at an operating point."""
 
     def step(self, point: Any, left: int) -> tuple[float, Any] | None:
         """Gain per bit, and the point, of the best step up that costs at most ``left`` bits; None if there is none."""

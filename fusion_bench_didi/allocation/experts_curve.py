@@ -66,7 +66,7 @@ class ExpertsCurve:
     def spectra(
         self, name: str, sides: tuple[int, int], weights: Tensor
     ) -> MatrixSpectra:
-        """What the allocation of ranks needs to know of it.
+        """The row of the rank allocation's table for this matrix.
 
         Args:
             sides: m and n.

@@ -96,7 +96,7 @@ class _Step(NamedTuple):
 
 
 def _next_step(curve: PlacedCurve, point: Any, left: int) -> _Step | None:
-    """None where none fits."""
+    """The next step up a curve; None where none fits."""
     found = curve.step(point, left)
     if found is None:
         return None

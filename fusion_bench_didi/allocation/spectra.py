@@ -38,7 +38,7 @@ class Rate:
         return cap if self.most is None else min(cap, self.most)
 
     def limited(self, most: int | None) -> "Rate":
-        """The same up to a rank, without a dense form; as it is if None."""
+        """This rate up to a rank and without a dense form; unchanged if the bound is None."""
         return self if most is None else replace(self, dense=NEVER, most=most)
 
     def of(self, rank: int, full: int) -> int:

@@ -40,7 +40,8 @@ class TuckerCurve:
         *,
         most: int | None = None,
     ) -> "TuckerCurve":
-        """
+        """The curve over all pairs of sizes, from their bits and errors.
+
         Args:
             bits: of every pair of sizes.
             rounding: relative squared error that rounding adds to what is kept, as ``bits``.
@@ -87,7 +88,7 @@ class TuckerCurve:
         return found
 
     def rate(self, sizes: tuple[int, int]) -> int:
-        """Bits at these sizes."""
+        """Bits of a Tucker-2 form at these sizes of its bases."""
         return int(self.bits[self._index(sizes)])
 
     def _index(self, sizes: tuple[int, int]) -> tuple[int, int]:

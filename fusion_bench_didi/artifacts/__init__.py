@@ -1,4 +1,4 @@
-"""Any merged model as files of exactly the size that its account says, and back.
+"""Artifacts: any merged model, ours or not, saved at exactly the size that its account says, and loaded.
 
 Loaded at first use: :mod:`.host_moe` needs the host's mixtures of experts.
 """

@@ -26,7 +26,7 @@ Types = Mapping[str, torch.dtype]
 def write_static(
     place: Path, model: nn.Module, base: Mapping[str, Tensor], types: Types
 ) -> dict[str, Any]:
-    """The changed tensors, once."""
+    """Write the changed tensors of a static merge, once for all tasks."""
     state = tensors_of(model)
     _check_elsewhere(state, base, types, type(model).__name__)
     chosen = {name: state[name].to(dtype) for name, dtype in types.items()}

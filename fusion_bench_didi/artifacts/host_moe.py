@@ -35,7 +35,7 @@ class Mixture(Protocol):
 
     @staticmethod
     def facts(module: nn.Module) -> dict[str, Any]:
-        """What its tensors do not tell, JSON-plain."""
+        """Settings of a mixture that its tensors do not tell, JSON-plain."""
 
     @staticmethod
     def check(facts: Field) -> None:
@@ -43,7 +43,7 @@ class Mixture(Protocol):
 
     @staticmethod
     def shapes(core: nn.Module, facts: Mapping[str, Any], tensors: Tensors) -> Shapes:
-        """Of its own tensors around a core, by their names in it; ranks are those of ``tensors``. None for no such core."""
+        """Shapes of a mixture's own tensors by name, ranks taken from ``tensors``; None if the core does not fit."""
 
     @staticmethod
     def made(core: nn.Module, facts: Mapping[str, Any], tensors: Tensors) -> nn.Module:
@@ -183,6 +183,14 @@ class HostParts:
     beyond: Tensors
     backbone: Tensors
 
+    def own(self, name: str) -> dict[str, Tensor]:
+        """Experts and gates of one mixture, by their names in it."""
+        return {
+            key.removeprefix(f"{name}."): value
+            for key, value in self.beyond.items()
+            if key.startswith(f"{name}.")
+        }
+
 
 def take_apart(model: nn.Module) -> HostParts | None:
     """The parts of a model that the host's SMILE or WEMoE returned; None for any other model."""
@@ -214,11 +222,7 @@ def check_mixtures(parts: HostParts, backbone: nn.Module) -> None:
     modules, kind = dict(backbone.named_modules()), MIXTURES[parts.kind]
     left = set(parts.beyond)
     for name, facts in parts.mixtures.items():
-        own = {
-            key.removeprefix(f"{name}."): value
-            for key, value in parts.beyond.items()
-            if key.startswith(f"{name}.")
-        }
+        own = parts.own(name)
         shapes = None
         nested = any(name.startswith(f"{other}.") for other in parts.mixtures)
         if name and name in modules and not nested:
@@ -239,7 +243,7 @@ def check_mixtures(parts: HostParts, backbone: nn.Module) -> None:
 
 @torch.no_grad()
 def put_together(parts: HostParts, backbone: nn.Module) -> nn.Module:
-    """The model again.
+    """Rebuild the model from its mixtures and a backbone.
 
     Args:
         backbone: the base model; overwritten with the backbone's values of the parts, and taken over.
@@ -249,11 +253,7 @@ def put_together(parts: HostParts, backbone: nn.Module) -> nn.Module:
         live[name].copy_(value)
     made = MIXTURES[parts.kind].made
     for name, facts in parts.mixtures.items():
-        own = {
-            key.removeprefix(f"{name}."): value
-            for key, value in parts.beyond.items()
-            if key.startswith(f"{name}.")
-        }
+        own = parts.own(name)
         owner, _, leaf = name.rpartition(".")
         core = backbone.get_submodule(name)
         setattr(backbone.get_submodule(owner), leaf, made(core, facts, own))

@@ -1,4 +1,4 @@
-"""Any merged model as files of exactly the size that its account says, and back.
+"""Saving and loading of artifacts: static models, models per task, dynamic models, and the host's mixtures.
 
 ::
 

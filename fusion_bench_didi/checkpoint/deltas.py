@@ -64,7 +64,7 @@ def entry_of(
 
 
 def in_groups(groups: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says beside its deltas if tasks are in groups.
+    """Fields of a manifest, beside its deltas, if tasks are in groups.
 
     Args:
         groups: by label the ``tasks`` of a group, and the ``tensors`` of which they share something else than the others.

@@ -149,7 +149,7 @@ def whole_directory(
 def common_directory(
     ranks: Ranks, target: str | Path, *, overwrite: bool = False
 ) -> Iterator[Path]:
-    """As :func:`whole_directory`, for several ranks that write into it together: rank 0 makes it and puts it into its place.
+    """:func:`whole_directory` for several ranks that write together: rank 0 makes it and puts it in its place.
 
     Raises:
         RankError: if another rank failed, or does not see the directory.
@@ -167,7 +167,8 @@ def common_directory(
 
 
 def check_seen(ranks: Ranks, path: Path) -> None:
-    """
+    """Check that every rank sees what rank 0 has made.
+
     Raises:
         RankError: if what rank 0 has made is not there for every rank.
     """
@@ -289,5 +290,5 @@ def _flush(directory: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written whole."""
+    """Write a JSON file; it appears whole or not at all."""
     write_whole(path, json.dumps(value, indent=1) + "\n")

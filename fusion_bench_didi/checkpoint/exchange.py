@@ -43,7 +43,7 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def _renamed(source: Path, target: Path, flags: int) -> bool:
-    """Whether it was done; False where the system does not know how."""
+    """Call ``renameat2``; returns False where the system does not have it."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False

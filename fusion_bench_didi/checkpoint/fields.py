@@ -66,12 +66,12 @@ class Field:
         return self.value
 
     def entries(self) -> Iterator[tuple[str, "Field"]]:
-        """Of an object; keys are as :meth:`text` wants them."""
+        """Keys and values of an object; keys are as :meth:`text` wants them."""
         for key in self.mapping():
             yield Field(self.file, key, f"a key of {self.path}").text(), self[key]
 
     def elements(self) -> list["Field"]:
-        """Of a list."""
+        """Elements of a list."""
         if not isinstance(self.value, (list, tuple)):
             self.fail("a list")
         return [
@@ -111,7 +111,7 @@ class Field:
         return self.value
 
     def shape(self) -> tuple[int, ...]:
-        """Sides of a tensor."""
+        """Shape of a tensor."""
         sides = tuple(field.integer() for field in self.elements())
         if len(sides) > 16 or math.prod(sides) > _LARGEST:
             self.fail("the shape of a tensor")

@@ -49,7 +49,7 @@ INLINE = 2**15
 
 @dataclass(frozen=True)
 class Line:
-    """What is finished of one tensor.
+    """A line of the journal: the result for one tensor.
 
     Args:
         facts: JSON-plain.
@@ -94,7 +94,7 @@ class Journal:
         self._write({"begin": [stage, name]})
 
     def find(self, stage: str, name: str) -> Line | None:
-        """What is finished of a tensor, if it is as it was written."""
+        """The result for a tensor, if it is as it was written."""
         line = self._found.get((stage, name))
         if line is None or (stage, name) in self._sure:
             return line
@@ -105,7 +105,7 @@ class Journal:
 
     @property
     def stages(self) -> set[str]:
-        """Those of which something was finished in earlier runs or by this process."""
+        """Stages in which something was finished, in earlier runs or by this process."""
         return {stage for stage, _ in self._found} | self._new
 
     def new_file(self) -> Path:
@@ -154,7 +154,7 @@ class Journal:
 
 
 def read_lines(path: Path) -> dict[tuple[str, str], Line]:
-    """What is finished, by stage and tensor; the last word counts."""
+    """Results in the files of a journal, by stage and tensor; the last line counts."""
     found = {}
     for file in sorted(path.glob("*.jsonl")):
         for text in file.read_text(errors="replace").splitlines():

@@ -179,7 +179,7 @@ def _open_clip(model_name: Any, state_dict_path: Any) -> nn.Module:
 
 
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``from_pretrained``, all of them plain."""
+    """Arguments of ``from_pretrained``, all of them plain."""
     found = {}
     for key, value in given.items():
         if key in IGNORED or value is None or (key, value) == _NO_CODE:
@@ -263,7 +263,7 @@ def _check_files(
 
 
 def _beside(name: Any) -> bool:
-    """Whether it is the name of a file in the same directory."""
+    """Whether the value names a file in the same directory."""
     return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 

@@ -26,7 +26,7 @@ _UNLOCKED_SECONDS = 24 * 3600
 
 
 class Lock:
-    """A locked file.
+    """A file lock that ends with its process.
 
     Args:
         path: made if it does not exist.

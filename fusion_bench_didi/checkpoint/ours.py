@@ -35,7 +35,7 @@ def is_ours(directory: Path, file: str = CONFIG) -> bool:
 
 
 def held_by(directory: Path) -> Iterator[Path]:
-    """What a directory holds that could not be had again: weights and directories."""
+    """Weights and directories in a directory, which could not be had again."""
     return (p for p in directory.iterdir() if p.suffix in _WEIGHTS or p.is_dir())
 
 
@@ -46,7 +46,7 @@ def others(directory: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What this package writes as a directory.
+    """A kind of directory that this package writes.
 
     Args:
         mark: the file in it that says so.

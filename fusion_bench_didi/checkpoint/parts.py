@@ -35,7 +35,7 @@ TYPES = FLOATS + (
 
 @dataclass(frozen=True)
 class Header:
-    """What a file tells of one tensor: safetensors' name of its type, and its shape."""
+    """Header of a stored tensor: safetensors' name of its type, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class Entry:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """m and n."""
+        """Sides m and n of the tensor as a matrix."""
         return self.shape[0], math.prod(self.shape[1:])
 
     @property
@@ -81,7 +81,7 @@ Expected = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Form:
-    """What is known of a stored form.
+    """Expected parts, least dimensions and options of a stored form.
 
     Args:
         expected: types and shape of each part; ranks are those of the parts that are there.
@@ -103,7 +103,7 @@ def _side(found: Found, part: str, i: int) -> int:
 
 
 def _rows(entry: Entry, found: Found, part: str) -> int:
-    """Of a tensor that is stored by rows; a single column is one, or as many as it has entries, as in older files."""
+    """Number of rows of a tensor that is stored by rows; a single column is one, or as many as it has entries, as in older files."""
     column = math.prod(entry.shape[1:]) == 1 and _side(found, part, 0) == 1
     return 1 if column or len(entry.shape) < 2 else entry.shape[0]
 
@@ -305,7 +305,7 @@ def check_parts(entry: Entry, found: Found, place: Path) -> None:
 
 
 def check_content(delta: Delta, entry: Entry, place: Path) -> None:
-    """What headers do not tell: positions must be those of entries, each once.
+    """Check what headers do not tell: positions must be those of entries, each once.
 
     Raises:
         CheckpointMismatchError: if they are not.
@@ -370,6 +370,6 @@ def _room(bases: Bases) -> tuple[int, int]:
 
 
 def read_header(handle: Any, name: str) -> Header:
-    """Of an open safetensors file."""
+    """Header of a tensor in an open safetensors file."""
     view = handle.get_slice(name)
     return Header(view.get_dtype(), tuple(view.get_shape()))

@@ -23,7 +23,7 @@ class Recorded(Protocol):
     """How objects of a class that is no plain dataclass are recorded."""
 
     def plain(self, value: Any) -> Any:
-        """What is recorded of one."""
+        """The recorded content of an object."""
 
     def made(self, plain: Any) -> Any:
         """One of what was recorded."""
@@ -44,7 +44,7 @@ class Records:
         self._others = {cls.__name__: (cls, how) for cls, how in others.items()}
 
     def packed(self, value: Any) -> bytes:
-        """A safetensors file."""
+        """A record as the bytes of a safetensors file."""
         tensors: dict[str, Tensor] = {}
         objects: list[Any] = []
         seen: dict[int, Any] = {}
@@ -85,7 +85,7 @@ class Records:
         return found
 
     def unpacked(self, content: bytes) -> Any:
-        """What was packed."""
+        """The value that :meth:`packed` wrote."""
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size])
         tensors, tree = load(content), json.loads(header["__metadata__"][_TREE])

@@ -131,7 +131,7 @@ class DeltaWriter:
         return read_deltas(self._directory, self.manifest, verify=False)
 
     def _shard(self, name: str, pieces: Sequence[Piece]) -> str:
-        """Write one; its SHA-256."""
+        """Write one shard; returns its SHA-256."""
         file = self._directory / name
         if len(pieces) == 1:
             try:

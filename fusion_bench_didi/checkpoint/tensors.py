@@ -34,7 +34,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, s
 def open_tensors(
     directory: Path, files: Mapping[str, str], *, verify: bool = True
 ) -> dict[str, Any]:
-    """What :func:`write_tensors` wrote: by tensor name the open file, whose ``get_tensor(name)`` reads it.
+    """Open the files of :func:`write_tensors`: by tensor name the file, whose ``get_tensor(name)`` reads it.
 
     Raises:
         CheckpointMismatchError: for a missing, truncated or altered file, and for one that is not in the directory.

@@ -67,7 +67,8 @@ class Faults:
         return isinstance(error, told)
 
     def check(self) -> None:
-        """
+        """Raise what was found, if anything.
+
         Raises:
             click.UsageError: of all faults, if there are several; one is raised as it is.
         """

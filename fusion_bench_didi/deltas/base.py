@@ -1,4 +1,4 @@
-"""How one task's change of one tensor is stored, and how it is applied.
+"""The base class of deltas: how one task's change of one tensor is stored, and how it is applied.
 
 A delta holds exactly the tensors that are written to the file, so that its cost in bits is the size of those tensors
 and nothing has to be believed. ``change(shared)`` gives the change of the weight, where ``shared`` is the delta that all
@@ -122,11 +122,11 @@ class Delta(nn.Module):
         return product.up.to(dtype), None, product.down.to(dtype)
 
     def decoded(self) -> "Delta":
-        """The same in float32, in memory: for a shared part that many tasks are worked out against."""
+        """This delta in float32, in memory: for a shared part that many tasks are worked out against."""
         return DecodedDelta(self.shape, self.change())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is written to the file, by part."""
+        """Tensors that are written to the file, by part."""
         found = ((name, getattr(self, name)) for name in self.parts)
         return {name: value.detach() for name, value in found if value is not None}
 

@@ -80,7 +80,7 @@ Experts = Mapping[str, Mapping[str, Delta]]
 
 
 def commons(deltas: Iterable[tuple[str, Delta]]) -> dict[tuple[str, str], Delta]:
-    """What groups share, by label and tensor name.
+    """Parts that groups share, by label and tensor name.
 
     Args:
         deltas: of experts, by tensor name.

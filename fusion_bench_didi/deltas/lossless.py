@@ -30,7 +30,7 @@ class LosslessDelta(OwnDelta):
 
     @classmethod
     def of(cls, value: Tensor, base: Tensor) -> "LosslessDelta":
-        """Of a tensor and the base model's, of one floating type and shape."""
+        """The delta between a task's tensor and the base model's, of one floating type and shape."""
         difference = _ordered(value.cpu()) - _ordered(base.cpu())
         sign = difference >> (8 * value.element_size() - 1)
         folded = (difference << 1) ^ sign  # 0, -1, 1, -2, ... become 0, 1, 2, 3, ...
@@ -64,7 +64,7 @@ def _unordered(bits: Tensor) -> Tensor:
 
 
 def _unpacked(stream: Tensor, size: int) -> Tensor:
-    """(size,) uint8.
+    """Decode the bytes of the difference, (size,) uint8.
 
     Raises:
         CheckpointMismatchError: if the stream holds something else.

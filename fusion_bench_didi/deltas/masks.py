@@ -1,9 +1,4 @@
-"""How one task's change of one tensor is stored, and how it is applied.
-
-A delta holds exactly the tensors that are written to the file, so that its cost in bits is the size of those tensors
-and nothing has to be believed. ``change(shared)`` gives the change of the weight, where ``shared`` is the delta that all
-tasks share (None where there is none): most forms add their own to what that one says, some are made of it.
-"""
+"""Deltas by bit masks: a masked part of what is shared, and entries that replace what is shared."""
 
 import math
 

@@ -1,9 +1,4 @@
-"""How one task's change of one tensor is stored, and how it is applied.
-
-A delta holds exactly the tensors that are written to the file, so that its cost in bits is the size of those tensors
-and nothing has to be believed. ``change(shared)`` gives the change of the weight, where ``shared`` is the delta that all
-tasks share (None where there is none): most forms add their own to what that one says, some are made of it.
-"""
+"""Deltas in floating types: dense, low-rank, low-rank with singular values, and a task's own tensor."""
 
 import torch
 from torch import Tensor
@@ -57,7 +52,7 @@ class LowRankDelta(Delta):
 
 
 class SpectralDelta(Delta):
-    """As :class:`LowRankDelta` with the singular values kept apart: ``shared + (up * sigma) @ down``.
+    """A :class:`LowRankDelta` with its singular values kept apart: ``shared + (up * sigma) @ down``.
 
     Args:
         up: (m, r).

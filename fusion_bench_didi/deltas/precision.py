@@ -88,7 +88,7 @@ class Precision:
     def common_bits(
         self, shape: tuple[int, int], tasks: int, p: Tensor, q: Tensor
     ) -> Tensor:
-        """What common bases of p columns and q rows of an (m, n) matrix cost at most with the cores of all tasks.
+        """Bits of common bases of p columns and q rows of an (m, n) matrix, at most, with the cores of all tasks.
 
         A whole side needs no basis; integer codes carry one scale per column, row and row of a core.
         """
@@ -98,7 +98,7 @@ class Precision:
         return bits + scales * (up + down + tasks * p)
 
     def core_bits(self, p: int, q: int) -> int:
-        """What one task's coordinates (p, q) in common bases cost."""
+        """Bits of one task's core (p, q) in common bases."""
         return self.whole(p * q) + (0 if self.dtype is not None else SCALE_BITS * p)
 
     def common_rounding(self, shape: tuple[int, int], p: Tensor, q: Tensor) -> Tensor:

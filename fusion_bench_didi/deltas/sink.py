@@ -33,14 +33,14 @@ class EncodedTensor:
     errors: Tensor | None = None
 
     def cpu(self) -> "EncodedTensor":
-        """The same on the CPU, where results are."""
+        """This tensor's deltas on the CPU, where results are."""
         shared, *experts = (d and d.cpu() for d in (self.shared, *self.experts))
         errors = None if self.errors is None else self.errors.cpu()
         return EncodedTensor(self.name, shared, experts, errors)
 
 
 class Held(Protocol):
-    """What a sink tells of a tensor that it holds: its errors."""
+    """A tensor that a sink holds already, with its errors."""
 
     errors: Tensor | None
 
@@ -52,7 +52,7 @@ class Sink(Protocol):
         """Take one tensor; its experts are those of the sink's tasks, in their order."""
 
     def recall(self, name: str) -> Held | None:
-        """What is held of a tensor, were it from an earlier run; None of one that has to be encoded now."""
+        """A tensor that the sink holds already, as from an earlier run; None if it has to be encoded now."""
 
     def close(
         self, order: Sequence[str], ranks: Ranks = ALONE

@@ -22,7 +22,7 @@ from .grouped import commons
 
 @dataclass(frozen=True)
 class StorageReport:
-    """Bits by part.
+    """The storage account of a merged model: bits by part.
 
     Args:
         unit_bits: one fine-tuned model.
@@ -47,7 +47,7 @@ class StorageReport:
 
     @property
     def excl_bits(self) -> int:
-        """Everything beyond the backbone."""
+        """Bits beyond the backbone."""
         return self.shared_bits + sum(self.expert_bits.values()) + self.routing_bits
 
     @property
@@ -71,7 +71,7 @@ def account(
     backbone_bits: int | None = None,
     routing_bits: int = 0,
 ) -> StorageReport:
-    """Add up stored deltas.
+    """Add up the bits of stored deltas.
 
     Args:
         shared: by tensor name.

@@ -156,7 +156,7 @@ class Core(Delta):
 
 
 class CoreDelta(Core):
-    """In a floating type.
+    """A task's core in common bases, in a floating type.
 
     Args:
         value: (p, q).

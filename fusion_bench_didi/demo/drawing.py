@@ -88,7 +88,7 @@ def regular(corners: int, *, turn: float = -90.0, inner: float = 1.0) -> Points:
 
 
 def turned(points: Points, degrees: float) -> Points:
-    """The same figure turned clockwise about the origin."""
+    """A figure turned clockwise about the origin."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return [(c * x - s * y, s * x + c * y) for x, y in points]
 
@@ -140,7 +140,7 @@ class Canvas:
         self._shift = half + rng.uniform(-room, room, 2)
 
     def place(self, points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-        """Figure coordinates to pixels."""
+        """Convert figure coordinates to pixels."""
         placed = np.asarray(list(points)) @ self._matrix.T + self._shift
         return [(x, y) for x, y in placed.tolist()]
 
@@ -205,7 +205,7 @@ def as_color(values: Iterable[float]) -> Color:
 
 
 def expose(picture: np.ndarray, rng: Generator, wildness: float) -> np.ndarray:
-    """What a camera does to a picture: uneven light, lost focus, grain; (32, 32, 3) uint8."""
+    """Expose a picture as a camera does: uneven light, lost focus, grain; (32, 32, 3) uint8."""
     pixels = picture.astype(np.float32)
     if rng.random() < 0.3 * wildness:
         padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")

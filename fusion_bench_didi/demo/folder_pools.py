@@ -136,7 +136,7 @@ class FolderCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
 
 
 def _datasets(folder: Path, tasks: Sequence[str], split: Split) -> DictConfig:
-    """What the host's own dataset YAML files say, with folders for hub names."""
+    """Datasets as the host's own YAML files give them, with folders for hub names."""
     loaders = {
         name: {
             "_target_": "datasets.load_dataset",

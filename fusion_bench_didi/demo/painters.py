@@ -1,4 +1,4 @@
-"""Who paints what: characters, shapes, textures, counts, colors and arrows.
+"""Painters of flat pictures: characters, shapes, textures, counts, colors and arrows.
 
 A painter takes ``(rng, label, wildness)`` and returns a (32, 32, 3) uint8 picture of
 the class with that index; see :mod:`.drawing` for what wildness means. The tables

@@ -50,7 +50,7 @@ Size = Literal["full", "tiny"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a suite of one size is made of."""
+    """Tasks, sizes and training of a suite."""
 
     minutes: str  # for the message to whoever waits
     tasks: tuple[Task, ...]

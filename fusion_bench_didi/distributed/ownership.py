@@ -27,13 +27,13 @@ def owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:
 
 
 class Memory(Protocol):
-    """What earlier runs of the same merge found."""
+    """Results that earlier runs of the same merge found."""
 
     def stage(self, name: str) -> str:
         """A name for one round of a stage that the same round had in an earlier run."""
 
     def recall(self, stage: str, name: str) -> Any:
-        """What was found of a tensor; None where nothing was."""
+        """The earlier result for a tensor; None where there is none."""
 
     def record(self, stage: str, name: str, found: Any) -> None:
         """Keep what was found of a tensor."""
@@ -60,13 +60,13 @@ class Crew:
         return cls(ranks, owners(sizes, ranks.size), memory)
 
     def mine(self, names: Collection[str]) -> list[str]:
-        """Those that this rank owns."""
+        """Names of the tensors that this rank owns."""
         if self.ranks.size == 1:
             return list(names)
         return [name for name in names if self.owner[name] == self.ranks.rank]
 
     def gathered(self, found: Mapping[str, Result]) -> dict[str, Result]:
-        """What all ranks found, by name; called by all of them."""
+        """Results of all ranks, by name; called by all of them."""
         together: dict[str, Result] = {}
         for one in self.ranks.gather(dict(found)):
             together.update(one)

@@ -207,7 +207,7 @@ class _Several(Ranks):
 
 @dataclass
 class _Signs:
-    """What a rank that is waited for said last, and when that was new."""
+    """Signs of life of a rank that is waited for, and when they were new."""
 
     moved: float
     alive: float
@@ -276,7 +276,8 @@ def ranks_here() -> Ranks:
 
 
 def check_alone(ranks: Ranks, what: str) -> None:
-    """
+    """Check that one process runs what cannot be spread over several.
+
     Raises:
         RankError: if there are several ranks.
     """

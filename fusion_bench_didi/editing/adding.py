@@ -168,7 +168,7 @@ def fitted(
 
 
 def joined(stored: Stored, name: str, fit: Fit, parent: str | None) -> Stored:
-    """What is stored with one expert more."""
+    """The stored model with one expert more."""
     (expert,) = fit.result.experts.values()
     (ranks,) = fit.result.ranks.experts.values()
     for tensor, delta in expert.items():

@@ -104,7 +104,7 @@ def combine(
 
 @own_arithmetic()
 def combined(first: Stored, second: Stored) -> Stored:
-    """What both store; shared parts of the second that the first does not have are kept apart."""
+    """Deltas of both models; shared parts of the second that the first does not have are kept apart."""
     check_names(first, second)
     labels = _labels(first, second)
     shared = dict(first.shared)
@@ -225,7 +225,7 @@ def check_entries(
 
 
 def _check_backbones(first: DynamicModel, second: DynamicModel) -> None:
-    """The same for models in memory; both are the base model then."""
+    """Check that two models in memory have one backbone; both are the base model then."""
     first.unset_task()
     second.unset_task()
     mine, theirs = (_tensors(m.backbone) for m in (first, second))

@@ -83,7 +83,7 @@ class AdapterLibrary:
         return sorted(unquote(p.name) for p in _visible(home)) if home.is_dir() else []
 
     def bits(self, task: str) -> int:
-        """What one task takes, without what it shares with others."""
+        """Bits of one task, without what it shares with others."""
         return self._config(task)["bits"].integer()
 
     def add(
@@ -202,7 +202,7 @@ class AdapterLibrary:
         return config
 
     def _empty(self, config: Field, part: str | None) -> Stored:
-        """What tasks of one merge share, without tasks."""
+        """A stored model of no tasks, with the shared part of one merge."""
         shared: Mapping[str, Delta] = {}
         if part is not None:
             place = self.place / _SHARED / part
@@ -211,7 +211,7 @@ class AdapterLibrary:
         return Stored(shared, {}, *units, {"method": "AdapterLibrary"})
 
     def _with(self, stored: Stored, task: str, config: Field) -> Stored:
-        """The same with one task more."""
+        """A stored model with one task more."""
         place = self._of_task(task)
         _, experts = read_deltas(place, config.value, beside=stored.shared)
         info = {
@@ -256,7 +256,7 @@ class AdapterLibrary:
             pass
 
     def _entry(self) -> dict[str, Any]:
-        """Of the base model.
+        """The library's entry for the base model.
 
         Raises:
             CheckpointMismatchError: if this is no library.
@@ -284,12 +284,12 @@ class AdapterLibrary:
 
 
 def _visible(place: Path) -> Iterator[Path]:
-    """What lies in a directory, but for locks and what is half written."""
+    """Paths in a directory, but for locks and what is half written."""
     return (found for found in place.iterdir() if not found.name.startswith("."))
 
 
 def seen_by(stored: Stored, task: str) -> tuple[dict[str, Delta], dict[str, Delta]]:
-    """What one task shares with others, and what is its own; groups are taken apart."""
+    """A task's shared deltas and its own ones, groups taken apart."""
     shared, expert = dict(stored.shared), {}
     for name, delta in stored.experts[task].items():
         if not isinstance(delta, GroupedDelta):

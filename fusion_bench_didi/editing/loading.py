@@ -79,7 +79,7 @@ def on_backbone(
 
 
 def check_known(asked: Iterable[str], there: Iterable[str], place: Path) -> None:
-    """Tasks must be there.
+    """Check that tasks are there.
 
     Raises:
         UnknownTaskError: naming those that are not.

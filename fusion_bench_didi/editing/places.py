@@ -28,7 +28,7 @@ Place = Union[DynamicModel, str, Path]
 
 @dataclass(frozen=True)
 class Edited:
-    """What an edit gave.
+    """The result of an edit.
 
     Args:
         before, after: the storage accounts.
@@ -143,7 +143,7 @@ def target_of(
 
 
 def stored_of(directory: Path, config: Mapping[str, Any] | None = None) -> Stored:
-    """What a saved model stores; its backbone is not needed.
+    """The stored part of a saved model; its backbone is not needed.
 
     Raises:
         FileNotFoundError: if there is none.

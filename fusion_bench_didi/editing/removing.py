@@ -40,7 +40,7 @@ def remove_task(
 
 
 def without(stored: Stored, name: str) -> Stored:
-    """What is stored without one task; shared parts that only it used are gone too."""
+    """The stored model without one task; shared parts that only it used are gone too."""
     stored.known(name)
     if len(stored.tasks) == 1:
         raise DiDiError(
@@ -59,7 +59,7 @@ def without(stored: Stored, name: str) -> Stored:
 
 
 def _forgotten(info: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What is known of the merge, without what is of one task."""
+    """Facts about the merge without those of one task."""
     info = dict(info)
     for key in ("parents", "tensors", "relative_errors"):
         if key in info:

@@ -78,7 +78,7 @@ def rescaled(
     *,
     device: torch.device | str = "cpu",
 ) -> Stored:
-    """What is stored, within a smaller budget."""
+    """The stored model within a smaller budget."""
     start = time.perf_counter()
     total, before = budget.bits(stored.unit_bits), stored.storage
     if total >= before.excl_bits:
@@ -117,7 +117,7 @@ def rescaled(
 
 
 def decoded(stored: Stored) -> TaskVectors:
-    """What is stored as task vectors on a base model of zeros; tensors of a task's own are left out."""
+    """Stored deltas as task vectors on a base model of zeros; tensors of a task's own are left out."""
     deltas = [*stored.shared.items()]
     for expert in stored.experts.values():
         deltas += [(n, d) for n, d in expert.items() if not isinstance(d, OwnDelta)]

@@ -17,7 +17,7 @@ from ..models.saving import CLASSES
 
 @dataclass(frozen=True)
 class Stored:
-    """Deltas and their account.
+    """A merged model without its backbone: deltas and their account.
 
     Args:
         shared: by tensor name.
@@ -38,7 +38,7 @@ class Stored:
 
     @classmethod
     def of(cls, model: DynamicModel) -> "Stored":
-        """What a model in memory stores.
+        """The stored part of a model in memory.
 
         Raises:
             DiDiError: if it is made of modules in chains, which are no deltas of one task.
@@ -95,12 +95,12 @@ class Stored:
         return replace(self, shared=shared)
 
     def edited(self, operation: str, **facts: Any) -> "Stored":
-        """The same with a line more in the history of edits."""
+        """A copy with a line more in the history of edits."""
         edits = [*self.info.get("edits", ()), {"operation": operation, **facts}]
         return replace(self, info={**self.info, "edits": edits})
 
     def of_directories(self, *places: Any) -> "Stored":
-        """The same with the last edit told to be of models that lay there."""
+        """A copy whose last edit is told to be of models that lay there."""
         *edits, last = self.info["edits"]
         last = {**last, "directories": [str(place) for place in places]}
         return replace(self, info={**self.info, "edits": [*edits, last]})

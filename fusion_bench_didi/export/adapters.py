@@ -30,7 +30,7 @@ _BY_PEFT_ALONE = "servers read adapters of linear layers alone; carry=all is for
 
 @dataclass
 class _Content:
-    """What an adapter will hold: factors by module, whole tensors by their names in the file."""
+    """Content of an adapter: factors by module, whole tensors by their names in the file."""
 
     parts: dict[str, tuple[Site, LowRankFactors]] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
@@ -195,12 +195,12 @@ class AdapterWriter:
         return self.model.task_tensor(name, self.model.modulators[task]).to(base.dtype)
 
     def _tensor(self, name: str) -> Tensor:
-        """Of the model under the adapters."""
+        """A tensor of the model under the adapters."""
         owner, _, leaf = name.rpartition(".")
         return getattr(self.under.get_submodule(owner), leaf).detach()
 
     def _wanted(self, task: str, name: str) -> tuple[Tensor | None, float]:
-        """What the adapter has to add to a tensor viewed as a matrix, and the norm of the task's whole change.
+        """The change that the adapter has to add to a tensor, as a matrix, and the norm of the task's whole change.
 
         The first is None for tensors of a task's own that cannot be added to the base model's.
         """
@@ -215,7 +215,7 @@ class AdapterWriter:
         return rest.reshape(matrix_shape(rest.shape)), size
 
     def _product(self, task: str, name: str) -> LowRankFactors | None:
-        """The same as it is stored, if that is a product."""
+        """That change as the stored product of factors, if it is one."""
         delta: Delta | None = self.model.modulators[task].deltas.get(name)
         shared: Delta | None = self.model.shared.get(name)
         if isinstance(delta, OwnDelta):
@@ -267,7 +267,7 @@ def _is_bias(name: str) -> bool:
 
 
 def _padded(factors: LowRankFactors, rank: int) -> LowRankFactors:
-    """The same product with so many directions, the last of them zero."""
+    """A product of factors padded by zero directions to a rank."""
     extra = rank - factors.rank
     pad = nn.functional.pad
     return LowRankFactors(

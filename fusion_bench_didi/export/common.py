@@ -178,5 +178,5 @@ def write_report(place: Path, report: ExportReport) -> ExportReport:
 
 
 def weight_bytes(place: Path) -> int:
-    """Of the safetensors files in a directory."""
+    """Bytes of the safetensors files in a directory."""
     return sum(file.stat().st_size for file in place.glob("*.safetensors"))

@@ -112,7 +112,7 @@ def _write(
 def _difference(
     name: str, before: Tensor, after: Tensor
 ) -> tuple[dict[str, Tensor], int]:
-    """What a patch holds of a tensor, and how many of its entries change."""
+    """Tensors that a patch holds for one tensor, and how many of its entries change."""
     if before.shape != after.shape or before.dtype != after.dtype:
         return {name: independent(after)}, after.numel()
     different = (bits(before) != bits(after)).flatten()

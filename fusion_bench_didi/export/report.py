@@ -29,7 +29,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and what is lost by it.
+    """Report of an export: what was written, and what is lost by it.
 
     Args:
         form: ``peft``, ``plain`` or ``patch``.
@@ -57,7 +57,7 @@ class ExportReport:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-plain."""
+        """The report, JSON-plain."""
         return asdict(self)
 
     def __str__(self) -> str:

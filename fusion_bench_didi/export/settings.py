@@ -53,7 +53,7 @@ class AdapterSettings:
         return MOST_PADDED if self.pad_rank and not self.max_rank else self.max_rank
 
     def dtype(self, model: nn.Module) -> torch.dtype:
-        """Of the factors of an adapter of a model before they are rounded to 8 bits."""
+        """Type of an adapter's factors before they are rounded to 8 bits."""
         if self.factor_dtype == EIGHT_BITS:
             return torch.float32
         if self.factor_dtype is not None:

@@ -34,7 +34,7 @@ def own_arithmetic() -> Iterator[None]:
 
 
 class _Process:
-    """What is set for the whole process while one thread or several are in the block."""
+    """Settings of the whole process while one thread or several are in the block."""
 
     def __init__(self):
         self._lock, self._inside, self._before = Lock(), 0, ExitStack()

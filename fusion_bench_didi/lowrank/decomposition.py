@@ -62,7 +62,7 @@ def half_decompose(
     factored_only: bool = False,
     name: str = "",
 ) -> Decomposition:
-    """As :func:`decompose`, uncoupled, short-side vectors only, against a shared part of fixed rank if one is given.
+    """Short-side singular vectors only, without coupling, against a shared part of fixed rank if one is given.
 
     Args:
         shared: (m, n); None for experts only.
@@ -92,7 +92,7 @@ def half_decompose(
 
 
 def half_of(whole: Decomposition) -> Decomposition:
-    """Of full spectra, what :func:`half_decompose` keeps."""
+    """The half SVDs of full spectra, as :func:`half_decompose` keeps them."""
 
     def half(s: Spectrum) -> HalfSVD:
         short = s.U if s.U.shape[0] < s.Vh.shape[1] else s.Vh.mT  # as ``half_svd`` does

@@ -38,7 +38,7 @@ def product_svd(factors: LowRankFactors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def as_dense(matrix: Matrix) -> Tensor:
-    """The (m, n) entries."""
+    """The matrix as a dense (m, n) tensor."""
     return matrix.dense() if isinstance(matrix, LowRankFactors) else matrix
 
 

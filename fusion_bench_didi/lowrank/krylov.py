@@ -39,7 +39,7 @@ class Search:
     def space(
         self, times_matrix: Callable[[Tensor], Tensor], rank: int, like: Tensor
     ) -> Tensor:
-        """(s, p) orthonormal columns.
+        """An orthonormal basis (s, p) of the Krylov space.
 
         Args:
             times_matrix: (s, k) -> (s, k), the product with the symmetric matrix.

@@ -26,7 +26,7 @@ FOLLOWING_SHARED, FOLLOWING_OWN = 2.5, 1.3
 
 @dataclass(frozen=True)
 class RefinementSettings:
-    """Settings of the refinement.
+    """Sweeps, steps and tolerance of the refinement.
 
     Args:
         sweeps: at most so many rounds of ``alternating``.
@@ -54,7 +54,7 @@ class FactorSet:
     def mapped(
         self, function: Callable[[LowRankFactors], LowRankFactors]
     ) -> "FactorSet":
-        """The same with every low-rank module put through a function."""
+        """A factor set whose low-rank modules were put through a function."""
         experts = (None if e is None else function(e) for e in self.experts)
         return FactorSet(function(self.shared), tuple(experts))
 
@@ -146,7 +146,7 @@ def _alternate(
     earlier, left, dense, rest = (torch.empty_like(mean) for _ in range(4))
 
     def leave(out: Tensor) -> Tensor:
-        """What the experts leave to be shared."""
+        """The weighted mean of task vectors minus experts: what is left to be shared."""
         up = torch.cat([experts[t].up * share[t] for t in low_rank], 1)
         down = torch.cat([experts[t].down for t in low_rank])
         return torch.addmm(mean, up, down, alpha=-1, out=out)

@@ -163,7 +163,7 @@ def sketched(shape: Sequence[int], rank: int, *, device: str = "cpu") -> bool:
 
 
 def operations(shape: Sequence[int], rank: int) -> float:
-    """What ``rank`` directions of an (m, n) matrix cost on a CPU by the way that is taken, in operations of products."""
+    """Operations that ``rank`` directions of an (m, n) matrix cost on a CPU by the way that is taken, as of products."""
     materialize, searched = _operations(shape, rank, "cpu")[
         _cheapest(shape, rank, "cpu")
     ]

@@ -23,7 +23,7 @@ from .settings import MergeSettings
 
 @dataclass(frozen=True)
 class MergeContext:
-    """One merge.
+    """Inputs, settings and energies of one merge, which its stages read.
 
     Args:
         task_vectors: tasks sorted.

@@ -11,7 +11,7 @@ from ..deltas.tucker import Bases
 
 @dataclass(frozen=True)
 class Given:
-    """What stands before a merge begins; task vectors are differences to the base model with its shared part.
+    """A finished model that tasks are added to; task vectors are differences to its base model with the shared part.
 
     Args:
         unit_bits: one fine-tuned model, of the finished model's account.

@@ -68,11 +68,11 @@ class Inventory:
         return self.precisions[name][0]
 
     def rate(self, name: str) -> Rate:
-        """What a module of a matrix costs in its cheapest precision."""
+        """Bits per rank and dense of a module in its cheapest precision."""
         return self.rate_in(self.cheapest(name), name)
 
     def rate_in(self, precision: Precision, name: str, *, shared_rank: int = 0) -> Rate:
-        """What a module costs, beside a shared part of a rank."""
+        """Bits per rank and dense of a module in a precision, beside a shared part of a rank."""
         most = self.most(name)
         left = None if most is None else max(most - shared_rank, 0)
         return precision.rate(*self.sides[name]).limited(left)
@@ -149,14 +149,14 @@ def take_inventory(
 
 
 def _own_bits(infos: Sequence[TensorInfo], changed: Sequence[bool]) -> int:
-    """Of the tasks that keep a tensor of their own; of all where that is not known yet."""
+    """Bits of tensors that tasks keep as their own; of all tasks where it is not known yet which do."""
     if len(changed) != len(infos):
         return sum(info.bits for info in infos)
     return sum(info.bits for info, one in zip(infos, changed) if one)
 
 
 def matrix_budget(inventory: Inventory, settings: MergeSettings) -> int:
-    """Bits left for matrices.
+    """Bits of the budget that are left for matrices.
 
     Raises:
         BudgetError: with the smallest budget that holds the vectors and what tasks keep for themselves.

@@ -84,7 +84,7 @@ class Plan:
     def report(
         self, errors: Mapping[str, Tensor], shared: Shared, experts: Experts
     ) -> MergeReport:
-        """What was done, with errors per tensor and what is stored."""
+        """The report of the merge, with errors per tensor and what is stored."""
         decisions, matrices = self.decisions.items(), self.matrices.items()
         return MergeReport(
             self.context.tasks,

@@ -29,7 +29,7 @@ def squared_error(shared: Delta | None, delta: Delta | None, tau: Matrix) -> Ten
 
 
 def change_of(shared: Delta | None, delta: Delta | None = None) -> Matrix | None:
-    """What is stored for one task, (m, n): factored where all of it is, None where nothing is.
+    """The stored change of one task, (m, n): factored where all of it is, None where nothing is stored.
 
     Args:
         shared: the shared part.

@@ -21,7 +21,7 @@ class RankAllocation:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What the merge did.
+    """Errors, precisions, forms and times of a merge.
 
     Args:
         tasks: sorted; the order of all (T,) tensors.
@@ -51,7 +51,7 @@ class MergeReport:
 
     @property
     def relative_errors(self) -> dict[str, float]:
-        """The same per task."""
+        """Relative error per task."""
         zero = torch.zeros(len(self.tasks), dtype=torch.float64)
         lost = sum((e.double().cpu() for e in self.errors.values()), zero)
         whole = sum((e.double().cpu() for e in self.energy.values()), zero)

@@ -35,7 +35,7 @@ class Decomposed:
     piloted: bool = False
 
     def priced(self, precision: Precision) -> "Decomposed":
-        """The same in another precision."""
+        """A copy priced in another precision."""
         rate = precision.rate(*self.spectra.shape).limited(self.spectra.rate.most)
         return replace(self, spectra=replace(self.spectra, rate=rate))
 
@@ -146,6 +146,6 @@ def _decompose(
 
 
 def _coupling_bytes(context: MergeContext, bounds: RankBounds) -> int:
-    """What the couplings of all matrices take in float32, as far as the budget reaches."""
+    """Bytes of the couplings of all matrices in float32, as far as the budget reaches."""
     reach = (bounds.rank_bound(name) for name in context.inventory.matrices)
     return 4 * len(context.tasks) * sum(q**2 for q in reach)

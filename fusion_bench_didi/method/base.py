@@ -198,7 +198,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         return sorted(tasks)
 
     def facts(self, modelpool: BaseModelPool, backbone: nn.Module) -> dict[str, Any]:
-        """What is saved with every model: the method, its settings and where its models came from."""
+        """Facts saved with every model: the method, its settings and where its models came from."""
         settings = OmegaConf.to_container(self.config, resolve=True)
         return {
             "method": self.title,
@@ -269,7 +269,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         return path and Path(os.path.realpath(Path(path).expanduser()))
 
     def identity(self, task_vectors: TaskVectors) -> dict[str, str]:
-        """What a merge that was cut off must have in common with the one that goes on: method, settings, inputs, versions."""
+        """Method, settings, inputs and versions, which a merge that was cut off must share with the one that goes on."""
         config = OmegaConf.to_container(self.config, resolve=True)
         settings = {
             f"method.{key}": repr(value)
@@ -331,7 +331,7 @@ class DynamicMethod(PoolMethod):
     def prepare(
         self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
     ) -> None:
-        """Whatever needs more than one tensor, such as a threshold over a whole model.
+        """Prepare whatever needs more than one tensor, such as a threshold over a whole model.
 
         Args:
             task_vectors: checked, tasks in :meth:`order`.
@@ -340,7 +340,7 @@ class DynamicMethod(PoolMethod):
 
     @abstractmethod
     def encode(self, tensor: ChangedTensor) -> EncodedTensor | None:
-        """What is stored of one tensor; None for nothing. Called on several threads."""
+        """Encode one tensor; None if nothing of it is stored. Called on several threads."""
 
     def run(self, modelpool: Any) -> DynamicModel:
         """Merge the pool."""

@@ -240,7 +240,7 @@ class MERGE(PoolMethod):
         return Path(place)
 
     def _described(self, space: Space, scorer: Any) -> dict[str, Any]:
-        """What a state must agree in to be continued."""
+        """Facts in which a state of the search must agree to be continued."""
         return {
             "objective": self.objective,
             "validation_samples": self.validation_samples,

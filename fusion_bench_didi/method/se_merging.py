@@ -111,7 +111,7 @@ class SEMerging(PoolMethod):
         return self.connect(model, modelpool)
 
     def router(self, tasks: Sequence[str]) -> RepresentationRouter:
-        """From the configuration."""
+        """The router of the configuration."""
         return RepresentationRouter(
             list(tasks),
             layers=self.layers,
@@ -128,7 +128,7 @@ class SEMerging(PoolMethod):
         )
 
     def static_merge(self, modelpool: BaseModelPool) -> nn.Module:
-        """The result of ``base_method``.
+        """The static merge by ``base_method``.
 
         Raises:
             TypeError: if it is not one plain model.

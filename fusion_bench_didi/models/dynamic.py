@@ -254,7 +254,7 @@ class DynamicModel(ModulatedModel):
         return self.mixed_at(1.0 if self.router is None else self.router.shared_scale)
 
     def mixed_at(self, shared_scale: float) -> MixedForward:
-        """As :attr:`mixed`; made at first use, again if the model was moved or its tasks are others."""
+        """:attr:`mixed` with the shared part scaled; made at first use, again if the model was moved or its tasks are others."""
         first = next(self.backbone.parameters())
         state = (tuple(self.tasks), first.device, first.dtype, self.serving)
         if self._mixed_state != state or shared_scale not in self._mixed:
@@ -454,7 +454,7 @@ class DynamicModel(ModulatedModel):
         )
 
     def described(self) -> dict[str, Any]:
-        """What the model is, JSON-plain: everything of the saved configuration that needs no file."""
+        """Facts about the model, JSON-plain: everything of the saved configuration that needs no file."""
         return saving.described(self)
 
     def __repr__(self) -> str:

@@ -67,7 +67,7 @@ class NamedModules(nn.Module, Generic[Held]):
 
 
 class Switchable(Protocol):
-    """What an expert needs of the model that it is put on."""
+    """The interface that an expert needs of the model that it is put on."""
 
     @property
     def touched(self) -> list[str]: ...
@@ -80,7 +80,7 @@ class Switchable(Protocol):
 
 
 class TaskExpert(TaskModulator):
-    """What one task adds to the backbone and to the shared part.
+    """One task's deltas on top of the backbone and the shared part.
 
     Args:
         deltas: by tensor name.
@@ -106,5 +106,5 @@ class TaskExpert(TaskModulator):
 
     @torch.no_grad()
     def remove(self, modulated_model: Switchable) -> None:
-        """Restore the base model."""
+        """Remove the expert: restore the base model."""
         modulated_model.restore()

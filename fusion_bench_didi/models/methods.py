@@ -41,7 +41,7 @@ _CHANGING = (
 
 
 class Called(RoutedModel, Protocol):
-    """What is needed of a merged model."""
+    """The interface that calls need of a merged model."""
 
     router: Router | None
 
@@ -59,7 +59,7 @@ class Called(RoutedModel, Protocol):
 
 
 def no_task(model: Called) -> UnknownTaskError:
-    """What is wrong if a model is run without a task."""
+    """The error for a model that is run without a task."""
     return UnknownTaskError(
         f"No task is set. Call set_task(...) with one of {model.tasks}, evaluate with a task-aware pool, or attach "
         "a router."

@@ -14,7 +14,7 @@ from .overview import is_repository, place_of
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What only the maker of a model can say for its card.
+    """Facts for the model card that only a model's maker can say.
 
     Args:
         place: by which readers load it: its repository, or the directory that the card lies in.

@@ -20,7 +20,7 @@ _WIDTH = 100
 
 
 def overview(config: Mapping[str, Any]) -> str:
-    """A screen of text.
+    """The overview of a model as a screen of text.
 
     Args:
         config: as saved.
@@ -41,7 +41,7 @@ def overview(config: Mapping[str, Any]) -> str:
 
 
 def as_html(config: Mapping[str, Any]) -> str:
-    """The same for notebooks."""
+    """The overview as HTML, for notebooks."""
     facts = (
         f"<tr><th style='text-align:left'>{escape(what)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
         for what, value in facts_of(config).items()
@@ -59,7 +59,7 @@ def as_html(config: Mapping[str, Any]) -> str:
 
 
 def title_of(config: Mapping[str, Any]) -> str:
-    """What it is, in a line."""
+    """Title of the overview, in a line."""
     kind = config.get("model_class") or config.get("kind", "model")
     method = config.get("info", {}).get("method")
     by = f" by {method}" if method else ""
@@ -70,14 +70,14 @@ def title_of(config: Mapping[str, Any]) -> str:
 
 
 def names_of(config: Mapping[str, Any]) -> list[str]:
-    """The tasks."""
+    """Names of the tasks."""
     if "tasks" in config:
         return list(config["tasks"])
     return [one["task"] for one in config.get("experts", [])]
 
 
 def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """What is known of the whole model, a line each."""
+    """Facts about the whole model, a line each."""
     info, storage = config.get("info", {}), config.get("storage")
     facts = {}
     if info.get("budget") is not None:

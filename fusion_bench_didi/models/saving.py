@@ -26,7 +26,7 @@ CLASSES = {"DynamicModel": "deltas", "DiDiModel": "deltas", "RecombinedModel": "
 
 
 class Saved(Protocol):
-    """What is written of a model, and by what it comes back."""
+    """The interface that saving needs of a model: what is written, and by what it comes back."""
 
     backbone: nn.Module
     unit_bits: int
@@ -120,7 +120,7 @@ def write_config(
 
 
 def described(model: Saved) -> dict[str, Any]:
-    """What a model is, JSON-plain, without what only files know."""
+    """Facts about a model, JSON-plain, without what only files know."""
     cls = type(model.backbone)
     known = {"class": f"{cls.__module__}.{cls.__qualname__}", "source": None}
     found: dict[str, Any] = {
@@ -145,7 +145,7 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Model:
-    """What :func:`save` wrote.
+    """Load a model that :func:`save` wrote.
 
     Args:
         directory: or repository of the hub.
@@ -269,7 +269,7 @@ def check_config(cls: type, place: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_shapes(model: Saved, place: Path) -> None:
-    """What is stored must be of the shapes of the backbone's tensors, before anything is worked out.
+    """Check stored shapes against the backbone's tensors, before anything is worked out.
 
     Raises:
         CheckpointMismatchError: naming the tensor that is not, or that the backbone lacks.

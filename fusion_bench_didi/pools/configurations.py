@@ -81,7 +81,7 @@ def check_configurations(base: Any, tuned: Mapping[str, Any]) -> None:
 
 
 def differing(base: Configuration, tuned: Configuration) -> list[str]:
-    """What two configurations say otherwise of the computation, as ``name: base model's != fine-tuned model's``.
+    """Differences of two configurations in the computation, as ``name: base model's != fine-tuned model's``.
 
     What one of them leaves out is not compared; models in models of one kind are found in one another.
     """
@@ -147,7 +147,7 @@ def _in_one_spelling(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _kind(scaling: Any) -> str | None:
-    """Of scaled rotary positions, under either name that it has had."""
+    """Kind of scaled rotary positions, under either name that it has had."""
     if not isinstance(scaling, Mapping):
         return None
     return scaling.get("rope_type", scaling.get("type"))

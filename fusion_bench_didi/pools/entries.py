@@ -150,7 +150,7 @@ def given_by(modelpool: BaseModelPool) -> dict[str, Any]:
 
 
 def _arguments(modelpool: BaseModelPool, name: str) -> dict[str, Any] | None:
-    """What ``from_pretrained`` is called with for an entry; None for other entries."""
+    """Arguments of ``from_pretrained`` for an entry; None for other entries."""
     entry = modelpool._models[name]
     if isinstance(entry, str):
         entry = {PLACE: entry}
@@ -160,7 +160,7 @@ def _arguments(modelpool: BaseModelPool, name: str) -> dict[str, Any] | None:
 
 
 def configuration_of(modelpool: BaseModelPool, name: str) -> Any:
-    """What an entry says of the computation: a configuration, its file's content with what the entry adds to it, or None."""
+    """The configuration of an entry: an object, its file's content with what the entry adds to it, or None."""
     entry = modelpool._models[name]
     if isinstance(entry, nn.Module):
         return getattr(entry, "config", None)

@@ -102,7 +102,7 @@ def _completed(entry: Any, kind: str) -> Any:
 
 
 class _Listed(BaseModelPool):
-    """What stands behind a class of the host's first version, whose configuration is a list."""
+    """A pool of the host's first version, whose configuration is a list."""
 
     config = None  # today's is a property, theirs an attribute
     _train_datasets = _val_datasets = _test_datasets = None

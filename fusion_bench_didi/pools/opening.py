@@ -118,7 +118,7 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
 
 
 def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
-    """What is needed to find the base model again: its class and where the pool took it from."""
+    """Reference by which the base model is found again: its class and where the pool took it from."""
     entry = modelpool._models[BASE]
     if isinstance(entry, DictConfig):
         entry = OmegaConf.to_container(entry, resolve=True)

@@ -84,7 +84,7 @@ def names_of(
     given: Iterable[str],
     aliases: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """What a pool calls the task of every model: model name -> the given name that means it; models without one are left out.
+    """The name that a pool gives the task of every model, by model name; models without one are left out.
 
     Args:
         given: names of a pool's tasks or datasets, those of other tasks among them.
@@ -138,7 +138,7 @@ def only(taskpool: Any, tasks: Collection[str]) -> Iterator[None]:
 
 
 def _names(value: Any) -> list[str]:
-    """What a pool iterates over, as names."""
+    """Names that a pool iterates over."""
     if isinstance(value, str):
         return value.split(",")
     return [str(name) for name in value] if isinstance(value, Iterable) else []

@@ -27,7 +27,7 @@ class ComparisonError(DiDiError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One row to be.
+    """An entry of the comparison: one row to be.
 
     Args:
         key: its name in the YAML, on the command line, and of its file.
@@ -121,7 +121,7 @@ def dependent(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def declared(entry: Entry) -> dict[str, Any]:
-    """What decides the numbers of the row, as far as it is known before anything ran; JSON-plain."""
+    """Settings that decide the numbers of the row, as far as they are known before anything ran; JSON-plain."""
     config = entry.method
     if entry.method not in SPECIAL:
         try:

@@ -32,7 +32,7 @@ Rows = Mapping[str, Row | None]
 
 @dataclass(frozen=True)
 class Bench:
-    """What every entry of a comparison runs on.
+    """Pools and settings that every entry of a comparison runs on.
 
     Args:
         new_modelpool: makes a model pool that no earlier method has touched.
@@ -135,7 +135,7 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
 def _merged(
     row: Row, bench: Bench, entry: Entry, rows: Rows, pool: Any, watch: Watch
 ) -> nn.Module:
-    """What the entry's method makes of the pool, measured."""
+    """The entry's merged model, measured while it is made."""
     config = method_config(
         entry,
         smallest_side=bench.facts.smallest_side,

@@ -16,7 +16,7 @@ _GB = 2**30
 
 @dataclass
 class Cost:
-    """What a block took.
+    """Time and memory that a block took.
 
     Args:
         seconds: wall time.

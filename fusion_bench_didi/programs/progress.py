@@ -23,7 +23,7 @@ def terminal() -> Console:
 
 @contextlib.contextmanager
 def quiet(chatter: Path) -> Iterator[None]:
-    """What the host prints and logs goes to a file: thirty methods write some thousand lines."""
+    """Send what the host prints and logs to a file: thirty methods write some thousand lines."""
     chatter.parent.mkdir(parents=True, exist_ok=True)
     with chatter.open("a") as file:
         known = logging.root.manager.loggerDict.values()
@@ -80,7 +80,7 @@ class Watch:
         self._bar.__exit__(*error)
 
     def method(self, name: str) -> None:
-        """The next method begins."""
+        """Tell that the next method begins."""
         self._method += 1
         self._name = name
         self.stage("starting")

@@ -193,7 +193,7 @@ _NUMBERS = (
 
 
 def _check_row(row: Field, key: str) -> None:
-    """What is worked with must be there, and be what it is taken for."""
+    """Check that the fields of a row that are worked with are there, and of their types."""
     row["key"].one_of([key])
     row["method"].text()
     for name in _NUMBERS:
@@ -242,5 +242,5 @@ def _read(
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from a file."""
+    """A value as it comes back from a file."""
     return json.loads(json.dumps(value))

@@ -15,7 +15,7 @@ from ..task_vectors.scan import model_bits, scan
 
 @dataclass(frozen=True)
 class PoolFacts:
-    """What the account and the ranks need to know of a model pool.
+    """Facts about a model pool that the account and the ranks need.
 
     Args:
         unit_bits: one fine-tuned model (the tensors that some task changed).

@@ -53,7 +53,7 @@ def operator_of_task(genomes: NDArray) -> NDArray:
 
 
 def one_group(C: int, T: int, operator: int) -> Genome:
-    """All tasks together, everywhere."""
+    """The genome with all tasks together, everywhere."""
     genome = np.zeros((C, 2, T), dtype=np.int64)
     genome[:, 1, 0] = operator
     return genome

@@ -70,7 +70,7 @@ class ModularExpert:
 def module_id(
     component: str, tasks: Sequence[str], operator: str, settings: OperatorSettings
 ) -> str:
-    """Component and digest."""
+    """Id of a module: component and digest."""
     content = [component, sorted(tasks), operator, settings.as_dict()]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     return f"{component}-{digest.hexdigest()[:12]}"
@@ -183,7 +183,7 @@ def load_module(place: Path) -> ModularExpert:
 
 
 def load_modules(directory: Path, ids: Iterable[str]) -> dict[str, ModularExpert]:
-    """Modules by id.
+    """Load modules by id.
 
     Raises:
         CheckpointMismatchError: if one is missing, damaged, or another one.

@@ -21,7 +21,7 @@ from ..task_vectors.tensor import matrix_shape
 
 @dataclass(frozen=True)
 class Parts:
-    """What is stored for a group: deltas for all its tasks, and deltas per task on top of them."""
+    """Deltas of a group: for all its tasks, and per task on top of them."""
 
     shared: Mapping[str, Delta]
     experts: Mapping[str, Mapping[str, Delta]]
@@ -44,7 +44,7 @@ class SVDCache:
     def get(
         self, name: str, tasks: Sequence[str], how: str, vectors: Tensor, shared: Tensor
     ) -> Decomposition:
-        """Of the shared matrix and of what it leaves of each task vector (g, m, n)."""
+        """Spectra of the shared matrix and of what it leaves of each task vector (g, m, n)."""
         if how != "none":
             key = (name, how, *tasks)
             return self._cached(

@@ -118,7 +118,7 @@ class RecombinedModel(DynamicModel):
 
 
 def _deltas(module: ModularExpert, task: str) -> dict[str, Delta]:
-    """What a module does for a task, one delta per tensor."""
+    """A module's deltas for a task, one per tensor."""
     own, out = module.experts.get(task, {}), {}
     for name in module.tensors(task):
         if name in own and name in module.shared:

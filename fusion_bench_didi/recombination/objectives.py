@@ -44,7 +44,7 @@ class Evaluation:
 
     @property
     def costs(self) -> tuple[float, float]:
-        """Both to be minimised."""
+        """Both objectives, to be minimised."""
         return 1 - self.performance, self.storage
 
     def as_dict(self) -> dict:
@@ -53,7 +53,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Space:
-    """What can be decided.
+    """The space of decisions: components, tasks and operators.
 
     Args:
         components: C of them.
@@ -86,7 +86,7 @@ class Space:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """C, T, O."""
+        """Numbers of components C, tasks T and operators O."""
         return len(self.components), len(self.tasks), len(self.operators)
 
     @property

@@ -28,7 +28,7 @@ LOW_RANK = "didi@"
 
 @dataclass(frozen=True)
 class OperatorSettings:
-    """What the operators share.
+    """Settings that the operators share.
 
     Args:
         scaling: task arithmetic: factor on the sum.

@@ -90,7 +90,7 @@ class ValidationScorer:
 
     @torch.no_grad()
     def accuracy(self, task: str, tensors: Mapping[str, Tensor]) -> float:
-        """Of the base model with the given values of tensors."""
+        """Accuracy of the base model with the given values of tensors."""
         clip, data = self._classifier.clip_model, self._data[task]
         before, self._candidate.tensors = clip.vision_model, tensors
         clip.vision_model = self._candidate
@@ -116,7 +116,7 @@ def scorer_from_pools(
     seed: int = 0,
     aliases: Mapping[str, str] | None = None,
 ) -> ValidationScorer:
-    """What ``objective: validation`` needs, or why it cannot be had.
+    """The scorer of ``objective: validation``, or why it cannot be had.
 
     Args:
         samples: images per task, a seeded draw; all if None.
@@ -161,7 +161,7 @@ def check_pools(
     tasks: list[str],
     aliases: Mapping[str, str] | None = None,
 ) -> None:
-    """See :func:`scorer_from_pools`; reads nothing."""
+    """Check the pools for :func:`scorer_from_pools`; reads no data."""
     have = modelpool.val_dataset_names if modelpool._val_datasets is not None else []
     missing = sorted(set(tasks) - set(names_of(tasks, have, aliases)))
     if missing:

@@ -27,6 +27,6 @@ def write_report(directory: str | Path) -> list[Path]:
 
 
 def whereabouts(files: Sequence[Path]) -> str:
-    """What :func:`write_report` has written, in a line."""
+    """Where :func:`write_report` has written, in a line."""
     page, beside = files[-1], sorted({file.suffix[1:] for file in files[:-1]})
     return f"page    {page}; tables and plots beside it ({', '.join(beside)})"

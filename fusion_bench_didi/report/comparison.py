@@ -30,7 +30,7 @@ class Comparison:
 
     @classmethod
     def read(cls, file: str | Path) -> "Comparison":
-        """From a file.
+        """Read a comparison from a file.
 
         Raises:
             DiDiError: if it holds no comparison.
@@ -89,7 +89,7 @@ class Comparison:
 
 
 def kind(row: Mapping[str, Any]) -> Kind:
-    """What color and marker a row has: its group, or that it is ours, or a variant of ours."""
+    """Kind of a row, by which it is colored: its group, or that it is ours, or a variant of ours."""
     family = row.get("family")
     if family:
         return "ours" if family == OURS else "variant"

@@ -16,7 +16,7 @@ _NAMELESS = ("_pretrained_", "models", "vision", "base", "suite")
 
 
 def suite_of(comparison: Comparison) -> str:
-    """What the models are called by: their folder, or the base model; empty if nothing tells."""
+    """Name of the suite: its folder, or the base model; empty if nothing tells."""
     pool = comparison.data.get("config", {}).get("modelpool") or {}
     if "Demo" in str(pool.get("_target_")):
         return "embedded demo"
@@ -73,7 +73,7 @@ def of_ranks(comparison: Comparison, row: Mapping[str, Any]) -> str:
 
 
 def of_energy(comparison: Comparison, row: Mapping[str, Any]) -> str:
-    """Where least is kept."""
+    """The finding of the energy plot: where least is kept."""
     kept = [
         (mean, line.kind, layer)
         for line in energy_lines(row["energy_kept"])

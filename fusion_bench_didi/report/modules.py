@@ -39,7 +39,7 @@ class Place:
 
     @property
     def short(self) -> str:
-        """``self_attn.q_proj`` -> ``q``."""
+        """A short name of a module: ``self_attn.q_proj`` -> ``q``."""
         leaf = self.module.rpartition(".")[2]
         return leaf.removesuffix("_weight").removesuffix("_proj").removeprefix("c_")
 

@@ -34,14 +34,14 @@ _TOLD = {
 
 
 def write(comparison: Comparison, directory: Path) -> Path:
-    """``comparison.html``."""
+    """Write ``comparison.html``."""
     file = directory / "comparison.html"
     write_whole(file, render(comparison))
     return file
 
 
 def render(comparison: Comparison) -> str:
-    """The page."""
+    """The page as HTML."""
     printed = _svgs(comparison)
     sections = [
         _figure(name, figure, _title(name, comparison), printed.get(name, ""))
@@ -63,7 +63,7 @@ def render(comparison: Comparison) -> str:
 
 
 def summary_frame(comparison: Comparison) -> pd.DataFrame:
-    """What the first table shows: what decides comes first, for it is all that a phone has room for."""
+    """The first table: what decides comes first, for it is all that a phone has room for."""
     marked = _marked(comparison, lambda row: row["average"])
     lines = []
     for row in comparison.rows:
@@ -93,7 +93,7 @@ def summary_frame(comparison: Comparison) -> pd.DataFrame:
 
 
 def task_frame(comparison: Comparison) -> pd.DataFrame:
-    """What the second table shows."""
+    """The second table: accuracy by task."""
     values = {t: lambda row, t=t: row["accuracy"][t] for t in comparison.tasks}
     values["Average"] = lambda row: row["average"]
     marked = {head: _marked(comparison, value) for head, value in values.items()}
@@ -164,7 +164,7 @@ def _downloads(comparison: Comparison) -> str:
 
 
 def _title(name: str, comparison: Comparison) -> str:
-    """What a figure shows."""
+    """Title of a figure: what it shows."""
     if name in ("ranks", "energy_kept"):
         make = findings.of_ranks if name == "ranks" else findings.of_energy
         return make(comparison, comparison.shown_in_detail())

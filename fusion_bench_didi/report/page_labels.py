@@ -29,7 +29,7 @@ def annotations(
     x_range: tuple[float, float],
     y_range: tuple[float, float],
 ) -> list[dict[str, Any]]:
-    """Plotly's annotations of points.
+    """Labels of points as Plotly's annotations.
 
     Args:
         points: as on the axes.

@@ -11,7 +11,7 @@ _MEANS = ("average", "x_excl", "x_incl", "bytes_excl", "bytes_incl", "seconds")
 
 
 def over_seeds(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """What ``comparison.json`` holds, of several of the same tasks and methods; ranks and the like are the first's.
+    """The content of ``comparison.json`` over several runs of the same tasks and methods; ranks and the like are the first's.
 
     Raises:
         DiDiError: if tasks or methods are not the same.

@@ -76,7 +76,7 @@ def title(axes: Axes, text: str, **options: Any) -> None:
 
 
 def headline(figure: Figure, text: str) -> None:
-    """What a picture of several panels shows, above all of them."""
+    """Title of a picture of several panels, above all of them."""
     figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 

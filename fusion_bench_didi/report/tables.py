@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 
 
 def write(comparison: Comparison, directory: Path) -> list[Path]:
-    """All three tables."""
+    """Write all three tables."""
     makers = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
     files = []
     for suffix, make in makers.items():
@@ -177,7 +177,7 @@ def retention(row: Row) -> str:
 
 
 def escaped(text: str) -> str:
-    """For LaTeX."""
+    """Text escaped for LaTeX."""
     for character in "&%$#_":
         text = text.replace(character, "\\" + character)
     return text.replace("–", "--")

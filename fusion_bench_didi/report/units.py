@@ -38,7 +38,7 @@ def storage_units(storage: Mapping) -> dict[str, float]:
 
 
 def storage_line(storage: Mapping) -> str:
-    """The same in a line."""
+    """The storage account in a line."""
     units, tasks = storage_units(storage), len(storage["expert_bits"])
     size = readable(storage["x_excl"] * storage["unit_bits"])
     return (

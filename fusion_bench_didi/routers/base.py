@@ -1,4 +1,4 @@
-"""What all routers share: features of the input in, weights over the tasks out.
+"""The base class of routers: features of the input in, weights over the tasks out.
 
 ``features(model, inputs)`` (B, F)  ->  ``scores`` (B, T)  ->  ``weights`` (B, T), one-hot or a softmax at a temperature.
 
@@ -19,7 +19,7 @@ from .heads import HEADS, fit_head
 
 
 class RoutedModel(Protocol):
-    """What routers need of a model.
+    """The interface that routers need of a model.
 
     Attributes:
         backbone: whose layers are looked at.
@@ -50,7 +50,7 @@ class RoutedModel(Protocol):
 def weights_from(
     scores: Tensor, *, hard: bool, temperature: float = 1.0, threshold: float = 0.0
 ) -> Tensor:
-    """Weights over tasks.
+    """Weights over tasks from scores.
 
     Args:
         scores: (B, T), larger is likelier.
@@ -104,7 +104,7 @@ class Router(nn.Module):
         self.reset()
 
     def bind(self, model: RoutedModel) -> None:
-        """Prepare for a model.
+        """Prepare the router for a model.
 
         Raises:
             UnknownTaskError: if it holds other tasks.
@@ -131,7 +131,7 @@ class Router(nn.Module):
         return HEADS[self.head].scores(features, self._head_tensors())
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, T) weights."""
+        """Weights over tasks of a batch, (B, T)."""
         threshold = self.threshold if self.fallback == "shared" else 0.0
         return weights_from(
             self.scores(features),
@@ -163,11 +163,11 @@ class Router(nn.Module):
 
     @property
     def bits(self) -> int:
-        """What is stored for routing."""
+        """Bits that are stored for routing."""
         return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is written to the file."""
+        """Tensors that are written to the file."""
         return dict(self.state_dict())
 
     def load(self, tensors: dict[str, Tensor]) -> "Router":
@@ -177,12 +177,12 @@ class Router(nn.Module):
         return self
 
     def options(self) -> dict[str, Any]:
-        """JSON-plain constructor arguments."""
+        """Constructor arguments, JSON-plain."""
         names = ("tasks", "hard", "temperature", "fallback", "threshold", "head")
         return {name: getattr(self, name) for name in names}
 
     def reset(self) -> None:
-        """Count from nothing."""
+        """Reset the counts."""
         self.samples = self.unknown = 0
 
     @property

@@ -57,7 +57,7 @@ class OracleRouter(Router):
     kind = "oracle"
 
     def tell(self, task_ids: Tensor) -> None:
-        """(B,) positions in ``tasks``."""
+        """Tell the oracle the tasks of the next batch, (B,) positions in ``tasks``."""
         self.told = task_ids
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:

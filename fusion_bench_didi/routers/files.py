@@ -94,7 +94,7 @@ def check_router(entry: Field, tasks: Sequence[str]) -> Router:
 
 
 def read_router(directory: Path, entry: Mapping[str, Any]) -> Router:
-    """What :func:`write_router` wrote.
+    """Read a router that :func:`write_router` wrote.
 
     Raises:
         CheckpointMismatchError: for a missing or altered file, or one that holds something else.

@@ -23,7 +23,7 @@ class Head(Protocol):
 
 
 class Discriminant:
-    """Linear discriminant analysis."""
+    """A head by linear discriminant analysis."""
 
     @staticmethod
     def fit(

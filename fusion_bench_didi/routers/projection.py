@@ -126,7 +126,7 @@ class ProjectionRouter(Router):
         return names
 
     def _basis(self, model: RoutedModel, name: str) -> Tensor:
-        """(T k, n)."""
+        """Leading input directions of all experts, (T k, n)."""
         module, weight = model.backbone.get_submodule(name), f"{name}.weight"
         base, bases = model.base_tensor(weight).float(), []
         for task in model.tasks:

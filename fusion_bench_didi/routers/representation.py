@@ -43,7 +43,7 @@ def normalized(distances: Tensor, how: str) -> Tensor:
 
 @checked
 class RepresentationRouter(Router):
-    """SE-Merging's router.
+    """SE-Merging's router: weights by distance of representations.
 
     Args:
         layers: blocks by position, or names of modules; distances are averaged over them.
@@ -114,7 +114,7 @@ class RepresentationRouter(Router):
         return any(key.startswith(_ANCHOR) for key in self._buffers)
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, L T) distances."""
+        """Distances of a batch's representations to each expert's, (B, L T)."""
         merged = self.merged_states(model, args, kwargs)
         columns = []
         for row in torch.eye(len(self.tasks)):

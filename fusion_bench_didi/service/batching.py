@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """One input.
+    """One input of a request, on its way into a batch.
 
     Args:
         task: None for the one that the router finds.
@@ -115,7 +115,7 @@ class Batcher:
                     return rows
 
     def _taken(self) -> list[Row]:
-        """What a batch has room for, without those that nobody waits for any more."""
+        """Rows that a batch has room for, without those that nobody waits for any more."""
         rows: list[Row] = []
         while self._waiting and len(rows) < self._limits.batch:
             row = self._waiting.popleft()

@@ -15,7 +15,7 @@ from .tasks import tasks_of
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt is continued by.
+    """The continuation of a prompt.
 
     Args:
         text: without special tokens.
@@ -50,7 +50,7 @@ class Language:
         self.places = places or limits.prompt_tokens + limits.tokens
 
     def row(self, task: str | None, prompt: str, tokens: int) -> Row:
-        """One prompt.
+        """A prompt as a row of a batch.
 
         Raises:
             Refused: 400 for prompts that are empty or too long.

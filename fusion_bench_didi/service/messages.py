@@ -21,7 +21,7 @@ GREEDY = "left out: answers are greedy, one for each prompt"
 
 
 class Asked(BaseModel):
-    """What all requests have."""
+    """Fields that all requests have."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str = Field(description="a name that /v1/models lists")
@@ -29,7 +29,7 @@ class Asked(BaseModel):
 
 
 class CompletionRequest(Asked):
-    """As of OpenAI's completions; answers are greedy, and what would change that is refused."""
+    """A request for completions as OpenAI's; answers are greedy, and what would change that is refused."""
 
     prompt: Texts = Field(description=TEXTS)
     max_tokens: int = Field(16, ge=1, description="a whole number, 1 or more")

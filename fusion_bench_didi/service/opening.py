@@ -108,5 +108,5 @@ def _processor(auto: Any, where: str | None) -> Any:
 
 
 def _knows_words(tokenizer: Any) -> bool:
-    """Whether it has a vocabulary: transformers 5 makes some of special tokens, and a mark of spaces, where the file is missing."""
+    """Whether a tokenizer has a vocabulary: transformers 5 makes some of special tokens, and a mark of spaces, where the file is missing."""
     return len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) > 1

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def product_dtype(device: torch.device) -> torch.dtype | None:
-    """What products on a device are cast to, or None where they are not."""
+    """Type that products on a device are cast to, or None where they are not."""
     if not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)

@@ -70,7 +70,7 @@ class Bank:
 
 
 class ValueBank(Bank):
-    """Every task's tensor, whole.
+    """A bank that holds every task's tensor whole.
 
     Args:
         values: (T + 1, *shape); the last one is the shared model's.
@@ -178,7 +178,7 @@ class MatrixBank(Bank):
         return self._stack
 
     def transposed(self) -> "MatrixBank":
-        """The same laid out for a module that multiplies by the transpose; holds no matrix of its own."""
+        """The bank laid out for a module that multiplies by the transpose; holds no matrix of its own."""
         parts = []
         for task in range(self.tasks):
             if task in self.dense:

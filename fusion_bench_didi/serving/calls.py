@@ -93,7 +93,7 @@ class Call:
         self._caches = [n for n, value in given.items() if is_cache(value)]
 
     def fits(self, count: int, what: str) -> None:
-        """One ``what`` per sample.
+        """Check that there is one ``what`` per sample.
 
         Raises:
             DiDiError: naming both numbers; and for no sample at all.
@@ -111,7 +111,7 @@ class Call:
             )
 
     def picked(self, index: Tensor) -> "Call":
-        """The same for some of the samples.
+        """The call with some of the samples only.
 
         Args:
             index: their positions; caches are copied, never shared with what was given.
@@ -139,12 +139,12 @@ class Call:
         return replace(self, args=tuple(args), kwargs=kwargs)
 
     def on(self, network: nn.Module) -> Any:
-        """The call's output."""
+        """Run the call on a network; its output."""
         function = network if self.method is None else getattr(network, self.method)
         return function(*self.args, **self.kwargs)
 
     def kind(self) -> Hashable:
-        """What calls have in common whose outputs are laid out alike."""
+        """A key that is equal for calls whose outputs are laid out alike."""
         kwargs = {name: _kind(value) for name, value in self.kwargs.items()}
         return self.method, *map(_kind, self.args), *sorted(kwargs.items())
 

@@ -28,7 +28,7 @@ _LIBRARIES = ("torch.", "transformers.", "builtins", "typing")
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """An independent copy.
+    """An independent copy of a model.
 
     Args:
         memo: of an outer ``copy.deepcopy``.
@@ -183,7 +183,7 @@ def _remapped_container(value: Any, done: dict[int, Any]) -> Any:
 
 
 def _held(module: nn.Module) -> list[tuple[str, Any]]:
-    """What is set on a module beside its parameters, buffers and modules, and may refer to something."""
+    """Attributes set on a module beside its parameters, buffers and modules, which may refer to something."""
     return [
         (key, value)
         for key, value in vars(module).items()

@@ -67,7 +67,7 @@ class Derived:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Of the module itself."""
+    """Tensors of the module itself."""
     held = (*module._parameters.values(), *module._buffers.values())
     return [tensor for tensor in held if tensor is not None]
 

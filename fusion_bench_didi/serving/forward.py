@@ -136,7 +136,7 @@ class MixedForward:
         return Call(args, kwargs, names=self._names, main=self._main)
 
     def mix(self, task_ids: Any, task_weights: Any, call: Call) -> Mix:
-        """What the samples of a call are mixed by: one of the two that is not None.
+        """The mixture of a call's samples, from task ids or weights, whichever is not None.
 
         Raises:
             DiDiError: if both are given, or are not of these samples.
@@ -172,7 +172,7 @@ class MixedForward:
             )
 
     def run(self, mix: Mix, call: Call, *, watched: bool = False) -> Any:
-        """A batch.
+        """Run a batch.
 
         Args:
             watched: for layers inside; tensors of tasks that have no common shape may then be the base model's.
@@ -245,7 +245,7 @@ class MixedForward:
 
     @contextmanager
     def passing(self, mix: Mix) -> Iterator[None]:
-        """What this thread runs of the network meanwhile is of these samples."""
+        """While the block runs, what this thread runs of the network is of these samples."""
         outer = self.running.current
         self.running.current = Pass(mix)
         try:

@@ -42,7 +42,7 @@ def generation_of(
 
 
 def prompt_of(forward: MixedForward, call: Call) -> dict[str, Any]:
-    """What the backbone's forward would be given of the prompts."""
+    """Arguments of the backbone's forward that the prompts amount to."""
     backbone, given = forward.backbone, call.given
     taken = set(parameter_names(backbone.forward)) - {"past_key_values", "labels"}
     prompt = {k: v for k, v in given.items() if k in taken and v is not None}
@@ -110,7 +110,7 @@ def _as_given(output: Any, mix: Mix) -> Any:
 
 
 def _padding(forward: MixedForward, call: Call) -> int:
-    """What rows that are shorter than others end with, as ``generate`` itself does."""
+    """Token that shorter rows end with, as ``generate`` itself pads."""
     asked = call.given
     own = getattr(forward.backbone, "generation_config", None)
     settings = (asked, _settings(asked.get("generation_config")), _settings(own))

@@ -36,7 +36,7 @@ class Held:
 
     @property
     def tasks(self) -> list[int]:
-        """Those of which something is held."""
+        """Tasks of which something is held."""
         return [task for task, held in self._entries.items() if held]
 
     def ask(self, tasks: Iterable[int]) -> None:
@@ -52,7 +52,7 @@ class Held:
         size: int,
         make: Callable[[], Decoded],
     ) -> Decoded | None:
-        """What is held of a tensor; made if there is room for it, None if there is none.
+        """A decoded tensor: held already, made if there is room for it, None if there is none.
 
         Args:
             size: bytes that it takes.

@@ -24,7 +24,7 @@ class UnsupportedShape(Exception):
 
 
 class PerSample:
-    """What the subclasses below have beside the module they extend.
+    """Attributes of the subclasses below beside those of the module they extend.
 
     Attributes:
         banks: of the changed tensors, by their name in the module.
@@ -81,7 +81,7 @@ class PerSamplePatchConv(PerSampleLinear):
 
 
 class PerSampleLayerNorm(PerSample):
-    """Layer norm."""
+    """Layer norm with scale and bias per sample."""
 
     def prepare(self) -> None:
         # without weight and bias torch takes a path that is half as fast on a CPU in float32

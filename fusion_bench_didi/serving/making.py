@@ -91,7 +91,7 @@ def bank_of(
 def _worthwhile_factors(
     delta: Delta, shared: Delta | None, serving: Serving
 ) -> LowRankFactors | None:
-    """What a task adds as a product of factors, where it is one and costs less than the whole matrix."""
+    """Factors of a task's change, where it is a product and costs less than the whole matrix."""
     if isinstance(delta, OwnDelta):
         return None
     factors = delta.beyond_product(shared)
@@ -102,7 +102,7 @@ def _worthwhile_factors(
 
 
 def _laid_out(matrix: Tensor, base: Tensor, turned: bool) -> Tensor:
-    """Of the base tensor's type, as (in, out), in memory of its own."""
+    """A matrix as (in, out), of the base tensor's type, in memory of its own."""
     matrix = matrix.flatten(1)
     matrix = (matrix.mT if turned else matrix).to(base.dtype).contiguous()
     return matrix.clone() if matrix.data_ptr() == base.data_ptr() else matrix

@@ -54,12 +54,12 @@ class ByTask:
         return len(self.tasks)
 
     def like_first(self, count: int) -> "ByTask":
-        """So many samples of the first one's task."""
+        """A mix of so many samples of the first one's task."""
         tasks = self.tasks[:1].expand(count)
         return ByTask.of(tasks, len(self.counts) - 1)
 
     def repeated(self, times: int) -> "ByTask":
-        """So many rows for every sample, side by side."""
+        """A mix of so many rows for every sample, side by side."""
         order = _repeated(self.order, times)
         return ByTask(self.tasks.repeat_interleave(times), self.counts * times, order)
 
@@ -104,7 +104,7 @@ class ByTask:
         return bank.value(int(self.tasks[0]))
 
     def rows(self, bank: ValueBank) -> Tensor:
-        """(B, *shape)."""
+        """The tensor of each sample, (B, *shape)."""
         return bank.values.index_select(0, self.tasks)
 
     def scale(self, owner: Tensor) -> Tensor:

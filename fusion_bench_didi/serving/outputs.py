@@ -59,7 +59,7 @@ class Layout:
         )
 
     def covers(self, output: Any) -> bool:
-        """Whether it says something of all tensors of an output."""
+        """Whether the layout is known of all tensors of an output."""
         return all(
             path in self.sides
             for path, v in leaves(output).items()

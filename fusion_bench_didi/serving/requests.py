@@ -12,7 +12,7 @@ from ..errors import DiDiError, UnknownTaskError
 
 
 def task_numbers(task_ids: Any, tasks: Sequence[str]) -> Tensor:
-    """Positions of tasks.
+    """Positions of tasks, one per sample.
 
     Args:
         task_ids: one per sample, as a tensor, an array or a sequence of positions in ``tasks`` and names; their number, or
@@ -104,7 +104,7 @@ def _check_held(numbers: Tensor, name: str) -> None:
 
 
 def checked_weights(task_weights: Any, tasks: Sequence[str]) -> Tensor:
-    """Weights over tasks.
+    """Weights over tasks, checked.
 
     Args:
         task_weights: (B, T) as a tensor, an array or rows.

@@ -18,7 +18,7 @@ Setting = tuple[Any, str, Any]
 
 
 class Shapes:
-    """What a model was loaded with; says what must be set where some tensor is of another shape.
+    """Shape settings that a model was loaded with, and what must be set where some tensor is of another shape.
 
     Args:
         model: as it was loaded. Copies of it may be given to the methods.
@@ -43,7 +43,7 @@ class Shapes:
         }
 
     def settings(self, model: nn.Module, name: str, shape: Shape) -> list[Setting]:
-        """What follows where a tensor is of a shape."""
+        """Settings that follow where a tensor is of a shape."""
         owner, _, leaf = name.rpartition(".")
         module, found = model.get_submodule(owner), []
         if leaf == "weight":
@@ -79,7 +79,7 @@ class Shapes:
     def _of_labels(
         self, model: nn.Module, module: nn.Module, name: str, shape: Shape
     ) -> list[Setting]:
-        """Those of a last layer, of as many outputs as the model has labels."""
+        """Settings of a last layer with as many outputs as the model has labels."""
         inner = getattr(model, "base_model_prefix", None)
         head = (
             isinstance(module, nn.Linear)
@@ -100,7 +100,7 @@ class Shapes:
     def _of_vocabulary(
         self, model: nn.Module, module: nn.Module, name: str, shape: Shape
     ) -> list[Setting]:
-        """Those of a language model's first and last layer."""
+        """Settings of a language model's first and last layer."""
         if self.vocabulary is None or self.sides.get(name, (0,))[0] != self.vocabulary:
             return []
         ends = (getattr(model, f"get_{end}_embeddings") for end in ("input", "output"))

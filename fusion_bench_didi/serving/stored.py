@@ -30,7 +30,7 @@ def _scaled(inner: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class Vectors:
-    """What a layer is given: vectors that are multiplied by a matrix.
+    """Inputs of a layer: vectors that are multiplied by a matrix.
 
     Args:
         x: (B, ..., n), or (B, ..., m) for a matrix that is not turned.
@@ -70,7 +70,7 @@ class Vectors:
 
 
 class Positions:
-    """What an embedding is given: rows of a matrix that are looked up.
+    """Inputs of an embedding: rows of a matrix that are looked up.
 
     Args:
         ids: (B, ...).
@@ -152,15 +152,15 @@ class StoredBank(Bank):
 
     @property
     def added(self) -> Delta | None:
-        """What is shared, if that changes the matrix."""
+        """The shared part, if that changes the matrix."""
         return self.shared if self.shared is not None and self.shared.adds else None
 
     def key(self, form: str) -> Hashable:
-        """What is held of this matrix in a form."""
+        """Key under which a form of this matrix is held."""
         return self.name, self.scale, form
 
     def transposed(self) -> "StoredBank":
-        """The same for a module that multiplies by the other side."""
+        """The bank for a module that multiplies by the other side."""
         return StoredBank(
             self.name,
             self.base,
@@ -233,7 +233,7 @@ class StoredBank(Bank):
 
 
 class _Use:
-    """What one product decodes; nothing of it outlives that but what is held.
+    """Matrices decoded for one product; nothing of it outlives that but what is held.
 
     Args:
         bank: of the matrix.
@@ -319,11 +319,11 @@ class _Use:
         return bank.held.get(bank.key(FACTORS), task, nbytes, made) or made()
 
     def _beside(self) -> Delta | None:
-        """What factors are worked out against: bases decoded, all else as it is, of which they need nothing."""
+        """The shared part that factors are worked out against: bases decoded, all else as it is, of which they need nothing."""
         return self._shared() if self.bank.added is None else self.bank.added
 
     def _shared(self) -> Delta | None:
-        """What is shared, decoded once where more than one task is made of it."""
+        """The shared part, decoded once where more than one task is made of it."""
         if self._decoded is None and self.bank.shared is not None:
             self._decoded = self.bank.shared.decoded()
         return self._decoded

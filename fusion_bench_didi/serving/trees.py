@@ -21,7 +21,7 @@ class Differing(Exception):
 
 
 def children(value: Any) -> dict[Any, Any] | None:
-    """What a container holds, by key; None for a leaf."""
+    """Children of a container, by key; None for a leaf."""
     if isinstance(value, Tensor):
         return None
     if isinstance(value, Mapping):
@@ -91,7 +91,7 @@ def mapped(
 
 
 def leaves(value: Any) -> dict[Path, Any]:
-    """All leaves by path."""
+    """Leaves of nested containers, by path."""
     found: dict[Path, Any] = {}
     mapped(lambda path, leaf: found.setdefault(path, leaf), value)
     return found

@@ -89,7 +89,7 @@ def check_alignment(
 def _faults_of_sources(
     base: TensorSource, tuned: Mapping[str, TensorSource], exclude: Iterable[str]
 ) -> Iterator[str]:
-    """What each source says of itself, and state beside tensors that is not the base model's."""
+    """Faults that each source tells of itself, and state beside tensors that is not the base model's."""
     for task, source in {base.label: base, **tuned}.items():
         for name, fault in source.faults.items():
             if not matches(name, exclude):

@@ -20,11 +20,11 @@ Result = TypeVar("Result")
 
 
 def no_one(done: int, total: int) -> None:
-    """Does not hear."""
+    """A listener that ignores progress."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
-    """Tells nobody."""
+    """Progress that is told to nobody."""
 
 
 def by_size(task_vectors: TaskVectors, names: Iterable[str]) -> list[str]:

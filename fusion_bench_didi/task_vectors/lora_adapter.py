@@ -133,7 +133,7 @@ class AdapterSource(TensorSource):
         return self._source.read(self._whole[name])
 
     def rank(self, name: str) -> int | None:
-        """Of its change of a tensor: 0 for none, None where it holds the tensor whole."""
+        """Rank of the change of a tensor: 0 for none, None where the adapter holds the tensor whole."""
         if name in self._pairs:
             return self._pairs[name].rank
         return None if name in self._whole else 0

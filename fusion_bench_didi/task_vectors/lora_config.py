@@ -119,7 +119,7 @@ def read_config(directory: Path, label: str) -> dict[str, Any]:
 
 
 def variants(config: Mapping[str, Any]) -> list[str]:
-    """What makes an adapter another one than plain LoRA: what was found, and what is expected."""
+    """Settings that make an adapter another one than plain LoRA: what was found, and what is expected."""
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"{CONFIG} has peft_type={kind!r}, expected 'LORA'"]
@@ -181,7 +181,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _fault_of(pattern: str) -> str | None:
-    """What is wrong with a regular expression."""
+    """Fault of a regular expression; None if it is one."""
     if len(pattern) > _LONGEST_PATTERN:
         return f"of {_LONGEST_PATTERN} characters at most"
     ranges = re.findall(r"\{[\d\s,]*\}", pattern)

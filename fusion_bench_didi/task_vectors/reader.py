@@ -161,7 +161,7 @@ class TaskVectors:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells these checkpoints from others, by model and file."""
+        """Facts that tell these checkpoints from others, by model and file."""
         sources = {"the base model": self.base, **self._sources}
         return {
             f"{model}, {file}" if file else model: told
@@ -188,7 +188,7 @@ class TaskVectors:
         return [n for n in self._sources[task].infos() if matches(n, self.exclude)]
 
     def own_by_task(self, name: str) -> list[TensorInfo]:
-        """Of every task that holds a tensor of its own."""
+        """Header of a tensor in every task that keeps its own."""
         held = (source.infos().get(name) for source in self._sources.values())
         return [info for info in held if info is not None]
 
@@ -211,7 +211,7 @@ class TaskVectors:
         return value
 
     def ordered(self, tasks: Sequence[str]) -> "TaskVectors":
-        """The same with tasks in the given order."""
+        """These task vectors with tasks in the given order."""
         return replace(self, tuned={task: self.tuned[task] for task in tasks})
 
     def tuned_dtype(self, name: str) -> torch.dtype:

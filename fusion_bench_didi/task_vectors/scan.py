@@ -60,7 +60,7 @@ def scan(
     observe: Observe | None = None,
     crew: Crew = SOLO,
 ) -> Scan:
-    """Read everything once.
+    """Read every tensor once, for energies and faults.
 
     Args:
         crew: who reads what; all get the same.
@@ -143,7 +143,7 @@ def account_of(
     shared: Container[str],
     experts: Mapping[str, Container[str]],
 ) -> dict[str, dict[str, Any]]:
-    """What became of every tensor of every checkpoint: by task, how many are merged and how many equal the base model's, and the
+    """The account of every tensor of every checkpoint: by task, how many are merged and how many equal the base model's, and the
     names of all others with the reason.
 
     Args:
@@ -198,7 +198,7 @@ def _usable(energy: Tensor) -> bool:
 
 
 def _non_finite(task_vectors: TaskVectors, name: str, energy: Tensor) -> list[str]:
-    """What makes the energies of a tensor unusable, by task."""
+    """Faults that make the energies of a tensor unusable, by task."""
     tensor, faults = task_vectors.tensor(name), []
     if not bool(tensor.base().float().isfinite().all()):
         return [f"the base model {task_vectors.base.label}: {name}"]

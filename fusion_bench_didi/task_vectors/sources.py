@@ -26,7 +26,7 @@ EXTRA_STATE = "_extra_state"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header tells of one tensor; ``dtype`` is None for a type that torch does not have."""
+    """Shape and type of a tensor from its header; ``dtype`` is None for a type that torch does not have."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -41,7 +41,7 @@ class TensorInfo:
 
     @property
     def floating(self) -> bool:
-        """Whether it can be merged."""
+        """Whether the tensor can be merged."""
         return self.dtype is not None and self.dtype.is_floating_point
 
 
@@ -64,7 +64,7 @@ class TensorSource(ABC):
 
     @abstractmethod
     def infos(self) -> Mapping[str, TensorInfo]:
-        """What the headers tell, by name."""
+        """Headers by name."""
 
     @property
     def identity(self) -> dict[str, str]:
@@ -95,7 +95,7 @@ class TensorSource(ABC):
             self.watched.check_all()
 
     def rank(self, name: str) -> int | None:
-        """Of a change that is given as factors: 0 for no change, None where the tensor is given by its value."""
+        """Rank of a change that is given as factors: 0 for no change, None where the tensor is given by its value."""
         return None
 
     def factors(self, name: str) -> LowRankFactors:
@@ -184,7 +184,7 @@ class ModuleSource(TensorSource):
 
 
 def described(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    """What headers would tell of tensors in memory."""
+    """Headers of tensors in memory."""
     return {
         n: TensorInfo(() if t.is_nested else tuple(t.shape), t.dtype)
         for n, t in tensors.items()

@@ -185,6 +185,6 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def merged_sides(shape: Sequence[int]) -> tuple[int, int]:
-    """As :func:`matrix_shape`, with a single column as the vector that it is, of one scale instead of one per entry."""
+    """:func:`matrix_shape`, with a single column as the vector that it is, of one scale instead of one per entry."""
     m, n = matrix_shape(shape)
     return (1, m) if n == 1 else (m, n)

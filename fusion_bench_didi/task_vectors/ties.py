@@ -12,7 +12,7 @@ _MARK = "tensors_taken_apart"
 
 
 def memory_of(tensor: Tensor) -> Hashable:
-    """What tied tensors have in common: they are one object, or, where a class ties values only, lie in one place alike."""
+    """Identity of a tensor's memory: tied tensors are one object, or, where a class ties values only, lie in one place alike."""
     try:
         start = tensor.data_ptr()
         somewhere = bool(start and tensor.numel())

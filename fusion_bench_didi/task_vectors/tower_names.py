@@ -15,7 +15,7 @@ PREFIX = "vision_model."
 
 
 def respelled(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """What other names mean among those known: with the prefix put on or taken off, if *all* of them are known then.
+    """Names respelled as those known: with the prefix put on or taken off, if *all* of them are known then.
 
     Returns:
         known name by name; the names themselves where that is not so.

@@ -18,7 +18,7 @@ from ..pools.task_names import pool_tasks
 
 
 def is_harness(taskpool: Any) -> bool:
-    """Whether it is the host's pool; looked up by name, as lm-eval may not be installed."""
+    """Whether a pool is the host's lm-eval pool; looked up by name, as lm-eval may not be installed."""
     names = {cls.__name__ for cls in type(taskpool).__mro__}
     return "LMEvalHarnessTaskPool" in names
 
@@ -62,7 +62,7 @@ def _only(taskpool: Any, task: str) -> Iterator[Path]:
 
 
 def _figures(place: Path, task: str) -> dict[str, float]:
-    """What lm-eval wrote last; of a group without figures of its own, the mean over its tasks.
+    """Figures that lm-eval wrote last; of a group without figures of its own, the mean over its tasks.
 
     Raises:
         DiDiError: if it wrote none.

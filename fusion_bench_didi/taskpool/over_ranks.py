@@ -22,7 +22,7 @@ def evaluated(
     spread: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """What a pool finds of a model, the same on all ranks.
+    """Figures of a pool for a model, the same on all ranks.
 
     Args:
         evaluate: of the pool.

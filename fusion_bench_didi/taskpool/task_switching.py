@@ -103,7 +103,7 @@ def hook_name(taskpool: Any) -> str | None:
 
 
 class TaskAware:
-    """What a host task pool, the next base class, becomes task-aware by.
+    """A mixin that makes the next base class, a host task pool, task-aware.
 
     Args:
         task_aliases: task pool name -> model name, for names that the naming rule does not match.

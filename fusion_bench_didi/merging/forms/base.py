@@ -26,7 +26,7 @@ class Form(Protocol):
     name: str
 
     def choices(self, look: "Look") -> Iterable["Choice"]:
-        """What it can do for the matrix that is looked at; nothing where it is no use to try."""
+        """Choices that the form offers for the matrix that is looked at; none where it is no use to try."""
 
     def encode(self, context: MergeContext, decision: "Decision") -> EncodedTensor:
         """The matrix as it was decided."""
@@ -70,7 +70,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class FirstGuess:
-    """What is known of a merge before anything is decomposed for all tasks.
+    """A guess of the merge's multiplier and error before anything is decomposed for all tasks.
 
     Args:
         multiplier: error per bit at which dense matrices, codes of piloted spectra, or nothing meet the budget.
@@ -83,7 +83,7 @@ class FirstGuess:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a sample of the task vectors of one matrix tells.
+    """Spectrum and likeness of one matrix's task vectors, estimated from a sample.
 
     Args:
         sigma: (T, q) singular values, tail: (T,) energy beyond: of the best that low rank may keep, or if piloted of one
@@ -100,7 +100,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Observed:
-    """What is found out of a tensor while its energies are.
+    """Findings about a tensor from the pass that takes its energies.
 
     Args:
         beyond: per precision, what rounding dense experts loses of their energy beyond what is expected; none if not known.
@@ -149,7 +149,7 @@ class Look:
 
     @property
     def energy(self) -> Tensor:
-        """(T,) squared norms."""
+        """Squared norms of the task vectors, (T,)."""
         return self.context.energy[self.name]
 
     @property

@@ -47,7 +47,7 @@ class Coded:
         yield self.choice(context, look.name, look.experts)
 
     def choice(self, context: MergeContext, name: str, known: Decomposed) -> Choice:
-        """Of experts of known spectra, or of none."""
+        """The coded form of experts of known spectra, or of none."""
         curve = coded_curve(context, name, known.spectra.sigma[1:])
         return Choice(self, CODED_PRECISION, curve, known.bases)
 
@@ -66,7 +66,7 @@ class Coded:
 
 
 def coded_curve(context: MergeContext, name: str, sigma: Tensor) -> CodedCurve:
-    """Of the experts of a matrix.
+    """The rate-distortion curve of a matrix's coded experts.
 
     Args:
         sigma: (T, q) their singular values.

@@ -223,7 +223,7 @@ def still_dense(look: Look, rest: Sequence[Difference], energy: Tensor) -> bool:
 
 
 def weighted_energy(context: MergeContext, name: str) -> float:
-    """Of all tasks."""
+    """Weighted energy of all tasks' vectors."""
     return float((context.weights[name].double() * context.energy[name]).sum())
 
 

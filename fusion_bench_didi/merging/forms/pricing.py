@@ -75,7 +75,7 @@ def cheapest(
     curves: Sequence[ExpertsCurve],
     multiplier: float,
 ) -> ExpertsCurve:
-    """The best of them."""
+    """The curve of least Lagrangian cost."""
     return min(curves, key=lambda curve: cost(context, name, curve, multiplier))
 
 

@@ -125,7 +125,7 @@ def _curves(
     most: int | None,
     beyond: Sequence[Tensor | float] | None = None,
 ) -> list[TuckerCurve]:
-    """In every precision.
+    """Curves of the Tucker-2 form in every precision.
 
     Args:
         tasks: that are changed.
@@ -143,7 +143,7 @@ def _curves(
 
 
 def _alone(look: Look) -> list[Curve]:
-    """Of experts that share nothing."""
+    """Curves of experts that share nothing."""
     choices = EXPERTS.curves(look.context, look.name, look.experts)
     return [choice.curve for choice in (*choices, *CODED.choices(look))]
 

@@ -127,7 +127,7 @@ class CATMerging(PoolMethod):
         return without_conflicts(vectors, energies, **options).sum(0)
 
     def _inputs(self, modelpool: BaseModelPool, task: str) -> dict[str, Tensor]:
-        """What each tensor of the fine-tuned model is multiplied with, on a few images of its task."""
+        """Inputs of each tensor of the fine-tuned model, on a few images of its task."""
         inputs = load_inputs(
             modelpool, task, self.images, seed=self.seed, aliases=self.task_aliases
         )
@@ -253,5 +253,5 @@ def without_conflicts(
 
 
 def normalized_inputs(inputs: Tensor, eps: float) -> Tensor:
-    """What a layer norm multiplies its scale with."""
+    """Inputs of a layer norm after its normalization, which its scale multiplies."""
     return torch.nn.functional.layer_norm(inputs, inputs.shape[-1:], eps=eps)

@@ -122,7 +122,7 @@ class FreeMerging(DynamicMethod):
     def _encode_bias(
         self, tensor: ChangedTensor, vectors: Tensor
     ) -> EncodedTensor | None:
-        """What is neither filtered nor left alone."""
+        """Encode a tensor that is neither filtered nor left alone."""
         if self.biases == "pretrained":
             return None
         dtype, experts = tensor.dtype, [None] * len(vectors)
@@ -176,7 +176,7 @@ class FreeMerging(DynamicMethod):
         return any(fnmatch.fnmatchcase(name, p) for p in as_patterns(self.patterns))
 
     def _is_weight(self, tensor: ChangedTensor) -> bool:
-        """Whether it has a spectrum; the released code knows that of matrices only."""
+        """Whether a tensor has a spectrum; the released code knows that of matrices only."""
         return min(tensor.sides) >= 2 and (
             self.filter == "paper" or len(tensor.shape) == 2
         )
@@ -186,7 +186,7 @@ class FreeMerging(DynamicMethod):
         return PUBLISHED[self.filter][key] if given is None else given
 
     def _high_passed(self, tensor: ChangedTensor, vectors: Tensor) -> Tensor:
-        """``v_t``, (T, m, n)."""
+        """High-passed task vectors ``v_t``, (T, m, n)."""
         passing: Callable = ideal_filter if self.filter == "paper" else released_filter
         gains = passing(*tensor.sides, self._value("cutoff"))
         return high_pass(vectors.view(len(vectors), *tensor.sides), gains)

@@ -141,7 +141,7 @@ def evenly_kept(codes: Tensor, drop: float, words: Tensor) -> Tensor:
 
 
 def _trace_norm(delta: ScatteredDelta) -> float:
-    """Of a matrix; vectors have no say, as in the released code."""
+    """Trace norm of a matrix; vectors have no say, as in the released code."""
     if len(delta.shape) < 2:
         return 0.0
     return float(singular_values(delta.own().flatten(1)).sum())

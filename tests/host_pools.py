@@ -179,12 +179,6 @@ class Encoder(nn.Module):
         return self.model.encode_image(images)
 
 
-def _torchvision_resnet() -> nn.Module:
-    from torchvision.models import resnet18
-
-    return resnet18(num_classes=10)
-
-
 # --- pools ---------------------------------------------------------------------------
 
 
@@ -291,18 +285,6 @@ def _image_tasks(place: Path, modelpool: Any) -> Any:
         test_datasets={t: pictures(i) for i, t in enumerate(IMAGE_TASKS)},
         processor=lambda image: processor(image, return_tensors="pt")["pixel_values"][0],  # fmt: skip
         dataloader_kwargs={"batch_size": 6},
-    )
-
-
-def _resnet_tasks(place: Path, modelpool: Any, kind: str = "transformers") -> Any:
-    from fusion_bench.taskpool import ResNetForImageClassificationTaskPool
-
-    ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(place / BASE)
-    return ResNetForImageClassificationTaskPool(
-        type=kind,
-        test_datasets={t: pictures(i) for i, t in enumerate(IMAGE_TASKS)},
-        dataloader_kwargs={"batch_size": 6},
-        processor_config_path=str(place / BASE),
     )
 
 

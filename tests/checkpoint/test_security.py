@@ -373,10 +373,6 @@ def test_tensors_that_were_taken_apart_are_apart_again(tmp_path, given):
 # --- nothing outside, and nothing for ever ------------------------------------
 
 
-def names_of(directory: Path) -> list[str]:
-    return list(json.loads((directory / "config.json").read_text())["files"])
-
-
 @pytest.mark.parametrize(
     ("form", "kind"),
     [

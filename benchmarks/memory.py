@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.checkpoints import SHAPES, pool_of
 from benchmarks.floor import Machine, floor, seconds
@@ -66,21 +67,7 @@ def main() -> None:
     size = sum(f.stat().st_size for f in files) / 2**30
     command = [sys.executable, "-m", "benchmarks.speed", "--child", "didi_disk"]
     command += ["--shape", arguments.shape, "--tasks", str(arguments.tasks)]
-    rows = []
-    for _ in range(arguments.runs):
-        _forget_files()
-        limit = Limit(arguments.limit_gb)
-        begin = time.perf_counter()
-        done = subprocess.run(
-            command, preexec_fn=limit.enter, capture_output=True, text=True
-        )
-        wall, used = time.perf_counter() - begin, limit.close()
-        if done.returncode:
-            raise SystemExit(f"exit status {done.returncode}:\n{done.stderr[-3000:]}")
-        row = json.loads(done.stdout.strip().splitlines()[-1])
-        rows.append({**row, "wall": wall, "group_gb": used})
-        shown = {key: rows[-1][key] for key in ("seconds", "group_gb", "stages")}
-        print(shown, flush=True)
+    rows = [run(command, arguments.limit_gb) for _ in range(arguments.runs)]
     row = sorted(rows, key=lambda r: r["seconds"])[(len(rows) - 1) // 2]
     speed = Machine.measured(Path(directories["_pretrained_"]), cold=True)
     needs = floor(directories, row.pop("decomposed"), row["written"])
@@ -114,6 +101,23 @@ pages counted (the cache was emptied before).
 Seconds per stage: {stages}.
 """
     (arguments.out / "memory.md").write_text(text)
+
+
+def run(command: list[str], limit_gb: float) -> dict[str, Any]:
+    """One merge within a limit of memory: what it prints of itself, the wall clock, and the peak of its control group."""
+    _forget_files()
+    limit = Limit(limit_gb)
+    begin = time.perf_counter()
+    done = subprocess.run(
+        command, preexec_fn=limit.enter, capture_output=True, text=True
+    )
+    wall, used = time.perf_counter() - begin, limit.close()
+    if done.returncode:
+        raise SystemExit(f"exit status {done.returncode}:\n{done.stderr[-3000:]}")
+    row = json.loads(done.stdout.strip().splitlines()[-1])
+    row |= {"wall": wall, "group_gb": used}
+    print({key: row[key] for key in ("seconds", "group_gb", "stages")}, flush=True)
+    return row
 
 
 def used_text(used: float | None) -> str:

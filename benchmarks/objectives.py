@@ -13,7 +13,7 @@ the upper reference that uses data, training images.
 import argparse
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -236,6 +236,35 @@ def options(
     return lines, rows
 
 
+def candidates(problem: Problem) -> Iterator[tuple]:
+    """Label, data and weights per tensor of every weighting that never was an option; then metrics, if it has some."""
+    energy = {n: tau.flatten(1).square().sum(1) for n, tau in problem.tau.items()}
+    for label, power in POWERS.items():
+        yield label, "none", {n: e.pow(-power) for n, e in energy.items()}
+    for kind in ("white", "pink", "images"):
+        inputs = probes(problem, kind)["inputs"]
+        data = "none" if kind != "images" else "32 training images"
+        for who in ("base", "fine-tuned"):
+            models = problem.tuned.values() if who == "fine-tuned" else [problem.base]
+            found = [moments(problem, model, inputs) for model in models]
+            found = found if len(found) > 1 else found * len(problem.tuned)
+            weights = {
+                n: torch.stack(
+                    [f[n][0].trace() / problem.tau[n][0].numel() for f in found]
+                )
+                for n in problem.names
+            }
+            scale = sum(w.mean() for w in weights.values()) / len(weights)
+            weights = {n: (w / scale).float() for n, w in weights.items()}
+            yield f"scalar, {kind}, {who}", data, weights
+            roots = {
+                (n, t): tuple(map(_root, f[n]))
+                for n in problem.names
+                for t, f in enumerate(found)
+            }
+            yield f"kronecker, {kind}, {who}", data, weights, lambda n, t: roots[n, t]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite")
@@ -268,31 +297,8 @@ def main() -> None:
         "|---|---|" + "---|" * len(BUDGETS),
     ]
     print("\n".join(lines[-2:]))
-    energy = {n: tau.flatten(1).square().sum(1) for n, tau in problem.tau.items()}
-    for label, power in POWERS.items():
-        row(label, "none", {n: e.pow(-power) for n, e in energy.items()})
-    for kind in ("white", "pink", "images"):
-        inputs = probes(problem, kind)["inputs"]
-        data = "none" if kind != "images" else "32 training images"
-        for who in ("base", "fine-tuned"):
-            models = problem.tuned.values() if who == "fine-tuned" else [problem.base]
-            found = [moments(problem, model, inputs) for model in models]
-            found = found if len(found) > 1 else found * len(suite.tasks)
-            weights = {
-                n: torch.stack(
-                    [f[n][0].trace() / problem.tau[n][0].numel() for f in found]
-                )
-                for n in problem.names
-            }
-            scale = sum(w.mean() for w in weights.values()) / len(weights)
-            weights = {n: (w / scale).float() for n, w in weights.items()}
-            row(f"scalar, {kind}, {who}", data, weights)
-            roots = {
-                (n, t): tuple(map(_root, f[n]))
-                for n in problem.names
-                for t, f in enumerate(found)
-            }
-            row(f"kronecker, {kind}, {who}", data, weights, lambda n, t: roots[n, t])
+    for candidate in candidates(problem):
+        row(*candidate)
     (arguments.out / "objectives.md").write_text("\n".join(lines) + "\n")
     write_json(
         arguments.out / "objectives.json",

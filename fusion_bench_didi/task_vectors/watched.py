@@ -32,12 +32,12 @@ class Watched:
         }
 
     def check_all(self) -> None:
-        """All of them are."""
+        """Check all files."""
         for file in self._seen:
             self.check(file)
 
     def check(self, file: Path) -> None:
-        """It is still the file that was opened, of the same size and date."""
+        """Check that a file is still the one that was opened, of the same size and date."""
         if self._stamp(file) != self._seen[file]:
             raise CheckpointMismatchError(
                 f"{self._label}: {file} changed while it was read; what was read so far is of no use. Start again once nothing "

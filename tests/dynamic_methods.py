@@ -15,6 +15,7 @@ DYNAMIC = {
         filter="code", keep=0.2, biases="released"
     ),
     "emr": lambda: methods.EMRMerging(),
+    "randes": lambda: methods.RanDeS(),
     "bitdelta": lambda: methods.BitDelta(others="bfloat16"),
     "dare": lambda: methods.DARE(positions="stored", others="pretrained"),
     "dare seed": lambda: methods.DARE(width=4, tensors="linear"),

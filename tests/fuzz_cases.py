@@ -23,7 +23,7 @@ from fusion_bench_didi.deltas.entries import (
     signs,
 )
 from fusion_bench_didi.deltas.lossless import LosslessDelta
-from fusion_bench_didi.deltas.masks import MaskedDelta, SparseDelta
+from fusion_bench_didi.deltas.masks import MaskedDelta, SignedDelta, SparseDelta
 from fusion_bench_didi.deltas.plain import (
     DenseDelta,
     LowRankDelta,
@@ -85,6 +85,7 @@ def every_form() -> tuple[dict, dict]:
         "second.weight": float32.bases(nm, draw(N, 3), draw(M, M)),
         "conv.weight": DenseDelta(conv, draw(*conv)),
         "first.bias": AffineDelta.of(draw(M)),
+        "second.bias": DenseDelta((N,), draw(N)),
     }
     product = LowRankFactors(draw(M, 2), draw(2, 8))
     mask = draw(*conv) > 0
@@ -99,6 +100,7 @@ def every_form() -> tuple[dict, dict]:
             "conv.bias": SparseDelta.of(draw(M) * (draw(M) > 1), torch.float32),
             "norm.weight": UniformDelta.of(*between_ends(draw(N), 3), 3),
             "norm.bias": _scattered(draw(N)),
+            "second.bias": SignedDelta.of((N,), draw(N)),
         },
         "b/c.d": {
             "first.weight": few.core(mn, draw(3, 2)),

@@ -152,6 +152,10 @@ def _masked(entry: Entry, found: Found) -> Expected:
     return {"mask": bitmap, "scale": (FLOATS, ())}
 
 
+def _signed(entry: Entry, found: Found) -> Expected:
+    return {"negative": (("U8",), (packed_size(entry.shape[-1], 1),))}
+
+
 def _sparse(entry: Entry, found: Found) -> Expected:
     count = _side(found, "values", 0)
     where = (("I32",), (count,))
@@ -251,6 +255,7 @@ FORMS: dict[str, Form] = {
     "rounded_dense": Form(_rounded_dense, dims=0, options=("bits",)),
     "affine8": Form(_affine, dims=0),
     "masked": Form(_masked, dims=0),
+    "signed": Form(_signed),
     "sparse": Form(_sparse, dims=0),
     "uniform": Form(_uniform, dims=0, options=("width",)),
     "scattered": Form(_scattered, dims=0, options=("width",)),
@@ -338,7 +343,7 @@ def check_together(
     fits = shared is None or shared.shape == delta.shape
     if isinstance(delta, Core):
         fits = fits and isinstance(shared, Bases) and _sides(delta) == _room(shared)
-    elif delta.kind == "masked":
+    elif delta.kind in ("masked", "signed"):
         fits = fits and shared is not None
     if not fits:
         found = "nothing" if shared is None else f"{shared.kind} of {shared.shape}"
@@ -349,7 +354,7 @@ def check_together(
 
 
 #: forms that are nothing by themselves, or only for themselves
-NEVER_SHARED = ("own", "lossless", "masked", "core", "rounded_core")
+NEVER_SHARED = ("own", "lossless", "masked", "signed", "core", "rounded_core")
 NEVER_OF_A_TASK = ("bases", "rounded_bases")
 
 

@@ -44,6 +44,31 @@ class MaskedDelta(MadeOfShared):
         return shared.change() * unpack_bits(self.mask, self.shape) * self.scale
 
 
+class SignedDelta(MadeOfShared):
+    """What is shared under the task's signs of columns: ``shared * signs``. One bit per column.
+
+    Args:
+        negative: (ceil(columns / 8),) uint8, packed by :func:`pack_bits`; where the sign is -1.
+    """
+
+    kind = "signed"
+    parts = ("negative",)
+
+    def __init__(self, shape: tuple[int, ...], negative: Tensor):
+        super().__init__(shape, negative=negative)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], signs: Tensor) -> "SignedDelta":
+        """From the signs of the last side, (columns,)."""
+        return cls(shape, pack_bits(signs < 0).cpu())
+
+    def change(self, shared: Delta | None = None) -> Tensor:
+        if shared is None:
+            raise ValueError("A signed delta needs the shared tensor that it is of.")
+        negative = unpack_bits(self.negative, self.shape[-1:])
+        return torch.where(negative, -1.0, 1.0) * shared.change()
+
+
 class SparseDelta(MadeOfShared):
     """A few entries, by position: ``values`` there, ``shared`` elsewhere.
 

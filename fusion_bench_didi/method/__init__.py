@@ -8,6 +8,7 @@ from .baselines.delta_come import DeltaCoMe
 from .baselines.emr import EMRMerging
 from .baselines.free import FreeMerging
 from .baselines.lossless import LosslessDifference
+from .baselines.randes import RanDeS
 from .baselines.t_switch import TSwitch
 from .baselines.tall_mask import TallMaskMerging
 from .baselines.tsv_c import TSVCompression
@@ -28,6 +29,7 @@ __all__ = [
     "EMRMerging",
     "FreeMerging",
     "LosslessDifference",
+    "RanDeS",
     "RoutedMethod",
     "SEMerging",
     "TSVCompression",

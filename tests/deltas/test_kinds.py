@@ -22,6 +22,7 @@ from fusion_bench_didi.deltas.entries import (
 from fusion_bench_didi.deltas.kinds import KINDS
 from fusion_bench_didi.deltas.masks import (
     MaskedDelta,
+    SignedDelta,
     SparseDelta,
     bitmap_is_smaller,
     pack_bits,
@@ -84,6 +85,15 @@ def test_masked_delta():
         delta.change()
 
 
+def test_signed_delta():
+    shared, signs = _random(3, 9), _random(9).sign()
+    delta = SignedDelta.of((3, 9), signs)
+    assert torch.equal(delta.change(_whole(shared)), shared * signs)
+    assert delta.bits == 8 * 2  # nine columns
+    with pytest.raises(ValueError, match="needs the shared tensor"):
+        delta.change()
+
+
 @pytest.mark.parametrize(
     "count, where", [(0, torch.int32), (2, torch.int32), (3, torch.uint8)]
 )
@@ -133,6 +143,7 @@ def _pairs() -> dict[str, tuple[Delta, Delta]]:
         LowRankDelta.of(shape, low, torch.float16),
         SpectralDelta(shape, low.up, _random(2), low.down),
         MaskedDelta.of(_random(4, 5) > 0, 0.5),
+        SignedDelta.of(shape, _random(5).sign()),
         SparseDelta.of(torch.eye(4, 5), F32),
         RoundedDenseDelta.of(shape, dense),
         RoundedLowRankDelta.of(shape, round_factors(low, bits=4)),
@@ -234,6 +245,7 @@ def test_every_kind_is_written_and_read_back(tmp_path):
         "a.rank0": LowRankDelta((4, 5), torch.zeros(4, 0), torch.zeros(0, 5)),
         "a.spectral": SpectralDelta((4, 5), _random(4, 1), _random(1), _random(1, 5)),
         "a.masked": MaskedDelta.of(_random(3, 3) > 0, 0.5),
+        "a.signed": SignedDelta.of((3, 9), _random(9)),
         "a.few": SparseDelta.of(torch.eye(40) * 2, torch.float32),
         "a.many": SparseDelta.of(_random(6, 6), torch.float16),
         "a.none": SparseDelta.of(torch.zeros(6, 6), torch.float32),
@@ -244,10 +256,13 @@ def test_every_kind_is_written_and_read_back(tmp_path):
         if cls.__module__.endswith((".plain", ".masks")) and kind != "own"
     }
     assert {delta.kind for delta in deltas.values()} == here
-    common = {"a.masked": DenseDelta((3, 3), _random(3, 3))}  # a mask is of something
+    common = {  # masks and signs are of something
+        "a.masked": DenseDelta((3, 3), _random(3, 3)),
+        "a.signed": DenseDelta((3, 9), _random(3, 9)),
+    }
     manifest = write_deltas(tmp_path, common, {"task": deltas})
     shared, experts = read_deltas(tmp_path, manifest)
-    assert list(shared) == ["a.masked"]
+    assert list(shared) == list(common)
     for name, delta in deltas.items():
         found = experts["task"][name]
         assert type(found) is type(delta) and found.shape == delta.shape

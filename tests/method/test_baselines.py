@@ -8,7 +8,9 @@ import pytest
 import torch
 from dynamic_methods import DYNAMIC
 from fusion_bench.method.emr_merging import EMRMerging as HostEMRMerging
+from fusion_bench.method.randes import SuperposedTaskArithmeticAlgorithm
 from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.utils.state_dict_arithmetic import state_dict_sub
 from helpers import REPOSITORY, TOWER, OpenClipLike, family
 from omegaconf import OmegaConf
 from PIL import Image
@@ -388,6 +390,51 @@ def test_free_needs_attention_or_mlp_tensors(tiny_clip):
         methods.FreeMerging(patterns=["*nowhere*"]).run(tiny_clip.pool_models())
 
 
+def test_randes_is_the_hosts(tiny_clip, monkeypatch):
+    """What the host superposes; its signs are others in every process, so that it is given ours."""
+    method, tasks = methods.RanDeS(scaling_factor=0.4), list(tiny_clip.tuned)
+    ours = method.run(tiny_clip.pool_models())
+    assert ours.storage.x_excl == pytest.approx(1, abs=0.01)
+    targets = [
+        (name, task, value.shape[-1])
+        for name, value in tiny_clip.base.state_dict().items()
+        if name.endswith("weight") and ("mlp" in name or "attn" in name)
+        for task in tasks
+    ]
+    drawn = iter([method.signs(task, name, n) > 0 for name, task, n in targets])
+    monkeypatch.setattr(
+        np.random, "binomial", lambda p, n, size: next(drawn).view(size).numpy()
+    )
+    host = SuperposedTaskArithmeticAlgorithm(
+        scaling_factor=0.4,
+        mode="random_binary_diagonal_matrix",
+        target_layer=["mlp_w", "attn_w"],
+        random_seed=0,
+        different_across_layers=True,
+        joint_matrix_mode="flatten_hstack",
+        rank=1,
+        random_components=False,
+        shift_layers=0,
+        absorber="None",
+        debug=0,
+        ms_mode="average",
+        verbose=0,
+        dropout_rate=1,
+    )
+    base = tiny_clip.base.state_dict()
+    vectors = {
+        task: state_dict_sub(tuned.state_dict(), base)
+        for task, tuned in tiny_clip.tuned.items()
+    }
+    found, _ = host._compress_and_retrieve(vectors, mode="superposed_task_arithmetic")
+    assert next(drawn, None) is None
+    for task in tasks:
+        ours.set_task(task)
+        state = ours.backbone.state_dict()
+        for name, value in found[task].items():
+            torch.testing.assert_close(state[name], base[name] + 0.4 * value)
+
+
 def test_emr_is_the_hosts(tiny_clip):
     ours = methods.EMRMerging().run(tiny_clip.pool_models())
     for task in tiny_clip.tasks:
@@ -680,7 +727,7 @@ def test_excluded_tensors_stay(dynamic, tiny_clip):
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-YAML = ["tsv_c", "tall_mask", "twin", "free", "cat", "emr"]
+YAML = ["tsv_c", "tall_mask", "twin", "free", "cat", "emr", "randes"]
 YAML += ["bitdelta", "dare", "t_switch", "compeft", "tvq", "ultra_delta"]
 YAML += ["lossless", "delta_come"]
 

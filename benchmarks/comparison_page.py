@@ -2,6 +2,7 @@
 
     python -m benchmarks.comparison_page real8            # run it (continued if it was killed), then write the pages
     python -m benchmarks.comparison_page demo --at DIR    # where the comparison is, or is to be
+    python -m benchmarks.comparison_page real8 --add randes   # one more row, the others stay as they are
     python -m benchmarks.comparison_page --pages          # the pages anew from docs/comparison_*.json, nothing is run
 
 Text comes from ``benchmarks/notes``: every figure in it is a field such as ``{average[TSV-C]}``, filled from the rows.
@@ -117,6 +118,28 @@ def run(suite: str, place: Path, *changes: str) -> None:
     write_json(DOCS / f"comparison_{suite}.json", shown(found.data))
     for picture in PICTURES[suite]:
         shutil.copy(place / f"{picture}.png", DOCS / "img" / f"{suite}_{picture}.png")
+
+
+def add(suite: str, place: Path, keys: Sequence[str], *changes: str) -> None:
+    """Measure some rows of a comparison, and put them among those of its page, which stay as they are.
+
+    Raises:
+        ValueError: if the suite's own models are not those of the page.
+    """
+    only = ["pretrained", "individuals", *keys]
+    line = [c for c in command(suite, place) if not c.startswith(("only=", "skip="))]
+    found = compared([*line, f"only=[{','.join(only)}]", *changes], place)
+    file = DOCS / f"comparison_{suite}.json"
+    data = json.loads(file.read_text())
+    rows = {row["key"]: row for row in data["rows"]}
+    for row in shown(found.data)["rows"]:
+        if row["key"] in keys:
+            rows[row["key"]] = row
+        elif row["accuracy"] != rows[row["key"]]["accuracy"]:
+            raise ValueError(f"{row['method']} has other accuracies than on the page: run the whole comparison.")  # fmt: skip
+    order = [*OmegaConf.load(Path("config") / "didi_compare.yaml").entries, *rows]
+    data["rows"] = sorted(rows.values(), key=lambda row: order.index(row["key"]))
+    write_json(file, data)
 
 
 def compared(line: Sequence[str], place: Path) -> Comparison:
@@ -279,13 +302,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", nargs="?", choices=PICTURES)
     parser.add_argument("--at", type=Path, help="directory of the comparison")
+    parser.add_argument("--add", nargs="+", metavar="KEY", help="measure these rows alone, beside those of the page")  # fmt: skip
     parser.add_argument("--pages", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     if not arguments.pages:
         if not arguments.suite:
             parser.error("name a suite, or give --pages")
         suite = arguments.suite
-        run(suite, (arguments.at or Path("outputs") / suite).absolute())
+        if arguments.add:
+            place = arguments.at or Path("outputs") / f"{suite}_added"
+            add(suite, place.absolute(), arguments.add)
+        else:
+            run(suite, (arguments.at or Path("outputs") / suite).absolute())
     write_pages()
 
 

@@ -53,7 +53,8 @@ FEW_BITS = {"001": 0.01, "003": 0.03, "010": 0.1}
 #: Rows of the language suite: those whose methods run on language models, in some minutes and less than 8 GB.
 LANGUAGE_ROWS = (
     *("pretrained", "individuals", "averaging", "task_arithmetic", "tsv_m"),
-    *("emr", "tall_ties", "twin", "tsv_c", "bitdelta", "dare_090", "t_switch_090"),
+    *("emr", "randes", "tall_ties", "twin", "tsv_c", "bitdelta", "dare_090"),
+    "t_switch_090",
     *(
         "compeft_10",
         "ultra_delta_090",

@@ -30,8 +30,11 @@ _TRAINING = {
     *("scale_grad_by_freq", "dropout", "track_running_stats"),
 }
 _SCALARS = (bool, int, float, str, type(None))
-#: What a setting of any class is called that matters to training alone.
-_ONLY_TRAINED = ("drop", "lr", "learning_rate", "loss", "decay")
+#: Words in the name of a number of any class that matters to training alone, or was found in it.
+_ONLY_TRAINED = (
+    *("drop", "lr", "learning_rate", "loss", "decay", "momentum"),
+    *("acc", "accuracy", "best", "epoch", "f1", "metric", "perplexity", "score"),
+)
 
 
 def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:

@@ -17,6 +17,7 @@ class Net(nn.Module):
         self.drop, self.norm = nn.Dropout(0.1), nn.LayerNorm(4)
         self.head = nn.Linear(4, 3)
         self.temperature, self.best_loss, self.run = 1.0, 0.3, "first"
+        self.val_acc, self.epoch = 0.5, 1.0
         self.register_buffer("mean", torch.ones(3, 1, 1), persistent=False)
 
     def forward(self, x):
@@ -93,6 +94,7 @@ def test_what_all_have_in_common_is_kept(how):
 def harmless(net: Net, how: str) -> None:
     if how == "training":
         net.drop.p, net.body[1].momentum, net.best_loss, net.run = 0.5, 0.9, 0.1, "last"
+        net.val_acc, net.epoch = 0.9, 3.0
     elif how == "class":
         net.__class__ = Renamed
     elif how == "type":

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import shutil
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +25,7 @@ from ..errors import CheckpointMismatchError
 from .components import Component, ComponentReader
 from .low_rank import SVDCache
 from .operators import OperatorSettings, combine
+from .recent import Recent
 
 MODULE = "module.json"
 _REMAINS = re.compile(
@@ -95,9 +95,7 @@ class Library:
     ):
         self._reader, self._settings = reader, settings
         self._spectra = SVDCache()
-        self._memory_bits = memory_bits
-        self._kept: OrderedDict[str, ModularExpert] = OrderedDict()
-        self._held = 0
+        self._kept: Recent[ModularExpert] = Recent(memory_bits, lambda m: m.bits)
         self.made = 0
 
     def get(
@@ -106,9 +104,11 @@ class Library:
         """The module of a decision."""
         tasks = tuple(sorted(tasks))
         key = module_id(component.name, tasks, operator, self._settings)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        return self._kept.get(key, lambda: self._make(key, component, tasks, operator))
+
+    def _make(
+        self, key: str, component: Component, tasks: tuple[str, ...], operator: str
+    ) -> ModularExpert:
         parts = combine(
             operator,
             self._reader.read(component, tasks),
@@ -117,15 +117,10 @@ class Library:
             settings=self._settings,
             spectra=self._spectra,
         )
-        module = ModularExpert(
+        self.made += 1
+        return ModularExpert(
             key, component.name, tasks, operator, parts.shared, parts.experts
         )
-        self.made += 1
-        self._kept[key] = module
-        self._held += module.bits
-        while self._held > self._memory_bits and len(self._kept) > 1:
-            self._held -= self._kept.popitem(last=False)[1].bits
-        return module
 
 
 def save_modules(directory: Path, modules: Iterable[ModularExpert]) -> list[str]:

@@ -1,7 +1,6 @@
 """DiDi's low-rank modules of one component and one group, within a budget."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from ..lowrank.static_merge import shared_matrix
 from ..lowrank.svd import spectrum
 from ..merging.forms.experts import encode, truncate
 from ..task_vectors.tensor import matrix_shape
+from .recent import Recent
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,10 @@ _KEPT = 2**27
 
 
 class SVDCache:
-    """Decompositions of matrices, of which low-rank modules of other sizes and groups need the same again.
-
-    What was used longest ago goes first.
-    """
+    """Decompositions of matrices, of which low-rank modules of other sizes and groups need the same again."""
 
     def __init__(self) -> None:
-        self._held = 0
-        self._kept: OrderedDict[tuple, tuple[Decomposition, int]] = OrderedDict()
+        self._kept = Recent(_KEPT, _numbers)
 
     def get(
         self, name: str, tasks: Sequence[str], how: str, vectors: Tensor, shared: Tensor
@@ -47,31 +43,23 @@ class SVDCache:
         """Spectra of the shared matrix and of what it leaves of each task vector (g, m, n)."""
         if how != "none":
             key = (name, how, *tasks)
-            return self._cached(
+            return self._kept.get(
                 key, lambda: decompose(vectors, shared, coupled=False, name=name)
             )
         own = [
-            self._cached(
+            self._kept.get(
                 (name, task), lambda t=tau: Decomposition(spectrum(t, name=name), ())
             ).shared
             for task, tau in zip(tasks, vectors)
         ]
-        nothing = self._cached(
+        nothing = self._kept.get(
             (name,), lambda: Decomposition(spectrum(shared), ())
         ).shared
         return Decomposition(nothing, tuple(own))
 
-    def _cached(self, key: tuple, make: Callable[[], Decomposition]) -> Decomposition:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key][0]
-        made = make()
-        size = sum(s.U.numel() + s.Vh.numel() for s in (made.shared, *made.experts))
-        self._kept[key] = made, size
-        self._held += size
-        while self._held > _KEPT and len(self._kept) > 1:
-            self._held -= self._kept.popitem(last=False)[1][1]
-        return made
+
+def _numbers(made: Decomposition) -> int:
+    return sum(s.U.numel() + s.Vh.numel() for s in (made.shared, *made.experts))
 
 
 def low_rank(

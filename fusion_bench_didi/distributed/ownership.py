@@ -11,15 +11,23 @@ Result = TypeVar("Result")
 
 
 def owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """The rank of every tensor: the largest first, each to the rank that has least so far; ties by name and by rank.
+    """The rank of every tensor: the largest first, each to the rank that has least so far; ties by kind, name and rank.
+
+    Tensors of one kind, whose names differ by the number of a layer, follow one another: kinds of equal size may take different
+    time, and so every rank gets as many of each.
 
     Args:
         sizes: bytes to be read.
         count: of ranks.
     """
+
+    def turn(name: str) -> tuple[int, list[str], str]:
+        kind = [part for part in name.split(".") if not part.isdigit()]
+        return -sizes[name], kind, name
+
     loads = [(0, rank) for rank in range(count)]
     found = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+    for name in sorted(sizes, key=turn):
         load, rank = heapq.heappop(loads)
         found[name] = rank
         heapq.heappush(loads, (load + sizes[name], rank))

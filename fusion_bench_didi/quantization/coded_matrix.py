@@ -4,7 +4,6 @@ Letters: ``m`` out, ``n`` in, ``r`` rank, ``s`` short side, ``l`` long side.
 """
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch

@@ -243,3 +243,17 @@ def without_codes(monkeypatch) -> None:
     others = tuple(form for form in choice.FORMS if form.name != "coded")
     monkeypatch.setattr(choice, "FORMS", others)
     monkeypatch.setattr(early_decision, "_codes_compete", lambda *_: False)
+
+
+def demo_pools(cache: Path) -> dict[str, dict[str, Any]]:
+    """Configurations of the demo's model pool and task pool, whose suite lies in a directory."""
+    sides = {
+        side: {
+            "_target_": f"fusion_bench_didi.demo.pools.DemoCLIPVision{name}",
+            "cache_dir": str(cache),
+            "size": "tiny",
+        }
+        for side, name in (("modelpool", "ModelPool"), ("taskpool", "ModelTaskPool"))
+    }
+    sides["taskpool"]["dataloader_kwargs"] = {"batch_size": 32}
+    return sides

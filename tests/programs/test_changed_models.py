@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import demo_pools
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -39,15 +40,7 @@ def cache(suite, tmp_path) -> Path:
 
 
 def compare(cache: Path, directory: Path, **changes) -> dict:
-    sides = {
-        side: {
-            "_target_": f"fusion_bench_didi.demo.pools.DemoCLIPVision{name}",
-            "cache_dir": str(cache),
-            "size": "tiny",
-        }
-        for side, name in (("modelpool", "ModelPool"), ("taskpool", "ModelTaskPool"))
-    }
-    sides["taskpool"]["dataloader_kwargs"] = {"batch_size": 32}
+    sides = demo_pools(cache)
     log = {"path": {"log_dir": str(directory)}, "seed": 0, "report": False}
     config = {"entries": copy.deepcopy(ENTRIES), **sides, **log, **changes}
     rows = ComparisonProgram(**OmegaConf.create(config)).run()["rows"]

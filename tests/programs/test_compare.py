@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
+from helpers import demo_pools
 from omegaconf import OmegaConf
 
 from fusion_bench_didi.checkpoint.fields import sealed
@@ -74,15 +75,7 @@ def cache(demo_suite) -> Path:
 
 
 def configuration(cache: Path, directory: Path, **changes) -> dict:
-    sides = {
-        side: {
-            "_target_": f"fusion_bench_didi.demo.pools.DemoCLIPVision{name}",
-            "cache_dir": str(cache),
-            "size": "tiny",
-        }
-        for side, name in (("modelpool", "ModelPool"), ("taskpool", "ModelTaskPool"))
-    }
-    sides["taskpool"]["dataloader_kwargs"] = {"batch_size": 32}
+    sides = demo_pools(cache)
     return {
         "entries": copy.deepcopy(ENTRIES),
         **sides,

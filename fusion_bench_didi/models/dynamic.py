@@ -125,6 +125,7 @@ class DynamicModel(ModulatedModel):
         return found
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; the task that is on stays on, on top of the base values that were loaded."""
         task = self._current_task
         found = super().load_state_dict(*args, **kwargs)
         if task is not None:

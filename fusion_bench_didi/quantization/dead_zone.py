@@ -121,7 +121,7 @@ def _quantized(scaled: Tensor) -> tuple[Tensor, Tensor]:
     classes = classes.maximum(farthest).clamp(max=CLASSES - 1)
     rounding = 0.5 - tables.dead_zones[classes][:, None]
     numbers = scaled.add_(torch.copysign(rounding, scaled))
-    if _unless_seen(farthest >= CLASSES):
+    if _may_hold_any(farthest >= CLASSES):
         numbers.clamp_(-_FARTHEST, _FARTHEST)
     return numbers, classes
 
@@ -216,8 +216,8 @@ def _groups(classes: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield spread, (classes == spread).nonzero().squeeze(1)
 
 
-def _unless_seen(which: Tensor) -> bool:
-    """Whether any is not zero, so that work on the rest is spared; on an accelerator waiting for the answer takes longer."""
+def _may_hold_any(which: Tensor) -> bool:
+    """Whether any may be other than zero: on a CPU it is looked up; on an accelerator waiting for that takes longer than the work."""
     return which.device.type != "cpu" or bool(which.any())
 
 
@@ -232,7 +232,7 @@ def _places(symbols: Tensor, classes: Tensor) -> Tensor:
     """(r, n) int32, where the symbols without their low bits stand in the tables of all classes one after another."""
     tables, classes = _tables(symbols.device), classes.long()
     low = tables.low_bits[classes][:, None]
-    if _unless_seen(low):
+    if _may_hold_any(low):
         symbols = (symbols + tables.half_steps[classes][:, None]) >> low
     return symbols + tables.middles[classes][:, None]
 

@@ -25,6 +25,11 @@ Others = Literal["checkpoint", "bfloat16", "pretrained"]
 Dropped = Annotated[float, Field(ge=0, lt=1)]
 
 
+def is_linear(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is the weight of a linear layer, by its name and sides; embeddings are none."""
+    return len(shape) == 2 and min(shape) > 1 and "embed" not in name
+
+
 class DeltaCompression(DynamicMethod):
     """Base of methods that compress each task vector for itself, tensor by tensor; nothing is shared.
 
@@ -47,7 +52,7 @@ class DeltaCompression(DynamicMethod):
         if self.tensors == "all":
             return len(shape) > 0
         if self.tensors == "linear":
-            return len(shape) == 2 and min(shape) > 1 and "embed" not in name
+            return is_linear(name, shape)
         return len(shape) > 1
 
     def prepare(

@@ -23,6 +23,7 @@ from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
 from ..base import DynamicMethod
+from .compression import is_linear
 
 
 @auto_register_config
@@ -58,7 +59,7 @@ class RanDeS(DynamicMethod):
     def encode(self, tensor: ChangedTensor) -> EncodedTensor:
         name, shape, vectors = tensor.name, tensor.shape, tensor.stacked()
         experts: list[SignedDelta | None] = [None] * len(self._tasks)
-        if len(shape) == 2 and min(shape) > 1 and "embed" not in name:
+        if is_linear(name, shape):
             signs = [self.signs(task, name, shape[-1]) for task in self._tasks]
             experts = [SignedDelta.of(shape, one) for one in signs]
             vectors = vectors * torch.stack(signs).to(vectors.device)[:, None]

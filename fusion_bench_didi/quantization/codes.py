@@ -76,8 +76,8 @@ def levels(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What stored codes stand for, but for their scale; in 16 bits by a table of whole bytes, a third of the time."""
-    if bits in (2, 4) and dtype.itemsize == 2:
+    """What stored codes stand for, but for their scale; by a table of whole bytes where a byte's values fill a whole number."""
+    if bits in (2, 4) and 8 // bits * dtype.itemsize <= 8:
         values = _of_bytes(bits, dtype, packed.device)
         found = values.index_select(0, packed.int()).view(dtype)
         return found[: math.prod(shape)].view(shape)
@@ -92,4 +92,4 @@ def _of_bytes(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     codes = unpack_codes(torch.arange(256, dtype=torch.uint8), bits, (256 * 8 // bits,))
     with torch.inference_mode(False):
         values = codes.float().add_(offset(bits)).to(device, dtype)
-        return values.view(_INTEGERS[128 // bits])
+        return values.view(_INTEGERS[64 // bits * dtype.itemsize])

@@ -95,11 +95,12 @@ def test_levels_are_as_many_on_both_sides_of_zero(bits):
     assert low + offset(bits) == -(high + offset(bits))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 13), (0, 5), (64, 48)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_levels_are_the_same_in_every_type(bits, dtype):
+def test_levels_are_the_same_in_every_type(bits, dtype, shape):
     low, high = ends(bits)
-    codes = torch.randint(low, high + 1, (7, 13), dtype=torch.int8)
+    codes = torch.randint(low, high + 1, shape, dtype=torch.int8)
     packed = pack_codes(codes, bits)
-    expected = levels(packed, bits, (7, 13))
-    assert levels(packed, bits, (7, 13), dtype).equal(expected.to(dtype))
+    expected = codes.double() + offset(bits)
+    assert levels(packed, bits, shape, dtype).equal(expected.to(dtype))

@@ -10,7 +10,7 @@ from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
 from ..lowrank.arithmetic import without_autocast
 from ..lowrank.factors import LowRankFactors
-from .banks import Factors, MatrixBank, OwnBank, Serving, ValueBank
+from .banks import Factors, MatrixBank, OwnBank, Serving, ValueBank, laid_out
 from .held import Held
 from .stored import StoredBank
 
@@ -103,6 +103,6 @@ def _worthwhile_factors(
 
 def _laid_out(matrix: Tensor, base: Tensor, turned: bool) -> Tensor:
     """A matrix as (in, out), of the base tensor's type, in memory of its own."""
-    matrix = matrix.flatten(1)
-    matrix = (matrix.mT if turned else matrix).to(base.dtype).contiguous()
+    matrix = matrix.flatten(1).to(base.dtype)
+    matrix = laid_out(matrix.mT, turned) if turned else matrix.contiguous()
     return matrix.clone() if matrix.data_ptr() == base.data_ptr() else matrix

@@ -120,12 +120,13 @@ FUSABLE = (
 
 
 def fuse(network: nn.Module) -> None:
-    """Let neighbors of a per-sample network that every task has matrices for multiply together."""
+    """Let neighbors of a per-sample network that every task has matrices for multiply together; others stay by themselves."""
     numbers = itertools.count()
     for module in network.modules():
         for names in FUSABLE:
             layers = [getattr(module, name, None) for name in names]
-            if all(map(_fusable, layers)) and len({_kind(l) for l in layers}) == 1:
+            layers = [layer for layer in layers if _fusable(layer)]
+            if len(layers) > 1 and len({_kind(l) for l in layers}) == 1:
                 _fuse(layers, next(numbers))
 
 

@@ -24,7 +24,12 @@ from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.quantization.rounding import round_factors
 from fusion_bench_didi.serving import agreement
-from fusion_bench_didi.serving.banks import MatrixBank, Serving
+from fusion_bench_didi.serving.banks import (
+    MatrixBank,
+    Serving,
+    laid_out,
+    side_by_side,
+)
 from fusion_bench_didi.serving.forward import MixedForward
 from fusion_bench_didi.serving.grouped_matmul import product_by_task
 from fusion_bench_didi.serving.making import bank_of
@@ -302,6 +307,35 @@ def test_neighbors_that_multiply_together_give_what_they_give_alone(how, caplog)
         assert model.mixed.running.current is None
 
 
+class GroupedQueries(nn.Module):
+    """A query of more values than key and value have."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for name, width in (("q_proj", 16), ("k_proj", 8), ("v_proj", 8)):
+                self.add_module(name, nn.Linear(8, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key = self.q_proj(x).unflatten(-1, (2, 8)).sum(-2), self.k_proj(x)
+        return (query @ key.mT).softmax(-1) @ self.v_proj(x)
+
+
+def test_keys_and_values_multiply_together_where_the_query_is_held_as_factors():
+    model = didi(family(GroupedQueries()), budget=0.3, factor_dtype="int4").eval()
+    model.serving = Serving(dense_above=math.inf, small=100)
+    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([1, 0, 0, 1, 0, 1])
+    found = model(x, task_ids=ids)
+    for i, task in enumerate(ids.tolist()):
+        alone = model.materialize(model.tasks[task])(x[i : i + 1])
+        torch.testing.assert_close(found[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+    network = model.mixed.network
+    assert network.q_proj.fused is None and not network.q_proj.banks["weight"].held
+    assert network.k_proj.fused is network.v_proj.fused is not None
+
+
 def test_the_shared_model_is_the_model_of_no_task(merged):
     pixels = images(4)
     expected = merged(pixels, task_ids=torch.full((4,), 3)).pooler_output
@@ -450,6 +484,30 @@ def test_the_shared_part_of_a_tensor_is_decoded_once(form, turned, monkeypatch):
         for task, value in enumerate(expected):
             torch.testing.assert_close(bank.value(task), value)
         torch.testing.assert_close(bank.value(4), base + shared.change())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bank_is_its_tensors_however_they_lie(dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    kept = [draw(4, 6), draw(4, 6)], [draw(4, 3), (draw(4, 2), draw(2, 3))]
+    shared = draw(4, 6), draw(4, 3)
+    for turned in (True, False):
+        banks = [
+            MatrixBank((4, 6), laid_out(s, turned), k, turned=turned)
+            for s, k in zip(shared, kept)
+        ]
+        assert banks[1].shared.equal(shared[1]) and banks[1].last.equal(kept[1][1][1])
+        first = banks[1].first
+        by_columns = turned and dtype == torch.bfloat16
+        assert first.mT.is_contiguous() == by_columns and first.equal(kept[1][1][0])
+    wide = side_by_side([banks[0], MatrixBank((4, 6), shared[0], kept[0], turned=True)])
+    for task, matrix in enumerate(kept[0]):
+        assert wide.matrices[task].equal(torch.cat([matrix, matrix], 1))
+        assert banks[0].matrices[task].equal(matrix)
 
 
 # --- the product --------------------------------------------------------------------

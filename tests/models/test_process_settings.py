@@ -8,6 +8,7 @@ import pytest
 import torch
 from exact_models import clip_tower
 from helpers import BASE, didi, family, floats, same_bits
+from torch.overrides import _get_current_function_mode_stack
 from transformers import CLIPVisionModel
 
 from fusion_bench_didi import DiDiModel
@@ -90,6 +91,13 @@ def test_compiled_models_are_merged_as_what_they_wrap(models, compiled, tmp_path
     images = torch.randn(2, 3, 16, 16)
     mixed, answer = (m(images, task_ids=[0, 1])[0] for m in (model, expected))
     assert mixed.equal(answer)
+
+
+def test_calls_of_torch_pass_through_python_only_where_new_tensors_go_elsewhere():
+    with own_arithmetic():
+        assert not _get_current_function_mode_stack()
+    with torch.device("meta"), own_arithmetic():
+        assert torch.empty(1).device.type == "cpu"
 
 
 def test_settings_come_back_when_the_last_of_several_blocks_ends():

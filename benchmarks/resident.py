@@ -5,6 +5,7 @@ them, and the system drops them when it needs the room; what is called resident 
 """
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,11 @@ def now() -> dict[str, int]:
 
 
 @contextmanager
-def peaks() -> Iterator[dict[str, int]]:
-    """The most of each while the block runs, filled in at its end; of ``own``, what was added to before."""
+def peaks() -> Iterator[dict[str, float]]:
+    """The most of each while the block runs, filled in at its end; of ``own``, what was added to before.
+
+    Looking takes seconds of the process itself, which ``looking`` tells: more, the longer it waits for others.
+    """
     forget_peak()
     before, done = now(), threading.Event()
     most = dict(before)
@@ -34,8 +38,9 @@ def peaks() -> Iterator[dict[str, int]]:
         while not done.wait(LOOKS):
             for name, size in now().items():
                 most[name] = max(most[name], size)
+        found["looking"] = time.thread_time()
 
-    found: dict[str, int] = {}
+    found: dict[str, float] = {}
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:

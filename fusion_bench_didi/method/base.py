@@ -242,6 +242,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 target = stack.enter_context(made)
             elif ranks.leads:
                 stack.enter_context(alone(place))
+            task_vectors.take_digests(ranks)
             journal = open_journal(
                 place,
                 self.identity(task_vectors) if ranks.leads else {},

@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..distributed.ranks import Ranks
 from ..errors import (
     CheckpointMismatchError,
     ModelPoolError,
@@ -161,13 +162,18 @@ class TaskVectors:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Facts that tell these checkpoints from others, by model and file."""
+        """Facts that tell these checkpoints from others, by model and file; values of live models are looked through for them."""
         sources = {"the base model": self.base, **self._sources}
         return {
             f"{model}, {file}" if file else model: told
             for model, source in sources.items()
             for file, told in source.identity.items()
         }
+
+    def take_digests(self, ranks: Ranks) -> None:
+        """Have the ranks share the work of :attr:`identity`; called by all of them."""
+        for source in (self.base, *self._sources.values()):
+            source.take_digests(ranks)
 
     @property
     def watched(self) -> dict[str, Watched]:

@@ -15,6 +15,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from ..distributed.ownership import Crew
+from ..distributed.ranks import Ranks
 from ..lowrank.factors import LowRankFactors
 from .digests import digests
 from .ties import tied_names
@@ -76,6 +78,9 @@ class TensorSource(ABC):
         """Checksums of values by name, taken once; none where files tell enough."""
         return {}
 
+    def take_digests(self, ranks: Ranks) -> None:
+        """Have every rank take some of the checksums, and know all; called by all of them."""
+
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """The value of a tensor."""
@@ -127,6 +132,9 @@ class WrappedSource(TensorSource):
     def identity(self) -> dict[str, str]:
         return self._source.identity
 
+    def take_digests(self, ranks: Ranks) -> None:
+        self._source.take_digests(ranks)
+
     @property
     def watched(self) -> Watched | None:
         return self._source.watched
@@ -176,6 +184,13 @@ class ModuleSource(TensorSource):
     def digests(self) -> Mapping[str, str]:
         self.check()
         return digests(self._tensors)
+
+    def take_digests(self, ranks: Ranks) -> None:
+        self.check()
+        crew = Crew.of(ranks, {name: t.nbytes for name, t in self._tensors.items()})
+        mine = {name: self._tensors[name] for name in crew.mine(self._tensors)}
+        found = crew.gathered(digests(mine))
+        self.digests = {name: found[name] for name in self._tensors}
 
     @property
     def identity(self) -> dict[str, str]:

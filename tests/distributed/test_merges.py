@@ -12,6 +12,7 @@ from benchmarks.processes import on_ranks
 from fusion_bench_didi.checkpoint import stream
 from fusion_bench_didi.method import FreeMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.task_vectors import digests
 
 #: Merges to a directory, by what is special about them.
 CASES = {
@@ -74,6 +75,23 @@ def test_files_are_those_of_one_process(homes, case, size):
     assert one.keys() == several.keys()
     assert [name for name in one if one[name] != several[name]] == []
     assert len(one) > 3 or case in ("adapters", "baseline")
+
+
+def test_checksums_of_live_models_are_shared_out(tmp_path):
+    pool = clip()
+    sizes = {m: sum(p.nbytes for p in pool[m].parameters()) for m in pool}
+
+    def digested(_: int) -> int:
+        taken, digest = [], digests._digest
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                digests, "_digest", lambda t: taken.append(t.nbytes) or digest(t)
+            )
+            didi(pool, budget=0.6, output_dir=str(tmp_path / "out"))
+        return sum(taken)
+
+    found = on_ranks(2, digested)
+    assert max(found) < 0.6 * sum(sizes.values()) < sum(found)
 
 
 def test_every_rank_holds_the_whole_model_in_memory():

@@ -94,7 +94,7 @@ class MatrixSpectra:
         return torch.cat([self.weights.sum()[None], self.weights])
 
     def cost(self, ranks: Tensor) -> int:
-        return sum(self.rate.of(int(k), self.full) for k in ranks)
+        return sum(self.rate.of(int(k), self.full) for k in ranks.tolist())
 
 
 def spectra_of(

@@ -47,31 +47,41 @@ def greedy(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
 
 
 def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
-    """Gain per bit, module, matrix, rank reached and bits of every edge of the convex error-cost curves."""
-    out: list[tuple[Tensor, ...]] = []
-    per_rank, dense = row.rate.per_rank, row.rate.dense
-    weights = row.module_weights.tolist()
-    for j in row.free:
-        weight = weights[j]
-        last, jump = dense_from(row, j) if row.rate.most is None else (row.cap, 0.0)
-        energy = row.sigma[j, :last].double().square()
-        gain = torch.cat([energy / per_rank, torch.tensor([jump]).double()])
-        reached = torch.cat([torch.arange(1, last + 1), torch.tensor([row.full])])
-        bits = torch.full((last + 1,), per_rank, dtype=torch.long)
-        bits[-1] = dense - last * per_rank
-        same = torch.ones(last + 1, dtype=torch.long)
-        out.append((weight * gain, same * j, same * index, reached, bits))
-    return tuple(torch.cat([o[i] for o in out]) for i in range(5))
+    """Gain per bit, module, matrix, rank reached and bits of every edge of the convex error-cost curves, module by module."""
+    free, per_rank = slice(row.free.start, row.free.stop), row.rate.per_rank
+    if row.rate.most is None:
+        last, jump = (edge[free] for edge in dense_from(row))
+    else:
+        last = torch.full((len(row.free),), row.cap)
+        jump = torch.zeros(len(last))
+    energy = row.sigma[free, : int(last.max())].double().square()  # (modules, ranks)
+    ranks = torch.arange(1, energy.shape[1] + 1)
+    gain = torch.cat([energy / per_rank, jump[:, None]], 1)
+    reached = torch.cat([ranks, torch.tensor([row.full])]).expand(gain.shape)
+    bits = torch.full_like(reached, per_rank)
+    bits[:, -1] = row.rate.dense - last * per_rank
+    module = torch.arange(free.start, free.stop)[:, None].expand(gain.shape)
+    known = (ranks <= last[:, None], torch.ones(len(last), 1, dtype=torch.bool))
+    there = torch.cat(known, 1)
+    out = (
+        row.module_weights[free, None].double() * gain,
+        module,
+        torch.full_like(module, index),
+        reached,
+        bits,
+    )
+    return tuple(edges[there] for edges in out)
 
 
-def dense_from(row: MatrixSpectra, module: int) -> tuple[int, float]:
-    """The rank from which the dense form is the next edge of the hull, and its gain per bit, unweighted."""
-    energy = row.sigma[module].double().square()  # (q,)
-    left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-    left = left[: row.cap + 1] + float(row.tail_energy[module])  # kept out at rank i
+def dense_from(row: MatrixSpectra) -> tuple[Tensor, Tensor]:
+    """(T + 1,) the rank from which the dense form is the next edge of the hull, and its gain per bit, unweighted, in float32."""
+    energy = row.sigma.double().square()  # (T + 1, q)
+    left = torch.cat([energy.flip(1).cumsum(1).flip(1), torch.zeros(len(energy), 1)], 1)
+    # kept out at rank i
+    left = left[:, : row.cap + 1] + row.tail_energy.double()[:, None]
     jump = left / (row.rate.dense - torch.arange(row.cap + 1) * row.rate.per_rank)
-    rank = int(jump.argmin())
-    return rank, float(jump[rank])
+    rank = jump.argmin(1)
+    return rank, jump.gather(1, rank[:, None])[:, 0].float()
 
 
 def uniform(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:

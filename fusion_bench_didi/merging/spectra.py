@@ -110,6 +110,7 @@ def _short(bounds: RankBounds, one: Decomposed, ranks: Tensor) -> bool:
     """Whether a longer spectrum might be put to use."""
     row = one.spectra
     known, dense = row.sigma.shape[1], bounds.even_share_pays_dense(row.name)
+    last = None if dense else dense_from(row)[0]
     for j in row.free:
         if known <= ranks[j] < row.full and row.tail_energy[j] > 0:
             return True
@@ -118,7 +119,7 @@ def _short(bounds: RankBounds, one: Decomposed, ranks: Tensor) -> bool:
             seen = float(row.sigma[j].double().square().sum())
             if rest < SPENT * (rest + seen):
                 return True
-            if not dense and dense_from(row, j)[0] >= known:
+            if last is not None and last[j] >= known:
                 return True
     return False
 

@@ -6,7 +6,7 @@ tasks share (None where there is none): most forms add their own to what that on
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -57,6 +57,10 @@ class Delta(nn.Module):
                 # a view would keep, and be written with, the whole
                 value = value.clone()
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Parts move with the model and keep their types: ``half()`` is of the backbone, and a scale of 1e-9 is 0 in float16."""
+        return super()._apply(lambda part: _moved(part, fn), recurse)
 
     def own(self) -> Tensor:
         """The change in float32, of shape ``self.shape``, that it stands for by itself."""
@@ -149,6 +153,15 @@ class Delta(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, bits={self.bits}"
+
+
+def _moved(part: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor where a function puts it, which is shown bytes: casts are of floating types."""
+    raw = part.reshape(-1).view(torch.uint8)
+    found = fn(raw)
+    if found.dtype != raw.dtype:  # nn.Module.type casts whole numbers too
+        found = raw.to(found.device)
+    return found.view(part.dtype).view(part.shape)
 
 
 class DecodedDelta(Delta):

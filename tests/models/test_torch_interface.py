@@ -5,11 +5,14 @@ import copy
 
 import pytest
 import torch
-from helpers import BASE, didi, family, floats, same_bits
+from dynamic_methods import DYNAMIC
+from fusion_bench.modelpool import BaseModelPool
+from helpers import BASE, didi, family, fine_tuned, floats, same_bits
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusion_bench_didi.errors import DiDiError
+from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 
 IDS = torch.arange(20).view(4, 5)
@@ -69,6 +72,51 @@ def test_a_state_that_is_loaded_is_the_base_of_mixed_batches_too(inside):
     for row, task in enumerate(tasks):
         model.set_task(task)
         torch.testing.assert_close(found[row], logits(model)[row])
+
+
+CASTS = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "double": lambda model: model.double(),
+    "to": lambda model: model.to(torch.float16),
+    "type": lambda model: model.type(torch.float16),
+    "inside": lambda model: nn.ModuleList([model]).half()[0],
+    "back": lambda model: model.double().float(),
+}
+MADE = {
+    **DYNAMIC,
+    "coded": lambda: DiDiMerging(budget=0.1),
+    "whole": lambda: DiDiMerging(budget=0.5),
+    "int8": lambda: DiDiMerging(budget=0.5, factor_dtype="int8", refinement="none"),
+    "bases": lambda: DiDiMerging(budget=0.5, factor_dtype="int4", shared="subspaces"),
+}
+ROUNDED = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("form", MADE)
+def test_what_is_stored_keeps_its_types_when_a_model_is_cast(form, cast):
+    # of 1e-5: scales of products of codes are below the smallest number of float16
+    base = llama()
+    tuned = {task: fine_tuned(base, i, scale=1e-5) for i, task in enumerate("ab", 1)}
+    model = MADE[form]().run(BaseModelPool({BASE: base, **tuned}))
+    before, stored = model.storage, model.state_dict()
+    want = {task: logits(model.materialize(task)).double() for task in "ab"}
+    shown = CASTS[cast](copy.deepcopy(model))
+    for name, value in shown.state_dict().items():
+        if not name.startswith("backbone."):
+            assert value.dtype == stored[name].dtype and value.equal(stored[name]), name
+    assert shown.storage == before
+    dtype = next(shown.backbone.parameters()).dtype
+    near = {"rtol": 0, "atol": ROUNDED.get(dtype, 1e-6)}
+    for task in "ab":
+        shown.set_task(task)
+        assert logits(shown).dtype == dtype
+        torch.testing.assert_close(logits(shown).double(), want[task], **near)
+    shown.unset_task()
+    mixed = logits(shown, task_ids=["a", "b", "b", "a"]).double()
+    for row, task in enumerate("abba"):
+        torch.testing.assert_close(mixed[row], want[task][row], **near)
 
 
 def test_a_function_is_applied_to_every_module():

@@ -10,6 +10,7 @@ more processes than the machine has cores they show how work is spread, not how 
 """
 
 import argparse
+import gc
 import json
 import shutil
 import sys
@@ -81,6 +82,7 @@ def measured(function: Callable[[], Any]) -> Callable[[int], dict[str, float]]:
 
     def run(_: int) -> dict[str, float]:
         silence()
+        gc.collect()  # of all that libraries hold, which else comes amid some merges and not others
         begun, cpu = time.perf_counter(), time.process_time()
         with peaks() as most:
             function()

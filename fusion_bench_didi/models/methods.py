@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import DiDiError, UnknownTaskError
 from ..routers.base import RoutedModel, Router
 from ..serving.forward import MixedForward
+from ..serving.forward_only import forward_only
 from ..serving.generation import GENERATE, generate, generation_of, prompt_of
 
 #: Where classes come from whose methods look at a model, or prepare it, and do not run it.
@@ -127,6 +128,8 @@ def _method(model: Called, name: str, value: Callable[..., Any]) -> Callable[...
         *args: Any, task_ids: Any = None, task_weights: Any = None, **kwargs: Any
     ) -> Any:
         if task_ids is not None or task_weights is not None:
+            if name == GENERATE:
+                return _generated(model, args, kwargs, task_ids, task_weights)
             return _mixed(model, name, args, kwargs, task_ids, task_weights)
         if model.current_task is not None:
             return model.run_alone(value, *args, **kwargs)
@@ -137,7 +140,7 @@ def _method(model: Called, name: str, value: Callable[..., Any]) -> Callable[...
     return method
 
 
-@torch.no_grad()
+@forward_only
 def _mixed(
     model: Called,
     name: str,
@@ -146,13 +149,18 @@ def _mixed(
     task_ids: Any,
     task_weights: Any,
 ) -> Any:
-    forward, generates = model.mixed, name == GENERATE
-    if generates:
-        call = generation_of(forward, args, kwargs)
-    else:
-        call = forward.call(args, kwargs, name)
-    mix = forward.mix(task_ids, task_weights, call)
-    return (generate if generates else MixedForward.run)(forward, mix, call)
+    forward = model.mixed
+    call = forward.call(args, kwargs, name)
+    return forward.run(forward.mix(task_ids, task_weights, call), call)
+
+
+@torch.no_grad()
+def _generated(
+    model: Called, args: tuple, kwargs: dict, task_ids: Any, task_weights: Any
+) -> Any:
+    forward = model.mixed
+    call = generation_of(forward, args, kwargs)
+    return generate(forward, forward.mix(task_ids, task_weights, call), call)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from .banks import OwnBank
 from .caches import Caches, caches_of
 from .calls import Call, call_of, parameter_names
 from .derived import Derived
+from .forward_only import forward_only
 from .held import Held
 from .in_place import Places
 from .layers import PerSampleLinear, UnsupportedShape
@@ -102,7 +103,7 @@ class MixedForward:
         self._agreeing: dict[Hashable, bool] = {}
         self.limit = PROBES
 
-    @torch.no_grad()
+    @forward_only
     def __call__(
         self, task_ids: Any, task_weights: Any, args: tuple, kwargs: Mapping[str, Any]
     ) -> Any:
@@ -114,12 +115,13 @@ class MixedForward:
             args, kwargs: of the backbone; tensors whose first side is B are split by sample, all others shared.
 
         Raises:
-            DiDiError: for tasks of another number of samples, and for outputs that cannot be told apart by sample.
+            DiDiError: for tasks of another number of samples, for outputs that cannot be told apart by sample, and where
+                gradients are asked for.
         """
         call = self.call(args, kwargs)
         return self.run(self.mix(task_ids, task_weights, call), call)
 
-    @torch.no_grad()
+    @forward_only
     def shared(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the shared model, for all samples."""
         call = self.call(args, kwargs)

@@ -179,6 +179,7 @@ def test_a_call_that_tells_no_samples_is_refused(net):
 
 @pytest.mark.parametrize("how", ["layered", "grouped"])
 @pytest.mark.parametrize("length", [2, 3, 5])
+@torch.no_grad()
 def test_masks_positions_and_numbers_of_logits_of_language_models(how, length):
     """Also where a batch is as long as its texts."""
     models = pool_of(llama())

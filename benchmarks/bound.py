@@ -36,7 +36,7 @@ STORAGES = (0.03, 0.06, 0.1, 0.12, 0.17, 0.24, 0.36)
 HALVINGS = 30
 
 
-def gaussian_bound(spread: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian_bound(spread: Tensor, quantizer: str = "scalar") -> tuple[Tensor, Tensor]:
     """Bits and squared error per value of Gaussian rows at the bound, as :func:`rate_distortion` of codes at the same slope.
 
     ``D = 1 / 12`` of a squared step, the error of fine uniform cells, or the row's energy where that is less;

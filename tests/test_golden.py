@@ -185,6 +185,7 @@ CASES: dict[str, Callable[[Path], nn.Module]] = {
     "uniform": merged(
         clip, budget=0.6, allocation="uniform", factor_dtype="int4", residual="full"
     ),
+    "trellis": merged(clip, budget=0.2, quantizer="trellis"),
     "shared mean": merged(alike, budget=0.5, factor_dtype="int8"),
     "shared mean, float32": merged(alike, budget=0.5, factor_dtype="float32"),
     "convolution": merged(convolution, budget=0.5),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..quantization.dead_zone import CLASS_BITS, SLOPE, rate_distortion
+from ..quantization.dead_zone import CLASS_BITS, SLOPES, Quantizer, rate_distortion
 
 #: Bits of a step, and of what a stream may take beyond its symbols.
 OVERHEAD = 96
@@ -54,6 +54,7 @@ class CodedCurve:
         energy: (T,) squared norms.
         weights: (T,) of the squared errors.
         whole: whether all entries may be coded.
+        quantizer: of the numbers.
     """
 
     shape: tuple[int, int]
@@ -61,6 +62,12 @@ class CodedCurve:
     energy: Tensor
     weights: Tensor
     whole: bool = True
+    quantizer: Quantizer = "scalar"
+
+    @property
+    def slope(self) -> float:
+        """Error per bit that goes with a step, in squared steps."""
+        return SLOPES[self.quantizer]
 
     @property
     def zero_rate_multiplier(self) -> float:
@@ -111,7 +118,7 @@ class CodedCurve:
         """Quantization step of each expert at a multiplier, (T,) float64."""
         weights = self.weights.double().clamp(min=1e-300)
         root = (self.energy.double() / math.prod(self.shape)).sqrt()
-        steps = (multiplier / SLOPE / weights).sqrt().maximum(FINEST * root)
+        steps = (multiplier / self.slope / weights).sqrt().maximum(FINEST * root)
         return steps.clamp(min=torch.finfo(torch.float32).tiny)
 
     def _best(self, multiplier: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,7 +129,7 @@ class CodedCurve:
         if self.whole:
             options.append(self._dense(steps))
         bits, error, ranks = (torch.stack(column) for column in zip(*options))
-        best = (error + SLOPE * steps.square() * bits).argmin(0, keepdim=True)
+        best = (error + self.slope * steps.square() * bits).argmin(0, keepdim=True)
         best = best.masked_fill(energy == 0, 0)
         found = (t.gather(0, best)[0] for t in (bits.ceil(), error, ranks))
         return *found, best[0] == 2
@@ -144,10 +151,10 @@ class CodedCurve:
         sigma = self.sigma[:, : self._there].double()
         roots = sigma.new_tensor(sides).sqrt()[:, None, None]
         spread = sigma / roots / steps[:, None]  # (2, T, q)
-        rate, lost = rate_distortion(spread)
+        rate, lost = rate_distortion(spread, self.quantizer)
         bits = 2.0 * CLASS_BITS + sides[0] * rate[0] + sides[1] * rate[1]
         short, long = 1 - (lost / spread.square().clamp(min=1e-300)).clamp(max=1.0)
-        worth = SLOPE * steps.square()[:, None] * bits
+        worth = self.slope * steps.square()[:, None] * bits
         pays = sigma.square() * short * long > worth
         parts = [pays.sum(1, keepdim=True) / side for side in sides]
         short = 1 - (1 - short) * (1 - parts[0])
@@ -164,7 +171,7 @@ class CodedCurve:
         """Bits, error and rank of each expert if all entries are coded, as if all rows were alike."""
         m, n = self.shape
         root = (self.energy.double() / (m * n)).sqrt()
-        bits, error = rate_distortion(root / steps)
+        bits, error = rate_distortion(root / steps, self.quantizer)
         bits = m * n * bits + CLASS_BITS * m + OVERHEAD
         ranks = torch.full_like(steps, min(m, n)).long()
         return bits, m * n * steps.square() * error, ranks

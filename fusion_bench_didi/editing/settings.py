@@ -49,6 +49,7 @@ def alone(given: MergeSettings | Mapping[str, Any], budget: Budget) -> MergeSett
         max_rank=given.max_rank,
         vectors="pretrained" if plain else "expert",
         factor_dtype=given.factor_dtype,
+        quantizer=given.quantizer,
         gain=given.gain,
         factor_memory_gb=given.factor_memory_gb,
     )

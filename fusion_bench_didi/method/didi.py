@@ -47,6 +47,7 @@ from ..options import (
     Share,
 )
 from ..pools.opening import load_backbone, open_pool
+from ..quantization.dead_zone import Quantizer
 from ..task_vectors.reader import TaskVectors
 from .base import PoolMethod, Resume, progress_bars
 
@@ -103,6 +104,7 @@ class DiDiMerging(PoolMethod):
         exclude: Patterns = (),
         factor_dtype: FactorType = "auto",
         max_rank: PositiveCount | None = None,
+        quantizer: Quantizer = "scalar",
         gain: Gain = "auto",
         factor_memory_gb: Gigabytes = 4.0,
         output_dir: FilePath | None = None,
@@ -151,6 +153,7 @@ class DiDiMerging(PoolMethod):
             normalization=self.normalization,
             vectors=self.vectors,
             factor_dtype=self.factor_dtype,
+            quantizer=self.quantizer,
             gain=self.gain,
             factor_memory_gb=self.factor_memory_gb,
             max_rank=self.max_rank,

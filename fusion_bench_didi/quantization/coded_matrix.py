@@ -13,6 +13,7 @@ from ..lowrank.factors import Matrix, energy_of
 from .dead_zone import (
     CLASS_BITS,
     Codes,
+    Quantizer,
     finest_step,
     quantize,
     rate_distortion,
@@ -46,7 +47,12 @@ class CodedMatrix:
 
 
 def code_rows(
-    matrix: Tensor, step: float, bits: float, *, gain: float = 1.0
+    matrix: Tensor,
+    step: float,
+    bits: float,
+    *,
+    gain: float = 1.0,
+    quantizer: Quantizer = "scalar",
 ) -> CodedMatrix:
     """All entries of a matrix (m, n) in float32.
 
@@ -54,7 +60,8 @@ def code_rows(
         step: near which the codes take ``bits``.
         gain: what they stand for is so many times as large.
     """
-    codes, step = _within(matrix, _step_for(matrix, step, bits), bits)
+    near = _step_for(matrix, step, bits, quantizer)
+    codes, step = _within(matrix, near, bits, quantizer)
     step *= gain
     return CodedMatrix((codes,), step, codes.squared_error(matrix, step))
 
@@ -68,6 +75,7 @@ def code_product(
     *,
     gain: float = 1.0,
     rounds: int = ROUNDS,
+    quantizer: Quantizer = "scalar",
 ) -> CodedMatrix:
     """Leading directions of a matrix: one side rounded at unit length, the other fitted to it and rounded, in turns.
 
@@ -84,11 +92,11 @@ def code_product(
     for tries in itertools.count(1):
         rows = (vectors * values).mT  # (r, s)
         for left in reversed(range(rounds)):
-            short, unit = _directions(rows, step)
+            short, unit = _directions(rows, step, quantizer)
             seen = unit @ goal  # (r, l)
             long = _inverse(unit) @ seen
             if left:
-                codes, unit = _directions(long, step)
+                codes, unit = _directions(long, step, quantizer)
                 rows = _inverse(unit) @ (unit @ goal.mT)
                 if tries == 1:  # later it would be moved back and forth
                     over = short.bits + codes.bits - bits
@@ -97,7 +105,7 @@ def code_product(
         if bits - short.bits < max(bits / 8, least):
             step *= 2  # the short side alone takes nearly all
             continue
-        codes, found = _within(long, step, bits - short.bits)
+        codes, found = _within(long, step, bits - short.bits, quantizer)
         if tries >= TRIES or 1 / APART < found / step < APART:
             break
         part = goal.shape[1] / sum(goal.shape)
@@ -136,7 +144,9 @@ def unit_rows(values: Tensor) -> Tensor:
     return values.div_(length.clamp(min=torch.finfo(values.dtype).tiny))
 
 
-def _within(rows: Tensor, step: float, bits: float) -> tuple[Codes, float]:
+def _within(
+    rows: Tensor, step: float, bits: float, quantizer: Quantizer
+) -> tuple[Codes, float]:
     """Codes of rows (r, n) that take so many bits or somewhat less, and their step.
 
     Args:
@@ -146,7 +156,7 @@ def _within(rows: Tensor, step: float, bits: float) -> tuple[Codes, float]:
     finest = finest_step(rows)
     for tries in itertools.count(1):
         step = max(step, finest)
-        codes = quantize(rows, step)
+        codes = quantize(rows, step, quantizer)
         over = codes.bits - bits
         if over <= 0 and (best is None or step < best[1]):
             best = codes, step
@@ -154,7 +164,7 @@ def _within(rows: Tensor, step: float, bits: float) -> tuple[Codes, float]:
             least = max(least, step)
         if -SLACK * bits <= over <= 0 or (over <= 0 and step == finest):
             return codes, step
-        if best is None and not bool(codes.symbols.any()):
+        if best is None and not bool(codes.any().any()):
             return codes, step  # there is no less
         if tries < TRIES:
             aim = SLACK / 2 * tries * bits  # farther below from time to time
@@ -172,7 +182,7 @@ def _moved(step: float, bits: float, numel: int) -> float:
     return step * 2 ** min(max(bits / max(numel, 1), -2.0), 2.0)
 
 
-def _step_for(rows: Tensor, step: float, bits: float) -> float:
+def _step_for(rows: Tensor, step: float, bits: float, quantizer: Quantizer) -> float:
     """The step at which Gaussian rows (m, n) take so many bits.
 
     Args:
@@ -180,7 +190,8 @@ def _step_for(rows: Tensor, step: float, bits: float) -> float:
     """
     spread = rows.square().mean(1).sqrt().double().cpu()
     steps = step * 2 ** torch.linspace(-2, 2, 33, dtype=torch.float64)
-    taken = rate_distortion(spread / steps[:, None])[0].sum(1) * rows.shape[1]
+    taken = rate_distortion(spread / steps[:, None], quantizer)[0].sum(1)
+    taken *= rows.shape[1]
     taken += CLASS_BITS * len(rows)  # the longer the step, the less
     i = min(max(int((taken > bits).sum()), 1), len(steps) - 1)
     above, below = taken[i - 1 : i + 1].tolist()
@@ -188,10 +199,12 @@ def _step_for(rows: Tensor, step: float, bits: float) -> float:
     return float(steps[i - 1] * (steps[i] / steps[i - 1]) ** part)
 
 
-def _directions(rows: Tensor, step: float) -> tuple[Codes, Tensor]:
-    """Codes of rows (r, n) but of those that become zero, and what they stand for at unit length."""
-    codes = quantize(rows, max(step, finest_step(rows)))
-    codes = codes[codes.symbols.any(1).nonzero().squeeze(1)]
+def _directions(
+    rows: Tensor, step: float, quantizer: Quantizer
+) -> tuple[Codes, Tensor]:
+    """Codes of rows (r, n) but of those that stand for zero, and what they stand for at unit length."""
+    codes = quantize(rows, max(step, finest_step(rows)), quantizer)
+    codes = codes[codes.any().nonzero().squeeze(1)]
     return codes, unit_rows(codes.values())
 
 

@@ -3,7 +3,8 @@
 Rows are taken for Gaussian. The standard deviation of a row in steps is its class, which says where its cells end, by which
 table of frequencies its numbers are coded, and what they stand for (``gaussian_tables.py``). One step for all is what
 reverse water-filling asks for: rows of more energy get more bits, and every value is equally wrong. Such codes take 0.25 bits
-per value more than the Gaussian bound at high rates, less at low ones (Gish and Pierce 1968).
+per value more than the Gaussian bound at high rates, less at low ones (Gish and Pierce 1968). Rows that are coded along a
+trellis (``trellis.py``) take two thirds of that back; their classes say so.
 """
 
 import math
@@ -11,16 +12,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from . import trellis
 from .entropy import StreamError, StreamReader, Table, encode_runs
 from .gaussian_tables import (
     CLASSES,
+    FIRST,
     LOWEST,
     PER_OCTAVE,
     TOP,
+    TRELLIS,
     coded_class,
     dead_zone,
     largest,
@@ -29,10 +34,12 @@ from .gaussian_tables import (
     offset,
 )
 from .gaussian_tables import rate_distortion as rate_distortion_of_class
-from .gaussian_tables import table
+from .gaussian_tables import stretch, table
 
+#: How the numbers of rows are found: each by itself, or along a trellis.
+Quantizer = Literal["scalar", "trellis"]
 #: Error per bit that goes with a step, in squared steps.
-SLOPE = math.log(2) / 6
+SLOPES: dict[Quantizer, float] = {"scalar": math.log(2) / 6, "trellis": trellis.SLOPE}
 #: Bits of a class.
 CLASS_BITS = 8
 #: Values that are decoded at a time.
@@ -60,6 +67,10 @@ class Codes:
         """Some of the rows."""
         return Codes(self.symbols[which], self.classes[which])
 
+    def any(self) -> Tensor:
+        """(r,) which rows stand for anything but zero."""
+        return self.symbols.any(1) | (self.classes >= TRELLIS)
+
     def values(self) -> Tensor:
         """(r, n) float32 what they stand for, in steps."""
         found = self.symbols.new_empty(self.symbols.shape, dtype=torch.float32)
@@ -71,11 +82,10 @@ class Codes:
     def bits(self) -> float:
         """Of classes and symbols; a stream takes up to 64 more."""
         tables = _tables(self.symbols.device)
-        low = tables.low_bits[self.classes.long()].sum()
+        low = tables.low_bits[_index(self.classes)].sum()
         total = (CLASS_BITS * len(self) + low * self.symbols.shape[1]).double()
         for rows in _row_blocks(self.symbols):
-            places = _places(self.symbols[rows], self.classes[rows])
-            taken = tables.lengths.index_select(0, places.flatten())
+            taken = _lengths(self.symbols[rows], self.classes[rows])
             total += taken.sum(dtype=torch.float64)
         return float(total)
 
@@ -90,18 +100,52 @@ class Codes:
         return total * step**2
 
 
-def quantize(rows: Tensor, step: float) -> Codes:
+def quantize(rows: Tensor, step: float, quantizer: Quantizer = "scalar") -> Codes:
     """Codes of rows (r, n); a row of a few large values is of a higher class.
 
     Args:
         step: in the unit of the rows; below :func:`finest_step` the largest values are cut off.
+        quantizer: along a trellis go the rows that lose less in fewer bits there, at one price of bits.
     """
     symbols = rows.new_empty(rows.shape, dtype=torch.int32)
     classes = rows.new_empty(len(rows), dtype=torch.uint8)
     for some in _row_blocks(rows):
         numbers, classes[some] = _quantized(rows[some] / step)
         symbols[some] = numbers  # what is behind the point is cut off
+    if quantizer == "trellis":
+        which = (classes >= FIRST).nonzero().squeeze(1)
+        scaled, alone = rows[which] / step, Codes(symbols[which], classes[which])
+        along = _along_trellis(scaled, alone.classes + TRELLIS)
+        better = _costs(along, scaled) < _costs(alone, scaled)
+        symbols[which[better]] = along.symbols[better]
+        classes[which[better]] = along.classes[better]
     return Codes(symbols, classes)
+
+
+def _along_trellis(scaled: Tensor, classes: Tensor) -> Codes:
+    """Codes of rows (r, n) in steps, of classes (r,) along a trellis."""
+    tables, index = _tables(scaled.device), _index(classes)
+
+    def bits(numbers: Tensor, some: slice) -> Tensor:
+        return _lengths(numbers, classes[some])
+
+    reach = tables.reach[index].int()
+    numbers = trellis.best_paths(scaled, tables.stretch[index], reach, bits)
+    return Codes(numbers, classes)
+
+
+def _costs(codes: Codes, scaled: Tensor) -> Tensor:
+    """(r,) error and bits of rows in steps; a trellis has no zero, and loses where most of a row is near it."""
+    low = _tables(scaled.device).low_bits[_index(codes.classes)]
+    bits = _lengths(codes.symbols, codes.classes).sum(1) + low * scaled.shape[1]
+    return (codes.values() - scaled).square_().sum(1) + trellis.SLOPE * bits
+
+
+def _lengths(symbols: Tensor, classes: Tensor) -> Tensor:
+    """(r, n) float32 bits that symbols (r, n) take without their low bits."""
+    places = _places(symbols, classes)
+    lengths = _tables(symbols.device).lengths
+    return lengths.index_select(0, places.flatten()).view(places.shape)
 
 
 def finest_step(rows: Tensor) -> float:
@@ -117,7 +161,7 @@ def _quantized(scaled: Tensor) -> tuple[Tensor, Tensor]:
     spread = scaled.square().mean(1).sqrt()
     octaves = spread.clamp(min=2.0**LOWEST).log2() - LOWEST
     classes = (octaves * PER_OCTAVE).round().long()
-    farthest = torch.searchsorted(tables.reach, scaled.abs().amax(1))
+    farthest = torch.searchsorted(tables.reach[:CLASSES], scaled.abs().amax(1))
     classes = classes.maximum(farthest).clamp(max=CLASSES - 1)
     rounding = 0.5 - tables.dead_zones[classes][:, None]
     numbers = scaled.add_(torch.copysign(rounding, scaled))
@@ -126,7 +170,9 @@ def _quantized(scaled: Tensor) -> tuple[Tensor, Tensor]:
     return numbers, classes
 
 
-def rate_distortion(spread: Tensor) -> tuple[Tensor, Tensor]:
+def rate_distortion(
+    spread: Tensor, quantizer: Quantizer = "scalar"
+) -> tuple[Tensor, Tensor]:
     """Bits per value and squared error per value, in squared steps, of Gaussian rows.
 
     Args:
@@ -138,7 +184,7 @@ def rate_distortion(spread: Tensor) -> tuple[Tensor, Tensor]:
     part, high = place - low, low + 1
     bits, error = (
         curve.take(low) * (1 - part) + curve.take(high) * part
-        for curve in _curves().to(spread.device)
+        for curve in _curves(quantizer).to(spread.device)
     )
     nothing = spread < 2.0**LOWEST
     return bits.masked_fill(nothing, 0.0), error.where(
@@ -189,8 +235,11 @@ def decode_blocks(
     """
     reader, parts = StreamReader(stream), [(c.cpu(), n) for c, n in parts]
     for classes, _ in parts:
-        if bool((classes >= CLASSES).any()):
-            raise StreamError(f"Classes of spread go to {CLASSES - 1}.")
+        along = classes >= TRELLIS + FIRST
+        if bool((classes - TRELLIS * along >= CLASSES).any()):
+            raise StreamError(
+                f"Classes of spread go to {CLASSES - 1}, along a trellis from {TRELLIS + FIRST} to {TRELLIS + CLASSES - 1}."
+            )
     for part, (classes, n) in enumerate(parts):
         for spread, rows in _groups(classes):
             frequencies, bits = table(coded_class(spread)), low_bits(spread)
@@ -203,9 +252,13 @@ def decode_blocks(
                     stream.device
                 )
                 continue
-            known = _values_of_class(spread)
             for some in rows.split(max(block // max(n, 1), 1)):
-                values = known.index_select(0, reader.read(frequencies, len(some) * n))
+                places = reader.read(frequencies, len(some) * n)
+                if spread < TRELLIS:
+                    values = _values_of_class(spread).index_select(0, places)
+                else:
+                    symbols = (places - largest(spread)).view(len(some), n)
+                    values = _stand_for(symbols, classes[some])
                 yield part, some, values.view(len(some), n).to(stream.device)
     reader.finish()
 
@@ -230,7 +283,7 @@ def _row_blocks(rows: Tensor) -> Iterator[slice]:
 
 def _places(symbols: Tensor, classes: Tensor) -> Tensor:
     """(r, n) int32, where the symbols without their low bits stand in the tables of all classes one after another."""
-    tables, classes = _tables(symbols.device), classes.long()
+    tables, classes = _tables(symbols.device), _index(classes)
     low = tables.low_bits[classes][:, None]
     if _may_hold_any(low):
         symbols = (symbols + tables.half_steps[classes][:, None]) >> low
@@ -239,11 +292,23 @@ def _places(symbols: Tensor, classes: Tensor) -> Tensor:
 
 def _stand_for(symbols: Tensor, classes: Tensor) -> Tensor:
     """(r, n) float32 what symbols (r, n) of rows of some classes stand for, in steps."""
-    tables = _tables(symbols.device)
-    if not len(classes) or int(classes.max()) < TOP:
+    tables, highest = _tables(symbols.device), int(classes.max()) if len(classes) else 0
+    if highest < TOP:
         places = _places(symbols, classes)
         return tables.values.index_select(0, places.flatten()).view(places.shape)
-    return _farther(symbols, tables.offsets[classes.long()])
+    if highest < TRELLIS:
+        return _farther(symbols, tables.offsets[classes.long()])
+    found, along = torch.empty_like(symbols, dtype=torch.float32), classes >= TRELLIS
+    stretched = tables.stretch[_index(classes[along])]
+    found[along] = trellis.values(symbols[along], stretched)
+    found[~along] = _stand_for(symbols[~along], classes[~along])
+    return found
+
+
+def _index(classes: Tensor) -> Tensor:
+    """(r,) where classes stand in tables of all of them: those along a trellis come last."""
+    classes = classes.long()
+    return classes - (classes >= TRELLIS) * (TRELLIS + FIRST - CLASSES)
 
 
 def _farther(symbols: Tensor, offsets: Tensor) -> Tensor:
@@ -263,21 +328,23 @@ _FARTHEST = _reach(CLASSES - 1)
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the classes are made of, on one device.
+    """What the classes are made of, on one device; C of them, those along a trellis last.
 
     Args:
         offsets: (CLASSES, 2) how much farther from zero the values of 1 and of larger numbers are than themselves.
         dead_zones: (CLASSES,).
-        reach: (CLASSES,) the largest numbers, ascending.
-        low_bits: (CLASSES,) int32.
-        half_steps: (CLASSES,) int32, half of the number that has one bit more.
-        middles: (CLASSES,) int32 where 0 stands in the two tables below.
+        stretch: (C,) by how much more than itself a value along a trellis stands for.
+        reach: (C,) the largest numbers, ascending in the first CLASSES.
+        low_bits: (C,) int32.
+        half_steps: (C,) int32, half of the number that has one bit more.
+        middles: (C,) int32 where 0 stands in the two tables below.
         lengths: float32 bits that the symbols of each class without low bits take, one class after another.
-        values: float32 what these symbols stand for, in steps.
+        values: float32 what these symbols stand for, in steps, but for those along a trellis.
     """
 
     offsets: Tensor
     dead_zones: Tensor
+    stretch: Tensor
     reach: Tensor
     low_bits: Tensor
     half_steps: Tensor
@@ -290,18 +357,22 @@ class _Tables:
 def _tables(device: torch.device) -> _Tables:
     floats = partial(torch.tensor, dtype=torch.float32, device=device)
     integers = partial(torch.tensor, dtype=torch.int32, device=device)
-    every, low = range(CLASSES), [low_bits(c) for c in range(CLASSES)]
-    most = [largest(coded_class(c)) for c in every]
-    starts = [0, *accumulate(2 * m + 1 for m in most[:TOP])]
-    middles = [starts[coded_class(c)] + most[c] for c in every]
+    scalar = range(CLASSES)
+    every = [*scalar, *range(TRELLIS + FIRST, TRELLIS + CLASSES)]
+    low = [low_bits(c) for c in every]
+    coded = [*range(TOP), *range(TRELLIS + FIRST, TRELLIS + TOP)]
+    ends = accumulate(2 * largest(c) + 1 for c in coded)
+    starts = dict(zip(coded, [0, *ends]))
+    middles = [starts[coded_class(c)] + largest(coded_class(c)) for c in every]
     return _Tables(
-        floats([offset(c) for c in every]),
-        floats([float(dead_zone(c)) for c in every]),
+        floats([offset(c) for c in scalar]),
+        floats([float(dead_zone(c)) for c in scalar]),
+        floats([stretch(c - TRELLIS) if c >= TRELLIS else 0.0 for c in every]),
         floats([_reach(c) for c in every]),
         integers(low),
         integers([1 << bits >> 1 for bits in low]),
         integers(middles),
-        torch.cat([lengths(c) for c in range(TOP)]).float().to(device),
+        torch.cat([lengths(c) for c in coded]).float().to(device),
         torch.cat([_values_of_class(c) for c in range(TOP)]).to(device),
     )
 
@@ -316,7 +387,8 @@ def _values_of_class(spread: int) -> Tensor:
 
 
 @lru_cache(maxsize=None)
-def _curves() -> Tensor:
+def _curves(quantizer: Quantizer) -> Tensor:
     """(2, CLASSES) bits and squared error per value, float64."""
-    points = [rate_distortion_of_class(c) for c in range(CLASSES)]
+    along = [TRELLIS * (quantizer == "trellis" and c >= FIRST) for c in range(CLASSES)]
+    points = [rate_distortion_of_class(c + more) for c, more in enumerate(along)]
     return torch.tensor(points, dtype=torch.float64).mT.contiguous()

@@ -5,6 +5,9 @@ dead zone d makes the cell of zero wider where spreads are small, which spends n
 spread of :data:`TOP` on the lowest bits of a number are as good as random: they are written as they are, and what is left is
 of one of the four classes below.
 
+Rows that are coded along a trellis (``trellis.py``) have classes of their own, :data:`TRELLIS` more: the numbers of both codebooks
+are those of a Gaussian at ``k + 1/4``, and somewhat smaller, for small ones take fewer bits.
+
 Readers of files have to come to the same whole numbers as their writers, so that tables are made in decimal arithmetic.
 """
 
@@ -19,6 +22,31 @@ from torch import Tensor
 PER_OCTAVE, LOWEST, TOP = 4, -2, 20
 #: Classes there are, up to spreads of 2^17 steps.
 CLASSES = 77
+#: Added to the class of a row that is coded along a trellis, and the first class to which that pays.
+TRELLIS, FIRST = 128, 3
+#: Of classes from FIRST to TOP along a trellis, measured on Gaussian numbers: standard deviation in the table over that of the row
+#: in hundredths; by how many thousandths values stand for more than themselves; bits and squared error per value in 10,000ths.
+_ALONG = (
+    (73, -210, 7957, 665),
+    (81, -140, 10414, 669),
+    (86, -90, 12846, 675),
+    (89, -55, 15266, 683),
+    (92, -30, 17730, 686),
+    (94, -15, 20217, 688),
+    (95, -5, 22719, 688),
+    (96, 5, 25172, 692),
+    (97, 5, 27741, 685),
+    (98, 0, 30358, 674),
+    (99, 0, 32896, 670),
+    (99, 0, 35420, 669),
+    (99, 0, 37939, 667),
+    (100, 0, 40455, 666),
+    (100, 0, 42965, 665),
+    (100, 0, 45472, 664),
+    (100, 0, 47977, 664),
+)
+#: Squared error per value along a trellis, in squared steps, where spreads are large.
+_FINE = 0.0664
 #: How far the symbols of a table go: so many spreads and so many more; 16 bits each where no Gaussian value would be.
 _SPREADS, _MORE = 8, 7
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
@@ -26,18 +54,19 @@ _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
 
 def low_bits(spread: int) -> int:
     """How many lowest bits the numbers of a class have that are written as they are."""
-    return max((spread - TOP) // PER_OCTAVE + 1, 0)
+    return max((spread % TRELLIS - TOP) // PER_OCTAVE + 1, 0)
 
 
 def coded_class(spread: int) -> int:
     """The class of what is left of a class's numbers without these bits."""
-    return spread if spread < TOP else TOP - PER_OCTAVE + (spread - TOP) % PER_OCTAVE
+    octaves, known = spread % TRELLIS - TOP, spread % TRELLIS < TOP
+    return spread if known else TOP - PER_OCTAVE + octaves % PER_OCTAVE
 
 
 @lru_cache(maxsize=None)
 def largest(spread: int) -> int:
     """The largest number that the table of a class without low bits has."""
-    return math.ceil(_SPREADS * float(_spread(spread))) + _MORE
+    return math.ceil(_SPREADS * float(_spread(spread % TRELLIS))) + _MORE
 
 
 @lru_cache(maxsize=None)
@@ -45,11 +74,10 @@ def table(spread: int) -> Tensor:
     """(2 L + 1,) uint16, how often -L to L are met in a class without low bits, in parts of 2^16."""
     with localcontext() as context:
         context.prec = 40
-        above = [_upper_tail(edge) for edge in _edges(spread)]
-        cells = [1 - 2 * above[0]] + [a - b for a, b in zip(above, above[1:])]
+        cells = _cells_along(spread) if spread >= TRELLIS else _cells(spread)
         counts = [int((p * 2**16).to_integral_value()) for p in cells]
     counts = [min(max(count, 1), 2**16 - 1) for count in counts]
-    return torch.tensor([*counts[:0:-1], *counts]).to(torch.uint16)
+    return torch.tensor(counts).to(torch.uint16)
 
 
 @lru_cache(maxsize=None)
@@ -80,9 +108,19 @@ def centroid(spread: int, size: int) -> float:
     return std * density / (2 * math.pi) ** 0.5 / mass
 
 
+def stretch(spread: int) -> float:
+    """By how much more than itself a value of a class along a trellis stands for."""
+    return _ALONG[spread - FIRST][1] / 1000 if spread < TOP else 0.0
+
+
 @lru_cache(maxsize=None)
 def rate_distortion(spread: int) -> tuple[float, float]:
     """Bits per Gaussian value of a class, and its squared error in squared steps."""
+    if spread >= TRELLIS + TOP:
+        return rate_distortion(spread - TRELLIS)[0], _FINE
+    if spread >= TRELLIS:
+        bits, error = _ALONG[spread - TRELLIS - FIRST][2:]
+        return bits / 10000, error / 10000
     if low_bits(spread):
         return rate_distortion(coded_class(spread))[0] + low_bits(spread), 1 / 12
     std, zone = float(_spread(spread)), float(dead_zone(spread))
@@ -117,6 +155,27 @@ def _spread(spread: int) -> Decimal:
     with localcontext() as context:
         context.prec = 40
         return Decimal(2**quarter).sqrt().sqrt() * Decimal(2) ** (octave + LOWEST)
+
+
+def _cells(spread: int) -> list[Decimal]:
+    """How often -L to L are met."""
+    above = [_upper_tail(edge) for edge in _edges(spread)]
+    cells = [1 - 2 * above[0]] + [a - b for a, b in zip(above, above[1:])]
+    return [*cells[:0:-1], *cells]
+
+
+def _cells_along(spread: int) -> list[Decimal]:
+    """How often -L to L are met in either codebook of a trellis, of which k stands for ``k + 1/4``."""
+    narrower = Decimal(_ALONG[spread - TRELLIS - FIRST][0]) / 100
+    std, most = _spread(spread - TRELLIS) * narrower, largest(spread)
+    quarter, half = Decimal("0.25"), Decimal("0.5")
+    below, above = (
+        [*(_upper_tail((k + half + side) / std) for k in range(most)), Decimal(0)]
+        for side in (-quarter, quarter)
+    )
+    down = [a - b for a, b in zip(below, below[1:])]
+    up = [a - b for a, b in zip(above, above[1:])]
+    return [*reversed(down), 1 - below[0] - above[0], *up]
 
 
 def _edges(spread: int) -> list[Decimal]:

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.bound import at_the_bound, bits_for, error_at, gaussian_bound
 from fusion_bench_didi.allocation.coded_curve import CodedCurve
-from fusion_bench_didi.quantization.dead_zone import SLOPE, rate_distortion
+from fusion_bench_didi.quantization.dead_zone import SLOPES, rate_distortion
 
 
 def test_no_code_is_below_the_bound():
@@ -15,7 +15,12 @@ def test_no_code_is_below_the_bound():
     (rate, error), (least_rate, least) = (
         f(spread) for f in (rate_distortion, gaussian_bound)
     )
-    assert bool((error + SLOPE * rate >= least + SLOPE * least_rate - 1e-9).all())
+    assert bool(
+        (
+            error + SLOPES["scalar"] * rate
+            >= least + SLOPES["scalar"] * least_rate - 1e-9
+        ).all()
+    )
     fine = spread > 8  # a quarter of a bit above it, Gish and Pierce
     gap = (rate - least_rate)[fine] + (error / least)[fine].log2() / 2
     assert gap.tolist() == pytest.approx([math.log2(math.pi * math.e / 6) / 2] * int(fine.sum()), abs=0.02)  # fmt: skip

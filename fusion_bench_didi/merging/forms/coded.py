@@ -20,6 +20,7 @@ from ...lowrank.factored import as_dense
 from ...lowrank.factors import Matrix, energy_of
 from ...lowrank.svd import HalfSVD
 from ...quantization.coded_matrix import code_product, code_rows
+from ...quantization.dead_zone import Quantizer
 from ..context import MergeContext
 from ..spectra import Decomposed
 from .base import Choice, Decision, Look
@@ -54,8 +55,9 @@ class Coded:
     def encode(self, context: MergeContext, decision: Decision) -> EncodedTensor:
         tensor, point = context.tensor(decision.name), decision.point
         bases = decision.bases.take()[1:] if decision.bases else ()
+        quantizer = context.settings.quantizer
         made = [
-            _encode(tau, point, t, bases[t] if bases else None, tensor.shape)
+            _encode(tau, point, t, bases[t] if bases else None, tensor.shape, quantizer)
             for t, tau in enumerate(tensor.matrices())
         ]
         experts, errors = zip(*made)
@@ -78,6 +80,7 @@ def coded_curve(context: MergeContext, name: str, sigma: Tensor) -> CodedCurve:
         context.energy[name],
         context.weights[name],
         whole=most is None and not (tensor.factored or tensor.large),
+        quantizer=context.settings.quantizer,
     )
 
 
@@ -87,6 +90,7 @@ def _encode(
     t: int,
     basis: HalfSVD | None,
     shape: tuple[int, ...],
+    quantizer: Quantizer,
 ) -> tuple[Delta | None, Tensor]:
     """The expert of one task vector (m, n), and its squared error."""
     bits, step, rank = point.bits[t], point.steps[t], point.ranks[t]
@@ -94,13 +98,15 @@ def _encode(
         return None, energy_of(tau).double().cpu()
     bits, gain = bits - OVERHEAD, point.gains[t] if point.gains else 1.0
     if point.whole[t]:
-        coded = code_rows(as_dense(tau), step, bits, gain=gain)
+        coded = code_rows(as_dense(tau), step, bits, gain=gain, quantizer=quantizer)
         delta: Delta = CodedDelta.of(shape, coded)
     else:
         vectors, values = (
             x[..., :rank].to(tau.device) for x in (basis.vectors, basis.S)
         )
-        coded = code_product(tau, vectors, values, step, bits, gain=gain)
+        coded = code_product(
+            tau, vectors, values, step, bits, gain=gain, quantizer=quantizer
+        )
         delta = CodedLowRankDelta.of(shape, coded)
     return delta, torch.tensor(coded.error, dtype=torch.float64)
 

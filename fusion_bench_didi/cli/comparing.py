@@ -6,6 +6,17 @@ import click
 
 from . import options
 
+#: Overrides that an option of ``didi compare`` stands for.
+_STANDS_FOR = {
+    "out": ("path.log_dir",),
+    "suite": ("modelpool", "taskpool"),
+    "only": ("only",),
+    "skip": ("skip",),
+    "tasks": ("modelpool.tasks", "taskpool.tasks"),
+    "seed": ("seed",),
+    "no_report": ("report",),
+}
+
 
 @click.command()
 @click.option("-o", "--out", required=True, help="Directory to write, or of a run to go on with.")  # fmt: skip
@@ -40,11 +51,21 @@ def compare(
     from fusion_bench.utils.hydra_utils import initialize_hydra_config
     from omegaconf import OmegaConf, open_dict
 
-    here = [f"path.log_dir={out}", f"path.work_dir={os.getcwd()}", f"seed={seed}"]
+    keys = [one.partition("=")[0].lstrip("+~") for one in overrides]
+    for option, stands_for in _STANDS_FOR.items():
+        if options.given(option):
+            called = f"--{option.replace('_', '-')}"
+            options.not_beside(keys, called, *stands_for)
+    here = [f"path.log_dir={out}", f"path.work_dir={os.getcwd()}"]
+    here += [f"seed={seed}"] if "seed" not in keys else []
     config = initialize_hydra_config("didi_compare", [*here, *overrides])
     with open_dict(config):
-        config.only, config.skip = _names(only), _names(skip)
-        config.report = not no_report
+        if only:
+            config.only = _names(only)
+        if skip:
+            config.skip = _names(skip)
+        if no_report:
+            config.report = False
         if suite is not None:
             home = "fusion_bench_didi.demo.folder_pools"
             for pool, cls in (

@@ -160,6 +160,8 @@ def library(
 
     if add is None and (tasks or overwrite):
         raise click.UsageError("--task and --overwrite do nothing without --add.")
+    if add is None and not Path(directory).expanduser().is_dir():
+        raise click.UsageError(f"There is no library {directory}. Mend the path, or make one with --add.")  # fmt: skip
     found = AdapterLibrary(directory)
     if add is not None:
         found.add(add, tasks or None, overwrite=overwrite)

@@ -20,7 +20,7 @@ BASE = "_pretrained_"
 @click.option("--budget", type=float, default=None, help="What is stored beyond the base model, in units of one fine-tuned model; 1.4 if left out.")  # fmt: skip
 @options.settings
 @options.overwrite
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]), help="Where the arithmetic happens.")  # fmt: skip
+@options.device_or_auto
 @click.option("--model-class", default=None, help="Class of transformers; the one that the models' config.json names if left out.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check all headers, print the plan, and read no weights.")  # fmt: skip
 def merge(
@@ -55,9 +55,13 @@ def merge(
     from ..models import DynamicModel
 
     given = options.values_of(settings)
+    options.not_beside(given, "--out", "output_dir")
+    options.not_beside(given, "--overwrite", "overwrite")
     if budget is not None:
+        options.not_beside(given, "--budget", "budget")
         given["budget"] = budget
     if dry_run:
+        options.not_beside(given, "--dry-run", "dry_run")
         given["dry_run"] = True
     faults = options.Faults()
     with faults:
@@ -160,12 +164,16 @@ def _architecture(place: str) -> str | None:
 def _method(name: str, given: dict[str, Any], out: str, overwrite: bool) -> Any:
     """A method from its YAML, writing to ``out`` while it merges if it can."""
     from fusion_bench.utils import instantiate
+    from hydra.errors import ConfigCompositionException, MissingConfigException
     from omegaconf import OmegaConf
 
     from ..options import unknown_setting
     from ..programs.entries import Entry, composed
 
-    config = composed(Entry(name, name, name, "dynamic"))
+    try:
+        config = composed(Entry(name, name, name, "dynamic"))
+    except (MissingConfigException, ConfigCompositionException):
+        raise _no_method(name) from None
     for key in given:
         if key not in config:
             raise unknown_setting(name, key, config)
@@ -174,6 +182,22 @@ def _method(name: str, given: dict[str, Any], out: str, overwrite: bool) -> Any:
         config |= {"output_dir": out, "overwrite": overwrite}
     options.silence_host()
     return instantiate(OmegaConf.create(config))
+
+
+def _methods() -> dict[str, Path]:
+    """The methods of this package, by name: where each is explained."""
+    place = Path(__file__).parents[1] / "config" / "method"
+    return {
+        str(file.relative_to(place).with_suffix("")): file
+        for file in sorted(place.rglob("*.yaml"))
+    }
+
+
+def _no_method(name: str) -> click.UsageError:
+    from ..options import nearest
+
+    hint = nearest(name, _methods())
+    return click.UsageError(f"There is no method {name}. {hint}")
 
 
 def _save(model: Any, out: str, *, overwrite: bool) -> None:
@@ -201,17 +225,10 @@ def settings(method: str | None) -> None:
       didi settings didi
       didi settings didi/tvq
     """
-    place = Path(__file__).parents[1] / "config" / "method"
-    names = {
-        str(file.relative_to(place).with_suffix("")): file
-        for file in sorted(place.rglob("*.yaml"))
-    }
+    names = _methods()
     if method is None:
         click.echo("\n".join(names))
     elif method in names:
         click.echo(names[method].read_text().rstrip())
     else:
-        from ..options import nearest
-
-        hint = nearest(method, names)
-        raise click.UsageError(f"There is no method {method}. {hint}")
+        raise _no_method(method)

@@ -1,9 +1,10 @@
 """Options that several commands have."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import DiDiError, Spelling, as_key
 
@@ -25,9 +26,33 @@ overwrite = click.option(
 base = click.option(
     "--base", default=None, help="Directory or repository of the base model, if it is not where the merge took it."
 )  # fmt: skip
+
+
+def _to_be_had(_: click.Context, option: click.Parameter, device: str) -> str:
+    """A device that tensors can be made on here.
+
+    Raises:
+        click.BadParameter: saying why not.
+    """
+    if device not in ("cpu", "auto"):
+        import torch
+
+        try:
+            torch.zeros(1, device=device).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise click.BadParameter(
+                f"{device} is not to be had here ({str(error).splitlines()[0][:200]}). Give cpu.", param=option
+            ) from None  # fmt: skip
+    return device
+
+
 device = click.option(
-    "--device", default="cpu", show_default=True, help="Where the arithmetic happens."
-)
+    "--device", default="cpu", show_default=True, callback=_to_be_had, help="Where the arithmetic happens."
+)  # fmt: skip
+device_or_auto = click.option(
+    "--device", default="auto", show_default=True, callback=_to_be_had,
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]), help="Where the arithmetic happens.",
+)  # fmt: skip
 drop_router = click.option(
     "--drop-router", is_flag=True, help="Leave out a router, which is for the tasks that there are now."
 )  # fmt: skip
@@ -91,14 +116,37 @@ def silence_host() -> None:
     instantiate_utils.set_print_function_call_permeanent(False)
 
 
+def given(name: str) -> bool:
+    """Whether an option of the command that runs was typed."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
+
+
+def not_beside(settings: Iterable[str], option: str, *keys: str) -> None:
+    """Settings by keys that an option stands for: which of them counts, nobody knows.
+
+    Raises:
+        click.UsageError: naming both.
+    """
+    for key in settings:
+        if any(key == known or key.startswith(f"{known}.") for known in keys):
+            raise click.UsageError(f"{key}=... is what {option} says. Leave one of them out.")  # fmt: skip
+
+
 def values_of(settings: Sequence[str]) -> dict[str, Any]:
     """``KEY=VALUE`` as a mapping, values read as YAML.
 
     Raises:
-        click.BadParameter: for what is no pair.
+        click.BadParameter: for what is no pair, and for a key that is given twice.
     """
     from omegaconf import OmegaConf
 
     if wrong := [one for one in settings if "=" not in one]:
         raise click.BadParameter(f"{wrong[0]!r} is no KEY=VALUE.", param_hint="--set")
+    keys = [one.partition("=")[0] for one in settings]
+    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        raise click.BadParameter(
+            f"{twice[0]} is given {keys.count(twice[0])} times. Give it once.",
+            param_hint="--set",
+        )
     return OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)), resolve=True)

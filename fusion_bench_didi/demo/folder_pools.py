@@ -20,6 +20,7 @@ from fusion_bench.utils.instantiate_utils import set_print_function_call
 from omegaconf import DictConfig, OmegaConf
 from transformers import CLIPModel
 
+from ..errors import SettingsError
 from ..options import FilePath, checked
 from .registry import register_suite_tasks
 from .tasks import Split
@@ -35,7 +36,7 @@ def open_folder(
 
     Raises:
         FileNotFoundError: if this is no suite.
-        ValueError: for tasks that the suite does not have.
+        SettingsError: for tasks that the suite does not have.
     """
     root = Path(root).expanduser().absolute()
     if not (root / "clip").is_dir():
@@ -46,7 +47,7 @@ def open_folder(
     chosen = available if tasks is None else list(tasks)
     unknown = [name for name in chosen if name not in available]
     if unknown:
-        raise ValueError(
+        raise SettingsError(
             f"tasks: the suite {root.name} has no {', '.join(unknown)}. Choose from {', '.join(available)}, or leave it "
             "null for all."
         )

@@ -8,6 +8,7 @@ from ..artifacts.saving import load
 from ..checkpoint.directory import check_target
 from ..errors import DiDiError, SettingsError
 from ..models.dynamic import DynamicModel
+from ..options import check_keywords
 from .common import EXPORT, source_of
 from .patch import to_patch
 from .peft import to_peft
@@ -39,7 +40,7 @@ def export(
         settings: of :class:`~.settings.AdapterSettings`, for ``form=peft``.
 
     Raises:
-        SettingsError: for settings of another form.
+        SettingsError: for settings that there are not, and for those of another form.
         DiDiError: if what lies there is no dynamic model, or cannot be exported.
         FileExistsError: if ``out`` exists and ``overwrite`` is false, or it is no export, or other weights lie in it.
     """
@@ -47,6 +48,7 @@ def export(
         raise SettingsError(
             f"form={form!r} is none of {', '.join(get_args(Form))}. Choose one of them."
         )
+    check_keywords(AdapterSettings, settings)
     if settings and form != "peft":
         raise SettingsError(
             f"{', '.join(sorted(settings))}: of form=peft, not {form}. Leave them out."

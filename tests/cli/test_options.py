@@ -1,0 +1,116 @@
+"""Options of commands: none is passed over in silence, and what cannot be had is said before anything is read."""
+
+import json
+
+import click
+import pytest
+import torch
+from commands import run
+from helpers import BASE
+
+from fusion_bench_didi.errors import DiDiError
+
+POOLS = ("modelpool", "taskpool")
+
+
+@pytest.fixture(scope="module")
+def merge(tiny_clip_dir):
+    return ["merge", *(tiny_clip_dir / name for name in (BASE, "mnist", "svhn"))]
+
+
+@pytest.fixture(scope="module")
+def merged(merge, tmp_path_factory):
+    place = tmp_path_factory.mktemp("options") / "merged"
+    run(*merge, "-o", place)
+    return place
+
+
+def small(suite) -> list[str]:
+    """Overrides for a comparison on a small suite."""
+    return [f"{pool}.{k}={v}" for pool in POOLS for k, v in suite.items()]
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("--budget 0.3 -s budget=0.5", "budget=... is what --budget says"),
+        ("-s budget=0.3 -s budget=0.5", "budget is given 2 times"),
+        ("-s output_dir=elsewhere", "output_dir=... is what --out says"),
+        ("-s overwrite=true", "overwrite=... is what --overwrite says"),
+        ("--dry-run -s dry_run=false", "dry_run=... is what --dry-run says"),
+    ],
+)
+def test_a_setting_that_is_given_twice_is_refused(merge, tmp_path, line, told):
+    with pytest.raises(click.UsageError, match=told):
+        run(*merge, "-o", tmp_path / "out", *line.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("path.log_dir=elsewhere", "path.log_dir=... is what --out says"),
+        ("--only pretrained only=[individuals]", "only=... is what --only says"),
+        ("--skip emr +skip=[wudi]", "skip=... is what --skip says"),
+        ("--seed 1 seed=2", "seed=... is what --seed says"),
+        ("--no-report report=true", "report=... is what --no-report says"),
+        ("--suite s modelpool=didi/demo", "modelpool=... is what --suite says"),
+        ("--suite s taskpool.root=t", "taskpool.root=... is what --suite says"),
+        ("--tasks a ++taskpool.tasks=[b]", "taskpool.tasks=... is what --tasks says"),
+    ],
+)
+def test_an_override_that_an_option_stands_for_is_refused(tmp_path, line, told):
+    with pytest.raises(click.UsageError, match=told.replace(".", r"\.")):
+        run("compare", "-o", tmp_path / "out", *line.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_override_counts_where_no_option_says_otherwise(demo_suite, tmp_path):
+    run("compare", "-o", tmp_path, *small(demo_suite), "only=[pretrained]", "report=false", "seed=3")  # fmt: skip
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert [row["key"] for row in found["rows"]] == ["pretrained"]
+    assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 3
+    assert not (tmp_path / "comparison.html").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "nowhere", "meta", "cuda:99"])
+@pytest.mark.parametrize("command", ["merge", "add-task", "rescale", "serve"])
+def test_a_device_that_is_not_to_be_had_is_told(
+    merge, merged, tiny_clip_dir, tmp_path, command, device
+):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is to be had")
+    line = {
+        "merge": [*merge, "-o", tmp_path / "out"],
+        "add-task": ["add-task", merged, tiny_clip_dir / "eurosat", "--budget", "0.1", "-o", tmp_path / "out"],
+        "rescale": ["rescale", merged, "--budget", "0.1", "-o", tmp_path / "out"],
+        "serve": ["serve", merged, "--port", "0"],
+    }  # fmt: skip
+    with pytest.raises(click.UsageError, match="not to be had here|is not one of"):
+        run(*line[command], "--device", device)
+
+
+@pytest.mark.parametrize("name", ["randes", "didi/RanDeS", "didi/nothing", "nowhere/x"])
+def test_a_method_that_there_is_not_is_told_with_those_that_there_are(
+    merge, tmp_path, name
+):
+    with pytest.raises(click.UsageError, match=f"There is no method {name}. .*didi/"):
+        run(*merge, "-o", tmp_path / "out", "--method", name)
+
+
+@pytest.mark.parametrize("form", ["peft", "plain"])
+def test_a_setting_that_adapters_do_not_have_is_told(merged, tmp_path, form):
+    line = ["export", merged, tmp_path / "out", "--form", form]
+    with pytest.raises(DiDiError, match="no setting rank. Did you mean .*rank?"):
+        run(*line, "-s", "rank=3")
+
+
+def test_a_library_that_there_is_not_is_not_empty(tmp_path):
+    for more in ([], ["--remove", "svhn"]):
+        with pytest.raises(click.UsageError, match="There is no library"):
+            run("library", tmp_path / "typo", *more)
+
+
+def test_tasks_that_a_suite_has_not_are_told(demo_suite, tmp_path):
+    with pytest.raises(DiDiError, match="has no nosuch"):
+        run("compare", "-o", tmp_path, *small(demo_suite), "--tasks", "nosuch")

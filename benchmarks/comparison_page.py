@@ -65,6 +65,8 @@ LANGUAGE_ROWS = (
     ),
     *("didi_024", "didi_050", "didi_100", "didi_140", "didi_m_projection"),
 )
+#: Rows of a suite's own models.
+REFERENCES = ("pretrained", "individuals")
 #: What a suite cannot run, or runs otherwise than didi_compare has it.
 CHANGES = {
     "text": (
@@ -125,19 +127,21 @@ def add(suite: str, place: Path, keys: Sequence[str], *changes: str) -> None:
     """Measure some rows of a comparison, and put them among those of its page, which stay as they are.
 
     Raises:
-        ValueError: if the suite's own models are not those of the page.
+        ValueError: if the suite's own models are not those of the page, and if a row failed: what the page has is better.
     """
-    only = ["pretrained", "individuals", *keys]
+    only = dict.fromkeys([*REFERENCES, *keys])
     line = [c for c in command(suite, place) if not c.startswith(("only=", "skip="))]
     found = compared([*line, f"only=[{','.join(only)}]", *changes], place)
     file = DOCS / f"comparison_{suite}.json"
     data = json.loads(file.read_text())
     rows = {row["key"]: row for row in data["rows"]}
-    for row in shown(found.data)["rows"]:
-        if row["key"] in keys:
-            rows[row["key"]] = row
-        elif row["accuracy"] != rows[row["key"]]["accuracy"]:
-            raise ValueError(f"{row['method']} has other accuracies than on the page: run the whole comparison.")  # fmt: skip
+    made = {row["key"]: row for row in shown(found.data)["rows"]}
+    if failed := [key for key in only if not made.get(key) or made[key]["error"]]:
+        raise ValueError(f"{', '.join(failed)} failed, so the page stays as it is: see {place / 'host.log'}.")  # fmt: skip
+    for key in REFERENCES:
+        if made[key]["accuracy"] != rows[key]["accuracy"]:
+            raise ValueError(f"{made[key]['method']} has other accuracies than on the page: run the whole comparison.")  # fmt: skip
+    rows |= {key: made[key] for key in keys}
     order = [*OmegaConf.load(Path("config") / "didi_compare.yaml").entries, *rows]
     data["rows"] = sorted(rows.values(), key=lambda row: order.index(row["key"]))
     write_json(file, data)

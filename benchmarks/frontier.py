@@ -11,6 +11,7 @@ docs/frontier.json, docs/frontier.md and docs/img/frontier.png.
 import argparse
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from fusion_bench_didi.report.style import color, look, new_figure, save_figure
 FILE = Path("docs") / "frontier.json"
 PAGE, FIGURE = Path("docs") / "frontier.md", Path("docs") / "img" / "frontier.png"
 BUDGETS = (0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.17, 0.24, 0.26, 0.36, 0.5)  # fmt: skip
+#: Budgets that are measured along a trellis too.
+ALONG = (0.015, 0.03, 0.06, 0.1, 0.17, 0.26)
 TICKS = (0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.4, 0.6)
 #: What a curve is read at.
 MARKS = (95.0, 97.0, 98.4, 99.0, 99.4)
@@ -71,23 +74,28 @@ def measure(name: str, known: dict[str, Any]) -> None:
         rows["individuals"] = {
             task: scorer.score(modelpool.load_model(task), task) for task in tasks
         }
-    for budget in BUDGETS:
-        if str(budget) in rows:
+    along = rows.setdefault("trellis", {})
+    wanted = [(budget, "scalar", rows) for budget in BUDGETS]
+    for budget, quantizer, place in wanted + [(b, "trellis", along) for b in ALONG]:
+        if str(budget) in place:
             continue
-        model = DiDiMerging(budget=budget).run(modelpool)
+        begin = time.process_time()
+        model = DiDiMerging(budget=budget, quantizer=quantizer).run(modelpool)
+        seconds = time.process_time() - begin
         scores = {task: scorer.score(model, task) for task in tasks}
-        rows[str(budget)] = {
+        place[str(budget)] = {
             "retention": 100 * retention(scores, rows["individuals"]),
             "x": model.storage.x_excl,
             "error": model.info["relative_error"],
+            "cpu_seconds": seconds,
         }
-        print(name, budget, rows[str(budget)], flush=True)
+        print(name, budget, quantizer, place[str(budget)], flush=True)
         write_json(FILE, {"machine": machine(), "suites": known})
 
 
 def curve(rows: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """Storage and retention, by storage."""
-    found = [v for k, v in rows.items() if k != "individuals"]
+    """Storage and retention of the default, by storage."""
+    found = [v for k, v in rows.items() if k not in ("individuals", "trellis")]
     return sorted((row["x"], row["retention"]) for row in found)
 
 
@@ -130,12 +138,19 @@ def rivals(name: str, most: float = MOST) -> list[tuple[str, float, float]]:
 def table(name: str, rows: Mapping[str, Any]) -> str:
     """What the default keeps, and what the others keep beside it at their storage."""
     points = curve(rows)
-    lines = ["| budget | x excl. | retention | energy lost |", "|---|---|---|---|"]
-    for budget, row in sorted(rows.items(), key=lambda item: item[0]):
-        if budget != "individuals":
-            lines.append(
-                f"| {budget} | {row['x']:.4f} | {row['retention']:.1f} | {row['error']:.3f} |"
-            )
+    lines = [
+        "| budget | x excl. | retention | energy lost | along a trellis: x excl. | retention | energy lost |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    along = rows.get("trellis", {})
+    for budget in sorted(rows.keys() - {"individuals", "trellis"}, key=float):
+        cells = [
+            f"{row['x']:.4f} | {row['retention']:.1f} | {row['error']:.3f}"
+            for row in (rows[budget], along.get(budget))
+            if row is not None
+        ]
+        cells += ["| | "] * (2 - len(cells))
+        lines.append(f"| {budget} | {' | '.join(cells)} |")
     lines += ["", "| keeps | stored |", "|---|---|"]
     for mark in MARKS:
         x = storage_for(points, mark)
@@ -160,6 +175,9 @@ def draw(suites: Mapping[str, Any]) -> Figure:
             near = [r for r in rivals(name) if r[2] >= LEAST]
             for _, x, kept in near:
                 axes.plot(x, kept, "D", color=color("dynamic"), ms=5)
+            for row in rows.get("trellis", {}).values():
+                if row["retention"] >= LEAST:
+                    axes.plot(row["x"], row["retention"], "^", color=color("ours"), ms=7)  # fmt: skip
             axes.set(xscale="log", ylim=(LEAST, 100.9), title=TITLES.get(name, name))
             shown_x = [x for x in TICKS if shown[0][0] / 1.3 < x < 1]
             axes.set_xticks(shown_x, [f"{x:g}" for x in shown_x])

@@ -144,10 +144,16 @@ class RowStore:
                 raise ComparisonError(
                     f"{place} is no file, so that nothing can be written there. Remove it, or give another directory (path.log_dir=...)."
                 )
+        rows = any(map(_is_row, self.rows.glob("*.json")))
+        left = (COMPARISON, ARTIFACTS, SEARCHES)
+        made = rows or any((self.directory / name).exists() for name in left)
         if os.path.lexists(file):
-            self._refuse(_read(file), self.settings, "")
-            return
-        if any(map(_is_row, self.rows.glob("*.json"))):
+            there = _read(file)
+            if made or not is_ours(self.directory, SETTINGS):
+                self._refuse(there, self.settings, "")
+                return
+            # of a run that ended before its first row: nothing is of that configuration
+        if rows:
             raise ComparisonError(
                 f"{self.rows} holds rows, but {file} is missing, so nobody knows of which pools. "
                 + _WAYS_OUT

@@ -11,6 +11,7 @@ from fuzz_cases import body, every_form
 
 from fusion_bench_didi.checkpoint.directory import alone, write_json
 from fusion_bench_didi.checkpoint.fields import CHECKSUM, sealed
+from fusion_bench_didi.checkpoint.ours import MARK
 from fusion_bench_didi.errors import DiDiError
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.programs.compare import ComparisonProgram
@@ -210,6 +211,25 @@ def test_rows_without_settings_are_refused(store):
     with pytest.raises(ComparisonError, match="settings.json is missing"):
         RowStore(store.directory, SETTINGS)
     RowStore(store.directory, SETTINGS, restart=True)
+
+
+@pytest.mark.parametrize("left", [None, "rows/emr.json", "searches/emr", "comparison.json"])  # fmt: skip
+def test_a_run_that_ended_before_its_first_row_binds_nobody(tmp_path, left):
+    ours = {"format": 1, "versions": {MARK: "0"}, "pool": "a"}
+    store = RowStore(tmp_path, ours)
+    if left == "rows/emr.json":
+        store.save("emr", ROW)
+    elif left is not None:
+        write_json_in(tmp_path / left / "x.json" if "." not in left else tmp_path / left, {})  # fmt: skip
+    other = {**ours, "pool": "b"}
+    if left is None:
+        RowStore(tmp_path, other)
+        RowStore(tmp_path, other).save("emr", ROW)
+        with pytest.raises(ComparisonError, match="another configuration"):
+            RowStore(tmp_path, ours)
+    else:
+        with pytest.raises(ComparisonError, match="another configuration"):
+            RowStore(tmp_path, other)
 
 
 def test_a_comparison_of_something_else_is_left_alone(tmp_path):

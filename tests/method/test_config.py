@@ -73,13 +73,14 @@ def test_every_value_of_the_yaml_reaches_the_settings():
         "resume",
     }
     elsewhere.add("_target_")
-    alone = {"shared_scale", "max_rank", "gain", *alternating}
+    alone = {"shared_scale", "max_rank", "gain", "quantizer", *alternating}
     assert set(config) == set(reach) | elsewhere | alone
     assert DiDiMerging(**alternating).settings().refining.sweeps == 6
     assert DiDiMerging(**alternating).settings().refining.tolerance == 0.06
     scaled = DiDiMerging(shared="task_arithmetic", shared_scale=0.123)
     assert scaled.settings().shared_scale == 0.123
     assert DiDiMerging(gain="none").settings().gain == "none"
+    assert DiDiMerging(quantizer="trellis").settings().quantizer == "trellis"
     limited = DiDiMerging(max_rank=7, vectors="pretrained")
     assert limited.settings().max_rank == 7
     settings = DiDiMerging(**reach).settings()

@@ -69,6 +69,17 @@ class _Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
+def test_numbers_of_rows_are_those_of_the_cpu(device, quantizer):
+    rows = torch.randn(9, 33, generator=torch.Generator().manual_seed(0))
+    rows *= torch.logspace(-1, 2, 9)[:, None]
+    there, here = (quantize(x, 1.0, quantizer) for x in (rows.to(device), rows))
+    assert there.symbols.device.type == there.values().device.type != "cpu"
+    assert there.symbols.cpu().equal(here.symbols) and there.bits == here.bits
+    assert there.classes.cpu().equal(here.classes)
+    assert encode([there]).equal(encode([here]))
+
+
 def test_coding_waits_no_more_often_for_many_spreads_than_for_one(device):
     spreads = torch.logspace(0, 3, 24)[:, None]
     rows = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))

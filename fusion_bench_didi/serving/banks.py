@@ -30,7 +30,7 @@ class Serving:
         memory_limit_gb: None keeps everything in the type it is multiplied in, up to T times the backbone's memory. Else
             the model is the backbone and what is stored, each product decodes what it needs, and so many GB of that are
             held for the next batch, of tasks that are asked for often; 0 holds nothing. Factors are then used wherever
-            they take less arithmetic than their matrix, but for ``dense_above=0``. Graphs of ``torch.compile`` break there.
+            they take less time than their matrix, but for ``dense_above=0``. Graphs of ``torch.compile`` break there.
 
     Raises:
         SettingsError: for limits below zero.

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 #: samples of the first batch on which the two ways are compared
 PROBES = 4
 #: bytes of a layer's output that stay near the processor
-CACHE = 8 * 2**20
+CACHE = 16 * 2**20
 
 
 class MixedForward:

@@ -19,6 +19,8 @@ from .held import Held
 
 #: Forms in which a task's part of a matrix is held.
 WHOLE, FACTORS = "whole", "factors"
+#: How much more arithmetic factors may take than the matrix they make, which has to be laid out before it is multiplied.
+LAID_OUT = 1.3
 #: Two factors of a change, and what each direction between them is multiplied by.
 Scaled = tuple[Tensor, Tensor | None, Tensor]
 #: Rows of a matrix, and their values.
@@ -27,6 +29,11 @@ Blocks = Iterator[tuple[slice | Tensor, Tensor]]
 
 def _scaled(inner: Tensor, scale: Tensor | None) -> Tensor:
     return inner if scale is None else (inner * scale).to(inner.dtype)
+
+
+def _flat(vectors: Tensor) -> Tensor:
+    """(rows, n) of (..., n)."""
+    return vectors.reshape(-1, vectors.shape[-1])
 
 
 class Vectors:
@@ -51,12 +58,17 @@ class Vectors:
         """For the result with a matrix of a shape."""
         return self.x.new_empty(*self.x.shape[:-1], shape[0 if self.turned else 1])
 
-    def matrix(self, matrix: Tensor) -> Tensor:
-        return self.x @ (matrix.mT if self.turned else matrix)
+    def matrix(self, matrix: Tensor, out: Tensor) -> None:
+        """Writes the product with a matrix."""
+        matrix = matrix.to(self.x.dtype)  # no autocast where the result is given
+        torch.mm(_flat(self.x), matrix.mT if self.turned else matrix, out=_flat(out))
 
-    def factors(self, up: Tensor, scale: Tensor | None, down: Tensor) -> Tensor:
+    def add_factors(self, factors: Scaled, out: Tensor) -> None:
+        """Adds the product with a change; in place, since a result of its own takes as long to be laid out as to be worked out."""
+        up, scale, down = factors
         first, last = (down.mT, up.mT) if self.turned else (up, down)
-        return _scaled(self.x @ first, scale) @ last
+        inner = _scaled(_flat(self.x) @ first, scale)
+        _flat(out).addmm_(inner, last.to(inner.dtype))
 
     def blocks(self, blocks: Blocks, out: Tensor) -> None:
         if not self.turned:
@@ -90,11 +102,12 @@ class Positions:
     def empty(self, shape: tuple[int, int]) -> Tensor:
         return self.like.new_empty(*self.ids.shape, shape[1])
 
-    def matrix(self, matrix: Tensor) -> Tensor:
-        return F.embedding(self.ids, matrix)
+    def matrix(self, matrix: Tensor, out: Tensor) -> None:
+        out.copy_(F.embedding(self.ids, matrix))
 
-    def factors(self, up: Tensor, scale: Tensor | None, down: Tensor) -> Tensor:
-        return _scaled(F.embedding(self.ids, up), scale) @ down
+    def add_factors(self, factors: Scaled, out: Tensor) -> None:
+        up, scale, down = factors
+        out += _scaled(F.embedding(self.ids, up), scale) @ down
 
     def blocks(self, blocks: Blocks, out: Tensor) -> None:
         for rows, values in blocks:
@@ -208,7 +221,7 @@ class StoredBank(Bank):
             use.shared_product(inputs[rows], y[rows])
         for task, rows, factored in parts:  # of one task at a time
             if factored:
-                y[rows] += inputs[rows].factors(*use.factors(task))
+                inputs[rows].add_factors(use.factors(task), y[rows])
             else:
                 use.product(inputs[rows], task, y[rows])
         return y
@@ -223,7 +236,7 @@ class StoredBank(Bank):
             if use.is_shared(task):
                 continue
             if use.factored(task, inputs):
-                own = inputs.factors(*use.factors(task))
+                inputs.add_factors(use.factors(task), own := torch.zeros_like(y))
             else:
                 use.product(inputs, task, own := torch.empty_like(y))
                 own -= shared
@@ -276,7 +289,7 @@ class _Use:
 
     def shared_product(self, inputs: Inputs, out: Tensor) -> None:
         if self.bank.added is None:
-            out.copy_(inputs.matrix(self.base))
+            inputs.matrix(self.base, out)
         else:
             self.product(inputs, self.bank.tasks, out)
 
@@ -294,12 +307,13 @@ class _Use:
         if held is None:
             inputs.blocks(self.of_task(task), out)
         else:
-            out.copy_(inputs.matrix(*held))
+            inputs.matrix(*held, out)
 
     def factored(self, task: int, inputs: Inputs) -> bool:
-        """Whether a task's change is a product, and takes less arithmetic as one than its matrix does."""
+        """Whether a task's change is a product, and takes less time as one than its matrix does."""
         bank, (m, n) = self.bank, self.base.shape
-        if not bank.serving.dense_above or inputs.rows * (m + n) > m * n:
+        longer = inputs.rows * (m + n) > LAID_OUT * m * n
+        if not bank.serving.dense_above or longer:
             return False
         if task not in bank.ranks:
             delta = bank.deltas[task]

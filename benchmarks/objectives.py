@@ -153,9 +153,14 @@ def moments(problem: Problem, model, inputs: list) -> dict[str, tuple[Tensor, Te
     return found
 
 
-def other_weights(problem: Problem, how: str) -> dict[str, Tensor]:
-    """(T,) weight of each task's squared error per matrix, of weightings that are no options."""
-    energies = {n: tau.flatten(1).square().sum(1) for n, tau in problem.tau.items()}
+def other_weights(
+    problem: Problem, how: str, energies: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """(T,) weight of each task's squared error per tensor, of weightings that are no options.
+
+    Args:
+        energies: (T,) squared norms of the task vectors, of matrices and of vectors that compete with them for bits.
+    """
     start = dict(problem.base.named_parameters())
     if how == "task":
         total = torch.stack(list(energies.values())).sum(0)
@@ -166,8 +171,11 @@ def other_weights(problem: Problem, how: str) -> dict[str, Tensor]:
     if how == "depth":
         return {n: e.rsqrt() / block_of(n) for n, e in energies.items()}
     found = sensitivity(problem.base, problem.names, samples=32)
-    average = sum(found.values()) / len(found)
-    return {n: torch.full_like(e, found[n] / average) for n, e in energies.items()}
+    average = sum(found.values()) / len(found)  # vectors were not probed
+    return {
+        n: torch.full_like(e, found.get(n, average) / average)
+        for n, e in energies.items()
+    }
 
 
 def block_of(name: str) -> int:
@@ -203,11 +211,13 @@ def scores_of(problem: Problem, budget: float, dtype: str, choice: Mapping) -> d
     if "weights" not in choice:
         method = DiDiMerging(**settings, **choice)
         return suite.accuracy(method.run(suite.modelpool))
-    weights = other_weights(problem, choice["weights"])
-    order = [suite.tasks.index(task) for task in sorted(suite.tasks)]
-    weights = {name: w[order] for name, w in weights.items()}
     place = "fusion_bench_didi.merging.pipeline.loss_weights"
-    with mock.patch(place, lambda energies, _: {n: weights[n] for n in energies}):
+
+    def weighed_so(energies: Mapping[str, Tensor], _: str) -> dict[str, Tensor]:
+        found = other_weights(problem, choice["weights"], energies)
+        return {name: weights.float() for name, weights in found.items()}
+
+    with mock.patch(place, weighed_so):
         return suite.accuracy(DiDiMerging(**settings).run(suite.modelpool))
 
 

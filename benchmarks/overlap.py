@@ -109,7 +109,7 @@ def main() -> None:
         for error in ERRORS:
             alone = storage_for(vectors, error, "none").storage.x_excl
             result = storage_for(vectors, error, "auto")
-            both, common = result.storage, len(result.report.common)
+            both, common = result.storage, len(result.report.subspaces)
             part, ratio = both.shared_bits / both.excl_bits, both.x_excl / alone
             rows.append([what, overlap, error, alone, both.x_excl, ratio, part, common])
             lines.append(

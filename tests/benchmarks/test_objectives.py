@@ -1,12 +1,15 @@
 """Weightings of the objective that were tried: by matrix, by task, by direction."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from fusion_bench.modelpool import BaseModelPool
 from helpers import BASE, didi
 from torch import nn
 
 from benchmarks.metric import Metric, input_moments, unweighed, weighed
-from benchmarks.objectives import block_of
+from benchmarks.objectives import OPTIONS, block_of, scores_of
 from benchmarks.probe import sensitivity
 
 
@@ -95,3 +98,18 @@ def test_sensitivity_sees_a_dead_layer(tiny_clip):
     assert found[names[0]] == 0 < found[names[1]]
     assert found == sensitivity(model, names, samples=2)
     assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("label", [o for o in OPTIONS if "weights" in OPTIONS[o]])
+def test_every_weighting_that_was_tried_merges_vectors_too(tiny_clip, label):
+    pool = BaseModelPool({"_pretrained_": tiny_clip.base, **tiny_clip.tuned})
+    errors = {}
+
+    def accuracy(model):
+        return errors.update(model.info["relative_errors"])
+
+    names = [n for n, p in tiny_clip.base.named_parameters() if p.ndim > 1]
+    suite = SimpleNamespace(modelpool=pool, accuracy=accuracy)
+    problem = SimpleNamespace(suite=suite, base=tiny_clip.base, names=names)
+    scores_of(problem, 0.5, "auto", OPTIONS[label])
+    assert len(errors) == 3 and all(0 < error < 1 for error in errors.values())

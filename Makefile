@@ -2,7 +2,8 @@
 # make test    linters, then every test
 # make test-transformers5  the tests again in an environment with transformers 5, its result in docs/transformers.md
 # make site    the documentation, into site/
-# make figures every page of docs/ and the README's table, by their own commands (hours; FIGURES="exact speed" for some)
+# make figures every page of docs/ and the README's table, by their own commands, in an environment of their own, whose packages ask
+#              for an older numpy (hours; FIGURES="exact speed" for some)
 #
 # VENV may name an existing environment, PYTHON the interpreter that makes a new one, PYTEST_ARGS other options than those
 # for all cores.
@@ -10,6 +11,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?= --numprocesses auto --dist loadfile
 VENV5 ?= .venv-transformers5
+VENVF ?= .venv-figures
 
 BIN := $(VENV)/bin
 # Written after an install that succeeded, older than setup.cfg when the dependencies may have changed.
@@ -40,8 +42,10 @@ test-transformers5:
 site: $(INSTALLED_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
 
-figures: $(INSTALLED_TEST)
-	$(BIN)/python -m benchmarks.figures $(FIGURES)
+figures:
+	test -x $(VENVF)/bin/python || $(PYTHON) -m venv $(VENVF)
+	$(VENVF)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,figures]'
+	$(VENVF)/bin/python -m benchmarks.figures $(FIGURES)
 
 format: $(INSTALLED_TEST)
 	$(BIN)/python -m isort --quiet .

@@ -13,6 +13,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from importlib.util import find_spec
 
 #: Pages, and the arguments of ``python -m`` that write them.
 PAGES = {
@@ -57,6 +59,15 @@ PAGES = {
     "what_we_learned": "benchmarks.what_we_learned",
 }
 
+#: Packages that a page cannot be made without, beside those of the tests.
+NEEDS = {"models": ("lm_eval",), "own_storage": ("nncodec",)}
+
+
+def missing(pages: Iterable[str]) -> set[str]:
+    """Packages that some of the pages need and that are not installed."""
+    needed = {package for page in pages for package in NEEDS.get(page, ())}
+    return {package for package in needed if find_spec(package) is None}
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,6 +81,8 @@ def main() -> int:
         for name, command in chosen.items():
             print(f"{name:20} python -m {command}")
         return 0
+    if absent := missing(chosen):
+        parser.error(f"{', '.join(sorted(absent))} not installed: pip install -e '.[test,figures]', or make figures")  # fmt: skip
     for name, command in {"expectations": "benchmarks.expectations", **chosen}.items():
         start = time.perf_counter()
         line = [sys.executable, "-m", *shlex.split(command)]

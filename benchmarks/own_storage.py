@@ -96,7 +96,7 @@ def best_of(bench: Bench, candidates: list[Row]) -> dict[str, Any]:
 
 def measure_rivals(bench: Bench, rows: dict[str, Any], *, text: bool) -> Iterator[str]:
     """Every place that is not known yet; its name when it is."""
-    asked = rivals(text=text, coder=nncodec_rows.available())
+    asked = rivals(text=text, coder=True)
     for place, candidates in groupby(asked, key=lambda row: row.place):
         if place in rows:
             continue
@@ -166,6 +166,9 @@ def main() -> None:
     parser.add_argument("--anew", action="store_true", help="forget all rows")
     parser.add_argument("--compared", action="store_true", help="search no settings")
     arguments = parser.parse_args()
+    searched = not (arguments.pages or arguments.compared)
+    if searched and not nncodec_rows.available():
+        parser.error("NNCodec is not installed: pip install -e '.[test,figures]', or make figures")  # fmt: skip
     record = json.loads(FILE.read_text()) if FILE.exists() else {"suites": {}}
     there = {"real8": DEFAULT.is_dir(), "text": Path("outputs/text/models").is_dir()}
     for name in arguments.suites or [n for n in TITLES if there[n]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import own_storage, own_storage_page
+from benchmarks import figures, own_storage, own_storage_page
 from benchmarks.few_bit_rows import Row
 
 #: gain -> what validation and test keep
@@ -59,3 +59,22 @@ def test_the_default_stores_no_more_and_the_winner_is_shown(kept, told):
 
 def test_a_rival_that_stores_less_than_the_default_ever_did_is_no_row():
     assert not own_storage_page.held(record(90.0, stored=0.04))
+
+
+def test_a_page_without_the_coder_it_measures_is_refused_before_anything_is_measured(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(own_storage.nncodec_rows, "available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["own_storage", "real8", "--anew"])
+    with pytest.raises(SystemExit):
+        own_storage.main()
+    assert "pip install -e '.[test,figures]'" in capsys.readouterr().err
+
+
+def test_figures_ask_for_the_packages_of_their_pages_first(monkeypatch, capsys):
+    monkeypatch.setattr(figures, "find_spec", lambda package: None)
+    assert figures.missing(["exact"]) == set()
+    monkeypatch.setattr("sys.argv", ["figures", "exact", "own_storage", "models"])
+    with pytest.raises(SystemExit):
+        figures.main()
+    assert "lm_eval, nncodec not installed" in capsys.readouterr().err

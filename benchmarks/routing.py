@@ -32,7 +32,6 @@ from fusion_bench_didi.pools.inputs import load_inputs
 from fusion_bench_didi.routers.capture import blocks
 from fusion_bench_didi.routers.files import make_router
 from fusion_bench_didi.routers.representation import (
-    DISTANCES,
     RepresentationRouter,
     distance,
 )
@@ -212,10 +211,10 @@ class Distances:
         )
         router.bind(self.model)
         merged = router.merged_states(self.model, (images,), {})
-        found: dict[str, list] = {how: [] for how in DISTANCES}
+        found: dict[str, list] = {how: [] for how in GRID["distance"]}
         for row in torch.eye(len(self.model.tasks)):
             states = router.states(self.model, row, (images,), {})
-            for how in DISTANCES:
+            for how in GRID["distance"]:
                 each = [distance(m, e, how) for m, e in zip(merged, states)]
                 found[how].append(torch.stack(each, 1))  # (B, L)
         return {how: torch.stack(parts, 2) for how, parts in found.items()}

@@ -22,6 +22,9 @@ from .dead_zone import (
 #: Part of the bits that may stay unused, how often the step is moved to come closer, and how close it comes by halving where
 #: that finds none.
 SLACK, TRIES, CLOSE = 0.003, 4, 1.005
+#: Bits that a value is taken to need less at a step of twice the size: one, and along a trellis, where a try takes long, what it is
+#: at 1.5 bits, where some values are near zero.
+SLOPE: dict[Quantizer, float] = {"scalar": 1.0, "trellis": 0.8}
 #: How often the two sides of a product are fitted to one another, how far apart their steps may come to be, and what is added
 #: to squared lengths, so that directions may be alike.
 ROUNDS, APART, RIDGE = 2, 1.25, 1e-6
@@ -154,10 +157,11 @@ def _within(
     """
     best, least = None, 0.0  # what fits, and a step that takes too many
     finest = finest_step(rows)
+    slope, overs = SLOPE[quantizer] * rows.numel(), {}
     for tries in itertools.count(1):
         step = max(step, finest)
         codes = quantize(rows, step, quantizer)
-        over = codes.bits - bits
+        over = overs[step] = codes.bits - bits
         if over <= 0 and (best is None or step < best[1]):
             best = codes, step
         elif over > 0:
@@ -168,7 +172,11 @@ def _within(
             return codes, step  # there is no less
         if tries < TRIES:
             aim = SLACK / 2 * tries * bits  # farther below from time to time
-            step = _moved(step, over + aim, rows.numel())
+            if quantizer == "trellis" and best is not None and least:
+                high, low = (overs[end] + aim for end in (least, best[1]))
+                step = least * (best[1] / least) ** (high / (high - low))
+            else:
+                step = _moved(step, over + aim, slope)
         elif best is None:  # few large values take most, whatever the others do
             step = 2 * least
         elif tries == TRIES or best[1] < CLOSE * least:
@@ -177,9 +185,13 @@ def _within(
             step = (least * best[1]) ** 0.5
 
 
-def _moved(step: float, bits: float, numel: int) -> float:
-    """A step by which so many values take fewer bits, one less each for a step of twice the size; four times it at most."""
-    return step * 2 ** min(max(bits / max(numel, 1), -2.0), 2.0)
+def _moved(step: float, bits: float, slope: float) -> float:
+    """A step at which values take so many bits less; four times it at most.
+
+    Args:
+        slope: what they take less at a step of twice the size, one bit each where none is near zero.
+    """
+    return step * 2 ** min(max(bits / max(slope, 1), -2.0), 2.0)
 
 
 def _step_for(rows: Tensor, step: float, bits: float, quantizer: Quantizer) -> float:

@@ -126,8 +126,8 @@ def _along_trellis(scaled: Tensor, classes: Tensor) -> Codes:
     """Codes of rows (r, n) in steps, of classes (r,) along a trellis."""
     tables, index = _tables(scaled.device), _index(classes)
 
-    def bits(numbers: Tensor, some: slice) -> Tensor:
-        return _lengths(numbers, classes[some])
+    def bits(numbers: Tensor, which: Tensor) -> Tensor:
+        return _lengths(numbers, classes[which], dim=1)
 
     reach = tables.reach[index].int()
     numbers = trellis.best_paths(scaled, tables.stretch[index], reach, bits)
@@ -141,9 +141,13 @@ def _costs(codes: Codes, scaled: Tensor) -> Tensor:
     return (codes.values() - scaled).square_().sum(1) + trellis.SLOPE * bits
 
 
-def _lengths(symbols: Tensor, classes: Tensor) -> Tensor:
-    """(r, n) float32 bits that symbols (r, n) take without their low bits."""
-    places = _places(symbols, classes)
+def _lengths(symbols: Tensor, classes: Tensor, dim: int = 0) -> Tensor:
+    """(r, n) float32 bits that symbols (r, n) take without their low bits.
+
+    Args:
+        dim: along which rows, of classes (r,), follow one another; (n, r) for 1.
+    """
+    places = _places(symbols, classes, dim)
     lengths = _tables(symbols.device).lengths
     return lengths.index_select(0, places.flatten()).view(places.shape)
 
@@ -281,13 +285,13 @@ def _row_blocks(rows: Tensor) -> Iterator[slice]:
     return (slice(i, i + size) for i in range(0, r, size))
 
 
-def _places(symbols: Tensor, classes: Tensor) -> Tensor:
+def _places(symbols: Tensor, classes: Tensor, dim: int = 0) -> Tensor:
     """(r, n) int32, where the symbols without their low bits stand in the tables of all classes one after another."""
-    tables, classes = _tables(symbols.device), _index(classes)
-    low = tables.low_bits[classes][:, None]
+    tables, classes = _tables(symbols.device), _index(classes).unsqueeze(1 - dim)
+    low = tables.low_bits[classes]
     if _may_hold_any(low):
-        symbols = (symbols + tables.half_steps[classes][:, None]) >> low
-    return symbols + tables.middles[classes][:, None]
+        symbols = (symbols + tables.half_steps[classes]) >> low
+    return symbols + tables.middles[classes]
 
 
 def _stand_for(symbols: Tensor, classes: Tensor) -> Tensor:

@@ -68,6 +68,34 @@ def test_no_path_is_better():
         assert float(costs[which]) == pytest.approx(float(costs.min()), rel=1e-5)
 
 
+@pytest.mark.parametrize("n", [800, 1537])
+def test_parts_of_few_rows_are_walked_side_by_side(n, monkeypatch):
+    rows = 1.5 * normal(3, n, seed=5)
+    costs = []
+    for part in (n, 200):
+        monkeypatch.setattr(trellis, "PART", part)
+        codes = quantize(rows, 1.0, "trellis")
+        assert bool((codes.classes >= TRELLIS).all())
+        lost = codes.squared_error(rows, 1.0)
+        costs.append(lost + trellis.SLOPE * codes.bits)
+    whole, parts = costs
+    assert whole < parts < 1.01 * whole
+    # every part but the last one ends in the state that rows begin in
+    length = -(-n // (n // 200))
+    books = trellis.codebooks(codes.symbols)
+    assert not books[:, length::length].any()
+
+
+def test_values_beyond_the_largest_number_go_to_it():
+    rows = torch.tensor([[9.0, -9.0, 9.0, 0.1, -9.0, 9.0]])
+    reach, stretch = torch.tensor([3], dtype=torch.int32), torch.zeros(1)
+    found = trellis.best_paths(rows, stretch, reach, lambda k, _: k.abs().float())
+    far = found[0, [0, 1, 2, 4, 5]]
+    assert int(found.abs().max()) <= 3 and bool((far.abs() >= 2).all())
+    values = trellis.values(found, stretch)
+    assert bool((values.sign() == rows.sign())[0, [0, 1, 2, 4, 5]].all())
+
+
 @pytest.mark.parametrize("c", [FIRST, 5, 8, 11, 14, TOP - 1, TOP + 2, TOP + 9])
 def test_bits_and_error_of_gaussian_rows_are_those_of_the_tables(c):
     x = spread_of(c) * normal(40, 3000, seed=c)

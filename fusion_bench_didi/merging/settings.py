@@ -102,7 +102,7 @@ class MergeSettings:
         max_rank: of what a task changes in any matrix, the shared part and its expert together; no matrix is stored whole
             then. What adapters of that rank carry.
         quantizer: of coded experts: every number by itself (``scalar``), or rows along a ``trellis``, which saves 5 to 8 % of the
-            bytes at equal error and takes several times as long to merge.
+            bytes at equal error and takes two to three times as long to merge.
         gain: ``auto`` makes coded experts longer, half way to the task vectors' length; ``none`` leaves them at the least squared error.
 
     Raises:

@@ -5,6 +5,14 @@ import hashlib
 import os
 from pathlib import Path
 
+#: What the system says where a disk, a quota or the size of a file is at its end.
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether it says that nothing more can be written."""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
+
 
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write beside the file, to the disk, and rename."""

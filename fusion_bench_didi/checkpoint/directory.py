@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from ..distributed.ranks import Ranks
 from ..errors import DiDiError, RankError, spelled
-from ..files import sync, write_whole
+from ..files import no_room, sync, write_whole
 from .exchange import exchange, rename_new
 from .locks import held, is_held
 from .ours import SAVED, Kind, is_ours
@@ -131,12 +131,15 @@ def whole_directory(
         try:
             try:
                 yield beside
-            except SafetensorError as error:  # what the system says is in it
+                _open_up(beside)
+                _flush(beside)
+            except (OSError, SafetensorError) as error:
+                # what the system says is in the latter
+                if not (no_room(error) or isinstance(error, SafetensorError)):
+                    raise
                 raise DiDiError(
                     f"{target} cannot be written ({error}). Nothing was changed there; make room, or choose another directory."
                 ) from error
-            _open_up(beside)
-            _flush(beside)
             _put(beside, place, overwrite, kind)
             sync(place.parent)
             shutil.rmtree(journal_of(place), ignore_errors=True)

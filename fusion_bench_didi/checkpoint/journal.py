@@ -8,7 +8,6 @@ written, and what it was about is done again.
 
 import base64
 import binascii
-import errno
 import hashlib
 import json
 import logging
@@ -32,7 +31,7 @@ from ..errors import (
     ResumeError,
     spelled,
 )
-from ..files import file_digest
+from ..files import file_digest, no_room
 from .directory import journal_of, seen_by_all, write_json
 from .fields import read_object, sealed
 from .ours import CONFIG
@@ -42,7 +41,6 @@ log = logging.getLogger(__name__)
 HEAD, FORMAT = "journal.json", 2
 #: The stage whose findings are what is stored.
 ENCODED = "encode"
-_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 #: Findings up to this size are in the line.
 INLINE = 2**15
 
@@ -268,8 +266,7 @@ def left_if_worth(journal: Journal, ranks: Ranks = ALONE) -> Iterator[None]:
                 "What is finished lies in %s; the same command goes on from there.",
                 journal.path,
             )
-        full = isinstance(error, OSError) and error.errno in _NO_ROOM
-        if full or isinstance(error, SafetensorError):
+        if no_room(error) or isinstance(error, SafetensorError):
             raise DiDiError(
                 f"{journal.path.parent} cannot be written to ({error}). What is finished stays in {journal.path.name}: make room, and "
                 "run the same command again."

@@ -46,16 +46,17 @@ def static(target, overwrite):
 
 
 @pytest.mark.parametrize("write", [save, merge, static])
+@pytest.mark.parametrize("size", [10, 1000], ids=["first file", "tensors"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_full_disk_leaves_what_was_there(tmp_path, write, overwrite):
-    """The library's error named no file."""
+def test_a_full_disk_leaves_what_was_there(tmp_path, write, overwrite, size):
+    """The library's error named no file, and the system's was a traceback."""
     if overwrite:
         small(mark="old").save_pretrained(tmp_path / "m")
     before = os.listdir(tmp_path)
-    with full_disk(1000), pytest.raises((DiDiError, OSError), match="too large"):
+    with full_disk(size), pytest.raises(DiDiError, match="(?s)too large.* make room"):
         write(tmp_path / "m", overwrite)
     left = set(os.listdir(tmp_path)) - set(before)
-    assert left == ({".m.journal"} if write is merge else set())
+    assert left <= ({".m.journal"} if write is merge else set())
     if overwrite:
         assert load_artifact(tmp_path / "m", body()).info["mark"] == "old"
     write(tmp_path / "m", overwrite)  # no lock is left either

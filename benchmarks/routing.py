@@ -13,6 +13,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,18 @@ BATCH = 64
 IMAGES = 660  # per task, for heads; the smallest training set of real8
 FEW = 200  # the same for heads on distances
 
+#: In a list of layers: every block that the backbone has.
+BLOCKS = "blocks"
 #: routers of DiDi-M: label -> (kind, options)
 ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "representation": ("representation", {}),
     "representation, far": ("representation", {"prefer": "far"}),
     "representation + discriminant": (
         "representation",
-        {"head": "discriminant", "layers": [0, 1, 2, 3]},
+        {"head": "discriminant", "layers": [BLOCKS]},
     ),
     "projection": ("projection", {}),
-    "projection, all blocks": ("projection", {"layers": ["*embedding", 0, 1, 2, 3]}),
+    "projection, all blocks": ("projection", {"layers": ["*embedding", BLOCKS]}),
     "projection + discriminant": ("projection", {"head": "discriminant"}),
     "projection + mlp": ("projection", {"head": "mlp"}),
     "projection + mlp, 32 directions": (
@@ -66,11 +69,11 @@ ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head": "mlp", "directions": 32, "hard": False, "temperature": 0.5},
     ),
     "mlp": ("mlp", {}),
-    "mlp, all blocks": ("mlp", {"layers": [0, 1, 2, 3]}),
+    "mlp, all blocks": ("mlp", {"layers": [BLOCKS]}),
 }
 #: what is tried for SE-Merging on validation images
 GRID = {
-    "layers": [[-1], [0, 1, 2, 3]],
+    "layers": [[-1], [BLOCKS]],
     "distance": ["l2", "cosine"],
     "prefer": ["near", "far"],
     "temperature": [0.1, 0.3, 1.0, None],  # None: hard
@@ -163,6 +166,13 @@ def row(
     return line
 
 
+def counted(options: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Options of a router on a backbone of so many blocks."""
+    every = {BLOCKS: range(count)}
+    layers = [n for l in options.get("layers", ()) for n in every.get(l, (l,))]
+    return {**options, "layers": layers} if layers else {**options}
+
+
 def chosen(
     model: DynamicModel, stream: Stream, distances: "Distances", base: float
 ) -> tuple[dict, list]:
@@ -170,7 +180,7 @@ def chosen(
     stream.pool.limit = CHOOSING
     tried = []
     for values in itertools.product(*GRID.values()):
-        options = dict(zip(GRID, values))
+        options = counted(dict(zip(GRID, values)), distances.blocks)
         temperature = options.pop("temperature")
         options |= {"hard": temperature is None, "temperature": temperature or 1.0}
         distances(with_router(model, options).router)
@@ -237,6 +247,7 @@ def measure(root: Path, label: str) -> dict[str, Any]:
     rows = [row("DiDi-M, oracle", didi, test, plain)]
     distances = Distances(didi)
     for name, (kind, options) in ROUTERS.items():
+        options = counted(options, distances.blocks)
         router = make_router(kind, didi.tasks, **options)
         didi.attach_router(router)
         time_ = None

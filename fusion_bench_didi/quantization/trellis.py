@@ -91,7 +91,7 @@ def _candidates(
     reach: Tensor,
     bits: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """A number of each codebook and parity, (n, 2, 2, k) int32, and its error and bits, float32, less the square of what is coded.
+    """A number of each codebook and parity, (n, 2, 2, k) int32, and its error and bits, float32.
 
     Args:
         rows: (n, k) rows in columns.
@@ -102,16 +102,15 @@ def _candidates(
     numbers = torch.empty(n, 2, 2, k, dtype=torch.int32, device=rows.device)
     costs = torch.empty(n, 2, 2, k, device=rows.device)
     scale = 1 + stretch
-    for book, sign in enumerate((1, -1)):
-        place = (rows * (sign * shrink / scale)).sub_(PLACE).mul_(0.5)
-        twice = rows * (-2 * sign)
+    for book, seen in enumerate((rows, -rows)):
+        place = (seen * (shrink / scale)).sub_(PLACE).mul_(0.5)
         for parity in range(2):
             most = (reach - ((reach ^ parity) & 1)).float()  # of the parity
             near = (place - parity / 2).round_().mul_(2).add_(parity)
             near.clamp_(-most, most)
             number = numbers[:, book, parity].copy_(near)
             value = near.add_(PLACE).mul_(scale)
-            cost = torch.add(value, twice, out=costs[:, book, parity]).mul_(value)
+            cost = torch.sub(value, seen, out=costs[:, book, parity]).square_()
             cost.add_(bits(number), alpha=SLOPE)
     return numbers, costs
 

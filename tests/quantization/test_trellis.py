@@ -86,6 +86,14 @@ def test_parts_of_few_rows_are_walked_side_by_side(n, monkeypatch):
     assert not books[:, length::length].any()
 
 
+@pytest.mark.parametrize("spread", [1.0, 60.0, 2000.0])
+def test_long_rows_of_large_numbers_lose_no_more_than_others(spread):
+    """Sums of squares along a row would be beyond what float32 tells apart."""
+    rows = spread * normal(2, 6000, seed=7)
+    codes = quantize(rows, 1.0, "trellis")
+    assert codes.squared_error(rows, 1.0) / rows.numel() < 0.07
+
+
 def test_values_beyond_the_largest_number_go_to_it():
     rows = torch.tensor([[9.0, -9.0, 9.0, 0.1, -9.0, 9.0]])
     reach, stretch = torch.tensor([3], dtype=torch.int32), torch.zeros(1)

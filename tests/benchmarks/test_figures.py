@@ -54,6 +54,7 @@ DRAWN = {
     "real8_ranks_and_bits": lambda: ranks_and_bits.draw(stored("ranks_and_bits")["rows"], "real8"),
     "real_suite_real8": lambda: real_suite.draw(stored("real_suite_real8")["rows"], "real8"),
     "confusion_real8": lambda: routing_page.draw(stored("routing_real8", "benchmarks/results")),
+    "confusion_demo": lambda: routing_page.draw(stored("routing_demo", "benchmarks/results")),
 }  # fmt: skip
 #: Pictures of ranks need more than is kept in docs/; tests/report draws them of rows that are made up.
 FROM_A_RUN = {"ranks", "energy_kept"}
@@ -77,7 +78,7 @@ def test_a_picture_names_its_suite_and_says_a_number(name):
     titles = [axes.get_title("left") for axes in figure.axes]
     titles += [figure.get_suptitle()]
     said = " ".join(titles)
-    assert "real8" in said and re.search(r"\d", said.replace("real8", ""))
+    assert re.search("real8|demo", said) and re.search(r"\d", said.replace("real8", ""))
 
 
 @pytest.mark.parametrize("suite", SUITES)

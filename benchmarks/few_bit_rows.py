@@ -140,16 +140,17 @@ def rows(budgets: tuple[float, ...] = BUDGETS, rivals: bool = True) -> list[Row]
     ]
 
 
+#: In the place of a method: no method of the package, see ``nncodec_rows.py``.
+NNCODEC = "nncodec"
 #: What FREE is told where names are BERT's.
 _FREE_ON_TEXT = {"patterns": ["*attention*", "*intermediate*", "*output.dense*"]}
 
 
-def rivals(*, text: bool = False, coder: bool = False) -> list[Row]:
+def rivals(*, text: bool = False) -> list[Row]:
     """Every method of few bits at every setting, more of them than over widths; candidates for one place follow one another.
 
     Args:
         text: tensors are BERT's.
-        coder: NNCodec too.
     """
     found = [row for row in rows(()) if row.family != "Averaging"]
     found += (
@@ -165,13 +166,12 @@ def rivals(*, text: bool = False, coder: bool = False) -> list[Row]:
         + _compeft(0.1, 3.0)
         + _come(0.25)
         + [Row("Lossless", "", "didi/lossless")]
-    )  # fmt: skip
-    if coder:
-        found += [
-            Row("NNCodec", f"step {step:g}", "nncodec", {"step": step, "gain": gain})
+        + [
+            Row("NNCodec", f"step {step:g}", NNCODEC, {"step": step, "gain": gain})
             for step in (0.75, 1.0, 1.25, 1.5)
             for gain in (1.0, 1.2, 1.4, 1.7)
         ]
+    )  # fmt: skip
     if text:
         found = [replace(r, overrides=_FREE_ON_TEXT) if r.family == "FREE" else r for r in found]  # fmt: skip
     places = list(dict.fromkeys(row.place for row in found))

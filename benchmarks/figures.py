@@ -69,6 +69,12 @@ def missing(pages: Iterable[str]) -> set[str]:
     return {package for package in needed if find_spec(package) is None}
 
 
+def check_packages(parser: argparse.ArgumentParser, *pages: str) -> None:
+    """End with a message if packages that the pages need are missing, before anything is measured."""
+    if absent := missing(pages):
+        parser.error(f"{', '.join(sorted(absent))} not installed: pip install -e '.[test,figures]', or make figures")  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", metavar="page", help="all if none is named")
@@ -81,8 +87,7 @@ def main() -> int:
         for name, command in chosen.items():
             print(f"{name:20} python -m {command}")
         return 0
-    if absent := missing(chosen):
-        parser.error(f"{', '.join(sorted(absent))} not installed: pip install -e '.[test,figures]', or make figures")  # fmt: skip
+    check_packages(parser, *chosen)
     for name, command in {"expectations": "benchmarks.expectations", **chosen}.items():
         start = time.perf_counter()
         line = [sys.executable, "-m", *shlex.split(command)]

@@ -1,13 +1,12 @@
 """Task vectors through NNCodec, the coder of ISO/IEC 15938-17: trellis-coded quantization and arithmetic coding.
 
-It is a rival to measure against and no part of the package; ``pip install nncodec opencv-python-headless`` where it is wanted.
+It is a rival to measure against and no part of the package; ``pip install -e '.[figures]'`` where it is wanted.
 """
 
 import contextlib
 import io
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,6 @@ _VECTORS_FINER = 8
 
 #: Of rate against squared error in its trellis; of 0, 0.04, 0.1, 0.3 and 1 the best at low rates on real8's task vectors.
 _RATE = 1.0
-
-
-def available() -> bool:
-    return find_spec("nncodec") is not None
 
 
 def encoded(task_vector: Mapping[str, np.ndarray], step: float) -> bytes:

@@ -25,8 +25,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from benchmarks import nncodec_rows
-from benchmarks.few_bit_rows import Row, rivals
+from benchmarks import figures, nncodec_rows
+from benchmarks.few_bit_rows import NNCODEC, Row, rivals
 from benchmarks.frontier import pools
 from benchmarks.frontier import rivals as compared_rows
 from benchmarks.own_storage_page import FILE, LEAST, MOST, TITLES, write_page
@@ -71,7 +71,7 @@ class Bench:
     def merged(self, row: Row) -> tuple[Any, float]:
         """What a row's method makes of the pool, and its storage."""
         torch.manual_seed(0)
-        if row.method == "nncodec":
+        if row.method == NNCODEC:
             coded = nncodec_rows.Coded(self.modelpool, **row.overrides)
             return coded, coded.x_excl
         model = instantiate(OmegaConf.create(row.config())).run(self.modelpool)
@@ -96,7 +96,7 @@ def best_of(bench: Bench, candidates: list[Row]) -> dict[str, Any]:
 
 def measure_rivals(bench: Bench, rows: dict[str, Any], *, text: bool) -> Iterator[str]:
     """Every place that is not known yet; its name when it is."""
-    asked = rivals(text=text, coder=True)
+    asked = rivals(text=text)
     for place, candidates in groupby(asked, key=lambda row: row.place):
         if place in rows:
             continue
@@ -166,9 +166,8 @@ def main() -> None:
     parser.add_argument("--anew", action="store_true", help="forget all rows")
     parser.add_argument("--compared", action="store_true", help="search no settings")
     arguments = parser.parse_args()
-    searched = not (arguments.pages or arguments.compared)
-    if searched and not nncodec_rows.available():
-        parser.error("NNCodec is not installed: pip install -e '.[test,figures]', or make figures")  # fmt: skip
+    if not (arguments.pages or arguments.compared):
+        figures.check_packages(parser, "own_storage")
     record = json.loads(FILE.read_text()) if FILE.exists() else {"suites": {}}
     there = {"real8": DEFAULT.is_dir(), "text": Path("outputs/text/models").is_dir()}
     for name in arguments.suites or [n for n in TITLES if there[n]]:

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from benchmarks import figures
 from benchmarks.suites import NOTES, write_json
 
 DOCS = Path("docs")
@@ -60,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", action="store_true", help="run nothing")
     if not parser.parse_args().page:
+        figures.check_packages(parser, "models")
         write_json(DATA, run())
     (DOCS / "models.md").write_text(page(json.loads(DATA.read_text())))
 

@@ -36,6 +36,11 @@ def _flat(vectors: Tensor) -> Tensor:
     return vectors.reshape(-1, vectors.shape[-1])
 
 
+def _flat_view(out: Tensor) -> Tensor:
+    """The same memory, never a copy that would be written to in vain."""
+    return out.view(-1, out.shape[-1])
+
+
 class Vectors:
     """Inputs of a layer: vectors that are multiplied by a matrix.
 
@@ -61,14 +66,15 @@ class Vectors:
     def matrix(self, matrix: Tensor, out: Tensor) -> None:
         """Writes the product with a matrix."""
         matrix = matrix.to(self.x.dtype)  # no autocast where the result is given
-        torch.mm(_flat(self.x), matrix.mT if self.turned else matrix, out=_flat(out))
+        matrix = matrix.mT if self.turned else matrix
+        torch.mm(_flat(self.x), matrix, out=_flat_view(out))
 
     def add_factors(self, factors: Scaled, out: Tensor) -> None:
         """Adds the product with a change; in place, since a result of its own takes as long to be laid out as to be worked out."""
         up, scale, down = factors
         first, last = (down.mT, up.mT) if self.turned else (up, down)
         inner = _scaled(_flat(self.x) @ first, scale)
-        _flat(out).addmm_(inner, last.to(inner.dtype))
+        _flat_view(out).addmm_(inner, last.to(inner.dtype))
 
     def blocks(self, blocks: Blocks, out: Tensor) -> None:
         if not self.turned:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import figures, own_storage, own_storage_page
+from benchmarks import figures, own_storage, own_storage_page, pool_table
 from benchmarks.few_bit_rows import Row
 
 #: gain -> what validation and test keep
@@ -61,14 +61,20 @@ def test_a_rival_that_stores_less_than_the_default_ever_did_is_no_row():
     assert not own_storage_page.held(record(90.0, stored=0.04))
 
 
-def test_a_page_without_the_coder_it_measures_is_refused_before_anything_is_measured(
-    monkeypatch, capsys
+@pytest.mark.parametrize(
+    "module, line, package",
+    [(own_storage, ["real8", "--anew"], "nncodec"), (pool_table, [], "lm_eval")],
+)
+def test_a_page_without_a_package_it_needs_is_refused_before_anything_is_measured(
+    monkeypatch, capsys, module, line, package
 ):
-    monkeypatch.setattr(own_storage.nncodec_rows, "available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["own_storage", "real8", "--anew"])
+    monkeypatch.setattr(figures, "find_spec", lambda package: None)
+    monkeypatch.setattr("sys.argv", ["page", *line])
     with pytest.raises(SystemExit):
-        own_storage.main()
-    assert "pip install -e '.[test,figures]'" in capsys.readouterr().err
+        module.main()
+    told = capsys.readouterr().err
+    assert f"{package} not installed" in told
+    assert "pip install -e '.[test,figures]'" in told
 
 
 def test_figures_ask_for_the_packages_of_their_pages_first(monkeypatch, capsys):

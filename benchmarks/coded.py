@@ -1,9 +1,7 @@
-"""What entropy codes and gain are worth: the default, other gains, and without codes, on validation.
+"""What entropy codes and gain are worth: the default, without gain, and without codes, on validation.
 
     python -m benchmarks.coded                # real8, the embedded suite, and text where its models are
     python -m benchmarks.coded real8
-
-How far gains go (``RESTORED`` in ``merging/forms/coded.py``) was chosen by it: by the mean of the suites' means.
 
 Writes docs/coded.json and docs/coded.md.
 """
@@ -19,7 +17,7 @@ from typing import Any
 from benchmarks.frontier import TITLES, pools
 from benchmarks.suites import DEFAULT, in_words, machine, retention, write_json
 from fusion_bench_didi.demo.suite import build_suite
-from fusion_bench_didi.merging.forms import choice, coded, early_decision
+from fusion_bench_didi.merging.forms import choice, early_decision
 from fusion_bench_didi.method.didi import DiDiMerging
 
 FILE, PAGE = Path("docs") / "coded.json", Path("docs") / "coded.md"
@@ -32,28 +30,25 @@ BUDGETS = {
 SEEDS = (0, 1, 2)
 #: Texts per task.
 TEXTS = 250
-#: Settings, whether coded experts compete, and how far gains go.
+#: Settings, and whether coded experts compete.
 WAYS = {
-    "fixed widths": ({}, False, coded.RESTORED),
-    "coded": ({"gain": "none"}, True, coded.RESTORED),
-    "coded, with gain": ({}, True, coded.RESTORED),
-    "coded, gain of seven tenths": ({}, True, 0.7),
-    "coded, gain of all": ({}, True, 1.0),
+    "fixed widths": ({}, False),
+    "coded": ({"gain": "none"}, True),
+    "coded, with gain": ({}, True),
 }
 
 
 @contextmanager
-def competing(codes: bool, restored: float) -> Iterator[None]:
-    """Coded experts among the stored forms, or not, and how far their gains go."""
-    before = choice.FORMS, early_decision._codes_compete, coded.RESTORED
-    coded.RESTORED = restored
+def competing(codes: bool) -> Iterator[None]:
+    """Coded experts among the stored forms, or not."""
+    before = choice.FORMS, early_decision._codes_compete
     if not codes:
         choice.FORMS = tuple(f for f in choice.FORMS if f.name != "coded")
         early_decision._codes_compete = lambda *_: False
     try:
         yield
     finally:
-        choice.FORMS, early_decision._codes_compete, coded.RESTORED = before
+        choice.FORMS, early_decision._codes_compete = before
 
 
 def measured(name: str) -> list[dict[str, Any]]:
@@ -81,8 +76,8 @@ def measured_once(name: str, budgets: Sequence[float]) -> list[dict[str, Any]]:
     own = {task: scorer.score(modelpool.load_model(task), task) for task in tasks}
     rows = []
     for budget in budgets:
-        for way, (settings, codes, restored) in WAYS.items():
-            with competing(codes, restored):
+        for way, (settings, codes) in WAYS.items():
+            with competing(codes):
                 model = DiDiMerging(budget=budget, **settings).run(modelpool)
             scores = {task: scorer.score(model, task) for task in tasks}
             rows.append(
@@ -104,8 +99,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks.coded`; {in_words(found['machine'])}. Retention on *validation* in per cent, and the part of the energy "
         "that is lost, which",
-        "gain makes larger. *Fixed widths*: experts in 2 to 8 bits or whole, as before there were codes. Gain of all restores the "
-        f"length of the task vectors, the default {coded.RESTORED:g} of it in the logarithm.",
+        "gain makes larger. *Fixed widths*: experts in 2 to 8 bits or whole, as before there were codes. *Gain*, the default: every "
+        "direction is made as long as rounding found it, in the same bytes.",
     ]
     for name, rows in found["suites"].items():
         at = {(row["budget"], row["way"]): row for row in rows}

@@ -32,7 +32,6 @@ class CodedPoint:
         ranks: (T,) directions that are coded; the short side where all entries are.
         whole: (T,) whether all entries are coded instead of directions.
         errors: (T,) expected, squared.
-        gains: (T,) factors on what is stored; none if empty.
     """
 
     multiplier: float
@@ -41,7 +40,6 @@ class CodedPoint:
     ranks: tuple[int, ...]
     whole: tuple[bool, ...]
     errors: tuple[float, ...]
-    gains: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import CheckpointMismatchError
 from ..lowrank.factors import LowRankFactors
 from ..quantization.coded_matrix import CodedMatrix, unit_rows
-from ..quantization.dead_zone import decode, decode_blocks, encode
+from ..quantization.dead_zone import decode, decode_blocks, encode, gains_of
 from ..quantization.entropy import StreamError
 from .base import Delta
 
@@ -62,7 +62,8 @@ class CodedDelta(Delta):
 class CodedLowRankDelta(Delta):
     """A product of directions of unit length on the short side and of whole numbers times one step on the long side.
 
-    ``shared + sum_i u_i v_i^T`` with ``u_i = values_i / |values_i|`` of the short side and ``v_i = values_i * step``.
+    ``shared + sum_i u_i v_i^T`` with ``u_i = g_i values_i / |values_i|`` of the short side, ``g_i`` being the gain of its class, and
+    ``v_i = values_i * step``.
 
     Args:
         stream: (size,) uint8, the numbers of the short side, then those of the long side.
@@ -102,7 +103,8 @@ class CodedLowRankDelta(Delta):
         parts = zip((self.short, self.long), sorted((m, n)))
         with _readable():
             short, long = decode(self.stream, list(parts))
-        unit, scaled = unit_rows(short), long.mul_(self.step)
+        unit = unit_rows(short).mul_(gains_of(self.short)[:, None])
+        scaled = long.mul_(self.step)
         up, down = (scaled, unit) if m >= n else (unit, scaled)
         return LowRankFactors(up.mT.contiguous(), down)
 

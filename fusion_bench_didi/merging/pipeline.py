@@ -36,7 +36,6 @@ from .finished import Finished
 from .forms import Decision
 from .forms.base import Observed
 from .forms.choice import Placed, Ranked, choose_forms, experts_only
-from .forms.coded import with_gains
 from .forms.early_decision import sample_of
 from .forms.uneven import dense_beyond_gaussian
 from .given import Given
@@ -164,8 +163,6 @@ def plan(
     decisions = {name: decisions[name] for name in inventory.competing}
     if given is None or not given.enough:
         _check_something_fits(context, decisions)
-    if settings.gain == "auto":
-        decisions = with_gains(decisions, context.energy)
     return Plan(context, found, decisions, seconds)
 
 

@@ -16,7 +16,7 @@ from ..lowrank.static_merge import SharedMerge
 from ..options import Gigabytes, PositiveCount, Scale, Share, check_fields
 from ..quantization.dead_zone import Quantizer
 
-#: Whether coded experts are made longer, half way to the length of the task vectors, which few bits shorten.
+#: Whether directions of coded experts are made as long as they were, which few bits shorten.
 Gain = Literal["auto", "none"]
 #: Weight of a squared error: ``none`` is 1, ``matrix`` one over the energy of the task's matrix, ``root`` the geometric mean of both.
 Normalization = Literal["none", "root", "matrix"]
@@ -103,7 +103,8 @@ class MergeSettings:
             then. What adapters of that rank carry.
         quantizer: of coded experts: every number by itself (``scalar``), or rows along a ``trellis``, which saves 5 to 8 % of the
             bytes at equal error and takes two to three times as long to merge.
-        gain: ``auto`` makes coded experts longer, half way to the task vectors' length; ``none`` leaves them at the least squared error.
+        gain: ``auto`` makes every direction of coded experts as long as rounding found it; ``none`` leaves them at the least
+            squared error, which is shorter.
 
     Raises:
         SettingsError: naming every value that is none of those there are, and every one that has no effect beside the

@@ -54,18 +54,19 @@ def code_rows(
     step: float,
     bits: float,
     *,
-    gain: float = 1.0,
+    restored: bool = False,
     quantizer: Quantizer = "scalar",
 ) -> CodedMatrix:
     """All entries of a matrix (m, n) in float32.
 
     Args:
         step: near which the codes take ``bits``.
-        gain: what they stand for is so many times as large.
+        restored: what they stand for is made longer by what rounding takes of the signal.
     """
     near = _step_for(matrix, step, bits, quantizer)
     codes, step = _within(matrix, near, bits, quantizer)
-    step *= gain
+    if restored:
+        codes = codes.restored(codes.held(matrix, step))
     return CodedMatrix((codes,), step, codes.squared_error(matrix, step))
 
 
@@ -76,7 +77,7 @@ def code_product(
     step: float,
     bits: float,
     *,
-    gain: float = 1.0,
+    restored: bool = False,
     rounds: int = ROUNDS,
     quantizer: Quantizer = "scalar",
 ) -> CodedMatrix:
@@ -89,17 +90,17 @@ def code_product(
         vectors: (s, r) leading singular vectors of the short side.
         values: (r,) singular values.
         step: near which the codes take ``bits``.
-        gain: what they stand for is so many times as large.
+        restored: what they stand for is made longer by what rounding takes of the signal.
     """
     goal = target.mT if target.shape[0] >= target.shape[1] else target  # (s, l)
     for tries in itertools.count(1):
         rows = (vectors * values).mT  # (r, s)
         for left in reversed(range(rounds)):
-            short, unit = _directions(rows, step, quantizer)
+            short, unit, kept = _directions(rows, step, quantizer)
             seen = unit @ goal  # (r, l)
             long = _inverse(unit) @ seen
             if left:
-                codes, unit = _directions(long, step, quantizer)
+                codes, unit, _ = _directions(long, step, quantizer)
                 rows = _inverse(unit) @ (unit @ goal.mT)
                 if tries == 1:  # later it would be moved back and forth
                     over = short.bits + codes.bits - bits
@@ -116,10 +117,12 @@ def code_product(
     long, seen, unit_energy = long / found, seen / found, found**2  # in steps
     inside = float((long * (seen + RIDGE * long)).sum(dtype=torch.float64))
     outside = max(float(energy_of(target)) - inside * unit_energy, 0.0)
-    rounded = codes.values().mul_(gain).sub_(long)
+    if restored:
+        short, codes = short.restored(kept), codes.restored(codes.held(long, 1.0))
+    rounded = codes.values().mul_(short.gains[:, None]).sub_(long)
     error = float(((unit @ unit.mT) * (rounded @ rounded.mT)).sum())
     error = outside + max(error, 0.0) * unit_energy
-    return CodedMatrix((short, codes), found * gain, error)
+    return CodedMatrix((short, codes), found, error)
 
 
 def step_within(spread: Tensor, lengths: Tensor, bits: float) -> float:
@@ -213,11 +216,17 @@ def _step_for(rows: Tensor, step: float, bits: float, quantizer: Quantizer) -> f
 
 def _directions(
     rows: Tensor, step: float, quantizer: Quantizer
-) -> tuple[Codes, Tensor]:
-    """Codes of rows (r, n) but of those that stand for zero, and what they stand for at unit length."""
+) -> tuple[Codes, Tensor, Tensor]:
+    """Codes of rows (r, n) but of those that stand for zero, what they stand for at unit length, and the part (r,) of the energy
+    of each row that lies along that."""
     codes = quantize(rows, max(step, finest_step(rows)), quantizer)
-    codes = codes[codes.any().nonzero().squeeze(1)]
-    return codes, unit_rows(codes.values())
+    there = codes.any().nonzero().squeeze(1)
+    codes = codes[there]
+    unit, target = unit_rows(codes.values()), rows[there]
+    lengths = torch.linalg.vector_norm(target, dim=1)
+    tiny = torch.finfo(lengths.dtype).tiny
+    along = torch.linalg.vecdot(unit, target) / lengths.clamp(min=tiny)
+    return codes, unit, along.square()
 
 
 def _inverse(unit: Tensor) -> Tensor:

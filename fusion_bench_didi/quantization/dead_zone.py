@@ -24,17 +24,20 @@ from .gaussian_tables import (
     FIRST,
     LOWEST,
     PER_OCTAVE,
+    RESTORED,
     TOP,
     TRELLIS,
     coded_class,
     dead_zone,
+    gain,
+    is_class,
     largest,
     lengths,
     low_bits,
     offset,
 )
 from .gaussian_tables import rate_distortion as rate_distortion_of_class
-from .gaussian_tables import stretch, table
+from .gaussian_tables import stretch, table, unrestored
 
 #: How the numbers of rows are found: each by itself, or along a trellis.
 Quantizer = Literal["scalar", "trellis"]
@@ -79,6 +82,39 @@ class Codes:
         return found
 
     @property
+    def gains(self) -> Tensor:
+        """(r,) by what values are longer than those of least squared error."""
+        return gains_of(self.classes)
+
+    def held(self, target: Tensor, step: float) -> Tensor:
+        """(r,) part of the signal that is in what they stand for: its component along rows (r, n), over their length.
+
+        Args:
+            step: in the unit of the rows.
+        """
+        found = torch.empty_like(target[:, 0])
+        for rows in _row_blocks(target):
+            goal = target[rows] / step
+            length = torch.linalg.vector_norm(goal, dim=1, keepdim=True)
+            length.clamp_(min=torch.finfo(goal.dtype).tiny)
+            values = _stand_for(self.symbols[rows], self.classes[rows])
+            found[rows] = torch.linalg.vecdot(values / length, goal.div_(length))
+        return found
+
+    def restored(self, held: Tensor) -> "Codes":
+        """The same numbers, for values as long as the signal where that brings them nearer to it.
+
+        Rows that rounding shortens less than Gaussian ones, of few large values, are left as they are.
+
+        Args:
+            held: (r,) part of the signal that is in what they stand for.
+        """
+        gains = gains_of(self.classes + RESTORED)
+        gains = gains.where(self.classes % TRELLIS < TOP, 1.0)
+        nearer = (gains * held - 1).abs() < (held - 1).abs()
+        return Codes(self.symbols, self.classes + (RESTORED * nearer).to(torch.uint8))
+
+    @property
     def bits(self) -> float:
         """Of classes and symbols; a stream takes up to 64 more."""
         tables = _tables(self.symbols.device)
@@ -98,6 +134,11 @@ class Codes:
             norms = torch.linalg.vector_norm(error, dim=1).double()
             total += float(norms.square().sum())
         return total * step**2
+
+
+def gains_of(classes: Tensor) -> Tensor:
+    """(r,) float32 by what the values of rows of classes (r,) are longer than those of least squared error."""
+    return _tables(classes.device).gains[classes.long()]
 
 
 def quantize(rows: Tensor, step: float, quantizer: Quantizer = "scalar") -> Codes:
@@ -239,11 +280,9 @@ def decode_blocks(
     """
     reader, parts = StreamReader(stream), [(c.cpu(), n) for c, n in parts]
     for classes, _ in parts:
-        along = classes >= TRELLIS + FIRST
-        if bool((classes - TRELLIS * along >= CLASSES).any()):
-            raise StreamError(
-                f"Classes of spread go to {CLASSES - 1}, along a trellis from {TRELLIS + FIRST} to {TRELLIS + CLASSES - 1}."
-            )
+        for spread in torch.unique(classes).tolist():
+            if not is_class(spread):
+                raise StreamError(f"{spread} is no class of spread.")
     for part, (classes, n) in enumerate(parts):
         for spread, rows in _groups(classes):
             frequencies, bits = table(coded_class(spread)), low_bits(spread)
@@ -260,17 +299,25 @@ def decode_blocks(
                 places = reader.read(frequencies, len(some) * n)
                 if spread < TRELLIS:
                     values = _values_of_class(spread).index_select(0, places)
+                    values = _lengthened(values.view(len(some), n), classes[some])
                 else:
                     symbols = (places - largest(spread)).view(len(some), n)
                     values = _stand_for(symbols, classes[some])
-                yield part, some, values.view(len(some), n).to(stream.device)
+                yield part, some, values.to(stream.device)
     reader.finish()
 
 
 def _groups(classes: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Classes that are met, and indices of their rows."""
+    """Classes that are met, restored ones as if they were not, and indices of their rows."""
+    classes = _tables(classes.device).unrestored[classes.long()]
     for spread in torch.unique(classes).tolist():
         yield spread, (classes == spread).nonzero().squeeze(1)
+
+
+def _lengthened(values: Tensor, classes: Tensor) -> Tensor:
+    """Values (r, n) of least squared error, in their place, as long as rows of classes (r,) are."""
+    gains = gains_of(classes)
+    return values.mul_(gains[:, None]) if _may_hold_any(gains != 1) else values
 
 
 def _may_hold_any(which: Tensor) -> bool:
@@ -297,6 +344,10 @@ def _places(symbols: Tensor, classes: Tensor, dim: int = 0) -> Tensor:
 def _stand_for(symbols: Tensor, classes: Tensor) -> Tensor:
     """(r, n) float32 what symbols (r, n) of rows of some classes stand for, in steps."""
     tables, highest = _tables(symbols.device), int(classes.max()) if len(classes) else 0
+    if highest >= CLASSES:
+        plain = tables.unrestored[classes.long()]
+        if _may_hold_any(plain != classes):
+            return _lengthened(_stand_for(symbols, plain), classes)
     if highest < TOP:
         places = _places(symbols, classes)
         return tables.values.index_select(0, places.flatten()).view(places.shape)
@@ -310,8 +361,8 @@ def _stand_for(symbols: Tensor, classes: Tensor) -> Tensor:
 
 
 def _index(classes: Tensor) -> Tensor:
-    """(r,) where classes stand in tables of all of them: those along a trellis come last."""
-    classes = classes.long()
+    """(r,) where classes stand in tables of all of them: those along a trellis come last, restored ones are as if they were not."""
+    classes = _tables(classes.device).unrestored[classes.long()].long()
     return classes - (classes >= TRELLIS) * (TRELLIS + FIRST - CLASSES)
 
 
@@ -344,6 +395,8 @@ class _Tables:
         middles: (C,) int32 where 0 stands in the two tables below.
         lengths: float32 bits that the symbols of each class without low bits take, one class after another.
         values: float32 what these symbols stand for, in steps, but for those along a trellis.
+        unrestored: (256,) uint8 the class without restoring.
+        gains: (256,) by what values are multiplied after all.
     """
 
     offsets: Tensor
@@ -355,6 +408,8 @@ class _Tables:
     middles: Tensor
     lengths: Tensor
     values: Tensor
+    unrestored: Tensor
+    gains: Tensor
 
 
 @lru_cache(maxsize=None)
@@ -378,6 +433,8 @@ def _tables(device: torch.device) -> _Tables:
         integers(middles),
         torch.cat([lengths(c) for c in coded]).float().to(device),
         torch.cat([_values_of_class(c) for c in range(TOP)]).to(device),
+        torch.tensor([unrestored(c) for c in range(256)], dtype=torch.uint8).to(device),
+        floats([gain(c) if is_class(c) else 1.0 for c in range(256)]),
     )
 
 

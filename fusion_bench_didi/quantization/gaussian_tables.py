@@ -8,6 +8,9 @@ of one of the four classes below.
 Rows that are coded along a trellis (``trellis.py``) have classes of their own, :data:`TRELLIS` more: the numbers of both codebooks
 are those of a Gaussian at ``k + 1/4``, and somewhat smaller, for small ones take fewer bits.
 
+Values of least squared error are too short: of a row that loses a part d of its energy, ``1 - d`` of the signal is left. Rows
+that are restored have classes of their own too, :data:`RESTORED` more: their values are as long as the signal, ``1 / (1 - d)`` times.
+
 Readers of files have to come to the same whole numbers as their writers, so that tables are made in decimal arithmetic.
 """
 
@@ -47,9 +50,34 @@ _ALONG = (
 )
 #: Squared error per value along a trellis, in squared steps, where spreads are large.
 _FINE = 0.0664
+#: Added to the class of a row whose values are as long as the signal, which classes below TOP can be, and how much longer at most.
+RESTORED, MOST_GAIN = CLASSES, 2.0
 #: How far the symbols of a table go: so many spreads and so many more; 16 bits each where no Gaussian value would be.
 _SPREADS, _MORE = 8, 7
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
+
+
+def is_class(spread: int) -> bool:
+    """Whether there is such a class."""
+    plain = unrestored(spread) % TRELLIS
+    return plain < CLASSES and (spread < TRELLIS or plain >= FIRST)
+
+
+def unrestored(spread: int) -> int:
+    """The class whose numbers are the same and whose values are of least squared error."""
+    restored = RESTORED <= spread % TRELLIS < RESTORED + TOP
+    return spread - RESTORED * restored
+
+
+@lru_cache(maxsize=None)
+def gain(spread: int) -> float:
+    """By what the values of a class are multiplied after all: ``1 / (1 - d)`` if it is a restored one."""
+    plain = unrestored(spread)
+    if plain == spread:
+        return 1.0
+    lost = rate_distortion(plain)[1] / float(_spread(plain % TRELLIS)) ** 2
+    found = 1 / max(1 - lost, 1 / MOST_GAIN)
+    return round(found * 256) / 256  # the same on every machine
 
 
 def low_bits(spread: int) -> int:

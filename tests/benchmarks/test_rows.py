@@ -10,7 +10,7 @@ from fusion_bench_didi.method.didi import DiDiMerging
 
 ROWS = {
     **{f"ablation: {name}": settings for name, settings in ablation.CHOICES},
-    **{f"coded: {name}": settings for name, (settings, *_) in coded.WAYS.items()},
+    **{f"coded: {name}": settings for name, (settings, _) in coded.WAYS.items()},
     **{
         f"real8 at {settings['budget']}: {name}": settings
         for name, settings in real_suite.configurations()

@@ -60,7 +60,7 @@ def check(models, before, budget, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"factor_dtype": "auto"},
+        {"factor_dtype": "auto", "gain": "none"},
         {"factor_dtype": "int4", "shared": "subspaces"},
         {"shared": "mean"},
     ],
@@ -71,6 +71,14 @@ def test_errors_of_both_steps_add_up(settings):
     before = didi(models, budget=0.8, **settings)
     for budget in (0.4, 0.2):
         assert check(models, before, budget, **settings) > 0.98
+
+
+def test_what_is_made_longer_twice_is_no_worse():
+    """Directions that were made as long as they were are not of least squared error."""
+    models = linears(5)
+    before = didi(models, budget=0.8, factor_dtype="auto")
+    for budget in (0.4, 0.2):
+        assert 0.95 < check(models, before, budget, factor_dtype="auto") < 1.1
 
 
 def test_whole_models_are_as_good_as_merged_at_that_budget(tiny_clip):

@@ -116,8 +116,8 @@ def test_streams_come_back():
             assert sorted(which for which, _ in found) == list(range(len(part)))
             assert all(row.equal(part.values()[which]) for which, row in found)
     classes = few.classes.clone()
-    classes[0] = tables.CLASSES
-    with pytest.raises(StreamError, match="Classes"):
+    classes[0] = tables.RESTORED + tables.TOP
+    with pytest.raises(StreamError, match="97 is no class of spread"):
         decode(stream, [*lengths[:2], (classes, 9)])
     for damaged in (stream[:-4], stream[4:], stream[:-1], stream.new_zeros(4)):
         with pytest.raises(StreamError):
@@ -171,6 +171,57 @@ def test_an_independent_decoder_reads_them():
     assert found == codes.symbols.tolist()
 
 
+@pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
+@pytest.mark.parametrize("c", range(4, tables.TOP + 2))
+def test_restored_rows_are_as_long_as_the_signal(c, quantizer):
+    """Values of least squared error are shorter by what is lost; longer ones are of the same numbers and bits."""
+    x = 2.0 ** (c / tables.PER_OCTAVE + tables.LOWEST) * normal(20, 4000, seed=c)
+    codes = quantize(x, 1.0, quantizer)
+    before = codes.held(x, 1.0)
+    after = codes.restored(before)
+    assert after.symbols.equal(codes.symbols) and after.bits == codes.bits
+    assert float(after.held(x, 1.0).mean()) == pytest.approx(1.0, abs=0.02)
+    assert after.values().allclose(after.gains[:, None] * codes.values())
+    if c < tables.TOP - 8:  # from there on nothing is lost
+        assert float((after.classes != codes.classes).float().mean()) > 0.9
+        assert float(before.mean()) < 0.98
+    stream = encode([after])
+    (found,) = decode(stream, [(after.classes, x.shape[1])])
+    assert stream.equal(encode([codes])) and found.equal(after.values())
+
+
+def test_nothing_is_made_longer_that_is_not_too_short():
+    """Rows of few large values lose less than Gaussian ones; coarse ones are made twice as long at most."""
+    sparse = torch.zeros(4, 400)
+    sparse[:, 7], sparse[:, 100] = 6.0, -9.0
+    codes = quantize(sparse, 1.0)
+    assert codes.restored(codes.held(sparse, 1.0)).classes.equal(codes.classes)
+    coarse = 0.3 * normal(10, 2000)
+    codes = quantize(coarse, 1.0)
+    assert float(codes.restored(codes.held(coarse, 1.0)).gains.max()) == 2.0
+    fine = 1e4 * normal(10, 50)
+    codes = quantize(fine, 1.0)
+    assert codes.restored(codes.held(fine, 1.0)).classes.equal(codes.classes)
+    empty = quantize(torch.zeros(3, 5), 1.0)
+    assert empty.restored(empty.held(torch.zeros(3, 5), 1.0)).gains.eq(1).all()
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e30])
+def test_what_is_held_does_not_depend_on_the_unit(scale):
+    x = normal(6, 300)
+    one, other = (quantize(s * x, 0.8 * s) for s in (1.0, scale))
+    same = one.held(x, 0.8)
+    assert other.held(scale * x, 0.8 * scale).allclose(same, rtol=1e-4)
+
+
+def test_there_are_no_other_classes():
+    found = {c for c in range(256) if tables.is_class(c)}
+    plain = set(range(tables.CLASSES + tables.TOP))
+    along = {128 + c for c in plain if tables.unrestored(c) >= tables.FIRST}
+    assert found == plain | along
+    assert all(tables.gain(c) == 1 for c in found if tables.unrestored(c) == c)
+
+
 def decomposed(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading singular vectors of the short side, and values."""
     a = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
@@ -179,13 +230,14 @@ def decomposed(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def product(short: Codes, long: Codes, step: float, wide: bool) -> Tensor:
-    made = unit_rows(short.values()).mT @ (long.values() * step)
+    unit = unit_rows(short.values()) * short.gains[:, None]
+    made = unit.mT @ (long.values() * step)
     return made if wide else made.mT
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (30, 30)])
-@pytest.mark.parametrize("gain", [1.0, 1.3])
-def test_products_take_their_bits_and_tell_their_error(shape, gain):
+@pytest.mark.parametrize("restored", [False, True])
+def test_products_take_their_bits_and_tell_their_error(shape, restored):
     m, n = shape
     target = normal(m, n) @ torch.diag(torch.logspace(0, -2, n)) @ normal(n, n, seed=1)
     vectors, values = decomposed(target, 12)
@@ -194,12 +246,13 @@ def test_products_take_their_bits_and_tell_their_error(shape, gain):
     last = torch.inf
     for part in (0.5, 0.7, 0.9):
         near = step * 2 ** ((1 - part) * bits / (12 * (m + n)))
-        coded = code_product(target, vectors, values, near, part * bits, gain=gain)
+        given = target, vectors, values, near, part * bits
+        coded = code_product(*given, restored=restored)
         assert 0.9 * part * bits < coded.bits <= part * bits
         made = product(*coded.sides, coded.step, wide=m < n)
         error = float((made - target).square().sum())
         assert coded.error == pytest.approx(error, rel=1e-3)
-        if gain == 1:
+        if not restored:
             assert error < last
             last = error
 
@@ -211,6 +264,22 @@ def test_products_of_factors_are_never_multiplied_out():
     one = code_product(factors, vectors, values, step, 1500.0)
     other = code_product(factors.dense(), vectors, values, step, 1500.0)
     assert one.error == pytest.approx(other.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [1.4, 2.0])
+@pytest.mark.parametrize("shape", [(200, 200), (120, 300)])
+def test_directions_are_as_long_as_they_were(shape, bits):
+    """Both sides are rounded, and each makes good what that takes."""
+    up, down = normal(shape[0], 8), normal(8, shape[1], seed=1)
+    target = up @ down
+    vectors, values = decomposed(target, 8)
+    held = []
+    for restored in (False, True):
+        given = target, vectors, values, 10.0, bits * 8 * sum(shape)
+        coded = code_product(*given, restored=restored)
+        made = product(*coded.sides, coded.step, wide=shape[0] < shape[1])
+        held.append(float((made * target).sum() / target.square().sum()))
+    assert held[0] < 0.95 and held[1] == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize("bits", [150.0, 600.0, 3000.0])

@@ -22,7 +22,13 @@ from fusion_bench_didi.quantization.dead_zone import (
     rate_distortion,
 )
 from fusion_bench_didi.quantization.entropy import StreamError
-from fusion_bench_didi.quantization.gaussian_tables import FIRST, LOWEST, TOP, TRELLIS
+from fusion_bench_didi.quantization.gaussian_tables import (
+    FIRST,
+    LOWEST,
+    RESTORED,
+    TOP,
+    TRELLIS,
+)
 
 QUARTER = 0.25
 
@@ -169,12 +175,12 @@ def test_rows_stand_for_what_the_definition_says():
             assert values.equal(alone)
 
 
-@pytest.mark.parametrize("c", [CLASSES, TRELLIS, TRELLIS + FIRST - 1, TRELLIS + CLASSES, 255])  # fmt: skip
+@pytest.mark.parametrize("c", [RESTORED + TOP, TRELLIS, TRELLIS + FIRST - 1, TRELLIS + RESTORED, TRELLIS + RESTORED + TOP, 255])  # fmt: skip
 def test_classes_that_there_are_not_are_refused(c):
     codes = quantize(normal(3, 8), 0.5, "trellis")
     wrong = codes.classes.clone()
     wrong[1] = c
-    with pytest.raises(StreamError, match="Classes of spread"):
+    with pytest.raises(StreamError, match=f"{c} is no class of spread"):
         decode(encode([codes]), [(wrong, 8)])
 
 

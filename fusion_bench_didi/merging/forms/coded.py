@@ -5,8 +5,7 @@ width and no rank has to be chosen (reverse water-filling). What the codes take 
 step is then moved until they fit.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from ...lowrank.factored import as_dense
 from ...lowrank.factors import Matrix, energy_of
 from ...lowrank.svd import HalfSVD
 from ...quantization.coded_matrix import code_product, code_rows
-from ...quantization.dead_zone import Quantizer
 from ..context import MergeContext
 from ..spectra import Decomposed
 from .base import Choice, Decision, Look
@@ -29,10 +27,6 @@ from .base import Choice, Decision, Look
 CODED_PRECISION = Precision("coded", 0)
 #: Where dense matrices lose less than this at the budget, codes gain nothing that a task would show; but of uneven ones.
 WORTH_CODING = 0.01
-#: How far gains go from least error to the task vectors' length, in the logarithm: chosen on validation (docs/coded.md).
-RESTORED = 0.5
-#: Gains are this at most: where hardly anything is kept, what would be made twice as long is not the task vector.
-MOST_GAIN = 1.6
 
 
 class Coded:
@@ -55,9 +49,8 @@ class Coded:
     def encode(self, context: MergeContext, decision: Decision) -> EncodedTensor:
         tensor, point = context.tensor(decision.name), decision.point
         bases = decision.bases.take()[1:] if decision.bases else ()
-        quantizer = context.settings.quantizer
         made = [
-            _encode(tau, point, t, bases[t] if bases else None, tensor.shape, quantizer)
+            _encode(context, tau, point, t, bases[t] if bases else None, tensor.shape)
             for t, tau in enumerate(tensor.matrices())
         ]
         experts, errors = zip(*made)
@@ -85,58 +78,32 @@ def coded_curve(context: MergeContext, name: str, sigma: Tensor) -> CodedCurve:
 
 
 def _encode(
+    context: MergeContext,
     tau: Matrix,
     point: CodedPoint,
     t: int,
     basis: HalfSVD | None,
     shape: tuple[int, ...],
-    quantizer: Quantizer,
 ) -> tuple[Delta | None, Tensor]:
     """The expert of one task vector (m, n), and its squared error."""
     bits, step, rank = point.bits[t], point.steps[t], point.ranks[t]
     if not rank:
         return None, energy_of(tau).double().cpu()
-    bits, gain = bits - OVERHEAD, point.gains[t] if point.gains else 1.0
+    bits -= OVERHEAD
+    how = {
+        "quantizer": context.settings.quantizer,
+        "restored": context.settings.gain == "auto",
+    }
     if point.whole[t]:
-        coded = code_rows(as_dense(tau), step, bits, gain=gain, quantizer=quantizer)
+        coded = code_rows(as_dense(tau), step, bits, **how)
         delta: Delta = CodedDelta.of(shape, coded)
     else:
         vectors, values = (
             x[..., :rank].to(tau.device) for x in (basis.vectors, basis.S)
         )
-        coded = code_product(
-            tau, vectors, values, step, bits, gain=gain, quantizer=quantizer
-        )
+        coded = code_product(tau, vectors, values, step, bits, **how)
         delta = CodedLowRankDelta.of(shape, coded)
     return delta, torch.tensor(coded.error, dtype=torch.float64)
-
-
-def with_gains(
-    decisions: Mapping[str, Decision], energy: Mapping[str, Tensor]
-) -> dict[str, Decision]:
-    """Decisions whose coded experts are longer, half way to the length of the task vectors.
-
-    What few bits reproduce is shorter than what they were given, for what they lose is nearly orthogonal to it. One factor
-    per task makes up for half of it: ``g_t^2 = (sum E_t / sum (E_t - D_t))^RESTORED`` over the coded tensors, of energies E
-    and expected errors D, and g is :data:`MOST_GAIN` at most; the whole of it would restore the norm. The squared error
-    grows by it; accuracy, where half of the energy is lost, gains points.
-
-    Args:
-        energy: (T,) squared norms per tensor.
-    """
-    coded = {n: d for n, d in decisions.items() if isinstance(d.form, Coded)}
-    if not coded:
-        return dict(decisions)
-    lost = torch.tensor([d.point.errors for d in coded.values()]).double().sum(0)
-    whole = torch.stack([energy[n].double().cpu() for n in coded]).sum(0)
-    kept = (whole - lost).clamp(min=torch.finfo(torch.float64).tiny)
-    gains = (whole / kept).pow(RESTORED / 2).clamp(max=MOST_GAIN)
-    gains = gains.where(whole > 0, 1.0)
-    found = tuple(gains.tolist())
-    return {
-        n: replace(d, point=replace(d.point, gains=found)) if n in coded else d
-        for n, d in decisions.items()
-    }
 
 
 CODED = Coded()

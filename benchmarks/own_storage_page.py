@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from matplotlib import colormaps
@@ -67,7 +68,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         ours = row["ours"]
         lines.append(
-            f"| {row['place']} | {_chosen(row)} | {row['x']:.4f} | {row['retention']:.1f} | {ours['x']:.4f} | {ours['retention']:.1f} "
+            f"| {row['place']} | {_chosen(row)} | {row['x']:.4f} | {_kept(row)} | {ours['x']:.4f} | {ours['retention']:.1f} "
             f"| {row['gap']:+.1f} | {verdict(row['gap'])} |"
         )
     return "\n".join(lines)
@@ -86,6 +87,12 @@ def against_the_standard(rows: list[dict[str, Any]]) -> str:
     if not told:
         return ""
     return f"At equal retention, linear in the logarithm of storage between DiDi's rows, NNCodec keeps {'; '.join(told)}."
+
+
+def _kept(row: Mapping[str, Any]) -> str:
+    """Retention, and of draws their mean and standard deviation."""
+    spread = f" ± {stdev(row['draws']):.1f}" if "draws" in row else ""
+    return f"{row['retention']:.1f}{spread}"
 
 
 def _chosen(row: Mapping[str, Any]) -> str:

@@ -40,6 +40,37 @@ def test_a_single_candidate_is_not_validated():
     assert bench.looked == [(1.0, "test")]
 
 
+class Drawing:
+    """Keeps as many per cent as the seed, and 90 more."""
+
+    def merged(self, row):
+        return row.overrides.get("seed", 0), 0.1
+
+    def kept(self, model, split):
+        return 90.0 + model
+
+
+def test_a_method_that_draws_is_the_mean_of_its_draws():
+    known = {"DARE, 4 bits 50%": {"x": 0.5, "retention": 90.0, "overrides": {}, "candidates": 1}}  # fmt: skip
+    places = {r.place for r in own_storage.rivals() if own_storage.draws(r)}
+    assert {place.split()[0].strip(",") for place in places} == {"DARE", "UltraDelta"}
+    found = {r.place: {} for r in own_storage.rivals() if r.place not in places}
+    rows = known | {place: {"x": 0.1, "draws": [1.0]} for place in found}
+    measured = list(own_storage.measure_rivals(Drawing(), rows, text=False))
+    assert set(measured) == places
+    assert rows["DARE, 4 bits 50%"]["draws"] == [90.0, 91.0, 92.0, 93.0, 94.0]
+    for place in places:
+        assert rows[place]["retention"] == 92.0
+    assert not list(own_storage.measure_rivals(Drawing(), rows, text=False))
+
+
+def test_the_spread_of_draws_is_told():
+    rows = record(94.0)
+    rows["suites"]["text"]["rivals"]["DARE 90%"]["draws"] = [93.0, 95.0]
+    (row,) = own_storage_page.held(rows)["text"]
+    assert "| 94.0 ± 1.4 |" in own_storage_page.table([row])
+
+
 def record(kept: float, stored: float = 0.1):
     rival = {"family": "DARE", "dial": "90%", "x": stored, "retention": kept, "candidates": 1, "overrides": {}}  # fmt: skip
     ours = {str(x): {"x": x, "retention": r} for x, r in ((0.05, 90.0), (0.099, 95.0), (0.101, 99.0))}  # fmt: skip

@@ -190,6 +190,36 @@ def test_restored_rows_are_as_long_as_the_signal(c, quantizer):
     assert stream.equal(encode([codes])) and found.equal(after.values())
 
 
+@pytest.mark.parametrize("c", range(2, tables.TOP))
+def test_gains_are_what_an_integral_says(c):
+    """One over the part of a Gaussian signal that values of least squared error hold, twice at most."""
+    spread = 2 ** (c / 4 - 2)
+    x = torch.linspace(0, 12 * spread, 200_001, dtype=torch.float64)
+    mass = (-((x / spread) ** 2) / 2).exp()
+    numbers = (x + 0.5 - min(0.0165 / spread**3, 0.49)).floor()
+    one, two = (
+        float((x * mass)[numbers == k].sum() / mass[numbers == k].sum()) for k in (1, 2)
+    )
+    farther = torch.where(numbers == 1, one, numbers - 2 + two)
+    values = torch.where(numbers == 0, 0.0, farther)
+    lost = float(((x - values).square() * mass).sum() / (x.square() * mass).sum())
+    expected = min(1 / (1 - lost), 2)
+    assert tables.gain(tables.RESTORED + c) == pytest.approx(expected, abs=1 / 256)
+
+
+def test_gains_are_the_same_on_every_machine():
+    """In 256ths: files that are written hold classes, not gains."""
+    along = range(tables.TRELLIS + tables.FIRST, tables.TRELLIS + tables.TOP)
+    found = [
+        [round(256 * tables.gain(tables.RESTORED + c)) for c in classes]
+        for classes in (range(tables.TOP), along)
+    ]
+    assert found == [
+        [512] * 4 + [408, 335, 304, 288, 278, 271, 267, 264, 261, 260, 259, 258, 257, 257, 257, 256],
+        [410, 350, 316, 297, 284, 275, 269, 265, 262, 260, 259, 258, 258, 257, 257, 257, 256],
+    ]  # fmt: skip
+
+
 def test_nothing_is_made_longer_that_is_not_too_short():
     """Rows of few large values lose less than Gaussian ones; coarse ones are made twice as long at most."""
     sparse = torch.zeros(4, 400)

@@ -343,11 +343,13 @@ def _places(symbols: Tensor, classes: Tensor, dim: int = 0) -> Tensor:
 
 def _stand_for(symbols: Tensor, classes: Tensor) -> Tensor:
     """(r, n) float32 what symbols (r, n) of rows of some classes stand for, in steps."""
+    plain = _tables(symbols.device).unrestored[classes.long()]
+    return _lengthened(_of_least_error(symbols, plain), classes)
+
+
+def _of_least_error(symbols: Tensor, classes: Tensor) -> Tensor:
+    """As :func:`_stand_for`, of classes that are not restored."""
     tables, highest = _tables(symbols.device), int(classes.max()) if len(classes) else 0
-    if highest >= CLASSES:
-        plain = tables.unrestored[classes.long()]
-        if _may_hold_any(plain != classes):
-            return _lengthened(_stand_for(symbols, plain), classes)
     if highest < TOP:
         places = _places(symbols, classes)
         return tables.values.index_select(0, places.flatten()).view(places.shape)
@@ -356,7 +358,7 @@ def _stand_for(symbols: Tensor, classes: Tensor) -> Tensor:
     found, along = torch.empty_like(symbols, dtype=torch.float32), classes >= TRELLIS
     stretched = tables.stretch[_index(classes[along])]
     found[along] = trellis.values(symbols[along], stretched)
-    found[~along] = _stand_for(symbols[~along], classes[~along])
+    found[~along] = _of_least_error(symbols[~along], classes[~along])
     return found
 
 

@@ -282,7 +282,9 @@ def decode_blocks(
     for classes, _ in parts:
         for spread in torch.unique(classes).tolist():
             if not is_class(spread):
-                raise StreamError(f"{spread} is no class of spread.")
+                raise StreamError(
+                    f"{spread} is no class of spread; a later release may have more."
+                )
     for part, (classes, n) in enumerate(parts):
         for spread, rows in _groups(classes):
             frequencies, bits = table(coded_class(spread)), low_bits(spread)

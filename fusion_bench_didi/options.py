@@ -130,6 +130,8 @@ def unknown_setting(
 
 def nearest(name: str, known: Collection[str]) -> str:
     """Which of the names that there are may have been meant, in a sentence."""
+    if not known:
+        return "There are none."
     close = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
 

@@ -127,9 +127,9 @@ def _module(words: list[str]) -> str | None:
 
 def _launched(words: list[str]) -> str | None:
     at = words.index("-m")
-    if words[at + 1] != "fusion_bench.scripts.cli":
-        return f"not the host: {words[at + 1]}"
-    return _host(words[at + 2 :])
+    name, rest = words[at + 1], words[at + 2 :]
+    known = {"fusion_bench.scripts.cli": _host, "fusion_bench_didi": _didi}
+    return known[name](rest) if name in known else f"no program of ours: {name}"
 
 
 def _target(words: list[str]) -> str | None:

@@ -1,5 +1,6 @@
 """``didi merge`` and ``didi settings``."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ BASE = "_pretrained_"
 @options.settings
 @options.overwrite
 @options.device_or_auto
+@click.option("--devices", type=click.IntRange(1), default=None, help="Processes that share the matrices, one to a device; as many as torchrun started, or one, if left out.")  # fmt: skip
 @click.option("--model-class", default=None, help="Class of transformers; the one that the models' config.json names if left out.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check all headers, print the plan, and read no weights.")  # fmt: skip
 def merge(
@@ -32,6 +34,7 @@ def merge(
     settings: tuple[str, ...],
     overwrite: bool,
     device: str,
+    devices: int | None,
     model_class: str | None,
     dry_run: bool,
 ) -> None:
@@ -46,11 +49,10 @@ def merge(
       didi merge base a b c -o merged --budget 0.5 -s refine_sweeps=5
       didi merge base a b -o merged --method didi/emr
       didi merge base a b -o merged --dry-run
+      didi merge base a b -o merged --devices 2
 
     All settings of a method: didi settings METHOD
     """
-    import lightning
-
     from ..checkpoint.directory import check_target
     from ..models import DynamicModel
 
@@ -71,17 +73,52 @@ def merge(
         pool = pool_of(base, models, model_class)
     with faults:
         made = _method(method, given, out, overwrite)
+    with faults:
+        fabric, count = _fabric(device, devices)
     faults.check()
-    made._fabric_instance = lightning.Fabric(accelerator=device, devices=1)
+    if not dry_run:
+        if count > 1 and not made.config.get("output_dir"):
+            raise click.UsageError(
+                f"{method} merges in one process, and there would be {count}: leave --devices out."
+            )
+        fabric.launch()
+    made._fabric_instance = fabric
     start = time.perf_counter()
     model = made.run(pool)
-    if model is None:
+    if model is None or not fabric.is_global_zero:
         return
     if not made.config.get("output_dir"):
         _save(model, out, overwrite=overwrite)
     seconds = time.perf_counter() - start
     told = str(model) if isinstance(model, DynamicModel) else type(model).__name__
     click.echo(f"{told}\n\nmerged in {seconds:.1f} s; written to {out}")
+
+
+def _fabric(device: str, devices: int | None) -> tuple[Any, int]:
+    """The host's engine, on the processes that ``torchrun`` started or on so many that it starts itself; how many there are.
+
+    Raises:
+        click.BadParameter: for another number of devices than ``torchrun`` started processes for here.
+    """
+    import lightning
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+
+    nodes = 1
+    if TorchElasticEnvironment.detect():
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // here
+        if devices not in (None, here):
+            raise click.BadParameter(
+                f"torchrun started {here} processes here; give {here} or leave it out.",
+                param_hint="--devices",
+            )
+        devices = here
+    devices = devices or 1
+    strategy = "ddp" if nodes * devices > 1 else "auto"
+    fabric = lightning.Fabric(
+        accelerator=device, strategy=strategy, devices=devices, num_nodes=nodes
+    )
+    return fabric, nodes * devices
 
 
 def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:

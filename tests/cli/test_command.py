@@ -1,7 +1,9 @@
 """The command ``didi``: what it writes is what Python and YAML write, and what it cannot do it says in a line."""
 
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -130,9 +132,49 @@ def test_a_plan_writes_nothing(tiny_clip_dir, tmp_path, capfd):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize(
+    "start, more",
+    [
+        ([], ["--devices", "2"]),
+        (["-m", "torch.distributed.run", "--nproc-per-node", "2"], []),
+    ],
+    ids=["its own processes", "torchrun"],
+)
+def test_processes_write_what_one_writes(merged, tiny_clip_dir, tmp_path, start, more):
+    places = [tiny_clip_dir / name for name in (BASE, "mnist", "svhn")]
+    program = ["-m", "fusion_bench_didi", "merge"]
+    line = [sys.executable, *start, *program, *places, "-o", tmp_path / "two"]
+    line += ["--device", "cpu", "--budget", "0.6", *QUICK, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, line)), env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("merged in") == 1
+    written, alone = (d / "model.safetensors" for d in (tmp_path / "two", merged))
+    assert written.read_bytes() == alone.read_bytes()
+
+
+def test_processes_that_would_do_the_same_are_refused(
+    tiny_clip_dir, tmp_path, monkeypatch
+):
+    places = [tiny_clip_dir / name for name in (BASE, "mnist")]
+    average = ("--method", "simple_average", "--devices", 2)
+    with pytest.raises(click.UsageError, match="simple_average merges in one process"):
+        run("merge", *places, "-o", tmp_path / "m", *average)
+    started = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(click.BadParameter, match="torchrun started 2 processes here"):
+        merge(tiny_clip_dir, tmp_path / "m", "--devices", 3)
+    assert not (tmp_path / "m").exists()
+
+
 def test_faults_are_found_before_anything_is_read(merged, tiny_clip_dir, tmp_path):
     with pytest.raises(SettingsError, match="no setting bugdet. Did you mean budget"):
         merge(tiny_clip_dir, tmp_path / "m", "-s", "bugdet=0.5")
+    with pytest.raises(SettingsError, match="simple_average has no setting .*There are none."):
+        merge(tiny_clip_dir, tmp_path / "m", "--method", "simple_average", "--budget", 1)
     with pytest.raises(SettingsError, match="another type or range"):
         merge(tiny_clip_dir, tmp_path / "m", "-s", "ties_keep=2")
     (tmp_path / "empty").mkdir()

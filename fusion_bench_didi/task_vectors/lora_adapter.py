@@ -5,7 +5,8 @@ Two tensors ``lora_A`` (r, ...) and ``lora_B`` (m, r) of a module change its wei
 multiplied out here; biases and ``modules_to_save`` are there as a whole. Everything else is as in the base model.
 
 ``B A`` has the layout of ``nn.Linear``, (out, in). It is transposed for weights that are (in, out), as those of
-transformers' ``Conv1D``; for a convolution it is (out, in * kh * kw), which is how a convolution is viewed anyway.
+transformers' ``Conv1D`` and of embeddings, whose pair is called ``lora_embedding_A`` (r, entries) and ``lora_embedding_B``
+(width, r); for a convolution it is (out, in * kh * kw), which is how a convolution is viewed anyway.
 """
 
 import re
@@ -28,7 +29,7 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 #: What PEFT puts around the names of the base model.
 _PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
-_PAIR = re.compile(r".+\.lora_([AB])\.weight")
+_PAIR = re.compile(r".+\.lora_(?:([AB])\.weight|(embedding_[AB]))")
 
 #: For the end of the error that lists what is wrong with adapters.
 WAY_OUT = (
@@ -175,10 +176,27 @@ class AdapterSource(TensorSource):
             tied: other names of tensors that the base model ties -> their first name.
         """
         for name, first in tied.items():
-            if self._ties and {name, first} <= set(self._whole):
-                if self.read(name).equal(self.read(first)):
-                    del self._whole[name], self._infos[name]
-                    self.unused = {**self.unused, name: f"tied to {first}, and equal"}
+            if self._ties and self._is_copy(name, first):
+                del self._infos[name]
+                self._whole.pop(name, None)
+                self._pairs.pop(name, None)
+                self.unused = {**self.unused, name: f"tied to {first}, and equal"}
+
+    def _is_copy(self, name: str, first: str) -> bool:
+        """Whether one tensor is held by both names: whole, or as the same pair of factors, which a head has the other way round."""
+        if {name, first} <= set(self._whole):
+            return self.read(name).equal(self.read(first))
+        pairs = self._pairs.get(name), self._pairs.get(first)
+        if None in pairs or pairs[0].scale != pairs[1].scale:
+            return False
+        one, other = self._raw(name), self._raw(first)
+        return all(half.equal(same) for half, same in zip(one, other))
+
+    def _raw(self, name: str) -> tuple[Tensor, Tensor]:
+        """The two factors of a matrix, (m, r) and (r, n), as they are stored; without their scale."""
+        pair = self._pairs[name]
+        up, down = self._source.read(pair.b), self._source.read(pair.a)
+        return (down.mT, up.mT) if pair.turned else (up, down)
 
     def _sort(self) -> None:
         """Which tensor of the file belongs to which of the base model."""
@@ -198,7 +216,7 @@ class AdapterSource(TensorSource):
                     "nn.Linear, Conv1D or a convolution",
                 )
             elif found := _PAIR.fullmatch(name):
-                halves.setdefault(f"{owner}.weight", {})[found[1]] = key
+                halves.setdefault(f"{owner}.weight", {})[found[1] or found[2]] = key
             else:
                 self.faults.setdefault(
                     f"{owner}.weight",
@@ -223,33 +241,36 @@ class AdapterSource(TensorSource):
 
     def _add(self, name: str, module: str, keys: Mapping[str, str]) -> None:
         """Take a pair, or note what is wrong with it."""
-        if len(keys) < 2:
-            (key,) = keys.values()
+        embedding = {*keys} == {"embedding_A", "embedding_B"}
+        if not embedding and {*keys} != {"A", "B"}:
+            alone = len(keys) == 1
             self.faults[name] = (
-                f"{key} stands alone, expected lora_A.weight and lora_B.weight"
+                f"{', '.join(keys.values())} {'stands' if alone else 'stand'} alone, expected lora_A.weight and lora_B.weight"
             )
             return
-        a, b = (self._source.infos()[keys[half]] for half in "AB")
+        down, up = (keys[half] for half in sorted(keys))
+        a, b = (self._source.infos()[key] for key in (down, up))
         if not a.floating or not b.floating:
             self.faults[name] = (
-                f"{keys['A']} is of {a.dtype} and {keys['B']} of {b.dtype}, expected floating point"
+                f"{down} is of {a.dtype} and {up} of {b.dtype}, expected floating point"
             )
             return
         rank = self._settings.rank_of(module)
         ones = (1,) * (len(b.shape) - 2)  # a convolution's kernel is all in lora_A
         if a.shape[:1] != (rank,) or b.shape[1:] != (rank, *ones):
             self.faults[name] = (
-                f"{keys['A']} is {a.shape} and {keys['B']} {b.shape}, expected rank {rank} of {CONFIG}"
+                f"{down} is {a.shape} and {up} {b.shape}, expected rank {rank} of {CONFIG}"
             )
             return
         shape, want = (b.shape[0], *a.shape[1:]), self._base.get(name)
-        turned = want is not None and self._turned(name, shape, want.shape)
+        turned = embedding or (
+            want is not None and self._turned(name, shape, want.shape)
+        )
         shape = shape[::-1] if turned else shape
         # the fine-tuned model would be saved in the base model's type
         self._infos[name] = TensorInfo(shape, (want or a).dtype)
-        self._pairs[name] = Pair(
-            keys["A"], keys["B"], rank, self._settings.scale_of(module), turned
-        )
+        scale = self._settings.scale_of(module)
+        self._pairs[name] = Pair(down, up, rank, scale, turned)
 
     def _turned(self, name: str, shape: tuple, want: tuple) -> bool:
         """Whether the base model's weight is (in, out); ``shape`` is (out, in)."""

@@ -93,9 +93,17 @@ KINDS: dict[str, tuple[Any, dict]] = {
         {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "norm"]},
     ),
     "llama, head as pair": (llama, {"target_modules": ["q_proj", "lm_head"]}),
+    "llama, embedding": (
+        llama,
+        {"target_modules": ["q_proj", "embed_tokens"], "rank_pattern": {"embed.*": 5}},
+    ),
     "clip": (clip, {"target_modules": [*ATTENTION, "fc1", "patch_embedding"]}),
     "clip, biases": (clip, {"target_modules": ["fc1"], "bias": "all"}),
     "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "gpt2, embeddings of tokens and places": (
+        lambda: gpt2(tied=False),
+        {"target_modules": ["wte", "wpe", "c_attn"], "fan_in_fan_out": True},
+    ),
     # the head comes last, and PEFT then writes fan_in_fan_out=false for all of them
     "gpt2, head": (
         lambda: gpt2(tied=False),

@@ -80,11 +80,6 @@ def test_other_kinds_of_adapters(llamas, config, message, dry_run, monkeypatch):
     [
         (
             llama,
-            {"target_modules": ["embed_tokens"]},
-            "embed_tokens.lora_embedding_A is not of plain LoRA, expected lora_A.weight",
-        ),
-        (
-            llama,
             {"target_modules": ATTENTION, "use_dora": True},
             "has use_dora=True",
         ),
@@ -94,12 +89,29 @@ def test_other_kinds_of_adapters(llamas, config, message, dry_run, monkeypatch):
             "lora_A.weight belongs to an nn.MultiheadAttention",
         ),
     ],
-    ids=["embedding", "dora", "fused attention"],
+    ids=["dora", "fused attention"],
 )
 def test_adapters_that_peft_writes_and_we_refuse(tmp_path, make, config, message):
     models = family(tmp_path, make, **config)
     with pytest.raises(CheckpointMismatchError, match="svhn: .*" + message):
         didi(pool_of(tmp_path, models[BASE]))
+
+
+def test_halves_of_two_kinds_of_pair_are_none(tmp_path):
+    models = family(tmp_path, llama, target_modules=["embed_tokens", "q_proj"])
+    embedding = "base_model.model.model.embed_tokens.lora_embedding_"
+
+    def renamed(tensors):
+        other = embedding.removesuffix("embedding_") + "B.weight"
+        tensors[other] = tensors.pop(f"{embedding}B")
+
+    change_tensors(tmp_path / "mnist", renamed)
+    change_tensors(tmp_path / "svhn", lambda t: t.pop(f"{embedding}A"))
+    with pytest.raises(CheckpointMismatchError) as caught:
+        didi(pool_of(tmp_path, models[BASE]))
+    message = str(caught.value)
+    assert "embed_tokens.lora_B.weight, " in message and "stand alone" in message
+    assert f"svhn: {embedding}B stands alone" in message
 
 
 def test_all_faults_of_all_adapters_come_in_one_error(llamas, monkeypatch):

@@ -152,7 +152,7 @@ class Trial:
 
     @property
     def ended_well(self) -> bool:
-        """Whether there are the bytes of an unbroken merge, and nothing else."""
+        """Whether there are the weights of an unbroken merge to the byte, and no files beside them."""
         alone = [p.name for p in self.target.parent.iterdir()] == ["merged"]
         return alone and weights(self.target) == self.goal
 
@@ -267,7 +267,8 @@ def page(found: dict[str, Any]) -> list[str]:
         "",
         "SIGKILL to one process or to both, then the same command again on one process or on two. *Done twice*: tensors that a "
         "process had",
-        "begun and not finished, as the journal says.",
+        "begun and not finished, as the journal says. *Bytes* are those of the weights' files; `config.json` says how long a merge took,",
+        "and so has other seconds in it, and another checksum of itself.",
         "",
         "| killed | kills | the rerun ends in the bytes of an unbroken merge | done twice, at most per process |",
         "|---|--:|--:|--:|",

@@ -173,8 +173,12 @@ def test_processes_that_would_do_the_same_are_refused(
 def test_faults_are_found_before_anything_is_read(merged, tiny_clip_dir, tmp_path):
     with pytest.raises(SettingsError, match="no setting bugdet. Did you mean budget"):
         merge(tiny_clip_dir, tmp_path / "m", "-s", "bugdet=0.5")
-    with pytest.raises(SettingsError, match="simple_average has no setting .*There are none."):
-        merge(tiny_clip_dir, tmp_path / "m", "--method", "simple_average", "--budget", 1)
+    with pytest.raises(
+        SettingsError, match="simple_average has no setting .*There are none."
+    ):
+        merge(
+            tiny_clip_dir, tmp_path / "m", "--method", "simple_average", "--budget", 1
+        )
     with pytest.raises(SettingsError, match="another type or range"):
         merge(tiny_clip_dir, tmp_path / "m", "-s", "ties_keep=2")
     (tmp_path / "empty").mkdir()

@@ -288,7 +288,14 @@ def test_fine_tuned_models_that_tie_what_the_base_does_not(tmp_path):
             },
         ),
     ],
-    ids=["pair on the head", "pair on the embedding", "pair on both", "whole embedding", "whole head", "both, kept tied"],
+    ids=[
+        "pair on the head",
+        "pair on the embedding",
+        "pair on both",
+        "whole embedding",
+        "whole head",
+        "both, kept tied",
+    ],
 )
 def test_adapters_that_change_one_name_of_a_tied_tensor(tmp_path, make, settings):
     """PEFT runs the embedding and the head apart from then on, unless it is told to tie them; so does the merged model."""

@@ -33,6 +33,7 @@ def export(
     Examples:
       didi export merged adapters --form peft
       didi export merged adapters --form peft -s max_rank=16 -s factor_dtype=bfloat16
+      didi export merged adapters --form peft -s carry=all    embeddings, norms and heads too, for PEFT
       didi export merged models --form plain --task mnist
     """
     from ..export import export as write

@@ -6,6 +6,7 @@ is named with what it was last at. A *rank* is the number of a process here, nev
 that of a matrix.
 """
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -88,7 +89,10 @@ class _Several(Ranks):
         self._hurried = True
         self._now: list[str] = []
         self._lock = threading.Lock()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._ends = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart.start()
+        atexit.register(self._stop)
 
     def _beat(self) -> None:
         """Signs of life, which come from a thread of their own, as long as rank 0 is there to take them."""
@@ -97,7 +101,13 @@ class _Several(Ranks):
                 self._store.set(f"beat/{self.rank}", str(count))
             except Exception:
                 return
-            time.sleep(min(1.0, SILENCE / 10))
+            if self._ends.wait(min(1.0, SILENCE / 10)):
+                return
+
+    def _stop(self) -> None:
+        """End the thread while there is an interpreter: one that is within torch when that ends aborts the process."""
+        self._ends.set()
+        self._heart.join(5)
 
     def _common_store(self) -> dist.TCPStore:
         """Kept by rank 0; what ranks say about themselves is there."""

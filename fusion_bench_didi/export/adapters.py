@@ -65,10 +65,15 @@ class AdapterWriter:
         """Write a task's adapter; how each of its tensors is carried.
 
         Raises:
-            DiDiError: if it carries nothing.
+            DiDiError: if it carries nothing, or nothing as factors.
         """
         content = self._content(task)
         if not content.parts:
+            if content.whole:
+                raise DiDiError(
+                    f"All that {task} changes would be carried whole, and PEFT reads no adapter without a pair of factors. Export "
+                    "it as plain or patch."
+                )
             ways = sorted({c.why for c in content.carried.values() if c.why})
             raise DiDiError(
                 f"Nothing that {task} changes is in a layer that an adapter of carry={self.settings.carry} is for"

@@ -1,6 +1,9 @@
 """Several processes write the bytes that one process writes, and each ends with the whole model."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,30 @@ def test_the_host_saves_once(tmp_path):
 
     assert on_ranks(2, save) == [None, None]
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+_ENDS = """
+import atexit
+import torch.distributed as dist
+from fusion_bench_didi.distributed.ranks import ranks_here
+
+atexit.register(lambda: print("alive" if ranks._heart.is_alive() else "ended"))
+dist.init_process_group("gloo")
+ranks = ranks_here()
+ranks.gather(None)
+"""
+
+
+def test_no_thread_is_within_torch_when_a_process_ends(tmp_path):
+    """The interpreter would end it there, and the process with it: SIGABRT after all is done."""
+    script = tmp_path / "script.py"
+    script.write_text(_ENDS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--standalone", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["ended", "ended"]

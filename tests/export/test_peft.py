@@ -194,4 +194,6 @@ def test_refusals(tmp_path):
     norms = DiDiModel(llama(), {}, {"a": norm}, unit_bits=1)
     with pytest.raises(DiDiError, match="Nothing that a changes .* Export it as plain"):
         to_peft(norms, tmp_path / "out")
+    with pytest.raises(DiDiError, match="All that a changes would be carried whole"):
+        to_peft(norms, tmp_path / "out", settings=AdapterSettings(carry="all"))
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost_rates import Rates, seconds
+from benchmarks.cost_rates import KINDS, Rates, seconds
 from fusion_bench_didi.lowrank.svd import EIGEN_COST
 
 
@@ -107,15 +107,20 @@ def counts_of(model: Model, like: Mapping[str, Any]) -> dict[str, dict[str, floa
         numbers = pairs * side * model.rank / RANK
         side = model.rank / RANK
     grows = {"calls": pairs, "messages": pairs}
-    grows |= {"operations": numbers * side, "eigen": numbers * side}
+    grows |= dict.fromkeys(CUBIC, numbers * side)
     return {
-        part: {kind: n * grows.get(kind, numbers) for kind, n in found.items()}
+        part: {
+            kind: n * grows.get(kind.partition(" ")[0], numbers)
+            for kind, n in found.items()
+        }
         for part, found in like["counts"].items()
     }
 
 
 #: Of the adapters that are counted.
 RANK = 8
+#: Kinds that grow with the numbers of a matrix times its side.
+CUBIC = tuple(k for k, group in KINDS.items() if group in ("products", "decompositions"))  # fmt: skip
 
 
 def _nearest(
@@ -149,13 +154,12 @@ def _minutes(
 
 
 def _gpu(rates: Rates, told: Mapping[str, float]) -> Rates:
-    products = 1e9 * told["GFLOP/s"]
+    products, passes = 1e9 * told["GFLOP/s"], 1e9 * told["elementwise G/s"]
+    # all decompositions as eigenproblems, which are what is slow there
+    by_group = {"products": products, "decompositions": products / EIGEN_COST["cuda"]}
     return replace(
         rates,
-        operations=products,
-        eigen=products * EIGEN_COST["cpu"] / EIGEN_COST["cuda"],
-        cache=1e9 * told["elementwise G/s"],
-        memory=1e9 * told["elementwise G/s"],
+        sized={f"{kind} 0": by_group.get(group, passes) for kind, group in KINDS.items()},  # fmt: skip
         read=min(STORAGE["gpu"][0], 1e9 * told.get("to it GB/s", 50.0)),
         write=STORAGE["gpu"][1],
         sent=NETWORK,

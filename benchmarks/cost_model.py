@@ -5,7 +5,8 @@
     python -m benchmarks.cost_model rates         # rates of this machine alone
     python -m benchmarks.cost_model page
 
-Counts are those of one thread, as ``benchmarks.counting`` sees them. No rate is fitted to what is predicted.
+Counts are those of one thread, as ``benchmarks.counting`` sees them. No rate is fitted to what is predicted. A merge is held against
+the rates that were measured beside it; those of this command are for forecasts.
 """
 
 import argparse
@@ -19,11 +20,14 @@ import torch
 
 from benchmarks.checkpoints import SHAPES
 from benchmarks.cost_page import page
-from benchmarks.cost_rates import Rates
+from benchmarks.cost_rates import beside
 from benchmarks.counting import counting
 from benchmarks.scaling import CASES, COUNTS, Case, small_pool
 from benchmarks.suites import machine, write_json
 from fusion_bench_didi.method.didi import DiDiMerging
+
+#: Numbers of tasks that docs/speed.json has beside eight, and the files of which are there for other pages too.
+GROWING = (2, 4)
 
 
 def counted(case: Case) -> dict:
@@ -54,10 +58,11 @@ def counted(case: Case) -> dict:
 
 
 def cases() -> list[Case]:
-    """The merges of docs/scaling.json; those of one process are counted."""
+    """The merges of docs/scaling.json and docs/speed.json; those of one process are counted."""
     small = [Case("small", tasks, budget) for budget in (1.4, 0.2) for tasks in COUNTS]
     adapters = [Case("adapters", tasks // 5, 0.3) for tasks in COUNTS]
-    return list(dict.fromkeys([*CASES, *small, *adapters]))
+    growing = [Case("vit-b-32", tasks, 1.4) for tasks in GROWING]
+    return list(dict.fromkeys([*CASES, *small, *adapters, *growing]))
 
 
 def main() -> None:
@@ -80,7 +85,7 @@ def main() -> None:
             write_json(file, found)
             print(found["cases"][-1], flush=True)
     if arguments.what in (None, "rates"):
-        found["machine"], found["rates"] = machine(), asdict(Rates.measured())
+        found["machine"], found["rates"] = machine(), asdict(beside(1))
         write_json(file, found)
     (arguments.out / "cost_model.md").write_text(page(found, arguments.out))
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ def page(found: Mapping[str, Any], docs: Path) -> str:
     rates = Rates(**found["rates"])
     cases = found["cases"]
     rows, missing = [], []
-    for what, key, measured, here, processes in _measurements(docs, rates):
+    for what, key, measured, here, processes in _measurements(docs):
         case = next((c for c in cases if key.items() <= c.items()), None)
-        if case is None:
+        if case is None or here is None:
             missing.append(what)
             continue
-        kinds = seconds(case["counts"], here, processes)
+        kinds = seconds(case["counts"], Rates(**here), processes)
         rows.append((what, measured, sum(kinds.values()), kinds))
     right = sum(abs(e / m - 1) <= RIGHT for _, m, e, _ in rows)
     lines = [
@@ -34,22 +33,20 @@ def page(found: Mapping[str, Any], docs: Path) -> str:
         "",
         f"`python -m benchmarks.cost_model`; {in_words(found['machine'])}.",
         "",
-        "Work is counted while a merge runs (`benchmarks/counting.py`: products, eigenproblems, passes over numbers, calls of torch,",
-        "coded numbers, bytes), each kind is timed by itself (`benchmarks/cost_rates.py`), and seconds are counts over rates. No rate",
-        "is fitted to what is predicted. What is done while a tensor is worked on is divided by the number of processes; what each",
-        "does for itself is not.",
+        "Work is counted while a merge runs (`benchmarks/counting.py`: products, decompositions and elementwise operations by their",
+        "size, calls of torch, coded numbers, bytes), each kind and size is timed by itself (`benchmarks/cost_rates.py`), and seconds",
+        "are counts over rates. No rate is fitted to what is predicted. What is done while a tensor is worked on is divided by the",
+        "number of processes; what each does for itself is not.",
         "",
         "| rate, of one thread | |",
         "|---|--:|",
-        *(f"| {name} | {value:.3g} |" for name, value in found["rates"].items()),
+        *_rates_in_words(found["rates"]),
         "",
         "## Held against measurements",
         "",
         f"Within {100 * RIGHT:.0f} %: {right} of {len(rows)}. Seconds of the processor of the slowest process in rows of",
-        "`docs/scaling.json`; of the wall, on two threads and with the rates that were measured then, in rows of `docs/speed.json`.",
-        "Each was taken at another time, on a machine whose rates change with what else runs on it: of `docs/scaling.json` those of ViT-B/32 on a",
-        "quiet machine, the others and the rates above beside much other work, rows of `docs/speed.json` on a quiet machine, of which products, elementwise operations,",
-        "reading and writing were recorded and the rest (calls above all) was not.",
+        "`docs/scaling.json`, of the wall on two threads in rows of `docs/speed.json`. Each is held against the rates that as many",
+        "processes and threads had right beside it, since those of this machine change with what else runs on its host.",
         "",
         "| merge | measured s | expected s | expected over measured | within |",
         "|---|--:|--:|--:|---|",
@@ -66,7 +63,10 @@ def page(found: Mapping[str, Any], docs: Path) -> str:
             )
         )
     if missing:
-        lines += ["", f"Not counted, and so not expected: {_together(missing)}."]
+        lines += [
+            "",
+            f"Not counted, or without rates of their own, and so not expected: {_together(missing)}.",
+        ]
     lines += ["", "Where the expected seconds of one process go:", ""]
     lines += _table_of_kinds([row for row in rows if row[0].endswith(", 1 process")])
     return "\n".join([*lines, "", *forecasts(cases, rates, docs)]) + "\n"
@@ -93,9 +93,24 @@ def _table_of_kinds(rows: list[tuple]) -> list[str]:
     return lines
 
 
-def _measurements(
-    docs: Path, rates: Rates
-) -> Iterator[tuple[str, dict[str, Any], float, Rates, int]]:
+def _rates_in_words(rates: Mapping[str, Any]) -> Iterator[str]:
+    """Of what gets on by size, the smallest and the largest that were timed."""
+    by_kind: dict[str, dict[int, float]] = {}
+    for name, value in rates["sized"].items():
+        kind, _, size = name.partition(" ")
+        by_kind.setdefault(kind, {})[int(size)] = value
+    for kind, values in by_kind.items():
+        low, high = min(values), max(values)
+        yield f"| {kind}, size 4^{low} to 4^{high} | {values[low]:.3g} to {values[high]:.3g} |"  # fmt: skip
+    for name, value in rates.items():
+        if name != "sized":
+            yield f"| {name} | {value:.3g} |"
+
+
+_Measured = tuple[str, dict[str, Any], float, Mapping[str, Any] | None, int]
+
+
+def _measurements(docs: Path) -> Iterator[_Measured]:
     """What was measured: its name, the case, seconds, the rates that it was measured at, processes."""
     scaling = json.loads((docs / "scaling.json").read_text())
     for row in scaling["processes"]:
@@ -103,27 +118,25 @@ def _measurements(
         size = row["processes"]
         many = f"{size} process" + "es" * (size > 1)
         what = f"{row['shape']}, {row['tasks']} tasks, budget {row['budget']}, {many}"
-        yield what, key, max(row["cpu"]), rates, size
+        yield what, key, max(row["cpu"]), row.get("rates"), size
     for group, rows in scaling["tasks"].items():
         kind, _, budget = group.partition(", budget ")
         shape = {"small models": "small", "adapters": "adapters"}[kind]
         for row in rows:
             key = {"shape": shape, "tasks": row["tasks"], "budget": float(budget)}
             what = f"{kind}, {row['tasks']} tasks, budget {budget}"
-            yield what, key, row["merge cpu"], rates, 1
+            yield what, key, row["merge cpu"], row.get("rates"), 1
     speed = json.loads((docs / "speed.json").read_text())
     for part in ("peers", "cold", "growth"):
         if speed[part]["device"] == "cpu":
-            here = _at(rates, speed[part].get("rates", speed["peers"]["rates"]))
-            yield from _speed_rows(part, speed[part], here)
+            yield from _speed_rows(part, speed[part])
 
 
-def _speed_rows(
-    part: str, found: Mapping[str, Any], here: Rates
-) -> Iterator[tuple[str, dict[str, Any], float, Rates, int]]:
+def _speed_rows(part: str, found: Mapping[str, Any]) -> Iterator[_Measured]:
     rows = found["rows"]
     if isinstance(rows, Mapping):
         about = {key: found[key] for key in ("shape", "tasks")}
+        about["rates"] = found.get("cost rates")
         rows = [{"method": name, **about, **row} for name, row in rows.items()]
     for row in rows:
         if row["method"].startswith("didi"):
@@ -132,21 +145,4 @@ def _speed_rows(
                 budget = None
             key = {k: row[k] for k in ("shape", "tasks")} | {"budget": budget}
             what = f"speed.json {part}: {row['method']}, {row['shape']}, {row['tasks']} tasks"
-            yield what, key, row["seconds"], here, 1
-
-
-def _at(rates: Rates, told: Mapping[str, float]) -> Rates:
-    """Rates of two threads, as a record has them; what it has not gets on as its products do. Calls take turns."""
-    times = 1e9 * told["GFLOP/s"] / rates.operations
-    passes = 1e9 * told["elementwise G/s"] / rates.cache
-    return replace(
-        rates,
-        operations=times * rates.operations,
-        eigen=times * rates.eigen,
-        cache=passes * rates.cache,
-        memory=passes * rates.memory,
-        read=1e9 * told["read GB/s"],
-        write=1e9 * told["write GB/s"],
-        hashed=2 * rates.hashed,
-        coded=2 * rates.coded,
-    )
+            yield what, key, row["seconds"], row.get("rates"), 1

@@ -18,16 +18,25 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fusion_bench_didi.distributed.ranks import Ranks
-from fusion_bench_didi.lowrank.svd import EIGEN_COST
 from fusion_bench_didi.quantization import dead_zone
 from fusion_bench_didi.task_vectors import loop
 from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
 
-#: Tensors from this size on come from memory and not from the processor's caches.
-LARGE = 2**19
-_EIGEN = ("_linalg_eigh", "linalg_inv", "_linalg_svd", "linalg_qr", "linalg_cholesky")
-#: In operations of l s^2; twice that for what is not here.
-_CUBES = {"_linalg_eigh": EIGEN_COST["cpu"], "_linalg_svd": 2 * EIGEN_COST["cpu"]}
+#: Decompositions, by the names that torch gives them; each counts as l s^2 of its long and short side.
+DECOMPOSITIONS = {
+    "_linalg_eigh": "eigh",
+    "linalg_inv_ex": "inv",
+    "_linalg_svd": "svd",
+    "linalg_qr": "qr",
+    "linalg_cholesky_ex": "cholesky",
+}
+#: What makes tensors or looks at them without touching their numbers.
+UNTOUCHED = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "detach"))
+
+
+def sized(kind: str, size: float) -> str:
+    """Work of one kind and size, sizes by powers of four: a small product gets on more slowly than a large one."""
+    return f"{kind} {int(math.log2(max(size, 1))) // 2}"
 
 
 class Counting(TorchDispatchMode):
@@ -51,18 +60,18 @@ class Counting(TorchDispatchMode):
         self.now["calls"] += 1
         tensors = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
         if packet in flop_registry:
-            self.now["operations"] += flop_registry[packet](
-                *args, **(kwargs or {}), out_val=out
-            )
-        elif name in _EIGEN:
+            work = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            self.now[sized("product", work)] += work
+        elif name in DECOMPOSITIONS:
             long, short = sorted(tensors[0].shape[-2:], reverse=True)
             batch = math.prod(tensors[0].shape[:-2])
-            cost = _CUBES.get(name, 2.0)
-            self.now["eigen"] += batch * cost * long * short * short
-        elif tensors:
+            kind = sized(DECOMPOSITIONS[name], long * short)
+            self.now[kind] += batch * long * short * short
+        elif tensors and name not in UNTOUCHED:
             numbers = max(t.numel() for t in tensors)
-            large = numbers >= LARGE
-            self.now["from memory" if large else "in cache"] += numbers
+            made = max((t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)), default=0)  # fmt: skip
+            kind = "fresh" if made == numbers and not name.endswith("_") else "pass"
+            self.now[sized(kind, numbers)] += numbers
         return out
 
 

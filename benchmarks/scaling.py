@@ -6,7 +6,8 @@
     python -m benchmarks.scaling tasks --counts 100 1000
 
 Seconds are of the processor, so that other work on the machine does not count; of several processes those of the slowest. With
-more processes than the machine has cores they show how work is spread, not how long one waits for it.
+more processes than the machine has cores they show how work is spread, not how long one waits for it. Beside every merge stands what
+as many processes did per second right before and after it (``benchmarks.cost_rates``), which ``benchmarks.cost_model`` holds it against.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.checkpoints import pool_of
+from benchmarks.cost_rates import beside, mean_of
 from benchmarks.processes import Job, silence
 from benchmarks.resident import peaks
 from benchmarks.scaling_page import page
@@ -61,6 +63,13 @@ class Case:
                 dict(models), tokenizer=None, model_kwargs=DictConfig(kwargs)
             )
         return lambda: CLIPVisionModelPool(dict(models))
+
+    @property
+    def files(self) -> Path | None:
+        """The base model's directory, for the rate of reading; None where models are small."""
+        if self.shape == "adapters":
+            return None
+        return Path(pool_of(self.shape, self.tasks)["_pretrained_"])
 
 
 CASES = (
@@ -116,7 +125,9 @@ def processes(
                 DiDiMerging(budget=case.budget, output_dir=str(target)).run(pool())
 
             for size in sizes:
+                earlier = beside(size, files=case.files)
                 found = Job(size, measured(merge)).results(seconds=3600)
+                rates = mean_of([earlier, beside(size, files=case.files)])
                 if not all(isinstance(row, dict) for row in found):
                     raise RuntimeError(f"{case} on {size}: {found}")
                 files = sorted(target.glob("*.safetensors"))
@@ -135,11 +146,16 @@ def processes(
                             for key in ("cpu", "own", "files", "resident")
                         },
                         "same bytes": digests == goal,
+                        "rates": asdict(rates),
                     }
                 )
-                print(rows[-1], flush=True)
+                _show(rows[-1])
     order = [case.shape for case in CASES]
     return sorted(rows, key=lambda row: order.index(row["shape"]))
+
+
+def _show(row: dict[str, Any]) -> None:
+    print({key: value for key, value in row.items() if key != "rates"}, flush=True)
 
 
 def small() -> nn.Module:
@@ -232,6 +248,7 @@ def tasks(counts: list[int]) -> dict[str, list[dict[str, Any]]]:
                     DiDiModel.from_pretrained(target, base)
 
                 row: dict[str, Any] = {"tasks": count}
+                before = beside(1)
                 for what, function, times in (("merge", merge, 1), ("load", load, LOADS)):  # fmt: skip
                     tried = []
                     for _ in range(times):
@@ -240,8 +257,9 @@ def tasks(counts: list[int]) -> dict[str, list[dict[str, Any]]]:
                             raise RuntimeError(f"{kind}, {count}: {tried[-1]}")
                     took = min(tried, key=lambda one: one["cpu"])
                     row |= {f"{what} {key}": value for key, value in took.items()}
+                row["rates"] = asdict(mean_of([before, beside(1)]))
             rows.append(row)
-            print(kind, row, flush=True)
+            _show({"what": kind, **row})
     return found
 
 

@@ -16,9 +16,8 @@ def page(found: dict[str, Any]) -> list[str]:
     lines = [
         "# Growth over processes and tasks",
         "",
-        f"`python -m benchmarks.scaling`; {in_words(found['machine'])}. Seconds of the processor, on a machine that did other work "
-        "too but for ViT-B/32:",
-        "they repeat within some tens of per cent.",
+        f"`python -m benchmarks.scaling`; {in_words(found['machine'])}. Seconds of the processor; on a machine whose host does other",
+        "work they repeat within some tens of per cent.",
     ]
     if rows := found.get("processes"):
         lines += _processes(rows)

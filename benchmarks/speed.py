@@ -19,11 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from benchmarks.checkpoints import SHAPES, pool_of
+from benchmarks.cost_rates import Rates, beside, mean_of
 from benchmarks.floor import Decomposed, Machine, floor, forget, seconds
 from benchmarks.methods import AT_BUDGETS, METHODS, PEERS
 from benchmarks.speed_page import write_page
@@ -127,8 +129,10 @@ def side_by_side(arguments: argparse.Namespace) -> dict:
     names = arguments.only or rows
     found: dict[str, list[dict]] = {name: [] for name in names}
     speeds: list[Machine] = []
+    rates_of: list[Rates] = []
     for run in range(arguments.runs):
         speeds.append(Machine.measured(Path(pool["_pretrained_"]), cold=cold))
+        rates_of += [_rates(pool)] if arguments.device == "cpu" and not cold else []
         for name in names:
             if run == 0 or name not in ONCE:
                 for file in _files(pool) if cold else ():
@@ -143,7 +147,13 @@ def side_by_side(arguments: argparse.Namespace) -> dict:
     rates = {"GFLOP/s": speed.flops / 1e9}
     rates |= {"elementwise G/s": speed.elementwise / 1e9}
     rates |= {"read GB/s": speed.read / 1e9, "write GB/s": speed.write / 1e9}
-    return {"shape": shape, "tasks": tasks, "rates": rates, "rows": rows}
+    found_here = {"cost rates": asdict(mean_of(rates_of))} if rates_of else {}
+    return {"shape": shape, "tasks": tasks, "rates": rates, **found_here, "rows": rows}
+
+
+def _rates(pool: Mapping[str, str]) -> Rates:
+    """For ``benchmarks.cost_model``, by the clock of the wall on as many threads as a merge has."""
+    return beside(1, torch.get_num_threads(), Path(pool["_pretrained_"]))
 
 
 def growth(arguments: argparse.Namespace, before: dict) -> dict:
@@ -169,6 +179,8 @@ def growth(arguments: argparse.Namespace, before: dict) -> dict:
             ]
             row = {"method": method, "shape": shape, "tasks": tasks, **medians(runs)}
             del row["decomposed"]
+            if arguments.device == "cpu":
+                row["rates"] = asdict(_rates(pool_of(shape, tasks)))
             rows.append(row)
             times[shape, tasks] = row["seconds"]
         exponents[method] = {

@@ -68,7 +68,9 @@ def place(
         sides = np.array([extent.width + 2, extent.height + 1])
         boxes = _around(pixels[i], sides, axes.figure.dpi / 72)  # (K, 4)
         covered = 3 * _overlaps(boxes, obstacles).sum(1)
-        covered += 6 * _overlaps(boxes, np.reshape([*taken.values()], (-1, 4))).sum(1)
+        on_others = _overlaps(boxes, np.reshape([*taken.values()], (-1, 4))).sum(1)
+        # a little of another label is worse than a long way: neither can be read
+        covered += 6 * on_others + 100 * (on_others > 0)
         outside = sides.prod() - _overlaps(boxes, frame[None])[:, 0]
         away = np.linalg.norm(_nearest(boxes, pixels) - pixels, axis=-1)  # (K, N)
         own = away[:, i]

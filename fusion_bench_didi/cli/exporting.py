@@ -27,13 +27,14 @@ def export(
 ) -> None:
     """Write a merged model in the form of other libraries, an entry per task, held against the model before it appears.
 
-    Settings are of --form peft: max_rank, factor_dtype, shared, carry and pad_rank; docs/export.md says what they do.
+    Settings are of --form peft: max_rank, factor_dtype, shared, carry and pad_rank; docs/export.md says what they do; carry=all takes embeddings,
+    norms and heads along, which only PEFT reads.
 
     \b
     Examples:
       didi export merged adapters --form peft
       didi export merged adapters --form peft -s max_rank=16 -s factor_dtype=bfloat16
-      didi export merged adapters --form peft -s carry=all    embeddings, norms and heads too, for PEFT
+      didi export merged adapters --form peft -s carry=all
       didi export merged models --form plain --task mnist
     """
     from ..export import export as write

@@ -27,8 +27,8 @@ def export(
 ) -> None:
     """Write a merged model in the form of other libraries, an entry per task, held against the model before it appears.
 
-    Settings are of --form peft: max_rank, factor_dtype, shared, carry and pad_rank; docs/export.md says what they do; carry=all takes embeddings,
-    norms and heads along, which only PEFT reads.
+    Settings are of --form peft: max_rank, factor_dtype, shared, carry and pad_rank; docs/export.md says what they do. With
+    carry=all, embeddings, norms and heads come along, which only PEFT reads.
 
     \b
     Examples:

@@ -1,7 +1,9 @@
 """What a machine does per second, of each kind and size of work that ``benchmarks.counting`` counts.
 
-python -m benchmarks.cost_rates               # of one thread of this machine, as JSON
-python -m benchmarks.cost_rates --threads 2   # by the clock of the wall
+    python -m benchmarks.cost_rates               # of one thread of this machine, as JSON
+    python -m benchmarks.cost_rates --threads 2   # by the clock of the wall
+
+Each is the least of several runs.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.counting import counting, sized
+from benchmarks.counting import DECOMPOSITIONS, counting, sized
 from benchmarks.floor import Machine
 from fusion_bench_didi.quantization.entropy import encode_runs, frequencies
 
@@ -36,7 +38,7 @@ KINDS = {
     "product": "products",
     "fresh": "elementwise",
     "pass": "elementwise",
-    **dict.fromkeys(("eigh", "inv", "svd", "qr", "cholesky"), "decompositions"),
+    **dict.fromkeys(DECOMPOSITIONS.values(), "decompositions"),
 }
 
 
@@ -160,8 +162,8 @@ def _by_size(least: Callable[[Callable[[], object]], float]) -> dict[str, float]
         s = round((2 * 4**size) ** 0.5)
         tall = torch.randn(s, s)
         square = tall @ tall.mT + s * torch.eye(s)
-        for kind, function in _DECOMPOSED.items():
-            took = least(lambda: function(square)) - alone
+        for kind in DECOMPOSITIONS.values():
+            took = least(lambda: getattr(torch.linalg, kind)(square)) - alone
             rates[sized(kind, s * s)] = s**3 / max(took, 1e-7)
     for size in TENSORS:
         numbers = 2 * 4**size
@@ -174,13 +176,6 @@ def _by_size(least: Callable[[Callable[[], object]], float]) -> dict[str, float]
     return rates
 
 
-_DECOMPOSED: dict[str, Callable[[Tensor], object]] = {
-    "eigh": torch.linalg.eigh,
-    "inv": torch.linalg.inv,
-    "svd": torch.linalg.svd,
-    "qr": torch.linalg.qr,
-    "cholesky": torch.linalg.cholesky,
-}
 #: What a merge does most of, by the number of numbers: with a result of as many, and without.
 _ELEMENTWISE: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], object], ...]] = {
     "fresh": (

@@ -245,7 +245,8 @@ class AdapterSource(TensorSource):
         if not embedding and {*keys} != {"A", "B"}:
             alone = len(keys) == 1
             self.faults[name] = (
-                f"{', '.join(keys.values())} {'stands' if alone else 'stand'} alone, expected lora_A.weight and lora_B.weight"
+                f"{', '.join(keys.values())} {'stands' if alone else 'stand'} alone, expected lora_A.weight and lora_B.weight, or "
+                "lora_embedding_A and lora_embedding_B"
             )
             return
         down, up = (keys[half] for half in sorted(keys))

@@ -112,7 +112,8 @@ def whole_directory(
 ) -> Iterator[Path]:
     """A directory to write into that takes its name only when the block ends well.
 
-    While the block runs no other run may write to the target. What dead runs left beside it is removed.
+    While the block runs no other run may write to the target. What dead runs left beside it is removed; files that someone put
+    into a directory that is replaced stay in it.
 
     Args:
         kind: of directory; the block has to write its mark.
@@ -223,6 +224,7 @@ def _put(beside: Path, place: Path, overwrite: bool, kind: Kind) -> None:
     try:
         if os.path.lexists(place):
             check_target(place, overwrite=overwrite, probe=False, kind=kind)
+            _keep_notes(place, beside, kind)
             exchange(beside, place)
         else:
             rename_new(beside, place)
@@ -232,6 +234,22 @@ def _put(beside: Path, place: Path, overwrite: bool, kind: Kind) -> None:
         raise FileExistsError(
             f"{place} was changed by something else while this was written; what was written is in {kept}. ({error})"
         ) from error
+
+
+def _keep_notes(place: Path, beside: Path, kind: Kind) -> None:
+    """Files that someone put beside a saved model stay when it is replaced."""
+    for inside in kind.notes(place):
+        target = beside / inside
+        if os.path.lexists(target):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(place / inside, target, follow_symlinks=False)
+        except OSError:  # a file system without links
+            shutil.copy2(place / inside, target, follow_symlinks=False)
+            if not target.is_symlink():
+                sync(target)
+        sync(target.parent)
 
 
 def _busy(target: str | Path) -> DiDiError:

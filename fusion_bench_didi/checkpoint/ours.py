@@ -11,6 +11,10 @@ from .fields import read_object
 CONFIG = "config.json"
 #: Under this key a manifest says who wrote it.
 MARK = "fusion-bench-didi"
+#: The manifest of a module of MERGE's library, which lies within a saved model too.
+MODULE = "module.json"
+#: What the hub's client leaves in a directory, and the end of the name of an index of shards.
+_HUB, _INDEX = ".cache", ".index.json"
 #: Weights and directories of a saved model, and of the hub's client beside it.
 _PARTS = re.compile(
     r"(model|router)[-\w]*\.safetensors|backbone|experts|modules|\.cache"
@@ -50,11 +54,24 @@ class Kind:
 
     Args:
         mark: the file in it that says so.
-        others: what is held in such a directory that is no part of it.
+        others: what is held in such a directory that is no part of it and could not be had again.
+        written: names of files in it, beside weights and their index, that are written with it; the mark is one.
     """
 
     mark: str
     others: Callable[[Path], list[str]]
+    written: frozenset[str]
+
+    def notes(self, directory: Path) -> Iterator[Path]:
+        """Files beside what is written, which someone else put there: paths within the directory."""
+        for file in sorted(directory.rglob("*")):
+            inside, name = file.relative_to(directory), file.name
+            weights = file.suffix in _WEIGHTS or name.endswith(_INDEX)
+            known = name in self.written or name == self.mark or weights
+            if not (known or inside.parts[0] == _HUB) and (
+                file.is_symlink() or file.is_file()
+            ):
+                yield inside
 
 
-SAVED = Kind(CONFIG, others)
+SAVED = Kind(CONFIG, others, frozenset(("README.md", MODULE)))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..checkpoint.deltas import versions, write_manifest
 from ..checkpoint.directory import check_target, whole_directory
 from ..checkpoint.fields import read_object
-from ..checkpoint.ours import Kind, held_by
+from ..checkpoint.ours import CONFIG, Kind, held_by
 from ..errors import DiDiError, UnknownTaskError
 from ..models.dynamic import DynamicModel
+from ..task_vectors.lora_config import CONFIG as ADAPTER
 from .report import ExportReport
 
 #: The file that says what an exported directory holds.
@@ -154,7 +155,7 @@ def _others(directory: Path) -> list[str]:
 
 
 #: A directory with an export.
-EXPORT = Kind(MANIFEST, _others)
+EXPORT = Kind(MANIFEST, _others, frozenset((CONFIG, ADAPTER, "README.md", *COMPANIONS)))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..checkpoint.deltas import read_deltas, read_manifest, write_manifest
 from ..checkpoint.directory import sweep, whole_directory
 from ..checkpoint.fields import Field, inside
+from ..checkpoint.ours import MODULE
 from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..errors import CheckpointMismatchError
@@ -27,7 +28,6 @@ from .low_rank import SVDCache
 from .operators import OperatorSettings, combine
 from .recent import Recent
 
-MODULE = "module.json"
 _REMAINS = re.compile(
     r"(model|shard)[-\w]*\.safetensors(\.index\.json(\.tmp)?)?|module\.json\.tmp"
 )

@@ -190,7 +190,38 @@ def test_existing_directory_is_refused_and_can_be_overwritten(
     again = DiDiModel.from_pretrained(saved, backbone=tiny_clip.base)
     assert again.storage == less.storage
     assert listing(tmp_path) == ["merged"]
-    assert "mine.txt" not in listing(saved)
+    assert (saved / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_someone_put_beside_a_model_stays_when_it_is_replaced(
+    model, saved, monkeypatch, links
+):
+    """And nothing of the old model does, nor what the hub's client left."""
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    kept = {"results.json", ".gitattributes", "experts/notes.md"}
+    for name in kept:
+        (saved / name).parent.mkdir(exist_ok=True)
+        (saved / name).write_text(name)
+    (saved / ".gitattributes").chmod(0o600)
+    (saved / "latest").symlink_to("nowhere")
+    ours = ("model.safetensors.index.json", "README.md", ".cache/hub/x.json")
+    for name in ours:
+        (saved / name).parent.mkdir(parents=True, exist_ok=True)
+        (saved / name).write_text("old")
+    model.save_pretrained(saved, overwrite=True)
+    assert all((saved / name).read_text() == name for name in kept)
+    assert (saved / ".gitattributes").stat().st_mode & 0o777 == 0o600
+    assert os.readlink(saved / "latest") == "nowhere"
+    assert (saved / "README.md").read_text() != "old"
+    assert not (saved / ours[0]).exists() and not (saved / ".cache").exists()
+    model.save_pretrained(saved, overwrite=True)  # as often as one likes
+    assert all((saved / name).read_text() == name for name in kept)
+
+
+def refuse(*_, **__):
+    raise OSError("no links here")
 
 
 class Interrupted(BaseException):

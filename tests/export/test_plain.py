@@ -116,6 +116,20 @@ def test_what_lies_within_an_export_is_not_lost(tmp_path, form, monkeypatch):
         shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_notes_beside_an_export_stay(tmp_path, form):
+    """Of the old export nothing does: no tokenizer of a base model that has none any more."""
+    model, out = didi(family(llama()), budget=0.5), tmp_path / "out"
+    FORMS[form](model, out)
+    notes = ["notes.md", "scores.csv"] + ["svhn/eval.json"] * (form != "patch")
+    for name in notes:
+        (out / name).write_text(name)
+    (out / "tokenizer.json").write_text("old")
+    FORMS[form](model, out, overwrite=True)
+    assert all((out / name).read_text() == name for name in notes)
+    assert not (out / "tokenizer.json").exists()
+
+
 def never(*_, **__):
     raise AssertionError("the merged model was read")
 

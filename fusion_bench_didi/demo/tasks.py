@@ -16,6 +16,7 @@ from numpy.random import Generator
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ..errors import SettingsError
 from ..options import Split
 from . import painters, scenes
 from .drawing import SIDE
@@ -107,7 +108,7 @@ def _handwritten(sizes: Mapping[Split, int], seed: int) -> dict[Split, Pictures]
     order = rng_for(seed, "wild", "digits").permutation(len(digits.target))
     shares = np.cumsum([0, *sizes.values()])
     if shares[-1] > len(order):
-        raise ValueError(
+        raise SettingsError(
             f"digits: {shares[-1]} pictures asked for, scikit-learn has {len(order)}. "
             "Ask for fewer in the sizes of the suite."
         )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownTaskError
+from ..errors import DiDiError, UnknownTaskError
 from ..options import Fraction, Positive, checked
 from ..serving.forward import MixedForward
 from .heads import HEADS, fit_head
@@ -127,7 +127,10 @@ class Router(nn.Module):
         if self.head == "none":
             return self.plain_scores(features)
         if "head_mean" not in self._buffers:
-            raise RuntimeError(f"The head of this {self.kind} router was never fitted.")
+            raise DiDiError(
+                f"The head of this {self.kind} router was never fitted. Fit it to inputs of every task "
+                "(method.routed.fit_router_to, or method=didi/routed of the host), or take one that needs no data: subspace."
+            )
         return HEADS[self.head].scores(features, self._head_tensors())
 
     def forward(self, features: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingsError, some
 from .base import RoutedModel
 
 
@@ -79,14 +80,16 @@ def record(
         for handle in handles:
             handle.remove()
     missing = (set(inputs_of) | set(outputs_of)) - set(found)
-    raise ValueError(f"The backbone's forward does not call {sorted(missing)}.")
+    raise SettingsError(
+        f"The backbone's forward does not call {sorted(missing)}. Give layers that it calls."
+    )
 
 
 def blocks(backbone: nn.Module) -> list[str]:
     """Names of the modules of the longest ``nn.ModuleList``: the blocks of a transformer.
 
     Raises:
-        ValueError: if there is none.
+        SettingsError: if there is none.
     """
     lists = [
         (name, module)
@@ -94,7 +97,7 @@ def blocks(backbone: nn.Module) -> list[str]:
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
     ]
     if not lists:
-        raise ValueError(
+        raise SettingsError(
             f"{type(backbone).__name__} has no list of blocks; give the names of layers."
         )
     name, longest = max(lists, key=lambda pair: len(pair[1]))
@@ -105,7 +108,7 @@ def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
     """Module names from positions among the :func:`blocks`, names, or patterns of names.
 
     Raises:
-        ValueError: for one that matches nothing.
+        SettingsError: for one that matches nothing.
     """
     names = [name for name, _ in backbone.named_modules()]
     found: list[str] = []
@@ -113,12 +116,16 @@ def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
         if isinstance(layer, int):
             chain = blocks(backbone)
             if not -len(chain) <= layer < len(chain):
-                raise ValueError(f"There is no block {layer}; there are {len(chain)}.")
+                raise SettingsError(
+                    f"There is no block {layer}; there are {len(chain)}, counted from 0."
+                )
             found.append(chain[layer])
         else:
             matches = [name for name in names if fnmatch(name, layer)]
             if not matches:
-                raise ValueError(f"No layer is called {layer!r}.")
+                raise SettingsError(
+                    f"No layer is called {layer!r}; there are {some(names)}."
+                )
             found.extend(matches)
     return list(dict.fromkeys(found))
 

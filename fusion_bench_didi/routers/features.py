@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import DiDiError
 from ..options import checked
 from .base import RoutedModel, Router
 from .capture import layer_names, pooled, record
@@ -62,8 +63,8 @@ class OracleRouter(Router):
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         if getattr(self, "told", None) is None:
-            raise RuntimeError(
-                "An oracle router must be told the tasks of every batch."
+            raise DiDiError(
+                "An oracle router must be told the tasks of every batch: router.tell(task_ids)."
             )
         told, self.told = self.told, None
         return torch.eye(len(self.tasks), device=told.device)[told]

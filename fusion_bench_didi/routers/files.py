@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint.fields import Field
 from ..checkpoint.ours import CONFIG
 from ..checkpoint.tensors import open_tensors
-from ..errors import CheckpointMismatchError
+from ..errors import CheckpointMismatchError, SettingsError
 from ..files import file_digest
 from .base import Router
 from .features import FeatureRouter, OracleRouter
@@ -37,14 +37,14 @@ def make_router(kind: RouterName, tasks: list[str], **options: Any) -> Router | 
     """A router by name; None for ``none``.
 
     Raises:
-        ValueError: for an unknown name.
+        SettingsError: for an unknown name.
     """
     kind = ALIASES.get(kind, kind)
     if kind == "none":
         return None
     if kind not in ROUTERS:
         names = ", ".join(("none", *sorted({*ROUTERS, *ALIASES})))
-        raise ValueError(f"router={kind!r}; choose one of {names}.")
+        raise SettingsError(f"router={kind!r}; choose one of {names}.")
     return ROUTERS[kind](tasks, **options)
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import SettingsError
+
 
 class Head(Protocol):
     @staticmethod
@@ -119,5 +121,7 @@ def fit_head(
         labels: (N,) task positions; every task needs a sample.
     """
     if head == "none":
-        raise ValueError("A router without a head has nothing to fit.")
+        raise SettingsError(
+            "A router without a head has nothing to fit. Give it one: mlp or discriminant."
+        )
     return HEADS[head].fit(features.float(), labels, **options)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import SettingsError
 from ..lowrank.svd import spectrum
 from ..options import PositiveCount, checked
 from ..serving.layers import apart, patches
@@ -120,7 +121,7 @@ class ProjectionRouter(Router):
             and _comparable(model, f"{name}.weight")
         ]
         if not names:
-            raise ValueError(
+            raise SettingsError(
                 f"layers={self.layers} names no linear layer that the tasks change, and have of one shape."
             )
         return names

@@ -11,7 +11,7 @@ from fusion_bench.modelpool import BaseModelPool
 from helpers import QUICK, TOWER, OpenClipLike, didi, family, tower_of
 from transformers import GPT2Config, GPT2Model
 
-from fusion_bench_didi.errors import ModelPoolError, UnknownTaskError
+from fusion_bench_didi.errors import DiDiError, ModelPoolError, UnknownTaskError
 from fusion_bench_didi.method.baselines.emr import EMRMerging
 from fusion_bench_didi.method.baselines.twin import TwinMerging
 from fusion_bench_didi.method.didi import DiDiMerging
@@ -246,12 +246,23 @@ def test_router_of_other_tasks_is_refused(merged):
 
 
 def test_unknown_names_are_refused(merged):
-    with pytest.raises(ValueError, match="router='guess'"):
+    with pytest.raises(DiDiError, match="router='guess'.*choose one of"):
         make_router("guess", merged.tasks)
-    with pytest.raises(ValueError, match="head='tree'"):
+    with pytest.raises(DiDiError, match="head='tree'"):
         make_router("projection", merged.tasks, head="tree")
-    with pytest.raises(ValueError, match="no block 9|No layer|There is"):
+    with pytest.raises(DiDiError, match="no block 9; there are 2"):
         merged.attach_router(make_router("mlp", merged.tasks, layers=[9]))
+    with pytest.raises(DiDiError, match="No layer is called 'encoder'; there are"):
+        merged.attach_router(
+            make_router("projection", merged.tasks, layers=["encoder"])
+        )
+
+
+@pytest.mark.parametrize("kind, way", [("mlp", "fit_router_to"), ("oracle", "tell")])
+def test_a_router_that_lacks_something_says_what(merged, kind, way):
+    merged.attach_router(make_router(kind, merged.tasks))
+    with pytest.raises(DiDiError, match=way):
+        merged(images(3))
 
 
 # --- the method ---------------------------------------------------------------------

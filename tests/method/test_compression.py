@@ -7,9 +7,12 @@ import pytest
 import torch
 from helpers import tower_of
 from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.pytorch_utils import Conv1D
 
 from fusion_bench_didi import method as methods
 from fusion_bench_didi.errors import SettingsError
+from fusion_bench_didi.method.baselines import compression
 from fusion_bench_didi.method.baselines.compression import DeltaCompression
 from fusion_bench_didi.models.dynamic import DynamicModel
 
@@ -76,6 +79,28 @@ def gaussian(*shape: int) -> torch.Tensor:
 
 
 # --- BitDelta ---------------------------------------------------------------------------------------------------------
+
+
+SMALL = {
+    "bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1},
+    "bert": {"hidden_size": 12, "num_hidden_layers": 1},
+    "gpt2": {"n_embd": 12, "n_layer": 1},
+    "llama": {"hidden_size": 32, "num_hidden_layers": 1},
+    "opt": {"hidden_size": 12, "num_hidden_layers": 1},
+    "t5": {"d_model": 8, "num_layers": 1},
+    "vit": {"hidden_size": 12, "num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_linear_layers_are_told_from_embeddings_by_their_names(kind):
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(kind, **SMALL[kind]))
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
+            linear = not isinstance(module, nn.Embedding)
+            found = compression.is_linear(f"{name}.weight", module.weight.shape)
+            assert found == linear or min(module.weight.shape) == 1, name
 
 
 @pytest.mark.parametrize("others", ["checkpoint", "bfloat16", "pretrained"])

@@ -1,5 +1,6 @@
 """What methods have in common that write every task vector down by itself, in fewer bits (delta compression)."""
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -25,9 +26,15 @@ Others = Literal["checkpoint", "bfloat16", "pretrained"]
 Dropped = Annotated[float, Field(ge=0, lt=1)]
 
 
+#: Names of embeddings; some of GPT-2, T5 and BART do not say so.
+_EMBEDDINGS = re.compile(
+    r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias)\.weight$"
+)
+
+
 def is_linear(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor is the weight of a linear layer, by its name and sides; embeddings are none."""
-    return len(shape) == 2 and min(shape) > 1 and "embed" not in name
+    return len(shape) == 2 and min(shape) > 1 and not _EMBEDDINGS.search(name)
 
 
 class DeltaCompression(DynamicMethod):

@@ -159,27 +159,56 @@ class DynamicModel(ModulatedModel):
             names.update(dict.fromkeys(expert.deltas))
         return list(names)
 
+    def add_modulator(self, task_name: str, modulator: TaskExpert) -> None:
+        """Hold one more task.
+
+        Raises:
+            ValueError: if it is held already.
+            DiDiError: if a router is attached, which knows only the tasks there were.
+        """
+        self._check_unrouted()
+        super().add_modulator(task_name, modulator)
+        self._mixed, self._mixed_state = {}, None
+
     def remove_modulator(self, task_name: str) -> None:
-        """Forget a task; if it is the current one the base weights come back first."""
+        """Forget a task; if it is the current one the base weights come back first.
+
+        Raises:
+            DiDiError: if a router is attached, which could find it.
+        """
         self._known(task_name)
+        self._check_unrouted()
         if self._current_task == task_name:
             self.modulators[task_name].remove(self)
         before = set(self.touched)
         del self.modulators[task_name]
         for name in before - set(self.touched):
             self._weights.forget(name)
+        self._mixed, self._mixed_state = {}, None
+
+    def _check_unrouted(self) -> None:
+        if self.router is not None:
+            raise DiDiError(
+                f"A {self.router.kind} router of the tasks {self.tasks} is attached. Take it off first, attach_router(None), and "
+                "attach one of the tasks there are then."
+            )
 
     def hold(
         self,
         shared: Mapping[str, Delta],
         experts: Mapping[str, Mapping[str, Delta]],
     ) -> None:
-        """Hold other deltas than before; no task is set then."""
+        """Hold other deltas than before; no task is set then.
+
+        Raises:
+            DiDiError: if a router is attached, which may have looked at those before.
+        """
+        self._check_unrouted()
         self.unset_task()
         before = set(self.touched)
         self.shared, self.modulators = NamedModules(shared), NamedModules()
         for task, deltas in experts.items():
-            self.add_modulator(task, TaskExpert(deltas))
+            self.modulators[task] = TaskExpert(deltas)
         device = next(self.backbone.parameters()).device
         self.shared.to(device)
         self.modulators.to(device)
@@ -196,7 +225,12 @@ class DynamicModel(ModulatedModel):
         self._known(task_name)
         if self._current_task == task_name:
             return
-        self.modulators[task_name].apply(self)
+        self._current_task, self._has_task = None, False
+        try:
+            self.modulators[task_name].apply(self)
+        except BaseException:  # some tensors would be of one task, some of another
+            self.restore()
+            raise
         self._current_task, self._has_task = task_name, True
 
     def unset_task(self) -> None:
@@ -215,7 +249,8 @@ class DynamicModel(ModulatedModel):
 
         Args:
             task_ids: one per sample (B,), positions in :attr:`tasks` or names; their number, or None, is the shared model.
-            task_weights: (B, T) soft weights over :attr:`tasks`; a row of zeros is the shared model.
+            task_weights: (B, T) soft weights over :attr:`tasks`; a row of zeros is the shared model, scaled as the attached router
+                has it.
 
         Raises:
             UnknownTaskError: if there is neither weights, task nor router, and for tasks that the model does not hold.
@@ -227,7 +262,8 @@ class DynamicModel(ModulatedModel):
                 raise DiDiError(
                     "torch.export of a mixed batch needs one run of such a batch before, in which it is seen how to run it."
                 )
-            return self.mixed(task_ids, task_weights, args, kwargs)
+            forward = self.mixed_for(task_weights)
+            return forward(task_ids, task_weights, args, kwargs)
         if self._has_task:
             return self.run_alone(self.backbone, *args, **kwargs)
         if self.router is not None:
@@ -251,8 +287,12 @@ class DynamicModel(ModulatedModel):
 
     @property
     def mixed(self) -> MixedForward:
-        """The forward for batches of several tasks."""
+        """The forward for batches of several tasks by weights, as a router gives them, which may scale the shared part."""
         return self.mixed_at(1.0 if self.router is None else self.router.shared_scale)
+
+    def mixed_for(self, task_weights: Any) -> MixedForward:
+        """:attr:`mixed` for weights; for None, that is for tasks which are named, all of the shared part whatever the router does."""
+        return self.mixed_at(1.0) if task_weights is None else self.mixed
 
     def mixed_at(self, shared_scale: float) -> MixedForward:
         """:attr:`mixed` with the shared part scaled; made at first use, again if the model was moved or its tasks are others."""

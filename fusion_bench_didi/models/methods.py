@@ -3,7 +3,6 @@
 Attributes of the backbone are the merged model's too. What runs the network must not do so as the base model unasked.
 """
 
-import copy
 import functools
 import types
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from ..routers.base import RoutedModel, Router
 from ..serving.forward import MixedForward
 from ..serving.forward_only import forward_only
 from ..serving.generation import GENERATE, generate, generation_of, prompt_of
+from ..serving.shadow import shallow
 
 #: Where classes come from whose methods look at a model, or prepare it, and do not run it.
 _LOOKING = (
@@ -38,6 +38,8 @@ _CHANGING = (
     "gradient_checkpointing_enable",
     "gradient_checkpointing_disable",
     "set_attn_implementation",
+    "set_input_embeddings",
+    "set_output_embeddings",
 )
 
 
@@ -51,6 +53,8 @@ class Called(RoutedModel, Protocol):
 
     @property
     def mixed(self) -> MixedForward: ...
+
+    def mixed_for(self, task_weights: Any) -> MixedForward: ...
 
     def run_alone(
         self, function: Callable[..., Any], *args: Any, **kwargs: Any
@@ -116,7 +120,7 @@ def _guarded(model: Called, module: nn.Module) -> nn.Module:
         if model.current_task is None:
             raise no_task(model)
 
-    twin = copy.copy(module)
+    twin = shallow(module)
     twin._forward_pre_hooks = OrderedDict(module._forward_pre_hooks)
     twin.register_forward_pre_hook(refuse, prepend=True)
     return twin
@@ -149,7 +153,7 @@ def _mixed(
     task_ids: Any,
     task_weights: Any,
 ) -> Any:
-    forward = model.mixed
+    forward = model.mixed_for(task_weights)
     call = forward.call(args, kwargs, name)
     return forward.run(forward.mix(task_ids, task_weights, call), call)
 
@@ -158,7 +162,7 @@ def _mixed(
 def _generated(
     model: Called, args: tuple, kwargs: dict, task_ids: Any, task_weights: Any
 ) -> Any:
-    forward = model.mixed
+    forward = model.mixed_for(task_weights)
     call = generation_of(forward, args, kwargs)
     return generate(forward, forward.mix(task_ids, task_weights, call), call)
 

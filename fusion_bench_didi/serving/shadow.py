@@ -18,6 +18,13 @@ from .copies import rebind
 Change = Callable[[nn.Module], None]
 
 
+def shallow(module: nn.Module) -> nn.Module:
+    """A module over the same attributes, as ``copy.copy`` makes it, which parametrized modules refuse."""
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    return twin
+
+
 def shadowed(module: nn.Module, changes: Mapping[nn.Module, Change]) -> nn.Module:
     """A copy that shares parameters, hooks and configurations; copies of the modules in ``changes`` are changed."""
     made: dict[nn.Module, nn.Module] = {}
@@ -30,9 +37,7 @@ def shadowed(module: nn.Module, changes: Mapping[nn.Module, Change]) -> nn.Modul
 
     def twin_of(module: nn.Module) -> nn.Module:
         if module not in made:
-            # as copy.copy, which parametrized modules refuse
-            twin = made[module] = type(module).__new__(type(module))
-            twin.__dict__.update(module.__dict__)
+            twin = made[module] = shallow(module)
             children = module._modules.items()
             twin._modules = {name: child and twin_of(child) for name, child in children}
             twin._parameters = dict(module._parameters)

@@ -10,10 +10,11 @@ from fusion_bench.method import (
     TiesMergingAlgorithm,
 )
 from fusion_bench.modelpool import BaseModelPool
-from helpers import QUICK
+from helpers import QUICK, didi
 
 from fusion_bench_didi.method.se_merging import SEMerging
 from fusion_bench_didi.models.dynamic import DynamicModel
+from fusion_bench_didi.routers.files import make_router
 from fusion_bench_didi.routers.representation import distance, normalized
 from fusion_bench_didi.serving.mixtures import ByWeight
 
@@ -98,6 +99,24 @@ def test_even_coefficients_give_the_static_base(tiny_clip):
             expected = base.run(pool).eval()(images()).pooler_output
         found = model(images()).pooler_output
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["ids", "names"])
+def test_tasks_that_are_named_are_theirs_whatever_the_router_scales(tiny_clip, how):
+    options = {"shared": "mean", "factor_dtype": "float32", "residual": "full"}
+    model = didi(tiny_clip.pool_models(), budget=0.9, **options).eval()
+    assert len(model.shared), "nothing is shared that could be scaled"
+    pixels, tasks = images()[:3], [2, 0, 1]
+    given = tasks if how == "ids" else [model.tasks[t] for t in tasks]
+    expected = model(pixels, task_ids=given).pooler_output
+    router = make_router("representation", model.tasks, total_mass=0.5, hard=False)
+    model.attach_router(router)
+    found = model(pixels, task_ids=given).pooler_output
+    torch.testing.assert_close(found, expected)
+    weights = router.route(model, pixels)
+    routed = model(pixels).pooler_output
+    torch.testing.assert_close(routed, model(pixels, task_weights=weights).pooler_output)  # fmt: skip
+    assert not torch.allclose(routed, expected)
 
 
 def test_storage_is_one_backbone_and_the_task_vectors(tiny_clip):

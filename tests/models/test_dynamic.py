@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
-from fusion_bench_didi.errors import UnknownTaskError
+from fusion_bench_didi.errors import DiDiError, UnknownTaskError
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.models.experts import NamedModules, TaskExpert
 
@@ -110,6 +110,69 @@ def test_a_task_can_be_added_and_removed(model):
     assert model.current_task is None and model.storage.excl_bits == bits
     for task in model.tasks:
         assert same_bits(before[task], floats(model.materialize(task)))
+
+
+@pytest.mark.parametrize("before", [None, "mnist"])
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_switch_that_is_cut_off_leaves_the_base_model(
+    model, monkeypatch, before, after
+):
+    """Some tensors would be of one task and some of another, under the name of the first."""
+    base = floats(model.backbone)
+    model.set_task("svhn")
+    expected = floats(model.backbone)
+    model.unset_task()
+    if before:
+        model.set_task(before)
+    write, written = type(model).write, []
+
+    def cut_off(self, name, value):
+        if len(written) == after:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(self, name, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(model), "write", cut_off)
+        model.set_task("svhn")
+    assert model.current_task is None and same_bits(base, floats(model.backbone))
+    with pytest.raises(UnknownTaskError, match="No task is set"):
+        model(IMAGES)
+    model.set_task("svhn")
+    assert same_bits(expected, floats(model.backbone))
+
+
+def test_another_expert_under_the_same_name_is_served(model):
+    """Mixed batches, which are made for the tasks that there were, are of the tasks that there are."""
+    name, last = f"{TOWER}encoder.layers.0.mlp.fc1.weight", model.tasks[-1]
+    before = model.eval()(IMAGES, task_ids=[last, last]).pooler_output
+    model.remove_modulator(last)
+    delta = LowRankDelta((64, 32), torch.ones(64, 1), torch.ones(1, 32))
+    model.add_modulator(last, TaskExpert({name: delta}))
+    found = model(IMAGES, task_ids=[last, last]).pooler_output
+    assert not found.equal(before)
+    expected = model.materialize(last).eval()(IMAGES).pooler_output
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["projection", "representation", "mlp"])
+def test_tasks_do_not_come_and_go_under_a_router(model, kind):
+    """It would not know them: what was saved could not be loaded."""
+    model.attach_router(kind)
+    experts = {
+        task: dict(model.modulators[task].deltas.items()) for task in model.tasks
+    }
+    for change in (
+        lambda: model.add_modulator("extra", TaskExpert({})),
+        lambda: model.remove_modulator("mnist"),
+        lambda: model.hold({}, experts),
+    ):
+        with pytest.raises(
+            DiDiError, match=r"router of the tasks.*attach_router\(None\)"
+        ):
+            change()
+    assert model.tasks == model.router.tasks
+    model.attach_router(None).remove_modulator("mnist")
 
 
 def test_a_tensor_that_only_a_removed_task_changed_is_the_base_again(tiny_clip):

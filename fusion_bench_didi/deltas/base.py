@@ -60,7 +60,7 @@ class Delta(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Parts move with the model and keep their types: ``half()`` is of the backbone, and a scale of 1e-9 is 0 in float16."""
-        return super()._apply(lambda part: _moved(part, fn), recurse)
+        return super()._apply(lambda part: keeping_type(part, fn), recurse)
 
     def own(self) -> Tensor:
         """The change in float32, of shape ``self.shape``, that it stands for by itself."""
@@ -155,7 +155,7 @@ class Delta(nn.Module):
         return f"shape={self.shape}, bits={self.bits}"
 
 
-def _moved(part: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+def keeping_type(part: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """A tensor where a function puts it, which is shown bytes: casts are of floating types."""
     raw = part.reshape(-1).view(torch.uint8)
     found = fn(raw)

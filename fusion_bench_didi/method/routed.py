@@ -88,8 +88,8 @@ class RoutedMethod(PoolMethod):
         options = dict(self.router_options or {})
         if self.head is not None:
             options["head"] = self.head
-        if self.router == "oracle":
-            return None  # the task is set from outside, as without a router
+        if self.router in ("oracle", "none"):
+            return None  # the task is set from outside
         return make_router(
             self.router,
             list(tasks),
@@ -194,4 +194,5 @@ def fit_router_to(
     ]
     counts = torch.tensor([len(part) for part in features])
     labels = torch.arange(len(features)).repeat_interleave(counts).to(device)
-    router.fit(torch.cat(features), labels, seed=seed)
+    options = {"seed": seed} if router.head == "mlp" else {}
+    router.fit(torch.cat(features), labels, **options)

@@ -6,12 +6,13 @@ Scores come from the features alone (training-free), or from a small head fitted
 task is known (:mod:`.heads`). What a router stores are its buffers; they are written with the model and counted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..deltas.base import keeping_type
 from ..errors import DiDiError, UnknownTaskError
 from ..options import Fraction, Positive, checked
 from ..serving.forward import MixedForward
@@ -154,7 +155,16 @@ class Router(nn.Module):
         return weights
 
     def fit(self, features: Tensor, labels: Tensor, **options: Any) -> "Router":
-        """Fit the head to features (N, F) of samples whose tasks (N,) are known."""
+        """Fit the head to features (N, F) of samples whose tasks (N,) are known.
+
+        Raises:
+            DiDiError: naming tasks of which there is no sample.
+        """
+        counts = torch.bincount(labels, minlength=len(self.tasks)).tolist()
+        if missing := [task for task, n in zip(self.tasks, counts) if not n]:
+            raise DiDiError(
+                f"There is no sample of {missing}, which a head could not know then. Give some of every task."
+            )
         for name, value in fit_head(self.head, features, labels, **options).items():
             self.register_buffer(f"head_{name}", value)
         return self
@@ -203,6 +213,10 @@ class Router(nn.Module):
             "samples": self.samples,
             "unknown_rate": self.unknown_rate,
         }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """What is stored moves with the model and keeps its type."""
+        return super()._apply(lambda part: keeping_type(part, fn), recurse)
 
     def _head_tensors(self) -> dict[str, Tensor]:
         found = self._buffers.items()

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, Literal
 
@@ -16,6 +17,19 @@ class _Done(Exception):
     """Everything asked for was seen."""
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What layers were given, or returned, in one forward.
+
+    Args:
+        states: first tensor given or returned, by module name; of feature maps the channels are last.
+        mask: of the tokens of the batch, as the forward was given it.
+    """
+
+    states: Mapping[str, Tensor]
+    mask: Tensor | None
+
+
 @torch.no_grad()
 def record(
     model: RoutedModel,
@@ -27,7 +41,7 @@ def record(
     tensors: Mapping[str, Tensor] | None = None,
     inputs_of: Sequence[str] = (),
     outputs_of: Sequence[str] = (),
-) -> dict[str, Tensor]:
+) -> Recorded:
     """Inputs and outputs of layers when all samples run under the same weights.
 
     Args:
@@ -35,9 +49,6 @@ def record(
         shared_scale: factor on the shared part.
         tensors: run the backbone with these in place of its own instead.
         inputs_of, outputs_of: module names; a module in both appears with its output.
-
-    Returns:
-        first tensor given or returned, by module name.
     """
     found: dict[str, Tensor] = {}
     wanted = len(set(inputs_of) | set(outputs_of))
@@ -52,6 +63,7 @@ def record(
 
     forward = model.mixed_at(shared_scale)
     call = forward.call(args, kwargs)
+    mask = call.given.get("attention_mask")
     rows = None if weights is None else weights.expand(call.size, -1)
     mix = forward.mix([None] * call.size if rows is None else None, rows, call)
     if tensors is None:
@@ -65,7 +77,9 @@ def record(
     for name in outputs_of:
         module = model.backbone.get_submodule(name)
         handles.append(
-            module.register_forward_hook(lambda _, a, out, n=name: keep(n, out))
+            module.register_forward_hook(
+                lambda m, a, out, n=name: keep(n, _channels_last(m, out))
+            )
         )
     try:
         if tensors is not None:
@@ -75,7 +89,7 @@ def record(
         else:
             forward.run(mix, call, watched=True)
     except _Done:
-        return found
+        return Recorded(found, mask)
     finally:
         for handle in handles:
             handle.remove()
@@ -83,6 +97,13 @@ def record(
     raise SettingsError(
         f"The backbone's forward does not call {sorted(missing)}. Give layers that it calls."
     )
+
+
+def _channels_last(module: nn.Module, output: Any) -> Tensor:
+    """A layer's first output (B, ..., n); (B, n, H, W) of one that convolves comes as (B, H W, n)."""
+    found = output if isinstance(output, Tensor) else output[0]
+    convolves = any(isinstance(inner, nn.Conv2d) for inner in module.modules())
+    return found.flatten(2).mT if found.ndim == 4 and convolves else found
 
 
 def blocks(backbone: nn.Module) -> list[str]:
@@ -110,6 +131,10 @@ def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
     Raises:
         SettingsError: for one that matches nothing.
     """
+    if not layers:
+        raise SettingsError(
+            "layers names none. Give blocks by position, or names of modules."
+        )
     names = [name for name, _ in backbone.named_modules()]
     found: list[str] = []
     for layer in layers:
@@ -140,7 +165,7 @@ def token_mask(states: Tensor, mask: Tensor | None) -> Tensor | None:
 def pooled(
     states: Tensor, how: Literal["cls", "mean", "both"], mask: Tensor | None = None
 ) -> Tensor:
-    """(B, n) from token states (B, N, n); ``both``: mean and standard deviation over tokens beside the first token.
+    """(B, n) from token states (B, N, n); ``both``: mean and standard deviation over tokens beside the first that counts.
 
     Args:
         mask: the tokens that count, (B, N).
@@ -149,8 +174,11 @@ def pooled(
         return states
     mask = token_mask(states, mask)
     states = states.flatten(1, -2)
+    first = states[:, 0]
+    if mask is not None:  # prompts are padded on the left
+        first = states[torch.arange(len(states)), mask.int().argmax(1)]
     if how == "cls":
-        return states[:, 0]
+        return first
     mean, std = states.mean(1), None
     if mask is not None:
         weights = mask[..., None].to(states)
@@ -161,4 +189,4 @@ def pooled(
     if how == "mean":
         return mean
     std = states.std(1) if std is None else std
-    return torch.cat([states[:, 0], mean, std], 1)
+    return torch.cat([first, mean, std], 1)

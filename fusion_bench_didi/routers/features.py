@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import DiDiError
 from ..options import checked
+from ..serving.requests import task_numbers
 from .base import RoutedModel, Router
 from .capture import layer_names, pooled, record
 
@@ -46,8 +47,7 @@ class FeatureRouter(Router):
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         found = record(model, args, kwargs, outputs_of=self.names)
-        mask = kwargs.get("attention_mask")
-        states = [pooled(found[name], self.pooling, mask) for name in self.names]
+        states = [pooled(found.states[n], self.pooling, found.mask) for n in self.names]
         return torch.cat(states, 1).float()
 
 
@@ -57,9 +57,9 @@ class OracleRouter(Router):
 
     kind = "oracle"
 
-    def tell(self, task_ids: Tensor) -> None:
-        """Tell the oracle the tasks of the next batch, (B,) positions in ``tasks``."""
-        self.told = task_ids
+    def tell(self, task_ids: Any) -> None:
+        """Tell the oracle the tasks of the next batch, see :func:`~.requests.task_numbers`."""
+        self.told = task_numbers(task_ids, self.tasks)
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         if getattr(self, "told", None) is None:
@@ -67,7 +67,8 @@ class OracleRouter(Router):
                 "An oracle router must be told the tasks of every batch: router.tell(task_ids)."
             )
         told, self.told = self.told, None
-        return torch.eye(len(self.tasks), device=told.device)[told]
+        count = len(self.tasks)
+        return torch.eye(count + 1, count, device=told.device)[told]
 
-    def plain_scores(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         return features

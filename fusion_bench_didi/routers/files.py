@@ -1,7 +1,7 @@
 """Routers by name, and what is written of them beside a saved model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,15 +37,35 @@ def make_router(kind: RouterName, tasks: list[str], **options: Any) -> Router | 
     """A router by name; None for ``none``.
 
     Raises:
-        SettingsError: for an unknown name.
+        SettingsError: for an unknown name, and for options that have no effect beside the others.
     """
     kind = ALIASES.get(kind, kind)
     if kind == "none":
+        if options:
+            raise SettingsError(f"{', '.join(options)}: router=none has no options.")
         return None
     if kind not in ROUTERS:
         names = ", ".join(("none", *sorted({*ROUTERS, *ALIASES})))
         raise SettingsError(f"router={kind!r}; choose one of {names}.")
-    return ROUTERS[kind](tasks, **options)
+    router = ROUTERS[kind](tasks, **options)
+    if faults := list(_without_effect(router, options)):
+        raise SettingsError("\n".join(faults))
+    return router
+
+
+def _without_effect(router: Router, options: Mapping[str, Any]) -> Iterator[str]:
+    """What was asked of a router that does nothing beside the other options."""
+    falls_back = router.fallback == "shared"
+    if router.threshold and not falls_back:
+        yield f"threshold={router.threshold} is of fallback=shared, not {router.fallback}."
+    if falls_back and not router.threshold:
+        yield "fallback=shared has no effect with threshold=0, below which no confidence is. Give a threshold."
+    if router.hard and not falls_back and options.get("temperature", 1.0) != 1.0:
+        yield f"temperature={router.temperature} has no effect on hard weights without a fallback."
+    if router.head != "none":
+        for key in ("normalization", "prefer"):
+            if key in options:
+                yield f"{key} is of distances that are compared as they are, not of head={router.head}."
 
 
 def write_router(directory: Path, router: Router) -> dict[str, Any]:

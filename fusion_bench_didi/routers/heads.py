@@ -29,7 +29,7 @@ class Discriminant:
 
     @staticmethod
     def fit(
-        features: Tensor, labels: Tensor, *, shrinkage: float = 0.1, **_
+        features: Tensor, labels: Tensor, *, shrinkage: float = 0.1
     ) -> dict[str, Tensor]:
         count = int(labels.max()) + 1
         x = features.double()
@@ -60,7 +60,6 @@ class MLP:
         epochs: int = 30,
         lr: float = 1e-3,
         seed: int = 0,
-        **_,
     ) -> dict[str, Tensor]:
         count = int(labels.max()) + 1
         with torch.random.fork_rng(devices=[]), torch.enable_grad():

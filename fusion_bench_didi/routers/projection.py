@@ -88,9 +88,10 @@ class ProjectionRouter(Router):
         found = record(model, args, kwargs, inputs_of=self.names)
         parts = []
         for i, name in enumerate(self.names):
-            x = rows_of(model.backbone.get_submodule(name), found[name])
+            given = found.states[name]
+            x = rows_of(model.backbone.get_submodule(name), given)
             basis = self._buffers[f"basis_{i}"].to(x)
-            mask = token_mask(found[name], kwargs.get("attention_mask"))
+            mask = token_mask(given, found.mask)
             parts.append(responses(x, basis, mask))
         return torch.cat(parts, 1)
 

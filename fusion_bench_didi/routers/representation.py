@@ -148,8 +148,7 @@ class RepresentationRouter(Router):
         found = record(
             model, args, kwargs, weights=row, outputs_of=self.names, **options
         )
-        mask = kwargs.get("attention_mask")
-        return [pooled(found[name], self.pooling, mask) for name in self.names]
+        return [pooled(found.states[n], self.pooling, found.mask) for n in self.names]
 
     def plain_scores(self, features: Tensor) -> Tensor:
         parts = features.split(len(self.tasks), 1)

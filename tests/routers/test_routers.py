@@ -9,7 +9,14 @@ import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
 from helpers import QUICK, TOWER, OpenClipLike, didi, family, tower_of
-from transformers import GPT2Config, GPT2Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    ResNetConfig,
+    ResNetModel,
+)
 
 from fusion_bench_didi.errors import DiDiError, ModelPoolError, UnknownTaskError
 from fusion_bench_didi.method.baselines.emr import EMRMerging
@@ -18,6 +25,8 @@ from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.method.routed import RoutedMethod, fit_router_to
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.routers.base import weights_from
+from fusion_bench_didi.routers.capture import pooled
+from fusion_bench_didi.routers.features import OracleRouter
 from fusion_bench_didi.routers.files import make_router
 from fusion_bench_didi.routers.heads import HEADS
 from fusion_bench_didi.serving.banks import Serving
@@ -263,6 +272,88 @@ def test_a_router_that_lacks_something_says_what(merged, kind, way):
     merged.attach_router(make_router(kind, merged.tasks))
     with pytest.raises(DiDiError, match=way):
         merged(images(3))
+
+
+@pytest.mark.parametrize(
+    "kind, options, told",
+    [
+        ("projection", {"threshold": 0.5}, "threshold=0.5 is of fallback=shared"),
+        ("mlp", {"fallback": "shared"}, "no effect with threshold=0"),
+        ("representation", {"temperature": 0.2}, "temperature=0.2 has no effect"),
+        ("representation", {"head": "mlp", "prefer": "far"}, "prefer is of distances"),
+        ("representation", {"head": "mlp", "normalization": "none"}, "normalization"),
+        ("none", {"layers": [0]}, "layers: router=none has no options"),
+        ("mlp", {"layers": []}, "layers names none"),
+        ("representation", {"layers": []}, "layers names none"),
+    ],
+)
+def test_options_without_effect_are_refused(merged, kind, options, told):
+    with pytest.raises(DiDiError, match=told):
+        merged.attach_router(kind, **options)
+    assert merged.router is None
+
+
+def test_a_head_keeps_its_type_and_knows_every_task(merged):
+    router = make_router("mlp", merged.tasks)
+    features = torch.randn(9, 12, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(DiDiError, match="no sample of .'svhn'"):
+        router.fit(features, torch.arange(9) % 2 * 2)
+    with pytest.raises(TypeError, match="epoch"):
+        router.fit(features, torch.arange(9) % 3, epoch=5)
+    router.fit(features, torch.arange(9) % 3, epochs=1)
+    expected, bits = router.scores(features), router.bits
+    assert router.half().bits == bits and router.scores(features).equal(expected)
+    merged.attach_router(router).bfloat16()
+    assert merged.storage.routing_bits == bits
+
+
+@pytest.mark.parametrize("told", [[1, "mnist", 0], ["svhn", "mnist", None]])
+def test_an_oracle_is_told_tasks_as_a_forward_is(merged, told):
+    merged.attach_router(router := OracleRouter(merged.tasks))
+    router.tell(told)
+    found = merged(pixels := images(3)).pooler_output
+    torch.testing.assert_close(found, merged(pixels, task_ids=told).pooler_output)
+    with pytest.raises(UnknownTaskError, match="-1"):
+        router.tell([-1, 0, 0])
+
+
+@pytest.mark.parametrize("kind", ["projection", "mlp", "representation"])
+def test_padding_does_not_reach_a_router(kind):
+    """On either side, and with the mask in any place; a prompt's route is not its neighbors' business."""
+    config = BertConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)  # fmt: skip
+    models = family(BertModel(config))
+    model = didi(models, budget=0.9).eval()
+    router = make_router(kind, model.tasks)
+    model.attach_router(router)
+    ids = torch.randint(1, 50, (2, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    expected = router.features(model, ids)
+    torch.testing.assert_close(router.features(model, ids, mask), expected)
+    pads, none = torch.full((2, 3), 7), torch.zeros(2, 3, dtype=torch.long)
+    longer, seen = torch.cat([ids, pads], 1), torch.cat([mask, none], 1)
+    named = router.features(model, ids_of := longer, attention_mask=seen)
+    torch.testing.assert_close(router.features(model, ids_of, seen), named)
+    torch.testing.assert_close(named, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_token_is_the_first_that_counts():
+    states = torch.arange(24.0).view(2, 4, 3)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    first = torch.stack([states[0, 2], states[1, 0]])
+    assert pooled(states, "cls", mask).equal(first)
+    assert pooled(states, "both", mask)[:, :3].equal(first)
+    assert pooled(states, "cls").equal(states[:, 0])
+
+
+def test_channels_of_feature_maps_are_what_is_pooled():
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")  # fmt: skip
+    model = didi(family(ResNetModel(config).eval()), budget=0.9).eval()
+    router = make_router("mlp", model.tasks, layers=["encoder.stages.1"], pooling="mean")  # fmt: skip
+    model.attach_router(router)
+    found = router.features(model, pixels := images(3))
+    maps = model(pixels, task_ids=[None] * 3).last_hidden_state
+    assert maps.shape[1] == 16
+    torch.testing.assert_close(found, maps.flatten(2).mean(2))
 
 
 # --- the method ---------------------------------------------------------------------

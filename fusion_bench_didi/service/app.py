@@ -28,6 +28,8 @@ from .opening import Runner
 
 #: The model's name for tasks that the router finds.
 ROUTED = "routed"
+#: That a prompt is continued by if nothing is said, as OpenAI's.
+TOKENS = 16
 Scope = MutableMapping[str, Any]
 #: So many times the bytes allowed are read, and dropped, for the caller to hear that there are too many.
 DRAINED = 8
@@ -53,10 +55,8 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
     async def answers(
         name: str, asked: list[str], row: Callable[[str | None, str], Row]
     ) -> list[Any]:
-        if len(asked) > limits.batch:
-            raise Refused(
-                400, f"{len(asked)} inputs in one request, at most {limits.batch}."
-            )
+        if len(asked) > (most := min(limits.batch, limits.queue)):
+            raise Refused(400, f"{len(asked)} inputs in one request, at most {most}.")
         if name not in names:
             raise Refused(404, f"The model {name!r} does not exist; there are {names}.")
         task = None if name == ROUTED and ROUTED not in model.tasks else name
@@ -86,14 +86,13 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
 
         @app.post("/v1/completions")
         async def completions(asked: CompletionRequest) -> dict[str, Any]:
-            if asked.max_tokens > limits.tokens:
-                raise Refused(
-                    400, f"max_tokens={asked.max_tokens}, at most {limits.tokens}."
-                )
+            tokens = asked.max_tokens or min(TOKENS, limits.tokens)
+            if tokens > limits.tokens:
+                raise Refused(400, f"max_tokens={tokens}, at most {limits.tokens}.")
             found = await answers(
                 asked.model,
                 listed(asked.prompt),
-                lambda task, text: runner.row(task, text, asked.max_tokens),
+                lambda task, text: runner.row(task, text, tokens),
             )
             return _as_completion(asked.model, found)
 
@@ -159,7 +158,7 @@ def _told(request: Request | None, error: Exception) -> JSONResponse:
         if status == 400:  # the host's, of bodies that are no text
             reason = "The body is not JSON in UTF-8."
     elif isinstance(error, DiDiError):
-        status, reason = 400, str(error)
+        status, reason = 500, str(error)
     else:
         status, reason = 500, "The batch failed; the service's log says why."
     kind = "invalid_request_error" if status < 500 else "server_error"

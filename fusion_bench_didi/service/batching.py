@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import DiDiError
 from .limits import Limits, Refused
 
 log = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ class Batcher:
         try:
             self._answer([row])
         except Exception as error:  # the caller's answer; the next batch goes on
-            if not isinstance(error, DiDiError):
+            if not isinstance(error, Refused):
                 log.exception("A batch failed.")
             row.answer.set_exception(error)
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointMismatchError
+from ..errors import CheckpointMismatchError, SettingsError
 from ..models import DynamicModel
 from .batching import Row
 from .limits import Limits, Refused
-from .tasks import tasks_of
+from .tasks import answered, tasks_of
 
 #: Formats of images that are read.
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -37,21 +37,34 @@ class Heads:
     labels: Mapping[str, list[str]]
 
     @classmethod
-    def read(cls, file: str | Path, tasks: Sequence[str]) -> "Heads":
+    def read(cls, file: str | Path, tasks: Sequence[str], width: int) -> "Heads":
         """From safetensors: a tensor (classes, width) per task; its metadata ``labels`` is JSON, names of the classes by task.
 
+        Args:
+            width: of the model's vectors.
+
         Raises:
-            CheckpointMismatchError: if a task, or the name of a class, is missing.
+            CheckpointMismatchError: if it cannot be read, a task or the name of a class is missing, or directions are of another
+                width.
         """
-        with safe_open(file, "pt") as held:
-            found = {t: held.get_tensor(t) for t in tasks if t in held.keys()}
-            labels = json.loads((held.metadata() or {}).get("labels", "{}"))
+        expected = f"expected a tensor (classes, {width}) per task, and in the metadata labels={{task: [names]}} as JSON"
+        try:
+            with safe_open(file, "pt") as held:
+                found = {t: held.get_tensor(t) for t in tasks if t in held.keys()}
+                labels = json.loads((held.metadata() or {}).get("labels", "{}"))
+            if not isinstance(labels, Mapping):
+                raise ValueError("labels is no object")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointMismatchError(
+                f"{file} cannot be read ({error}); {expected}."
+            ) from error
         for task in tasks:
-            count = len(found[task]) if task in found else None
-            if count is None or len(labels.get(task, ())) != count:
+            shape = tuple(found[task].shape) if task in found else None
+            names = labels.get(task)
+            count = len(names) if isinstance(names, list) else 0
+            if shape != (count, width):
                 raise CheckpointMismatchError(
-                    f"{file} has {count or 'no'} classes of {task!r} and names {len(labels.get(task, ()))} of them; expected a tensor "
-                    "(classes, width) per task, and in the metadata labels={task: [names]} as JSON."
+                    f"{file} has {shape or 'no tensor'} for {task!r} and names {count} classes of it; {expected}."
                 )
         return cls(found, {task: list(map(str, labels[task])) for task in tasks})
 
@@ -65,6 +78,9 @@ class Classification:
         images: what it is given.
         limits: of inputs.
         heads: None where the model has its own.
+
+    Raises:
+        SettingsError: for a router that mixes tasks whose heads are of other shapes, and a tokenizer that cannot pad.
     """
 
     def __init__(
@@ -78,6 +94,13 @@ class Classification:
     ):
         self.model, self.processor, self.limits = model, processor, limits
         self.images, self.heads = images, heads
+        if model.router is not None and not model.router.hard and self.apart:
+            raise SettingsError(
+                "The router mixes tasks (hard=false), whose heads are of other shapes. Attach one with hard=true to the model that "
+                "is served."
+            )
+        if not images:
+            _let_pad(model.backbone.config, processor)
 
     def row(self, task: str | None, content: str) -> Row:
         """One text, or one image in base64.
@@ -103,10 +126,11 @@ class Classification:
         try:
             data = base64.b64decode(content, validate=True)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > self.limits.pixels:
+                if self._as_resized(*image.size) > self.limits.pixels:
                     raise Refused(
                         400,
-                        f"An image is of {image.width} x {image.height} pixels, at most {self.limits.pixels} are read.",
+                        f"An image is of {image.width} x {image.height} pixels, at most {self.limits.pixels} are read, also once it "
+                        "is resized.",
                     )
                 pixels = image.convert("RGB")
         except Refused:
@@ -119,9 +143,19 @@ class Classification:
             ) from None
         return self.processor(pixels, return_tensors="pt")["pixel_values"][0]
 
+    def _as_resized(self, width: int, height: int) -> float:
+        """Pixels of an image as sent, or as the processor makes it by its shorter side, whichever are more."""
+        size = getattr(self.processor, "size", None) or {}
+        edge = size.get("shortest_edge") if hasattr(size, "get") else None
+        longer, shorter = max(width, height), max(min(width, height), 1)
+        return max(width * height, (edge or 0) ** 2 * longer / shorter)
+
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, float]]:
         """Probabilities by label, largest first."""
+        return answered(self.model, rows, self._classified)
+
+    def _classified(self, rows: Sequence[Row]) -> list[dict[str, float]]:
         first = next(self.model.backbone.parameters())
         if self.images:
             pixels = torch.stack([row.content for row in rows])
@@ -133,8 +167,7 @@ class Classification:
         asked = tasks_of(self.model, rows, inputs)
         tasks = asked.get("task_ids")
         if tasks is None:
-            places = asked["task_weights"].argmax(1).tolist()
-            tasks = [self.model.tasks[place] for place in places]
+            tasks = self._found(asked["task_weights"])
         if not self.apart:
             output = self.model(**inputs, **asked)
             return [
@@ -149,6 +182,19 @@ class Classification:
                 found[place] = self._told(row, task)
         return [found[place] for place in range(len(rows))]
 
+    def _found(self, weights: Tensor) -> list[str | None]:
+        """The likeliest tasks; None where the router finds none.
+
+        Raises:
+            Refused: 400, where classes are a task's own then.
+        """
+        places = torch.where((weights == 0).all(1), -1, weights.argmax(1)).tolist()
+        if self.heads is not None and -1 in places:
+            raise Refused(
+                400, "The router found no task for an input, whose classes are not known then. Name its model."  # fmt: skip
+            )
+        return [None if place < 0 else self.model.tasks[place] for place in places]
+
     @cached_property
     def apart(self) -> bool:
         """Whether tasks have heads of their own shapes, whose outputs are not one batch."""
@@ -158,9 +204,9 @@ class Classification:
         return any(name in shapes and d.shape != shapes[name] for name, d in deltas)
 
     def _rows(self, output: Any) -> Tensor:
-        return output.logits if self.heads is None else output.pooler_output
+        return output.logits if self.heads is None else _vectors(output)
 
-    def _told(self, row: Tensor, task: str) -> dict[str, float]:
+    def _told(self, row: Tensor, task: str | None) -> dict[str, float]:
         """Probabilities by label, largest first, of one row of outputs."""
         if self.heads is not None:
             directions = self.heads.directions[task].to(row.device).float()
@@ -169,6 +215,27 @@ class Classification:
         if len(names) != len(row):  # the base model's head is another one
             names = {i: f"LABEL_{i}" for i in range(len(row))}
         return _scores(row, [names[i] for i in range(len(row))])
+
+
+def _let_pad(config: Any, tokenizer: Any) -> None:
+    """Texts of several lengths are one batch: the model is told what pads them, by which some find the last token.
+
+    Raises:
+        SettingsError: if the tokenizer has no such token.
+    """
+    if tokenizer.pad_token is None:
+        raise SettingsError(
+            "The tokenizer has no pad_token, so that texts of several lengths are no batch. Name one in the tokenizer_config.json "
+            "beside the base model."
+        )
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _vectors(output: Any) -> Tensor:
+    """The vector of each image, projected where the tower projects."""
+    projected = getattr(output, "image_embeds", None)
+    return output.pooler_output if projected is None else projected
 
 
 def _scores(logits: Tensor, labels: Sequence[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ..models import DynamicModel
 from .batching import Row
 from .limits import Limits, Refused
-from .tasks import tasks_of
+from .tasks import answered, tasks_of
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,15 @@ class Language:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> list[Completion]:
+        return answered(self.model, rows, self._continued)
+
+    def _continued(self, rows: Sequence[Row]) -> list[Completion]:
         device = next(self.model.backbone.parameters()).device
         longest, pad = max(len(row.content) for row in rows), self._padding
         more = max(row.tokens for row in rows)
         if len(rows) > 1 and longest + more > self.places:
             # each has room by itself, a short prompt that goes on for long beside a long one has not
-            return [self([row])[0] for row in rows]
+            return [self._continued([row])[0] for row in rows]
         ids = [[pad] * (longest - len(r.content)) + r.content for r in rows]
         mask = [[0] * (longest - len(r.content)) + [1] * len(r.content) for r in rows]
         inputs: dict[str, Any] = {

@@ -32,7 +32,7 @@ class CompletionRequest(Asked):
     """A request for completions as OpenAI's; answers are greedy, and what would change that is refused."""
 
     prompt: Texts = Field(description=TEXTS)
-    max_tokens: int = Field(16, ge=1, description="a whole number, 1 or more")
+    max_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
     temperature: ZERO = Field(0.0, description=f"0, or {GREEDY}")
     n: ONE = Field(1, description=f"1, or {GREEDY}")
     stream: Literal[False] = Field(

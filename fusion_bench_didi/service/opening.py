@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from ..checkpoint.deltas import read_config
@@ -48,7 +49,7 @@ def open_runner(
     config = read_config(place)
     model = DynamicModel.from_pretrained(place, base).eval().to(device)
     if dtype is not None:
-        model.backbone.to(getattr(torch, dtype))
+        _cast(model.backbone, getattr(torch, dtype))
     model.serving = Serving(memory_limit_gb=limits.memory_limit_gb)
     source = base or _beside(config["backbone"].get("source"), place)
     name = type(model.backbone).__name__
@@ -58,8 +59,18 @@ def open_runner(
     if kind == "text":
         return Classification(model, _processor(AutoTokenizer, source), images=False, **options)  # fmt: skip
     if heads is not None:
-        options["heads"] = Heads.read(heads, model.tasks)
+        projected = "WithProjection" in name
+        settings = model.backbone.config
+        width = settings.projection_dim if projected else settings.hidden_size
+        options["heads"] = Heads.read(heads, model.tasks, width)
     return Classification(model, _processor(AutoImageProcessor, source), images=True, **options)  # fmt: skip
+
+
+def _cast(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """What checkpoints hold in another type; frequencies that are worked out stay as they are, as ``from_pretrained`` leaves them."""
+    for tensor in backbone.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _kind(model: DynamicModel, name: str, heads: Any) -> str:

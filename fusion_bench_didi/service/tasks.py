@@ -1,6 +1,6 @@
 """The tasks of a batch's rows, some of which the router finds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,3 +32,17 @@ def tasks_of(
         if row.task is not None:
             weights[place, tasks.index(row.task)] = 1
     return {"task_weights": weights}
+
+
+def answered(
+    model: DynamicModel, rows: Sequence[Row], run: Callable[[Sequence[Row]], list[Any]]
+) -> list[Any]:
+    """Answers to rows, in one batch unless the router scales the shared part, which is whole under tasks that are named."""
+    routed = [row.task is None for row in rows]
+    if len(set(routed)) == 1 or model.router.shared_scale == 1:
+        return run(rows)
+    found: dict[int, Any] = {}
+    for kind in (False, True):
+        places = [place for place, one in enumerate(routed) if one == kind]
+        found.update(zip(places, run([rows[place] for place in places])))
+    return [found[place] for place in range(len(rows))]

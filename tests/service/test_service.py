@@ -26,6 +26,7 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -123,12 +124,12 @@ def runner(language):
     return found
 
 
-def client(runner):
+def client(runner, limits=LIMITS):
     pytest.importorskip("fastapi", reason="needs the extra fusion-bench-didi[serve]")
     testing = pytest.importorskip("starlette.testclient", reason="needs httpx")
     from fusion_bench_didi.service.app import make_app
 
-    return testing.TestClient(make_app(runner, LIMITS), raise_server_exceptions=False)
+    return testing.TestClient(make_app(runner, limits), raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -383,9 +384,9 @@ def test_tasks_with_heads_of_their_own_shapes(texts):
         assert one == pytest.approx(scores, abs=1e-5)
 
 
-def png(side: int) -> str:
-    data = io.BytesIO()
-    Image.new("RGB", (side, side), (9, 99, 199)).save(data, "PNG")
+def png(width: int, height: int | None = None) -> str:
+    data, size = io.BytesIO(), (width, height or width)
+    Image.new("RGB", size, (9, 99, 199)).save(data, "PNG")
     return base64.b64encode(data.getvalue()).decode()
 
 
@@ -405,10 +406,112 @@ def test_images_are_classified_by_heads(images):
             ("?", "expected base64"),
             (base64.b64encode(b"no image").decode(), "expected base64"),
             (png(101), "101 x 101 pixels"),
+            # of 900 pixels, and of 900,000 once its shorter side is 32
+            (png(1, 900), "1 x 900 pixels"),
+            (png(900, 1), "900 x 1 pixels"),
         ):
             answer = ask.post("/v1/classify", json={"model": "one", "image": wrong})
             assert answer.status_code == 400 and "image" in answer.text
             assert told in answer.text
+
+
+def test_inputs_that_the_router_finds_no_task_for(images, texts):
+    """Of heads of their own nobody knows which then; a head that all share is the shared model's."""
+
+    class Nobody(Second):
+        def route(self, model, *args, **kwargs):
+            (size,) = {len(value) for value in kwargs.values()}
+            return torch.zeros(size, 3)
+
+    runner = open_runner(images, heads=images.parent / "heads", limits=LIMITS)
+    runner.model.router = Nobody(list(TASKS))
+    with client(runner) as ask:
+        body = {"model": "routed", "image": png(40)}
+        answer = ask.post("/v1/classify", json=body)
+        assert answer.status_code == 400 and "found no task" in answer.text
+        body["model"] = "one"
+        assert ask.post("/v1/classify", json=body).status_code == 200
+    runner = open_runner(texts)
+    runner.model.router = Nobody(list(TASKS))
+    for own in (False, True):
+        if own:
+            deltas = runner.model.modulators["one"].deltas
+            deltas["classifier.weight"] = OwnDelta((5, 32), normal(5, 32))
+            deltas["classifier.bias"] = OwnDelta((5,), torch.zeros(5))
+            vars(runner).pop("apart")
+        (found,) = runner([runner.row(None, "w1 w2")])
+        ids = runner.processor(["w1 w2"], return_tensors="pt")
+        with torch.no_grad():
+            expected = runner.model(**ids, task_ids=[None]).logits.softmax(1).max()
+        assert max(found.values()) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_router_that_mixes_heads_of_other_shapes_is_refused(texts):
+    runner = open_runner(texts)
+    runner.model.modulators["one"].deltas["classifier.weight"] = OwnDelta((5, 32), normal(5, 32))  # fmt: skip
+    runner.model.router = Second(list(TASKS), hard=False)
+    with pytest.raises(SettingsError, match="hard=true"):
+        type(runner)(runner.model, runner.processor, images=False, limits=LIMITS)
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_decoders_are_told_what_pads_texts(tmp_path, pads):
+    """Their configurations need not say it; a tokenizer that cannot pad is refused before anything is asked."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=63, max_position_embeddings=64, pad_token_id=None, num_labels=3, **SIZES)  # fmt: skip
+    tokenizer = words()
+    if not pads:
+        tokenizer.pad_token = None
+    place = saved(LlamaForSequenceClassification(config), tokenizer, tmp_path)
+    if not pads:
+        with pytest.raises(SettingsError, match="no pad_token.*tokenizer_config.json"):
+            open_runner(place)
+        return
+    runner = open_runner(place)
+    rows = [runner.row(TASKS[i % 3], text) for i, text in enumerate(prompts(4))]
+    for row, text, found in zip(rows, prompts(4), runner(rows)):
+        ids = runner.processor([text], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            plain = runner.model.materialize(row.task).eval()(ids).logits[0]
+        assert sorted(found.values()) == pytest.approx(sorted(plain.softmax(0).tolist()), abs=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["no file", "no json", "labels", "width"])
+def test_heads_that_do_not_fit_are_said_before_anything_is_asked(
+    images, tmp_path, fault
+):
+    file, labels = tmp_path / "heads", {task: ["a", "b"] for task in TASKS}
+    tensors = {task: torch.ones(2, 24 if fault == "width" else 32) for task in TASKS}
+    told = {"no json": "{", "labels": "[1]"}.get(fault, json.dumps(labels))
+    save_file(tensors, file, {"labels": told})
+    if fault == "no file":
+        file.write_text("nothing")
+    with pytest.raises(
+        CheckpointMismatchError, match=r"expected a tensor \(classes, 32\)"
+    ):
+        open_runner(images, heads=file)
+
+
+def test_frequencies_keep_their_type(language):
+    runner = open_runner(language, dtype="bfloat16")
+    named = dict(runner.model.backbone.named_parameters())
+    assert {p.dtype for p in named.values()} == {torch.bfloat16}
+    for name, buffer in runner.model.backbone.named_buffers():
+        assert buffer.dtype == torch.float32, name
+
+
+def test_requests_within_the_limits_are_answered(language):
+    """Without a number of tokens too, however few are allowed; and more inputs than may wait are too many."""
+    limits = Limits(tokens=3, queue=2)
+    runner = open_runner(language, limits=limits)
+    with client(runner, limits) as ask:
+        body = {"model": "one", "prompt": "w1"}
+        found = ask.post("/v1/completions", json=body)
+        assert found.status_code == 200
+        assert found.json()["usage"]["completion_tokens"] <= 3
+        body["prompt"] = prompts(3)
+        found = ask.post("/v1/completions", json=body)
+        assert found.status_code == 400 and "at most 2" in found.text
 
 
 def test_what_cannot_be_served_is_said_before_it_is(images, language, tmp_path):
@@ -417,7 +520,9 @@ def test_what_cannot_be_served_is_said_before_it_is(images, language, tmp_path):
     with pytest.raises(SettingsError, match="needs none"):
         open_runner(language, heads="x")
     save_file({"one": torch.ones(2, 32)}, tmp_path / "heads")
-    with pytest.raises(CheckpointMismatchError, match="2 classes of 'one'"):
+    with pytest.raises(
+        CheckpointMismatchError, match=r"\(2, 32\) for 'one' and names 0 classes"
+    ):
         open_runner(images, heads=tmp_path / "heads")
     plain = tmp_path / "base"
     LlamaForCausalLM.from_pretrained(language.parent / "base").save_pretrained(plain)

@@ -8,8 +8,10 @@ needs, ``x W_t`` with ``W_t`` (n, m): a task's factors, or its matrix where that
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..errors import DiDiError
@@ -36,8 +38,8 @@ class Serving:
         SettingsError: for limits below zero.
     """
 
-    dense_above: float = 0.25
-    small: int = 2**18
+    dense_above: Annotated[float, Field(ge=0)] = 0.25
+    small: Annotated[int, Field(ge=0)] = 2**18
     memory_limit_gb: Gigabytes | None = None
 
     def __post_init__(self):

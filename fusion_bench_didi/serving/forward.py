@@ -260,6 +260,8 @@ class MixedForward:
         if self.network is None:
             return False
         if torch.compiler.is_compiling():
+            if not all(layout.usual for layout in self._layouts.values()):
+                return False  # of such outputs the graph could not put the samples back
             return self.trusted or self._verify(mix, call)
         return self._verify(mix, call)
 
@@ -282,7 +284,8 @@ class MixedForward:
             layout = self.learned(mix, call)
         except DiDiError as reason:  # outputs of no form may still be those of one task
             return reason
-        tasks = torch.arange(min(PROBES, self.count), device=self._device)
+        # beside a single task the shared model: one sample would not tell rows that are mixed up
+        tasks = torch.arange(min(PROBES, max(self.count, 2)), device=self._device)
         if self.backbone.training:  # batch norm takes no single sample
             tasks = tasks.repeat_interleave(2)
         rows = torch.arange(len(tasks), device=self._device) % call.size

@@ -26,9 +26,11 @@ class Layout:
 
     Args:
         sides: by path, for every tensor; also for numbers that grow with the samples, as None.
+        usual: whether samples are where they are taken to be if nothing was learned.
     """
 
     sides: Mapping[Path, Sides]
+    usual: bool = True
 
     @classmethod
     def of(cls, two: Any, three: Any) -> "Layout":
@@ -38,6 +40,7 @@ class Layout:
             DiDiError: if their structures differ.
         """
         sides: dict[Path, Sides] = {}
+        usual = True
         found, other = leaves(two), leaves(three)
         if found.keys() != other.keys():
             raise DiDiError(
@@ -46,10 +49,11 @@ class Layout:
         for path, value in found.items():
             if isinstance(value, Tensor):
                 sides[path] = _sides(tuple(value.shape), tuple(other[path].shape))
+                usual = usual and sides[path] == _as_usual(value, 2)
             elif isinstance(value, (int, float)) and value != other[path]:
                 if not counts_samples(path):
                     sides[path] = None
-        return cls(sides)
+        return cls(sides, usual)
 
     @property
     def separable(self) -> bool:

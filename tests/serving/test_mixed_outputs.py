@@ -312,3 +312,45 @@ def test_dynamic_models_of_one_task_run_too():
     x = torch.randn(3, 6)
     close(model(x, task_ids=["only", None, "only"])[0], models["only"](x)[0])
     assert isinstance(model, DynamicModel)
+
+
+class Lengthwise(nn.Module):
+    """Samples on the second side of what comes out, as of recurrent networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(x)[None], self.last(x).mT
+
+
+def test_compiled_outputs_whose_samples_lie_on_another_side_equal_eager():
+    models = pool_of(seeded(Lengthwise))
+    model, x = exact_model(models), torch.randn(4, 4)
+    for ids in ([1, 0, 1, 0], [0, 1, 1, 0]):
+        expected = model(x, task_ids=ids)
+        found = torch.compile(model, backend="eager")(x, task_ids=ids)
+        assert all(map(torch.equal, found, expected))
+
+
+class Spread(nn.Module):
+    """Adds to every sample what a table says of its place in the batch, which is right only for one task at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.last = nn.Embedding(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        places = torch.arange(len(x))[:, None] % 2 + torch.arange(3)
+        return self.last(x) + self.table(places).mean((0, 1))
+
+
+def test_rows_that_are_mixed_up_are_found_out_with_a_single_task():
+    """By the shared model beside it."""
+    models = pool_of(seeded(Spread), ("a",))
+    model, x = exact_model(models), torch.randn(4, 4)
+    found = model(x, task_ids=[0, None, None, 0])
+    plain = [models["a"](x[[0, 3]]), models[BASE](x[[1, 2]])]
+    torch.testing.assert_close(found[[0, 3]], plain[0])
+    torch.testing.assert_close(found[[1, 2]], plain[1])

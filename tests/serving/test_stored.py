@@ -312,9 +312,10 @@ def test_threads_hold_one_copy():
     assert held.nbytes == 8 and len({id(made) for made in found}) == 1
 
 
-def test_a_limit_is_no_number_below_zero():
-    with pytest.raises(SettingsError, match="memory_limit_gb"):
-        Serving(memory_limit_gb=-1)
+@pytest.mark.parametrize("limit", ["memory_limit_gb", "dense_above", "small"])
+def test_a_limit_is_no_number_below_zero(limit):
+    with pytest.raises(SettingsError, match=limit):
+        Serving(**{limit: -1})
 
 
 def test_on_an_accelerator_every_form_is_decoded_there(language):

@@ -55,7 +55,7 @@ from ..task_vectors.loop import Progress, Result, each, spread
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import account_of, model_bits, scan
 from ..task_vectors.tensor import ChangedTensor
-from ..taskpool.task_switching import attach, check_switching
+from ..taskpool.task_switching import aliases_of, attach, check_switching
 from .ending import attach_ending
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             if not self.routes:
                 check_switching(taskpool)
             asked = pool_tasks(taskpool)
-            check_tasks(asked, modelpool.model_names, self.task_aliases)
+            aliases = aliases_of(taskpool, self.task_aliases)
+            check_tasks(asked, modelpool.model_names, aliases)
         return adapted(modelpool)
 
     def opened(self, modelpool: BaseModelPool) -> tuple[nn.Module, TaskVectors]:

@@ -18,7 +18,7 @@ from ..models.dynamic import DynamicModel
 from ..options import Aliases, PositiveCount, Seed, checked
 from ..pools.task_names import resolve_task
 from ..routers.features import OracleRouter
-from .task_switching import dynamic_model_in, told_of
+from .task_switching import aliases_of, dynamic_model_in, told_of
 
 
 @checked
@@ -66,9 +66,9 @@ class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
         dynamic = dynamic_model_in(model)
         ids = None
         if dynamic is not None:
-            known = list(dynamic.modulators.keys())
+            known, aliases = list(dynamic.modulators.keys()), aliases_of(self)
             ids = torch.tensor(
-                [known.index(resolve_task(t, known, self.task_aliases)) for t in tasks]
+                [known.index(resolve_task(t, known, aliases)) for t in tasks]
             )
             if getattr(dynamic, "router", None) is not None:
                 dynamic.unset_task()

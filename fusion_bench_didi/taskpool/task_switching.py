@@ -49,12 +49,12 @@ def attach(
     """
     tasks = pool_tasks(taskpool)
     if known is not None and tasks:
-        check_tasks(tasks, known, aliases)
+        check_tasks(tasks, known, aliases_of(taskpool, aliases))
     attached = getattr(taskpool, _ALIASES, None)
     if attached is not None:
         attached.update(aliases or {})
         return
-    aliases = dict(aliases or {})
+    aliases = aliases_of(taskpool, aliases)
     setattr(taskpool, _ALIASES, aliases)
     hook = hook_name(taskpool)
     if switches_tasks(taskpool):
@@ -72,6 +72,12 @@ def attach(
         )
     if callable(getattr(taskpool, "evaluate", None)):
         taskpool.evaluate = _reporting(taskpool.evaluate, tasks, aliases)
+
+
+def aliases_of(taskpool: Any, given: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Task pool name -> model name, of a pool's own setting, what was attached to it, and what a method is given."""
+    own = (getattr(taskpool, key, None) or {} for key in ("task_aliases", _ALIASES))
+    return {name: model for part in (*own, given or {}) for name, model in part.items()}
 
 
 def check_switching(taskpool: Any) -> None:

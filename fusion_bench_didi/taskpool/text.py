@@ -4,7 +4,6 @@ Reports are laid out as those of the host's CLIP pools, so that whatever reads t
 average.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
@@ -82,6 +81,10 @@ class _TextTaskPool(BaseTaskPool, LightningFabricMixin):
             right += int((logits.argmax(-1) == answers).sum())
             loss += float(F.cross_entropy(logits, answers, reduction="sum"))
             count += len(answers)
+        if not count:
+            raise DiDiError(
+                f"{task_name} has no labeled sample, so nothing can be measured. Give other files, or leave the task out."
+            )
         return {"accuracy": right / count, "loss": loss / count}
 
     def evaluate(
@@ -196,6 +199,8 @@ class _Perplexity(_TextTaskPool):
     ):
         super().__init__(tokenizer, batch_size=batch_size, **kwargs)
         self.files, self.context = files, context
+        if not files:
+            raise DiDiError("files names no task. Give text files by task.")
         self._test_datasets = {
             task: _found(task, given) for task, given in files.items()
         }
@@ -237,7 +242,10 @@ class _Perplexity(_TextTaskPool):
     ) -> dict[str, float]:
         """Accuracy of the next token, loss per token, and perplexity."""
         found = super().evaluate_single_task(task_name, model)
-        return {**found, "perplexity": math.exp(found["loss"])}
+        return {
+            **found,
+            "perplexity": torch.tensor(found["loss"]).double().exp().item(),
+        }
 
 
 @checked

@@ -1,5 +1,7 @@
 """The shuffled stream scores every image by its own task's labels, and says how well tasks were found."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fusion_bench.method.emr_merging.emr_merging import EMRMerging as HostEMR
@@ -7,6 +9,7 @@ from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from helpers import didi, pictures
 
+from fusion_bench_didi.method import DiDiMerging
 from fusion_bench_didi.routers.features import OracleRouter
 from fusion_bench_didi.routers.files import make_router
 from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskPool
@@ -70,6 +73,24 @@ def test_samples_without_a_task_are_counted(tiny_clip, pool):
     routing = pool(limit=4).evaluate(model)["routing"]
     assert routing["unknown_rate"] == 1.0
     assert [row[-1] for row in routing["confusion"]] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("place", ["pool", "method", "both"])
+@pytest.mark.parametrize("kind", [MixedStreamCLIPVisionModelTaskPool, TaskAwareCLIPVisionModelTaskPool])  # fmt: skip
+def test_aliases_of_pool_and_method_add_up(tiny_clip, pool, kind, place):
+    models = tiny_clip.pool_models()
+    models["numbers"], models["houses"] = models.pop("mnist"), models.pop("svhn")
+    aliases = {"mnist": "numbers", "svhn": "houses"}
+    first, second = ({"mnist": "numbers"}, {"svhn": "houses"})
+    of_pool = {"pool": aliases, "method": None, "both": first}[place]
+    of_method = {"pool": None, "method": aliases, "both": second}[place]
+    tasks = pool(kind, task_aliases=of_pool)
+    method = DiDiMerging(budget=0.7, task_aliases=of_method)
+    method._program = SimpleNamespace(taskpool=tasks)
+    model = method.run(BaseModelPool(models))
+    expected = didi(tiny_clip.pool_models(), budget=0.7)
+    found = accuracies(tasks.evaluate(model))
+    assert found == pytest.approx(accuracies(pool(kind).evaluate(expected)))
 
 
 def test_the_hosts_emr_is_told_its_tasks(tiny_clip, pool):

@@ -138,6 +138,19 @@ def test_a_model_that_knows_no_task_is_refused_and_so_are_tasks_that_it_lacks(da
     assert aliased.evaluate(model)["c"] == named.evaluate(model)["b"]
 
 
+def test_what_cannot_be_measured_is_said(data, tmp_path):
+    with pytest.raises(DiDiError, match="names no task"):
+        PerplexityTaskPool({}, tokenizer())
+    pool = PerplexityTaskPool({"a": str(data / "a.txt")}, tokenizer())
+    model = exact_model(pool_of(llama()))
+    pool.logits = lambda *_: torch.eye(63)[torch.zeros(1, 3, dtype=torch.long)] * 1e4
+    pool._made["a"] = [({}, torch.tensor([[1, 2, 3]]))]
+    assert pool.evaluate(model)["a"]["perplexity"] == math.inf
+    pool._made["a"] = [({}, torch.tensor([[-1, -1, -1]]))]
+    with pytest.raises(DiDiError, match="'?a'? has no labeled sample"):
+        pool.evaluate(model)
+
+
 def test_a_router_finds_the_tasks_of_texts(data):
     """The same for a text alone and in a batch that pads it."""
     models = pool_of(llama(), ("a", "b"))

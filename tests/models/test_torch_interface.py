@@ -157,11 +157,19 @@ def test_what_resizes_nothing_does_no_harm():
     torch.testing.assert_close(plain(IDS).logits[..., :64], before)
 
 
-def test_mixed_batches_follow_what_is_changed_through_the_model():
+@pytest.mark.parametrize("change", ["checkpointing", "input", "output"])
+def test_mixed_batches_follow_what_is_changed_through_the_model(change):
     model, tasks = merged(), ["svhn", "mnist", "svhn", "mnist"]
-    logits(model, task_ids=tasks)
-    model.gradient_checkpointing_enable()
-    model.train()
+    before = logits(model, task_ids=tasks)
+    if change == "checkpointing":
+        model.gradient_checkpointing_enable()
+        model.train()
+    else:
+        other = copy.deepcopy(getattr(model, f"get_{change}_embeddings")())
+        with torch.no_grad():
+            other.weight.mul_(2)
+        getattr(model, f"set_{change}_embeddings")(other)
+        assert not logits(model, task_ids=tasks).equal(before)
     found = logits(model, task_ids=tasks)
     for row, task in enumerate(tasks):
         model.set_task(task)

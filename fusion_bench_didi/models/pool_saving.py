@@ -29,7 +29,8 @@ def attach_saving(modelpool: Any, ranks: Ranks = ALONE) -> None:
     def save_model(model: Any, path: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(model, DynamicModel):
             overwrite = bool(kwargs.pop("overwrite", False))
-            if ignored := [key for key, value in kwargs.items() if value]:
+            named = [key for key, value in kwargs.items() if value]
+            if ignored := [*(repr(value) for value in args if value), *named]:
                 log.warning(
                     "%s %s no effect on how a %s is saved.",
                     ", ".join(ignored),

@@ -12,7 +12,7 @@ from ..checkpoint.deltas import read_config
 from ..checkpoint.hub import local_directory
 from ..checkpoint.loaders import place_of
 from ..errors import CheckpointMismatchError, SettingsError
-from ..models import DynamicModel, Serving
+from ..models import DynamicModel, Serving, overview
 from .classification import Classification, Heads
 from .language import Language
 from .limits import Limits
@@ -95,9 +95,8 @@ def _kind(model: DynamicModel, name: str, heads: Any) -> str:
 
 def _beside(source: str | Mapping[str, Any] | None, place: Path) -> str | None:
     """Where a saved model's base model lies, whose place may be relative to the model's."""
-    if isinstance(source, Mapping):
-        source = source.get("pretrained_model_name_or_path")
-    return None if source is None else place_of(source, place)
+    named = overview.place_of(source)
+    return None if named is None else place_of(named, place)
 
 
 def _processor(auto: Any, where: str | None) -> Any:

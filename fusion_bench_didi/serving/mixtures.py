@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .autocast import as_multiplied
 from .banks import Bank, MatrixBank, ValueBank
 from .grouped_matmul import product_by_task
+from .outputs import rows_of_samples
 from .stored import Inputs, StoredBank, Vectors
 
 #: values of the matrices that are mixed at a time
@@ -60,7 +61,7 @@ class ByTask:
 
     def repeated(self, times: int) -> "ByTask":
         """A mix of so many rows for every sample, side by side."""
-        order = _repeated(self.order, times)
+        order = rows_of_samples(self.order, times)
         return ByTask(self.tasks.repeat_interleave(times), self.counts * times, order)
 
     def named(self, tasks: Sequence[str]) -> str:
@@ -160,7 +161,7 @@ class ByWeight:
         return ByWeight.of(self.weights[:1].expand(count, -1))
 
     def repeated(self, times: int) -> "ByWeight":
-        order = _repeated(self.order, times)
+        order = rows_of_samples(self.order, times)
         return ByWeight(self.weights.repeat_interleave(times, 0), order, self.uniform)
 
     def named(self, tasks: Sequence[str]) -> str:
@@ -261,10 +262,6 @@ def mix_of(weights: Tensor) -> Mix:
 def in_order(mix: Mix) -> bool:
     """Whether the samples are in the order in which they were given."""
     return bool((mix.order[1:] > mix.order[:-1]).all())
-
-
-def _repeated(order: Tensor, times: int) -> Tensor:
-    return (order[:, None] * times + torch.arange(times, device=order.device)).flatten()
 
 
 def over(rows: Tensor, like: Tensor) -> Tensor:

@@ -109,7 +109,9 @@ def reordered(output: Any, order: Tensor, layout: Layout | None) -> Any:
         if sides is None:
             raise _mixing(path, value)
         for side, rows in sides:
-            value = value.index_select(side, _rows(back, rows).to(value.device))
+            value = value.index_select(
+                side, rows_of_samples(back, rows).to(value.device)
+            )
         return value
 
     return mapped(leaf, output)
@@ -187,10 +189,10 @@ def _side_by_side(
                 "different shapes are not one batch. Run the samples of each task by themselves."
             )
     whole = torch.cat(list(values), at)
-    return whole.index_select(at, _rows(back, rows).to(whole.device))
+    return whole.index_select(at, rows_of_samples(back, rows).to(whole.device))
 
 
-def _rows(index: Tensor, rows: int) -> Tensor:
+def rows_of_samples(index: Tensor, rows: int) -> Tensor:
     """Rows of samples that have several each, side by side."""
     if rows == 1:
         return index

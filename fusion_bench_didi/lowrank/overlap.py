@@ -50,4 +50,5 @@ def mean_overlap(mean: Tensor, sigma: Tensor, weights: Tensor, rank: int) -> flo
         weights: (T,).
     """
     own = (weights[:, None] * sigma[:, :rank].square()).sum(1).mean()
-    return float(weights.sum() * mean[:rank].square().sum() / own.clamp(min=1e-300))
+    own = own.clamp(min=torch.finfo(own.dtype).tiny)
+    return float(weights.sum() * mean[:rank].square().sum() / own)

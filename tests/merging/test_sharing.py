@@ -34,6 +34,30 @@ def test_common_directions_are_found_and_halve_the_storage():
     assert nothing_common.storage.shared_bits == 0
 
 
+@pytest.mark.parametrize("budget", [0.2, 0.4])
+@pytest.mark.parametrize("factor_dtype", ["float32", "int8"])
+def test_a_task_that_leaves_a_matrix_alone_keeps_no_others_from_sharing(
+    factor_dtype, budget
+):
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(48, 6, generator=generator) @ torch.randn(
+        6, 48, generator=generator
+    )
+    base = nn.ModuleList(nn.Linear(48, 48, bias=False) for _ in range(2))
+    models = {"_pretrained_": base}
+    for task in "abcdef":
+        models[task] = copy.deepcopy(base)
+        own = torch.randn(2, 48, 48, generator=generator)
+        models[task][1].weight.data += 0.01 * own[1]
+        if task != "c":
+            models[task][0].weight.data += 0.01 * (common + 0.1 * own[0])
+    settings = merge_settings(budget, factor_dtype=factor_dtype, shared="mean")
+    result = merge(task_vectors(models), settings)
+    assert "0.weight" in result.shared
+    kept = result.report.energy_kept["0.weight"]
+    assert kept[2] in (0.0, 1.0) and min(kept[:2] + kept[3:]) > 0.5
+
+
 def test_choice_with_equal_candidates_takes_experts_only():
     rate = Precision("float32", 32, torch.float32).rate(16, 16)
     sigma = torch.rand(3, 8).sort(descending=True).values

@@ -66,7 +66,7 @@ def _beside_low_rank(form: SharedMean, look: Look) -> Iterator[Choice]:
         return
     energy = own.sigma.square().sum(1) + own.tail_energy
     alike = torch.stack([inner(tau, shared).cpu() for tau in vectors])
-    first = int((alike / energy.clamp(min=1e-300)).argmax())
+    first = int((alike / energy).masked_fill(energy == 0, -torch.inf).argmax())
     for k in ranks:
         part = shared if k == full else found.factors(shared, k)
         left = subtracting(part)

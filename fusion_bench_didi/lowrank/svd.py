@@ -223,11 +223,17 @@ def _gram(a: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _within_gram(a: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
-    """As :func:`_gram`, within the block Krylov space of the Gram matrix."""
-    gram = _gram_matrix(a).to(a.dtype)
+    """As :func:`_gram`, within the block Krylov space of the Gram matrix.
+
+    Two products with it in a row are of fourth powers, which float32 holds of singular values near 1: it is scaled by a
+    power of two, which rounds nothing.
+    """
+    gram = _gram_matrix(a)
+    half = torch.frexp(gram.diagonal().max()).exponent // 2
+    gram = torch.ldexp(gram, -2 * half).to(a.dtype)
     rows = WITHIN_GRAM.space(lambda x: gram @ x, q, a)  # (s, p)
     vectors, S = _leading_of(rows.mT @ (gram @ rows), q, name)
-    return rows @ vectors, S
+    return rows @ vectors, torch.ldexp(S, half)
 
 
 def _direct(a: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:

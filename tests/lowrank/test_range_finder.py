@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from fusion_bench_didi.errors import DiDiError
 from fusion_bench_didi.lowrank import svd
 from fusion_bench_didi.lowrank.decomposition import decompose, half_of
+from fusion_bench_didi.lowrank.eigen import eigen_of
 from fusion_bench_didi.lowrank.overlap import mean_overlap
 from fusion_bench_didi.lowrank.svd import half_svd, singular_values, sketched, spectrum
 
@@ -50,6 +52,21 @@ def test_every_way_to_search_finds_the_same_directions(shape, way, monkeypatch):
         least = float(values[k:].square().sum())
         error = float((matrix - found.factors(matrix, k).dense()).square().sum())
         assert least * (1 - 1e-4) <= error <= 1.02 * least
+
+
+@pytest.mark.parametrize("exponent", [-53, -37, 32, 40])
+@pytest.mark.parametrize("shape", [(1100, 256), (400, 900)])
+def test_directions_within_a_gram_matrix_are_those_of_any_size(
+    shape, exponent, monkeypatch
+):
+    """Of entries from 1e-16 to 1e12, fourth powers of whose singular values no float32 holds."""
+    monkeypatch.setattr(svd, "_cheapest", lambda *_: svd._within_gram)
+    matrix, size = decaying(*shape), 2.0**exponent
+    usual, found = (half_svd(x, max_rank=16) for x in (matrix, size * matrix))
+    assert found.vectors.equal(usual.vectors)
+    assert found.S.equal(size * usual.S)
+    tail = size**2 * usual.tail_energy
+    assert found.tail_energy == pytest.approx(tail, rel=1e-4)
 
 
 def test_long_matrices_are_searched_within_their_gram_matrix():
@@ -127,6 +144,17 @@ def test_eigensolver_that_fails_in_float32_is_tried_in_float64(
         spectrum(matrix, name="layer.weight").head(), matrix, atol=1e-4, rtol=1e-4
     )
     assert "layer.weight" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["", "layer.weight"])
+def test_a_matrix_whose_squares_leave_float32_is_named(name):
+    with pytest.raises(DiDiError, match=f"no decomposition of {name or 'a matrix'}"):
+        eigen_of(torch.diag(torch.tensor([1.0, torch.inf, 2.0])), name)
+
+
+@pytest.mark.parametrize("rank", [1, 9])
+def test_tasks_that_change_nothing_have_nothing_in_common(rank):
+    assert mean_overlap(torch.zeros(9), torch.zeros(3, 9), torch.ones(3), rank) == 0
 
 
 def test_sharing_is_one_for_unrelated_tasks_and_t_for_equal_ones():

@@ -15,7 +15,7 @@ from ..lowrank.coupling import Coupling
 from ..lowrank.decomposition import Decomposition
 from ..lowrank.factors import full_rank
 
-#: Bits that no budget has, and whose sums stay whole numbers.
+#: Bits for what is not to be had: more than any model takes, and sums of them stay whole numbers.
 NEVER = 2**50
 
 

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from ..lowrank.tucker import TuckerBases
+from .spectra import NEVER
 
 #: Errors below this part of the energy cannot be told from none: the two are sums in float32.
 EXACT = 1e-7
-
-
-#: Bits that no budget has.
-NEVER = 2.0**62
 
 
 @dataclass(frozen=True)

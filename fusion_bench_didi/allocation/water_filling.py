@@ -164,7 +164,8 @@ def fill(
 
 def _next_step(row: MatrixSpectra, j: int, k: int) -> tuple[float, int, int]:
     """Gain, bits and rank of the next larger form of module j; gain 0 if there is none or nothing is missing."""
-    if k >= row.full:
+    limited = row.rate.most is not None
+    if k >= (row.cap if limited else row.full):
         return 0.0, 1, k
     weight = float(row.module_weights[j])
     if k < row.cap:

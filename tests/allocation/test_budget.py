@@ -42,6 +42,15 @@ def test_more_than_enough_budget_makes_everything_exact(allocation):
     assert float(max(lost)) < 1e-6
 
 
+@pytest.mark.parametrize("budget", [2**49, 2**50, 2**51, 2**62])
+@pytest.mark.parametrize("most", [0, 2, 5])
+def test_no_budget_buys_what_a_bound_on_the_rank_forbids(most, budget):
+    table = mixed_table(how="none")
+    table = [replace(row, rate=row.rate.limited(most)) for row in table]
+    for row, k in zip(table, greedy(table, budget)):
+        assert k[1:].tolist() == [min(most, row.cap)] * 3
+
+
 def test_greedy_keeps_the_singular_values_worth_most():
     weights = torch.tensor([1.0, 4.0, 0.5])
     table = [

@@ -29,7 +29,7 @@ def changes(vectors, result):
             yield source - vectors.base.read(name), stored
 
 
-@pytest.mark.parametrize("budget", [0.1, 3.0, 50.0])
+@pytest.mark.parametrize("budget", [0.1, 3.0, 50.0, float("inf")])
 @pytest.mark.parametrize(
     "overlap, what, shared",
     [

@@ -156,6 +156,11 @@ class MergeSettings:
         splits = self.residual == "truncated" and self.shared != "none"
         return (splits and self.allocation != "uniform") or self.factor_dtype == "auto"
 
+    @property
+    def _settled(self) -> bool:
+        """Whether shared ranks are chosen before those of experts, or there are none: no cross terms remain then."""
+        return self.joint or self.static == "none"
+
     def _at_odds(self) -> Iterator[str]:
         """Pairs of settings of which one would be ignored."""
         floats = "factor_dtype=checkpoint, float32 or one of the integer types"
@@ -171,14 +176,14 @@ class MergeSettings:
             )
         if self.max_rank is not None:
             yield from self._beyond_adapters()
-        if self.allocation == "uniform" and not self.joint and self.static != "none":
+        if self.allocation == "uniform" and not self.joint and self.shared != "none":
             if self.residual == "truncated":
+                spaces = self.shared == "subspaces"
                 yield (
-                    "residual=truncated with allocation=uniform: uniform ranks leave no shared rank to choose first. Set "
-                    "residual=full, or factor_dtype=auto."
+                    f"residual=truncated with allocation=uniform, shared={self.shared}: uniform ranks leave nothing shared to choose "
+                    f"first. Set {'allocation=greedy' if spaces else 'residual=full'}, or shared=none."
                 )
-        settled = self.joint or self.static == "none"
-        if self.allocation == "learned" and self.warm_start and settled:
+        if self.allocation == "learned" and self.warm_start and self._settled:
             yield (
                 "allocation=learned from a warm start: where shared ranks are chosen first, the greedy ranks that it would "
                 "start from are the optimum. Set allocation=greedy, residual=full (as in the paper), or warm_start=false."
@@ -204,6 +209,8 @@ class MergeSettings:
                 yield f"{key} is of allocation=learned, not {self.allocation}."
             if not self.warm_start:
                 yield f"warm_start is of allocation=learned, not {self.allocation}."
+        elif self._settled and not self.learning.coupled:
+            yield "coupling is of residual=full with a shared matrix: no cross terms remain otherwise."
         of = {
             "refine_sweeps": "alternating",
             "refine_tolerance": "alternating",
@@ -213,8 +220,13 @@ class MergeSettings:
         for key in _changed(self.refining, REFINING_KEYS):
             if self.refinement != of[key]:
                 yield f"{key} is of refinement={of[key]}, not {self.refinement}."
-            elif of[key] == "alternating" and self.shared == "none":
+            elif self.shared == "none":
                 yield f"{key}: with shared=none nothing couples the experts. Set shared."
+        if self.refinement == "adam" and self.shared == "none":
+            yield (
+                "refinement=adam: with shared=none nothing couples the experts, which are the best of their ranks already. Set "
+                "shared, or refinement=none."
+            )
         if self.factor_dtype != "auto" and self.gain != "auto":
             yield f"gain is of factor_dtype=auto, not {self.factor_dtype}."
         if self.factor_dtype != "auto" and self.quantizer != "scalar":

@@ -102,6 +102,9 @@ def test_every_value_of_the_yaml_reaches_the_settings():
     assert {name: found[name] for name in reach} == reach
 
 
+COLD = {"allocation": "learned", "warm_start": False}
+
+
 @pytest.mark.parametrize(
     "choice, what",
     [
@@ -118,6 +121,10 @@ def test_every_value_of_the_yaml_reaches_the_settings():
             {"allocation": "uniform", "factor_dtype": "float32"},
             "residual=truncated with allocation=uniform",
         ),
+        (
+            {"allocation": "uniform", "factor_dtype": "int4", "shared": "subspaces"},
+            "Set allocation=greedy, or shared=none",
+        ),
         ({"allocation": "learned"}, "allocation=learned from a warm start"),
         (
             {"allocation": "learned", "shared": "none", "factor_dtype": "int4"},
@@ -130,6 +137,11 @@ def test_every_value_of_the_yaml_reaches_the_settings():
         ({"beta_end": 0.1}, "beta_end is of"),
         ({"penalty": 0.1}, "penalty is of"),
         ({"coupling": False}, "coupling is of"),
+        ({**COLD, "coupling": False}, "coupling is of residual=full"),
+        (
+            {**COLD, "coupling": False, "shared": "none", "factor_dtype": "int8"},
+            "coupling is of residual=full",
+        ),
         ({"refine_steps": 5}, "refine_steps is of refinement=adam, not alternating"),
         ({"refine_lr": 5.0}, "refine_lr is of refinement=adam"),
         (
@@ -141,6 +153,18 @@ def test_every_value_of_the_yaml_reaches_the_settings():
             "refine_tolerance is of refinement=alternating",
         ),
         ({"shared": "none", "refine_sweeps": 5}, "nothing couples the experts"),
+        (
+            {"shared": "none", "refinement": "adam", "refine_steps": 5},
+            "refine_steps: with shared=none nothing couples the experts",
+        ),
+        (
+            {"shared": "none", "refinement": "adam", "refine_lr": 0.5},
+            "refine_lr: with shared=none nothing couples the experts",
+        ),
+        (
+            {"shared": "none", "refinement": "adam"},
+            "refinement=adam: with shared=none nothing couples the experts",
+        ),
         ({"shared_scale": 0.4}, "shared_scale is of shared=task_arithmetic"),
         ({"ties_keep": 0.4}, "ties_keep is of shared=ties"),
         ({"overwrite": True}, "overwrite is of output_dir"),

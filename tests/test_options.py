@@ -27,6 +27,7 @@ BESIDE = {
     "beta_start": LEARNED,
     "beta_end": LEARNED,
     "penalty": LEARNED,
+    "rank_shift": LEARNED,
     "refine_steps": {"refinement": "adam"},
     "refine_lr": {"refinement": "adam"},
 }

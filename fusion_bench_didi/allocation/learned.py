@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..options import Count, NonNegative, Positive, check_fields
+from ..options import Count, NonNegative, Positive, Scale, check_fields
 from .spectra import MatrixSpectra
 from .water_filling import scale_to_budget
 
@@ -60,7 +60,7 @@ class LearningSettings:
     beta_end: Positive = 10.0
     penalty: NonNegative = 10.0
     coupled: bool = True
-    shift: float = 0.5
+    shift: Scale = 0.5
     fallback: bool = True
 
     def __post_init__(self):
@@ -99,14 +99,15 @@ def learn_ranks(
     if not table:
         return []
     unit = unit or sum(row.rate.dense for row in table)
-    groups = _grouped(table, settings.coupled)
-    fractions = [
-        torch.stack([start[i] / table[i].full for i in g.members])
-        .clamp(0.0, 1.0)
-        .requires_grad_(True)
-        for g in groups
-    ]
-    _descend(groups, fractions, budget, unit, settings)
+    with torch.inference_mode(False), torch.enable_grad():
+        groups = _grouped(table, settings.coupled)
+        fractions = [
+            torch.stack([start[i] / table[i].full for i in g.members])
+            .clamp(0.0, 1.0)
+            .requires_grad_(True)
+            for g in groups
+        ]
+        _descend(groups, fractions, budget, unit, settings)
     learned: list[Tensor] = [torch.empty(0)] * len(table)
     for group, fraction in zip(groups, fractions):
         for i, k in zip(group.members, (fraction.detach() * group.full).unbind()):

@@ -90,7 +90,7 @@ class DiDiMerging(PoolMethod):
         beta_end: Positive = 10.0,
         penalty: NonNegative = 10.0,
         coupling: bool = True,
-        rank_shift: float = 0.5,
+        rank_shift: Scale = 0.5,
         rank_fallback: bool = True,
         refinement: Refinement = "alternating",
         refine_sweeps: Count = 20,

@@ -1,6 +1,7 @@
 """What the learned allocation does that the paper does not say: the shift of Eq. 8, and the way back to the start."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,18 @@ def test_the_start_is_returned_where_it_is_better_unless_told_otherwise(table, c
         assert "the learned ranks are taken" in caplog.text
     assert objective(table, back) == objective(table, START)
     assert objective(table, gone) > objective(table, START)
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_ranks_are_learned_where_gradients_are_off(table, without):
+    expected = learned(table, fallback=False)
+    with without():
+        told = [
+            replace(row, sigma=row.sigma.clone(), weights=row.weights.clone())
+            for row in table
+        ]
+        found = learned(told, fallback=False)
+    assert [k.tolist() for k in found] == [k.tolist() for k in expected]
 
 
 def test_what_is_better_than_the_start_is_kept_either_way(caplog, tiny_clip):

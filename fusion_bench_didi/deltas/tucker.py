@@ -22,14 +22,9 @@ class Bases(Delta):
         """U (m, p) and V (q, n) in float32; None for a whole side."""
         raise NotImplementedError
 
-    def own(self) -> Tensor:
-        like = next(self.parameters())
-        return torch.zeros(self.shape, dtype=torch.float32, device=like.device)
-
     def own_product(self) -> LowRankFactors:
-        return LowRankFactors.zeros(
-            *self.sides, like=torch.empty(0, dtype=torch.float32)
-        )
+        like = next(self.parameters()).new_empty(0, dtype=torch.float32)
+        return LowRankFactors.zeros(*self.sides, like=like)
 
     def decoded(self) -> Delta:
         return BasesDelta(self.shape, *self.bases())

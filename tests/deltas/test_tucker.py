@@ -56,6 +56,17 @@ def test_factors_are_the_change(sizes):
     assert first.shape[1] == min(p, q)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bases_change_nothing_where_they_are(device):
+    shape, parts = (6, 1, 5), (torch.rand(6, 3), torch.rand(2, 5))
+    for bases in (BasesDelta.of(shape, *parts), RoundedBasesDelta.of(shape, *parts, 4)):
+        bases = bases.to(device)
+        product = bases.own_product()
+        assert product.rank == 0 and product.device.type == device
+        assert bases.own().shape == shape and bases.own().device.type == device
+        assert device == "meta" or not bases.own().any()
+
+
 def test_a_core_needs_its_bases():
     with pytest.raises(ValueError, match="needs the common bases"):
         CoreDelta((2, 2), torch.eye(2)).change(None)

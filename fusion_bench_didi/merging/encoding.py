@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..deltas.plain import DenseDelta, OwnDelta
 from ..deltas.sink import EncodedTensor, Sink
+from ..errors import DiDiError, spelled
 from ..task_vectors.loop import spread
 from ..task_vectors.reader import TaskVectors
 from .context import MergeContext
@@ -21,6 +22,9 @@ def encode_all(
 
     Returns:
         the names in this order, and their (T,) squared errors.
+
+    Raises:
+        DiDiError: if a tensor leaves the range of the type that it is to be stored in.
     """
     dropped = context.settings.vectors == "pretrained"
     vectors = () if dropped else context.inventory.vectors
@@ -39,6 +43,7 @@ def encode_all(
         held = sink.recall(name)
         if held is None:
             held = encode(name).cpu()
+            _check_range(held)
             sink.put(held)
             context.store.encoded(name)
         return held.errors
@@ -58,6 +63,23 @@ def encode_all(
             order.append(name)
             errors[name] = lost
     return order, errors
+
+
+def _check_range(tensor: EncodedTensor) -> None:
+    """Values beyond the range of a floating type would be stored as infinity, and show in the errors.
+
+    Raises:
+        DiDiError: naming the tensor, the type, and types of more range.
+    """
+    if tensor.errors is None or bool(tensor.errors.isfinite().all()):
+        return
+    for delta in filter(None, (tensor.shared, *tensor.experts)):
+        for part in delta.tensors().values():
+            if not bool(part.float().isfinite().all()):
+                raise DiDiError(
+                    f"{tensor.name}: what tasks change leaves the range of {str(part.dtype).removeprefix('torch.')}, up to "
+                    f"{torch.finfo(part.dtype).max:g}. Set {spelled('factor_dtype', 'bfloat16')}, or float32."
+                )
 
 
 def encode_own(task_vectors: TaskVectors, name: str) -> EncodedTensor:

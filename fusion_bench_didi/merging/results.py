@@ -1,5 +1,6 @@
 """What a merge gives: stored deltas, ranks, the storage account, and a report of what it did."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -51,19 +52,25 @@ class MergeReport:
 
     @property
     def relative_errors(self) -> dict[str, float]:
-        """Relative error per task."""
+        """Relative error per task, but for tasks that have an error and no energy."""
         zero = torch.zeros(len(self.tasks), dtype=torch.float64)
         lost = sum((e.double().cpu() for e in self.errors.values()), zero)
         whole = sum((e.double().cpu() for e in self.energy.values()), zero)
-        return dict(zip(self.tasks, (lost / whole.clamp(min=1e-300)).tolist()))
+        parts = zip(self.tasks, _relative(lost, whole).tolist())
+        return {task: part for task, part in parts if math.isfinite(part)}
 
     @property
     def energy_kept(self) -> dict[str, list[float]]:
-        """Per matrix, the fraction of each task's energy that is reproduced."""
+        """Per matrix, the fraction of each task's energy that is reproduced; of none, all or nothing."""
+        lost = {n: _relative(self.errors[n], self.energy[n]) for n in self.forms}
         return {
-            name: (1 - self.errors[name] / self.energy[name].clamp(min=1e-300)).tolist()
-            for name in self.forms
+            n: (1 - x.masked_fill(x.isinf(), 1.0)).tolist() for n, x in lost.items()
         }
+
+
+def _relative(errors: Tensor, energy: Tensor) -> Tensor:
+    """Errors over energies, infinite for an error where there is no energy."""
+    return (errors / energy).masked_fill(errors == 0, 0.0)
 
 
 @dataclass(frozen=True)

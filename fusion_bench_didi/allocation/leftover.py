@@ -22,7 +22,7 @@ def refine_precision(
     Ranks run out where the budget is generous: every module of the chosen precisions is then complete.
 
     Args:
-        ladders: per matrix the precisions, cheapest first, as (rate, relative rounding error).
+        ladders: per matrix the precisions, cheapest first, as (rate, relative rounding error); no two of one rate.
 
     Returns:
         the rows at their new rates, and the ranks, filled again.

@@ -42,13 +42,14 @@ def refined(
     budget: int,
 ) -> tuple[list[Tensor], list[Precision]]:
     """Ranks and precisions after what they left of the budget was spent on finer precision."""
-    options = [context.inventory.precisions[row.name] for row in table]
-    ladders = [
-        [(p.rate(*row.shape).limited(row.rate.most), p.rounding) for p in allowed]
-        for row, allowed in zip(table, options)
+    # of several precisions of small tensors that take the same bits, the finest
+    options = [
+        {
+            p.rate(*row.shape).limited(row.rate.most): p
+            for p in context.inventory.precisions[row.name]
+        }
+        for row in table
     ]
+    ladders = [[(r, p.rounding) for r, p in allowed.items()] for allowed in options]
     rows, ranks = refine_precision(table, ranks, ladders, budget)
-    return ranks, [
-        allowed[[rate for rate, _ in ladder].index(row.rate)]
-        for row, allowed, ladder in zip(rows, options, ladders)
-    ]
+    return ranks, [allowed[row.rate] for row, allowed in zip(rows, options)]

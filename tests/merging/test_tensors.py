@@ -3,11 +3,26 @@
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
-from helpers import BASE, TOWER, Oddities, OpenClipLike, didi, family, floats, same_bits
+from helpers import (
+    BASE,
+    TOWER,
+    Oddities,
+    OpenClipLike,
+    didi,
+    family,
+    floats,
+    merge_settings,
+    normal,
+    same_bits,
+    task_vectors,
+)
 from merged_tasks import assert_task_weights, gpt2
 from torch import nn
 
 from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
+from fusion_bench_didi.errors import DiDiError
+from fusion_bench_didi.merging.pipeline import merge
+from fusion_bench_didi.merging.results import MergeReport
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models import DiDiModel
 
@@ -230,3 +245,63 @@ def test_rows_columns_and_vectors_of_the_same_numbers_are_stored_alike(
     (bits, values), *others = found
     assert bits
     assert all(bits == other and values.equal(same) for other, same in others)
+
+
+HUGE = {"a matrix": "weight", "a vector": "bias"}
+
+
+@pytest.mark.parametrize("what", HUGE)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"factor_dtype": "float16", "vectors": "expert"},
+        {"factor_dtype": "float16", "vectors": "shared"},
+        {"factor_dtype": "checkpoint"},
+        {"factor_dtype": "auto"},
+    ],
+    ids=str,
+)
+def test_a_change_beyond_the_range_of_its_type_is_refused(choice, what):
+    """It was stored as infinity."""
+    half = choice["factor_dtype"] != "float16"
+    dtype = torch.float16 if half else torch.float32
+    models = family(nn.Linear(12, 12).to(dtype))
+    size = 4e4 if half else 1e5  # of both signs, their difference is beyond 65504
+    with torch.no_grad():
+        for name, model in models.items():
+            value = getattr(model, HUGE[what])
+            signs = normal(*value.shape).sign()
+            value.copy_(signs * (size if name == BASE else -size))
+    with pytest.raises(DiDiError, match=f"^{HUGE[what]}: .* float16, up to 65504"):
+        didi(models, budget=float("inf"), **choice)
+    for wider in ("bfloat16", "float32"):
+        model = didi(models, budget=float("inf"), **{**choice, "factor_dtype": wider})
+        for value in floats(model.materialize("mnist")).values():
+            assert bool(value.isfinite().all())
+
+
+@pytest.mark.parametrize("lost", [0.0, 2.5])
+def test_errors_of_what_has_no_energy_are_no_multiples_of_it(lost):
+    energy, errors = torch.tensor([[4.0, 0.0], [1.0, lost]]).double()
+    report = MergeReport(
+        ("a", "b"),
+        {"w": energy},
+        {"w": errors},
+        {"w": "int8"},
+        {"w": "experts"},
+        {},
+        {},
+    )
+    assert report.energy_kept == {"w": [0.75, 0.0 if lost else 1.0]}
+    assert report.relative_errors == {"a": 0.25, **({} if lost else {"b": 0.0})}
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 3), (3, 2), (4,)])
+@pytest.mark.parametrize("budget", [0.1, 0.2])
+def test_of_precisions_that_take_the_same_bits_the_finest_is_stored(shape, budget):
+    """So few numbers take no more bytes of four bits than of three."""
+    sizes = {"few": shape, "many": (40, 30)}
+    parts = {name: nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
+    vectors = task_vectors(family(nn.ParameterDict(parts)))
+    result = merge(vectors, merge_settings(budget, factor_dtype="auto"))
+    assert result.report.precision["few"] == "int4"

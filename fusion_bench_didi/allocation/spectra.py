@@ -54,9 +54,9 @@ class MatrixSpectra:
         sigma: (T + 1, q) singular values, row 0 the shared matrix.
         tail_energy: (T + 1,) energy beyond the kept values.
         weights: (T,) weight of each task's squared error in the objective.
-        price: bits per rank, and dense.
+        rate: bits per rank, and dense.
         coupling: cross terms; None to leave them out.
-        fixed_shared: rank of the shared module where it is not to be allocated; 0 for experts only.
+        shared_rank: of the shared module where it is not to be allocated; 0 for experts only.
     """
 
     name: str

@@ -73,7 +73,7 @@ class RoundedBasesDelta(Bases):
     """Bases as integer codes with one float32 scale per column of U and row of V.
 
     Args:
-        up, down: codes of U's transpose (p, m) and of V (q, n), stored as ``lowrank/codes.py`` says.
+        up, down: codes of U's transpose (p, m) and of V (q, n), stored as ``quantization/codes.py`` says.
         up_scale, down_scale: (p,) and (q,).
         bits: of a code.
 
@@ -171,7 +171,7 @@ class RoundedCoreDelta(Core):
     """Integer codes with one float32 scale per row.
 
     Args:
-        codes: (p, q), stored as ``lowrank/codes.py`` says.
+        codes: (p, q), stored as ``quantization/codes.py`` says.
         scale: (p,).
         bits: of a code.
         columns: q.

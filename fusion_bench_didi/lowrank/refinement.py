@@ -92,7 +92,7 @@ def refine(
         how: ``alternating``: each module in turn is refitted to what the others leave, by one step of subspace iteration
             from where it is; the best sweep is returned, so the loss never rises;
             ``adam``: Eq. 16 by gradient descent, the better of start and end is returned; ``none``.
-        settled: the experts given are already the best for the shared module given (they were decomposed against it),
+        residual_to_stored: the experts given are already the best for the shared module given (they were decomposed against it),
             and not for the whole shared matrix.
     """
     if how == "none":

@@ -162,14 +162,6 @@ def sketched(shape: Sequence[int], rank: int, *, device: str = "cpu") -> bool:
     return _cheapest(shape, rank, device) is not _gram
 
 
-def operations(shape: Sequence[int], rank: int) -> float:
-    """Operations that ``rank`` directions of an (m, n) matrix cost on a CPU by the way that is taken, as of products."""
-    materialize, searched = _operations(shape, rank, "cpu")[
-        _cheapest(shape, rank, "cpu")
-    ]
-    return materialize + searched
-
-
 #: (l, s) matrix, q and name -> (s, q) vectors and (q,) values.
 _Way = Callable[[Tensor, int, str], tuple[Tensor, Tensor]]
 

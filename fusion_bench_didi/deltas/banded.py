@@ -62,9 +62,6 @@ class BandedLowRankDelta(Delta):
             raise _damaged(f"{len(self.scale)} scales")
         return LowRankFactors(whole * self.scale.float(), torch.cat(down))
 
-    def own(self) -> Tensor:
-        return self.own_product().dense().view(self.shape)
-
 
 def _unpacked(packed: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Levels of the codes of every band, float32."""

@@ -64,7 +64,10 @@ class Delta(nn.Module):
 
     def own(self) -> Tensor:
         """The change in float32, of shape ``self.shape``, that it stands for by itself."""
-        raise NotImplementedError
+        product = self.own_product()
+        if product is None:
+            raise NotImplementedError
+        return product.dense().view(self.shape)
 
     def change(self, shared: "Delta | None" = None) -> Tensor:
         """The task's whole change in float32, of shape ``self.shape``.

@@ -95,9 +95,6 @@ class CodedLowRankDelta(Delta):
     def rank(self) -> int:
         return len(self.short)
 
-    def own(self) -> Tensor:
-        return self.own_product().dense().view(self.shape)
-
     def own_product(self) -> LowRankFactors:
         m, n = self.sides
         parts = zip((self.short, self.long), sorted((m, n)))

@@ -1,6 +1,6 @@
 """Tasks that share something among themselves, and not with the others: of a model that was merged apart from them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..lowrank.factors import LowRankFactors
 from .base import Delta
+from .sink import Experts
 
 
 class GroupedDelta(Delta):
@@ -74,9 +75,6 @@ class GroupedDelta(Delta):
 
     def options(self) -> dict:
         return {} if self.inner is None else self.inner.options()
-
-
-Experts = Mapping[str, Mapping[str, Delta]]
 
 
 def commons(deltas: Iterable[tuple[str, Delta]]) -> dict[tuple[str, str], Delta]:

@@ -44,9 +44,6 @@ class LowRankDelta(Delta):
     def rank(self) -> int:
         return self.up.shape[1]
 
-    def own(self) -> Tensor:
-        return self.own_product().dense().view(self.shape)
-
     def own_product(self) -> LowRankFactors:
         return LowRankFactors(self.up.float(), self.down.float())
 
@@ -65,9 +62,6 @@ class SpectralDelta(Delta):
 
     def __init__(self, shape: tuple[int, ...], up: Tensor, sigma: Tensor, down: Tensor):
         super().__init__(shape, up=up, sigma=sigma, down=down)
-
-    def own(self) -> Tensor:
-        return self.own_product().dense().view(self.shape)
 
     def own_product(self) -> LowRankFactors:
         up, sigma, down = (t.float() for t in (self.up, self.sigma, self.down))

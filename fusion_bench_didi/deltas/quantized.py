@@ -58,10 +58,6 @@ class RoundedLowRankDelta(Delta):
         down = levels(self.down, self.width, (self.rank, n), dtype)
         return up, self.scale, down
 
-    def own(self) -> Tensor:
-        up, down = self.factors()
-        return (up @ down).view(self.shape)
-
     def own_product(self) -> LowRankFactors:
         return LowRankFactors(*self.factors())
 

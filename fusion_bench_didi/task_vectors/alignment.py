@@ -33,6 +33,7 @@ def check_alignment(
     exclude: Iterable[str] = (),
     own: Iterable[str] = (),
     fresh: frozenset[str] = frozenset(),
+    buffers: frozenset[str] = frozenset(),
     ignored: frozenset[str] = frozenset(),
     loaded: bool = True,
 ) -> None:
@@ -43,6 +44,7 @@ def check_alignment(
         exclude: glob patterns of tensors that need not line up.
         own: glob patterns of tensors that each task has for itself.
         fresh: tensors that the base model's own checkpoint does not hold.
+        buffers: names of the base model's buffers, which each task has for itself where they differ in kind.
         ignored: tensors that the base model does not load.
         loaded: the base model's tensors are those that it has in memory, not just all of its checkpoint.
 
@@ -72,7 +74,10 @@ def check_alignment(
             if not matches(n, exclude) and n not in ignored
         }
         foreign = {n for n in found if n not in base.infos() and not matches(n, own)}
-        misfits = _alike(_misfits(found, reference, own, fresh))
+        fitting = {
+            n: i for n, i in base.infos().items() if i.floating or n not in buffers
+        }
+        misfits = _alike(_misfits(found, fitting, own, fresh))
         faults += [f"{task}: {f}" for f in _faults_of_names(missing, foreign, misfits)]
     faults += _on_random_tensors(adapters, exclude, fresh)
     faults += _left_out(infos, reference, exclude, fresh)
@@ -160,11 +165,13 @@ def _misfits(
     """Tensors of the base model's name and another shape or kind, and what is wrong."""
     for name in sorted(set(found) & set(reference)):
         have, want = found[name], reference[name]
+        theirs = want.dtype or "one that torch does not have"
         if have.dtype is None:
-            yield name, f"is of a type that torch does not have, the base model has {want.dtype}"
-        elif not have.floating:
-            yield name, f"is of {have.dtype}, the base model has {want.dtype}"
-        elif have.shape != want.shape and name not in fresh:
+            yield name, f"is of a type that torch does not have, the base model has {theirs}"
+        elif have.floating != want.floating:
+            if want.floating or not matches(name, own):
+                yield name, f"is of {have.dtype}, the base model has {theirs}"
+        elif want.floating and have.shape != want.shape and name not in fresh:
             if not matches(name, (*own, *HEADS)):
                 yield name, f"is {have.shape}, the base model has {want.shape}"
 

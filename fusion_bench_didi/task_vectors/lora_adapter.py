@@ -270,6 +270,11 @@ class AdapterSource(TensorSource):
         shape = shape[::-1] if turned else shape
         # the fine-tuned model would be saved in the base model's type
         self._infos[name] = TensorInfo(shape, (want or a).dtype)
+        if want is not None and not want.floating:
+            self.faults[name] = (
+                f"{down} changes {name}, which the base model has in {want.dtype}, expected floating point"
+            )
+            return
         scale = self._settings.scale_of(module)
         self._pairs[name] = Pair(down, up, rank, scale, turned)
 

@@ -86,6 +86,7 @@ class TaskVectors:
             exclude=self.exclude,
             own=self.own,
             fresh=self.fresh,
+            buffers=self.buffers,
             ignored=self.ignored,
             loaded=self.loaded,
         )
@@ -113,11 +114,14 @@ class TaskVectors:
         infos = self.base.infos() | {
             n: i for s in self._sources.values() for n, i in s.infos().items()
         }
-        names = fnmatch.filter(infos, pattern)
+        found = fnmatch.filter({*infos, *self.ignored}, pattern)
+        names = [n for n in found if n not in self.ignored]
+        if not names:
+            return f"{some(found)}, which the base model does not load"
         excluded = [n for n in names if matches(n, self.exclude)]
-        if names and names == excluded:
+        if names == excluded:
             return f"{some(names)}, which exclude leaves out"
-        if key == "own" or not names:
+        if key == "own":
             return None
         own = [n for n in names if n not in excluded and matches(n, self.own)]
         whole = [n for n in names if min(matrix_shape(infos[n].shape)) < 2]
@@ -156,17 +160,23 @@ class TaskVectors:
             ]
             other = name not in base or any(i.shape != base[name].shape for i in infos)
             special = name in self.fresh or name in self.buffers
-            if other or special or not infos[0].floating or matches(name, self.own):
+            if other or special or not base[name].floating or matches(name, self.own):
                 found[name] = infos[0]
         return found
 
     @property
+    def _named(self) -> dict[str, TensorSource]:
+        """All sources by name; the base model by its label where a task is called as it is."""
+        name = "the base model"
+        name = self.base.label if name in self._sources else name
+        return {name: self.base, **self._sources}
+
+    @property
     def identity(self) -> dict[str, str]:
         """Facts that tell these checkpoints from others, by model and file; values of live models are looked through for them."""
-        sources = {"the base model": self.base, **self._sources}
         return {
             f"{model}, {file}" if file else model: told
-            for model, source in sources.items()
+            for model, source in self._named.items()
             for file, told in source.identity.items()
         }
 
@@ -178,8 +188,7 @@ class TaskVectors:
     @property
     def watched(self) -> dict[str, Watched]:
         """The files of every model that is read from some."""
-        sources = {"the base model": self.base, **self._sources}
-        found = {model: source.watched for model, source in sources.items()}
+        found = {model: source.watched for model, source in self._named.items()}
         return {model: files for model, files in found.items() if files is not None}
 
     def unused(self, task: str) -> Mapping[str, str]:

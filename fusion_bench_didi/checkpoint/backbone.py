@@ -49,7 +49,7 @@ def describe(
         "source": loaders.described(known.get("source")),
         "dtype": dtype and str(dtype).removeprefix("torch."),
         "tensors": {n: taken[n] if n in taken else new[n] for n in covered},
-        **({"fresh": fresh} if fresh else {}),
+        **({"fresh": fresh} if "fresh" in known else {}),
         **({"untied": apart} if apart else {}),
     }
 
@@ -91,7 +91,8 @@ def check(
     Args:
         entry: from :func:`describe`.
         tensors: as there, of the backbone given.
-        fresh: names of tensors that its checkpoint does not hold.
+        fresh: names of tensors that its checkpoint does not hold; they count where the entry tells of none, as where the
+            merge could not know.
 
     Raises:
         CheckpointMismatchError: if it is another one, in any value.
@@ -103,7 +104,8 @@ def check(
         here = {**_untouched(backbone, tensors), **tensors}
         found = digests({n: v for n, v in here.items() if n in expected})
         differ = [n for n, d in expected.items() if found.get(n) != d]
-        differ = [n for n in differ if n not in fresh]
+        if "fresh" not in entry:
+            differ = [n for n in differ if n not in fresh]
     if differ:
         raise CheckpointMismatchError(
             f"The backbone given is not the one that {directory} was merged from ({entry['class']} from {entry['source']}, in "

@@ -118,7 +118,7 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
 
 
 def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
-    """Reference by which the base model is found again: its class and where the pool took it from."""
+    """Reference by which the base model is found again: its class, where the pool took it from, and what was not there."""
     entry = modelpool._models[BASE]
     if isinstance(entry, DictConfig):
         entry = OmegaConf.to_container(entry, resolve=True)
@@ -129,11 +129,24 @@ def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
         entry = {PLACE: entry}
     if isinstance(entry, dict):
         entry = {**eager(modelpool, entry), **given}
-    cls = type(backbone)
+    cls, fresh = type(backbone), _fresh(modelpool, Names.of(backbone))
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
+        **({} if fresh is None else {"fresh": sorted(fresh)}),
         "source": entry if isinstance(entry, (str, dict)) else None,
     }
+
+def _fresh(modelpool: BaseModelPool, names: Names) -> frozenset[str] | None:
+    """Tensors of the base model that its checkpoint does not hold; None where only the host knows what it reads."""
+    if isinstance(modelpool._models[BASE], nn.Module):
+        return frozenset()
+    stored = _file_source(modelpool, BASE, names)
+    if stored is None:
+        return None
+    buffers = (name for name, _ in names.module.named_buffers())
+    there = {*buffers, *stored.infos(), *taken_apart(names.module)}
+    return frozenset(set(names.infos) - there)
+
 
 
 def _whole(entry: Mapping[str, Any]) -> bool:
@@ -166,10 +179,7 @@ def open_pool(
     if backbone is not None:
         names = Names.of(backbone)
         buffers = frozenset(name for name, _ in backbone.named_buffers())
-        stored = _file_source(modelpool, BASE, names)
-        if stored is not None:
-            there = buffers.union(stored.infos(), taken_apart(backbone))
-            fresh = frozenset(set(names.infos) - there)
+        fresh = _fresh(modelpool, names) or frozenset()
     tuned, configurations, live = {}, {}, {}
     for name in modelpool.model_names:
         tuned[name] = adapter_source(modelpool, name, known, names)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hostile_directories import MARK, Bomb, merged_language_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -144,3 +145,16 @@ def test_weights_of_open_clip_are_a_file(monkeypatch, tmp_path, put):
     source = {"model_name": "ViT-B-32", "state_dict_path": str(tmp_path / "base.pt")}
     with pytest.raises(DiDiError, match="base.pt is no file"):
         loaders.load(loaders.OPEN_CLIP, source, directory=tmp_path)
+
+
+# --- nothing random -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["h.0.mlp.c_fc.weight", "ln_f.bias", "wpe.weight"])
+def test_tensors_that_a_base_model_has_lost_are_not_drawn_at_random(base, name):
+    """transformers does, with a warning, where a checkpoint took the place of the one that was merged."""
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"transformer.{name}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(base, f"its weights differ .*{name}")

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     GPT2LMHeadModel,
     HubertConfig,
     HubertModel,
@@ -35,7 +36,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
+from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.pools.names_in_memory import Names, apart
 from fusion_bench_didi.pools.opening import load_backbone, open_pool
 from fusion_bench_didi.task_vectors.scan import scan
 
@@ -133,6 +136,27 @@ def test_a_base_without_a_head_and_fine_tuned_models_with_one(tmp_path):
 
 
 # --- every tensor is accounted for -------------------------------------------------
+
+@pytest.mark.parametrize("more", [{}, {"revision": "main"}], ids=["files", "host"])
+def test_a_merge_on_a_base_with_a_random_tensor_comes_back(tmp_path, more):
+    """It is another at every load; what is written of the base model is checked for the rest alone, where files tell which."""
+    base = bert().bert
+    base.save_pretrained(tmp_path / "base")
+    change_file(
+        tmp_path / "base", lambda t: {n: v for n, v in t.items() if "pooler" not in n}
+    )
+    for task in "ab":
+        config = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+        get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / task)
+    pool = pool_of(tmp_path, BertModel)
+    pool._models["_pretrained_"].update(more)
+    merged = didi(pool, budget=8.0, output_dir=str(tmp_path / "out"))
+    known = {} if more else {"fresh": ["pooler.dense.bias", "pooler.dense.weight"]}
+    assert known.items() <= merged.info["backbone"].items()
+    again = DiDiModel.from_pretrained(tmp_path / "out").materialize("a")
+    for name, value in merged.materialize("a").state_dict().items():
+        assert "pooler" in name or value.equal(again.get_parameter(name))
+
 
 
 def test_a_tensor_that_no_fine_tuned_model_holds_is_missing_from_all(tmp_path):

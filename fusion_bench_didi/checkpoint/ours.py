@@ -1,9 +1,10 @@
 """What this package wrote: directories that say so, and what in them is not of it."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointMismatchError
 from .fields import read_object
@@ -15,10 +16,8 @@ MARK = "fusion-bench-didi"
 MODULE = "module.json"
 #: What the hub's client leaves in a directory, and the end of the name of an index of shards.
 _HUB, _INDEX = ".cache", ".index.json"
-#: Weights and directories of a saved model, and of the hub's client beside it.
-_PARTS = re.compile(
-    r"(model|router)[-\w]*\.safetensors|backbone|experts|modules|\.cache"
-)
+#: Where a saved model has its router, and directories for what is beside its own weights.
+_ROUTER, _BACKBONE, _MODULES = "router.safetensors", "backbone", "modules"
 _WEIGHTS = frozenset(
     (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 )
@@ -44,8 +43,44 @@ def held_by(directory: Path) -> Iterator[Path]:
 
 
 def others(directory: Path) -> list[str]:
-    """Names of weights and directories in a saved model's directory that are no part of it: a base model beside the merge, say."""
-    return [p.name for p in held_by(directory) if not _PARTS.fullmatch(p.name)]
+    """Weights and directories in a saved model's directory that its manifest does not list: a base model beside the merge, say."""
+    if not (held := [p for p in held_by(directory) if p.name != _HUB]):
+        return []
+    parts = {*_listed(read_object(directory / CONFIG, whole=False), directory)}
+    homes = {home for part in parts for home in part.parents}
+    strange = []
+    while held:
+        path = held.pop()
+        if path.is_dir() and path in parts | homes:
+            held += held_by(path)
+        elif path not in parts:
+            strange.append(str(path.relative_to(directory)))
+    return strange
+
+
+def _listed(config: Mapping[str, Any], directory: Path) -> Iterator[Path]:
+    """Files and directories of a saved model; what a damaged manifest says otherwise than we write it is none."""
+    yield from _files(config, "files", directory)
+    if "router" in config:
+        yield directory / _ROUTER
+    if "backbone_files" in config:
+        yield directory / _BACKBONE
+        yield from _files(config, "backbone_files", directory / _BACKBONE)
+    experts = config.get("experts")
+    for expert in experts if isinstance(experts, list) else ():
+        if isinstance(expert, Mapping) and isinstance(expert.get("directory"), str):
+            home = directory / expert["directory"]
+            yield home
+            yield from _files(expert, "files", home)
+    for file in directory.glob(f"{_MODULES}/*/{MODULE}") if "chains" in config else ():
+        yield file
+        with suppress(CheckpointMismatchError):
+            yield from _files(read_object(file, whole=False), "files", file.parent)
+
+
+def _files(config: Mapping[str, Any], key: str, home: Path) -> Iterator[Path]:
+    found = config.get(key)
+    return (home / name for name in (found if isinstance(found, dict) else ()))
 
 
 @dataclass(frozen=True)

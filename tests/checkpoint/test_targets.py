@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from fusion_bench.modelpool import BaseModelPool
 from fuzz_cases import body, every_form
-from helpers import family
+from helpers import BASE, didi, family
+from hostile_directories import rewrite
 from saved_directories import TESTS, listing, marked, small
 
 from fusion_bench_didi.artifacts import save_artifact
@@ -94,7 +95,11 @@ def test_what_is_ours_is_overwritten_damaged_or_of_format_1(tmp_path):
     assert marked(tmp_path / "didi") == "newer"
 
 
-OTHERS = ("base/model.safetensors", "m2/config.json", ".git/HEAD", "thesis/a.tex")
+OTHERS = (
+    *("base/model.safetensors", "m2/config.json", ".git/HEAD", "thesis/a.tex"),
+    *("backbone/model.safetensors", "experts/x", "modules/all-1/model.safetensors"),
+    *("model_backup.safetensors", "router.safetensors"),
+)
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "heads.safetensors", "base.pt"])
@@ -103,7 +108,7 @@ def test_what_lies_within_what_is_ours_is_not_lost(tmp_path, monkeypatch, name, 
     """A base model beside its merge, say, which is where the merge looks for it."""
     small(mark="old").save_pretrained(tmp_path / "m")
     file = tmp_path / "m" / name
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("mine")
     with pytest.raises(FileExistsError, match=f"also holds {name.split('/')[0]}, "):
         if how == "save":
@@ -115,10 +120,39 @@ def test_what_lies_within_what_is_ours_is_not_lost(tmp_path, monkeypatch, name, 
     assert file.read_text() == "mine" and listing(tmp_path) == ["m"]
 
 
-@pytest.mark.parametrize("kind", ["router", "shards", "individuals", "modules"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("individuals", "experts/0/mine.safetensors"),
+        ("individuals", "experts/7"),
+        ("merge", "modules/mine/model.safetensors"),
+        ("merge", "modules/rest-9c3e3e4761d8/mine.pt"),
+    ],
+)
+def test_what_lies_in_a_part_of_what_is_ours_is_not_lost(tmp_path, kind, name):
+    shutil.copytree(TESTS / "data" / "format1" / kind, tmp_path / "m")
+    mine = tmp_path / "m" / name
+    (mine.parent if mine.suffix else mine).mkdir(exist_ok=True)
+    if mine.suffix:
+        mine.write_text("mine")
+    with pytest.raises(FileExistsError, match="also holds (experts|modules)/"):
+        small().save_pretrained(tmp_path / "m", overwrite=True)
+    assert mine.exists()
+
+
+PARTS = ("router", "shards", "individuals", "modules", "backbone")
+
+
+@pytest.mark.parametrize("kind", PARTS)
 def test_all_parts_of_what_is_ours_are_overwritten(tmp_path, monkeypatch, kind):
     target, types = tmp_path / "m", {name: p.dtype for name, p in body().named_parameters()}  # fmt: skip
-    if kind == "individuals":
+    if kind == "backbone":
+        small().save_pretrained(target)
+        (target / "backbone").mkdir()
+        (target / "backbone" / "model.safetensors").touch()
+        files = {"model.safetensors": "0" * 64}
+        rewrite(target, lambda config: config.update(backbone_files=files))
+    elif kind == "individuals":
         models = family(body(), ("a", "b"))
         base = models.pop("_pretrained_")
         save_artifact(models.items(), target, base=base, types=types)

@@ -43,6 +43,9 @@ _DTYPES = {
 }
 #: Types that files hold.
 STORED = frozenset(_DTYPES.values())
+#: Powers of two, the scales of other float8; None where torch does not have them.
+E8M0 = getattr(torch, "float8_e8m0fnu", None)
+_READ = {**_DTYPES, "F8_E8M0": E8M0}
 
 
 class FilesSource(TensorSource):
@@ -86,7 +89,7 @@ class SafetensorsSource(FilesSource):
                 view = handle.get_slice(name)
                 self._files[name] = file
                 self._infos[name] = TensorInfo(
-                    tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
+                    tuple(view.get_shape()), _READ.get(view.get_dtype())
                 )
 
     def read(self, name: str) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointMismatchError
+from .file_sources import E8M0
 from .sources import TensorInfo, TensorSource, WrappedSource
 
 FLOAT8 = (
@@ -11,6 +12,7 @@ FLOAT8 = (
     torch.float8_e5m2,
     torch.float8_e4m3fnuz,
     torch.float8_e5m2fnuz,
+    *((E8M0,) if E8M0 else ()),
 )
 #: Endings of the names of a weight's scales, which it is multiplied with; those of layer inputs are of no weight.
 SCALES = ("_scale_inv", "_scale")
@@ -23,7 +25,7 @@ class Float8Source(WrappedSource):
     The numbers are told to be of bfloat16, the type in which such a model is run.
 
     Raises:
-        CheckpointMismatchError: if the scales of a weight do not fit it.
+        CheckpointMismatchError: if the scales of a weight do not fit it, or are no numbers.
     """
 
     def __init__(self, source: TensorSource):
@@ -65,6 +67,12 @@ class Float8Source(WrappedSource):
 
 def _check(source: TensorSource, name: str, scale: str) -> None:
     shape, scales = source.infos()[name].shape, source.infos()[scale].shape
+    if not source.infos()[scale].floating:
+        kind = source.infos()[scale].dtype or "a type that torch does not have"
+        raise CheckpointMismatchError(
+            f"{source.label}: {scale} beside {name} is of {kind}, expected floating point: whole numbers may stand for exponents. "
+            "Save the model in bfloat16."
+        )
     if _block(shape, scales) is None:
         raise CheckpointMismatchError(
             f"{source.label}: {scale} is {scales} beside {name} of {shape}, expected one scale, one per row, or one per block. "

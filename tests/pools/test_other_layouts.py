@@ -25,6 +25,7 @@ from torch import nn
 
 from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.pools.opening import load_backbone, open_pool
+from fusion_bench_didi.task_vectors.file_sources import E8M0
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -164,6 +165,10 @@ QUANTIZED = {
         weight=lambda v: v.to(torch.float8_e4m3fn),
         scale_weight=lambda v: torch.ones(()),
     ),
+    "float8, exponents as whole numbers": quantized(
+        weight=lambda v: v.to(torch.float8_e4m3fn),
+        weight_scale=lambda v: torch.full((len(v), 1), 127, dtype=torch.uint8),
+    ),
     "whole numbers": quantized(weight=lambda v: (10 * v).to(torch.int8)),
 }
 
@@ -190,6 +195,22 @@ def test_other_float8_is_read(tmp_path, kind, form):
         change_file(tmp_path / "a", change)
     else:
         as_pickle(tmp_path / "a", change(models["a"].state_dict()))
+    pool = pool_of(tmp_path, transformers.LlamaForCausalLM)
+    vectors = open_pool(pool, load_backbone(pool))
+    name = "model.layers.0.mlp.up_proj.weight"
+    found, want = vectors.tensor(name).tuned(0).float(), models["a"].state_dict()[name]
+    assert 0 < float((found - want).norm() / want.norm()) < 0.1
+
+
+@pytest.mark.skipif(E8M0 is None, reason="of later releases of torch")
+def test_float8_whose_scales_are_powers_of_two_is_read(tmp_path):
+    models = family(tmp_path, llama(False))
+    powers = lambda v: 2.0 ** (torch.arange(len(v))[:, None] % 5 - 2)  # noqa: E731
+    change = quantized(
+        weight=lambda v: (v / powers(v)).to(torch.float8_e4m3fn),
+        weight_scale=lambda v: powers(v).to(E8M0),
+    )
+    change_file(tmp_path / "a", change)
     pool = pool_of(tmp_path, transformers.LlamaForCausalLM)
     vectors = open_pool(pool, load_backbone(pool))
     name = "model.layers.0.mlp.up_proj.weight"

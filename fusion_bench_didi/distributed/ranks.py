@@ -22,17 +22,37 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import RankError
+from ..errors import RankError, SettingsError
 
 Value = TypeVar("Value")
 _GO_ON = "What is finished lies beside output_dir, if there is one: the same command goes on from there."
 
-#: Seconds for which a rank may be at one and the same tensor before others give up waiting for it.
-PATIENCE = float(os.environ.get("FUSION_BENCH_DIDI_RANK_TIMEOUT", 1800))
+#: Seconds for which a rank may be at one and the same tensor before others give up waiting for it, unless the environment says
+#: otherwise.
+PATIENCE = 1800.0
+_VARIABLE = "FUSION_BENCH_DIDI_RANK_TIMEOUT"
 #: Seconds without any sign after which a rank counts as ended.
 SILENCE = 120.0
 #: Seconds between two looks at who is there; from the first to the last.
 _LOOKS = 0.002, 0.2
+
+
+def patience() -> float:
+    """:data:`PATIENCE`, or what the environment says.
+
+    Raises:
+        SettingsError: if that is no number of seconds.
+    """
+    given = os.environ.get(_VARIABLE, PATIENCE)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise SettingsError(
+            f"{_VARIABLE}={given} is no number of seconds above 0. Set it to one, {_VARIABLE}=1800 for instance, or unset it."
+        )
+    return seconds
 
 
 class Ranks:
@@ -82,6 +102,7 @@ class _Several(Ranks):
     """Ranks of an initialized ``torch.distributed``."""
 
     def __init__(self):
+        patience()  # whoever waits needs it
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self._store = self._common_store()
@@ -152,6 +173,14 @@ class _Several(Ranks):
         what = f"{type(error).__name__}: {error}"
         with contextlib.suppress(Exception):  # rank 0, which keeps the store, is gone
             self._store.set("failed", f"{self.rank} {what[:2000]}")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """What comes next in this job has a store of its own: this one says for good that a rank failed, to whoever still asks."""
+        global _several
+        self._ends.set()
+        if _several is self:
+            _several = None
 
     def gather(self, value: Value) -> list[Value]:
         sent = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -188,6 +217,7 @@ class _Several(Ranks):
                 return
             if self._has("failed"):
                 rank, _, what = self._store.get("failed").decode().partition(" ")
+                self._let_go()
                 raise RankError(f"Rank {rank} of {self.size} failed: {what}")
             for rank, signs in missing.items():
                 signs.note(self._said(f"at/{rank}"), self._said(f"beat/{rank}"))
@@ -202,10 +232,10 @@ class _Several(Ranks):
                 f"Rank {rank} of {self.size} has not been heard of for {SILENCE:g} s; it was last at {what}. It has ended, or its "
                 f"machine has. {_GO_ON}"
             )
-        if self._hurried and now - signs.moved > PATIENCE:
+        if self._hurried and now - signs.moved > (most := patience()):
             raise RankError(
-                f"Rank {rank} of {self.size} has not got on for {PATIENCE:g} s; it was last at {what}. Where one matrix takes longer "
-                f"than that, set FUSION_BENCH_DIDI_RANK_TIMEOUT=<seconds>. {_GO_ON}"
+                f"Rank {rank} of {self.size} has not got on for {most:g} s; it was last at {what}. Where one matrix takes longer "
+                f"than that, set {_VARIABLE}=<seconds>. {_GO_ON}"
             )
 
     def _said(self, key: str) -> str:
@@ -271,7 +301,9 @@ def by_itself() -> Iterator[None]:
 
 
 def ranks_here() -> Ranks:
-    """The processes of this job; :data:`ALONE` where there is no other. The first call is one that all make."""
+    """The processes of this job; :data:`ALONE` where there is no other. The first call, and the first after a failure, is one that
+    all make.
+    """
     global _several
     if _by_itself:
         return ALONE

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fusion_bench.modelpool import BaseModelPool
 from helpers import BASE, didi, floats, same_bits
 from test_golden import adapters, clip, convolution, decaying, layers
 
 from benchmarks.processes import on_ranks
 from fusion_bench_didi.checkpoint import stream
+from fusion_bench_didi.distributed import ranks
+from fusion_bench_didi.errors import NonFiniteError, RankError, SettingsError
 from fusion_bench_didi.method import FreeMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.task_vectors import digests
@@ -117,6 +120,38 @@ def test_the_host_saves_once(tmp_path):
 
     assert on_ranks(2, save) == [None, None]
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_failed_merge_is_no_end_of_the_job(tmp_path):
+    """Whether all ranks find the fault or one alone: what comes next has its own signs, and those of before are no more heard."""
+    (tmp_path / "taken").mkdir()
+
+    def change(_: int):
+        for _ in range(2):
+            broken = clip()
+            next(broken["svhn"].parameters()).data.view(-1)[0] = torch.nan
+            with pytest.raises(NonFiniteError):
+                didi(broken)
+            pool = BaseModelPool(clip())
+            model = didi(pool, budget=0.6)
+            with pytest.raises((RankError, FileExistsError)):
+                pool.save_model(model, str(tmp_path / "taken"))
+        model = didi(clip(), budget=0.6)
+        return {task: floats(model.materialize(task)) for task in model.tasks}
+
+    one, other = on_ranks(2, change)
+    assert all(same_bits(one[task], other[task]) for task in one)
+
+
+@pytest.mark.parametrize("given", ["30m", "", "-1", "0", "nan"])
+def test_patience_is_a_number_of_seconds(monkeypatch, given):
+    monkeypatch.setenv("FUSION_BENCH_DIDI_RANK_TIMEOUT", given)
+    with pytest.raises(SettingsError, match=f"RANK_TIMEOUT={given} is no number"):
+        ranks.patience()
+    monkeypatch.setenv("FUSION_BENCH_DIDI_RANK_TIMEOUT", "7.5")
+    assert ranks.patience() == 7.5
+    monkeypatch.delenv("FUSION_BENCH_DIDI_RANK_TIMEOUT")
+    assert ranks.patience() == ranks.PATIENCE
 
 
 _ENDS = """

@@ -122,7 +122,7 @@ def _untouched(backbone: nn.Module, touched: Collection[str]) -> dict[str, Tenso
     return {
         name: source.read(name)
         for name in source.infos()
-        if name not in touched and id(state[name]) not in taken
+        if name not in {*touched, *source.faults} and id(state[name]) not in taken
     }
 
 

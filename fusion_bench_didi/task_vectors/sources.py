@@ -183,14 +183,22 @@ class ModuleSource(TensorSource):
     @functools.cached_property
     def digests(self) -> Mapping[str, str]:
         self.check()
-        return digests(self._tensors)
+        found = digests(self._readable)
+        self.check()
+        return found
 
     def take_digests(self, ranks: Ranks) -> None:
         self.check()
-        crew = Crew.of(ranks, {name: t.nbytes for name, t in self._tensors.items()})
-        mine = {name: self._tensors[name] for name in crew.mine(self._tensors)}
+        tensors = self._readable
+        crew = Crew.of(ranks, {name: t.nbytes for name, t in tensors.items()})
+        mine = {name: tensors[name] for name in crew.mine(tensors)}
         found = crew.gathered(digests(mine))
-        self.digests = {name: found[name] for name in self._tensors}
+        self.check()
+        self.digests = {name: found[name] for name in tensors}
+
+    @property
+    def _readable(self) -> dict[str, Tensor]:
+        return {n: t for n, t in self._tensors.items() if n not in self.faults}
 
     @property
     def identity(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from helpers import BASE, didi, fine_tuned
 from torch import nn
 
 from fusion_bench_didi.errors import CheckpointMismatchError, NonFiniteError
+from fusion_bench_didi.models.dynamic import DiDiModel
 
 
 class Net(nn.Module):
@@ -43,6 +44,14 @@ def test_sparse_buffers():
     with pytest.raises(CheckpointMismatchError, match="b: extra is of layout.*sparse"):
         didi(pool)
     assert didi(pool, exclude=["extra"]).tasks == ["a", "b"]
+
+
+@pytest.mark.parametrize("whose", ["a", BASE])
+def test_sparse_buffers_that_are_left_out_are_in_no_checksum(tmp_path, whose):
+    pool = models()
+    pool[whose].extra = torch.eye(3).to_sparse()
+    didi(pool, exclude=["extra"], output_dir=str(tmp_path / "out"))
+    assert DiDiModel.from_pretrained(tmp_path / "out", pool[BASE]).tasks == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -62,15 +62,21 @@ def as_loaded(source: TensorSource, names: Names, directory: Path) -> TensorSour
             unused[old] = f"not loaded by {kind}"
         else:
             meant.setdefault(new, []).append(old)
-    for first, *others in meant.values():
+    faults: dict[str, str] = {}
+    for new, (first, *others) in meant.items():
         unused.update(dict.fromkeys(others, f"tied to {first}, and equal"))
     found = {new: several[0] for new, several in meant.items()}
+        twins = (name for name in others if mapped[name] == mapped[first])
+        if differ := [name for name in twins if not _equal(source, first, name)]:
+            faults[new] = f"is held as {first} and as {differ[0]}, which differ"
     if (pair := _tied_head(names, directory, label)) and pair[1] in found:
         head, rows = pair
         if head in found:
             unused[found[head]] = f"tied to {found[rows]} by the configuration"
         found[head] = found[rows]
-    return RenamedSource(source, found, unused)
+    loaded = RenamedSource(source, found, unused)
+    loaded.faults |= faults
+    return loaded
 
 
 def tied_as(source: TensorSource, names: Names, model: nn.Module) -> TensorSource:
@@ -95,16 +101,17 @@ def tied_as(source: TensorSource, names: Names, model: nn.Module) -> TensorSourc
 
 
 def apart(source: TensorSource, names: Names) -> set[str]:
-    """Tensors that the model ties to others and that differ from these in a whole checkpoint."""
+    """Tensors that the model ties to others and that differ from these in a whole checkpoint, which need not hold the first."""
     mapped = _mapped(list(source.infos()), names)
     back = {new: old for old, new in mapped.items()}
-    return {
-        name
-        for name, first in names.aliases.items()
-        if name in back
-        and first in back
-        and not _equal(source, back[first], back[name])
-    }
+    tied: dict[str, list[str]] = {}
+    for name, first in names.aliases.items():
+        tied.setdefault(first, [first]).append(name)
+    found = set[str]()
+    for several in tied.values():
+        first, *others = [name for name in several if name in back] or several[:1]
+        found |= {n for n in others if not _equal(source, back[first], back[n])}
+    return found
 
 
 def _mapped(found: list[str], names: Names) -> dict[str, str]:

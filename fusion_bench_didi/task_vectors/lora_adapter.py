@@ -202,13 +202,18 @@ class AdapterSource(TensorSource):
         """Which tensor of the file belongs to which of the base model."""
         halves: dict[str, dict[str, str]] = {}
         whole: dict[str, str] = {}
+        beside: dict[str, str] = {}
         for key in sorted(self._source.infos()):
             name = key.removeprefix(_PREFIX)
             owner, lora, _ = name.partition(".lora_")
             if ".original_module." in name:
-                continue  # the base model's value beside the one that was trained
-            if not lora:
-                whole[_WRAPPERS.sub("", name)] = key
+                beside[key] = "the base model's value beside the one that was trained"
+            elif not lora:
+                plain = _WRAPPERS.sub("", name)
+                if whole.setdefault(plain, key) != key:
+                    self.faults[plain] = (
+                        f"{whole[plain]} and {key} are both {plain}, expected one of them"
+                    )
             elif ".base_layer." in owner:
                 self.faults.setdefault(
                     owner.partition(".base_layer.")[0] + ".weight",
@@ -224,8 +229,9 @@ class AdapterSource(TensorSource):
                 )
         for name in self.faults:
             halves.pop(name, None)
-        # A targeted embedding or head is stored beside its pair, as it was in the base model.
-        whole = {name: key for name, key in whole.items() if name not in halves}
+        for name in set(halves) & set(whole):  # of a targeted embedding or head
+            beside[whole.pop(name)] = "the base model's value beside its pair"
+        self.unused = {**self._source.unused, **beside}
         for name, old in self._renamed((*halves, *whole)).items():
             if old in whole:
                 self._whole[name] = whole[old]

@@ -40,6 +40,7 @@ from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.pools.names_in_memory import Names, apart
 from fusion_bench_didi.pools.opening import load_backbone, open_pool
+from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
 from fusion_bench_didi.task_vectors.scan import scan
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -361,6 +362,92 @@ def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path):
 
 
 def test_a_model_that_computes_something_else_when_untied_is_refused(tmp_path):
+class Tied(nn.Module):
+    """Three names of one tensor, as T5's embeddings have."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.one, self.two = (nn.Embedding(4, 2) for _ in range(3))
+        self.one.weight = self.two.weight = self.shared.weight
+
+
+ROWS = torch.arange(8.0).view(4, 2)
+
+
+@pytest.mark.parametrize(
+    "stored, expected",
+    [
+        ({"one": ROWS, "two": ROWS}, set()),
+        ({"one": ROWS, "two": ROWS + 1}, {"two.weight"}),
+        ({"two": ROWS}, set()),
+        ({"shared": ROWS, "two": ROWS + 1}, {"two.weight"}),
+        ({"shared": ROWS, "one": ROWS + 1, "two": ROWS + 1}, {"one.weight", "two.weight"}),
+        ({"shared": ROWS, "one": ROWS.bfloat16(), "two": ROWS.double()}, set()),
+        ({"shared": ROWS.bfloat16(), "one": ROWS / 3}, {"one.weight"}),
+    ],
+    ids=["two of three", "of which differ", "one", "one differs", "both", "types", "a finer one"],
+)  # fmt: skip
+def test_all_names_of_a_tied_tensor_are_compared(tmp_path, stored, expected):
+    """Whichever of them a file holds: the others were taken for equal, and one that was not was lost."""
+    file = tmp_path / "m.safetensors"
+    save_file({f"{name}.weight": value.clone() for name, value in stored.items()}, file)
+    found = apart(SafetensorsSource([file], "a"), Names.of(Tied()))
+    assert found == expected
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tensor_under_its_old_and_its_new_name_is_one(tmp_path, equal):
+    base, name = bert(), "bert.embeddings.LayerNorm."
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+
+    def doubled(tensors: dict) -> dict:
+        twin = tensors[f"{name}weight"] + (0 if equal else 1)
+        return {**tensors, f"{name}gamma": twin}
+
+    change_file(tmp_path / "a", doubled)
+    pool = pool_of(tmp_path, BertForSequenceClassification)
+    if equal:
+        assert_exact(pool)
+        return
+    message = f"a: {name}weight is held as {name}.* and as {name}.*, which differ"
+    with pytest.raises(CheckpointMismatchError, match=message):
+        didi(pool)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"llama"', "{"])
+@pytest.mark.parametrize("whose", ["base", "a"])
+def test_configurations_of_models_that_are_none(tmp_path, text, whose):
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    (tmp_path / whose / "config.json").write_text(text)
+    with pytest.raises(DiDiError, match="config.json|cannot load"):
+        didi(pool_of(tmp_path, LlamaForCausalLM))
+
+
+def test_a_configuration_that_its_class_cannot_read(tmp_path, monkeypatch):
+    base = llama(False)
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    pool = pool_of(tmp_path, LlamaForCausalLM)
+    backbone = load_backbone(pool)
+    monkeypatch.setattr(type(base.config), "from_dict", lambda _: {}["x"])
+    with pytest.raises(CheckpointMismatchError, match="config.json.*LlamaForCausalLM"):
+        open_pool(pool, backbone)
+
+
+def test_a_class_without_source_is_asked_what_it_was_compiled_to():
+    """Of an interactive session, say."""
+    for body in ("self.config.tie_word_embeddings", "x"):
+        scope: dict = {"Tied": Tied}
+        exec(f"class Net(Tied):\n def forward(self, x):\n  return {body}", scope)
+        net = scope["Net"]()
+        if body == "x":
+            untie(net, ["two.weight"])
+            assert net.two.weight is not net.one.weight
+            continue
+        with pytest.raises(CheckpointMismatchError, match="two.weight apart"):
+            untie(net, ["two.weight"])
+
+
     """T5 scales what goes into a tied head."""
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 1}
     base = seeded(lambda: T5ForConditionalGeneration(T5Config(**sizes, vocab_size=30)))

@@ -137,7 +137,9 @@ class PickleSource(FilesSource):
 
     def read(self, name: str) -> Tensor:
         self._watched.check(self._files[name])
-        return self._tensors[name].clone()
+        value = self._tensors[name].clone()
+        self._watched.check(self._files[name])
+        return value
 
 
 def _state_dict(file: Path, label: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -78,7 +78,8 @@ class AdapterSource(TensorSource):
         #: What cannot be merged, by name of the base model's tensor, or "" where it is about the whole adapter.
         self.faults: dict[str, str] = {}
         self._source, self._base = source, base
-        self._settings, self._fan_in_first = LoraSettings.of(config), fan_in_first
+        self._settings = LoraSettings.of(config, source.label)
+        self._fan_in_first = fan_in_first
         self._pairs: dict[str, Pair] = {}
         self._whole: dict[str, str] = {}
         self._infos: dict[str, TensorInfo] = {}
@@ -103,7 +104,6 @@ class AdapterSource(TensorSource):
         Raises:
             CheckpointMismatchError: if one of its files is missing or broken.
         """
-        config = read_config(directory, label)
         file = next((f for n in FILES if (f := directory / n).is_file()), None)
         if file is None:
             raise CheckpointMismatchError(
@@ -114,7 +114,7 @@ class AdapterSource(TensorSource):
         else:
             source = SafetensorsSource([file], label)
         source.watched.opened(directory / CONFIG)
-        return cls(source, config, base, fan_in_first)
+        return cls(source, read_config(directory, label), base, fan_in_first)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """The tensors that it changes."""
@@ -270,17 +270,17 @@ class AdapterSource(TensorSource):
             )
             return
         shape, want = (b.shape[0], *a.shape[1:]), self._base.get(name)
+        if want is not None and not want.floating:
+            self.faults[name] = (
+                f"{down} changes {name}, which the base model has in {want.dtype}, expected floating point"
+            )
+            return
         turned = embedding or (
             want is not None and self._turned(name, shape, want.shape)
         )
         shape = shape[::-1] if turned else shape
         # the fine-tuned model would be saved in the base model's type
         self._infos[name] = TensorInfo(shape, (want or a).dtype)
-        if want is not None and not want.floating:
-            self.faults[name] = (
-                f"{down} changes {name}, which the base model has in {want.dtype}, expected floating point"
-            )
-            return
         scale = self._settings.scale_of(module)
         self._pairs[name] = Pair(down, up, rank, scale, turned)
 

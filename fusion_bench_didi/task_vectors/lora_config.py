@@ -12,7 +12,7 @@ from typing import Any
 import regex
 
 from ..errors import CheckpointMismatchError
-from .file_sources import read_json
+from .file_sources import read_settings
 
 CONFIG = "adapter_config.json"
 
@@ -64,6 +64,7 @@ class LoraSettings:
         root: scale is ``alpha / sqrt(rank)`` (rank-stabilised LoRA) and not ``alpha / rank``.
         ranks, alphas: by pattern, a regular expression for the end of a module's name; the first that matches counts.
         fan_in_first: weights are (in, out), as in GPT-2, where their shape does not tell.
+        label: of the adapter, for messages.
     """
 
     rank: int
@@ -72,12 +73,13 @@ class LoraSettings:
     ranks: Mapping[str, int] | None = None
     alphas: Mapping[str, float] | None = None
     fan_in_first: bool = False
+    label: str = ""
     _patience: "Patience" = field(
         default_factory=lambda: Patience(MATCH_SECONDS), repr=False, compare=False
     )
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "LoraSettings":
+    def of(cls, config: Mapping[str, Any], label: str = "") -> "LoraSettings":
         return cls(
             rank=config.get("r", 8),
             alpha=config.get("lora_alpha", 8),
@@ -85,15 +87,31 @@ class LoraSettings:
             ranks=config.get("rank_pattern"),
             alphas=config.get("alpha_pattern"),
             fan_in_first=bool(config.get("fan_in_fan_out")),
+            label=label,
         )
 
     def rank_of(self, module: str) -> int:
-        return _matched(self.ranks, module, self.rank, self._patience)
+        return self._matched(self.ranks, module, self.rank)
 
     def scale_of(self, module: str) -> float:
         rank = self.rank_of(module)
-        alpha = _matched(self.alphas, module, self.alpha, self._patience)
+        alpha = self._matched(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.root else rank)
+
+    def _matched(
+        self, patterns: Mapping[str, Any] | None, module: str, default: Any
+    ) -> Any:
+        for pattern, value in (patterns or {}).items():
+            try:
+                if self._patience.matches(pattern, module):
+                    return value
+            except TimeoutError as error:
+                raise CheckpointMismatchError(
+                    f"{self.label}: matching {pattern!r} of {CONFIG} with {module!r}, and what was slow before, takes more than "
+                    f"{MATCH_SECONDS} s, so that nobody knows whether it ends. Write a pattern without nested repetitions, or leave "
+                    "the adapter out."
+                ) from error
+        return default
 
 
 @dataclass
@@ -102,6 +120,18 @@ class Patience:
 
     left: float
 
+    def matches(self, pattern: str, module: str) -> bool:
+        """Whether a pattern matches the end of a module's name.
+
+        Raises:
+            TimeoutError: if no seconds are left.
+        """
+        started = time.perf_counter()
+        found = _end_of_name(pattern).match(module, timeout=max(self.left, _SLOW))
+        took = time.perf_counter() - started
+        self.left -= took if took > _SLOW else 0
+        return found is not None
+
 
 def read_config(directory: Path, label: str) -> dict[str, Any]:
     """The configuration of an adapter.
@@ -109,13 +139,7 @@ def read_config(directory: Path, label: str) -> dict[str, Any]:
     Raises:
         CheckpointMismatchError: if the file cannot be read.
     """
-    file = directory / CONFIG
-    found = read_json(file, label, "the configuration of an adapter")
-    if not isinstance(found, Mapping):
-        raise CheckpointMismatchError(
-            f"{label}: {file} is not the configuration of an adapter (it holds no object). Download or write it again."
-        )
-    return dict(found)
+    return read_settings(directory / CONFIG, label, "the configuration of an adapter")
 
 
 def variants(config: Mapping[str, Any]) -> list[str]:
@@ -200,24 +224,3 @@ def _fault_of(pattern: str) -> str | None:
 def _end_of_name(pattern: str) -> Any:
     """As PEFT matches names: the pattern stands for their end, after a dot."""
     return regex.compile(rf"(.*\.)?({pattern})$", regex.V0)
-
-
-def _matched(
-    patterns: Mapping[str, Any] | None, module: str, default: Any, patience: Patience
-) -> Any:
-    for pattern, value in (patterns or {}).items():
-        started = time.perf_counter()
-        try:
-            found = _end_of_name(pattern).match(
-                module, timeout=max(patience.left, _SLOW)
-            )
-        except TimeoutError as error:
-            raise CheckpointMismatchError(
-                f"{CONFIG}: matching {pattern!r} with {module!r}, and what was slow before, takes more than {MATCH_SECONDS} s, so "
-                "that nobody knows whether it ends. Write a pattern without nested repetitions, or leave the adapter out."
-            ) from error
-        took = time.perf_counter() - started
-        patience.left -= took if took > _SLOW else 0
-        if found:
-            return value
-    return default

@@ -1,6 +1,7 @@
 """Adapters are read as PEFT reads them, and their faults are named."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from fusion_bench_didi.errors import (
     ModelPoolError,
     NonFiniteError,
 )
+from fusion_bench_didi.task_vectors import lora_adapter
 from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
+from fusion_bench_didi.task_vectors.lora_adapter import AdapterSource, read_config
+from fusion_bench_didi.task_vectors.sources import TensorInfo
 
 # PEFT on what it saves beside the adapter, and on layouts that it corrects itself.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -282,3 +286,51 @@ def test_base_model_must_not_be_an_adapter(llamas, dry_run):
     pool._models[BASE] = str(directory / "mnist")
     with pytest.raises(ModelPoolError, match="'_pretrained_' is an adapter: .*mnist"):
         didi(pool, dry_run=dry_run)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, None])
+@pytest.mark.parametrize("shape", [(32, 32), (512, 1)], ids=["as it is", "packed"])
+def test_a_base_model_of_whole_numbers_takes_no_change(llamas, dtype, shape):
+    base = {QUERY: TensorInfo(shape, dtype)}
+    source = AdapterSource.of_directory(llamas[0] / "svhn", "svhn", base)
+    assert "expected floating point" in source.faults[QUERY]
+    assert QUERY not in source.infos()
+
+
+@pytest.mark.parametrize("kind", ["original_module", "base_layer"])
+def test_values_of_the_base_model_in_an_adapter_are_told_of(llamas, kind):
+    """They are not read, so that it is not known whether they are this base model's."""
+    directory, _, pool = llamas
+    module = {"original_module": "base_model.model.lm_head.", "base_layer": PAIR}[kind]
+    key = f"{module}{kind}.weight"
+    change_tensors(directory / "svhn", lambda t: t.update({key: torch.ones(32, 32)}))
+    told = didi(pool, budget=1.4).info["tensors"]["svhn"]
+    assert "base model's value beside" in told["not taken from the checkpoint"][key]
+
+
+def test_two_values_of_one_tensor_in_an_adapter_are_refused(llamas):
+    directory, _, pool = llamas
+    head = "base_model.model.lm_head."
+    both = dict.fromkeys((f"{head}weight", f"{head}modules_to_save.weight"))
+
+    def add(tensors: dict) -> None:
+        tensors.update({key: i + torch.ones(2, 2) for i, key in enumerate(both)})
+
+    change_tensors(directory / "svhn", add)
+    with pytest.raises(CheckpointMismatchError, match="svhn: .*are both lm_head.weig"):
+        didi(pool)
+
+
+def test_a_configuration_that_changes_as_it_is_read_is_refused(llamas, monkeypatch):
+    directory, _, _ = llamas
+    file = directory / "svhn" / "adapter_config.json"
+
+    def read_and_change(*place):
+        found = read_config(*place)
+        os.utime(file, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(lora_adapter, "read_config", read_and_change)
+    source = AdapterSource.of_directory(directory / "svhn", "svhn", {})
+    with pytest.raises(CheckpointMismatchError, match="adapter_config.*changed while"):
+        source.check()

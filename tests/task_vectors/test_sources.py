@@ -1,17 +1,21 @@
 """Sources over other sources: what is said of the files beneath is said of them too."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from fusion_bench_didi.distributed.ranks import ALONE
 from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.task_vectors import sources
 from fusion_bench_didi.task_vectors.cast import CastSource
 from fusion_bench_didi.task_vectors.file_sources import PickleSource, SafetensorsSource
 from fusion_bench_didi.task_vectors.float8 import Float8Source
 from fusion_bench_didi.task_vectors.renaming import RenamedSource
-from fusion_bench_didi.task_vectors.sources import WrappedSource
+from fusion_bench_didi.task_vectors.sources import ModuleSource, WrappedSource
 
 WRAPPERS = {
     CastSource: lambda source: CastSource(source, {"a": torch.bfloat16}),
@@ -39,3 +43,28 @@ def test_files_beneath_are_watched(tmp_path, kind, ending):
 
 def test_every_wrapper_is_among_them():
     assert set(WrappedSource.__subclasses__()) == set(WRAPPERS)
+
+
+def test_a_pickle_that_changes_while_a_tensor_is_taken_from_it_is_refused(tmp_path):
+    file = tmp_path / "m.bin"
+    torch.save({"a": torch.ones(3)}, file)
+    source = PickleSource([file], "mnist")
+    value = source._tensors["a"]
+    late = SimpleNamespace(clone=lambda: (value.clone(), os.utime(file, ns=(1, 1)))[0])
+    source._tensors["a"] = late
+    with pytest.raises(CheckpointMismatchError, match="mnist.*changed while"):
+        source.read("a")
+
+
+def test_files_that_change_while_values_of_a_module_are_summed_up(
+    tmp_path, monkeypatch
+):
+    file = tmp_path / "m.bin"
+    torch.save({"weight": torch.ones(3, 3)}, file)
+    source = ModuleSource(nn.Linear(3, 3), "mnist", PickleSource([file], "mnist"))
+    taken = sources.digests
+    monkeypatch.setattr(
+        sources, "digests", lambda t: (os.utime(file, ns=(1, 1)), taken(t))[1]
+    )
+    with pytest.raises(CheckpointMismatchError, match="mnist.*changed while"):
+        source.take_digests(ALONE)

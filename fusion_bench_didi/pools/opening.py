@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ModelPoolError
+from ..task_vectors.alignment import floating
 from ..task_vectors.cast import CastSource
 from ..task_vectors.float8 import Float8Source
 from ..task_vectors.lora_adapter import AdapterSource, fan_in_first
@@ -187,7 +188,7 @@ def open_pool(
             whole, configurations[name], model = _whole_source(modelpool, name, names)
             if model is not None:
                 live[name] = model
-            tuned[name] = CastSource.over(whole, base)
+            tuned[name] = CastSource.over(aligned(whole, floating(base)), base)
     vectors = TaskVectors(
         base,
         tuned,

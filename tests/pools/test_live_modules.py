@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from helpers import BASE, didi, family
+from fusion_bench.modelpool import BaseModelPool
 from torch import nn
 
 from fusion_bench_didi.errors import CheckpointMismatchError, ModelPoolError
 
+from fusion_bench_didi.pools.opening import open_pool
 
 class Net(nn.Module):
     def __init__(self):
@@ -174,3 +176,22 @@ def test_modules_without_shapes_are_no_models_yet(name):
     pool[name] = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.LazyLinear(8))
     with pytest.raises(ModelPoolError, match=f"{name}' has parameters that get their"):
         didi(pool)
+
+
+def test_a_base_model_that_cannot_be_copied_is_named():
+    """It holds a lock, or an open file."""
+    models = family(Net(), ("a", "b"))
+    models[BASE].lock = threading.Lock()
+    with pytest.raises(ModelPoolError, match="cannot be copied .TypeError.*_target_"):
+        didi(models)
+
+
+def test_a_wrapped_module_is_rounded_to_the_base_models_type():
+    """Its names have a prefix, and rounding went by names."""
+    base = nn.Linear(3, 3).bfloat16()
+    tuned = {task: nn.DataParallel(nn.Linear(3, 3)) for task in "ab"}
+    pool = BaseModelPool({BASE: base, **tuned})
+    vectors = open_pool(pool, base)
+    for task, name in enumerate(tuned):
+        found, want = vectors.tensor("weight").tuned(task), tuned[name].module.weight
+        assert found.equal(want.bfloat16()) and found.dtype == torch.bfloat16

@@ -5,8 +5,24 @@ import hashlib
 import os
 from pathlib import Path
 
+from .errors import DiDiError
+
 #: What the system says where a disk, a quota or the size of a file is at its end.
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def from_home(place: str | Path) -> Path:
+    """A place whose ``~`` or ``~user`` stands for a home directory.
+
+    Raises:
+        DiDiError: for that of a user whom the system does not know.
+    """
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise DiDiError(
+            f"{place} begins with the home directory of a user whom this system does not know. Write the whole path."
+        ) from error
 
 
 def no_room(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from fusion_bench.models.modulator import ModulatedModel
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError, DiDiError, some
+from ..files import from_home
 from ..task_vectors.digests import digests
 from ..task_vectors.live_models import check_values
 from ..task_vectors.sources import ModuleSource
@@ -32,7 +33,8 @@ def describe(
         backbone: the tensors that the saved model does not touch are as in the base model.
         tensors: base values of what the saved model changes.
         known: what the merge knew of the backbone: its ``source``, and ``fresh``, names of tensors that its checkpoint does
-            not hold, so that they are others every time it is loaded; see :func:`.opening.backbone_reference`.
+            not hold, so that they are others every time it is loaded, if that could be told; see
+            :func:`.opening.backbone_reference`.
         replaced: names of tensors that every task has as its own, so that the base model's values do not matter.
         taken: checksums of base values that were taken before, which are not taken again.
     """
@@ -165,8 +167,8 @@ def resolved(
     if given is None:
         return load_backbone(entry, directory)
     place, source = str(given), entry["source"]
-    if Path(place).expanduser().is_dir():
-        place = str(Path(place).expanduser().absolute())
+    if from_home(place).is_dir():
+        place = str(from_home(place).absolute())
     if isinstance(source, Mapping):
         place = {**source, "pretrained_model_name_or_path": place}
     return load_backbone({**entry, "source": place}, directory)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from ..distributed.ranks import Ranks
 from ..errors import DiDiError, RankError, spelled
-from ..files import no_room, sync, write_whole
+from ..files import from_home, no_room, sync, write_whole
 from .exchange import exchange, rename_new
 from .locks import held, is_held
 from .ours import SAVED, Kind, is_ours
@@ -54,7 +54,7 @@ def check_target(
     if not str(target).strip():
         raise DiDiError("The name of the directory to write is empty. Give one.")
     try:
-        place = Path(os.path.realpath(Path(target).expanduser()))
+        place = Path(os.path.realpath(from_home(target)))
         os.lstat(place)
     except (FileNotFoundError, NotADirectoryError):
         pass
@@ -260,7 +260,7 @@ def _busy(target: str | Path) -> DiDiError:
 
 def journal_of(place: str | Path) -> Path:
     """Where a merge into a place leaves what it has finished, until the place holds all of it."""
-    place = Path(os.path.realpath(Path(place).expanduser()))
+    place = Path(os.path.realpath(from_home(place)))
     return place.with_name(f".{_short(place.name)}.journal")
 
 

@@ -7,6 +7,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..errors import DiDiError
+from ..files import from_home
 from ..task_vectors.places import check_place
 
 #: What no saved model consists of, and what would run when it is opened by others.
@@ -29,7 +30,7 @@ def local_directory(
         FileNotFoundError: for what does not exist and can be no name, or where the hub cannot be asked.
         DiDiError: if the repository cannot be had.
     """
-    path = Path(place).expanduser()
+    path = from_home(place)
     check_place(place)
     if path.exists():
         return path

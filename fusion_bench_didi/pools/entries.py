@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..errors import DiDiError, ModelPoolError
-from ..task_vectors.file_sources import read_json
+from ..files import from_home
+from ..task_vectors.file_sources import read_settings
 from ..task_vectors.live_models import check_values
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.places import check_place
@@ -87,7 +88,7 @@ def directory_of(modelpool: BaseModelPool, name: str) -> Path | None:
 
 def _resolved(repo: str, platform: str) -> Path:
     """Where a repository lies; a local directory is looked at anew, and the hub, which is slow to answer, asked once."""
-    local = Path(repo).expanduser()
+    local = from_home(repo)
     return local if local.is_dir() else _downloaded(repo, platform)
 
 
@@ -173,7 +174,7 @@ def configuration_of(modelpool: BaseModelPool, name: str) -> Any:
     check_counts(directory, name, asked(modelpool, name)[1])
     arguments = _arguments(modelpool, name)
     added = {key: value for key, value in arguments.items() if key in COMPUTED}
-    return read_json(file, name, "a model's configuration") | added
+    return read_settings(file, name, "a model's configuration") | added
 
 
 def asked(modelpool: BaseModelPool, name: str) -> tuple[str | None, Weights | None]:

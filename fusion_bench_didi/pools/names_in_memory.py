@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..task_vectors.file_sources import read_json
+from ..errors import CheckpointMismatchError
+from ..task_vectors.file_sources import read_settings
 from ..task_vectors.renaming import RenamedSource, renaming
 from ..task_vectors.sources import TensorInfo, TensorSource
 from ..task_vectors.ties import tied_names
@@ -65,10 +66,10 @@ def as_loaded(source: TensorSource, names: Names, directory: Path) -> TensorSour
     faults: dict[str, str] = {}
     for new, (first, *others) in meant.items():
         unused.update(dict.fromkeys(others, f"tied to {first}, and equal"))
-    found = {new: several[0] for new, several in meant.items()}
         twins = (name for name in others if mapped[name] == mapped[first])
         if differ := [name for name in twins if not _equal(source, first, name)]:
             faults[new] = f"is held as {first} and as {differ[0]}, which differ"
+    found = {new: several[0] for new, several in meant.items()}
     if (pair := _tied_head(names, directory, label)) and pair[1] in found:
         head, rows = pair
         if head in found:
@@ -147,10 +148,14 @@ def _tied_head(names: Names, directory: Path, label: str) -> tuple[str, str] | N
     pair = tuple(where.get(id(getattr(end, "weight", None))) for end in (head, rows))
     if None in pair or pair[0] == pair[1] or not file.is_file():
         return None
-    found = read_json(file, label, "the configuration of a model")
-    if not isinstance(found, Mapping):
-        return None
-    tied = _ties(type(model).config_class.from_dict(dict(found)))
+    found = read_settings(file, label, "the configuration of a model")
+    try:
+        tied = _ties(type(model).config_class.from_dict(found))
+    except Exception as error:  # of any type: what a class makes of a file
+        raise CheckpointMismatchError(
+            f"{label}: {file} is not the configuration of a {type(model).__name__} ({type(error).__name__}: {error}). Download or "
+            "write it again."
+        ) from error
     # what the base model itself is not tied by does not tie another either
     return pair if tied and tied != _ties(model.config) else None
 

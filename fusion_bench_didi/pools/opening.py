@@ -109,12 +109,10 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
         backbone = copy.deepcopy(entry)
         tie(backbone, tied_names(entry))
         return backbone
-    except (
-        RuntimeError
-    ) as error:  # of tensors that are computed, and of parametrizations
+    except Exception as error:  # of tensors that are computed, locks, open files, ...
         raise ModelPoolError(
-            f"The base model {BASE!r} ({type(entry).__name__}) cannot be copied ({error}). Give an entry with a _target_ that "
-            "loads it."
+            f"The base model {BASE!r} ({type(entry).__name__}) cannot be copied ({type(error).__name__}: {error}). Give an entry "
+            "with a _target_ that loads it."
         ) from error
 
 
@@ -133,9 +131,10 @@ def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
     cls, fresh = type(backbone), _fresh(modelpool, Names.of(backbone))
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
-        **({} if fresh is None else {"fresh": sorted(fresh)}),
         "source": entry if isinstance(entry, (str, dict)) else None,
+        **({} if fresh is None else {"fresh": sorted(fresh)}),
     }
+
 
 def _fresh(modelpool: BaseModelPool, names: Names) -> frozenset[str] | None:
     """Tensors of the base model that its checkpoint does not hold; None where only the host knows what it reads."""
@@ -147,7 +146,6 @@ def _fresh(modelpool: BaseModelPool, names: Names) -> frozenset[str] | None:
     buffers = (name for name, _ in names.module.named_buffers())
     there = {*buffers, *stored.infos(), *taken_apart(names.module)}
     return frozenset(set(names.infos) - there)
-
 
 
 def _whole(entry: Mapping[str, Any]) -> bool:

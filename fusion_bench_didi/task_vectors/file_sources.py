@@ -184,6 +184,20 @@ def _deep(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def read_settings(file: Path, label: str, what: str) -> dict[str, Any]:
+    """A small file of a checkpoint that holds an object.
+
+    Raises:
+        CheckpointMismatchError: if it is not there, not JSON, or holds something else.
+    """
+    found = read_json(file, label, what)
+    if not isinstance(found, dict):
+        raise CheckpointMismatchError(
+            f"{label}: {file} is not {what} (it holds no object). Download or write it again."
+        )
+    return found
+
+
 def read_json(file: Path, label: str, what: str) -> Any:
     """A small file of a checkpoint.
 

@@ -6,6 +6,8 @@ import huggingface_hub
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..files import from_home
+
 #: Seconds that the hub has to say whether it has a model.
 _PATIENCE = 10.0
 
@@ -31,7 +33,7 @@ def check_place(place: str | Path, *, owned: bool = True) -> None:
     Raises:
         FileNotFoundError: at once, without asking anyone.
     """
-    if not Path(place).expanduser().exists() and not is_name(place, owned=owned):
+    if not from_home(place).exists() and not is_name(place, owned=owned):
         raise FileNotFoundError(
             f"{place} does not exist, and is no name of the hub (user/name). Mend the path."
         )

@@ -1,7 +1,7 @@
 """Tensors that a model uses under several names, and taking them apart where tasks need them to differ."""
 
 import inspect
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def untie(module: nn.Module, names: Iterable[str]) -> None:
     names = sorted(set(names))
     if not names:
         return
-    if "tie_word_embeddings" in inspect.getsource(type(module).forward):
+    if _mentions(type(module).forward, "tie_word_embeddings"):
         raise CheckpointMismatchError(
             f"The fine-tuned models need {', '.join(names)} apart from the tensors to which {type(module).__name__} ties them, and "
             "its forward computes something else then. Leave these models out, or train them with tied tensors."
@@ -83,6 +83,15 @@ def untie(module: nn.Module, names: Iterable[str]) -> None:
         if part is not None:
             part.tie_word_embeddings = False
     setattr(module, _MARK, sorted({*taken_apart(module), *names}))
+
+
+def _mentions(function: Callable, name: str) -> bool:
+    """Whether a name stands in a function; one without source, as of an interactive session, is asked what it was compiled to."""
+    try:
+        return name in inspect.getsource(function)
+    except (OSError, TypeError):
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        return code is not None and name in (*code.co_names, *code.co_consts)
 
 
 def taken_apart(module: nn.Module) -> list[str]:

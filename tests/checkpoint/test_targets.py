@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.modelpool import BaseModelPool, CausalLMPool
 from fuzz_cases import body, every_form
 from helpers import BASE, didi, family
 from hostile_directories import rewrite
@@ -19,12 +19,14 @@ from fusion_bench_didi.checkpoint import exchange, stream
 from fusion_bench_didi.checkpoint.directory import (
     alone,
     check_target,
+    journal_of,
     whole_directory,
 )
 from fusion_bench_didi.checkpoint.ours import is_ours
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError, SettingsError
 from fusion_bench_didi.method.baselines.tsv_c import TSVCompression
 from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.models.pool_saving import attach_saving, check_saving
 from fusion_bench_didi.recombination import search
 from fusion_bench_didi.recombination.evolution import SearchSettings
@@ -225,6 +227,25 @@ def test_files_pipes_and_what_lies_in_them_are_refused(tmp_path, overwrite):
             small().save_pretrained(tmp_path / name, overwrite=overwrite)
     assert (tmp_path / "file").read_text() == "mine"
     assert listing(tmp_path) == ["file", "pipe"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda place: small().save_pretrained(place),
+        lambda place: DiDiModel.from_pretrained(place),
+        lambda place: DiDiModel.from_pretrained(Path("m"), str(place)),
+        lambda place: didi(CausalLMPool(dict.fromkeys((BASE, "a", "b"), str(place)), tokenizer=None)),  # fmt: skip
+        journal_of,
+    ],
+    ids=["target", "model", "base model", "pool", "journal"],
+)
+def test_the_home_of_a_user_that_there_is_not(tmp_path, monkeypatch, use):
+    monkeypatch.chdir(tmp_path)
+    small().save_pretrained(tmp_path / "m")
+    with pytest.raises(DiDiError, match="~nobodyknows/m begins with the home"):
+        use(Path("~nobodyknows/m"))
+    assert listing(tmp_path) == ["m"]
 
 
 NAMES = (

@@ -1,16 +1,17 @@
 """Modules in memory that compute something else than the base model with the same tensors: named, not run as the base model."""
 
 import copy
+import threading
 
 import pytest
 import torch
-from helpers import BASE, didi, family
 from fusion_bench.modelpool import BaseModelPool
+from helpers import BASE, didi, family
 from torch import nn
 
 from fusion_bench_didi.errors import CheckpointMismatchError, ModelPoolError
-
 from fusion_bench_didi.pools.opening import open_pool
+
 
 class Net(nn.Module):
     def __init__(self):

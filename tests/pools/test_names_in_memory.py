@@ -42,6 +42,7 @@ from fusion_bench_didi.pools.names_in_memory import Names, apart
 from fusion_bench_didi.pools.opening import load_backbone, open_pool
 from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
 from fusion_bench_didi.task_vectors.scan import scan
+from fusion_bench_didi.task_vectors.ties import untie
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -136,8 +137,6 @@ def test_a_base_without_a_head_and_fine_tuned_models_with_one(tmp_path):
     assert_exact(pool)
 
 
-# --- every tensor is accounted for -------------------------------------------------
-
 @pytest.mark.parametrize("more", [{}, {"revision": "main"}], ids=["files", "host"])
 def test_a_merge_on_a_base_with_a_random_tensor_comes_back(tmp_path, more):
     """It is another at every load; what is written of the base model is checked for the rest alone, where files tell which."""
@@ -158,6 +157,8 @@ def test_a_merge_on_a_base_with_a_random_tensor_comes_back(tmp_path, more):
     for name, value in merged.materialize("a").state_dict().items():
         assert "pooler" in name or value.equal(again.get_parameter(name))
 
+
+# --- every tensor is accounted for -------------------------------------------------
 
 
 def test_a_tensor_that_no_fine_tuned_model_holds_is_missing_from_all(tmp_path):
@@ -361,7 +362,6 @@ def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path):
         didi(pool_of(tmp_path, LlamaForCausalLM), budget=1e9)
 
 
-def test_a_model_that_computes_something_else_when_untied_is_refused(tmp_path):
 class Tied(nn.Module):
     """Three names of one tensor, as T5's embeddings have."""
 
@@ -448,6 +448,7 @@ def test_a_class_without_source_is_asked_what_it_was_compiled_to():
             untie(net, ["two.weight"])
 
 
+def test_a_model_that_computes_something_else_when_untied_is_refused(tmp_path):
     """T5 scales what goes into a tied head."""
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 1}
     base = seeded(lambda: T5ForConditionalGeneration(T5Config(**sizes, vocab_size=30)))

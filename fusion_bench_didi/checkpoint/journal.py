@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import json
 import logging
+import os
 import secrets
 import shutil
 import threading
@@ -152,9 +153,9 @@ class Journal:
 
 
 def read_lines(path: Path) -> dict[tuple[str, str], Line]:
-    """Results in the files of a journal, by stage and tensor; the last line counts."""
+    """Results in the files of a journal, by stage and tensor; the last line counts, of the file that was written to last."""
     found = {}
-    for file in sorted(path.glob("*.jsonl")):
+    for file in sorted(path.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns):
         for text in file.read_text(errors="replace").splitlines():
             try:
                 told = json.loads(text)
@@ -216,12 +217,16 @@ def _left_by_a_whole_one(path: Path, place: Path) -> bool:
 
 
 def _check(head: Path, identity: Mapping[str, str]) -> None:
-    try:
-        before = read_object(head)
-    except CheckpointMismatchError:
+    if not os.path.lexists(head):
         remove(head.parent)  # killed before there was anything
         return
     way_out = f"Choose another directory, or start over: {spelled('resume', 'fresh')}."
+    try:
+        before = read_object(head)
+    except CheckpointMismatchError as error:
+        raise ResumeError(
+            f"A merge that was cut off lies in {head.parent}, and {HEAD} there cannot be read ({error.__cause__}). {way_out}"
+        ) from error
     if before.get("format") != FORMAT or not isinstance(before.get("of"), dict):
         raise ResumeError(f"{head.parent} is the journal of another release. {way_out}")
     was = before["of"]

@@ -205,6 +205,35 @@ def test_damaged_findings_are_made_again(cut, tmp_path):
     assert weights(tmp_path / "out") == weights(tmp_path / "unbroken")
 
 
+@pytest.mark.parametrize("how", ["damaged", "a directory"])
+def test_a_journal_whose_head_cannot_be_read_is_not_thrown_away(cut, tmp_path, how):
+    head = tmp_path / ".out.journal" / "journal.json"
+
+    def rest() -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in head.parent.iterdir() if p != head}
+
+    before = rest()
+    head.unlink()
+    if how == "damaged":
+        head.write_text("{")
+    else:
+        head.mkdir()
+    with pytest.raises(ResumeError, match='journal.json .*cannot be read.*"fresh"'):
+        cut()
+    assert before and rest() == before
+
+
+@pytest.mark.parametrize("names", [("a.0", "b.0"), ("b.0", "a.0")])
+def test_the_line_that_was_written_last_counts(tmp_path, names):
+    """Names of runs are drawn at random."""
+    for i, name in enumerate(names):
+        line = {"done": ["encode", "w"], "sha256": "", "facts": {"run": i}}
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(json.dumps(line) + "\n")
+        os.utime(file, (i, i))
+    assert read_lines(tmp_path)["encode", "w"].facts == {"run": 1}
+
+
 def test_an_input_that_cannot_be_merged_leaves_no_journal(tmp_path):
     models = clip()
     with torch.no_grad():

@@ -141,12 +141,14 @@ def whole_directory(
                 raise DiDiError(
                     f"{target} cannot be written ({error}). Nothing was changed there; make room, or choose another directory."
                 ) from error
-            _put(beside, place, overwrite, kind)
-            sync(place.parent)
-            shutil.rmtree(journal_of(place), ignore_errors=True)
-        finally:
-            if beside.exists():
-                shutil.rmtree(beside)
+        except BaseException:
+            shutil.rmtree(beside)
+            raise
+        _put(beside, place, overwrite, kind)
+        if beside.exists():
+            shutil.rmtree(beside)  # what was there before
+        sync(place.parent)
+        shutil.rmtree(journal_of(place), ignore_errors=True)
 
 
 @contextmanager
@@ -228,9 +230,12 @@ def _put(beside: Path, place: Path, overwrite: bool, kind: Kind) -> None:
             exchange(beside, place)
         else:
             rename_new(beside, place)
-    except OSError as error:
+    except (OSError, DiDiError) as error:
         kept = place.with_name(f"{_short(place.name)}-{beside.stem[-8:]}")
-        os.rename(beside, kept)
+        try:
+            os.rename(beside, kept)
+        except OSError:
+            kept = beside
         raise FileExistsError(
             f"{place} was changed by something else while this was written; what was written is in {kept}. ({error})"
         ) from error

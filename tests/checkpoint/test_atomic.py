@@ -20,6 +20,7 @@ from fuzz_cases import body
 from helpers import family, merge_settings, task_vectors
 from saved_directories import TESTS, listing, marked, small
 
+from fusion_bench_didi.checkpoint import directory as directories
 from fusion_bench_didi.checkpoint import locks
 from fusion_bench_didi.checkpoint.directory import check_target, whole_directory
 from fusion_bench_didi.checkpoint.locks import Lock, Scratch, held, is_held
@@ -157,6 +158,28 @@ def test_what_comes_to_be_meanwhile_is_not_replaced(tmp_path, kind, overwrite):
         assert target.read_text() == "mine"
     else:
         assert listing(target) == (["mine"] if kind == "other" else [])
+
+
+@pytest.mark.parametrize("movable", [True, False])
+def test_a_result_whose_place_cannot_be_had_is_kept(tmp_path, monkeypatch, movable):
+    """Whatever the look at the place says: rights, say, which may also keep it from another name."""
+    target, ours = tmp_path / "m", small(mark="new")
+    with pytest.raises(FileExistsError) as caught:
+        with whole_directory(target) as place:
+            ours.write_config(place, ours.write_parts(place))
+            target.mkdir()
+            monkeypatch.setattr(directories, "check_target", fail(DiDiError("rights")))
+            if not movable:
+                monkeypatch.setattr(directories.os, "rename", fail(OSError("rights")))
+    kept = re.search(r"what was written is in (\S+)\. \(rights", str(caught.value))[1]
+    assert marked(Path(kept)) == "new" and listing(target) == []
+
+
+def fail(error: Exception):
+    def function(*_, **__):
+        raise error
+
+    return function
 
 
 def test_a_target_that_goes_meanwhile_is_written(tmp_path):

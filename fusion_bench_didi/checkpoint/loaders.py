@@ -204,9 +204,10 @@ def _ready(
     asked = dtype or arguments.get("dtype") or arguments.get("torch_dtype")
     found = {k: v for k, v in arguments.items() if k not in ("dtype", "torch_dtype")}
     if asked is not None and asked != "auto":
-        asked = DTYPES.get(asked.removeprefix("torch."))
-        if asked is None:
-            raise _refused(f"the type {dtype!r}", f"one of {sorted(DTYPES)}")
+        kind = asked.removeprefix("torch.")
+        if kind not in DTYPES:
+            raise _refused(f"the type {asked!r}", f"one of {sorted(DTYPES)}")
+        asked = DTYPES[kind]
     if asked is not None:
         new = Version(transformers.__version__) >= Version("4.56")
         found["dtype" if new else "torch_dtype"] = asked

@@ -32,7 +32,7 @@ SHARD_BYTES = 2**27
 #: Shards of a model that is in memory anyway.
 MAX_SHARD = 5 * 10**9
 Item = TypeVar("Item")
-#: Of the journal.
+#: The file of weights, and what says where each tensor is if there are several.
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

@@ -288,6 +288,13 @@ def test_encoders_of_open_clip_come_from_state_dicts(monkeypatch, tmp_path):
     assert not (tmp_path / MARK).exists()
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_type_that_is_none_is_named(tmp_path, key):
+    source = {"pretrained_model_name_or_path": str(tmp_path), key: "int8"}
+    with pytest.raises(DiDiError, match="given by the type 'int8', expected one of"):
+        loaders.load("transformers.LlamaModel", source, directory=tmp_path)
+
+
 # --- the base model as it was -------------------------------------------------
 
 

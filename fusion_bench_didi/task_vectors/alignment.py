@@ -44,7 +44,8 @@ def check_alignment(
         exclude: glob patterns of tensors that need not line up.
         own: glob patterns of tensors that each task has for itself.
         fresh: tensors that the base model's own checkpoint does not hold.
-        buffers: names of the base model's buffers, which each task has for itself where they differ in kind.
+        buffers: names of the base model's buffers, which each task has for itself where they differ in kind; headers alone do
+            not tell them from parameters.
         ignored: tensors that the base model does not load.
         loaded: the base model's tensors are those that it has in memory, not just all of its checkpoint.
 
@@ -75,7 +76,9 @@ def check_alignment(
         }
         foreign = {n for n in found if n not in base.infos() and not matches(n, own)}
         fitting = {
-            n: i for n, i in base.infos().items() if i.floating or n not in buffers
+            n: i
+            for n, i in base.infos().items()
+            if i.floating or (loaded and n not in buffers)
         }
         misfits = _alike(_misfits(found, fitting, own, fresh))
         faults += [f"{task}: {f}" for f in _faults_of_names(missing, foreign, misfits)]

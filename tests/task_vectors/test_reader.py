@@ -85,3 +85,11 @@ def test_a_task_may_be_called_the_base_model():
         given["the base model"].body += 1
     found = task_vectors(given).identity
     assert len(found) == len(given) and f"{BASE}, in memory" in found
+
+
+def test_headers_do_not_tell_buffers_from_parameters():
+    """In a dry run, a counter that someone has cast with all the rest is no fault yet."""
+    found = task_vectors(
+        models(torch.int64, torch.float16, ORDERS[0], buffer=True), loaded=False
+    )
+    assert ([*found.infos], [*found.own_infos]) == (["body"], ["odd"])

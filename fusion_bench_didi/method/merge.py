@@ -162,7 +162,8 @@ class MERGE(PoolMethod):
                 )
         memory = int(8 * 2**30 * self.library_memory_gb)
         library = Library(reader, self.operator_settings(), memory_bits=memory)
-        found = self._searched(directory, space, library, scorer)
+        described = self._described(space, scorer, reader.checkpoints)
+        found = self._searched(directory, space, library, scorer, described)
         front = [found[i] for i in pareto_front(found)]
         picks = named_picks(front)
         with self.profile("library"):
@@ -196,7 +197,12 @@ class MERGE(PoolMethod):
         return self.connect(model, modelpool)
 
     def _searched(
-        self, directory: Path | None, space: Space, library: Library, scorer: Scorer
+        self,
+        directory: Path | None,
+        space: Space,
+        library: Library,
+        scorer: Scorer,
+        described: dict[str, Any],
     ) -> list[Evaluation]:
         """All that the search tried, in order."""
         with self.profile("search"), Progress(transient=True) as bar:
@@ -206,7 +212,7 @@ class MERGE(PoolMethod):
                 Evaluator(space, library, scorer),
                 self.search_settings(),
                 state=directory and directory / STATE,
-                described=self._described(space, scorer),
+                described=described,
                 progress=lambda done, total: bar.update(row, completed=done),
             )
 
@@ -239,14 +245,15 @@ class MERGE(PoolMethod):
             )
         return Path(place)
 
-    def _described(self, space: Space, scorer: Any) -> dict[str, Any]:
+    def _described(self, space: Space, scorer: Any, checkpoints: str) -> dict[str, Any]:
         """Facts in which a state of the search must agree to be continued."""
         return {
             "objective": self.objective,
             "validation_samples": self.validation_samples,
             "individuals": getattr(scorer, "individual", None),
             "tasks": list(space.tasks),
-            "components": [c.name for c in space.components],
+            "checkpoints": checkpoints,
+            "components": {c.name: list(c.tensors) for c in space.components},
             "operators": list(space.operators),
             "operator_settings": self.operator_settings().as_dict(),
         }

@@ -8,16 +8,18 @@ those of a block that match nothing, form the component ``rest``. The norm in fr
 Source: "homologous blocks (attention and MLP per layer, plus the rest)" is a reading note's of the paper; the patterns are ours.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from ..deltas.storage import dtype_bits
 from ..task_vectors.reader import TaskVectors
+from ..task_vectors.sources import digest_of
 
 REST = "rest"
 #: part -> regular expression searched for in what follows the block's name; tried in order
@@ -103,6 +105,12 @@ class ComponentReader:
         self.tasks = list(task_vectors.tasks)
         self._task_vectors = task_vectors
         self._all = lru_cache(maxsize=_KEPT)(self._load)
+
+    @cached_property
+    def checkpoints(self) -> str:
+        """A short name of what is read: other checkpoints have another, though they are of the same tasks."""
+        identity = json.dumps(self._task_vectors.identity, sort_keys=True)
+        return digest_of(identity.encode())
 
     def read(
         self, component: Component, tasks: Sequence[str] | None = None

@@ -1,8 +1,8 @@
 """Modules with names, each made once and stored once.
 
-The id of a module is its component and a digest of component, sorted tasks, operator and operator settings, so that the
-same decision has the same id in every search. On disk a library is a directory of directories, ``<id>/model.safetensors``
-and ``<id>/module.json``.
+The id of a module is its component and a digest of checkpoints, component and its tensors, sorted tasks, operator and operator
+settings, so that the same decision on the same checkpoints has the same id in every search. On disk a library is a
+directory of directories, ``<id>/model.safetensors`` and ``<id>/module.json``.
 """
 
 import hashlib
@@ -68,12 +68,21 @@ class ModularExpert:
 
 
 def module_id(
-    component: str, tasks: Sequence[str], operator: str, settings: OperatorSettings
+    component: Component,
+    tasks: Sequence[str],
+    operator: str,
+    settings: OperatorSettings,
+    checkpoints: str,
 ) -> str:
-    """Id of a module: component and digest."""
-    content = [component, sorted(tasks), operator, settings.as_dict()]
+    """Id of a module: component and digest.
+
+    Args:
+        checkpoints: a name of those that it is made of, :attr:`.ComponentReader.checkpoints`.
+    """
+    made_of = [checkpoints, component.name, component.tensors, sorted(tasks)]
+    content = [*made_of, operator, settings.as_dict()]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    return f"{component}-{digest.hexdigest()[:12]}"
+    return f"{component.name}-{digest.hexdigest()[:12]}"
 
 
 class Library:
@@ -103,7 +112,9 @@ class Library:
     ) -> ModularExpert:
         """The module of a decision."""
         tasks = tuple(sorted(tasks))
-        key = module_id(component.name, tasks, operator, self._settings)
+        key = module_id(
+            component, tasks, operator, self._settings, self._reader.checkpoints
+        )
         return self._kept.get(key, lambda: self._make(key, component, tasks, operator))
 
     def _make(

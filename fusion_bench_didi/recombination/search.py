@@ -163,7 +163,7 @@ def _load(
             k for k in {*there, *expected} if there.get(k) != expected.get(k)
         )
         raise DiDiError(
-            f"{state} is of a search with other settings ({', '.join(differ)} differ). "
+            f"{state} is of another search ({', '.join(differ)} differ). "
             "Choose another method.directory, or remove the file to search anew."
         )
     archive = [_evaluation(e, space) for e in found["evaluations"].elements()]

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -48,6 +48,14 @@ class ModularExpert:
     operator: str
     shared: Mapping[str, Delta] = field(repr=False)
     experts: Mapping[str, Mapping[str, Delta]] = field(repr=False)
+
+    def without(self, task: str) -> "ModularExpert":
+        """What is left of it for the other tasks, under the same id."""
+        return replace(
+            self,
+            tasks=tuple(t for t in self.tasks if t != task),
+            experts={t: deltas for t, deltas in self.experts.items() if t != task},
+        )
 
     @cached_property
     def bits(self) -> int:

@@ -62,12 +62,14 @@ class RecombinedModel(DynamicModel):
         super().__init__(backbone, {}, experts, unit_bits=unit_bits, info=info)
 
     def remove_modulator(self, task_name: str) -> None:
-        """Forget a task, and the modules that no other task uses."""
+        """Forget a task, the modules that no other task uses, and its part of those that others use."""
         super().remove_modulator(task_name)
         del self.chains[task_name]
         used = {key for chain in self.chains.values() for key in chain}
-        for key in set(self.library) - used:
+        for key, module in list(self.library.items()):
             del self.library[key]
+            if key in used:
+                self.library[key] = module.without(task_name)
 
     @property
     def storage(self) -> StorageReport:

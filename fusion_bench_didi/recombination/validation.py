@@ -4,6 +4,7 @@ The method has no classifier: CLIP model, processor and class names are those of
 prediction is the host's own (``HFCLIPClassifier``). Only validation images are read here, never the task pool's.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DiDiError, ModelPoolError
+from ..lowrank.row_blocks import wide
 from ..pools.task_names import names_of, pool_tasks
 from ..task_vectors.reader import TaskVectors
 from .objectives import Chain
@@ -46,6 +48,8 @@ _BATCH = 64
 class ValidationScorer:
     """Accuracy on validation images over the accuracy of the task's fine-tuned model on the same images.
 
+    Models run on the device of the classifier; where that is another one than the base model's, a copy of this is put there.
+
     Args:
         backbone: the base model.
         classifier: a host classifier; its vision model is replaced while it is used.
@@ -62,8 +66,11 @@ class ValidationScorer:
         data: Mapping[str, LabelledImages],
         task_vectors: TaskVectors,
     ):
-        self._candidate = _Candidate(backbone).eval()
         self._classifier = classifier.eval()
+        self._device = next(classifier.clip_model.parameters()).device
+        if next(backbone.parameters()).device != self._device:
+            backbone = copy.deepcopy(backbone).to(self._device)
+        self._candidate = _Candidate(backbone).eval()
         self._data = data
         self._base = {n: task_vectors.tensor(n).base() for n in task_vectors.infos}
         self._heads = {}
@@ -83,7 +90,7 @@ class ValidationScorer:
         for module in chain:
             for name, change in module.change(task).items():
                 base = self._base[name]
-                tensors[name] = (base.float() + change).to(base.dtype)
+                tensors[name] = (wide(base) + change).to(base.dtype)
         # a fine-tuned model that is never right counts as right once
         one = 1 / len(self._data[task].labels)
         return self.accuracy(task, tensors) / max(self.individual[task], one)
@@ -92,7 +99,8 @@ class ValidationScorer:
     def accuracy(self, task: str, tensors: Mapping[str, Tensor]) -> float:
         """Accuracy of the base model with the given values of tensors."""
         clip, data = self._classifier.clip_model, self._data[task]
-        before, self._candidate.tensors = clip.vision_model, tensors
+        there = {name: value.to(self._device) for name, value in tensors.items()}
+        before, self._candidate.tensors = clip.vision_model, there
         clip.vision_model = self._candidate
         self._classifier.zeroshot_weights = self._heads[task]
         try:
@@ -100,7 +108,8 @@ class ValidationScorer:
             for images, labels in zip(
                 data.images.split(_BATCH), data.labels.split(_BATCH)
             ):
-                hits += int((self._classifier(images).argmax(1) == labels).sum())
+                found = self._classifier(images.to(self._device)).argmax(1)
+                hits += int((found.cpu() == labels).sum())
         finally:
             clip.vision_model, self._candidate.tensors = before, {}
         return hits / len(data.labels)

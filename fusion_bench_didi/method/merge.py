@@ -146,7 +146,7 @@ class MERGE(PoolMethod):
             names = self.changed(task_vectors)
         parts = components(task_vectors, names, self.components or PATTERNS)
         reader = ComponentReader(task_vectors)
-        space = Space.of(parts, reader, list(self.operators))
+        space = Space.of(parts, reader, list(self.operators), scaling=self.scaling)
         if self.objective == "proxy":
             scorer: Scorer = ReconstructionScorer(parts, reader)
         else:

@@ -61,6 +61,7 @@ class Space:
         operators: O names.
         unit_bits: one fine-tuned model.
         grams: (C, T, T) inner products of the task vectors.
+        scaling: of task arithmetic.
     """
 
     components: Sequence[Component]
@@ -68,6 +69,7 @@ class Space:
     operators: Sequence[str]
     unit_bits: int
     grams: np.ndarray
+    scaling: float = 0.3
 
     @classmethod
     def of(
@@ -75,6 +77,8 @@ class Space:
         components: Sequence[Component],
         reader: ComponentReader,
         operators: Sequence[str],
+        *,
+        scaling: float = 0.3,
     ) -> "Space":
         return cls(
             components,
@@ -82,6 +86,7 @@ class Space:
             operators,
             sum(c.bits for c in components),
             torch.stack([reader.gram(c) for c in components]).numpy(),
+            scaling,
         )
 
     @property

@@ -18,7 +18,7 @@ from .objectives import Space
 from .operators import rate_of
 
 
-def features(space: Space, genomes: NDArray, *, scaling: float = 0.3) -> NDArray:
+def features(space: Space, genomes: NDArray) -> NDArray:
     """One row per genome (N, C, 2, T)."""
     N, O = len(genomes), space.shape[2]
     operator = operator_of_task(genomes)  # (N, C, T)
@@ -26,7 +26,7 @@ def features(space: Space, genomes: NDArray, *, scaling: float = 0.3) -> NDArray
     size = same.sum(-1)
     static = np.array([rate_of(name) is None for name in space.operators])
     summing = np.array([name == "task_arithmetic" for name in space.operators])
-    s = np.where(summing[operator], scaling, 1 / size)
+    s = np.where(summing[operator], space.scaling, 1 / size)
     rows = (same * space.grams).sum(-1)  # <tau_t, sum of its group>
     own = np.maximum(np.einsum("ctt->ct", space.grams), 1e-300)
     group = (same * rows[..., None, :]).sum(-1)  # ||sum of the group||^2

@@ -237,13 +237,14 @@ class MERGE(PoolMethod):
         place = self.directory or (log_dir and Path(log_dir) / "merge")
         if not place:
             return None
-        front, state = (Path(place) / name for name in (FRONT, STATE))
+        place = Path(place).expanduser()
+        front, state = place / FRONT, place / STATE
         if front.exists() and not state.exists():
             raise FileExistsError(
                 f"{front} exists without a {STATE} beside it, so it may be of something else. Choose another method.directory, or "
                 "remove it."
             )
-        return Path(place)
+        return place
 
     def _described(self, space: Space, scorer: Any, checkpoints: str) -> dict[str, Any]:
         """Facts in which a state of the search must agree to be continued."""

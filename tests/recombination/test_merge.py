@@ -9,6 +9,7 @@ import torch
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from helpers import BASE, REPOSITORY, pictures, task_vectors
+from simulated_device import simulated
 
 from benchmarks.merge_front import hypervolume, random_search
 from fusion_bench_didi.deltas.plain import DenseDelta
@@ -41,6 +42,8 @@ from fusion_bench_didi.recombination.objectives import (
 )
 from fusion_bench_didi.recombination.operators import OperatorSettings, rate_of
 from fusion_bench_didi.recombination.search import nsga2
+from fusion_bench_didi.recombination.surrogate import features
+from fusion_bench_didi.recombination.validation import scorer_from_pools
 from fusion_bench_didi.routers.files import make_router
 from fusion_bench_didi.task_vectors.scan import scan
 
@@ -220,6 +223,27 @@ def test_model_counts_a_shared_module_once_and_survives_saving(tiny_clip, tmp_pa
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("operator", [0, 4])
+def test_a_task_that_is_removed_is_gone_from_shared_modules(
+    tiny_clip, tmp_path, operator
+):
+    models = tiny_clip.pool_models()
+    evaluate = make_evaluator(models)
+    C, T, _ = evaluate.space.shape
+    model = make_model(models, evaluate, one_group(C, T, operator))
+    gone, *left = model.tasks
+    before = {task: model.materialize(task).state_dict() for task in left}
+    model.remove_modulator(gone)
+    assert not any(gone in (*m.tasks, *m.experts) for m in model.library.values())
+    assert sum(model.storage.layer_bits.values()) == model.storage.excl_bits
+    model.save_pretrained(tmp_path / "model")
+    again = RecombinedModel.from_pretrained(tmp_path / "model", models[BASE])
+    assert again.tasks == left and again.storage == model.storage
+    for task in left:
+        for name, value in again.materialize(task).state_dict().items():
+            assert value.equal(before[task][name])
+
+
 def test_saved_bytes_are_the_account(tiny_clip, tmp_path):
     from safetensors.torch import load_file
 
@@ -393,6 +417,106 @@ def test_reported_objectives_come_back_from_the_library(
     before = (tmp_path / "search.json").read_text()
     run(modelpool, taskpool, pick="storage", **settings)
     assert (tmp_path / "search.json").read_text() == before
+
+
+@pytest.fixture
+def unplotted(monkeypatch):
+    monkeypatch.setattr("fusion_bench_didi.method.merge.plot_front", lambda *_: [])
+
+
+SMALL = {
+    "objective": "proxy",
+    "population": 4,
+    "evaluations": 4,
+    "trees": 2,
+    "operators": ["average"],
+}
+
+
+@pytest.mark.parametrize(
+    "changed, differ",
+    [
+        ({"scale": 0.2}, "checkpoints"),
+        ({"exclude": "*mlp.fc1.bias"}, "components"),
+        ({"components": {"attention": "attn", "mlp": "mlp"}}, "components"),
+    ],
+)
+def test_a_search_goes_on_with_what_it_began_with_only(
+    make_tiny_clip, unplotted, tmp_path, changed, differ
+):
+    """Other checkpoints of the same tasks, or other tensors in components of the same names, are another search."""
+    before = {**SMALL, "directory": str(tmp_path)}
+    run(BaseModelPool(make_tiny_clip().pool_models()), None, **before)
+    scale = {key: changed[key] for key in ("scale",) if key in changed}
+    now = {**before, **{k: v for k, v in changed.items() if k not in scale}}
+    pool = BaseModelPool(make_tiny_clip(**scale).pool_models())
+    with pytest.raises(DiDiError, match=f"another search .*{differ}.* differ"):
+        run(pool, None, **now)
+
+
+def test_modules_of_other_checkpoints_are_none_of_this_library(
+    make_tiny_clip, unplotted, tmp_path
+):
+    """Who removes the state and not the library begins anew; the front names modules of its own models."""
+    settings = {**SMALL, "directory": str(tmp_path)}
+    for scale in (0.05, 0.2):
+        models = make_tiny_clip(scale=scale).pool_models()
+        model = run(BaseModelPool(models), None, **settings)
+        found = load_modules(tmp_path / "library", model.library)
+        for key, module in model.library.items():
+            for name, change in module.change(module.tasks[0]).items():
+                assert change.equal(found[key].change(module.tasks[0])[name])
+        for name in ("search.json", "front.json"):
+            (tmp_path / name).unlink()
+
+
+def test_a_directory_at_home(tiny_clip, unplotted, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    settings = {**SMALL, "directory": "~/search"}
+    run(BaseModelPool(tiny_clip.pool_models()), None, **settings)
+    assert (tmp_path / "search" / "front.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("scaling", [0.3, 0.5])
+def test_the_surrogate_knows_the_scale_of_task_arithmetic(
+    tiny_clip, monkeypatch, scaling
+):
+    """What it is told of one group is what the group loses, but for the rounding to 8 bits."""
+
+    class Caught(Exception):
+        pass
+
+    def catch(space, evaluate, *_, **__):
+        raise Caught(evaluate)
+
+    monkeypatch.setattr("fusion_bench_didi.method.merge.nsga2", catch)
+    pool = BaseModelPool(tiny_clip.pool_models())
+    with pytest.raises(Caught) as caught:
+        run(pool, None, objective="proxy", scaling=scaling)
+    evaluate = caught.value.args[0]
+    space = evaluate.space
+    C, T, O = space.shape
+    genome = one_group(C, T, OPERATORS.index("task_arithmetic"))
+    table = features(space, genome[None])[0, : C * T * (O + 2)].reshape(C, T, O + 2)
+    own = np.einsum("ctt->ct", space.grams)
+    told = 1 - (table[..., -1] * own).sum(0) / own.sum(0)
+    scores = evaluate(genome).scores
+    np.testing.assert_allclose(told, [scores[t] for t in space.tasks], atol=1e-3)
+
+
+def test_models_are_scored_on_the_device_of_the_heads(make_tiny_clip, clip_dir):
+    """The host puts its CLIP model there; base model, candidates and images follow, and the pool's model stays where it was."""
+    tiny = make_tiny_clip(scale=0.2)
+    modelpool, taskpool = pools(tiny, clip_dir)
+    vectors = task_vectors(tiny.pool_models())
+    here = scorer_from_pools(modelpool, taskpool, tiny.base, vectors, samples=None)
+    with simulated() as device:
+        taskpool.clip_model.to(device)
+        there = scorer_from_pools(modelpool, taskpool, tiny.base, vectors, samples=None)
+        assert there.individual == here.individual
+    assert {p.device.type for p in tiny.base.parameters()} == {"cpu"}
 
 
 def test_without_validation_data_the_error_says_so(tiny_clip, clip_dir):

@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fusion_bench_didi.errors import SettingsError
+from fusion_bench_didi.method import UltraDelta
 
 STATIC = {"_target_": "fusion_bench.method.SimpleAverageAlgorithm"}
 HOMES = {
@@ -79,6 +80,14 @@ def test_settings_of_base_classes_are_checked_and_converted():
     assert method.scale == 0.25 and method.tensor_patterns()["exclude"] == ("a", "b")
     with pytest.raises(SettingsError, match="own=7"):
         class_of("TwinMerging")(own=7)
+
+
+def test_numbers_may_be_given_as_text():
+    """Also where they are held against one another."""
+    method = UltraDelta(drop="0.9", step="0.05")
+    assert (method.drop, method.step) == (0.9, 0.05)
+    with pytest.raises(SettingsError, match="drop . step = 1.1"):
+        UltraDelta(drop="0.9", step="0.2")
 
 
 def test_one_pattern_may_stand_for_itself():

@@ -60,9 +60,9 @@ class UltraDelta(DeltaCompression):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if drop + step > 1:
+        if self.drop + self.step > 1:
             raise SettingsError(
-                f"drop + step = {drop + step} is a share of entries; choose at most 1."
+                f"drop + step = {self.drop + self.step} is a share of entries; choose at most 1."
             )
         self._rates: dict[str, dict[str, float]] = {}
         self._gains: dict[str, float] = {}

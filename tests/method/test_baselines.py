@@ -606,6 +606,18 @@ def test_cat_without_directions_is_task_arithmetic(tiny_clip):
         np.testing.assert_allclose(merged[name], whole, atol=1e-6)
 
 
+def test_cat_keeps_the_digits_of_a_base_model_of_doubles():
+    base = nn.Linear(8, 8).double()
+    with torch.no_grad():
+        base.weight *= 100
+    pool = family(base)
+    tuned = [floats(pool[task]) for task in ("mnist", "svhn")]
+    merged, start = floats(methods.CATMerging(directions=0).run(pool)), floats(base)
+    for name, value in start.items():
+        whole = value + 0.3 * sum(one[name] - value for one in tuned)
+        np.testing.assert_allclose(merged[name], whole, rtol=0, atol=1e-7)
+
+
 def test_cat_leaves_the_pool_alone(tiny_clip):
     pool = PoolWithImages(tiny_clip.pool_models(), train=tiny_clip.tasks)
     before = {name: floats(copy.deepcopy(m)) for name, m in pool.named_models()}

@@ -16,6 +16,7 @@ from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 
 from ...lowrank.arithmetic import own_arithmetic
+from ...lowrank.row_blocks import wide
 from ...options import (
     Aliases,
     Count,
@@ -106,7 +107,7 @@ class CATMerging(PoolMethod):
             for name in self.track(names, "trimming"):
                 value = live[name]
                 change = self._merged(task_vectors, name, inputs)
-                value.copy_(value.float() + self.scale * change.to(value.device))
+                value.copy_(wide(value) + self.scale * change.to(value.device))
         return backbone
 
     def _merged(

@@ -1,7 +1,9 @@
 """What a comparison is asked to run: one entry per row, read and checked before anything runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from fusion_bench.utils import import_object
@@ -111,13 +113,27 @@ def read_entries(
 
 
 def dependent(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Groups in which entries stand with those whose storage is their budget, all in order."""
-    groups: dict[str, list[Entry]] = {}
+    """Groups in which entries stand with those whose storage is their budget, or whose directory they share, all in order."""
+    groups: dict[str | Path, list[Entry]] = {}
     for entry in entries:
-        found = groups.get(entry.budget_of or "", [])
-        found.append(entry)
-        groups[entry.key] = found
+        ties = [entry.key, *_directories(entry.overrides), *_directories(entry.method)]
+        if entry.budget_of in groups:
+            ties.append(entry.budget_of)
+        joined = {id(groups[tie]): groups[tie] for tie in ties if tie in groups}
+        ties += [tie for tie, group in groups.items() if id(group) in joined]
+        group = sorted((*chain(*joined.values()), entry), key=entries.index)
+        groups |= dict.fromkeys(ties, group)
     return list({id(group): group for group in groups.values()}.values())
+
+
+def _directories(config: Any) -> Iterator[Path]:
+    """What a configuration calls ``directory``, where methods leave what others of the same settings go on from."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if key == "directory" and value:
+                yield Path(value)
+            else:
+                yield from _directories(value)
 
 
 def declared(entry: Entry) -> dict[str, Any]:

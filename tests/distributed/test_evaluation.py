@@ -123,6 +123,26 @@ def test_entries_stay_with_those_they_depend_on():
     assert [[e.key for e in group] for group in left] == alone
 
 
+def test_entries_stay_with_those_whose_directory_they_share():
+    """Two searches that go on from one another would find each other's lock."""
+    here, there = {"directory": "a"}, {"directory": "b"}
+    config = {
+        "search": {"method": "didi/merge", "overrides": here},
+        "emr": {"method": "didi/emr"},
+        "other": {"method": "didi/merge", "overrides": there},
+        "routed": {"method": "didi/routed", "overrides": {"base_method": here}},
+        "plain": {"method": {"_target_": "X", "directory": "b"}},
+        "as_emr": {"method": "didi", "budget_of": "emr"},
+        "both": {"method": "X", "overrides": here, "budget_of": "as_emr"},
+    }
+    entries = read_entries({k: {**e, "group": "dynamic"} for k, e in config.items()})
+    groups = [[entry.key for entry in group] for group in dependent(entries)]
+    assert groups == [
+        ["search", "emr", "routed", "as_emr", "both"],
+        ["other", "plain"],
+    ]
+
+
 def test_numbers_are_shared_out_once():
     def share(_: int) -> list[list[int]]:
         ranks, found = ranks_here(), []

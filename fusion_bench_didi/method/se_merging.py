@@ -179,12 +179,11 @@ class SEMerging(PoolMethod):
 
 
 def with_own_modules(modelpool: BaseModelPool) -> BaseModelPool:
-    """The pool, with copies of models that lie in memory: some of the host's merges overwrite the first one."""
-    pool = copy.copy(modelpool)
-    pool._models = copy.copy(modelpool._models)
-    for name, entry in modelpool._models.items():
-        if isinstance(entry, nn.Module):
-            pool._models[name] = copy.deepcopy(entry)
+    """The pool, with copies of models that lie in memory: some of the host's methods overwrite them."""
+    pool, entries = copy.copy(modelpool), dict(modelpool._models.items())
+    own = {n: copy.deepcopy(e) for n, e in entries.items() if isinstance(e, nn.Module)}
+    if own:
+        pool._models = entries | own
     return pool
 
 

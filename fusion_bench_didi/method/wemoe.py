@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from fusion_bench.method.we_moe import clip_we_moe
 from fusion_bench.method.we_moe.we_moe import entropy_loss
+from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.models.we_moe import WeightEnsemblingMoE
 from fusion_bench.tasks.clip_classification import get_classnames_and_templates
@@ -49,7 +50,8 @@ from ..options import (
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import check_pool
-from ..pools.task_names import names_of, pool_tasks
+from ..pools.task_names import check_aliases, names_of, pool_tasks
+from .se_merging import with_own_modules
 
 #: values of keys that are left open, by training
 TRAINING: dict[str, dict[str, Any]] = {
@@ -110,6 +112,7 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
         """Build, adapt on the test images, and route every image by itself.
 
         Raises:
+            UnknownTaskError: if an alias means no model.
             ModelPoolError: if neither the model pool nor the task pool has test images of every task.
         """
         modelpool = as_pool(modelpool)
@@ -117,6 +120,7 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
         modelpool = adapted(modelpool)
         taskpool = getattr(self._program, "taskpool", None)
         models = modelpool.model_names
+        check_aliases(self.task_aliases, models)
         datasets = modelpool._test_datasets if modelpool.has_test_dataset else None
         datasets = datasets or getattr(taskpool, "_test_datasets", None) or {}
         names = names_of(models, datasets, self.task_aliases)
@@ -125,12 +129,13 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
                 f"WEMoE trains its routers on unlabelled test images, and neither pool has any for {missing}. "
                 "Give modelpool.test_datasets."
             )
+        modelpool = _with_own_models(modelpool)
         modelpool._test_datasets = {model: datasets[names[model]] for model in models}
         # class names are registered under what the task pool calls a task
         asked = names_of(models, pool_tasks(taskpool), self.task_aliases)
         self._heads = names | asked
-        # Without a program there is no Fabric yet; the host makes one only where there is CUDA.
-        self._fabric = self._fabric or self.fabric
+        # the host makes one of its own where there is CUDA, whatever device was asked for
+        self._fabric = self.fabric
         try:
             model = super().run(modelpool)
         finally:
@@ -187,6 +192,18 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
             self.zeroshot_weights[task] = classifier.zeroshot_weights.clone()
         self.visual_projection = clip.visual_projection
         self.logit_scale_exp = clip.logit_scale.detach().exp()
+
+
+def _with_own_models(modelpool: BaseModelPool) -> BaseModelPool:
+    """The pool with models that the host may overwrite, trainable: of frozen ones it makes no task vectors."""
+    pool = with_own_modules(modelpool)
+    stock = pool.load_model
+
+    def load_model(name: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        return stock(name, *args, **kwargs).requires_grad_(True)
+
+    pool.load_model = load_model
+    return pool
 
 
 @torch.no_grad()

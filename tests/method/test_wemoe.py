@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fusion_bench.models.we_moe import WeightEnsemblingMoE
-from helpers import REPOSITORY
+from helpers import REPOSITORY, same_bits
+from lightning.fabric import Fabric
 from omegaconf import OmegaConf
+from torch import nn
 
 from fusion_bench_didi.demo.pools import (
     DemoCLIPVisionModelPool,
     DemoCLIPVisionModelTaskPool,
 )
+from fusion_bench_didi.errors import UnknownTaskError
 from fusion_bench_didi.method.wemoe import WEMoEMerging
 
 pytestmark = pytest.mark.filterwarnings(
@@ -108,7 +111,7 @@ def test_tasks_at_once_or_one_after_the_other(demo_suite, monkeypatch):
 
 
 def test_training_moves_the_routers(demo_suite, monkeypatch):
-    still, _ = trained(demo_suite, monkeypatch, max_steps=0)
+    still, _ = trained(demo_suite, monkeypatch, max_steps=0, batch_size=16)
     moved, _ = trained(demo_suite, monkeypatch, training="published")
     pairs = zip(still.named_parameters(), moved.named_parameters())
     changed = {name for (name, a), (_, b) in pairs if not torch.equal(a, b)}
@@ -125,6 +128,52 @@ def test_other_names_of_tasks(demo_suite, monkeypatch):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="none for|any for"):
         trained(demo_suite, monkeypatch, pool=Renamed)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("wrapped", [dict, nn.ModuleDict])
+def test_models_in_memory_stay_as_they_were(demo_suite, monkeypatch, frozen, wrapped):
+    """The host subtracts the base model in place, and deletes the parameters of experts of a frozen one."""
+
+    class Loaded(DemoCLIPVisionModelPool):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            models = {name: self.load_model(name) for name in self._models}
+            models["_pretrained_"].requires_grad_(not frozen)
+            self._models = wrapped(models)
+            self._test_datasets = datasets
+            pools.append(self)
+
+    pools, datasets = [], dict(DemoCLIPVisionModelPool(**demo_suite)._test_datasets)
+    model, _ = trained(demo_suite, monkeypatch, pool=Loaded, max_steps=0, batch_size=16)
+    files, (used,) = DemoCLIPVisionModelPool(**demo_suite), pools
+    for name in files.all_model_names:
+        found, expected = used._models[name], files.load_model(name)
+        assert found.state_dict().keys() == expected.state_dict().keys()
+        for a, b in zip(found.parameters(), expected.parameters()):
+            assert a.equal(b) and a.requires_grad == (name[0] != "_" or not frozen)
+    assert used._test_datasets is datasets
+    plain, _ = trained(demo_suite, monkeypatch, max_steps=0, batch_size=16)
+    for block, other in zip(mixtures(model), mixtures(plain)):
+        assert same_bits(block.task_vectors.state_dict(), other.task_vectors.state_dict())  # fmt: skip
+
+
+def test_training_is_on_the_device_that_was_asked_for(demo_suite, monkeypatch):
+    """The host's constructor makes a Fabric of its own where there is CUDA."""
+    asked, own = (Fabric(accelerator="cpu", devices=1) for _ in range(2))
+    monkeypatch.setattr(WEMoEMerging, "_fabric", own)
+    monkeypatch.setattr(WEMoEMerging, "_fabric_instance", asked)
+    used = []
+    monkeypatch.setattr(
+        Fabric, "setup", lambda self, *modules: used.append(self) or modules
+    )
+    trained(demo_suite, monkeypatch, max_steps=0, batch_size=16)
+    assert used == [asked]
+
+
+def test_an_alias_of_no_model(demo_suite, monkeypatch):
+    with pytest.raises(UnknownTaskError, match="task_aliases=.*no model of the pool"):
+        trained(demo_suite, monkeypatch, task_aliases={"mnist": "nothing"})
 
 
 @pytest.mark.parametrize(

@@ -65,17 +65,19 @@ class RoutedMethod(PoolMethod):
         """Merge by the base method, then attach the router.
 
         Raises:
+            SettingsError: if the base method is none whose result has experts; before the merge, if its class tells.
             ModelPoolError: if images are needed and the pool has none; before the merge.
         """
         modelpool = self.checked(modelpool)
+        base = instantiated(self.base_method, self)
+        if makes_experts(base) is False:
+            raise _without_experts(f"is {type(base).__name__}, whose result")
         router = self._router(modelpool.model_names)
         if router is not None:
             check_head(router, modelpool, self.task_aliases)
-        model = instantiated(self.base_method, self).run(modelpool)
+        model = base.run(modelpool)
         if not isinstance(model, DynamicModel):
-            raise TypeError(
-                f"base_method gives a {type(model).__name__}, which holds no experts to route to. Choose a dynamic method."
-            )
+            raise _without_experts(f"gives a {type(model).__name__}, which")
         if router is None:
             return model
         attach_router(self, model, router, modelpool)
@@ -114,17 +116,41 @@ def check_router(make: Callable[[], Router | None]) -> None:
 
 
 def instantiated(method: Any, owner: Any) -> Any:
-    """A method from its configuration (or as it is), under the program and the task aliases of the method that holds it."""
+    """A method from its configuration (or as it is), under the program, on the device and with the task aliases of its owner.
+
+    Raises:
+        SettingsError: if there is none, or it would only tell what it would do.
+    """
     if method is None:
         raise SettingsError("base_method is missing: give a method's configuration.")
     if isinstance(method, Mapping) or "_target_" in getattr(method, "keys", list)():
         method = instantiate(method)
+    if getattr(method, "dry_run", False):
+        raise SettingsError(
+            f"dry_run leaves no model for {owner.title} to go on with. Set it to false, or run {type(method).__name__} by itself."
+        )
     method._program = owner._program
+    if getattr(method, "_fabric_instance", owner) is None:
+        method._fabric_instance = owner.fabric
     if hasattr(method, "routes"):
         method.routes = owner.routes
     if hasattr(method, "task_aliases") and owner.task_aliases:
         method.task_aliases = {**owner.task_aliases, **(method.task_aliases or {})}
     return method
+
+
+def makes_experts(method: Any) -> bool | None:
+    """Whether the result of a method is a model with experts, by its class; None where only the result tells."""
+    if isinstance(method, PoolMethod):
+        return method.dynamic
+    package = type(method).__module__.partition(".")[0]
+    return False if package in ("fusion_bench", "fusion_bench_didi") else None
+
+
+def _without_experts(found: str) -> SettingsError:
+    return SettingsError(
+        f"base_method {found} holds no experts to route to. Choose a dynamic method, didi for instance."
+    )
 
 
 def check_head(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..deltas.plain import DenseDelta, OwnDelta
 from ..deltas.sink import EncodedTensor, InMemory
+from ..errors import SettingsError
 from ..merging.encoding import encode_own
 from ..models.dynamic import DynamicModel
 from ..options import Aliases, Fraction, ImageCount, Patterns, Positive, Scale, Seed
@@ -26,7 +27,13 @@ from ..routers.representation import RepresentationRouter
 from ..task_vectors.scan import model_bits, scan
 from .base import PoolMethod
 from .didi import DiDiMerging
-from .routed import attach_router, check_head, check_router, instantiated
+from .routed import (
+    attach_router,
+    check_head,
+    check_router,
+    instantiated,
+    makes_experts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +94,13 @@ class SEMerging(PoolMethod):
         """The experts with SE-Merging's router attached.
 
         Raises:
+            SettingsError: if the base method gives no static model; before the experts, if its class tells.
             ModelPoolError: if ``head`` needs images and the pool has none.
         """
         modelpool = self.checked(modelpool)
+        base = instantiated(self.base_method, self)
+        if makes_experts(base):
+            raise _not_static(f"is {type(base).__name__}, whose result holds experts")
         router = self.router(modelpool.model_names)
         check_head(router, modelpool, self.task_aliases)
         with self.profile("experts"):
@@ -99,9 +110,9 @@ class SEMerging(PoolMethod):
                 model = self._individuals(modelpool)
         with self.profile("static merge"):
             if self.experts == "didi" or owned(model):
-                merged = self.static_merge(with_experts(modelpool, model))
+                merged = static_merge(base, with_experts(modelpool, model))
             else:
-                merged = self.static_merge(modelpool)
+                merged = static_merge(base, modelpool)
         weights, rest = as_multiple(model, merged)
         if rest is None:
             router.merged_shared, router.merged_weight = weights
@@ -126,21 +137,6 @@ class SEMerging(PoolMethod):
             threshold=self.threshold,
             head=self.head,
         )
-
-    def static_merge(self, modelpool: BaseModelPool) -> nn.Module:
-        """The static merge by ``base_method``.
-
-        Raises:
-            TypeError: if it is not one plain model.
-        """
-        pool = with_own_modules(modelpool)
-        merged = instantiated(self.base_method, self).run(pool)
-        if not isinstance(merged, nn.Module) or hasattr(merged, "modulators"):
-            raise TypeError(
-                f"base_method gives a {type(merged).__name__}; SE-Merging starts from one static model. "
-                "Choose averaging, task arithmetic, TIES or TSV-M."
-            )
-        return merged
 
     def facts(self, modelpool: BaseModelPool, backbone: nn.Module) -> dict[str, Any]:
         """A base method that was given as an object is named by its class."""
@@ -176,6 +172,24 @@ class SEMerging(PoolMethod):
             unit_bits=sum(model_bits(vectors, found).values()),
             info=self.facts(modelpool, backbone),
         )
+
+
+def static_merge(method: Any, modelpool: BaseModelPool) -> nn.Module:
+    """The static merge by a method.
+
+    Raises:
+        SettingsError: if it is not one plain model.
+    """
+    merged = method.run(with_own_modules(modelpool))
+    if not isinstance(merged, nn.Module) or hasattr(merged, "modulators"):
+        raise _not_static(f"gives a {type(merged).__name__}")
+    return merged
+
+
+def _not_static(found: str) -> SettingsError:
+    return SettingsError(
+        f"base_method {found}; SE-Merging starts from one static model. Choose averaging, task arithmetic, TIES or TSV-M."
+    )
 
 
 def with_own_modules(modelpool: BaseModelPool) -> BaseModelPool:

@@ -147,6 +147,45 @@ def check_arguments(instance: Any) -> None:
     _check(instance, _types(type(instance)))
 
 
+def refuse_idle(instance: Any, idle: Mapping[str, str]) -> None:
+    """Refuse settings that do nothing beside the others; at their default they pass.
+
+    Args:
+        idle: what each of them is of, and that this is not there, by name: ``{"lr": "of training, and max_steps=0"}``.
+
+    Raises:
+        SettingsError: naming every one that was given another value.
+    """
+    values = {name: getattr(instance, name) for name in idle}
+    if given := not_at_default(type(instance), values):
+        raise SettingsError(
+            "\n  ".join(
+                [
+                    "These settings would do nothing; leave them out, or change what they are of:",
+                    *(f"{name} is {idle[name]}." for name in given),
+                ]
+            )
+        )
+
+
+def not_at_default(cls: type, values: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments of a constructor that have another value than their default, as YAML has both."""
+    known = signature(cls.__init__).parameters
+    return [
+        name
+        for name, value in values.items()
+        if name in known and _as_yaml(value) != _as_yaml(known[name].default)
+    ]
+
+
+def _as_yaml(value: Any) -> Any:
+    """Plain, without the difference of sequences, and of nothing to an empty list or mapping."""
+    plain = OmegaConf.to_container(value) if isinstance(value, Container) else value
+    if isinstance(plain, (tuple, list, dict)):
+        return (list(plain) if isinstance(plain, tuple) else plain) or None
+    return plain
+
+
 def _types(cls: type) -> dict[str, Any]:
     """Types of the arguments of a constructor and of those of its bases."""
     types: dict[str, Any] = {}

@@ -6,7 +6,7 @@ Example:
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from ..options import (
     Scale,
     Seed,
     Share,
+    refuse_idle,
 )
 from ..recombination import components
 from ..recombination.components import PATTERNS, ComponentReader
@@ -111,6 +112,18 @@ class MERGE(PoolMethod):
             rate_of(operator)
         self.search_settings()
         self.operator_settings()
+        refuse_idle(self, dict(self._idle()))
+
+    def _idle(self) -> Iterator[tuple[str, str]]:
+        """Settings that nothing reads, and what they are of."""
+        if self.objective != "validation":
+            yield "validation_samples", f"of objective=validation, not {self.objective}"
+        static = {name for name in self.operators if rate_of(name) is None}
+        for key, operator in (("scaling", "task_arithmetic"), ("ties_keep", "ties")):
+            if operator not in static:
+                yield key, f"of the operator {operator}, which is not among operators"
+        if len(static) == len(set(self.operators)):
+            yield "low_rank_bits", "of operators didi@..., and there is none"
 
     def search_settings(self) -> SearchSettings:
         return SearchSettings(

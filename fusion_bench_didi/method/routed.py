@@ -17,7 +17,7 @@ from fusion_bench.utils import instantiate
 
 from ..errors import SettingsError, spelled
 from ..models.dynamic import DynamicModel
-from ..options import Aliases, Fraction, ImageCount, Positive, Seed
+from ..options import Aliases, Fraction, ImageCount, Positive, Seed, refuse_idle
 from ..pools.inputs import Inputs, load_inputs, parts, require_inputs
 from ..routers.base import Router
 from ..routers.files import make_router
@@ -26,6 +26,9 @@ from .base import PoolMethod
 
 log = logging.getLogger(__name__)
 BATCH = 256
+#: settings of what a router's head is fitted to
+OF_HEADS = ("images", "seed")
+_OF_ROUTERS = ("hard", "temperature", "fallback", "threshold", "head", *OF_HEADS, "router_options")  # fmt: skip
 
 
 @auto_register_config
@@ -59,7 +62,12 @@ class RoutedMethod(PoolMethod):
     ):
         super().__init__(**kwargs)
         self.routes = router not in ("none", "oracle")
-        check_router(lambda: self._router(["one", "other"]))
+        router = check_router(lambda: self._router(["one", "other"]))
+        if router is None:
+            of = f"of a router, and router={self.router}"
+            refuse_idle(self, dict.fromkeys(_OF_ROUTERS, of))
+        elif router.head == "none":
+            refuse_idle(self, dict.fromkeys(OF_HEADS, "of a head, and there is none"))
 
     def run(self, modelpool: Any) -> DynamicModel:
         """Merge by the base method, then attach the router.
@@ -103,14 +111,14 @@ class RoutedMethod(PoolMethod):
         )
 
 
-def check_router(make: Callable[[], Router | None]) -> None:
-    """A router must be one that can be made.
+def check_router(make: Callable[[], Router | None]) -> Router | None:
+    """What is made as the router, which must be one that can be made.
 
     Raises:
         SettingsError: if it cannot.
     """
     try:
-        make()
+        return make()
     except (TypeError, ValueError) as error:
         raise SettingsError(f"There is no such router: {error}") from error
 

@@ -18,16 +18,27 @@ from torch import Tensor, nn
 
 from ..deltas.plain import DenseDelta, OwnDelta
 from ..deltas.sink import EncodedTensor, InMemory
-from ..errors import SettingsError
+from ..errors import SettingsError, spelled
 from ..merging.encoding import encode_own
 from ..models.dynamic import DynamicModel
-from ..options import Aliases, Fraction, ImageCount, Patterns, Positive, Scale, Seed
+from ..options import (
+    Aliases,
+    Fraction,
+    ImageCount,
+    Patterns,
+    Positive,
+    Scale,
+    Seed,
+    not_at_default,
+    refuse_idle,
+)
 from ..pools.opening import load_backbone, open_pool
 from ..routers.representation import RepresentationRouter
 from ..task_vectors.scan import model_bits, scan
 from .base import PoolMethod
 from .didi import DiDiMerging
 from .routed import (
+    OF_HEADS,
     attach_router,
     check_head,
     check_router,
@@ -89,6 +100,12 @@ class SEMerging(PoolMethod):
     ):
         super().__init__(**kwargs)
         check_router(lambda: self.router(["one", "other"]))
+        if self.head == "none":
+            refuse_idle(self, dict.fromkeys(OF_HEADS, "of a head, and head=none"))
+        if self.experts != "didi" and (given := self._chosen()):
+            raise SettingsError(
+                f"didi ({', '.join(given)}) is of experts=didi, not {self.experts}. Leave it out, or set {spelled('experts', 'didi')}."
+            )
 
     def run(self, modelpool: Any) -> DynamicModel:
         """The experts with SE-Merging's router attached.
@@ -145,6 +162,10 @@ class SEMerging(PoolMethod):
         if not isinstance(base, (Mapping, str, type(None))):
             facts["settings"]["base_method"] = type(base).__name__
         return facts
+
+    def _chosen(self) -> list[str]:
+        """Settings of ``didi`` that are not at their default."""
+        return not_at_default(DiDiMerging, self.didi or {})
 
     def _slim(self, modelpool: BaseModelPool) -> DynamicModel:
         settings = {k: v for k, v in (self.didi or {}).items() if k != "_target_"}

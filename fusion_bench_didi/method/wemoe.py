@@ -45,6 +45,7 @@ from ..options import (
     PositiveCount,
     Scale,
     check_fields,
+    refuse_idle,
     unknown_setting,
 )
 from ..pools.host_forms import as_pool
@@ -58,6 +59,16 @@ TRAINING: dict[str, dict[str, Any]] = {
     "host": {"lr": 1e-4, "lr_schedule": "constant", "batch_reduce": True},
     "published": {"lr": 1e-3, "lr_schedule": "cosine", "batch_reduce": False},
 }
+#: settings that nothing reads without steps
+_OF_TRAINING = (
+    "training",
+    "lr",
+    "lr_schedule",
+    "batch_size",
+    "batch_reduce",
+    "use_grad_accumulate",
+    "num_workers",
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,9 @@ class WEMoESettings:
 
     def __post_init__(self):
         check_fields(self)
+        if not self.max_steps:
+            of = "of training, and max_steps=0"
+            refuse_idle(self, dict.fromkeys(_OF_TRAINING, of))
         for key, value in TRAINING[self.training].items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)

@@ -49,8 +49,8 @@ def fast(key: str, method: str, overrides: dict) -> dict:
         return {**overrides, "images": 8, "base_method": base}
     if method == "didi/routed":
         options = {} if overrides["router"] != "projection" else {"directions": 4}
-        more = {"images": 8, "router_options": options, "base_method": FAST}
-        return {**overrides, **more}
+        few = {"images": 8} if "images" in overrides else {}
+        return {**overrides, **few, "router_options": options, "base_method": FAST}
     if overrides.get("experts") == "didi":
         return {**overrides, "didi": {**overrides["didi"], **FAST}}
     return overrides

@@ -2,12 +2,22 @@
 
 import pytest
 from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.utils import instantiate
+from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from helpers import BASE, didi, family
 from torch import nn
 
 from fusion_bench_didi.errors import SettingsError, UnknownTaskError
-from fusion_bench_didi.method.baselines.emr import EMRMerging
-from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.method import (
+    CATMerging,
+    DiDiMerging,
+    EMRMerging,
+    RoutedMethod,
+    SEMerging,
+    TallMaskMerging,
+)
+from fusion_bench_didi.method.merge import MERGE
+from fusion_bench_didi.method.wemoe import WEMoEMerging
 
 
 class Net(nn.Module):
@@ -79,3 +89,97 @@ def test_all_that_is_changed_is_left_out(pool, only, factor_dtype):
     ):
         didi(pool, vectors="pretrained", factor_dtype=factor_dtype)
     assert didi(pool, vectors="shared", budget=2, factor_dtype=factor_dtype).touched
+
+
+HEAD = {"head": "mlp"}
+#: Class, what makes settings idle, values at which they are refused, and beside what they are read.
+IDLE = [
+    (TallMaskMerging, {"multi_task": "task_arithmetic"}, {"ties_keep": 0.3}, {}),
+    (MERGE, {"objective": "proxy"}, {"validation_samples": 4}, {}),
+    (
+        MERGE,
+        {"operators": ["average"]},
+        {"scaling": 0.5, "ties_keep": 0.1, "low_rank_bits": 8},
+        {},
+    ),
+    (CATMerging, {"directions": 0}, {"weight": 1.0, "images": 9, "seed": 1}, {}),
+    *(
+        (
+            RoutedMethod,
+            {"router": router},
+            {
+                "hard": False,
+                "temperature": 2.0,
+                "fallback": "shared",
+                "threshold": 0.1,
+                "head": "mlp",
+                "images": 9,
+                "seed": 1,
+                "router_options": {"directions": 3},
+            },
+            {**HEAD, "fallback": "shared", "threshold": 0.5},
+        )
+        for router in ("oracle", "none")
+    ),
+    (RoutedMethod, {"router": "projection"}, {"images": 9, "seed": 1}, HEAD),
+    (SEMerging, {}, {"images": 9, "seed": 1}, HEAD),
+    (SEMerging, {}, {"didi": {"budget": 1.1}}, {"experts": "didi"}),
+    (
+        WEMoEMerging,
+        {"max_steps": 0},
+        {
+            "training": "published",
+            "lr": 0.1,
+            "lr_schedule": "cosine",
+            "batch_size": 3,
+            "batch_reduce": True,
+            "use_grad_accumulate": False,
+            "num_workers": 1,
+        },
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "method, beside, key, value, read",
+    [
+        pytest.param(
+            method, beside, key, value, read, id=f"{method.__name__} {beside} {key}"
+        )
+        for method, beside, idle, read in IDLE
+        for key, value in idle.items()
+    ],
+)
+def test_a_value_that_nothing_reads(method, beside, key, value, read):
+    with pytest.raises(SettingsError, match=rf"{key} (\(budget\) )?is of "):
+        method(**beside, **{key: value})
+    method(**{**read, key: value})
+
+
+@pytest.mark.parametrize(
+    "method, beside",
+    [
+        ("tall_mask", ["multi_task=task_arithmetic"]),
+        ("merge", ["objective=proxy", "operators=[average]"]),
+        ("cat", ["directions=0"]),
+        ("routed", ["router=oracle"]),
+        ("routed", ["router=none"]),
+        ("routed", ["router=projection"]),
+        ("se_merging", []),
+        ("wemoe", ["max_steps=0"]),
+    ],
+)
+def test_defaults_of_the_configuration_pass(method, beside):
+    """The command gives every key."""
+    overrides = [f"method=didi/{method}", *(f"method.{one}" for one in beside)]
+    config = initialize_hydra_config("fabric_model_fusion", overrides)
+    instantiate(config.method)
+
+
+def test_a_threshold_of_no_task(pool):
+    every = {"mnist": 0.3, "svhn": 0.5}
+    with pytest.raises(SettingsError, match="threshold is of tasks that thresholds"):
+        TallMaskMerging(threshold=0.2, thresholds=every).run(pool)
+    TallMaskMerging(thresholds=every).run(pool)
+    TallMaskMerging(threshold=0.2, thresholds={"mnist": 0.3}).run(pool)

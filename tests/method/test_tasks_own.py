@@ -53,7 +53,7 @@ def test_se_merging_starts_from_a_merge_of_what_is_shared(experts):
     method = SEMerging(
         base_method={"_target_": "fusion_bench.method.SimpleAverageAlgorithm"},
         experts=experts,
-        didi={"budget": 9},
+        didi={"budget": 9} if experts == "didi" else None,
         layers=["mlp"],
     )
     merged = method.run(pool)

@@ -25,6 +25,7 @@ from ...options import (
     PositiveCount,
     Scale,
     Seed,
+    refuse_idle,
 )
 from ...pools.entries import load_model
 from ...pools.inputs import Inputs, load_inputs, parts, require_inputs
@@ -76,6 +77,9 @@ class CATMerging(PoolMethod):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        if not self.directions:
+            of = "of the directions that are cut, and directions=0"
+            refuse_idle(self, dict.fromkeys(("weight", "images", "seed"), of))
 
     @torch.no_grad()
     @own_arithmetic()
@@ -83,21 +87,23 @@ class CATMerging(PoolMethod):
         """Merge the pool into one static model.
 
         Raises:
-            ModelPoolError: if the pool has no images for some task; before any weight is read.
+            ModelPoolError: if directions are cut and the pool has no images for some task; before any weight is read.
         """
         modelpool = self.checked(modelpool)
-        require_inputs(
-            modelpool,
-            self.task_aliases,
-            purpose="CAT-Merging needs a few unlabelled images or texts per task",
-        )
+        if self.directions:
+            require_inputs(
+                modelpool,
+                self.task_aliases,
+                purpose="CAT-Merging needs a few unlabelled images or texts per task",
+            )
         backbone, task_vectors = self.opened(modelpool)
         with self.profile("scan"):
             names = self.changed(task_vectors)
         with self.profile("layer inputs"):
+            tasks = task_vectors.tasks if self.directions else []
             inputs = [
                 self._inputs(modelpool, task)
-                for task in self.track(task_vectors.tasks, "layer inputs")
+                for task in self.track(tasks, "layer inputs")
             ]
         with self.profile("trim"):
             live = {
@@ -113,9 +119,9 @@ class CATMerging(PoolMethod):
     def _merged(
         self, task_vectors: TaskVectors, name: str, inputs: list[dict[str, Tensor]]
     ) -> Tensor:
-        """The sum of the trimmed task vectors of one tensor."""
+        """The sum of the trimmed task vectors of one tensor; without inputs nothing is trimmed."""
         vectors = task_vectors.read(name, self.fabric.device)
-        if any(name not in found for found in inputs):
+        if not inputs or any(name not in found for found in inputs):
             return vectors.sum(0)
         found = [i[name].to(vectors) for i in inputs]
         options = {"count": self.directions, "weight": float(self.weight)}

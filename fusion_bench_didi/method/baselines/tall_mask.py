@@ -19,7 +19,7 @@ from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
 from ...errors import UnknownTaskError
 from ...lowrank.factored import as_dense
-from ...options import NonNegative, Share
+from ...options import NonNegative, Share, refuse_idle
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
@@ -54,6 +54,9 @@ class TallMaskMerging(DynamicMethod):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        if self.multi_task != "ties":
+            of = f"of multi_task=ties, not {self.multi_task}"
+            refuse_idle(self, {"ties_keep": of})
 
     @property
     def title(self) -> str:
@@ -68,6 +71,9 @@ class TallMaskMerging(DynamicMethod):
             raise UnknownTaskError(
                 f"thresholds has {unknown}; the models are {list(tasks)}."
             )
+        if not set(tasks) - set(limits):
+            of = "of tasks that thresholds does not name, and it names all"
+            refuse_idle(self, {"threshold": of})
         self._limits = [limits.get(task, self.threshold) for task in tasks]
         self._merge: Callable[[Tensor], Tensor] = partial(torch.sum, dim=0)
         if self.multi_task == "ties":

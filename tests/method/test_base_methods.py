@@ -10,7 +10,6 @@ from torch import nn
 from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.method import CATMerging, DiDiMerging, EMRMerging, RoutedMethod
 from fusion_bench_didi.method.se_merging import SEMerging
-from fusion_bench_didi.method.wemoe import WEMoEMerging
 
 
 class Untouched(BaseModelPool):
@@ -27,6 +26,7 @@ def models():
 
 AVERAGE = {"_target_": "fusion_bench.method.SimpleAverageAlgorithm"}
 EMR = {"_target_": "fusion_bench_didi.method.EMRMerging"}
+WEMOE = {"_target_": "fusion_bench_didi.method.wemoe.WEMoEMerging"}
 
 
 @pytest.mark.parametrize(
@@ -35,13 +35,12 @@ EMR = {"_target_": "fusion_bench_didi.method.EMRMerging"}
         (RoutedMethod, None, "base_method is missing"),
         (RoutedMethod, AVERAGE, "is SimpleAverageAlgorithm, whose result holds no"),
         (RoutedMethod, CATMerging(), "is CATMerging, whose result holds no experts"),
-        (RoutedMethod, WEMoEMerging(), "is WEMoEMerging, whose result holds no"),
+        (RoutedMethod, WEMOE, "is WEMoEMerging, whose result holds no"),
         (RoutedMethod, DiDiMerging(dry_run=True), "dry_run leaves no model for Routed"),
         (SEMerging, None, "base_method is missing"),
         (SEMerging, EMR, "is EMRMerging, whose result holds experts"),
         (SEMerging, RoutedMethod(EMRMerging()), "is RoutedMethod, whose result holds"),
     ],
-    ids=str,
 )
 def test_a_wrong_base_method_is_named_before_the_work(models, method, base, message):
     with pytest.raises(SettingsError, match=message):

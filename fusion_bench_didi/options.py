@@ -158,13 +158,9 @@ def refuse_idle(instance: Any, idle: Mapping[str, str]) -> None:
     """
     values = {name: getattr(instance, name) for name in idle}
     if given := not_at_default(type(instance), values):
+        faults = "\n  ".join(f"{name} is {idle[name]}." for name in given)
         raise SettingsError(
-            "\n  ".join(
-                [
-                    "These settings would do nothing; leave them out, or change what they are of:",
-                    *(f"{name} is {idle[name]}." for name in given),
-                ]
-            )
+            f"These settings would do nothing; leave them out, or change what they are of:\n  {faults}"
         )
 
 

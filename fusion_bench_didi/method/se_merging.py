@@ -8,7 +8,7 @@ Example:
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -100,8 +100,7 @@ class SEMerging(PoolMethod):
     ):
         super().__init__(**kwargs)
         check_router(lambda: self.router(["one", "other"]))
-        if self.head == "none":
-            refuse_idle(self, dict.fromkeys(OF_HEADS, "of a head, and head=none"))
+        refuse_idle(self, dict(self._idle()))
         if self.experts != "didi" and (given := self._chosen()):
             raise SettingsError(
                 f"didi ({', '.join(given)}) is of experts=didi, not {self.experts}. Leave it out, or set {spelled('experts', 'didi')}."
@@ -162,6 +161,20 @@ class SEMerging(PoolMethod):
         if not isinstance(base, (Mapping, str, type(None))):
             facts["settings"]["base_method"] = type(base).__name__
         return facts
+
+    def _idle(self) -> Iterator[tuple[str, str]]:
+        """Settings that nothing reads, and what they are of."""
+        if self.head == "none":
+            yield from dict.fromkeys(OF_HEADS, "of a head, and head=none").items()
+        else:
+            of = f"of distances that are compared as they are, and head={self.head}"
+            yield from dict.fromkeys(("normalization", "prefer"), of).items()
+        if self.fallback == "none":
+            yield "threshold", "of fallback=shared, not none"
+            if self.assignment == "hard":
+                yield "temperature", "of soft weights or a fallback, and there are none"
+        elif not self.threshold:
+            yield "fallback", "of samples below a threshold, and threshold=0"
 
     def _chosen(self) -> list[str]:
         """Settings of ``didi`` that are not at their default."""

@@ -123,6 +123,15 @@ IDLE = [
     ),
     (RoutedMethod, {"router": "projection"}, {"images": 9, "seed": 1}, HEAD),
     (SEMerging, {}, {"images": 9, "seed": 1}, HEAD),
+    (SEMerging, {}, {"threshold": 0.5}, {"fallback": "shared"}),
+    (SEMerging, {}, {"fallback": "shared"}, {"threshold": 0.5}),
+    (SEMerging, {"assignment": "hard"}, {"temperature": 0.5}, {"assignment": "soft"}),
+    (
+        SEMerging,
+        {"head": "mlp"},
+        {"prefer": "far", "normalization": "none"},
+        {"head": "none"},
+    ),
     (SEMerging, {}, {"didi": {"budget": 1.1}}, {"experts": "didi"}),
     (
         WEMoEMerging,

@@ -4,13 +4,13 @@ Where both share the same of a tensor, the tasks go on sharing it. Where they do
 for its tasks as a group (``deltas/grouped.py``), stored and held once.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..checkpoint.deltas import read_config
 from ..deltas.base import Delta
@@ -76,7 +76,7 @@ def combine(
         _check_backbones(first, second)
         return edited_model(
             first,
-            lambda stored: combined(stored, other),
+            lambda stored: combined(stored, _copied(other)),
             target,
             overwrite,
             drop_router,
@@ -100,6 +100,12 @@ def combine(
     return Edited(
         before.storage, after.storage, None, Path(target), after.info["edits"][-1]
     )
+
+
+def _copied(stored: Stored) -> Stored:
+    """The same with deltas of its own, as those of a model go where that model goes."""
+    shared, experts = copy.deepcopy((stored.shared, stored.experts))
+    return replace(stored, shared=shared, experts=experts)
 
 
 @own_arithmetic()
@@ -208,10 +214,10 @@ def check_names(first: Stored, second: Stored) -> None:
 def check_entries(
     one: Mapping[str, Any], other: Mapping[str, Any], *, names: Iterable[Any]
 ) -> None:
-    """Two saved models must be of one base model, by the digests of its tensors.
+    """Two saved models must be of one base model, by the digests of its tensors, and in one data type.
 
     Raises:
-        CheckpointMismatchError: naming tensors that differ.
+        CheckpointMismatchError: naming tensors that differ, or the types.
     """
     mine, theirs = one.get("tensors", {}), other.get("tensors", {})
     both = mine.keys() & theirs.keys()
@@ -222,25 +228,34 @@ def check_entries(
         if one["class"] != other["class"] or not both:
             what = f"one is a {one['class']}, the other a {other['class']}"
         raise _other_base(what, *names)
+    _check_types(one.get("dtype"), other.get("dtype"), *names)
+
+
+def _check_types(one: Any, other: Any, *names: Any) -> None:
+    """The same values in another type give tasks that are rounded otherwise."""
+    if one != other:
+        types = (str(dtype).removeprefix("torch.") for dtype in (one, other))
+        raise _other_base("one has it in {}, the other in {}".format(*types), *names)
 
 
 def _check_backbones(first: DynamicModel, second: DynamicModel) -> None:
-    """Check that two models in memory have one backbone; both are the base model then."""
-    first.unset_task()
-    second.unset_task()
-    mine, theirs = (_tensors(m.backbone) for m in (first, second))
+    """Check that two models in memory have one base model, whatever tasks they are switched to."""
+    names = "the first model", "the second"
+    mine, theirs = map(_base_of, (first, second))
+    replaced = _replaced(first) & _replaced(second)
+    there = sorted((mine.keys() | theirs.keys()) - replaced)
     differ = [
         name
-        for name in sorted(mine.keys() | theirs.keys())
+        for name in there
         if name not in mine
         or name not in theirs
         or mine[name].shape != theirs[name].shape
         or not mine[name].cpu().equal(theirs[name].to(mine[name].dtype).cpu())
     ]
-    replaced = _replaced(first) & _replaced(second)
-    if differ := [name for name in differ if name not in replaced]:
-        what = f"its tensors differ ({some(differ)})"
-        raise _other_base(what, "the first model", "the second")
+    if differ:
+        raise _other_base(f"its tensors differ ({some(differ)})", *names)
+    for name in there:
+        _check_types(mine[name].dtype, theirs[name].dtype, *names)
 
 
 def _replaced(model: DynamicModel) -> set[str]:
@@ -249,13 +264,16 @@ def _replaced(model: DynamicModel) -> set[str]:
     return {*fresh, *(set(model.touched) - set(model.base_tensors()))}
 
 
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(module.state_dict())
+def _base_of(model: DynamicModel) -> dict[str, torch.Tensor]:
+    """The base model's tensors by its own names."""
+    start = "backbone."
+    named = model.state_dict().items()
+    return {n.removeprefix(start): v for n, v in named if n.startswith(start)}
 
 
 def _other_base(what: str, first: Any, second: Any) -> CheckpointMismatchError:
     return CheckpointMismatchError(
-        f"{first} and {second} are not of one base model: {what}. Combine models that were merged on the same one."
+        f"{first} and {second} are not of one base model: {what}. Combine models that were merged on the same one, in one data type."
     )
 
 

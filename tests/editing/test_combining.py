@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BASE, didi, fine_tuned, normal, same_bits
+from helpers import BASE, didi, fine_tuned, floats, normal, same_bits
 from safetensors.torch import load_file
 from shared_forms import FORMS, base, model_of, values
 from torch import nn
@@ -12,7 +12,9 @@ from tucker_models import linears
 
 from fusion_bench_didi.checkpoint.deltas import read_config
 from fusion_bench_didi.deltas.grouped import GroupedDelta
+from fusion_bench_didi.deltas.plain import DenseDelta
 from fusion_bench_didi.editing import (
+    AdapterLibrary,
     add_task,
     combine,
     load_tasks,
@@ -142,6 +144,61 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     assert isinstance(combine(one, right, drop_router=True).model, DynamicModel)
     with pytest.raises(DiDiError, match="cannot be edited"):
         remove_task(nn.Linear(2, 2), "a")
+
+
+def in_type(dtype: torch.dtype, task: str) -> DiDiModel:
+    """On a base model whose values are those of bfloat16, in a type."""
+    experts = {task: {"0.weight": DenseDelta((6, 6), normal(6, 6))}}
+    return DiDiModel(base().bfloat16().to(dtype), {}, experts, unit_bits=36 * 32)
+
+
+@pytest.mark.parametrize("where", ["memory", "directories", "library"])
+@pytest.mark.parametrize("wide_first", [True, False])
+def test_base_models_in_two_types_do_not_go_together(where, wide_first, tmp_path):
+    """Their values are the same, and what tasks make of them is not."""
+    types = [torch.bfloat16, torch.float32]
+    models = [in_type(t, f"{t}") for t in (types[::-1] if wide_first else types)]
+    if where == "directories":
+        places = [tmp_path / str(i) for i in range(2)]
+        for place, model in zip(places, models):
+            model.save_pretrained(place)
+    with pytest.raises(CheckpointMismatchError, match="bfloat16.*in one data type"):
+        if where == "library":
+            library = AdapterLibrary(tmp_path / "library")
+            library.add(models[0])
+            library.add(models[1])
+        elif where == "directories":
+            combine(*places, output_dir=tmp_path / "both")
+        else:
+            combine(*models)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_second_model_stays_as_it_is(form):
+    """With its task, and tensors that the first does not have too, wherever that goes."""
+    one, other = model_of(form, 0, "abc"), model_of(form, 100, "xyz")
+    one.set_task("a")
+    other.set_task("z")
+    expected, alone = values(other), floats(other.backbone)
+    combine(one, other)
+    assert same_bits(floats(other.backbone), alone)
+    mine, theirs = (
+        {id(v) for part in (m.shared, m.modulators) for v in part.parameters()}
+        for m in (one, other)
+    )
+    assert theirs and not mine & theirs
+    assert all(same_bits(v, expected[t]) for t, v in values(other).items())
+
+
+def test_a_model_that_is_refused_keeps_its_task():
+    one, other = model_of("dense", 0, "abc"), model_of("dense", 0, "xyz")
+    with torch.no_grad():
+        other.backbone[1].weight += 1
+    one.set_task("c")
+    alone = floats(one.backbone)
+    with pytest.raises(CheckpointMismatchError, match="one base model"):
+        combine(one, other)
+    assert same_bits(floats(one.backbone), alone)
 
 
 def test_manifests_of_groups_are_held_against_their_form(tmp_path):

@@ -41,7 +41,7 @@ from ..errors import DiDiError, spelled
 from ..models.dynamic import DynamicModel
 from ..task_vectors.digests import digests
 from .combining import check_entries, combined
-from .loading import check_known, on_backbone
+from .loading import check_known, named, on_backbone
 from .places import Place, stored_of
 from .stored import Stored
 
@@ -89,7 +89,7 @@ class AdapterLibrary:
     def add(
         self,
         source: Place,
-        tasks: Iterable[str] | None = None,
+        tasks: str | Iterable[str] | None = None,
         *,
         overwrite: bool = False,
     ) -> list[str]:
@@ -99,17 +99,18 @@ class AdapterLibrary:
             FileExistsError: if a task is there and ``overwrite`` is false; nothing is written then.
             CheckpointMismatchError: for a model of another base model.
             UnknownTaskError: for a task that the model does not hold.
+            DiDiError: for no tasks, and for a name that none can have.
         """
+        asked = None if tasks is None else named(tasks)
         if isinstance(source, nn.Module):
             stored = Stored.of(source)
-            source.unset_task()
             values = {name: source.base_tensor(name) for name in source.touched}
             known = source.info.get("backbone", {})
             entry = backbones.describe(source.backbone, values, known)
         else:
             config = read_config(source)
             stored, entry = stored_of(Path(source), config), config["backbone"]
-        asked = stored.tasks if tasks is None else list(dict.fromkeys(tasks))
+        asked = stored.tasks if asked is None else asked
         check_known(asked, stored.tasks, Path(str(source)[:_LONGEST]))
         for task in asked:
             name = quote(task, safe=" ")
@@ -125,8 +126,11 @@ class AdapterLibrary:
         with self._turn():
             self._same_base(entry)
             seen: Seen = {}
+            replaces = any(task in self for task in asked)
             for task in asked:
                 self._write(stored, task, overwrite, seen)
+            if replaces:
+                self._forget_unused()
         return asked
 
     def remove(self, task: str) -> None:
@@ -144,11 +148,7 @@ class AdapterLibrary:
                 shutil.rmtree(gone, ignore_errors=True)
                 place.rename(gone)
                 shutil.rmtree(gone)
-            used = {self._config(other)["shared"].value for other in self.tasks}
-            home = self.place / _SHARED
-            for part in _visible(home) if home.is_dir() else ():
-                if part.name not in used:
-                    shutil.rmtree(part)
+            self._forget_unused()
 
     def load(
         self,
@@ -164,9 +164,7 @@ class AdapterLibrary:
             UnknownTaskError: for a task that is not there.
             CheckpointMismatchError: for damaged files, or another base model.
         """
-        asked = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
-        if not asked:
-            raise DiDiError("No task is asked for. Name one or more.")
+        asked = named(tasks)
         missing = [task for task in asked if task not in self]
         if missing:
             check_known(missing, self.tasks, self.place)
@@ -185,6 +183,14 @@ class AdapterLibrary:
     def _turn(self) -> AbstractContextManager:
         """While it lasts no other process changes the library."""
         return alone(self.place / INDEX, named=self.place, patience=PATIENCE)
+
+    def _forget_unused(self) -> None:
+        """Remove what no task shares any more."""
+        used = {self._config(other)["shared"].value for other in self.tasks}
+        home = self.place / _SHARED
+        for part in _visible(home) if home.is_dir() else ():
+            if part.name not in used:
+                shutil.rmtree(part)
 
     def _of_task(self, task: str) -> Path:
         return self.place / _TASKS / quote(task, safe=" ")

@@ -9,7 +9,7 @@ from torch import nn
 from ..checkpoint import backbone as backbones
 from ..checkpoint.deltas import read_config, read_deltas
 from ..checkpoint.hub import local_directory
-from ..errors import UnknownTaskError
+from ..errors import DiDiError, UnknownTaskError
 from ..models.dynamic import DiDiModel, DynamicModel
 from ..models.saving import check_config, check_shapes
 from .stored import Stored
@@ -17,7 +17,7 @@ from .stored import Stored
 
 def load_tasks(
     directory: str | Path,
-    tasks: Iterable[str],
+    tasks: str | Iterable[str],
     backbone: nn.Module | str | Path | None = None,
 ) -> DynamicModel:
     """A saved model with some of its tasks, in the order given; the bytes of others are not read.
@@ -29,12 +29,13 @@ def load_tasks(
 
     Raises:
         UnknownTaskError: for a task that is not there.
+        DiDiError: for no tasks.
         CheckpointMismatchError: for damaged files, or another base model.
     """
+    asked = named(tasks)
     place = local_directory(directory)
     config = read_config(place)
     check_config(DynamicModel, place, config)
-    asked = list(dict.fromkeys(tasks))
     check_known(asked, config["tasks"], place)
     shared, experts = read_deltas(place, config, only=asked)
     stored = Stored(
@@ -76,6 +77,18 @@ def on_backbone(
     tensors = {name: model.base_tensor(name) for name in model.touched}
     backbones.check(place, entry, model.backbone, tensors, fresh=fresh)
     return model
+
+
+def named(tasks: str | Iterable[str]) -> list[str]:
+    """Names of tasks that are asked for, each once; a single one may stand for itself.
+
+    Raises:
+        DiDiError: for none.
+    """
+    asked = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
+    if not asked:
+        raise DiDiError("No task is asked for. Name one or more.")
+    return asked
 
 
 def check_known(asked: Iterable[str], there: Iterable[str], place: Path) -> None:

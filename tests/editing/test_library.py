@@ -10,7 +10,7 @@ from shared_forms import base, model_of, values
 from torch import nn
 from tucker_models import linears
 
-from fusion_bench_didi.deltas.plain import DenseDelta
+from fusion_bench_didi.deltas.plain import DenseDelta, OwnDelta
 from fusion_bench_didi.editing import AdapterLibrary, combine, library, load_tasks
 from fusion_bench_didi.errors import (
     CheckpointMismatchError,
@@ -105,6 +105,46 @@ def test_tasks_go_with_what_only_they_shared(tmp_path):
     assert len([*(tmp_path / "shared").glob("[!.]*")]) == 1
     with pytest.raises(UnknownTaskError, match="'x'"):
         library.remove("x")
+
+
+def test_a_task_that_is_replaced_goes_with_what_only_it_shared(tmp_path):
+    library = AdapterLibrary(tmp_path)
+    library.add(model_of("dense", 0, "abc"))
+    library.add(model_of("bases", 9, "xyz"), ["x"])
+    for count, tasks in ((3, "a"), (3, "b"), (2, "c")):
+        library.add(model_of("low rank", 50, "abc"), tasks, overwrite=True)
+        assert len([*(tmp_path / "shared").glob("[!.]*")]) == count
+    assert library.load([*"abcx"], base()).tasks == [*"abcx"]
+
+
+@pytest.mark.parametrize("way", ["add", "load", "load_tasks"])
+def test_one_name_stands_for_itself_and_none_for_nothing(way, tmp_path):
+    experts = {name: {"1.bias": OwnDelta((3,), normal(3))} for name in ("svhn", "s")}
+    model = DynamicModel(base(), {}, experts, unit_bits=32)
+    library = AdapterLibrary(tmp_path / "library")
+    library.add(model)
+    model.save_pretrained(tmp_path / "saved")
+
+    def tasks(asked):
+        if way == "add":
+            return library.add(model, asked, overwrite=True)
+        if way == "load":
+            return library.load(asked, base()).tasks
+        return load_tasks(tmp_path / "saved", asked, base()).tasks
+
+    assert tasks("svhn") == ["svhn"] and tasks(("s", "s")) == ["s"]
+    with pytest.raises(DiDiError, match="No task is asked for"):
+        tasks([])
+
+
+def test_a_model_whose_tasks_are_taken_keeps_the_one_that_is_set(tmp_path):
+    model = model_of("dense", 0, "abc")
+    model.set_task("b")
+    alone = floats(model.backbone)
+    library = AdapterLibrary(tmp_path)
+    library.add(model)
+    assert same_bits(floats(model.backbone), alone)
+    assert library.load("a", base()).tasks == ["a"]
 
 
 def test_what_tasks_share_is_looked_at_once(tmp_path, monkeypatch):

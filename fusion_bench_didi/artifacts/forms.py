@@ -17,6 +17,7 @@ from ..checkpoint.tensors import open_tensors, write_tensors
 from ..errors import CheckpointMismatchError
 from ..models.weights import BackboneWeights
 from ..task_vectors.sources import ModuleSource
+from ..task_vectors.tower_names import Spelling
 from .host_moe import MIXTURES, HostParts, check_mixtures, put_together
 
 BACKBONE, EXPERTS = "backbone", "experts"
@@ -107,13 +108,25 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: source.read(name) for name in source.infos()}
 
 
+def open_forms(place: Path, config: Mapping[str, Any]) -> None:
+    """Hold every file of an artifact against its SHA-256.
+
+    Raises:
+        CheckpointMismatchError: for a missing, truncated or altered file.
+    """
+    for entry in config.get("experts", ()):
+        open_tensors(place / entry["directory"], entry["files"])
+    open_tensors(place, config.get("files", {}))
+    open_tensors(place / BACKBONE, config.get("backbone_files", {}))
+
+
 def check_forms(config: Field, place: Path) -> None:
     """The manifest of an artifact must say all that its reader takes from it.
 
     Raises:
         CheckpointMismatchError: naming the field that does not, or what leads out of the directory.
     """
-    if config["kind"].value == "individuals":
+    if config["kind"].one_of(READERS) == "individuals":
         tasks, names = set[str](), config["names"].texts()
         for expert in config["experts"].elements():
             task, directory = expert["task"].text(), expert["directory"]
@@ -140,19 +153,21 @@ def check_forms(config: Field, place: Path) -> None:
 def _read(
     directory: Path,
     files: Mapping[str, str],
+    spell: Spelling,
     shapes: Mapping[str, torch.Size] | None = None,
     own: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The tensors of files; those of ``shapes``, if given.
 
     Args:
+        spell: names as the backbone has them.
         own: tensors of which only the number of sides is as in ``shapes``.
 
     Raises:
         CheckpointMismatchError: if they are others.
     """
     handles = open_tensors(directory, files)
-    found = {name: read_header(handle, name) for name, handle in handles.items()}
+    found = {spell(name): read_header(file, name) for name, file in handles.items()}
     here = {name: header.shape for name, header in found.items()}
     expected = {name: tuple(shape) for name, shape in (shapes or here).items()}
     for name in own:
@@ -164,42 +179,45 @@ def _read(
                 f"{directory}: tensor {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none of it')}. "
                 "Pass the base model of the merge, or write the model again."
             )
-    return {name: handle.get_tensor(name) for name, handle in handles.items()}
+    return {spell(name): file.get_tensor(name) for name, file in handles.items()}
 
 
 @torch.no_grad()
 def _read_static(
-    directory: Path, config: Mapping[str, Any], backbone: nn.Module
+    directory: Path, config: Mapping[str, Any], backbone: nn.Module, spell: Spelling
 ) -> nn.Module:
     state = tensors_of(backbone)
     shapes = {name: state[name].shape for name in config["names"]}
-    for name, value in _read(directory, config["files"], shapes).items():
+    for name, value in _read(directory, config["files"], spell, shapes).items():
         state[name].copy_(value)
     return backbone
 
 
 def _read_individuals(
-    directory: Path, config: Mapping[str, Any], backbone: nn.Module
+    directory: Path, config: Mapping[str, Any], backbone: nn.Module, spell: Spelling
 ) -> dict[str, nn.Module]:
     weights, state = BackboneWeights(backbone), tensors_of(backbone)
     shapes, models = {name: state[name].shape for name in config["names"]}, {}
     for entry in config["experts"]:
-        place, own = directory / entry["directory"], entry.get("own", ())
+        place, own = directory / entry["directory"], map(spell, entry.get("own", ()))
         models[entry["task"]] = model = weights.copied()
-        for name, value in _read(place, entry["files"], shapes, own).items():
+        found = _read(place, entry["files"], spell, shapes, [*own])
+        for name, value in found.items():
             weights.put(model, name, value)
     return models
 
 
 def _read_mixtures(
-    directory: Path, config: Mapping[str, Any], backbone: nn.Module
+    directory: Path, config: Mapping[str, Any], backbone: nn.Module, spell: Spelling
 ) -> nn.Module:
-    beyond, folded = _read(directory, config["files"]), {}
+    beyond, folded = _read(directory, config["files"], spell), {}
     if "backbone_files" in config:
         state = tensors_of(backbone)
         shapes = {name: state[name].shape for name in config["names"]}
-        folded = _read(directory / BACKBONE, config["backbone_files"], shapes)
-    parts = HostParts(config["kind"], config["mixtures"], beyond, folded)
+        place, files = directory / BACKBONE, config["backbone_files"]
+        folded = _read(place, files, spell, shapes)
+    mixtures = {spell(name): facts for name, facts in config["mixtures"].items()}
+    parts = HostParts(config["kind"], mixtures, beyond, folded)
     check_mixtures(parts, backbone)
     return put_together(parts, backbone)
 

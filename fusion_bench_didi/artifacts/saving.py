@@ -135,11 +135,12 @@ def load(
         name = fields["model_class"].one_of(_HOMES)
         cls = getattr(import_module(_HOMES[name]), name)
         return cls.from_pretrained(place, backbone)
-    kind, names = fields["kind"].one_of(READERS), fields["names"].texts()
-    backbones.check_entry(fields["backbone"])
     check_forms(fields, place)
-    entry = config["backbone"]
-    backbone, fresh = backbones.resolved(entry, place, backbone)
+    names = fields["names"].texts()
+    backbones.check_entry(fields["backbone"])
+    backbone, fresh = backbones.resolved(config["backbone"], place, backbone)
+    entry, spell = backbones.spelled_as(backbone, config["backbone"], names)
+    names = [*map(spell, names)]
     backbones.take_apart(entry, backbone)
     state = tensors_of(backbone)
     lacking = [name for name in names if name not in state]
@@ -150,7 +151,7 @@ def load(
         )
     named = {name: state[name] for name in names}
     backbones.check(place, entry, backbone, named, fresh=fresh)
-    return READERS[kind](place, config, backbone)
+    return READERS[config["kind"]](place, {**config, "names": names}, backbone, spell)
 
 
 #: the name until now

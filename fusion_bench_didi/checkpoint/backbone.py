@@ -1,7 +1,7 @@
 """The base model that a saved model refers to instead of containing it: named, told apart, found again."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from ..task_vectors.digests import digests
 from ..task_vectors.live_models import check_values
 from ..task_vectors.sources import ModuleSource
 from ..task_vectors.ties import taken_apart, untie
+from ..task_vectors.tower_names import Spelling, spelling
 from . import loaders
 from .fields import Field
 
@@ -194,6 +195,23 @@ def load_backbone(
     return loaders.load(
         entry["class"], source, directory=directory, dtype=entry.get("dtype")
     )
+
+
+def spelled_as(
+    backbone: nn.Module, entry: Mapping[str, Any], names: Iterable[str] = ()
+) -> tuple[dict[str, Any], Spelling]:
+    """The entry with tensors named as the backbone of this transformers names them, and how it spells others.
+
+    Args:
+        names: of tensors that the saved model changes.
+    """
+    lists = {key: entry[key] for key in ("fresh", "untied") if key in entry}
+    tensors = entry.get("tensors", {})
+    spell = spelling({*names, *tensors}.union(*lists.values()), backbone)
+    told: dict[str, Any] = {k: [*map(spell, found)] for k, found in lists.items()}
+    if tensors:
+        told["tensors"] = {spell(name): digest for name, digest in tensors.items()}
+    return {**entry, **told}, spell
 
 
 def take_apart(entry: Mapping[str, Any], backbone: nn.Module) -> None:

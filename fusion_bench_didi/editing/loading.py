@@ -64,6 +64,8 @@ def on_backbone(
         DiDiError: if it cannot be loaded as data.
     """
     backbone, fresh = backbones.resolved(entry, place, backbone)
+    entry, spell = backbones.spelled_as(backbone, entry, stored.touched)
+    stored = stored.spelled(spell)
     backbones.take_apart(entry, backbone)
     model = DiDiModel(
         backbone,

@@ -13,6 +13,7 @@ from ..deltas.tucker import Bases, Core
 from ..errors import DiDiError, UnknownTaskError
 from ..models.dynamic import DynamicModel
 from ..models.saving import CLASSES
+from ..task_vectors.tower_names import Spelling
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,19 @@ class Stored:
             raise UnknownTaskError(
                 f"Task {task!r} is not in the merged model, which holds {self.tasks}."
             )
+
+    @property
+    def touched(self) -> set[str]:
+        """Names of the tensors that are changed."""
+        return set().union(self.shared, *self.experts.values())
+
+    def spelled(self, spell: Spelling) -> "Stored":
+        """The same for tensors of other names."""
+        shared, *own = (
+            {spell(name): delta for name, delta in deltas.items()}
+            for deltas in (self.shared, *self.experts.values())
+        )
+        return replace(self, shared=shared, experts=dict(zip(self.experts, own)))
 
     def useful(self) -> "Stored":
         """Without shared parts that no task uses: bases without cores, and what every task has in its own way."""

@@ -18,7 +18,6 @@ from ..deltas.storage import StorageReport
 from ..errors import CheckpointMismatchError, DiDiError
 from ..routers.base import Router
 from ..routers.files import check_router, read_router, write_router
-from ..task_vectors.tower_names import respelled
 from .model_card import CardFacts, model_card
 
 #: Classes of saved models, and the key under which their manifest says what is stored.
@@ -176,24 +175,18 @@ def load(
 
 def _spelled_as(backbone: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with tensors named as the backbone of this transformers names them."""
-    if "deltas" not in config or "tensors" not in config["backbone"]:
-        return config
-    entry = config["backbone"]
-    lists = {key: entry[key] for key in ("fresh", "untied") if key in entry}
-    names = {*entry["tensors"], *(delta["tensor"] for delta in config["deltas"])}
-    names.update(*lists.values())
-    buffers = (name for name, _ in backbone.named_buffers())
-    here = respelled(sorted(names), {*backbone.state_dict(), *buffers})
-    if all(name == new for name, new in here.items()):
-        return config
-    deltas = [{**d, "tensor": here[d["tensor"]]} for d in config["deltas"]]
-    tensors = {here[name]: digest for name, digest in entry["tensors"].items()}
-    told = {key: [here[name] for name in names] for key, names in lists.items()}
-    return {
-        **config,
-        "deltas": deltas,
-        "backbone": {**entry, **told, "tensors": tensors},
-    }
+    deltas = config.get("deltas", ())
+    names = (delta["tensor"] for delta in deltas)
+    entry, spell = backbones.spelled_as(backbone, config["backbone"], names)
+    told: dict[str, Any] = {"backbone": entry}
+    if deltas:
+        told["deltas"] = [{**d, "tensor": spell(d["tensor"])} for d in deltas]
+    if "groups" in config:
+        told["groups"] = {
+            label: {**group, "tensors": [*map(spell, group["tensors"])]}
+            for label, group in config["groups"].items()
+        }
+    return {**config, **told}
 
 
 def _class_of(cls: type[Model], place: Path, config: Mapping[str, Any]) -> type[Model]:

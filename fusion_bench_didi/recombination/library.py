@@ -23,6 +23,7 @@ from ..checkpoint.ours import MODULE
 from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..errors import CheckpointMismatchError
+from ..task_vectors.tower_names import Spelling
 from .components import Component, ComponentReader
 from .low_rank import SVDCache
 from .operators import OperatorSettings, combine
@@ -65,6 +66,14 @@ class ModularExpert:
     def tensors(self, task: str) -> list[str]:
         """Names of the tensors that it changes for a task."""
         return list(dict.fromkeys([*self.shared, *self.experts.get(task, {})]))
+
+    def spelled(self, spell: Spelling) -> "ModularExpert":
+        """The same for tensors of other names."""
+        shared, *own = (
+            {spell(name): delta for name, delta in deltas.items()}
+            for deltas in (self.shared, *self.experts.values())
+        )
+        return replace(self, shared=shared, experts=dict(zip(self.experts, own)))
 
     def change(self, task: str) -> dict[str, Tensor]:
         """The change of each tensor for a task, in float32."""

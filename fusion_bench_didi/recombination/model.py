@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..deltas.base import Delta
 from ..deltas.storage import StorageReport, account
 from ..models.dynamic import DynamicModel
+from ..task_vectors.tower_names import spelling
 from .library import ModularExpert, load_modules, save_modules
 
 MODULES = "modules"
@@ -110,9 +111,12 @@ class RecombinedModel(DynamicModel):
         info: Mapping[str, Any],
     ) -> "RecombinedModel":
         ids = [key for chain in config["chains"].values() for key in chain]
+        modules = load_modules(directory / MODULES, ids)
+        names = (n for m in modules.values() for t in m.tasks for n in m.tensors(t))
+        spell = spelling(names, backbone)
         return cls(
             backbone,
-            load_modules(directory / MODULES, ids),
+            {key: module.spelled(spell) for key, module in modules.items()},
             config["chains"],
             unit_bits=config["unit_bits"],
             info=info,

@@ -4,7 +4,7 @@ transformers 5 reads both. transformers 4 reads its own only, and leaves a tower
 values, with a warning; :func:`fill` makes up for that. What is ours is read in either spelling.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -12,22 +12,34 @@ from torch import nn
 from .sources import TensorSource
 
 PREFIX = "vision_model."
+#: From a name to the same in the other spelling.
+Spelling = Callable[[str], str]
 
 
-def respelled(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Names respelled as those known: with the prefix put on or taken off, if *all* of them are known then.
+def spelling(names: Iterable[str], model: nn.Module) -> Spelling:
+    """How a model spells names: with the prefix put on or taken off, if it has *all* of them then; else as they are.
 
-    Returns:
-        known name by name; the names themselves where that is not so.
+    Args:
+        names: of tensors; names of modules are spelled alike.
     """
-    names, known = list(names), set(known)
-    as_they_are = {name: name for name in names}
-    added = {name: PREFIX + name for name in names}
-    dropped = {name: name.removeprefix(PREFIX) for name in names}
-    for spelling in (as_they_are, added, dropped):
-        if known.issuperset(spelling.values()):
-            return spelling
-    return as_they_are
+    buffers = (name for name, _ in model.named_buffers())
+    names, known = list(names), {*model.state_dict(), *buffers}
+    for spell in (_as_it_is, _with_prefix, _without_prefix):
+        if known.issuperset(map(spell, names)):
+            return spell
+    return _as_it_is
+
+
+def _as_it_is(name: str) -> str:
+    return name
+
+
+def _with_prefix(name: str) -> str:
+    return PREFIX + name
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix(PREFIX)
 
 
 def is_tower(model: nn.Module) -> bool:

@@ -1,17 +1,23 @@
 """CLIP towers with and without ``vision_model.`` in front of their names are the same towers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
-from helpers import QUICK, same_bits
+from fuzz_cases import CASES, body
+from helpers import QUICK, floats, same_bits
 from safetensors.torch import save_file
+from shared_forms import base, model_of
 from torch import nn
 
+from fusion_bench_didi.artifacts.saving import load
+from fusion_bench_didi.editing import AdapterLibrary, combine, load_tasks
 from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.method.didi import DiDiMerging
-from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.pools.entries import load_model
-from fusion_bench_didi.task_vectors.tower_names import PREFIX, respelled
+from fusion_bench_didi.task_vectors.tower_names import PREFIX, spelling
 
 SPELLINGS = pytest.mark.parametrize("prefix", ["", PREFIX], ids=["without", "with"])
 
@@ -47,11 +53,18 @@ def write(models: dict, directory, prefix: str) -> dict[str, str]:
     return {name: str(directory / name) for name in models}
 
 
-def test_names_are_respelled_only_if_all_of_them_meet():
-    assert respelled(["a.b"], ["a.b", "c"]) == {"a.b": "a.b"}
-    assert respelled(["a"], [PREFIX + "a"]) == {"a": PREFIX + "a"}
-    assert respelled([PREFIX + "a"], ["a"]) == {PREFIX + "a": "a"}
-    assert respelled(["a", "b"], [PREFIX + "a"]) == {"a": "a", "b": "b"}
+@pytest.mark.parametrize(
+    "names, there, expected",
+    [
+        (["a.b"], ["a.b", "c"], ["a.b"]),
+        (["a"], [PREFIX + "a"], [PREFIX + "a"]),
+        ([PREFIX + "a"], ["a"], ["a"]),
+        (["a", "b"], [PREFIX + "a"], ["a", "b"]),
+    ],
+)
+def test_names_are_respelled_only_if_all_of_them_meet(names, there, expected):
+    model = SimpleNamespace(state_dict=lambda: dict.fromkeys(there), named_buffers=dict)
+    assert [*map(spelling(names, model), names)] == expected
 
 
 @SPELLINGS
@@ -89,6 +102,55 @@ def test_saved_models_are_read_by_the_other_generation(tiny_clip, tmp_path, pref
     other.save_pretrained(tmp_path / "again")
     again = DiDiModel.from_pretrained(tmp_path / "again", spelled(backbone, prefix))
     assert again.touched == model.touched
+
+
+KINDS = ("model", "modules", "individuals", "static", "smile", "wemoe")
+
+
+def tensors(model) -> dict[str, dict]:
+    """Of every task, under names without the prefix; under the one name ``""`` where a model is of all tasks."""
+    if isinstance(model, dict):
+        return {task: plain(floats(one)) for task, one in model.items()}
+    if not isinstance(model, DynamicModel):
+        return {"": plain(floats(model))}
+    return {task: plain(floats(model.materialize(task))) for task in model.tasks}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(same_bits(one[t], other[t]) for t in one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_that_is_saved_is_read_by_the_other_generation(kind, tmp_path):
+    CASES[kind].write(tmp_path / "saved")
+    found, expected = (
+        tensors(load(tmp_path / "saved", base)) for base in (Prefixed(body()), body())
+    )
+    assert same(found, expected)
+
+
+@pytest.mark.parametrize("way", ["load", "load_tasks", "library"])
+@pytest.mark.parametrize("taken_off", [True, False])
+def test_tasks_with_what_only_a_group_shares_are_read_too(way, taken_off, tmp_path):
+    one, other = model_of("dense", 0, "abc"), model_of("low rank", 100, "xyz")
+    both, here = combine(one, other).model, base()
+    expected = tensors(both)
+    if taken_off:
+        both.save_pretrained(tmp_path / "first")
+        both, here = load(tmp_path / "first", Prefixed(base())), base()
+    else:
+        here = Prefixed(here)
+    if way == "library":
+        library = AdapterLibrary(tmp_path / "library")
+        library.add(both)
+        found = library.load([*"abcxyz"], here)
+    else:
+        both.save_pretrained(tmp_path / "saved")
+        if way == "load":
+            found = load(tmp_path / "saved", here)
+        else:
+            found = load_tasks(tmp_path / "saved", [*"abcxyz"], here)
+    assert same(tensors(found), expected)
 
 
 def test_another_backbone_is_still_refused(tiny_clip, make_tiny_clip, tmp_path):

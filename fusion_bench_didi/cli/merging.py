@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -204,21 +205,34 @@ def _method(name: str, given: dict[str, Any], out: str, overwrite: bool) -> Any:
     from hydra.errors import ConfigCompositionException, MissingConfigException
     from omegaconf import OmegaConf
 
-    from ..options import unknown_setting
     from ..programs.entries import Entry, composed
 
     try:
         config = composed(Entry(name, name, name, "dynamic"))
     except (MissingConfigException, ConfigCompositionException):
         raise _no_method(name) from None
-    for key in given:
-        if key not in config:
-            raise unknown_setting(name, key, config)
-    config |= given
-    if "output_dir" in config and not config.get("dry_run"):
-        config |= {"output_dir": out, "overwrite": overwrite}
+    _check_keys(name, given, config)
+    merged = OmegaConf.merge(config, given)
+    if "output_dir" in config and not merged.get("dry_run"):
+        merged["output_dir"], merged["overwrite"] = out, overwrite
     options.silence_host()
-    return instantiate(OmegaConf.create(config))
+    return instantiate(merged)
+
+
+def _check_keys(owner: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Settings must be among those that there are, on every level; an empty one is made to be filled.
+
+    Raises:
+        SettingsError: with the nearest that there is.
+    """
+    from ..options import unknown_setting
+
+    for key, value in given.items():
+        if key not in known:
+            raise unknown_setting(owner, key, known)
+        inner = known[key]
+        if isinstance(value, Mapping) and isinstance(inner, Mapping) and inner:
+            _check_keys(f"{owner}: {key}", value, inner)
 
 
 def _methods() -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,18 +48,12 @@ def verify(directory: str, base: str | None, files_only: bool) -> None:
       didi verify merged --base ./clip
       didi verify merged --files-only
     """
-    from ..checkpoint.deltas import read_config, read_deltas
-    from ..checkpoint.fields import Field
+    from ..checkpoint.deltas import read_config
     from ..checkpoint.hub import local_directory
-    from ..checkpoint.ours import CONFIG
-    from ..checkpoint.tensors import open_tensors
 
     place = local_directory(directory)
     config = read_config(place)
-    if "deltas" in config:
-        read_deltas(place, config)
-    elif "files" in config:
-        open_tensors(place, Field(place / CONFIG, config)["files"].files())
+    check_files(place, config)
     click.echo(f"files: {_count(config)}, whole and as they were written")
     if files_only:
         return
@@ -69,10 +64,36 @@ def verify(directory: str, base: str | None, files_only: bool) -> None:
     click.echo(f"tasks: {finite(model)}, every weight finite")
 
 
+def check_files(place: Path, config: dict[str, Any]) -> None:
+    """Hold every file with weights of a saved model, of any kind, against what was written.
+
+    Raises:
+        CheckpointMismatchError: for one that is missing, damaged, or of something else.
+    """
+    from ..artifacts.forms import check_forms, open_forms
+    from ..checkpoint.deltas import read_deltas
+    from ..checkpoint.fields import Field, inside
+    from ..checkpoint.ours import CONFIG
+    from ..recombination.library import load_modules
+    from ..recombination.model import MODULES
+    from ..routers.files import read_router
+
+    fields = Field(place / CONFIG, config)
+    if "deltas" in fields:
+        read_deltas(place, config)
+    elif "chains" in fields:
+        chains = [chain.texts() for _, chain in fields["chains"].entries()]
+        load_modules(inside(place, MODULES), [key for keys in chains for key in keys])
+    else:
+        check_forms(fields, place)
+        open_forms(place, config)
+    if "router" in fields:
+        read_router(place, fields["router"].mapping())
+
+
 def _count(config: dict[str, Any]) -> str:
-    files = len(config.get("files", ()))
     deltas = len(config.get("deltas", ()))
-    return f"{files} with {deltas} stored tensors" if deltas else str(files or "all")
+    return f"all, with {deltas} stored tensors" if deltas else "all"
 
 
 def finite(model: Any) -> int:

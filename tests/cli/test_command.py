@@ -12,6 +12,7 @@ import pytest
 import torch
 from commands import run
 from fusion_bench.modelpool import CLIPVisionModelPool
+from fuzz_cases import CASES
 from helpers import BASE, floats, same_bits
 from snippets import fault
 
@@ -69,14 +70,22 @@ def test_a_directory_is_shown_and_checked(merged, tiny_clip_dir):
     assert run("verify", merged, "--base", tiny_clip_dir / BASE)
 
 
-def test_a_damaged_directory_is_told(merged, tmp_path):
-    shutil.copytree(merged, tmp_path / "bad")
-    file = tmp_path / "bad" / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(CheckpointMismatchError):
-        run("verify", tmp_path / "bad", "--files-only")
+KINDS = ("model", "router", "modules", "individuals", "static", "smile", "wemoe")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_of_a_damaged_directory_is_told(kind, tmp_path):
+    """Whatever it holds."""
+    place = tmp_path / "saved"
+    CASES[kind].write(place)
+    files = list(place.rglob("*.safetensors"))
+    assert files and "as they were written" in run("verify", place, "--files-only")
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CheckpointMismatchError, match=re.escape(str(file))):
+            run("verify", place, "--files-only")
+        file.write_bytes(content)
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -125,6 +134,20 @@ def test_other_methods_merge_too(tiny_clip_dir, tmp_path):
     assert "EMR" in run("inspect", tmp_path / "emr").splitlines()[0]
     run("merge", *places, "-o", tmp_path / "mean", "--method", "simple_average")
     assert (tmp_path / "mean" / "model.safetensors").is_file()
+
+
+def test_settings_of_a_part_leave_the_others_of_it(tiny_clip_dir, tmp_path):
+    places = [tiny_clip_dir / name for name in (BASE, "mnist", "svhn")]
+    line = ["merge", *places, "-o", tmp_path / "m", "--method", "didi/routed"]
+    part = ["-s", "base_method.budget=0.5", "-s", "base_method.refine_sweeps=2"]
+    run(*line, *part)
+    model = fusion_bench_didi.load(tmp_path / "m")
+    assert 0.45 < model.storage.x_excl <= 0.5 and model.router is not None
+    for key in ("base_method.bugdet", "base_methd.budget"):
+        with pytest.raises(SettingsError, match="no setting .* Did you mean b"):
+            run(*line, "-s", f"{key}=0.5", "--overwrite")
+    with pytest.raises(SettingsError, match="^didi/routed: base_method has no setting"):
+        run(*line, "-s", "base_method.bugdet=0.5", "--overwrite")
 
 
 def test_a_plan_writes_nothing(tiny_clip_dir, tmp_path, capfd):

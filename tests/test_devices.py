@@ -5,10 +5,15 @@ import json
 import pytest
 import torch
 from lightning.fabric import Fabric
+from safetensors.torch import load_file
 from simulated_device import OnDevice, simulated
 from test_golden import CASES, FILE, found
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusion_bench_didi.deltas.plain import DenseDelta, OwnDelta
+from fusion_bench_didi.export import patched, to_patch, to_plain
+from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.quantization.dead_zone import encode, quantize
 from fusion_bench_didi.task_vectors import loop, scan
 
@@ -91,3 +96,37 @@ def test_coding_waits_no_more_often_for_many_spreads_than_for_one(device):
         waits.append(seen.count)
         assert stream.equal(encode([quantize(values, 1.0)]))
     assert waits[0] == waits[1] > 0
+
+
+class _Whole(nn.Linear):
+    """With a buffer of whole numbers."""
+
+    def __init__(self):
+        super().__init__(6, 6)
+        self.register_buffer("count", torch.arange(4))
+
+
+@pytest.mark.parametrize("export", [to_patch, to_plain])
+def test_exports_of_every_type_and_form(export, device, tmp_path):
+    few, base = torch.zeros(6, 6), _Whole()
+    few[0, 1] = 2.0
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    deltas = {
+        "weight": DenseDelta((6, 6), few),
+        "bias": DenseDelta((6,), torch.ones(6)),
+        "count": OwnDelta((4,), torch.tensor([0, 1, 2, 9])),
+    }
+    model = DiDiModel(base, {}, {"a": deltas}, unit_bits=1).to(device)
+    export(model, tmp_path / "out")
+    if export is to_patch:
+        file, there = tmp_path / "out/a.safetensors", model.state_dict()
+        there = {name.removeprefix("backbone."): v for name, v in there.items()}
+        after = patched(file, there)
+        assert {value.device for value in after.values()} == {device}
+        assert patched(file, before)["weight"].equal(after["weight"].cpu())
+    else:
+        after = load_file(tmp_path / "out/a/model.safetensors")
+    assert after["count"].tolist() == [0, 1, 2, 9]
+    for name in ("weight", "bias"):
+        change = deltas[name].change().cpu()
+        assert after[name].cpu().equal(before[name] + change)

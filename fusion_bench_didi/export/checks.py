@@ -11,6 +11,8 @@ from .report import Carried
 
 #: Units of rounding that the arithmetic of a reader may differ by from ours.
 UNITS = 8
+#: The unit of rounding of the type in which readers multiply factors.
+_EPS = torch.finfo(torch.float32).eps
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
@@ -45,11 +47,12 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def bits(value: Tensor) -> Tensor:
-    """A tensor's entries as integers, so that zeros of both signs differ and NaN is itself."""
+    """A tensor's entries as integers, on the CPU, so that zeros of both signs differ and NaN is itself."""
     widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    value = value.detach().contiguous().cpu()
     if not value.is_floating_point():
         return value
-    return value.contiguous().cpu().view(widths[value.element_size()])
+    return value.view(widths[value.element_size()])
 
 
 @torch.no_grad()
@@ -78,16 +81,34 @@ def check_close(
                     f"{what} changes {name}, which the task does not; it was not kept."
                 )
             continue
-        off = torch.linalg.vector_norm(here.double() - value.double())
+        off = torch.linalg.vector_norm(_unexplained(here, value))
         change = torch.linalg.vector_norm(value.double() - before[name].double())
         size = torch.linalg.vector_norm(value.double())
-        eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
-        allowed = 1.01 * carried[name].error * change + UNITS * eps * size
+        allowed = (1.01 * carried[name].error + UNITS * _eps(value)) * change
+        allowed += UNITS * _EPS * size
         if not off <= allowed:
             raise DiDiError(
                 f"{what}: {name} is off by {float(off):.3g}, expected at most {float(allowed):.3g}; it was not kept. Report "
                 "this with the architecture, or export as plain or patch."
             )
+
+
+def _unexplained(found: Tensor, wanted: Tensor) -> Tensor:
+    """By how much entries were off at least before they were rounded to their type.
+
+    Rounding moves an entry by half a unit at most, and, since what is wanted is of the type, no further than it was off.
+    """
+    off = (found.double() - wanted.double()).abs()
+    if not found.is_floating_point():
+        return off
+    smallest = torch.finfo(found.dtype).smallest_normal
+    unit = _eps(found) * found.double().abs().clamp(min=smallest)
+    return torch.maximum(off / 2, off - unit / 2)
+
+
+def _eps(value: Tensor) -> float:
+    """The unit of rounding of a tensor's type; none of whole numbers."""
+    return torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:

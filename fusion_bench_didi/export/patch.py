@@ -171,7 +171,8 @@ def patched(
 
 def _patched(name: str, before: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     if name in parts:
-        return parts[name]
+        return parts[name].to(before.device)
     after = before.detach().clone().flatten()
-    after[parts[name + INDICES].long()] = parts[name + VALUES]
+    index, values = (parts[name + part].to(after.device) for part in (INDICES, VALUES))
+    after[index.long()] = values
     return after.view(before.shape)

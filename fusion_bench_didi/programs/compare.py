@@ -180,7 +180,7 @@ class ComparisonProgram(FabricModelFusionProgram):
     def _run(self, bench: Bench, console: Console, ranks: Ranks) -> dict[str, Any]:
         rows = {entry.key: bench.store.load(entry.key) for entry in self.entries}
         rows = ranks.from_first(rows)  # one of them may be made meanwhile
-        had = [key for key, row in rows.items() if row and row["complete"]]
+        had = [key for key, row in rows.items() if row and self._is_whole(row)]
         methods, tasks = len(self.entries), len(bench.scorer.tasks)
         console.print(f"{methods} methods on {tasks} tasks; rows in {bench.store.rows}")
         with Watch(console, methods, 1 + tasks, had=len(had)) as watch:
@@ -203,6 +203,10 @@ class ComparisonProgram(FabricModelFusionProgram):
         if not ranks.leads:
             return self._assembled(rows, bench)
         return self._write(rows, bench)
+
+    def _is_whole(self, row: Mapping[str, Any]) -> bool:
+        """Whether nothing of a row is left to make: its model neither, where models are to be written."""
+        return row["complete"] and ("bytes_written" in row or not self.save_artifacts)
 
     def new_modelpool(self) -> Any:
         """A model pool that no earlier method has touched; the program's from now on."""

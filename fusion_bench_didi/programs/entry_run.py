@@ -77,7 +77,7 @@ def run_entry(bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Row:
     """
     asked = declared(entry)
     row = blank_row(entry, asked) | (rows[entry.key] or {})
-    row |= {"entry": asked, "error": None}
+    row |= {"entry": asked, "error": None, "complete": False}
     if bench.seed is not None:
         L.seed_everything(bench.seed, verbose=False)
     try:

@@ -233,6 +233,26 @@ def test_artifacts_are_held_against_the_account(cache, tmp_path, monkeypatch, sc
     assert scored == []
 
 
+def test_models_of_rows_that_are_there_are_written_when_asked_for(
+    cache, tmp_path, monkeypatch, scored
+):
+    options = {"only": ["pretrained", "averaging"]}
+    before = compare(cache, tmp_path, **options)["rows"]
+    scored.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(entry_run, "model_size", lambda *_: Size(1.5, 2.5))
+        rows = compare(cache, tmp_path, **options, save_artifacts=True)["rows"]
+    assert "The account of averaging is wrong" in rows[1]["error"]
+    left = json.loads((tmp_path / "rows" / "averaging.json").read_text())
+    assert left["complete"] is False, "so that it is tried again"
+    rows = compare(cache, tmp_path, **options, save_artifacts=True)["rows"]
+    assert {p.name for p in (tmp_path / "artifacts").iterdir()} == {*options["only"]}
+    for row, first in zip(rows, before):
+        assert row["bytes_written"] is not None and row["error"] is None
+        assert row["accuracy"] == first["accuracy"]
+    assert scored == []
+
+
 SHARING = {
     "twin": {"method": "didi/twin", "group": "dynamic"},
     "free": {"method": "didi/free", "overrides": {"keep": 0.1}, "group": "dynamic"},

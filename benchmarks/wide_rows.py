@@ -20,14 +20,15 @@ from benchmarks.wide_images import Images
 from benchmarks.wide_training import accuracy
 from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
 from fusion_bench_didi.models.dynamic import DynamicModel
-from fusion_bench_didi.pools.opening import load_backbone
-from fusion_bench_didi.programs.sizes import PoolFacts, model_size, pool_facts
+from fusion_bench_didi.pools.opening import load_backbone, open_pool
+from fusion_bench_didi.programs.sizes import PoolFacts, facts_of, model_size
 
 
 @cache
 def _facts(root: Path) -> PoolFacts:
     pool = FolderCLIPVisionModelPool(root=str(root))
-    return pool_facts(pool, load_backbone(pool))
+    backbone = load_backbone(pool)
+    return facts_of(open_pool(pool, backbone), backbone)
 
 
 class Scoring:

@@ -29,6 +29,8 @@ from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.merging.settings import Budget, MergeSettings
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.pools.opening import open_pool
+from fusion_bench_didi.programs.sizes import PoolFacts, facts_of
 from fusion_bench_didi.task_vectors.reader import TaskVectors
 from fusion_bench_didi.task_vectors.sources import ModuleSource
 
@@ -98,6 +100,11 @@ def merge_settings(budget: float | Budget, **choice: Any) -> MergeSettings:
 def task_vectors(models: Mapping[str, nn.Module], **choice: Any) -> TaskVectors:
     sources = {name: ModuleSource(model, name) for name, model in models.items()}
     return TaskVectors(sources.pop(BASE), sources, **choice)
+
+
+def pool_facts(pool: BaseModelPool, backbone: nn.Module) -> PoolFacts:
+    """What a comparison finds out about a pool."""
+    return facts_of(open_pool(pool, backbone), backbone)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -11,8 +11,6 @@ import click
 from ..errors import CheckpointMismatchError
 from . import options
 
-BASE = "_pretrained_"
-
 
 @click.command(no_args_is_help=True)
 @click.argument("base")
@@ -130,6 +128,8 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
     """
     from fusion_bench.modelpool import BaseModelPool
 
+    from ..pools.entries import BASE
+
     places = {BASE: base}
     for model in models:
         task, equals, place = model.partition("=")
@@ -152,6 +152,8 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
 
 def _class_of(places: dict[str, str]) -> str:
     """The class that all fine-tuned models name, else the base model's; where none does, what transformers takes for it."""
+    from ..pools.entries import BASE
+
     named, faults = {}, []
     for task, place in places.items():
         if (Path(place) / "adapter_config.json").is_file():

@@ -18,10 +18,9 @@ from omegaconf import OmegaConf
 
 from ..errors import ModelPoolError
 from ..options import FilePath, checked
+from ..pools.entries import BASE
 from ..taskpool.text import TextClassificationTaskPool, parquet_files
 from .tasks import Split
-
-_BASE = "_pretrained_"
 
 
 def tasks_of(root: str | Path, tasks: Sequence[str] | None = None) -> list[str]:
@@ -32,8 +31,8 @@ def tasks_of(root: str | Path, tasks: Sequence[str] | None = None) -> list[str]:
     """
     place = Path(root).expanduser()
     there = sorted(p.parent.name for p in place.glob("*/config.json"))
-    chosen = [n for n in there if n != _BASE] if tasks is None else list(tasks)
-    if lacking := {_BASE, *chosen} - set(there):
+    chosen = [n for n in there if n != BASE] if tasks is None else list(tasks)
+    if lacking := {BASE, *chosen} - set(there):
         raise ModelPoolError(
             f"{place} holds no model for {sorted(lacking)}, only {there}. Give the folder as modelpool.root and taskpool.root, or "
             "some of its tasks as tasks."
@@ -69,10 +68,10 @@ class FolderTextModelPool(SequenceClassificationModelPool):
         load = {"_target_": "transformers.AutoModel.from_pretrained"}
         place = "pretrained_model_name_or_path"
         given = {
-            "models": {n: {**load, place: str(folder / n)} for n in (_BASE, *names)},
+            "models": {n: {**load, place: str(folder / n)} for n in (BASE, *names)},
             "tokenizer": {
                 "_target_": "transformers.AutoTokenizer.from_pretrained",
-                place: str(folder / _BASE),
+                place: str(folder / BASE),
             },
             "train_datasets": _datasets(data, names, "train"),
             "val_datasets": _datasets(data, names, "validation"),
@@ -103,7 +102,7 @@ class FolderTextTaskPool(TextClassificationTaskPool):
         names, folder = tasks_of(root, tasks), Path(root).expanduser().absolute()
         given = {
             "root": data,
-            "tokenizer": str(folder / _BASE),
+            "tokenizer": str(folder / BASE),
             "tasks": names,
             "heads": {name: str(folder / name) for name in names},
             "split": split,

@@ -29,6 +29,7 @@ from ..merging.results import MergeResult
 from ..merging.settings import Budget, MergeSettings
 from ..models.dynamic import DynamicModel
 from ..options import Patterns, as_patterns
+from ..pools.entries import BASE
 from ..pools.opening import needed_apart, open_pool
 from ..pools.task_names import normalized
 from ..task_vectors.reader import TaskVectors
@@ -38,8 +39,6 @@ from .places import Edited, Place, edited_model, target_of
 from .settings import alone
 from .sources import BesideShared, SharedBase
 from .stored import Stored
-
-BASE = "_pretrained_"
 
 
 def add_task(

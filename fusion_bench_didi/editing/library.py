@@ -41,9 +41,9 @@ from ..errors import DiDiError, spelled
 from ..models.dynamic import DynamicModel
 from ..task_vectors.digests import digests
 from .combining import check_entries, combined
-from .loading import check_known, named, on_backbone
+from .loading import named, on_backbone
 from .places import Place, stored_of
-from .stored import Stored
+from .stored import Stored, check_known
 
 #: Checksums of the tensors of deltas.
 Seen = dict[Delta, dict[str, str]]

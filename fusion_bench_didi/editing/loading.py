@@ -9,10 +9,10 @@ from torch import nn
 from ..checkpoint import backbone as backbones
 from ..checkpoint.deltas import read_config, read_deltas
 from ..checkpoint.hub import local_directory
-from ..errors import DiDiError, UnknownTaskError
+from ..errors import DiDiError
 from ..models.dynamic import DiDiModel, DynamicModel
 from ..models.saving import check_config, check_shapes
-from .stored import Stored
+from .stored import Stored, check_known
 
 
 def load_tasks(
@@ -91,15 +91,3 @@ def named(tasks: str | Iterable[str]) -> list[str]:
     if not asked:
         raise DiDiError("No task is asked for. Name one or more.")
     return asked
-
-
-def check_known(asked: Iterable[str], there: Iterable[str], place: Path) -> None:
-    """Check that tasks are there.
-
-    Raises:
-        UnknownTaskError: naming those that are not.
-    """
-    there = list(there)
-    if unknown := [task for task in asked if task not in there]:
-        some = f"{there[:8]} and {len(there) - 8} more" if len(there) > 8 else there
-        raise UnknownTaskError(f"{place} holds no task {unknown}, only {some}.")

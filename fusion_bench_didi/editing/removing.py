@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import DiDiError
 from .places import Edited, Place, in_place
-from .stored import Stored
+from .stored import Stored, check_known
 
 
 def remove_task(
@@ -41,7 +41,7 @@ def remove_task(
 
 def without(stored: Stored, name: str) -> Stored:
     """The stored model without one task; shared parts that only it used are gone too."""
-    stored.known(name)
+    check_known([name], stored.tasks, "The merged model")
     if len(stored.tasks) == 1:
         raise DiDiError(
             f"{name!r} is the only task of the merged model, which would be nothing but its backbone then. Delete the model."

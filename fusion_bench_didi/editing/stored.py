@@ -1,7 +1,8 @@
 """What a merged model stores beyond its backbone, as the editing operations take and give it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,17 +76,6 @@ class Stored:
             routing_bits=self.routing_bits,
         )
 
-    def known(self, task: str) -> None:
-        """The task must be there.
-
-        Raises:
-            UnknownTaskError: naming those that are.
-        """
-        if task not in self.experts:
-            raise UnknownTaskError(
-                f"Task {task!r} is not in the merged model, which holds {self.tasks}."
-            )
-
     @property
     def touched(self) -> set[str]:
         """Names of the tensors that are changed."""
@@ -118,6 +108,21 @@ class Stored:
         *edits, last = self.info["edits"]
         last = {**last, "directories": [str(place) for place in places]}
         return replace(self, info={**self.info, "edits": [*edits, last]})
+
+
+def check_known(asked: Iterable[str], there: Iterable[str], place: str | Path) -> None:
+    """Check that tasks are there.
+
+    Args:
+        place: that is asked, for the message.
+
+    Raises:
+        UnknownTaskError: naming those that are not.
+    """
+    there = list(there)
+    if unknown := [task for task in asked if task not in there]:
+        some = f"{there[:8]} and {len(there) - 8} more" if len(there) > 8 else there
+        raise UnknownTaskError(f"{place} holds no task {unknown}, only {some}.")
 
 
 def _uses(own: Delta | None, shared: Delta) -> bool:

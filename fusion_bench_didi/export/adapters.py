@@ -16,7 +16,7 @@ from ..errors import DiDiError
 from ..lowrank.factors import LowRankFactors
 from ..models.dynamic import DynamicModel
 from ..task_vectors.tensor import matrix_shape
-from .factors import fitted, in_eight_bits
+from .factors import fitted, in_eight_bits, norm
 from .modules import Refusal, Site, sites
 from .report import Carried
 from .settings import EIGHT_BITS, AdapterSettings
@@ -123,7 +123,7 @@ class AdapterWriter:
             content.parts[site.module] = site, rounded[site.module]
             wanted, size = self._wanted(task, name)
             read = rounded[site.module].to(torch.float32).dense() * content.scale
-            error = _norm(wanted - read) / size if size else 0.0
+            error = norm(wanted - read) / size if size else 0.0
             content.carried[name] = replace(one, error=error)
 
     def _factors(self, task: str, name: str, site: Site, content: _Content) -> Carried:
@@ -152,7 +152,7 @@ class AdapterWriter:
         wanted, size = self._wanted(task, name)
         if wanted is not None and not bool(wanted.any()):
             return Carried("base")
-        lost = 1.0 if wanted is None or not size else _norm(wanted) / size
+        lost = 1.0 if wanted is None or not size else norm(wanted) / size
         if wanted is None:
             return Carried("left out", lost, why=_OTHER_SHAPE)
         owner, _, leaf = name.rpartition(".")
@@ -213,7 +213,7 @@ class AdapterWriter:
         value, under = self.model.task_tensor(name, expert), self._tensor(name)
         if value.shape != under.shape or not value.is_floating_point():
             return None, 0.0
-        size = _norm(value.float() - base.float())
+        size = norm(value.float() - base.float())
         # what the base model's type rounds away is no change
         same = torch.equal(value.to(under.dtype), under)
         rest = torch.zeros_like(value) if same else value.float() - under.float()
@@ -278,7 +278,3 @@ def _padded(factors: LowRankFactors, rank: int) -> LowRankFactors:
     return LowRankFactors(
         pad(factors.up, (0, extra)), pad(factors.down, (0, 0, 0, extra))
     )
-
-
-def _norm(value: Tensor) -> float:
-    return float(torch.linalg.vector_norm(value.float()))

@@ -27,8 +27,6 @@ from .report import ExportReport
 MANIFEST = "export.json"
 #: Files with weights in the directory of a task.
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetensors")
-#: Where an exported base model lies beside those of tasks; no task of a pool can have this name.
-BASE = "_pretrained_"
 #: Bytes of a file's name, with room for an ending.
 LONGEST = 200
 #: Files of tokenizers and processors, which are data.

@@ -47,9 +47,9 @@ def fitted(
     limit = most if max_rank is None else min(most, max_rank)
     if product is None or product.rank > limit:
         product = _best(wanted, product, limit)
-    size, left = (_norm(x) for x in (wanted, wanted - product.dense()))
+    size, left = (norm(x) for x in (wanted, wanted - product.dense()))
     factors = product.balanced().to(dtype)
-    lost = _norm(wanted - factors.to(torch.float32).dense())
+    lost = norm(wanted - factors.to(torch.float32).dense())
     return Fitted(factors, lost, limit < most and left > EXACT * size)
 
 
@@ -75,8 +75,9 @@ def in_eight_bits(
     return found, step**-2
 
 
-def _norm(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix))
+def norm(value: Tensor) -> float:
+    """The norm of all entries, in float32."""
+    return float(torch.linalg.vector_norm(value.float()))
 
 
 def _best(wanted: Tensor, product: LowRankFactors | None, limit: int) -> LowRankFactors:

@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from ..models.dynamic import DynamicModel
+from ..pools.entries import BASE
 from .adapters import AdapterWriter
 from .checks import check_close, outputs_differ
 from .common import (
-    BASE,
     asked_tasks,
     base_model,
     export_directory,

@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..report.comparison import mean
 from .entries import Entry
 from .sizes import PoolFacts
 
@@ -93,7 +94,7 @@ def _row(
         "family": entry.family,
         "error": row["error"],
         "accuracy": accuracy,
-        "average": _mean(list(accuracy.values())),
+        "average": mean(list(accuracy.values())),
         "retention": retention(accuracy, reference),
         **{k: row[k] for k in ("x_excl", "x_incl", "bytes_excl", "bytes_incl")},
         "published_x": entry.published_x,
@@ -128,9 +129,3 @@ def retention(
         "mean_of_ratios": sum(a / b for a, b in pairs) / len(pairs),
         "ratio_of_averages": sum(a for a, _ in pairs) / sum(b for _, b in pairs),
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    if not values or any(value is None for value in values):
-        return None
-    return sum(values) / len(values)

@@ -8,7 +8,6 @@ from torch import nn
 
 from ..artifacts.host_moe import host_storage
 from ..models.dynamic import DynamicModel
-from ..pools.opening import open_pool
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import model_bits, scan
 
@@ -41,11 +40,6 @@ class Size:
     x_excl: float
     x_incl: float
     note: str = ""
-
-
-def pool_facts(modelpool, backbone: nn.Module, device="cpu") -> PoolFacts:
-    """As :func:`facts_of`, of a pool."""
-    return facts_of(open_pool(modelpool, backbone), backbone, device)
 
 
 def facts_of(vectors: TaskVectors, backbone: nn.Module, device="cpu") -> PoolFacts:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .comparison import mean
 from .units import storage_line, storage_units
 
 
@@ -41,9 +42,9 @@ class Answer:
         """The figures by name, as loggers take them."""
         found = {f"{self.metric}/{task}": v for task, v in self.figures.items()}
         if self.figures:
-            found[f"{self.metric}/average"] = _mean(list(self.figures.values()))
+            found[f"{self.metric}/average"] = mean(list(self.figures.values()))
         if ratios := self._ratios():
-            found["retention"] = _mean(list(ratios.values()))
+            found["retention"] = mean(list(ratios.values()))
         if self.storage:
             sizes = storage_units(self.storage)
             found |= {f"storage/{name}": value for name, value in sizes.items()}
@@ -75,7 +76,7 @@ class Answer:
             cells = (_percent(column.get(task)) for column in columns.values())
             lines.append(f"{task:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
         means = (
-            _percent(_mean([column.get(task) for task in self.figures]))
+            _percent(mean([column.get(task) for task in self.figures]))
             for column in columns.values()
         )
         return [
@@ -100,12 +101,6 @@ class Answer:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    if not values or any(value is None for value in values):
-        return None
-    return sum(values) / len(values)
 
 
 def figure(result: object) -> tuple[str, float] | None:

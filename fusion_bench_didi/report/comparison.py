@@ -22,6 +22,18 @@ GROUPS = {
 OURS = "DiDi"
 
 
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of figures; None where one is missing, or all are."""
+    if not values or any(value is None for value in values):
+        return None
+    return sum(values) / len(values)
+
+
+def percent(row: Mapping[str, Any], task: str) -> float:
+    """A row's accuracy on a task, or its ``average``, in per cent."""
+    return 100 * (row["average"] if task == "average" else row["accuracy"][task])
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Read-only view of ``comparison.json``."""

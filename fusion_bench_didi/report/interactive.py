@@ -3,7 +3,7 @@
 import numpy as np
 from plotly import graph_objects as go
 
-from .comparison import Comparison, kind
+from .comparison import Comparison, kind, percent
 from .modules import KIND_COLORS, Place, RankTable, energy_lines
 from .page_labels import annotations
 from .plots import STORAGE_AXIS, family_label, short_name, zoom_from
@@ -136,13 +136,7 @@ def accuracy_by_task(comparison: Comparison) -> go.Figure | None:
     if not rows:
         return None
     tasks = ["average", *comparison.tasks]
-    values = {
-        task: [
-            100 * (r["average"] if task == "average" else r["accuracy"][task])
-            for r in rows
-        ]
-        for task in tasks
-    }
+    values = {task: [percent(row, task) for row in rows] for task in tasks}
     figure = go.Figure(
         go.Bar(
             x=values["average"],

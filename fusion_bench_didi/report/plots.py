@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from . import findings, labels
-from .comparison import Comparison, kind
+from .comparison import Comparison, kind, percent
 from .module_plots import energy_plot, rank_plot
 from .style import KINDS, color, look, new_figure, save_figure, title
 
@@ -186,10 +186,7 @@ def accuracy_by_task(comparison: Comparison) -> Figure | None:
     names = [r["method"] for r in rows]
     own = findings.own_models(comparison)
     for axes, task in zip(grid.flat, tasks):
-        values = [
-            100 * (r["average"] if task == "average" else r["accuracy"][task])
-            for r in rows
-        ]
+        values = [percent(row, task) for row in rows]
         axes.barh(names, values, color=[color(kind(r)) for r in rows], height=0.78)
         if own:
             axes.axvline(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import DiDiError
-from .comparison import Comparison
+from .comparison import Comparison, mean
 
 #: Figures of a row whose mean over seeds stands in their place.
 _MEANS = ("average", "x_excl", "x_incl", "bytes_excl", "bytes_incl", "seconds")
@@ -35,18 +35,12 @@ def _row(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if failed := next((row for row in group if row["error"]), None):
         return dict(failed)
     row = dict(group[0])
-    row |= {key: _mean([r[key] for r in group]) for key in _MEANS}
+    row |= {key: mean([r[key] for r in group]) for key in _MEANS}
     for key in ("accuracy", "retention"):
-        row[key] = {k: _mean([r[key][k] for r in group]) for k in group[0][key]}
+        row[key] = {k: mean([r[key][k] for r in group]) for k in group[0][key]}
     averages = [r["average"] for r in group if r["average"] is not None]
     row["over_seeds"] = [min(averages), max(averages)] if averages else None
     kept = [r["retention"]["mean_of_ratios"] for r in group]
     known = not any(value is None for value in kept)
     row["retention_over_seeds"] = [min(kept), max(kept)] if known else None
     return row
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    if any(value is None for value in values):
-        return None
-    return sum(values) / len(values)

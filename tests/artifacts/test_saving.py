@@ -9,7 +9,16 @@ from fusion_bench.method import SimpleAverageAlgorithm, SmileUpscalingAlgorithm
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.models.we_moe import WeightEnsemblingMoE
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
-from helpers import TOWER, Oddities, didi, family, floats, same_bits, tower_of
+from helpers import (
+    TOWER,
+    Oddities,
+    didi,
+    family,
+    floats,
+    pool_facts,
+    same_bits,
+    tower_of,
+)
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -21,7 +30,6 @@ from fusion_bench_didi.method import EMRMerging, TwinMerging
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.programs import entry_run
 from fusion_bench_didi.programs.compare import ComparisonProgram
-from fusion_bench_didi.programs.sizes import pool_facts
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore:CLIPDataset:DeprecationWarning"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from exact_models import Classifier, seeded
 from fusion_bench.method import SimpleAverageAlgorithm
-from helpers import BASE, fine_tuned
+from helpers import BASE, fine_tuned, pool_facts
 from torch import nn
 
 from fusion_bench_didi.artifacts.saving import load_artifact, save_artifact
@@ -22,7 +22,7 @@ from fusion_bench_didi.method import (
     TwinMerging,
 )
 from fusion_bench_didi.pools.host_forms import as_pool
-from fusion_bench_didi.programs.sizes import individuals_size, model_size, pool_facts
+from fusion_bench_didi.programs.sizes import individuals_size, model_size
 
 DYNAMIC = (
     *(BitDelta, DiDiMerging, EMRMerging, FreeMerging),

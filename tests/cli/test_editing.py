@@ -46,7 +46,7 @@ def test_what_is_wrong_is_said_in_one_line(merged, tmp_path, monkeypatch, capsys
     model, out = str(merged / "merged"), str(tmp_path / "out")
     for line, text in (
         (["remove-task", model, "mnist"], "written nowhere"),
-        (["remove-task", model, "none", "--out", out], "'none' is not in"),
+        (["remove-task", model, "none", "--out", out], "holds no task .'none'."),
         (["rescale", model, "--budget", "7", "--out", out], "no smaller"),
         (["combine", model, model, "--out", out], "one name"),
         (["remove-task", str(tmp_path / "no"), "a", "--out", out], "does not exist"),

@@ -129,6 +129,7 @@ def whole_directory(
         check_target(place, overwrite=overwrite, probe=False, kind=kind)
         name = f".{_short(place.name)}."
         beside = Path(tempfile.mkdtemp(prefix=name, suffix=".tmp", dir=place.parent))
+        kept = False
         try:
             try:
                 yield beside
@@ -141,14 +142,16 @@ def whole_directory(
                 raise DiDiError(
                     f"{target} cannot be written ({error}). Nothing was changed there; make room, or choose another directory."
                 ) from error
-        except BaseException:
-            shutil.rmtree(beside)
-            raise
-        _put(beside, place, overwrite, kind)
-        if beside.exists():
-            shutil.rmtree(beside)  # what was there before
-        sync(place.parent)
-        shutil.rmtree(journal_of(place), ignore_errors=True)
+            try:
+                _put(beside, place, overwrite, kind)
+            except FileExistsError:
+                kept = True
+                raise
+            sync(place.parent)
+            shutil.rmtree(journal_of(place), ignore_errors=True)
+        finally:
+            if beside.exists() and not kept:
+                shutil.rmtree(beside)
 
 
 @contextmanager

@@ -16,8 +16,9 @@ MARK = "fusion-bench-didi"
 MODULE = "module.json"
 #: What the hub's client leaves in a directory, and the end of the name of an index of shards.
 _HUB, _INDEX = ".cache", ".index.json"
-#: Where a saved model has its router, and directories for what is beside its own weights.
+#: Where a saved model has its router, and directories with weights beside its own.
 _ROUTER, _BACKBONE, _MODULES = "router.safetensors", "backbone", "modules"
+_HOMES = (_BACKBONE, "experts", _MODULES)
 _WEIGHTS = frozenset(
     (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 )
@@ -46,34 +47,29 @@ def others(directory: Path) -> list[str]:
     """Weights and directories in a saved model's directory that its manifest does not list: a base model beside the merge, say."""
     if not (held := [p for p in held_by(directory) if p.name != _HUB]):
         return []
-    parts = {*_listed(read_object(directory / CONFIG, whole=False), directory)}
-    homes = {home for part in parts for home in part.parents}
+    files = {*_listed(read_object(directory / CONFIG, whole=False), directory)}
     strange = []
     while held:
         path = held.pop()
-        if path.is_dir() and path in parts | homes:
+        inside = path.relative_to(directory)
+        if path.is_dir() and inside.parts[0] in _HOMES:
             held += held_by(path)
-        elif path not in parts:
-            strange.append(str(path.relative_to(directory)))
+        elif path not in files:
+            strange.append(str(inside))
     return strange
 
 
 def _listed(config: Mapping[str, Any], directory: Path) -> Iterator[Path]:
-    """Files and directories of a saved model; what a damaged manifest says otherwise than we write it is none."""
+    """Weights of a saved model; what a damaged manifest says otherwise than we write it is none."""
     yield from _files(config, "files", directory)
     if "router" in config:
         yield directory / _ROUTER
-    if "backbone_files" in config:
-        yield directory / _BACKBONE
-        yield from _files(config, "backbone_files", directory / _BACKBONE)
+    yield from _files(config, "backbone_files", directory / _BACKBONE)
     experts = config.get("experts")
     for expert in experts if isinstance(experts, list) else ():
         if isinstance(expert, Mapping) and isinstance(expert.get("directory"), str):
-            home = directory / expert["directory"]
-            yield home
-            yield from _files(expert, "files", home)
+            yield from _files(expert, "files", directory / expert["directory"])
     for file in directory.glob(f"{_MODULES}/*/{MODULE}") if "chains" in config else ():
-        yield file
         with suppress(CheckpointMismatchError):
             yield from _files(read_object(file, whole=False), "files", file.parent)
 

@@ -126,9 +126,11 @@ class _Several(Ranks):
                 return
 
     def _stop(self) -> None:
-        """End the thread while there is an interpreter: one that is within torch when that ends aborts the process."""
+        """End the thread, and gloo's, while there is an interpreter: what is within torch when that ends aborts the process."""
         self._ends.set()
         self._heart.join(5)
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
 
     def _common_store(self) -> dist.TCPStore:
         """Kept by rank 0; what ranks say about themselves is there."""

@@ -68,5 +68,5 @@ def test_impossible_values_are_refused(make):
 
 
 def test_whole_numbers_become_what_the_setting_is():
-    router = make_router("mlp", ["a", "b"], temperature=2)
+    router = make_router("mlp", ["a", "b"], temperature=2, hard=False)
     assert isinstance(router.temperature, float)

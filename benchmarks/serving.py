@@ -36,8 +36,10 @@ from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.routers.files import make_router
-from fusion_bench_didi.serving.banks import MatrixBank, Serving, ValueBank
+from fusion_bench_didi.serving.banks import Serving, ValueBank
 from fusion_bench_didi.serving.forward import MixedForward
+from fusion_bench_didi.serving.making import AnyBank
+from fusion_bench_didi.serving.stored import StoredBank
 
 RESULTS = Path(__file__).resolve().parent / "results" / "serving.json"
 #: working copies that are not the default, measured on small towers
@@ -61,10 +63,13 @@ def held(forward: MixedForward) -> int:
     for bank in forward.banks.values():
         for tensor in _tensors(bank):
             seen[tensor.data_ptr()] = tensor.nbytes
-    return sum(seen.values())
+    decoded = 0 if forward.held is None else forward.held.nbytes
+    return decoded + sum(seen.values())
 
 
-def _tensors(bank: ValueBank | MatrixBank) -> Iterable[Tensor]:
+def _tensors(bank: AnyBank) -> Iterable[Tensor]:
+    if isinstance(bank, StoredBank):
+        return []  # what it decoded is the forward's
     if isinstance(bank, ValueBank):
         return [bank.values]
     kept = getattr(bank.matrices, "kept", bank.matrices)

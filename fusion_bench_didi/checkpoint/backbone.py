@@ -122,10 +122,11 @@ def _untouched(backbone: nn.Module, touched: Collection[str]) -> dict[str, Tenso
     state = backbone.state_dict(keep_vars=True)
     taken = {id(state[name]) for name in touched if name in state}
     source = ModuleSource(backbone, type(backbone).__name__)
+    left = {*touched, *source.faults}
     return {
         name: source.read(name)
         for name in source.infos()
-        if name not in {*touched, *source.faults} and id(state[name]) not in taken
+        if name not in left and id(state[name]) not in taken
     }
 
 

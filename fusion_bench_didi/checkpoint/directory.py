@@ -253,7 +253,7 @@ def _keep_notes(place: Path, beside: Path, kind: Kind) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(place / inside, target, follow_symlinks=False)
-        except OSError:  # a file system without links
+        except (OSError, NotImplementedError):  # no links, or not of links
             shutil.copy2(place / inside, target, follow_symlinks=False)
             if not target.is_symlink():
                 sync(target)

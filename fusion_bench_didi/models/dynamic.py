@@ -144,8 +144,12 @@ class DynamicModel(ModulatedModel):
         Raises:
             DiDiError: if tensors of the backbone have other shapes than what the tasks were made for.
         """
-        self._mixed, self._mixed_state = {}, None
+        self._forget_mixed()
         self._weights.check_shapes()
+
+    def _forget_mixed(self) -> None:
+        """What was made for mixed batches is made again when the next one comes."""
+        self._mixed, self._mixed_state = {}, None
 
     @property
     def tasks(self) -> list[str]:
@@ -168,7 +172,7 @@ class DynamicModel(ModulatedModel):
         """
         self._check_unrouted()
         super().add_modulator(task_name, modulator)
-        self._mixed, self._mixed_state = {}, None
+        self._forget_mixed()
 
     def remove_modulator(self, task_name: str) -> None:
         """Forget a task; if it is the current one the base weights come back first.
@@ -184,7 +188,7 @@ class DynamicModel(ModulatedModel):
         del self.modulators[task_name]
         for name in before - set(self.touched):
             self._weights.forget(name)
-        self._mixed, self._mixed_state = {}, None
+        self._forget_mixed()
 
     def _check_unrouted(self) -> None:
         if self.router is not None:
@@ -214,7 +218,7 @@ class DynamicModel(ModulatedModel):
         self.modulators.to(device)
         for name in before - set(self.touched):
             self._weights.forget(name)
-        self._mixed, self._mixed_state = {}, None
+        self._forget_mixed()
 
     def set_task(self, task_name: str) -> None:
         """Make the backbone the model of this task.

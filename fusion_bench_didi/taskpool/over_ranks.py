@@ -9,6 +9,7 @@ from ..distributed.fabrics import fabric_of_one
 from ..distributed.ranks import Ranks, by_itself
 from ..errors import RankError
 from ..pools.task_names import only, pool_tasks
+from ..report.comparison import mean
 
 AVERAGE = "average"
 
@@ -68,14 +69,10 @@ def combined(
     if AVERAGE in reports[0]:
         firsts = [list(figures[task].values())[0] for task in tasks]
         whole[AVERAGE] = {
-            key: _mean([f[key] for f in map(figures.get, tasks) if key in f] or firsts)
+            key: mean([f[key] for f in map(figures.get, tasks) if key in f] or firsts)
             for key in reports[0][AVERAGE]
         }
     return whole
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _by_itself(taskpool: Any) -> None:

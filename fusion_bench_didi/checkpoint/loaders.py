@@ -20,6 +20,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from ..errors import DiDiError
+from ..files import from_home
 from ..pools.counts import check_counts, pairs
 from ..pools.weight_files import Weights, index_files, open_weights
 from ..task_vectors.tower_names import fill
@@ -222,7 +223,7 @@ def _ready(
 
 def place_of(source: str, directory: Path) -> str:
     """A directory that exists, or a repository of the hub."""
-    for path in (directory / source, Path(source).expanduser()):
+    for path in (directory / source, from_home(source)):
         if path.is_dir():
             return str(path.absolute())
     try:

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ..files import from_home
 from . import options
 
 
@@ -160,7 +161,7 @@ def library(
 
     if add is None and (tasks or overwrite):
         raise click.UsageError("--task and --overwrite do nothing without --add.")
-    if add is None and not Path(directory).expanduser().is_dir():
+    if add is None and not from_home(directory).is_dir():
         raise click.UsageError(f"There is no library {directory}. Mend the path, or make one with --add.")  # fmt: skip
     found = AdapterLibrary(directory)
     if add is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..errors import CheckpointMismatchError
+from ..files import from_home
 from . import options
 
 
@@ -189,7 +190,7 @@ def _architecture(place: str) -> str | None:
     from ..task_vectors.places import check_place, check_to_be_had
 
     check_place(place, owned=False)
-    path = Path(place).expanduser()
+    path = from_home(place)
     if local := path.exists():
         place = str(path)
         if not (path / "config.json").is_file():

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import CLIPModel
 
 from ..errors import SettingsError
+from ..files import from_home
 from ..options import FilePath, checked
 from .registry import register_suite_tasks
 from .tasks import Split
@@ -38,7 +39,7 @@ def open_folder(
         FileNotFoundError: if this is no suite.
         SettingsError: for tasks that the suite does not have.
     """
-    root = Path(root).expanduser().absolute()
+    root = from_home(root).absolute()
     if not (root / "clip").is_dir():
         raise FileNotFoundError(
             f"{root} holds no suite (there is no clip/ in it). Give the folder with modelpool.root and taskpool.root."

@@ -36,6 +36,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 from ..errors import SettingsError
+from ..files import from_home
 from . import towers, training
 from .tasks import EXTRAS, TASKS, Pictures, Split, Task, tame_pictures, task_pictures
 from .training import Schedule
@@ -107,7 +108,7 @@ def suite_path(
     """The folder of a suite, whether or not it is there yet."""
     if size not in RECIPES:
         raise SettingsError(f"size: {size!r} is not one of {', '.join(RECIPES)}.")
-    root = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    root = from_home(cache_dir) if cache_dir else default_cache()
     middle = "" if size == "full" else f"-{size}"
     return root.absolute() / f"demo-v{FORMAT}{middle}-seed{seed}"
 

@@ -17,6 +17,7 @@ from fusion_bench.modelpool import SequenceClassificationModelPool
 from omegaconf import OmegaConf
 
 from ..errors import ModelPoolError
+from ..files import from_home
 from ..options import FilePath, checked
 from ..pools.entries import BASE
 from ..taskpool.text import TextClassificationTaskPool, parquet_files
@@ -29,7 +30,7 @@ def tasks_of(root: str | Path, tasks: Sequence[str] | None = None) -> list[str]:
     Raises:
         ModelPoolError: if there is no base model, or not every task.
     """
-    place = Path(root).expanduser()
+    place = from_home(root)
     there = sorted(p.parent.name for p in place.glob("*/config.json"))
     chosen = [n for n in there if n != BASE] if tasks is None else list(tasks)
     if lacking := {BASE, *chosen} - set(there):
@@ -64,7 +65,7 @@ class FolderTextModelPool(SequenceClassificationModelPool):
         **kwargs: Any,
     ) -> None:
         names = tasks_of(root, tasks)
-        folder = Path(root).expanduser().absolute()
+        folder = from_home(root).absolute()
         load = {"_target_": "transformers.AutoModel.from_pretrained"}
         place = "pretrained_model_name_or_path"
         given = {
@@ -99,7 +100,7 @@ class FolderTextTaskPool(TextClassificationTaskPool):
         split: Split = "test",
         **kwargs: Any,
     ) -> None:
-        names, folder = tasks_of(root, tasks), Path(root).expanduser().absolute()
+        names, folder = tasks_of(root, tasks), from_home(root).absolute()
         given = {
             "root": data,
             "tokenizer": str(folder / BASE),

@@ -38,6 +38,7 @@ from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..deltas.grouped import GroupedDelta
 from ..errors import DiDiError, spelled
+from ..files import from_home
 from ..models.dynamic import DynamicModel
 from ..task_vectors.digests import digests
 from .combining import check_entries, combined
@@ -67,7 +68,7 @@ class AdapterLibrary:
     """
 
     def __init__(self, place: str | Path):
-        self.place = Path(place).expanduser()
+        self.place = from_home(place)
         if self.place.exists() and any(
             found.name != f"{INDEX}.tmp" for found in _visible(self.place)
         ):  # another process may just write the index

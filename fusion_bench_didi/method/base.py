@@ -27,6 +27,7 @@ from ..deltas.storage import told
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks, ranks_here
 from ..errors import CheckpointMismatchError, SettingsError, some, spelled
+from ..files import from_home
 from ..lowrank.arithmetic import own_arithmetic
 from ..merging.encoding import encode_own
 from ..merging.finished import Finished
@@ -268,7 +269,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         path = self.output_dir
         if path is None and self.dynamic:
             path = saved_at(self._program)
-        return path and Path(os.path.realpath(Path(path).expanduser()))
+        return path and Path(os.path.realpath(from_home(path)))
 
     def identity(self, task_vectors: TaskVectors) -> dict[str, str]:
         """Method, settings, inputs and versions, which a merge that was cut off must share with the one that goes on."""

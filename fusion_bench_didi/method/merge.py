@@ -18,6 +18,7 @@ from rich.progress import Progress
 from ..checkpoint.directory import write_json
 from ..distributed.ranks import check_alone
 from ..errors import DiDiError, SettingsError
+from ..files import from_home
 from ..lowrank.arithmetic import own_arithmetic
 from ..options import (
     Aliases,
@@ -250,7 +251,7 @@ class MERGE(PoolMethod):
         place = self.directory or (log_dir and Path(log_dir) / "merge")
         if not place:
             return None
-        place = Path(place).expanduser()
+        place = from_home(place)
         front, state = place / FRONT, place / STATE
         if front.exists() and not state.exists():
             raise FileExistsError(

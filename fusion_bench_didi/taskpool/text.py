@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import DiDiError
+from ..files import from_home
 from ..options import FilePath, PositiveCount, Split, checked
 from .task_switching import TaskAware
 
@@ -162,7 +163,7 @@ class _Classification(_TextTaskPool):
         """The task's classifier without its encoder."""
         if task_name not in self._shells:
             load = AutoModelForSequenceClassification.from_pretrained
-            shell = load(self.heads[task_name]).eval()
+            shell = load(from_home(self.heads[task_name])).eval()
             setattr(shell, shell.base_model_prefix, nn.Identity())
             self._shells[task_name] = self.fabric.to_device(shell)
         return self._shells[task_name]
@@ -244,7 +245,7 @@ class _Perplexity(_TextTaskPool):
         found = super().evaluate_single_task(task_name, model)
         return {
             **found,
-            "perplexity": torch.tensor(found["loss"]).double().exp().item(),
+            "perplexity": torch.tensor(found["loss"], dtype=torch.float64).exp().item(),
         }
 
 
@@ -272,7 +273,7 @@ def parquet_files(
     Raises:
         DiDiError: naming the tasks without any.
     """
-    place = Path(root).expanduser()
+    place = from_home(root)
     there = sorted(p.name for p in place.glob("*") if p.is_dir())
     chosen = there if tasks is None else list(tasks)
     found = {task: sorted((place / task).glob(f"{split}-*.parquet")) for task in chosen}

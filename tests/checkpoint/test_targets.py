@@ -22,7 +22,11 @@ from fusion_bench_didi.checkpoint.directory import (
     journal_of,
     whole_directory,
 )
+from fusion_bench_didi.checkpoint.loaders import place_of
 from fusion_bench_didi.checkpoint.ours import is_ours
+from fusion_bench_didi.demo.suite import suite_path
+from fusion_bench_didi.demo.text_pools import tasks_of
+from fusion_bench_didi.editing.library import AdapterLibrary
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError, SettingsError
 from fusion_bench_didi.method.baselines.tsv_c import TSVCompression
 from fusion_bench_didi.method.didi import DiDiMerging
@@ -35,6 +39,7 @@ from fusion_bench_didi.recombination.library import (
     load_modules,
     save_modules,
 )
+from fusion_bench_didi.taskpool.text import parquet_files
 
 # --- only what is ours is replaced --------------------------------------------
 
@@ -238,8 +243,26 @@ def test_files_pipes_and_what_lies_in_them_are_refused(tmp_path, overwrite):
         lambda place: DiDiModel.from_pretrained(Path("m"), str(place)),
         lambda place: didi(CausalLMPool(dict.fromkeys((BASE, "a", "b"), str(place)), tokenizer=None)),  # fmt: skip
         journal_of,
+        AdapterLibrary,
+        suite_path,
+        tasks_of,
+        lambda place: parquet_files(place, None, "test"),
+        lambda place: place_of(str(place), Path()),
+        lambda place: DiDiMerging(output_dir=place)._place(),
     ],
-    ids=["target", "model", "base model", "pool", "journal"],
+    ids=[
+        "target",
+        "model",
+        "base model",
+        "pool",
+        "journal",
+        "library",
+        "suite",
+        "texts",
+        "parquet",
+        "source",
+        "output",
+    ],
 )
 def test_the_home_of_a_user_that_there_is_not(tmp_path, monkeypatch, use):
     monkeypatch.chdir(tmp_path)

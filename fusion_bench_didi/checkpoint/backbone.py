@@ -15,9 +15,12 @@ from ..task_vectors.digests import digests
 from ..task_vectors.live_models import check_values
 from ..task_vectors.sources import ModuleSource
 from ..task_vectors.ties import taken_apart, untie
-from ..task_vectors.tower_names import Spelling, spelling
+from ..task_vectors.tower_names import Spelling, spelling, spelling_beside
 from . import loaders
 from .fields import Field
+
+#: what of an entry lists tensors, beside their digests
+_LISTS = ("fresh", "untied")
 
 
 def describe(
@@ -206,13 +209,29 @@ def spelled_as(
     Args:
         names: of tensors that the saved model changes.
     """
-    lists = {key: entry[key] for key in ("fresh", "untied") if key in entry}
-    tensors = entry.get("tensors", {})
-    spell = spelling({*names, *tensors}.union(*lists.values()), backbone)
-    told: dict[str, Any] = {k: [*map(spell, found)] for k, found in lists.items()}
-    if tensors:
-        told["tensors"] = {spell(name): digest for name, digest in tensors.items()}
-    return {**entry, **told}, spell
+    spell = spelling({*names, *_named_in(entry)}, backbone)
+    return _respelled(entry, spell), spell
+
+
+def spelled_beside(
+    entry: Mapping[str, Any], other: Mapping[str, Any]
+) -> tuple[dict[str, Any], Spelling]:
+    """The entry with tensors named as another entry names them, if both are of one tower; and how it spells others."""
+    spell = spelling_beside(_named_in(entry), _named_in(other))
+    return _respelled(entry, spell), spell
+
+
+def _named_in(entry: Mapping[str, Any]) -> set[str]:
+    return set(entry.get("tensors", ())).union(*(entry.get(k, ()) for k in _LISTS))
+
+
+def _respelled(entry: Mapping[str, Any], spell: Spelling) -> dict[str, Any]:
+    told = {key: [*map(spell, entry[key])] for key in _LISTS if key in entry}
+    tensors = entry.get("tensors")
+    if not tensors:
+        return {**entry, **told}
+    named = {spell(name): digest for name, digest in tensors.items()}
+    return {**entry, **told, "tensors": named}
 
 
 def take_apart(entry: Mapping[str, Any], backbone: nn.Module) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import backbone as backbones
 from ..checkpoint.deltas import read_config
 from ..deltas.base import Delta
 from ..deltas.grouped import GroupedDelta, groups_of
@@ -90,11 +91,12 @@ def combine(
     for place, config in zip(places, configs):
         if "router" in config:
             check_router_goes(drop_router, str(place))
-    check_entries(*(config["backbone"] for config in configs), names=places)
-    before, other = map(stored_of, places, configs)
-    after = combined(before, other).of_directories(*places)
     entry = configs[0]["backbone"]
-    digests = {**configs[1]["backbone"]["tensors"], **entry["tensors"]}
+    beside, spell = backbones.spelled_beside(configs[1]["backbone"], entry)
+    check_entries(entry, beside, names=places)
+    before, other = map(stored_of, places, configs)
+    after = combined(before, other.spelled(spell)).of_directories(*places)
+    digests = {**beside["tensors"], **entry["tensors"]}
     config = {**configs[0], "backbone": {**entry, "tensors": digests}}
     write(target, after, config, overwrite=overwrite)
     return Edited(
@@ -225,8 +227,10 @@ def check_entries(
     untied = set(one.get("untied", ())) ^ set(other.get("untied", ()))
     if one["class"] != other["class"] or not both or differ or untied:
         what = f"its tensors differ ({some(differ or untied)})"
-        if one["class"] != other["class"] or not both:
+        if one["class"] != other["class"]:
             what = f"one is a {one['class']}, the other a {other['class']}"
+        elif not both:
+            what = "no tensor of one has the name of one of the other"
         raise _other_base(what, *names)
     _check_types(one.get("dtype"), other.get("dtype"), *names)
 

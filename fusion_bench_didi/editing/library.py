@@ -125,7 +125,7 @@ class AdapterLibrary:
                 )
         self.place.mkdir(parents=True, exist_ok=True)
         with self._turn():
-            self._same_base(entry)
+            stored = self._of_base(stored, entry)
             seen: Seen = {}
             replaces = any(task in self for task in asked)
             for task in asked:
@@ -273,8 +273,8 @@ class AdapterLibrary:
         backbones.check_entry(fields["backbone"])
         return fields["backbone"].value
 
-    def _same_base(self, entry: Mapping[str, Any]) -> None:
-        """The base model of the library; of a new one it becomes that.
+    def _of_base(self, stored: Stored, entry: Mapping[str, Any]) -> Stored:
+        """A stored model, with tensors named as in the library, whose base model it must be of; of a new one it becomes that.
 
         Raises:
             CheckpointMismatchError: if it is another.
@@ -284,10 +284,13 @@ class AdapterLibrary:
                 "The model was written by an early version, whose checks of the base model are others. Load it and save it again."
             )
         if (self.place / INDEX).exists():
-            check_entries(self._entry(), entry, names=(self.place, "the model"))
-            return
+            known = self._entry()
+            entry, spell = backbones.spelled_beside(entry, known)
+            check_entries(known, entry, names=(self.place, "the model"))
+            return stored.spelled(spell)
         found = {"versions": versions(), "backbone": dict(entry)}
         write_manifest(self.place / INDEX, found)
+        return stored
 
 
 def _visible(place: Path) -> Iterator[Path]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError, some
+from ..task_vectors.tower_names import SPELLINGS
 from .base import RoutedModel
 
 
@@ -126,7 +127,7 @@ def blocks(backbone: nn.Module) -> list[str]:
 
 
 def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
-    """Module names from positions among the :func:`blocks`, names, or patterns of names.
+    """Module names from positions among the :func:`blocks`, names, or patterns of names, of a tower in either spelling.
 
     Raises:
         SettingsError: for one that matches nothing.
@@ -146,7 +147,9 @@ def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
                 )
             found.append(chain[layer])
         else:
-            matches = [name for name in names if fnmatch(name, layer)]
+            patterns = (spell(layer) for spell in SPELLINGS)
+            found_by = ([n for n in names if fnmatch(n, p)] for p in patterns)
+            matches = next(filter(None, found_by), None)
             if not matches:
                 raise SettingsError(
                     f"No layer is called {layer!r}; there are {some(names)}."

@@ -1,16 +1,23 @@
 """Prompts continued greedily, each by its own task, in one batch."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..models import DynamicModel
 from .batching import Row
 from .limits import Limits, Refused
 from .tasks import answered, tasks_of
+
+log = logging.getLogger(__name__)
+#: relative difference of two passes that rounding does not make
+_ROUNDING = 0.1
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,12 @@ class Language:
         device = next(self.model.backbone.parameters()).device
         longest, pad = max(len(row.content) for row in rows), self._padding
         more = max(row.tokens for row in rows)
-        if len(rows) > 1 and longest + more > self.places:
+        of_one_length = all(len(row.content) == longest for row in rows)
+        if len(rows) > 1 and (
             # each has room by itself, a short prompt that goes on for long beside a long one has not
+            longest + more > self.places
+            or not (of_one_length or self.skips_padding)
+        ):
             return [self._continued([row])[0] for row in rows]
         ids = [[pad] * (longest - len(r.content)) + r.content for r in rows]
         mask = [[0] * (longest - len(r.content)) + [1] * len(r.content) for r in rows]
@@ -91,6 +102,43 @@ class Language:
             eos_token_id=sorted(self.ends) or None,
         )
         return [self._told(r, out[longest:].tolist()) for r, out in zip(rows, found)]
+
+    @cached_property
+    def skips_padding(self) -> bool:
+        """Whether a prompt goes on as it would by itself where padding is in front of it; models with a state may read that too,
+        RWKV at once, Mamba where a short prompt leaves it in the window of its convolution.
+        """
+        by_itself = self._logits([self._probe], [1])
+        padded = self._logits([self._padding] * 4 + [self._probe], [0] * 4 + [1])
+        found = bool((padded - by_itself).norm() <= _ROUNDING * by_itself.norm())
+        if not found:
+            log.warning(
+                "%s reads what pads prompts: prompts of several lengths are continued one by one.",
+                type(self.model.backbone).__name__,
+            )
+        return found
+
+    @property
+    def _probe(self) -> int:
+        """A token that pads nothing."""
+        return 0 if self._padding else 1
+
+    def _logits(self, ids: list[int], mask: list[int]) -> Tensor:
+        """Of the two tokens after a prompt, by the base model."""
+        backbone = self.model.backbone
+        device = next(backbone.parameters()).device
+        found = backbone.generate(
+            input_ids=torch.tensor([ids], device=device),
+            attention_mask=torch.tensor([mask], device=device),
+            max_new_tokens=2,
+            min_new_tokens=2,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self._padding,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(found.logits).float()
 
     @property
     def _padding(self) -> int:

@@ -4,7 +4,7 @@ transformers 5 reads both. transformers 4 reads its own only, and leaves a tower
 values, with a warning; :func:`fill` makes up for that. What is ours is read in either spelling.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import nn
@@ -24,8 +24,16 @@ def spelling(names: Iterable[str], model: nn.Module) -> Spelling:
     """
     buffers = (name for name, _ in model.named_buffers())
     names, known = list(names), {*model.state_dict(), *buffers}
-    for spell in (_as_it_is, _with_prefix, _without_prefix):
+    for spell in SPELLINGS:
         if known.issuperset(map(spell, names)):
+            return spell
+    return _as_it_is
+
+
+def spelling_beside(names: Collection[str], known: Collection[str]) -> Spelling:
+    """How names are spelled beside others of the same tower: so that some of both are one; as they are if none ever is."""
+    for spell in SPELLINGS:
+        if not set(known).isdisjoint(map(spell, names)):
             return spell
     return _as_it_is
 
@@ -40,6 +48,10 @@ def _with_prefix(name: str) -> str:
 
 def _without_prefix(name: str) -> str:
     return name.removeprefix(PREFIX)
+
+
+#: every way to spell a name
+SPELLINGS: tuple[Spelling, ...] = (_as_it_is, _with_prefix, _without_prefix)
 
 
 def is_tower(model: nn.Module) -> bool:

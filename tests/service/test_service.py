@@ -24,10 +24,18 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from fusion_bench_didi.cli import didi
@@ -322,6 +330,25 @@ def test_prompts_that_have_no_room_beside_one_another(runner, monkeypatch):
     monkeypatch.setattr(runner.model, "generate", seen)
     assert [one.prompt_tokens for one in runner(rows)] == [10, 1]
     assert lengths and max(lengths) <= 14
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "rwkv", "mamba", "mamba2"])
+def test_prompts_of_several_lengths_go_on_as_by_themselves(kind, tmp_path):
+    """Also where the model reads what pads them, as models with a state do: they continue them one by one."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=63, eos_token_id=2, pad_token_id=0, initializer_range=0.3)
+    model = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, **SIZES)),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **sizes)),  # fmt: skip
+        "rwkv": lambda: RwkvForCausalLM(RwkvConfig(hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, context_length=64, **sizes)),  # fmt: skip
+        "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8, n_groups=1, chunk_size=8, **sizes)),  # fmt: skip
+        "mamba": lambda: MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **sizes)),  # fmt: skip
+    }[kind]()
+    runner = open_runner(saved(model, words(), tmp_path), limits=LIMITS)
+    rows = [runner.row(t, p, 6) for t, p in zip(TASKS, ["w9", "w1 w2 w3 w4 w5", "w6"])]
+    together = [answer.text for answer in runner(rows)]
+    assert together == [runner([row])[0].text for row in rows]
+    assert runner.skips_padding == (kind in ("llama", "gpt2"))
 
 
 def test_a_row_that_fails_fails_alone():

@@ -17,6 +17,7 @@ from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.pools.entries import load_model
+from fusion_bench_didi.routers.capture import layer_names
 from fusion_bench_didi.task_vectors.tower_names import PREFIX, spelling
 
 SPELLINGS = pytest.mark.parametrize("prefix", ["", PREFIX], ids=["without", "with"])
@@ -151,6 +152,56 @@ def test_tasks_with_what_only_a_group_shares_are_read_too(way, taken_off, tmp_pa
         else:
             found = load_tasks(tmp_path / "saved", [*"abcxyz"], here)
     assert same(tensors(found), expected)
+
+
+def saved_as_prefixed(model: DynamicModel, home) -> str:
+    """A saved model under the names that the other generation gives it, whose class is called the same."""
+    known = {"class": "CLIPVisionModel", "source": None}
+    model.info["backbone"] = known
+    model.save_pretrained(home / "plain")
+    other = load(home / "plain", Prefixed(base()))
+    other.info["backbone"] = known
+    other.save_pretrained(home / "prefixed")
+    assert {name.startswith(PREFIX) for name in other.touched} == {True}
+    return str(home / "prefixed")
+
+
+@pytest.mark.parametrize("first", ["plain", "prefixed"])
+def test_two_spellings_are_combined_in_that_of_the_first(first, tmp_path):
+    one, other = (
+        model_of(f, s, t) for f, s, t in [("dense", 0, "abc"), ("low rank", 100, "xyz")]
+    )
+    second = saved_as_prefixed(other, tmp_path)
+    one.info["backbone"] = other.info["backbone"]
+    one.save_pretrained(tmp_path / "one")
+    expected = {**tensors(one), **tensors(other)}
+    places = [tmp_path / "one", second]
+    combine(*places[:: 1 if first == "plain" else -1], output_dir=tmp_path / "both")
+    assert same(tensors(load(tmp_path / "both", base())), expected)
+
+
+def test_a_library_takes_tasks_in_either_spelling(tmp_path):
+    one, other = (
+        model_of(f, s, t) for f, s, t in [("dense", 0, "abc"), ("low rank", 100, "xyz")]
+    )
+    second = saved_as_prefixed(other, tmp_path)
+    one.info["backbone"] = other.info["backbone"]
+    library = AdapterLibrary(tmp_path / "library")
+    library.add(one)
+    library.add(second)
+    found = library.load([*"abcxyz"], base())
+    assert same(tensors(found), {**tensors(one), **tensors(other)})
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+@pytest.mark.parametrize(
+    "pattern", ["encoder.layers.0", "encoder.layers.?", "vision_model.encoder.layers.0"]
+)
+def test_routers_find_layers_in_either_spelling(tiny_clip, prefix, pattern):
+    found = layer_names(spelled(tiny_clip.base, prefix), [pattern])
+    assert found == layer_names(
+        spelled(tiny_clip.base, prefix), [*range(2 if "?" in pattern else 1)]
+    )
 
 
 def test_another_backbone_is_still_refused(tiny_clip, make_tiny_clip, tmp_path):

@@ -2,9 +2,10 @@
 
 One safetensors file per task. For a tensor ``NAME`` it holds ``NAME.indices`` (int32 positions in the flattened tensor,
 ascending; int64 beyond 2^31 entries) and ``NAME.values`` in the base model's type, or the whole tensor as ``NAME`` where
-that is smaller. Names are those of the base model's state dict, tied tensors under their first. Values take the place of the base model's, nothing is added, so that the result is exact. The header says
-``sparse``, ``sparsity``, ``changed_params`` (JSON), ``base``, and ``base_digest`` of the tensors that are patched. This is the
-form of delta weight updates that TRL describes and vLLM's ``load_checkpoint_weight_patches`` takes.
+that is smaller. Names are those of the base model's state dict, tied tensors under their first. Values take the place of the
+base model's, nothing is added, so that the result is exact. The header says ``sparse``, ``sparsity``, ``changed_params``
+(JSON), ``tied`` (JSON, the other names of tensors among them), ``base``, and ``base_digest`` of the tensors that are patched.
+This is the form of delta weight updates that TRL describes and vLLM's ``load_checkpoint_weight_patches`` takes.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from ..errors import CheckpointMismatchError
 from ..models.dynamic import DynamicModel
 from ..pools.file_layouts import holds_other_names
 from ..task_vectors.digests import digests
+from ..task_vectors.ties import tied_names
 from .checks import bits, check_equal
 from .common import (
     asked_tasks,
@@ -61,7 +63,7 @@ def to_patch(
     """
     asked, source = asked_tasks(model, tasks), source_of(model, base)
     plain = base_model(model)
-    before = untied(plain)
+    before, aliases = untied(plain), tied_names(plain)
     tensors: dict[str, dict[str, Carried]] = {}
     sizes = {}
     with export_directory(directory, overwrite=overwrite) as (place, final):
@@ -70,8 +72,9 @@ def to_patch(
             whole = model.materialize(task)
             file = place / f"{folder(task)}.safetensors"
             after = whole.state_dict()
-            tensors[task] = _write(file, before, after, sums, source)
-            check_equal(patched(file, before, sums=sums), whole, f"The patch of {task}")
+            tensors[task] = _write(file, before, after, sums, source, aliases)
+            found = patched(file, plain.state_dict(), sums=sums)
+            check_equal(found, whole, f"The patch of {task}")
             sizes[task] = file.stat().st_size
         notes = ()
         if holds_other_names(plain):
@@ -86,6 +89,7 @@ def _write(
     after: Mapping[str, Tensor],
     sums: Mapping[str, str],
     source: Mapping[str, str],
+    aliases: Mapping[str, str],
 ) -> dict[str, Carried]:
     found: dict[str, Tensor] = {}
     carried: dict[str, Carried] = {}
@@ -97,11 +101,13 @@ def _write(
         how = "base" if not part else "whole" if name in part else "sparse"
         carried[name] = Carried(how)
     names = [name for name, one in carried.items() if one.how != "base"]
+    tied = {n: [a for a, first in aliases.items() if first == n] for n in names}
     header = {
         "format": "pt",
         "sparse": "True",
         "sparsity": f"{1 - changed / max(entries, 1):.6f}",
         "changed_params": json.dumps(names),
+        "tied": json.dumps({name: others for name, others in tied.items() if others}),
         "base": source.get("place", ""),
         "base_digest": base_digest({name: sums[name] for name in names}),
     }
@@ -141,7 +147,7 @@ def patched(
     """A state dict with a patch applied; tensors that it does not change are the same objects.
 
     Args:
-        tensors: of the base model.
+        tensors: of the base model; where it has other names of a tied tensor, they are given the same values.
         sums: their checksums, where they were taken before.
 
     Raises:
@@ -152,7 +158,7 @@ def patched(
             header = opened.metadata() or {}
             parts = {name: opened.get_tensor(name) for name in opened.keys()}
         names = json.loads(header["changed_params"])
-        digest = header["base_digest"]
+        digest, tied = header["base_digest"], json.loads(header.get("tied", "{}"))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointMismatchError(
             f"{file} is no patch as to_patch writes it ({type(error).__name__}: {error}). Write it again."
@@ -166,7 +172,9 @@ def patched(
             f"{file} is a patch of {header.get('base') or 'another base model'}, not of the tensors given: {what}. Give that "
             "model's, in the type that it was exported with."
         )
-    return {**tensors, **{name: _patched(name, tensors[name], parts) for name in names}}
+    found = {name: _patched(name, tensors[name], parts) for name in names}
+    others = {o: found[n] for n in names for o in tied.get(n, ()) if o in tensors}
+    return {**tensors, **found, **others}
 
 
 def _patched(name: str, before: Tensor, parts: Mapping[str, Tensor]) -> Tensor:

@@ -32,6 +32,7 @@ from ..options import Patterns, as_patterns
 from ..pools.entries import BASE
 from ..pools.opening import needed_apart, open_pool
 from ..pools.task_names import normalized
+from ..pools.task_settings import task_settings
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import account_of, scan
 from .facts import check_info
@@ -86,7 +87,9 @@ def add_task(
     check_name(name, stored.tasks)
     model.unset_task()
     wanted = {"exclude": exclude, "as_vectors": as_vectors, "own": own}
-    vectors = open_checkpoint(model, checkpoint, name, **wanted)
+    pool = pool_beside(model, checkpoint, name)
+    vectors = open_checkpoint(pool, model, name, **wanted)
+    told = task_settings(pool, model.backbone)
     settings = alone(settings or stored.info, limit)
 
     def edit(stored: Stored) -> Stored:
@@ -94,6 +97,8 @@ def add_task(
         fit = fitted(stored, vectors, settings, device=device)
         parent = str(checkpoint) if isinstance(checkpoint, (str, Path)) else None
         added = joined(stored, name, fit, parent)
+        own = {kind: {**added.info.get(kind, {}), **told[kind]} for kind in told}
+        added = replace(added, info={**added.info, **own})
         return added.edited(
             "add",
             task=name,
@@ -186,20 +191,27 @@ def joined(stored: Stored, name: str, fit: Fit, parent: str | None) -> Stored:
     return replace(stored, experts=experts, info=info, routing_bits=0)
 
 
+def pool_beside(model: DynamicModel, checkpoint: Any, name: str) -> BaseModelPool:
+    """The pool of a merged model's backbone and one checkpoint."""
+    if isinstance(checkpoint, Mapping):
+        checkpoint = DictConfig(dict(checkpoint))
+    elif isinstance(checkpoint, Path):
+        checkpoint = str(checkpoint)
+    return BaseModelPool({BASE: model.backbone, name: checkpoint})
+
+
 def open_checkpoint(
-    model: DynamicModel, checkpoint: Any, name: str, **patterns: Patterns
+    pool: BaseModelPool, model: DynamicModel, name: str, **patterns: Patterns
 ) -> TaskVectors:
     """A checkpoint lined up with a merged model's backbone; headers are read, where it is a file.
+
+    Args:
+        pool: of both.
 
     Raises:
         ModelPoolError: if it cannot be found or loaded.
         CheckpointMismatchError: listing all faults, and where it needs tensors apart that the backbone ties.
     """
-    if isinstance(checkpoint, Mapping):
-        checkpoint = DictConfig(dict(checkpoint))
-    elif isinstance(checkpoint, Path):
-        checkpoint = str(checkpoint)
-    pool = BaseModelPool({BASE: model.backbone, name: checkpoint})
     if apart := needed_apart(pool, model.backbone, [name]):
         raise CheckpointMismatchError(
             f"{name}: {some(apart)} differ from the tensors that the backbone ties them to, and the tasks that are there use them "

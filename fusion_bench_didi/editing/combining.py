@@ -22,6 +22,7 @@ from ..errors import CheckpointMismatchError, DiDiError, SettingsError, some
 from ..lowrank.arithmetic import own_arithmetic
 from ..models.dynamic import DynamicModel
 from ..pools.task_names import normalized
+from .facts import BY_TASK
 from .places import (
     Edited,
     Place,
@@ -284,7 +285,7 @@ def _other_base(what: str, first: Any, second: Any) -> CheckpointMismatchError:
 def _told(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of the first model's merge, with those of the tasks of both."""
     info = {k: v for k, v in first.items() if k not in _OF_ONE}
-    for key in ("parents", "tensors", "relative_errors"):
+    for key in BY_TASK:
         if key in first or key in second:
             info[key] = {**first.get(key, {}), **second.get(key, {})}
     if "ranks" in first:

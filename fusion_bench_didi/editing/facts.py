@@ -1,6 +1,12 @@
 """What a saved model tells of its merge, held against what edits read of it."""
 
 from ..checkpoint.fields import Field
+from ..models.task_settings import TASK_SETTINGS, check_task_settings
+
+#: Facts by task that are of its checkpoint, whatever it is merged with.
+OF_CHECKPOINTS = ("parents", "tensors", *TASK_SETTINGS)
+#: All facts by task.
+BY_TASK = (*OF_CHECKPOINTS, "relative_errors")
 
 
 def check_info(info: Field) -> None:
@@ -12,6 +18,7 @@ def check_info(info: Field) -> None:
     for key in ("parents", "tensors"):
         if key in info:
             info[key].mapping()
+    check_task_settings(info)
     if "tensors" in info:
         for _, told in info["tensors"].entries():
             told.mapping()

@@ -40,8 +40,10 @@ from ..deltas.grouped import GroupedDelta
 from ..errors import DiDiError, spelled
 from ..files import from_home
 from ..models.dynamic import DynamicModel
+from ..models.task_settings import TASK_SETTINGS, check_settings
 from ..task_vectors.digests import digests
 from .combining import check_entries, combined
+from .facts import OF_CHECKPOINTS
 from .loading import named, on_backbone
 from .places import Place, stored_of
 from .stored import Stored, check_known
@@ -203,7 +205,9 @@ class AdapterLibrary:
             config["tasks"].fail(f"{task!r} alone")
         config["unit_bits"].integer(1)
         config["backbone_bits"].integer()
-        config["info"].mapping()
+        for kind in TASK_SETTINGS:
+            if kind in config["info"]:
+                check_settings(kind, config["info"][kind])
         if config["shared"].value is not None:
             config["shared"].digest()
         return config
@@ -221,9 +225,11 @@ class AdapterLibrary:
         """A stored model with one task more."""
         place = self._of_task(task)
         _, experts = read_deltas(place, config.value, beside=stored.shared)
+        told = config["info"].value
         info = {
-            key: {**stored.info.get(key, {}), task: config["info"].value.get(key)}
-            for key in ("parents", "tensors")
+            key: {**stored.info.get(key, {}), task: told.get(key)}
+            for key in OF_CHECKPOINTS
+            if told.get(key) is not None
         }
         return replace(
             stored,
@@ -238,9 +244,8 @@ class AdapterLibrary:
         part = digest_of(shared, seen) if shared else None
         if part is not None and not (self.place / _SHARED / part).exists():
             self._write_shared(part, shared)
-        info = {
-            key: stored.info.get(key, {}).get(task) for key in ("parents", "tensors")
-        }
+        told = ((key, stored.info.get(key, {}).get(task)) for key in OF_CHECKPOINTS)
+        info = {key: value for key, value in told if value is not None}
         with whole_directory(self._of_task(task), overwrite=overwrite) as place:
             manifest = write_deltas(place, {}, {task: expert})
             config = {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DiDiError
+from .facts import BY_TASK
 from .places import Edited, Place, in_place
 from .stored import Stored, check_known
 
@@ -61,7 +62,7 @@ def without(stored: Stored, name: str) -> Stored:
 def _forgotten(info: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Facts about the merge without those of one task."""
     info = dict(info)
-    for key in ("parents", "tensors", "relative_errors"):
+    for key in BY_TASK:
         if key in info:
             info[key] = {t: v for t, v in info[key].items() if t != name}
     if "ranks" in info:

@@ -19,6 +19,7 @@ from ..checkpoint.directory import check_target, whole_directory
 from ..checkpoint.fields import read_object
 from ..checkpoint.ours import CONFIG, Kind, held_by
 from ..errors import DiDiError, UnknownTaskError
+from ..files import from_home
 from ..models.dynamic import DynamicModel
 from ..task_vectors.lora_config import CONFIG as ADAPTER
 from .report import ExportReport
@@ -113,8 +114,8 @@ def copy_companions(source: Mapping[str, str], directory: Path) -> str | None:
     """
     place = source.get("place")
     if place is None:
-        return "no tokenizer or processor was copied: the base model was in memory. Name its directory or repository (base)."
-    home = Path(place)
+        return "no tokenizer or processor was copied: the model was in memory. Name the base model's directory or repository (base), or copy them."
+    home = from_home(place)
     if not home.is_dir():
         try:
             home = Path(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.tensors import write_tensors
 from ..models.dynamic import DynamicModel
+from ..models.task_settings import with_own_vocabulary
 from ..task_vectors.ties import tied_names
 from .checks import check_equal
 from .common import (
@@ -38,7 +39,8 @@ def to_plain(
 
     Args:
         tasks: all if None.
-        base: where the base model's tokenizer and processor lie; where the merge took it from if None.
+        base: where the base model's tokenizer and processor lie; where the merge took it from if None. A task with a
+            vocabulary of its own has those of its checkpoint.
         max_shard_size: of a file with weights, as ``5GB``.
 
     Raises:
@@ -46,13 +48,19 @@ def to_plain(
         FileExistsError: if the directory exists and ``overwrite`` is false, or it is no export, or other weights lie in it.
     """
     asked, source = asked_tasks(model, tasks), source_of(model, base)
+    others = with_own_vocabulary(model)
+    parents = model.info.get("parents", {})
     notes: dict[str, None] = {}
     with export_directory(directory, overwrite=overwrite) as (place, final):
         sizes = {}
         for task in asked:
             whole = model.materialize(task)
             home = place / folder(task)
-            note = write_checkpoint(whole, home, source, max_shard_size=max_shard_size)
+            of = source
+            if task in others:  # whose tokenizer is its checkpoint's
+                parent = parents.get(task)
+                of = {"place": parent} if isinstance(parent, str) else {}
+            note = write_checkpoint(whole, home, of, max_shard_size=max_shard_size)
             check_equal(read_again(home, whole), whole, f"The checkpoint of {task}")
             sizes[task] = weight_bytes(home)
             notes |= {note: None} if note else {}

@@ -51,6 +51,7 @@ from ..pools.opening import (
     open_pool,
 )
 from ..pools.task_names import check_aliases, check_tasks, pool_tasks
+from ..pools.task_settings import task_settings
 from ..report.units import readable
 from ..task_vectors.loop import Progress, Result, each, spread
 from ..task_vectors.reader import TaskVectors
@@ -210,6 +211,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 for name, entry in modelpool._models.items()
                 if name in modelpool.model_names
             },
+            **task_settings(modelpool, backbone),
             "backbone": backbone_reference(modelpool, backbone),
         }
 

@@ -37,6 +37,7 @@ from .experts import NamedModules, TaskExpert
 from .methods import attribute, no_task
 from .model_card import CardFacts
 from .overview import as_html, overview
+from .task_settings import settle
 from .weights import BackboneWeights
 
 
@@ -389,7 +390,8 @@ class DynamicModel(ModulatedModel):
 
     @torch.no_grad()
     def materialize(self, task_name: str, *, as_base: Container[str] = ()) -> nn.Module:
-        """A plain, independent model of one task, of the backbone's own class.
+        """A plain, independent model of one task, of the backbone's own class; with the names of classes and the settings of
+        generation of the task's checkpoint, unless some tensor shall be the base model's.
 
         Args:
             as_base: names of tensors that are as in the base model.
@@ -403,6 +405,8 @@ class DynamicModel(ModulatedModel):
             base = name in as_base
             value = self.base_tensor(name) if base else self.task_tensor(name, expert)
             self._weights.put(plain, name, value)
+        if not as_base:
+            settle(plain, self.info, task_name)
         return plain
 
     @without_autocast()

@@ -6,7 +6,7 @@ Attributes of the backbone are the merged model's too. What runs the network mus
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,9 @@ from ..routers.base import RoutedModel, Router
 from ..serving.forward import MixedForward
 from ..serving.forward_only import forward_only
 from ..serving.generation import GENERATE, generate, generation_of, prompt_of
+from ..serving.mixtures import Mix
 from ..serving.shadow import shallow
+from .task_settings import generation_for
 
 #: Where classes come from whose methods look at a model, or prepare it, and do not run it.
 _LOOKING = (
@@ -47,6 +49,7 @@ class Called(RoutedModel, Protocol):
     """The interface that calls need of a merged model."""
 
     router: Router | None
+    info: Mapping[str, Any]
 
     @property
     def current_task(self) -> str | None: ...
@@ -136,6 +139,8 @@ def _method(model: Called, name: str, value: Callable[..., Any]) -> Callable[...
                 return _generated(model, args, kwargs, task_ids, task_weights)
             return _mixed(model, name, args, kwargs, task_ids, task_weights)
         if model.current_task is not None:
+            if name == GENERATE:
+                kwargs |= _generation(model, [model.current_task], kwargs)
             return model.run_alone(value, *args, **kwargs)
         if model.router is not None:
             return _routed(model, name, args, kwargs)
@@ -164,7 +169,8 @@ def _generated(
 ) -> Any:
     forward = model.mixed_for(task_weights)
     call = generation_of(forward, args, kwargs)
-    return generate(forward, forward.mix(task_ids, task_weights, call), call)
+    mix = forward.mix(task_ids, task_weights, call)
+    return _generated_from(model, forward, mix, args, kwargs)
 
 
 @torch.no_grad()
@@ -177,4 +183,17 @@ def _routed(model: Called, name: str, args: tuple, kwargs: dict) -> Any:
     forward = model.mixed
     call = generation_of(forward, args, kwargs)
     weights = model.router.route(model, **prompt_of(forward, call))
-    return generate(forward, forward.mix(None, weights, call), call)
+    mix = forward.mix(None, weights, call)
+    return _generated_from(model, forward, mix, args, kwargs)
+
+
+def _generated_from(
+    model: Called, forward: MixedForward, mix: Mix, args: tuple, kwargs: dict
+) -> Any:
+    tasks = [*model.tasks, None]
+    settings = _generation(model, [tasks[place] for place in mix.asked], kwargs)
+    return generate(forward, mix, generation_of(forward, args, {**kwargs, **settings}))
+
+
+def _generation(model: Called, tasks: list[str | None], given: dict) -> dict[str, Any]:
+    return generation_for(model.info, tasks, model.backbone, given)

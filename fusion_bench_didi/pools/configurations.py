@@ -86,7 +86,7 @@ def differing(base: Configuration, tuned: Configuration) -> list[str]:
     What one of them leaves out is not compared; models in models of one kind are found in one another.
     """
     if isinstance(base, PretrainedConfig) and isinstance(tuned, Mapping):
-        tuned = _as_class(type(base), tuned)
+        tuned = as_class(type(base), tuned)
     here, there = (dict(_settings(_plain(config))) for config in (base, tuned))
     return [
         f"{name}: {value!r} != {there[name]!r}"
@@ -99,7 +99,7 @@ def _plain(config: Configuration) -> Mapping[str, Any]:
     return config.to_dict() if isinstance(config, PretrainedConfig) else config
 
 
-def _as_class(cls: type[PretrainedConfig], file: Mapping[str, Any]) -> Configuration:
+def as_class(cls: type[PretrainedConfig], file: Mapping[str, Any]) -> Configuration:
     """A file as a class reads it, with its defaults; what another class wrote as it is."""
     ours = _of_kind(file, cls.model_type)
     if not ours:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointMismatchError, SettingsError
 from ..models import DynamicModel
+from ..models.task_settings import labels_of
 from .batching import Row
 from .limits import Limits, Refused
 from .tasks import answered, tasks_of
@@ -211,7 +212,7 @@ class Classification:
         if self.heads is not None:
             directions = self.heads.directions[task].to(row.device).float()
             return _scores(directions @ row.float(), self.heads.labels[task])
-        names = self.model.backbone.config.id2label
+        names = labels_of(self.model.info, task) or self.model.backbone.config.id2label
         if len(names) != len(row):  # the base model's head is another one
             names = {i: f"LABEL_{i}" for i in range(len(row))}
         return _scores(row, [names[i] for i in range(len(row))])

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..models import DynamicModel
+from ..models.task_settings import generation_of
 from .batching import Row
 from .limits import Limits, Refused
 from .tasks import answered, tasks_of
@@ -49,10 +50,7 @@ class Language:
         self, model: DynamicModel, tokenizer: PreTrainedTokenizerBase, limits: Limits
     ):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
-        settings = model.backbone.generation_config
-        ends = settings.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self.ends = self._ends_of(None)
         places = getattr(model.backbone.config, "max_position_embeddings", None)
         self.places = places or limits.prompt_tokens + limits.tokens
 
@@ -73,9 +71,30 @@ class Language:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> list[Completion]:
-        return answered(self.model, rows, self._continued)
+        return answered(self.model, rows, self._by_ends)
 
-    def _continued(self, rows: Sequence[Row]) -> list[Completion]:
+    def _ends_of(self, task: str | None) -> frozenset[int]:
+        """Tokens that end a text of a task: by its settings of generation, the base model's, or the tokenizer; of any task where
+        the router finds it."""
+        if task is None:
+            return frozenset().union(*map(self._ends_of, self.model.tasks))
+        backbone = self.model.backbone
+        own = generation_of(self.model.info, task, backbone)
+        ends = (own or backbone.generation_config).eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    def _by_ends(self, rows: Sequence[Row]) -> list[Completion]:
+        """Texts that end by the same tokens are one batch."""
+        ends = [self._ends_of(row.task) for row in rows]
+        found: dict[int, Completion] = {}
+        for common in dict.fromkeys(ends):
+            places = [place for place, of in enumerate(ends) if of == common]
+            some = self._continued([rows[place] for place in places], common)
+            found |= zip(places, some)
+        return [found[place] for place in range(len(rows))]
+
+    def _continued(self, rows: Sequence[Row], ends: frozenset[int]) -> list[Completion]:
         device = next(self.model.backbone.parameters()).device
         longest, pad = max(len(row.content) for row in rows), self._padding
         more = max(row.tokens for row in rows)
@@ -85,7 +104,7 @@ class Language:
             longest + more > self.places
             or not (of_one_length or self.skips_padding)
         ):
-            return [self._continued([row])[0] for row in rows]
+            return [self._continued([row], ends)[0] for row in rows]
         ids = [[pad] * (longest - len(r.content)) + r.content for r in rows]
         mask = [[0] * (longest - len(r.content)) + [1] * len(r.content) for r in rows]
         inputs: dict[str, Any] = {
@@ -99,9 +118,13 @@ class Language:
             do_sample=False,
             num_beams=1,
             pad_token_id=pad,
-            eos_token_id=sorted(self.ends) or None,
+            eos_token_id=sorted(ends) or None,
+            generation_config=self.model.backbone.generation_config,
         )
-        return [self._told(r, out[longest:].tolist()) for r, out in zip(rows, found)]
+        return [
+            self._told(row, ends, out[longest:].tolist())
+            for row, out in zip(rows, found)
+        ]
 
     @cached_property
     def skips_padding(self) -> bool:
@@ -145,10 +168,10 @@ class Language:
         pad = self.tokenizer.pad_token_id
         return next(iter(self.ends), 0) if pad is None else pad
 
-    def _told(self, row: Row, found: list[int]) -> Completion:
+    def _told(self, row: Row, ends: frozenset[int], found: list[int]) -> Completion:
         found, finish = found[: row.tokens], "length"
         for place, token in enumerate(found):
-            if token in self.ends:
+            if token in ends:
                 found, finish = found[:place], "stop"
                 break
         text = self.tokenizer.decode(found, skip_special_tokens=True)

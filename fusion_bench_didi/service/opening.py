@@ -11,8 +11,9 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from ..checkpoint.deltas import read_config
 from ..checkpoint.hub import local_directory
 from ..checkpoint.loaders import place_of
-from ..errors import CheckpointMismatchError, SettingsError
+from ..errors import CheckpointMismatchError, SettingsError, some
 from ..models import DynamicModel, Serving, overview
+from ..models.task_settings import with_own_vocabulary
 from .classification import Classification, Heads
 from .language import Language
 from .limits import Limits
@@ -54,6 +55,11 @@ def open_runner(
     source = base or _beside(config["backbone"].get("source"), place)
     name = type(model.backbone).__name__
     kind, options = _kind(model, name, heads), {"limits": limits}
+    if kind != "images" and (others := with_own_vocabulary(model)):
+        raise SettingsError(
+            f"{some(others)} have a vocabulary of their own, which the base model's tokenizer does not know. Serve the model "
+            "without them (didi remove-task), and them as checkpoints (didi export --form plain)."
+        )
     if kind == "language":
         return Language(model, _processor(AutoTokenizer, source), limits)
     if kind == "text":

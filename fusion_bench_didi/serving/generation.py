@@ -29,6 +29,7 @@ OTHERS = (
     "stopping_criteria",
     "stop_strings",
     "tokenizer",
+    "use_model_defaults",
 )
 
 

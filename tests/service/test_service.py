@@ -351,6 +351,46 @@ def test_prompts_of_several_lengths_go_on_as_by_themselves(kind, tmp_path):
     assert runner.skips_padding == (kind in ("llama", "gpt2"))
 
 
+def test_texts_end_by_the_tokens_of_their_task(language):
+    """Those of its checkpoint, beside tasks that end by others; of any where the router finds the task."""
+    runner = open_runner(language, limits=LIMITS)
+    rows = [runner.row(task, "w1 w2", 8) for task in TASKS]
+    free = [list(map(int, answer.text.replace("w", "").split())) for answer in runner(rows)]  # fmt: skip
+    third = {t: place[2] + 3 for t, place in zip(TASKS, free)}
+    runner.model.info["generation"] = {t: {"eos_token_id": third[t]} for t in ("one", "two")}  # fmt: skip
+    found = [answer.tokens for answer in runner(rows)]
+    assert max(found[:2]) <= 2 and found[2] == 8
+    runner.model.router = Second(list(TASKS))
+    (routed,) = runner([runner.row(None, "w1 w2", 8)])
+    assert routed.tokens <= 2
+
+
+def test_classes_are_called_as_their_task_calls_them(texts):
+    runner = open_runner(texts, limits=LIMITS)
+    names = {"0": "left", "1": "right", "2": "centre"}
+    runner.model.info["labels"] = {"one": names}
+    rows = [
+        runner.row(
+            task,
+            "w1 w2",
+        )
+        for task in ("one", "two")
+    ]
+    one, two = runner(rows)
+    assert set(one) == set(names.values()) and set(two) == {"no", "yes", "perhaps"}
+
+
+def test_tasks_that_the_tokenizer_does_not_know_are_not_served(tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=63, eos_token_id=2, **SIZES))
+    merged = saved(model, words(), tmp_path)
+    whole = DynamicModel.from_pretrained(merged)
+    own = {name: OwnDelta((70, 32), torch.ones(70, 32)) for name in ("model.embed_tokens.weight", "lm_head.weight")}  # fmt: skip
+    DynamicModel(whole.backbone, {}, {"one": own, "two": {}}, unit_bits=1, info=whole.info).save_pretrained(merged, overwrite=True)  # fmt: skip
+    with pytest.raises(SettingsError, match="one.*vocabulary of their own"):
+        open_runner(merged, limits=LIMITS)
+
+
 def test_a_row_that_fails_fails_alone():
     def run(rows):
         if any(row.content == "bad" for row in rows):

@@ -1,0 +1,116 @@
+"""Names of classes and settings of generation that tasks have of their own, of which the base model has others."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fusion_bench.models.modulator import ModulatedModel
+from torch import nn
+from transformers import GenerationConfig
+
+from ..checkpoint.fields import Field
+from ..errors import DiDiError
+
+#: kinds of settings, by which a merged model's facts have them of every task that has some
+TASK_SETTINGS = LABELS, GENERATION = "labels", "generation"
+
+
+def check_task_settings(info: Field) -> None:
+    """What a saved model tells of its tasks must be as a merge writes it.
+
+    Raises:
+        CheckpointMismatchError: naming the field that is not.
+    """
+    for kind in TASK_SETTINGS:
+        for _, told in info[kind].entries() if kind in info else ():
+            check_settings(kind, told)
+
+
+def check_settings(kind: str, told: Field) -> None:
+    """The same for one kind of one task."""
+    values = dict(told.entries())
+    if kind == LABELS:
+        for name in values.values():
+            name.text()
+        if values.keys() != set(map(str, range(len(values)))):
+            told.fail("names of classes counted from 0")
+
+
+def labels_of(info: Mapping[str, Any], task: str | None) -> dict[int, str]:
+    """Names of a task's classes by position; empty where they are the base model's."""
+    told = info.get(LABELS, {}).get(task, {})
+    return {int(place): name for place, name in told.items()}
+
+
+def generation_of(
+    info: Mapping[str, Any], task: str | None, backbone: nn.Module
+) -> GenerationConfig | None:
+    """A task's settings of generation; None where they are the base model's."""
+    told = info.get(GENERATION, {}).get(task)
+    if not told:
+        return None
+    config = copy.deepcopy(backbone.generation_config)
+    known = config.to_dict()
+    config.update(**{key: value for key, value in told.items() if key in known})
+    return config
+
+
+def with_own_vocabulary(model: ModulatedModel) -> list[str]:
+    """Tasks whose embedding has another number of rows than the base model's, so that its tokenizer is not theirs."""
+    try:
+        embedding = model.backbone.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+    modules = model.backbone.named_modules(remove_duplicate=False)
+    names = [f"{name}.weight" for name, module in modules if module is embedding]
+    found = []
+    for task, expert in model.modulators.items():
+        rows = {delta.shape[0] for n in names if (delta := expert.deltas.get(n))}
+        if rows - {embedding.weight.shape[0]}:
+            found.append(task)
+    return found
+
+
+def settle(plain: nn.Module, info: Mapping[str, Any], task: str) -> None:
+    """Give a task's plain model what its checkpoint said."""
+    config, names = getattr(plain, "config", None), labels_of(info, task)
+    if names and getattr(config, "num_labels", None) == len(names):
+        config.id2label = names
+        config.label2id = {name: place for place, name in names.items()}
+    if generation := generation_of(info, task, plain):
+        plain.generation_config = generation
+
+
+def generation_for(
+    info: Mapping[str, Any],
+    tasks: Iterable[str | None],
+    backbone: nn.Module,
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Arguments of ``generate`` by which tasks write as their checkpoints say, as far as none are given.
+
+    Args:
+        tasks: of the prompts; None is the shared model, which writes as the base model does.
+        given: arguments of the call.
+
+    Raises:
+        DiDiError: for tasks that have other settings than one another, which one batch cannot have.
+    """
+    if GENERATION not in info or given.get("generation_config") is not None:
+        return {}
+    tasks = list(tasks)
+    told = [info[GENERATION].get(task, {}) for task in tasks]
+    keys = {key for one in told for key in one} - set(given)
+    unset = object()
+    differing = sorted(
+        key for key in keys if any(one.get(key, unset) != told[0].get(key, unset) for one in told)  # fmt: skip
+    )
+    if differing:
+        raise DiDiError(
+            f"The tasks of these prompts are generated from with other settings than one another ({', '.join(differing)}). Give "
+            "them to generate for all, or a generation_config, or generate for each task by itself."
+        )
+    found = generation_of(info, tasks[0], backbone) if tasks else None
+    if found is None:
+        return {}
+    return {"generation_config": found, "use_model_defaults": False}

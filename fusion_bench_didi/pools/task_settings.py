@@ -1,0 +1,102 @@
+"""What fine-tuned checkpoints say of their task beside weights: what its classes are called, and how it writes."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fusion_bench.modelpool import BaseModelPool
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig
+
+from ..task_vectors.file_sources import read_settings
+from .configurations import as_class
+from .entries import adapter_directory, asked, configuration_of, directory_of
+
+FILE = "generation_config.json"
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def task_settings(
+    modelpool: BaseModelPool, backbone: nn.Module
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Settings of tasks that are other than the base model's, JSON-plain.
+
+    Returns:
+        ``labels``, names of classes by their position as text, and ``generation``, values of a ``GenerationConfig``; both by
+        task, and left out where no task has some.
+
+    Raises:
+        CheckpointMismatchError: for a file of settings that cannot be read.
+    """
+    kinds = {"labels": _labels, "generation": _generation}
+    found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
+    for name in modelpool.model_names:
+        if adapter_directory(modelpool, name):
+            continue  # says nothing of either
+        for kind, read in kinds.items():
+            if told := read(modelpool, name, backbone):
+                found[kind][name] = told
+    return {kind: told for kind, told in found.items() if told}
+
+
+def _labels(modelpool: BaseModelPool, name: str, backbone: nn.Module) -> dict[str, str]:
+    base, tuned = (
+        _names(config)
+        for config in (
+            getattr(backbone, "config", None),
+            configuration_of(modelpool, name),
+        )
+    )
+    return tuned if base != tuned else {}
+
+
+def _names(config: Any) -> dict[str, str]:
+    if isinstance(config, PretrainedConfig):
+        config = config.to_dict()
+    if not isinstance(config, Mapping) or not isinstance(config.get("id2label"), Mapping):  # fmt: skip
+        return {}
+    return {str(place): str(name) for place, name in config["id2label"].items()}
+
+
+def _generation(
+    modelpool: BaseModelPool, name: str, backbone: nn.Module
+) -> dict[str, Any]:
+    base = getattr(backbone, "generation_config", None)
+    if not isinstance(base, GenerationConfig):
+        return {}
+    tuned = _generation_config(modelpool, name, backbone)
+    if tuned is None:
+        return {}
+    here, there = dict(_plain(base)), dict(_plain(tuned))
+    keys = sorted(here.keys() | there.keys())
+    return {k: there.get(k) for k in keys if here.get(k) != there.get(k)}
+
+
+def _generation_config(
+    modelpool: BaseModelPool, name: str, backbone: nn.Module
+) -> GenerationConfig | None:
+    """As ``from_pretrained`` finds it: in its own file, or in the model's configuration."""
+    entry = modelpool._models[name]
+    if isinstance(entry, nn.Module):
+        return getattr(entry, "generation_config", None)
+    directory, config = directory_of(modelpool, name), configuration_of(modelpool, name)
+    if directory is None or config is None:
+        return None
+    file = directory / asked(modelpool, name)[1].subfolder / FILE
+    if file.is_file():
+        told = read_settings(file, name, "settings of generation")
+        return GenerationConfig.from_dict(told)
+    read = as_class(type(backbone.config), config)
+    if not isinstance(read, PretrainedConfig):
+        return None
+    return GenerationConfig.from_model_config(read)
+
+
+def _plain(config: GenerationConfig) -> Iterator[tuple[str, Any]]:
+    for key, value in config.to_dict().items():
+        each = value if isinstance(value, list) else [value]
+        if (
+            key[0] != "_"
+            and key != "transformers_version"
+            and all(isinstance(one, _PLAIN) for one in each)
+        ):
+            yield key, value

@@ -133,6 +133,50 @@ def test_the_way_out_that_the_message_names_works(tmp_path):
     assert torch.allclose(found, right, atol=1e-4)
 
 
+#: What changes outputs in architectures that few have, as files say it.
+RARE = {
+    "modernbert": {"classifier_pooling": ("cls", "mean"), "local_attention": (128, 4)},
+    "modernbert-decoder": {"global_rope_theta": (1e5, 1e3)},
+    "llava": {"vision_feature_layer": (-2, -1)},
+    "longformer": {"attention_window": ([512, 512], [4, 4])},
+    "deepseek_v3": {"topk_group": (1, 4)},
+    "gpt_neo": {"attention_layers": (["global", "local"], ["global", "global"])},
+    "deberta-v2": {"pos_att_type": (["p2c"], ["c2p"]), "pooler_hidden_act": ("gelu", "relu")},  # fmt: skip
+    "bloom": {"apply_residual_connection_post_layernorm": (False, True)},
+    "falcon": {"activation": ("gelu", "relu")},
+    "mamba2": {"time_step_limit": ([0.0, 1.0], [0.5, 0.6])},
+    "wav2vec2": {"conv_stride": ([5, 2], [4, 2])},
+    "segformer": {"strides": ([4, 2], [2, 2])},
+    "albert": {"num_hidden_layers": (12, 2)},
+}
+
+
+@pytest.mark.parametrize("family", RARE)
+def test_settings_that_few_architectures_have(family):
+    for key, (one, other) in RARE[family].items():
+        here, there = ({"model_type": family, key: value} for value in (one, other))
+        assert differing(here, there) == [f"{key}: {one!r} != {other!r}"]
+        assert not differing(here, {**here, key: tuple(one) if isinstance(one, list) else one})  # fmt: skip
+
+
+def test_the_end_of_a_text_matters_where_it_is_pooled_there():
+    here, there = ({"model_type": "clip_text_model", "vocab_size": 62, "eos_token_id": n} for n in (61, 30))  # fmt: skip
+    assert differing(here, there)
+    assert not differing(here, {**there, "eos_token_id": 2}), "the largest, as long ago"
+    assert differing({**here, "eos_token_id": 2}, there)
+    assert not differing(*({**c, "model_type": "llama"} for c in (here, there)))
+
+
+def test_what_pads_matters_where_it_is_looked_for():
+    """By heads that find the last token, and by positions; not where one model has no such token."""
+    here, there = ({"model_type": "llama", "pad_token_id": n} for n in (0, 5))
+    assert not differing(here, there)
+    heads = {"architectures": ["LlamaForSequenceClassification"]}
+    assert differing({**here, **heads}, {**there, **heads})
+    assert not differing({**here, **heads}, {**there, **heads, "pad_token_id": None})
+    assert differing(*({**c, "model_type": "roberta"} for c in (here, there)))
+
+
 def test_positions_by_length_depend_on_the_length_of_pre_training():
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     here, there = ({"rope_scaling": scaling, "max_position_embeddings": n} for n in (64, 128))  # fmt: skip

@@ -36,7 +36,8 @@ ELSEWHERE = {
     *("pad_token_id", "eos_token_id", "decoder_start_token_id", "max_seq_len"),
     *("use_cache", "output_router_logits", "mem_len", "reuse_len", "use_mems_eval"),
     *("image_size", "rescale_every", "reorder_and_upcast_attn", "router_jitter_noise"),
-    *("subs_pad_id", "tag_pad_id"),
+    *("subs_pad_id", "tag_pad_id", "mask_ratio", "do_mask_input", "max_text_len"),
+    "num_channels_out",
 }
 #: other values of settings that are words
 WORDS = ("relu", "silu", "gelu", "tanh", "mean", "cls", "max", "layer", "group", "default", "full", "relative_key")  # fmt: skip

@@ -36,6 +36,8 @@ COMPUTED = frozenset(
         *("hidden_act", "hidden_activation", "activation_function", "dense_act_fn"),
         *("feed_forward_proj", "is_gated_act", "projector_hidden_act", "activation"),
         *("afn", "ff_activation", "gelu_activation", "feat_extract_activation"),
+        *("encoder_hidden_act", "decoder_hidden_act", "attention_activation"),
+        *("summary_activation", "feature_layer_norm_eps", "assign_eps"),
         *("stem_act_func", "classifier_activation", "pooler_hidden_act", "pooler_act"),
         *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps"),
         *("norm_epsilon", "batch_norm_eps", "mixer_rms_eps", "adapter_layer_norm_eps"),
@@ -51,13 +53,14 @@ COMPUTED = frozenset(
         *("ssm_in_multiplier", "ssm_out_multiplier", "time_step_limit"),
         *("full_attn_alpha_factor", "full_attn_beta_factor", "mlp_alpha_factor"),
         *("linear_attn_alpha_factor", "linear_attn_beta_factor", "mlp_beta_factor"),
-        *("softmax_scale", "use_qk_norm"),
+        *("softmax_scale", "use_qk_norm", "scale_input", "scaling", "img_range"),
         # what is connected how
         *("do_layer_norm_before", "normalize_before", "use_parallel_residual"),
         *("parallel_attn", "downsample_in_first_stage", "layer_type"),
         *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
         *("topk_group", "n_group", "moe_k", "moe_topk", "expert_capacity"),
         *("apply_residual_connection_post_layernorm", "use_post_layernorm"),
+        *("do_stable_layer_norm", "positional_embedding_temperature"),
         *("pre_norm", "normalize_before_mega", "normalize_before_ffn"),
         *("adapter_reuse_layer_norm", "ln_before_adapter"),
         *("vision_feature_layer", "vision_feature_select_strategy"),
@@ -66,7 +69,7 @@ COMPUTED = frozenset(
         *("output_stride", "down_pad", "padding", "embedding_dynamic_padding"),
         *("downsample_in_bottleneck", "num_query_pool", "classifier_pooling"),
         *("pooling_type", "pool_q_only", "separate_cls", "truncate_seq"),
-        *("summary_type", "audio_token_index"),
+        *("summary_type", "audio_token_index", "max_image_length"),
     }
 )
 #: Families whose head scales its input where it is tied to the embedding.

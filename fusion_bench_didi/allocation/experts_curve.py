@@ -64,13 +64,19 @@ class ExpertsCurve:
         return PerTaskCurve(*self.curve(weights), shared)
 
     def spectra(
-        self, name: str, sides: tuple[int, int], weights: Tensor
+        self,
+        name: str,
+        sides: tuple[int, int],
+        weights: Tensor,
+        *,
+        shared_energy: float = 0.0,
     ) -> MatrixSpectra:
         """The row of the rank allocation's table for this matrix.
 
         Args:
             sides: m and n.
             weights: (T,).
+            shared_energy: of the shared module.
         """
         energy = self.tail_energy.float()
         return MatrixSpectra(
@@ -81,4 +87,5 @@ class ExpertsCurve:
             weights=weights.cpu().float(),
             rate=self.rate,
             shared_rank=self.shared_rank,
+            shared_energy=shared_energy,
         )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .curves import PlacedCurve
@@ -63,7 +64,9 @@ def _finer(
     if bits <= 0:
         return None
     energy = row.sigma.double().square().sum(1) + row.tail_energy
-    kept = float((row.module_weights * energy * (ranks > 0))[1:].sum())
+    # experts take what rounding of the shared module loses, where there are some
+    rounded = torch.where(ranks > 0, energy, row.shared_energy)
+    kept = float((row.module_weights * rounded)[1:].sum())
     gain = (ladder[level][1] - ladder[level + 1][1]) * kept / bits
     return _Finer(finer, bits, gain)
 

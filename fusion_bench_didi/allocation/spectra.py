@@ -57,6 +57,7 @@ class MatrixSpectra:
         rate: bits per rank, and dense.
         coupling: cross terms; None to leave them out.
         shared_rank: of the shared module where it is not to be allocated; 0 for experts only.
+        shared_energy: squared norm of that module, of which rounding loses a part.
     """
 
     name: str
@@ -67,6 +68,7 @@ class MatrixSpectra:
     rate: Rate
     coupling: Coupling | None = None
     shared_rank: int | None = None
+    shared_energy: float = 0.0
 
     @property
     def full(self) -> int:

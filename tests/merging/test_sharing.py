@@ -122,3 +122,42 @@ def test_sharing_does_not_lose_what_few_rows_or_entries_hold(budget):
             lost.sum()
             <= 1.1 * alone.errors[name].sum() + 1e-3 * both.energy[name].sum()
         )
+
+
+def like_one_another(apart: float, tasks: int = 3) -> dict[str, nn.Module]:
+    """Fine-tuned models that start from one that is fine-tuned itself."""
+    generator = torch.Generator().manual_seed(0)
+    base = nn.ModuleList(nn.Linear(48, 64, bias=False) for _ in range(2))
+    common = torch.randn(2, 64, 48, generator=generator)
+    models = {"_pretrained_": base}
+    for task in "abc"[:tasks]:
+        models[task] = copy.deepcopy(base)
+        own = torch.randn(2, 64, 48, generator=generator)
+        for layer, same, other in zip(models[task], common, own):
+            layer.weight.data += 0.01 * (same + apart * other)
+    return models
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.5, 1.0, 1.4])
+@pytest.mark.parametrize("apart", [0.0, 1e-4, 0.01, 0.1])
+def test_what_rounding_of_a_shared_part_loses_is_counted_where_nothing_takes_it(
+    apart, budget
+):
+    vectors = task_vectors(like_one_another(apart))
+    both, alone = (
+        merge(vectors, merge_settings(budget, factor_dtype="auto", shared=how))
+        for how in ("auto", "none")
+    )
+    found, other = (one.report.relative_error for one in (both, alone))
+    assert found <= (0.6 if apart < 0.1 else 1.1) * other + 1e-6
+
+
+def test_what_is_left_of_the_budget_makes_a_shared_part_finer_that_is_all_there_is():
+    vectors = task_vectors(like_one_another(0.0))
+    errors = [
+        merge(
+            vectors, merge_settings(budget, factor_dtype="auto")
+        ).report.relative_error
+        for budget in (0.1, 0.3, 0.6, 1.1)
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-9

@@ -102,11 +102,10 @@ def choices_of(
         shared: (m, n) the shared part at its rank.
     """
     curves = in_all_precisions(context, name, shared_rank, sigma, tail_energy)
-    precisions = context.inventory.precisions[name]
+    precisions, energy = context.inventory.precisions[name], 0.0
     if shared is not None:
-        energy, beyond = float(energy_of(shared)), beyond_gaussian(
-            shared, shared_rank, precisions
-        )
+        energy = float(energy_of(shared))
+        beyond = beyond_gaussian(shared, shared_rank, precisions)
         curves = [at_its_price(c, more, energy) for c, more in zip(curves, beyond)]
     return [
         Choice(
@@ -114,7 +113,12 @@ def choices_of(
             precision,
             curve.weighted(context.weights[name]),
             bases,
-            curve.spectra(name, context.sides(name), context.weights[name]),
+            curve.spectra(
+                name,
+                context.sides(name),
+                context.weights[name],
+                shared_energy=energy,
+            ),
         )
         for curve, precision in zip(curves, precisions)
         # what loses all of dense experts would still be bought of bits that nothing else wants

@@ -22,6 +22,8 @@ from ..reconstruction import encode_shared, squared_error
 #: Measured errors are taken for those of Gaussian numbers up to so many times theirs: of what is shared; and of dense experts,
 #: where entries of fine-tuned models, those of biases first, are somewhat uneven.
 EXPECTED, EXPECTED_DENSE = 2.0, 4.0
+#: What rounding of a shared part loses is little up to this part of what it leaves to the experts.
+LITTLE = 0.25
 #: Entries of all tasks of which that is measured, and rows at least.
 SAMPLE, ROWS = 2**16, 8
 
@@ -110,12 +112,21 @@ def _beyond(lost: float, usual: float, times: float = EXPECTED) -> float:
 
 
 def at_its_price(curve: ExpertsCurve, more: float, energy: float) -> ExpertsCurve:
-    """The curve of experts beside a shared part that loses more of its energy than expected; experts round as it does."""
-    if not more:
+    """The curve of experts beside a shared part that loses more of its energy than expected; experts round as it does.
+
+    What is expected is left out where it is little beside what experts are to take: they are fitted to what the stored part
+    leaves. Where tasks are alike there is next to nothing else, and nothing takes it.
+    """
+    if more:
+        curve = replace(
+            curve,
+            tail_energy=curve.tail_energy + more * energy,
+            rounding=curve.rounding + more,
+            rounding_dense=curve.rounding_dense + more,
+        )
+    full = curve.shared_rank >= curve.full
+    lost = energy * (curve.rounding_dense if full else curve.rounding)
+    left = curve.sigma.double().square().sum(1) + curve.tail_energy
+    if lost <= LITTLE * float(left.mean()):
         return curve
-    return replace(
-        curve,
-        tail_energy=curve.tail_energy + more * energy,
-        rounding=curve.rounding + more,
-        rounding_dense=curve.rounding_dense + more,
-    )
+    return replace(curve, tail_energy=curve.tail_energy + lost)

@@ -20,7 +20,7 @@ from ..lowrank.svd import spectrum
 from ..options import PositiveCount, checked
 from ..serving.layers import apart, patches
 from .base import RoutedModel, Router
-from .capture import blocks, layer_names, record, token_mask
+from .capture import blocks, layer_names, record, squarable, token_mask
 
 EPS = 1e-6
 
@@ -89,7 +89,7 @@ class ProjectionRouter(Router):
         parts = []
         for i, name in enumerate(self.names):
             given = found.states[name]
-            x = rows_of(model.backbone.get_submodule(name), given)
+            x = squarable(rows_of(model.backbone.get_submodule(name), given))
             basis = self._buffers[f"basis_{i}"].to(x)
             mask = token_mask(given, found.mask)
             parts.append(responses(x, basis, mask))
@@ -142,15 +142,22 @@ class ProjectionRouter(Router):
 
 
 def early_layers(backbone: nn.Module) -> list[str]:
-    """The first convolution, and the first linear layer of each part (attention, MLP) of the first block."""
+    """The first convolution, and the first linear layer of each part (attention, MLP) of the first block.
+
+    Parts that hold experts, or blocks of their own, are left out where there are others: layers in them need not see one row
+    per sample.
+    """
     convs = [n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)]
-    first, found = blocks(backbone)[0], convs[:1]
+    first = blocks(backbone)[0]
+    linear: dict[str, bool] = {}
     for part, module in backbone.get_submodule(first).named_children():
         for name, inner in module.named_modules():
             if _is_linear(inner):
-                found.append(".".join(filter(None, (first, part, name))))
+                found = ".".join(filter(None, (first, part, name)))
+                linear[found] = _holds_alike(module)
                 break
-    return found
+    apart = [name for name, alike in linear.items() if not alike]
+    return [*convs[:1], *(apart or linear)]
 
 
 def rows_of(module: nn.Module, x: Tensor) -> Tensor:
@@ -173,6 +180,20 @@ def _comparable(model: RoutedModel, weight: str) -> bool:
     deltas = (model.modulators[task].deltas.get(weight) for task in model.tasks)
     shape = tuple(model.base_tensor(weight).shape)
     return all(delta is None or delta.shape == shape for delta in deltas)
+
+
+def _holds_alike(part: nn.Module) -> bool:
+    """Whether a part of a block holds experts or blocks: modules alike in a list, or matrices side by side in one tensor."""
+    for module in part.modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            alike = list(module.children())
+            inner = (linear for m in alike for linear in list(m.modules())[1:])
+            if len({*map(type, alike)}) == 1 and any(map(_is_linear, inner)):
+                return True
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            if any(p.ndim == 3 and len(p) > 1 for p in module.parameters(False)):
+                return True
+    return False
 
 
 def _is_linear(module: nn.Module) -> bool:

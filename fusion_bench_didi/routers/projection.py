@@ -4,6 +4,11 @@ For layer l let Q_t (k, n) be the leading right singular vectors of what task t 
 the shared model. The response ``|Q_t x|^2 / |x|^2``, averaged over tokens, is the part of the input that lies where the
 expert acts; the score is the sum of its logarithms over layers. Nothing is stored: Q_t comes out of the experts.
 
+Where a change has fewer than k directions the rest of Q_t is zero, for nothing lies where no expert acts. A task that does
+not change a layer has none at all, and its response would be 0, of which the logarithm alone would decide over all layers.
+It has half the least response of the others there instead: the lowest of the layer, and close enough for other layers to
+outweigh it.
+
 With a head the k responses of a task are not added up but all given to it: tasks differ in *which* directions they
 excite more than in how strongly.
 """
@@ -15,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import SettingsError
+from ..errors import SettingsError, some
 from ..lowrank.svd import spectrum
 from ..options import PositiveCount, checked
 from ..serving.layers import apart, patches
@@ -23,6 +28,8 @@ from .base import RoutedModel, Router
 from .capture import blocks, layer_names, record, squarable, token_mask
 
 EPS = 1e-6
+#: Singular values below this part of the largest may be rounding, of sides whose Gram matrix is in float32.
+RANK_TOLERANCE = 1e-3
 
 
 def responses(x: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,7 +37,7 @@ def responses(x: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         x: (B, N, n).
-        basis: (K, n) orthonormal rows per task.
+        basis: (K, n) orthonormal or zero rows per task.
         mask: (B, N), the tokens that count; all if None.
 
     Returns:
@@ -79,10 +86,17 @@ class ProjectionRouter(Router):
     @torch.no_grad()
     def bind(self, model: RoutedModel) -> None:
         super().bind(model)
-        self.names = self._layers(model)
+        bases = {name: self._basis(model, name) for name in self._layers(model)}
+        self.names = [name for name, basis in bases.items() if basis.any()]
+        if not self.names:
+            raise SettingsError(
+                f"No task changes {some(bases)}. Name other layers: layers=[...]."
+            )
         for i, name in enumerate(self.names):
-            basis = self._basis(model, name)
+            basis = bases[name]
             self.register_buffer(f"basis_{i}", basis, persistent=False)
+            acts = basis.view(len(self.tasks), -1).any(1)
+            self.register_buffer(f"acts_{i}", acts, persistent=False)
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         found = record(model, args, kwargs, inputs_of=self.names)
@@ -98,8 +112,12 @@ class ProjectionRouter(Router):
     def plain_scores(self, features: Tensor) -> Tensor:
         count, scores = len(self.tasks), 0.0
         sizes = [len(self._buffers[f"basis_{i}"]) for i in range(len(self.names))]
-        for part in features.exp().split([size + 1 for size in sizes], 1):
+        parts = features.exp().split([size + 1 for size in sizes], 1)
+        for i, part in enumerate(parts):
             inner = part[:, :-1].view(len(part), count, -1).sum(2)
+            acts = self._buffers[f"acts_{i}"]
+            least = inner[:, acts].amin(1, keepdim=True)
+            inner = torch.where(acts, inner, least / 2)
             scores = scores + (inner / part[:, -1:]).log()
         return scores
 
@@ -137,7 +155,9 @@ class ProjectionRouter(Router):
             if type(module).__name__ == "Conv1D":
                 change = change.mT
             count = min(self.directions, *change.shape)
-            bases.append(spectrum(change, max_rank=count, name=weight).Vh)
+            found = spectrum(change, max_rank=count, name=weight)
+            known = found.S > RANK_TOLERANCE * found.S.amax()
+            bases.append(found.Vh * known[:, None])
         return torch.cat(bases)
 
 

@@ -20,7 +20,7 @@ class CheckpointMismatchError(DiDiError):
 
 
 class NonFiniteError(DiDiError):
-    """A checkpoint holds NaN or infinity."""
+    """A checkpoint, or what a router looks at, holds NaN or infinity."""
 
 
 class SettingsError(DiDiError):

@@ -3,7 +3,7 @@
 import difflib
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
@@ -108,6 +108,25 @@ def check_keywords(cls: type, given: Iterable[str]) -> None:
     for key in given:
         if key not in known and not key.startswith("_"):
             raise unknown_setting(cls.__name__, key, known)
+
+
+def checked_options(
+    function: Callable[..., Any], given: Mapping[str, Any], *, owner: str
+) -> dict[str, Any]:
+    """Keywords of a function, converted to their types.
+
+    Args:
+        owner: what has these settings, for the message.
+
+    Raises:
+        SettingsError: naming one that it does not take, and the nearest that it does; and values of another type or range.
+    """
+    parameters = signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+    for key in given:
+        if key not in known:
+            raise unknown_setting(owner, key, known)
+    return _found(given, get_type_hints(function, include_extras=True))
 
 
 def as_patterns(value: Patterns) -> tuple[str, ...]:

@@ -260,7 +260,8 @@ class DynamicModel(ModulatedModel):
         Raises:
             UnknownTaskError: if there is neither weights, task nor router, and for tasks that the model does not hold.
             DiDiError: for a number of tasks other than that of the samples; and where outputs of several tasks, such as those
-                of heads of different shapes, are not one batch. Where gradients are asked of samples of several tasks.
+                of heads of different shapes, are not one batch. Where gradients are asked of samples of several tasks. Where a
+                router would have to find the tasks of samples that go on from a cache.
         """
         if task_ids is not None or task_weights is not None:
             if _exporting() and not self._was_mixed:

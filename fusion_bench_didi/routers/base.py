@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..deltas.base import keeping_type
-from ..errors import DiDiError, UnknownTaskError
+from ..errors import DiDiError, NonFiniteError, UnknownTaskError
 from ..options import Fraction, Positive, checked
 from ..serving.forward import MixedForward
 from .heads import HEADS, fit_head
@@ -60,7 +60,11 @@ def weights_from(
 
     Returns:
         (B, T).
+
+    Raises:
+        NonFiniteError: naming samples whose scores are no numbers.
     """
+    _check_finite(scores, "scores", "The input, or states of the model,")
     soft = (scores.float() / temperature).softmax(1)
     weights = soft
     if hard:
@@ -69,6 +73,15 @@ def weights_from(
     if threshold > 0:
         weights = weights * (soft.amax(1, keepdim=True) >= threshold)
     return weights
+
+
+def _check_finite(values: Tensor, what: str, source: str) -> None:
+    """Of what is no number the first task would be the likeliest."""
+    if bad := (~values.isfinite().all(1)).nonzero().flatten().tolist():
+        raise NonFiniteError(
+            f"The router's {what} of {len(bad)} of {len(values)} samples, the first of them in row {bad[0]}, are not finite. {source} "
+            "hold NaN or infinity: leave such samples out."
+        )
 
 
 @checked
@@ -124,7 +137,11 @@ class Router(nn.Module):
         raise NotImplementedError(f"A {self.kind} router needs a head.")
 
     def scores(self, features: Tensor) -> Tensor:
-        """(B, T), by the head if there is one."""
+        """(B, T), by the head if there is one.
+
+        Raises:
+            DiDiError: for a head that was not fitted, or not to as many features.
+        """
         if self.head == "none":
             return self.plain_scores(features)
         if "head_mean" not in self._buffers:
@@ -132,7 +149,14 @@ class Router(nn.Module):
                 f"The head of this {self.kind} router was never fitted. Fit it to inputs of every task "
                 "(method.routed.fit_router_to, or method=didi/routed of the host), or take one that needs no data: subspace."
             )
-        return HEADS[self.head].scores(features, self._head_tensors())
+        tensors = self._head_tensors()
+        given, known = features.shape[1], len(tensors["mean"])
+        if given != known:
+            raise DiDiError(
+                f"The head of this {self.kind} router was fitted to {known} features, and {given} are given: its layers are others "
+                "now. Fit it again."
+            )
+        return HEADS[self.head].scores(features, tensors)
 
     def forward(self, features: Tensor) -> Tensor:
         """Weights over tasks of a batch, (B, T)."""
@@ -157,9 +181,17 @@ class Router(nn.Module):
     def fit(self, features: Tensor, labels: Tensor, **options: Any) -> "Router":
         """Fit the head to features (N, F) of samples whose tasks (N,) are known.
 
+        Args:
+            labels: positions among the tasks.
+            **options: of the head: ``width``, ``epochs``, ``lr`` and ``seed`` of ``mlp``, ``shrinkage`` of ``discriminant``.
+
         Raises:
-            DiDiError: naming tasks of which there is no sample.
+            DiDiError: naming tasks of which there is no sample; for labels that are none of the tasks, and other than one per sample.
+            NonFiniteError: for features that are no numbers.
+            SettingsError: for options that the head does not have.
         """
+        labels = self._checked_labels(features, labels)
+        _check_finite(features, "features", "The samples")
         counts = torch.bincount(labels, minlength=len(self.tasks)).tolist()
         if missing := [task for task, n in zip(self.tasks, counts) if not n]:
             raise DiDiError(
@@ -168,6 +200,20 @@ class Router(nn.Module):
         for name, value in fit_head(self.head, features, labels, **options).items():
             self.register_buffer(f"head_{name}", value)
         return self
+
+    def _checked_labels(self, features: Tensor, labels: Tensor) -> Tensor:
+        one_each = features.ndim == 2 and labels.shape == features.shape[:1]
+        if labels.is_floating_point() or not one_each:
+            raise DiDiError(
+                f"Labels are one position among {self.tasks} per sample, and these are {labels.dtype} of {tuple(labels.shape)} for "
+                f"features of {tuple(features.shape)}. Give whole numbers, one per row of the features."
+            )
+        labels, count = labels.long(), len(self.tasks)
+        if bad := labels[(labels < 0) | (labels >= count)].unique().tolist():
+            raise DiDiError(
+                f"Labels {bad} are no positions among the {count} tasks {self.tasks}, counted from 0. Give labels of these tasks only."
+            )
+        return labels
 
     @property
     def shared_scale(self) -> float:

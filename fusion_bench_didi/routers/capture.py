@@ -9,9 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError, some
+from ..errors import DiDiError, SettingsError, some
+from ..serving.caches import without_pasts
+from ..serving.trees import first_tensor
 from ..task_vectors.tower_names import SPELLINGS
 from .base import RoutedModel
+from .heads import spread_of
 
 
 class _Done(Exception):
@@ -49,7 +52,11 @@ def record(
         weights: (T,) for all samples; None for the shared model.
         shared_scale: factor on the shared part.
         tensors: run the backbone with these in place of its own instead.
-        inputs_of, outputs_of: module names; a module in both appears with its output.
+        inputs_of, outputs_of: module names, no module in both.
+
+    Raises:
+        SettingsError: naming a layer that is not called once, for one row per sample.
+        DiDiError: for samples that go on from a cache.
     """
     found: dict[str, Tensor] = {}
     wanted = len(set(inputs_of) | set(outputs_of))
@@ -58,12 +65,17 @@ def record(
     def keep(name: str, value: Any) -> None:
         if threading.get_ident() != here:
             return  # another thread runs the same layers
-        found[name] = value if isinstance(value, Tensor) else value[0]
+        if name in found:
+            raise _not_per_sample(name, "is called more than once")
+        found[name] = value = first_tensor(value)
+        if value is None or len(value) != call.size:
+            seen = "no tensor" if value is None else tuple(value.shape)
+            raise _not_per_sample(name, f"sees {seen} of {call.size} samples")
         if len(found) == wanted:
             raise _Done
 
     forward = model.mixed_at(shared_scale)
-    call = forward.call(args, kwargs)
+    call = without_pasts(forward.call(args, kwargs))
     mask = call.given.get("attention_mask")
     rows = None if weights is None else weights.expand(call.size, -1)
     mix = forward.mix([None] * call.size if rows is None else None, rows, call)
@@ -73,20 +85,20 @@ def record(
     for name in inputs_of:
         module = model.backbone.get_submodule(name)
         handles.append(
-            module.register_forward_pre_hook(lambda _, a, n=name: keep(n, a[0]))
+            module.register_forward_pre_hook(lambda _, a, n=name: keep(n, a))
         )
     for name in outputs_of:
         module = model.backbone.get_submodule(name)
         handles.append(
             module.register_forward_hook(
-                lambda m, a, out, n=name: keep(n, _channels_last(m, out))
+                lambda m, _, out, n=name: keep(n, _channels_last(m, out))
             )
         )
     try:
         if tensors is not None:
             forward.with_tensors(tensors, call)
         elif weights is None:
-            forward.shared(*args, **kwargs)
+            forward.shared(*call.args, **call.kwargs)
         else:
             forward.run(mix, call, watched=True)
     except _Done:
@@ -100,30 +112,57 @@ def record(
     )
 
 
-def _channels_last(module: nn.Module, output: Any) -> Tensor:
+def _not_per_sample(name: str, found: str) -> SettingsError:
+    return SettingsError(
+        f"A router looks at layers that are called once, with one row per sample, as experts, their gates and layers on windows "
+        f"of an image are not. {name} {found}. Give the names of other layers: layers=[...]."
+    )
+
+
+def _channels_last(module: nn.Module, output: Any) -> Tensor | None:
     """A layer's first output (B, ..., n); (B, n, H, W) of one that convolves comes as (B, H W, n)."""
-    found = output if isinstance(output, Tensor) else output[0]
+    found = first_tensor(output)
+    if found is None or found.ndim != 4:
+        return found
     convolves = any(isinstance(inner, nn.Conv2d) for inner in module.modules())
-    return found.flatten(2).mT if found.ndim == 4 and convolves else found
+    return found.flatten(2).mT if convolves else found
 
 
 def blocks(backbone: nn.Module) -> list[str]:
-    """Names of the modules of the longest ``nn.ModuleList``: the blocks of a transformer.
+    """Names of the modules of the longest ``nn.ModuleList`` that is in no block of another: the blocks of a transformer.
+
+    What a block holds a list of, such as experts, are parts of it.
 
     Raises:
         SettingsError: if there is none.
     """
-    lists = [
-        (name, module)
+    lists = {
+        f"{name}.".lstrip("."): module
         for name, module in backbone.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_called(module)
+    }
+    chains = [name for name, module in lists.items() if _is_chain(module)]
+    outermost = [
+        name
+        for name in lists
+        if not any(name.startswith(c) and name != c for c in chains)
     ]
-    if not lists:
+    if not outermost:
         raise SettingsError(
             f"{type(backbone).__name__} has no list of blocks; give the names of layers."
         )
-    name, longest = max(lists, key=lambda pair: len(pair[1]))
-    return [f"{name}.{i}" if name else str(i) for i in range(len(longest))]
+    longest = max(outermost, key=lambda name: len(lists[name]))
+    return [f"{longest}{i}" for i in range(len(lists[longest]))]
+
+
+def _is_called(modules: Sequence[nn.Module]) -> bool:
+    """Whether what a list holds can be called, as lists cannot."""
+    return len(modules) and not any(isinstance(m, nn.ModuleList) for m in modules)
+
+
+def _is_chain(modules: nn.ModuleList | nn.Sequential) -> bool:
+    """Whether what a list holds is alike, as blocks are; a whole model may be a sequence of its parts."""
+    return isinstance(modules, nn.ModuleList) or len({*map(type, modules)}) == 1
 
 
 def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
@@ -159,10 +198,25 @@ def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
 
 
 def token_mask(states: Tensor, mask: Tensor | None) -> Tensor | None:
-    """(B, N) of a batch of texts, where states (B, N, n) are of its tokens; None where all count."""
+    """(B, N) of a batch of texts, where states (B, N, n) are of its tokens; None where all count.
+
+    Raises:
+        DiDiError: naming samples of which no token counts.
+    """
     if mask is None or states.ndim != 3 or mask.shape != states.shape[:2]:
         return None
-    return mask.bool()
+    mask = mask.bool()
+    if empty := (~mask.any(1)).nonzero().flatten().tolist():
+        raise DiDiError(
+            f"Rows {empty} of attention_mask count no token, so that a router sees nothing of these samples. Leave them out, or "
+            "give task_ids."
+        )
+    return mask
+
+
+def squarable(states: Tensor) -> Tensor:
+    """States in a type that holds their squares and sums, which float16 need not."""
+    return states.float() if states.dtype == torch.float16 else states
 
 
 def pooled(
@@ -173,6 +227,7 @@ def pooled(
     Args:
         mask: the tokens that count, (B, N).
     """
+    states = squarable(states)
     if states.ndim == 2:
         return states
     mask = token_mask(states, mask)
@@ -191,5 +246,6 @@ def pooled(
         std = (spread / (count - 1).clamp_min(1)).sqrt()
     if how == "mean":
         return mean
-    std = states.std(1) if std is None else std
+    if std is None:
+        std = spread_of(states, 1)
     return torch.cat([first, mean, std], 1)

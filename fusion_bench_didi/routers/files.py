@@ -33,12 +33,17 @@ ALIASES = {"subspace": "projection"}
 FILE = "router.safetensors"
 
 
-def make_router(kind: RouterName, tasks: list[str], **options: Any) -> Router | None:
+def make_router(kind: RouterName, tasks: list[str], /, **options: Any) -> Router | None:
     """A router by name; None for ``none``.
 
     Raises:
-        SettingsError: for an unknown name, and for options that have no effect beside the others.
+        SettingsError: for an unknown name, for options that the router does not have, and for some that have no effect beside
+            the others.
     """
+    if "tasks" in options:
+        raise SettingsError(
+            f"tasks={options['tasks']!r}: a router is for all tasks of its model, {tasks}. Leave it out."
+        )
     kind = ALIASES.get(kind, kind)
     if kind == "none":
         if options:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import SettingsError
+from ..options import Count, Fraction, Positive, PositiveCount, Seed, checked_options
 
 
 class Head(Protocol):
@@ -29,7 +30,7 @@ class Discriminant:
 
     @staticmethod
     def fit(
-        features: Tensor, labels: Tensor, *, shrinkage: float = 0.1
+        features: Tensor, labels: Tensor, *, shrinkage: Fraction = 0.1
     ) -> dict[str, Tensor]:
         count = int(labels.max()) + 1
         x = features.double()
@@ -56,10 +57,10 @@ class MLP:
         features: Tensor,
         labels: Tensor,
         *,
-        width: int = 64,
-        epochs: int = 30,
-        lr: float = 1e-3,
-        seed: int = 0,
+        width: PositiveCount = 64,
+        epochs: Count = 30,
+        lr: Positive = 1e-3,
+        seed: Seed = 0,
     ) -> dict[str, Tensor]:
         count = int(labels.max()) + 1
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -91,6 +92,11 @@ class MLP:
         return F.linear(hidden, tensors["out_weight"], tensors["out_bias"])
 
 
+def spread_of(values: Tensor, side: int) -> Tensor:
+    """The standard deviation along a side; of a single value 0."""
+    return values.std(side, correction=min(values.shape[side] - 1, 1))
+
+
 class _Standardized:
     """A head on features of zero mean and unit variance."""
 
@@ -98,7 +104,7 @@ class _Standardized:
         self.head = head
 
     def fit(self, features: Tensor, labels: Tensor, **options) -> dict[str, Tensor]:
-        mean, scale = features.mean(0), features.std(0).clamp_min(1e-5)
+        mean, scale = features.mean(0), spread_of(features, 0).clamp_min(1e-5)
         inner = self.head.fit((features - mean) / scale, labels, **options)
         return {"mean": mean, "scale": scale, **inner}
 
@@ -118,9 +124,15 @@ def fit_head(
     Args:
         features: (N, F).
         labels: (N,) task positions; every task needs a sample.
+        **options: keywords of the head's ``fit``.
+
+    Raises:
+        SettingsError: for options that the head does not have.
     """
     if head == "none":
         raise SettingsError(
             "A router without a head has nothing to fit. Give it one: mlp or discriminant."
         )
+    fit = HEADS[head].head.fit
+    options = checked_options(fit, options, owner=f"A router's head={head}")
     return HEADS[head].fit(features.float(), labels, **options)

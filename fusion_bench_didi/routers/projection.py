@@ -4,6 +4,11 @@ For layer l let Q_t (k, n) be the leading right singular vectors of what task t 
 the shared model. The response ``|Q_t x|^2 / |x|^2``, averaged over tokens, is the part of the input that lies where the
 expert acts; the score is the sum of its logarithms over layers. Nothing is stored: Q_t comes out of the experts.
 
+Where a change has fewer than k directions the rest of Q_t is zero, for nothing lies where no expert acts. A task that does
+not change a layer has none at all, and its response would be 0, of which the logarithm alone would decide over all layers.
+It has half the least response of the others there instead: the lowest of the layer, and close enough for other layers to
+outweigh it.
+
 With a head the k responses of a task are not added up but all given to it: tasks differ in *which* directions they
 excite more than in how strongly.
 """
@@ -15,14 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import SettingsError
+from ..errors import SettingsError, some
 from ..lowrank.svd import spectrum
 from ..options import PositiveCount, checked
 from ..serving.layers import apart, patches
 from .base import RoutedModel, Router
-from .capture import blocks, layer_names, record, token_mask
+from .capture import blocks, layer_names, record, squarable, token_mask
 
 EPS = 1e-6
+#: Singular values below this part of the largest may be rounding, of sides whose Gram matrix is in float32.
+RANK_TOLERANCE = 1e-3
 
 
 def responses(x: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,7 +37,7 @@ def responses(x: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         x: (B, N, n).
-        basis: (K, n) orthonormal rows per task.
+        basis: (K, n) orthonormal or zero rows per task.
         mask: (B, N), the tokens that count; all if None.
 
     Returns:
@@ -79,17 +86,24 @@ class ProjectionRouter(Router):
     @torch.no_grad()
     def bind(self, model: RoutedModel) -> None:
         super().bind(model)
-        self.names = self._layers(model)
+        bases = {name: self._basis(model, name) for name in self._layers(model)}
+        self.names = [name for name, basis in bases.items() if basis.any()]
+        if not self.names:
+            raise SettingsError(
+                f"No task changes {some(bases)}. Name other layers: layers=[...]."
+            )
         for i, name in enumerate(self.names):
-            basis = self._basis(model, name)
+            basis = bases[name]
             self.register_buffer(f"basis_{i}", basis, persistent=False)
+            acts = basis.view(len(self.tasks), -1).any(1)
+            self.register_buffer(f"acts_{i}", acts, persistent=False)
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         found = record(model, args, kwargs, inputs_of=self.names)
         parts = []
         for i, name in enumerate(self.names):
             given = found.states[name]
-            x = rows_of(model.backbone.get_submodule(name), given)
+            x = squarable(rows_of(model.backbone.get_submodule(name), given))
             basis = self._buffers[f"basis_{i}"].to(x)
             mask = token_mask(given, found.mask)
             parts.append(responses(x, basis, mask))
@@ -98,8 +112,12 @@ class ProjectionRouter(Router):
     def plain_scores(self, features: Tensor) -> Tensor:
         count, scores = len(self.tasks), 0.0
         sizes = [len(self._buffers[f"basis_{i}"]) for i in range(len(self.names))]
-        for part in features.exp().split([size + 1 for size in sizes], 1):
+        parts = features.exp().split([size + 1 for size in sizes], 1)
+        for i, part in enumerate(parts):
             inner = part[:, :-1].view(len(part), count, -1).sum(2)
+            acts = self._buffers[f"acts_{i}"]
+            least = inner[:, acts].amin(1, keepdim=True)
+            inner = torch.where(acts, inner, least / 2)
             scores = scores + (inner / part[:, -1:]).log()
         return scores
 
@@ -137,20 +155,29 @@ class ProjectionRouter(Router):
             if type(module).__name__ == "Conv1D":
                 change = change.mT
             count = min(self.directions, *change.shape)
-            bases.append(spectrum(change, max_rank=count, name=weight).Vh)
+            found = spectrum(change, max_rank=count, name=weight)
+            known = found.S > RANK_TOLERANCE * found.S.amax()
+            bases.append(found.Vh * known[:, None])
         return torch.cat(bases)
 
 
 def early_layers(backbone: nn.Module) -> list[str]:
-    """The first convolution, and the first linear layer of each part (attention, MLP) of the first block."""
+    """The first convolution, and the first linear layer of each part (attention, MLP) of the first block.
+
+    Parts that hold experts, or blocks of their own, are left out where there are others: layers in them need not see one row
+    per sample.
+    """
     convs = [n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)]
-    first, found = blocks(backbone)[0], convs[:1]
+    first = blocks(backbone)[0]
+    linear: dict[str, bool] = {}
     for part, module in backbone.get_submodule(first).named_children():
         for name, inner in module.named_modules():
             if _is_linear(inner):
-                found.append(".".join(filter(None, (first, part, name))))
+                found = ".".join(filter(None, (first, part, name)))
+                linear[found] = _holds_alike(module)
                 break
-    return found
+    apart = [name for name, alike in linear.items() if not alike]
+    return [*convs[:1], *(apart or linear)]
 
 
 def rows_of(module: nn.Module, x: Tensor) -> Tensor:
@@ -173,6 +200,20 @@ def _comparable(model: RoutedModel, weight: str) -> bool:
     deltas = (model.modulators[task].deltas.get(weight) for task in model.tasks)
     shape = tuple(model.base_tensor(weight).shape)
     return all(delta is None or delta.shape == shape for delta in deltas)
+
+
+def _holds_alike(part: nn.Module) -> bool:
+    """Whether a part of a block holds experts or blocks: modules alike in a list, or matrices side by side in one tensor."""
+    for module in part.modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            alike = list(module.children())
+            inner = (linear for m in alike for linear in list(m.modules())[1:])
+            if len({*map(type, alike)}) == 1 and any(map(_is_linear, inner)):
+                return True
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            if any(p.ndim == 3 and len(p) > 1 for p in module.parameters(False)):
+                return True
+    return False
 
 
 def _is_linear(module: nn.Module) -> bool:

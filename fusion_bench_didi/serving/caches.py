@@ -1,13 +1,18 @@
 """Caches of keys and values that a forward reads and extends, where a batch is run in parts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from ..errors import DiDiError
 from .calls import Call
 from .outputs import Layout, joined
-from .trees import Path, children, is_cache, leaves, mapped, rebuilt
+from .trees import Path, children, is_cache, is_own_cache, leaves, mapped, rebuilt
+
+#: Arguments that hold what came before where they are plain sequences.
+PASTS = ("past_key_values", "cache_params", "state", "mems")
 
 
 class Caches:
@@ -69,6 +74,36 @@ class _Mark:
 def caches_of(call: Call) -> dict[str, Any]:
     """Caches among the arguments, by name."""
     return {name: value for name, value in call.given.items() if is_cache(value)}
+
+
+def without_pasts(call: Call) -> Call:
+    """A call without its caches, which are empty: one that may run more than once, for a forward writes to them.
+
+    Raises:
+        DiDiError: naming one that holds something: what is given now does not tell then which task came before.
+    """
+
+    def kept(name: str, value: Any) -> Any:
+        named = name in PASTS and isinstance(value, (list, tuple))
+        if not named and not is_cache(value) and not is_own_cache(value):
+            return value
+        if _is_filled(value):
+            raise DiDiError(
+                f"{name} holds what came before, and the tasks of that cannot be found in what is given now. Give the task_ids "
+                "(or task_weights) that the first tokens had, or call generate(...), which finds tasks once."
+            )
+        return None
+
+    names = list(call.given)
+    args = tuple(kept(n, v) for n, v in zip(names, call.args))
+    kwargs = {name: kept(name, value) for name, value in call.kwargs.items()}
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether some tensor with a side holds something; room that is kept is zero."""
+    held = leaves(value).values()
+    return any(isinstance(x, Tensor) and x.ndim and bool(x.any()) for x in held)
 
 
 def _without(value: Any, marks: dict[int, _Mark]) -> Any:

@@ -62,13 +62,18 @@ def check_close(
     base: nn.Module,
     carried: Mapping[str, Carried],
     what: str,
+    under: nn.Module | None = None,
 ) -> None:
     """Tensors must be off by no more than the report says and rounding explains; those it does not speak of, by nothing.
+
+    Args:
+        under: the model that the adapter is of, where that is not ``base`` but has the shared part in it.
 
     Raises:
         DiDiError: naming the first that is not.
     """
     read, expected, before = state(found), state(wanted), state(base)
+    start = before if under is None else state(under)
     for name, value in expected.items():
         here = read.get(name)
         if here is None or here.shape != value.shape:
@@ -82,7 +87,9 @@ def check_close(
                 )
             continue
         off = torch.linalg.vector_norm(_unexplained(here, value))
-        change = torch.linalg.vector_norm(value.double() - before[name].double())
+        kept = torch.equal(value, before[name])
+        origin = (start if kept else before)[name]
+        change = torch.linalg.vector_norm(value.double() - origin.double())
         size = torch.linalg.vector_norm(value.double())
         allowed = (1.01 * carried[name].error + UNITS * _eps(value)) * change
         allowed += UNITS * _EPS * size

@@ -87,6 +87,7 @@ def to_peft(
                 before,
                 tensors[task],
                 f"The adapter of {task}",
+                under,
             )
         if settings.factor_dtype == EIGHT_BITS:
             errors = [c.error for t in tensors.values() for c in t.values() if c.rank]

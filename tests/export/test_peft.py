@@ -9,6 +9,7 @@ from helpers import BASE, OpenClipLike, didi, family
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from fusion_bench_didi.deltas.masks import MaskedDelta
 from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
 from fusion_bench_didi.errors import DiDiError, SettingsError, UnknownTaskError
 from fusion_bench_didi.export import AdapterSettings, to_peft
@@ -93,6 +94,37 @@ def test_norms_that_all_share_are_folded_and_otherwise_pointed_to(tmp_path):
     report = to_peft(model, tmp_path / "two", settings=settings)
     assert not any(report.lossy.values()) and max(report.outputs.values()) < 1e-5
     assert report.tensors["task 0"][name].how == "base"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        AdapterSettings(shared="fold"),
+        AdapterSettings(shared="fold", max_rank=1),
+        AdapterSettings(shared="fold", factor_dtype="float8_e4m3fn"),
+        AdapterSettings(shared="fold", carry="all"),
+    ],
+    ids=["servers", "cut", "eight bits", "peft"],
+)
+def test_tasks_that_keep_the_base_models_tensors_take_back_what_is_folded(
+    settings, tmp_path
+):
+    """As a task's mask does that lets nothing of what is shared through; where adapters cannot, it is said."""
+    model = low_rank(llama())
+    norm, linear = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+    model.shared[norm] = DenseDelta((32,), torch.full((32,), 0.5))
+    deltas = model.modulators["task 0"].deltas
+    for name in (norm, linear):
+        shape = model.shared[name].shape
+        deltas[name] = MaskedDelta.of(torch.zeros(shape, dtype=torch.bool))
+    report = to_peft(model, tmp_path / "out", settings=settings)
+    found = report.tensors["task 0"]
+    assert found[linear].how == "factors" and found[linear].error < 1
+    left = settings.carry == "linear"
+    assert found[norm].how == ("left out" if left else "whole")
+    assert found[norm].error == left
+    assert ("what tasks share stays in it" in found[norm].why) == left
+    assert report.tensors["task 1"][norm].how == "base"
 
 
 def test_padded_adapters_have_one_rank_and_change_nothing(tmp_path):

@@ -58,10 +58,13 @@ def verify(directory: str, base: str | None, files_only: bool) -> None:
     if files_only:
         return
     from ..artifacts.saving import load
+    from ..errors import some
 
     model = load(place, base)
     click.echo("base model: the one of the merge")
-    click.echo(f"tasks: {finite(model)}, every weight finite")
+    tasks, names = finite(model), strange_in_base(model)
+    but = f" but for the base model's {some(names)}, left as they are" if names else ""
+    click.echo(f"tasks: {tasks}, every weight finite{but}")
 
 
 def check_files(place: Path, config: dict[str, Any]) -> None:
@@ -121,6 +124,17 @@ def finite(model: Any) -> int:
                 f"{owner}: {name} holds NaN or infinity. Merge again, or copy the directory again."
             )
     return tasks
+
+
+def strange_in_base(model: Any) -> list[str]:
+    """Saved tensors of the base model that no task changes, as where they were excluded, and that hold NaN or infinity."""
+    from ..models import DynamicModel
+
+    if not isinstance(model, DynamicModel):
+        return []
+    saved = model.backbone.state_dict().keys() - set(model.touched)
+    found = _state(model.backbone)
+    return [n for n, v in found if n in saved and not v.isfinite().all()]
 
 
 def _state(module: Any) -> Iterator[tuple[str, Any]]:

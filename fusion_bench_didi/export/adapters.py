@@ -160,6 +160,8 @@ class AdapterWriter:
         if why := self._why_not(name):
             if self.settings.shared == "concat" and self._all_share(name):
                 why += "; with shared=fold the base model has it"
+            if self.settings.shared == "fold" and name in self.model.shared:
+                why += "; what tasks share stays in it"
             return Carried("left out", lost, why=why)
         if _is_bias(name) and owner not in content.modules:
             layer = f"{owner}.base_layer" if owner in content.parts else owner
@@ -207,17 +209,19 @@ class AdapterWriter:
     def _wanted(self, task: str, name: str) -> tuple[Tensor | None, float]:
         """The change that the adapter has to add to a tensor, as a matrix, and the norm of the task's whole change.
 
-        The first is None for tensors of a task's own that cannot be added to the base model's.
+        The first is None for tensors of a task's own that cannot be added to the base model's. For a task that keeps the base
+        model's tensor the second is the norm of the first, which takes back what all tasks share.
         """
         expert, base = self.model.modulators[task], self.model.base_tensor(name)
         value, under = self.model.task_tensor(name, expert), self._tensor(name)
         if value.shape != under.shape or not value.is_floating_point():
             return None, 0.0
-        size = norm(value.float() - base.float())
         # what the base model's type rounds away is no change
-        same = torch.equal(value.to(under.dtype), under)
+        rounded = value.to(under.dtype)
+        same = torch.equal(rounded, under)
         rest = torch.zeros_like(value) if same else value.float() - under.float()
-        return rest.reshape(matrix_shape(rest.shape)), size
+        whole = rest if torch.equal(rounded, base) else value.float() - base.float()
+        return rest.reshape(matrix_shape(rest.shape)), norm(whole)
 
     def _product(self, task: str, name: str) -> LowRankFactors | None:
         """That change as the stored product of factors, if it is one."""

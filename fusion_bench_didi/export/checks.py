@@ -1,4 +1,4 @@
-"""Exports held against ``materialize``: weight by weight, and the outputs of one made-up batch."""
+"""Exports held against ``materialize``: weight by weight, and the outputs of one made-up batch where there are any."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -62,13 +62,18 @@ def check_close(
     base: nn.Module,
     carried: Mapping[str, Carried],
     what: str,
+    under: nn.Module | None = None,
 ) -> None:
     """Tensors must be off by no more than the report says and rounding explains; those it does not speak of, by nothing.
+
+    Args:
+        under: the model that the adapter is of, where that is not ``base`` but has the shared part in it.
 
     Raises:
         DiDiError: naming the first that is not.
     """
     read, expected, before = state(found), state(wanted), state(base)
+    start = before if under is None else state(under)
     for name, value in expected.items():
         here = read.get(name)
         if here is None or here.shape != value.shape:
@@ -82,7 +87,9 @@ def check_close(
                 )
             continue
         off = torch.linalg.vector_norm(_unexplained(here, value))
-        change = torch.linalg.vector_norm(value.double() - before[name].double())
+        kept = torch.equal(value, before[name])
+        origin = (start if kept else before)[name]
+        change = torch.linalg.vector_norm(value.double() - origin.double())
         size = torch.linalg.vector_norm(value.double())
         allowed = (1.01 * carried[name].error + UNITS * _eps(value)) * change
         allowed += UNITS * _EPS * size
@@ -111,8 +118,11 @@ def _eps(value: Tensor) -> float:
     return torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
 
 
-def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
-    """A small batch for a model of transformers; None where none can be told from its configuration."""
+def example_inputs(model: nn.Module, vocabulary: int | None) -> dict[str, Tensor]:
+    """A small input of a model of transformers; empty where none can be told from its configuration.
+
+    One text: of several, classifiers of texts need a token that fills up the shorter ones.
+    """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", "")
     draw = torch.Generator().manual_seed(0)
     first = next(model.parameters(), None)
@@ -122,41 +132,55 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
         size = getattr(vision, "image_size", None)
         channels = getattr(vision, "num_channels", 3)
         if not isinstance(size, int):
-            return None
+            return {}
         pixels = torch.randn(2, channels, size, size, generator=draw)
         return {main: pixels.to(device, first.dtype)}
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    vocabulary = getattr(text, "vocab_size", None)
-    if main != "input_ids" or not isinstance(vocabulary, int):
-        return None
-    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, 8), generator=draw)
+    if main != "input_ids" or vocabulary is None:
+        return {}
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, 8), generator=draw)
     found = {main: ids.to(device)}
     if getattr(config, "is_encoder_decoder", False):
         found["decoder_input_ids"] = found[main]
     return found
 
 
+def _vocabulary(*models: nn.Module) -> int | None:
+    """How many tokens all of the models know; None where one does not tell."""
+    configs = [getattr(model, "config", None) for model in models]
+    texts = [c.get_text_config() for c in configs if hasattr(c, "get_text_config")]
+    sizes = [getattr(text, "vocab_size", None) for text in texts]
+    told = len(sizes) == len(models) and all(isinstance(n, int) for n in sizes)
+    return min(sizes) if told else None
+
+
 @torch.no_grad()
 def outputs_differ(
     found: nn.Module, wanted: nn.Module, inputs: Mapping[str, Any] | None
-) -> float | None:
-    """The largest difference of two models' outputs in parts of the largest output; None without inputs."""
-    inputs = example_inputs(wanted) if inputs is None else inputs
+) -> tuple[float | None, str]:
+    """The largest difference of two models' outputs in parts of the largest output, or None and why it cannot be told."""
     if inputs is None:
-        return None
-    results = [list(_floats(m.eval()(**inputs))) for m in (found, wanted)]
+        inputs = example_inputs(wanted, _vocabulary(found, wanted))
+    if not inputs:
+        return None, "the model's configuration does not tell what to try it with"
+    try:
+        results = [list(_floats(m.eval()(**inputs))) for m in (found, wanted)]
+    except Exception as error:  # of any type, of the model and of what it calls
+        return None, f"the model fails ({type(error).__name__}: {error})"
+    shapes = [[tuple(value.shape) for value in one] for one in results]
+    if shapes[0] != shapes[1]:
+        return None, "of shapes {} with the adapter, {} of the task".format(*shapes)
     worst = 0.0
-    for here, there in zip(*results, strict=True):
+    for here, there in zip(*results):
         size = float(there.abs().max())
         off = float((here.double() - there.double()).abs().max())
         worst = max(worst, off / size if size else off)
-    return worst
+    return worst, ""
 
 
 def _floats(output: Any) -> Iterator[Tensor]:
-    """Floating-point tensors of an output."""
+    """Floating-point tensors of an output, those that hold something."""
     if isinstance(output, Tensor):
-        if output.is_floating_point():
+        if output.is_floating_point() and output.numel():
             yield output
     elif isinstance(output, Mapping):
         for value in output.values():

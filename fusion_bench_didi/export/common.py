@@ -71,11 +71,13 @@ def asked_tasks(model: DynamicModel, tasks: Sequence[str] | str | None) -> list[
 
 
 def folder(task: str) -> str:
-    """A task's name as the name of a file, which no other task's is."""
+    """A task's name as the name of a file, which neither another task's is nor that of the manifest or of what it is written to."""
     name = quote(task, safe="")
     if len(name) > LONGEST:
         name = f"{name[:LONGEST - 17]}-{sha256(task.encode()).hexdigest()[:16]}"
-    return name.replace(".", "%2E", 1) if name.startswith(".") else name
+    if name.startswith(".") or name.lower().startswith(MANIFEST):
+        return f"%{ord(name[0]):02X}{name[1:]}"
+    return name
 
 
 def base_model(model: DynamicModel) -> nn.Module:

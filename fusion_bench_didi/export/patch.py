@@ -172,6 +172,13 @@ def patched(
             f"{file} is a patch of {header.get('base') or 'another base model'}, not of the tensors given: {what}. Give that "
             "model's, in the type that it was exported with."
         )
+    for name in names:
+        given, kept = tensors[name], parts.get(name + VALUES)
+        if kept is not None and kept.dtype != given.dtype:
+            raise CheckpointMismatchError(
+                f"{file} holds {name} in {kept.dtype}, and the tensor given is in {given.dtype}. Give the base model's tensors in "
+                f"{kept.dtype}, the type that it was exported with."
+            )
     found = {name: _patched(name, tensors[name], parts) for name in names}
     others = {o: found[n] for n in names for o in tied.get(n, ()) if o in tensors}
     return {**tensors, **found, **others}

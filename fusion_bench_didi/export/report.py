@@ -16,7 +16,8 @@ class Carried:
     """How one tensor of one task is exported.
 
     Args:
-        error: norm of what is lost, in parts of the norm of the task's change; 1 where all of the change is.
+        error: norm of what is lost, in parts of the norm of the task's change; 1 where all of the change is. For a task that
+            keeps the base model's tensor, in parts of what all tasks share, which the adapter has to take back.
         rank: of factors.
         why: no better.
     """

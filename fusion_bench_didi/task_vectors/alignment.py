@@ -8,6 +8,8 @@ from .lora_adapter import WAY_OUT
 from .sources import TensorInfo, TensorSource
 
 Infos = Mapping[str, TensorInfo]
+_KEEP = " Tensors of another shape or kind than the base model's are kept as each task has them with {}."
+_NO_PLACE = " The base model has no place for {}, which {} is to keep."
 #: So many kinds of faults are told of a task.
 _MOST = 8
 
@@ -42,7 +44,7 @@ def check_alignment(
     Args:
         tuned: by task, under the base model's names; an adapter holds what it changes.
         exclude: glob patterns of tensors that need not line up.
-        own: glob patterns of tensors that each task has for itself.
+        own: glob patterns of tensors that each task has for itself, for which the base model has a place.
         fresh: tensors that the base model's own checkpoint does not hold.
         buffers: names of the base model's buffers, which each task has for itself where they differ in kind; headers alone do
             not tell them from parameters.
@@ -65,6 +67,7 @@ def check_alignment(
     expected = {n for n in reference if n in held or (loaded and n not in fresh)}
     expected = {n for n in expected if not matches(n, exclude)}
     adapters = {t: s for t, s in tuned.items() if s.partial}
+    keepable, placeless = False, set[str]()
     for task, found in infos.items():
         missing = expected - set(found)
         if task in adapters:
@@ -74,22 +77,30 @@ def check_alignment(
             for n, i in found.items()
             if not matches(n, exclude) and n not in ignored
         }
-        foreign = {n for n in found if n not in base.infos() and not matches(n, own)}
+        foreign = {n for n in found if n not in base.infos()}
+        kept = {n for n in foreign if matches(n, own)}
+        if loaded:  # headers alone do not tell all that the base model has
+            placeless |= kept - buffers
+            kept &= buffers
+        foreign -= kept
         fitting = {
             n: i
             for n, i in base.infos().items()
             if i.floating or (loaded and n not in buffers)
         }
-        misfits = _alike(_misfits(found, fitting, own, fresh))
-        faults += [f"{task}: {f}" for f in _faults_of_names(missing, foreign, misfits)]
+        misfits = [*_misfits(found, fitting, own, fresh)]
+        keepable |= len(misfits) > len([*_misfits(found, fitting, ("*",), fresh)])
+        told = _faults_of_names(missing, foreign, _alike(misfits))
+        faults += [f"{task}: {fault}" for fault in told]
     faults += _on_random_tensors(adapters, exclude, fresh)
     faults += _left_out(infos, reference, exclude, fresh)
     if faults:
         raise CheckpointMismatchError(
             "The fine-tuned models do not line up with the base model:\n  "
             + "\n  ".join(faults)
-            + f"\nUse models of one architecture, leave tensors out with {spelled('exclude', '[...]')}, or keep them as each task "
-            f"has them with {spelled('own', '[...]')}."
+            + f"\nUse models of one architecture, or leave tensors out with {spelled('exclude', '[...]')}."
+            + (_KEEP.format(spelled("own", "[...]")) if keepable else "")
+            + (_NO_PLACE.format(some(placeless), spelled("own")) if placeless else "")
             + (f" {WAY_OUT}" if adapters else "")
         )
 

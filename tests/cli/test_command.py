@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from commands import run
 from fusion_bench.modelpool import CLIPVisionModelPool
 from fuzz_cases import CASES
 from helpers import BASE, floats, same_bits
+from safetensors.torch import load_file, save_file
 from snippets import fault
 
 import fusion_bench_didi
@@ -64,7 +66,7 @@ def test_a_directory_is_shown_and_checked(merged, tiny_clip_dir):
     assert "2 tasks on CLIPVisionModel" in lines[0] and len(lines) < 24
     live = repr(fusion_bench_didi.load(merged)).splitlines()
     assert [line for line in lines if not line.startswith("written")] == live
-    assert "tasks: 2" in run("verify", merged)
+    assert "tasks: 2, every weight finite\n" in run("verify", merged)
     assert "base model" not in run("verify", merged, "--files-only")
     assert run("verify", merged, "--base", tiny_clip_dir / BASE)
 
@@ -96,6 +98,22 @@ def test_weights_that_are_no_numbers_are_told(alone):
     model.running_var[1] = torch.inf
     with pytest.raises(NonFiniteError, match="running_var holds NaN or infinity"):
         finite(told)
+
+
+def test_a_base_model_that_is_no_number_where_nothing_was_merged_is_told(
+    tiny_clip_dir, tmp_path
+):
+    base = shutil.copytree(tiny_clip_dir / BASE, tmp_path / BASE)
+    tensors, end = load_file(base / "model.safetensors"), "post_layernorm.weight"
+    (name,) = (n for n in tensors if n.endswith(end))
+    tensors[name][1] = torch.inf
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    tuned = [tiny_clip_dir / task for task in ("mnist", "svhn")]
+    exclude = ("-s", f"exclude=['*{end}']")
+    run("merge", base, *tuned, "-o", tmp_path / "m", *QUICK, "--budget", 0.5, *exclude)
+    told = run("verify", tmp_path / "m")
+    said = rf"every weight finite but for the base model's \S*{end}, left"
+    assert re.search(said, told)
 
 
 def test_models_are_edited_and_exported(merged, tiny_clip_dir, tmp_path):

@@ -94,6 +94,17 @@ def test_a_patch_of_another_base_model_is_refused(tmp_path):
         patched(file, state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_base_models_in_another_type_are_told(dtype, tmp_path):
+    """Their values may be the same, which are all that the digest is of."""
+    model = sparse_model(0.1)
+    to_patch(model, tmp_path / "out")
+    state = {n: v.to(dtype) for n, v in model.backbone.state_dict().items()}
+    said = f"in torch.bfloat16, and the tensor given is in {dtype}. Give"
+    with pytest.raises(CheckpointMismatchError, match=said):
+        patched(tmp_path / "out/a.safetensors", state)
+
+
 def test_the_base_model_is_looked_at_once_for_all_tasks(tmp_path, monkeypatch):
     looked, digests = [], patch.digests
     monkeypatch.setattr(patch, "digests", lambda t: looked.append(t) or digests(t))

@@ -1,15 +1,19 @@
 """Adapters: PEFT computes what ``materialize`` does, and what an adapter cannot carry is said."""
 
 import json
+import re
 
 import pytest
 import torch
-from exact_models import bert, gpt2, llama, qwen
+from exact_models import SIDES, bert, gpt2, llama, qwen
 from helpers import BASE, OpenClipLike, didi, family
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
+from transformers import BertModel, GPT2Config, GPT2ForSequenceClassification
 
-from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
+from fusion_bench_didi.deltas.masks import MaskedDelta
+from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta, OwnDelta
 from fusion_bench_didi.errors import DiDiError, SettingsError, UnknownTaskError
 from fusion_bench_didi.export import AdapterSettings, to_peft
 from fusion_bench_didi.models.dynamic import DiDiModel
@@ -93,6 +97,95 @@ def test_norms_that_all_share_are_folded_and_otherwise_pointed_to(tmp_path):
     report = to_peft(model, tmp_path / "two", settings=settings)
     assert not any(report.lossy.values()) and max(report.outputs.values()) < 1e-5
     assert report.tensors["task 0"][name].how == "base"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        AdapterSettings(shared="fold"),
+        AdapterSettings(shared="fold", max_rank=1),
+        AdapterSettings(shared="fold", factor_dtype="float8_e4m3fn"),
+        AdapterSettings(shared="fold", carry="all"),
+    ],
+    ids=["servers", "cut", "eight bits", "peft"],
+)
+def test_tasks_that_keep_the_base_models_tensors_take_back_what_is_folded(
+    settings, tmp_path
+):
+    """As a task's mask does that lets nothing of what is shared through; where adapters cannot, it is said."""
+    model = low_rank(llama())
+    norm, linear = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+    model.shared[norm] = DenseDelta((32,), torch.full((32,), 0.5))
+    deltas = model.modulators["task 0"].deltas
+    for name in (norm, linear):
+        shape = model.shared[name].shape
+        deltas[name] = MaskedDelta.of(torch.zeros(shape, dtype=torch.bool))
+    report = to_peft(model, tmp_path / "out", settings=settings)
+    found = report.tensors["task 0"]
+    assert found[linear].how == "factors" and found[linear].error < 1
+    left = settings.carry == "linear"
+    assert found[norm].how == ("left out" if left else "whole")
+    assert found[norm].error == left
+    assert ("what tasks share stays in it" in found[norm].why) == left
+    assert report.tensors["task 1"][norm].how == "base"
+
+
+def other_rows(model: DiDiModel, *names: str) -> None:
+    """Give a task tensors of its own of more rows."""
+    for name in names:
+        shape = model.base_tensor(name).shape
+        value = torch.zeros(shape[0] + 5, *shape[1:])
+        deltas = model.modulators["task 0"].deltas
+        deltas[name] = OwnDelta(tuple(value.shape), value)
+
+
+@pytest.mark.parametrize(
+    "names, why",
+    [
+        (["model.embed_tokens.weight", "lm_head.weight"], "of shapes .*64.* of the"),
+        (["model.layers.0.mlp.up_proj.weight"], "the model fails .RuntimeError: "),
+    ],
+    ids=["tokens that were added", "wider inside a layer"],
+)
+def test_outputs_that_cannot_be_compared_are_told_and_weights_are(names, why, tmp_path):
+    model = low_rank(llama())
+    other_rows(model, *names)
+    report = to_peft(model, tmp_path / "out")
+    assert report.outputs["task 0"] is None and report.outputs["task 1"] < 1e-5
+    assert {report.tensors["task 0"][name].how for name in names} == {"left out"}
+    said = f"outputs of task 0 were not compared, weights were: .*{why}"
+    (note,) = (note for note in report.notes if "compared" in note)
+    assert re.match(said, note)
+
+
+def test_inputs_are_made_of_tokens_that_base_and_task_know(tmp_path):
+    base = BertModel(bert().config)
+    model = DiDiModel(base, {}, {"task 0": {}}, unit_bits=1)
+    name = "encoder.layer.0.attention.self.query.weight"
+    delta = LowRankDelta((32, 32), torch.ones(32, 1), torch.ones(1, 32))
+    model.modulators["task 0"].deltas[name] = delta
+    other_rows(model, "embeddings.word_embeddings.weight")
+    report = to_peft(model, tmp_path / "out")
+    assert report.outputs["task 0"] > 0 and not any(
+        "compared" in n for n in report.notes
+    )
+
+
+def test_classifiers_without_a_token_that_fills_up_are_compared(tmp_path):
+    config = GPT2Config(
+        **SIDES | {"pad_token_id": None}, n_embd=32, n_layer=1, n_head=2
+    )
+    model = didi(family(GPT2ForSequenceClassification(config)), budget=2.0)
+    assert None not in to_peft(model, tmp_path / "out").outputs.values()
+
+
+def test_models_that_tell_no_inputs_are_exported_by_their_weights(tmp_path):
+    model = didi(family(nn.Sequential(nn.Linear(16, 8))), budget=2.0)
+    report = to_peft(model, tmp_path / "out")
+    assert report.outputs == {"mnist": None, "svhn": None}
+    assert "of mnist, svhn were not compared, weights were: the model's conf" in str(
+        report
+    )
 
 
 def test_padded_adapters_have_one_rank_and_change_nothing(tmp_path):

@@ -117,6 +117,17 @@ def test_what_lies_within_an_export_is_not_lost(tmp_path, form, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_tasks_may_be_called_as_the_files_beside_them(tmp_path, form):
+    names = ("Export.json", "export.json.tmp", ".cache", "config.json")
+    model, out = didi(family(llama(), names), budget=0.5), tmp_path / "out"
+    FORMS[form](model, out)
+    report = FORMS[form](model, out, overwrite=True)  # all parts are known as its own
+    assert json.loads((out / "export.json").read_text())["bytes"] == report.bytes
+    parts = [path.name.lower() for path in out.iterdir()]
+    assert len(set(parts)) == 1 + len(names)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_notes_beside_an_export_stay(tmp_path, form):
     """Of the old export nothing does: no tokenizer of a base model that has none any more."""
     model, out = didi(family(llama()), budget=0.5), tmp_path / "out"

@@ -167,6 +167,39 @@ def test_all_faults_of_all_files_come_in_one_error(files, no_svd, dry_run, monke
     assert "leave tensors out with exclude=[...]" in message
 
 
+EXTRA = f"{TOWER}extra"
+HELPLESS = {
+    "missing": (FIRST, lambda t: t.pop(FIRST)),
+    "extra": (EXTRA, lambda t: t.update({EXTRA: torch.ones(2)})),
+    "kind": (LAST, lambda t: t.update({LAST: torch.ones(32, dtype=torch.int64)})),
+}
+
+
+@pytest.mark.parametrize("fault", HELPLESS)
+def test_own_is_not_named_where_it_does_not_help(files, fault, no_svd, tmp_path):
+    """Where it is asked for nevertheless that is told before the merge."""
+    name, change = HELPLESS[fault]
+    rewrite(files, "mnist", change)
+    for own in ([], [name]):
+        with pytest.raises(CheckpointMismatchError) as told:
+            didi(files, own=own, output_dir=tmp_path / "out")
+        message = str(told.value)
+        assert "exclude=[...]" in message and "own=[...]" not in message
+        said = f"The base model has no place for {EXTRA}, which own is to keep."
+        assert (said in message) == (own == [EXTRA])
+    assert not any(tmp_path.glob(".out*journal"))
+    didi(files, exclude=[name], dry_run=True)
+
+
+def test_own_is_named_where_shapes_differ(files):
+    rewrite(files, "mnist", lambda t: t.update({LAST: torch.ones(5)}))
+    with pytest.raises(
+        CheckpointMismatchError, match=r"task has them with own=\[...\]"
+    ):
+        didi(files)
+    didi(files, own=[LAST], dry_run=True)
+
+
 def test_the_way_out_that_the_message_names_works(files):
     rewrite(files, "mnist", lambda t: t.pop(FIRST))
     rewrite(files, "svhn", lambda t: t.update({f"{TOWER}extra": torch.ones(2)}))

@@ -1,6 +1,7 @@
 """Texts or images classified, each by its own task, in one batch."""
 
 import base64
+import inspect
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -23,6 +25,8 @@ from .tasks import answered, tasks_of
 
 #: Formats of images that are read.
 FORMATS = ("PNG", "JPEG", "WEBP")
+#: Argument of image processors, the order of an image's sides.
+_LAYOUT = "input_data_format"
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,15 @@ class Classification:
                 400,
                 f"An image cannot be read: expected base64 of {', '.join(FORMATS)}.",
             ) from None
-        return self.processor(pixels, return_tensors="pt")["pixel_values"][0]
+        return self._processed(pixels)["pixel_values"][0]
+
+    def _processed(self, image: Image.Image) -> Any:
+        """The processor's answer; it is told which side is of the colors, which it would take one of 1 or 3 pixels for."""
+        takes = inspect.signature(self.processor.preprocess).parameters.values()
+        if not any(p.name == _LAYOUT or p.kind is p.VAR_KEYWORD for p in takes):
+            return self.processor(image, return_tensors="pt")  # timm's, of no layout
+        told = {_LAYOUT: "channels_last", "return_tensors": "pt"}
+        return self.processor(np.array(image), **told)
 
     def _as_resized(self, width: int, height: int) -> float:
         """Pixels of an image as sent, or as the processor makes it by its shorter side, whichever are more."""

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -22,6 +23,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     CLIPImageProcessor,
+    CLIPImageProcessorFast,
     CLIPVisionConfig,
     CLIPVisionModel,
     GPT2Config,
@@ -480,6 +482,29 @@ def test_images_are_classified_by_heads(images):
             answer = ask.post("/v1/classify", json={"model": "one", "image": wrong})
             assert answer.status_code == 400 and "image" in answer.text
             assert told in answer.text
+
+
+class AsTimms:
+    """Processes as transformers' wrapper of timm's transforms, which is told of no layout."""
+
+    def __init__(self, **sides):
+        self.processor = CLIPImageProcessor(**sides)
+
+    def preprocess(self, images, return_tensors="pt"):
+        sides = {"images": np.array(images), "input_data_format": "channels_last"}
+        return self.processor(**sides, return_tensors=return_tensors)
+
+    __call__ = preprocess
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorFast, AsTimms])
+@pytest.mark.parametrize("sides", [(1, 1), (3, 3), (8, 1), (8, 3), (1, 8), (3, 8)])
+def test_sides_of_few_pixels_are_not_taken_for_the_colors(images, kind, sides):
+    runner = open_runner(images, heads=images.parent / "heads")
+    runner.processor = kind(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    assert runner._pixels(png(*sides)).allclose(runner._pixels(png(40)))
 
 
 def test_inputs_that_the_router_finds_no_task_for(images, texts):

@@ -153,6 +153,19 @@ class DynamicModel(ModulatedModel):
         self._mixed, self._mixed_state = {}, None
 
     @property
+    def serving(self) -> Serving:
+        return self._serving
+
+    @serving.setter
+    def serving(self, value: Serving) -> None:
+        if not isinstance(value, Serving):
+            raise SettingsError(
+                f"model.serving is to be {value!r}, expected a fusion_bench_didi.models.Serving, such as "
+                "Serving(memory_limit_gb=8)."
+            )
+        self._serving = value
+
+    @property
     def tasks(self) -> list[str]:
         return list(self.modulators.keys())
 

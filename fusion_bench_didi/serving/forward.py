@@ -241,7 +241,7 @@ class MixedForward:
                 orders,
                 layout,
                 names=lambda i: pieces[i].named(self.tasks),
-                labels=[c.given.get("labels") for c in calls],
+                given=[c.given for c in calls],
             )
         return caches.filled(output, orders)
 

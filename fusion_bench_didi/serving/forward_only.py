@@ -31,13 +31,20 @@ def forward_only(function: Function) -> Function:
 
 
 def _check(backbone: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    found = "an input" if _asks((args, kwargs)) else None
+    found, way_out = "", ""
+    if _asks((args, kwargs)):
+        found = "an input"
+        way_out = "set one task at a time with set_task(...), through which they flow"
     if any(p.requires_grad for p in backbone.parameters()):
         found = "the backbone (requires_grad_(True))"
+        way_out = (
+            "take a task's plain model, materialize(...).requires_grad_(True): a task that is set is written into the backbone anew each "
+            "time, and what was trained there is lost"
+        )
     if found:
         raise DiDiError(
             f"Gradients are asked of {found}, and batches of several tasks have none. Run it under torch.no_grad() where none is needed; "
-            "to train, set one task at a time with set_task(...), or train its plain model, materialize(...).requires_grad_(True)."
+            f"to train, {way_out}."
         )
 
 

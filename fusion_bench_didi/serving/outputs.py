@@ -123,14 +123,14 @@ def joined(
     layout: Layout,
     *,
     names: Callable[[int], str],
-    labels: Sequence[Any] = (),
+    given: Sequence[Mapping[str, Any]] = (),
 ) -> Any:
     """Outputs of parts of a batch as one.
 
     Args:
         orders: of each part, where its samples are in the batch as given.
         names: of the tasks of a part.
-        labels: that each part was given, to work a loss out.
+        given: arguments of each part, to work a loss out of the labels.
 
     Raises:
         DiDiError: for what cannot be told apart by sample, and for tasks whose outputs are of different shapes.
@@ -170,7 +170,7 @@ def joined(
         ) from None
     if not losses:
         return whole
-    return _with_loss(whole, parts, losses, labels, back)
+    return _with_loss(whole, parts, losses, given, back)
 
 
 def _side_by_side(
@@ -252,11 +252,12 @@ def _with_loss(
     whole: Any,
     parts: Sequence[Any],
     losses: Sequence[Path],
-    labels: Sequence[Any],
+    given: Sequence[Mapping[str, Any]],
     back: Tensor,
 ) -> Any:
     """The loss of the batch, where that of every part is found to be a known function of its logits and labels."""
     (path, *others), found = losses, None
+    labels = [arguments.get("labels") for arguments in given]
     known = [isinstance(label, Tensor) for label in labels]
     if not others and known and all(known):
         held = [leaves(part) for part in parts]
@@ -275,10 +276,23 @@ def _with_loss(
                     found = formula(leaves(whole)[beside], truth).to(held[0][path])
     if found is None:
         raise DiDiError(
-            f"{place(path)} is of the samples of one task each, and how to add it up is not known here. Leave the labels out, and "
-            "work the loss out from the logits."
+            f"{' and '.join(map(place, losses))} {'are' if others else 'is'} of the samples of one task each, and how to add that up is not "
+            f"known here. Leave out what asks for it ({_asking_for_losses(given)}), and work it out from the other outputs."
         )
     return mapped(lambda at, value: found if at == path else value, whole)
+
+
+def _asking_for_losses(given: Sequence[Mapping[str, Any]]) -> str:
+    """Arguments by which a model may have been asked for losses."""
+    arguments = given[0] if given else {}
+    asking = [
+        f"{name}=True"
+        for name, value in arguments.items()
+        if value is True and ("loss" in name or "logits" in name)
+    ]
+    if arguments.get("labels") is not None:
+        asking.insert(0, "labels")
+    return ", ".join(asking) or "an argument, or a setting of its configuration"
 
 
 def _logits_beside(path: Path, held: Mapping[Path, Any]) -> list[Path]:

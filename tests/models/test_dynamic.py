@@ -10,9 +10,10 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta
-from fusion_bench_didi.errors import DiDiError, UnknownTaskError
+from fusion_bench_didi.errors import DiDiError, SettingsError, UnknownTaskError
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.models.experts import NamedModules, TaskExpert
+from fusion_bench_didi.serving.banks import Serving
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -53,6 +54,14 @@ def test_is_the_hosts_modulated_model(model):
     assert model.config is model.backbone.config  # what host classifiers look up
     with pytest.raises(AttributeError, match="no_such_thing"):
         model.no_such_thing
+
+
+@pytest.mark.parametrize("odd", [3, None, Serving, {"memory_limit_gb": 1}])
+def test_what_is_no_serving_is_refused_where_it_is_set(model, odd):
+    model.serving = slim = Serving(memory_limit_gb=1)
+    with pytest.raises(SettingsError, match=r"expected .*Serving\(memory_limit_gb"):
+        model.serving = odd
+    assert model.serving is slim and copy.deepcopy(model).serving == slim
 
 
 def test_unknown_task_names_those_there_are(model):

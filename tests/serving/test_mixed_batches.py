@@ -230,7 +230,46 @@ def test_a_loss_that_is_not_known_is_refused_where_groups_are_run():
     expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
     close(model(x, labels=labels, task_ids=tasks)["loss"], expected)
     model.mixed.network = None
-    with pytest.raises(DiDiError, match="loss is of the samples of one task each"):
+    with pytest.raises(DiDiError, match="^loss is of .* one task each.*asks.*labels"):
         model(x, labels=labels, task_ids=tasks)
     found = model(x, labels=labels, task_ids=["b"] * 4)["loss"]
     close(found, models["b"](x, labels)["loss"])
+
+
+class Balancing(nn.Module):
+    """A loss beside the labels' own, as of experts that are to be used alike."""
+
+    def __init__(self, always=False):
+        super().__init__()
+        self.last, self.always = nn.Linear(4, 3), always
+
+    def forward(self, x, labels=None, output_router_logits=False):
+        logits = self.last(x)
+        found = {"logits": logits}
+        if labels is not None:
+            found["loss"] = F.cross_entropy(logits, labels)
+        if output_router_logits or self.always:
+            found["aux_loss"] = logits.softmax(1).mean(0).square().sum()
+        return found
+
+
+@pytest.mark.parametrize(
+    "always, asked, told",
+    [
+        (
+            False,
+            ["output_router_logits"],
+            r"aux_loss is .*\(output_router_logits=True\)",
+        ),
+        (False, ["labels", "output_router_logits"], r"loss and aux_loss are .*\(labels, output_router_logits=True\)"),  # fmt: skip
+        (True, [], r"aux_loss is .*\(an argument, or a setting"),
+        (True, ["labels"], r"loss and aux_loss are .*\(labels\)"),
+    ],
+)
+def test_what_asked_for_a_loss_that_is_not_known_is_named(always, asked, told):
+    model = exact_model(pool_of(seeded(lambda: Balancing(always))))
+    model.mixed.network = None
+    options = {"labels": torch.tensor([0, 1, 2, 0]), "output_router_logits": True}
+    given = {name: options[name] for name in asked}
+    with pytest.raises(DiDiError, match=f"^{told}"):
+        model(torch.randn(4, 4), task_ids=["a", "b", "b", "a"], **given)

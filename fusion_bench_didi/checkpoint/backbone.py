@@ -159,8 +159,8 @@ def resolved(
     """
     if isinstance(given, ModulatedModel):
         raise DiDiError(
-            "backbone is a merged model itself, expected the base model of the merge. Pass that model's own: backbone=model.backbone, "
-            "with no task set."
+            "backbone is a merged model itself, expected the base model of the merge. Pass a copy of that model's own: "
+            "backbone=copy.deepcopy(model.backbone), with no task set."
         )
     if given is not None and not isinstance(given, (nn.Module, str, Path)):
         raise DiDiError(

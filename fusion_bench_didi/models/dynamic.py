@@ -45,7 +45,8 @@ class DynamicModel(ModulatedModel):
     """A frozen backbone, a shared part and T experts; behaves as the backbone of the current task.
 
     Args:
-        backbone: the base model; it is taken over and its weights are overwritten by :meth:`set_task`.
+        backbone: the base model; it is taken over and its weights are overwritten by :meth:`set_task`. Of several models on one,
+            one at a time can have a task set, and the others do nothing meanwhile.
         shared: deltas that every task uses, by tensor name.
         experts: deltas per task.
         unit_bits: size of one fine-tuned model, the unit of the storage account.
@@ -115,7 +116,11 @@ class DynamicModel(ModulatedModel):
         """As of any module, the backbone's tensors with their base values, whatever task is on: so every one can be loaded.
 
         With ``keep_vars`` the live ones.
+
+        Raises:
+            DiDiError: if a forward, or another merged model, wrote to the backbone.
         """
+        self._weights.unwritten.check()
         found = super().state_dict(*args, **kwargs)
         places = dict(zip(("destination", "prefix", "keep_vars"), args), **kwargs)
         if not places.get("keep_vars"):
@@ -135,6 +140,7 @@ class DynamicModel(ModulatedModel):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """What is loaded takes the place of base values; what was made of those is made again."""
+        self._weights.unwritten.check()
         self.unset_task()
         self.backbone_changed()
         super()._load_from_state_dict(*args, **kwargs)

@@ -25,7 +25,10 @@ class BackboneWeights:
         lock: held while tensors are read or written; also by whoever replaces the backbone's tensors for a while.
         shapes: what the backbone was loaded with.
         derived: what its modules keep that they work out of their weights.
-        unwritten: what no forward may have written to.
+        unwritten: what no forward may have written to, nor another merged model.
+
+    Raises:
+        DiDiError: while another merged model has a task set on the backbone.
     """
 
     def __init__(self, backbone: nn.Module):
@@ -33,10 +36,11 @@ class BackboneWeights:
         self.lock = threading.RLock()
         self.shapes = Shapes(backbone)
         self.derived = Derived(backbone)
-        self.unwritten = Unwritten(backbone)
+        self._base: dict[str, Tensor] = {}
+        self.unwritten = Unwritten(backbone, self._base)
+        self.unwritten.check()
         self._aliases = tied_names(backbone)
         self.tie(backbone)
-        self._base: dict[str, Tensor] = {}
         self._shapes = {
             name: tuple(tensor.shape)
             for name, tensor in (
@@ -114,6 +118,7 @@ class BackboneWeights:
         """Overwrite a live tensor, keeping its base value."""
         with self.lock:
             if name not in self._base:
+                self.unwritten.writing()
                 self._base[name] = self.live(name).clone()
             self.put(self.backbone, name, value)
 

@@ -7,17 +7,19 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DiDiError, some
 from ..task_vectors.live_models import DIVIDED, EVERY, check_undivided
 
 log = logging.getLogger(__name__)
 Parameters = list[nn.Parameter]
+#: Base values of what merged models have overwritten in their backbones, by name; none while no task is set.
+_overwritten = WeakKeyDictionary[nn.Module, dict[str, Tensor]]()
 
 
 class Unwritten:
-    """Watches that forwards of a backbone, and of networks over its parameters, do not write to these.
+    """Watches that forwards of a backbone, and of networks over its parameters, do not write to these, nor other merged models.
 
     It goes by the counters that torch keeps of writes, so that training between forwards is the user's own. Writes past the
     counters (``.data``, tensors made in inference mode) are not seen. Embeddings with ``max_norm`` write what they would write
@@ -25,28 +27,48 @@ class Unwritten:
 
     Args:
         backbone: whose parameters they are.
+        kept: base values of what the merged model itself has overwritten, as they are at any time.
     """
 
-    def __init__(self, backbone: nn.Module):
-        self.backbone = backbone
+    def __init__(self, backbone: nn.Module, kept: dict[str, Tensor] | None = None):
+        self.backbone, self._kept = backbone, {} if kept is None else kept
         self._fault: str | None = None
         self._switches = 0
         self._lasting = WeakKeyDictionary[nn.Module, Parameters]()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backbone": self.backbone, "_fault": self._fault, "_switches": 0}
+        held = {"backbone": self.backbone, "_kept": self._kept}
+        return {**held, "_fault": self._fault, "_switches": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lasting=WeakKeyDictionary())
+        if self._kept:
+            _overwritten[self.backbone] = self._kept
 
     def check(self) -> None:
-        """No forward has written to them.
+        """No forward has written to them, and no task of another merged model is in them.
 
         Raises:
-            DiDiError: from the first that did on.
+            DiDiError: from the first forward that did on; and while such a task is set.
         """
         if self._fault is not None:
             raise DiDiError(self._fault)
+        kept = _overwritten.get(self.backbone)
+        if kept and kept is not self._kept:
+            raise DiDiError(
+                f"Another merged model has set a task on this one's backbone ({type(self.backbone).__name__}), whose weights would be taken "
+                "for the base model's. Call unset_task() of that model first; or give each model a backbone of its own, "
+                "copy.deepcopy(backbone) before any task is set, or the place that it is loaded from."
+            )
+
+    def writing(self) -> None:
+        """The merged model is about to overwrite weights.
+
+        Raises:
+            DiDiError: as :meth:`check`.
+        """
+        self.check()
+        _overwritten[self.backbone] = self._kept
 
     def run(
         self, network: nn.Module, forward: Callable[[], Any], *, lasting: bool = True

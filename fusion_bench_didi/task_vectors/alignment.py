@@ -1,6 +1,7 @@
 """Whether fine-tuned checkpoints and adapters line up with the base model, from their headers alone."""
 
 import fnmatch
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from ..errors import CheckpointMismatchError, some, spelled
@@ -10,6 +11,10 @@ from .sources import TensorInfo, TensorSource
 Infos = Mapping[str, TensorInfo]
 _KEEP = " Tensors of another shape or kind than the base model's are kept as each task has them with {}."
 _NO_PLACE = " The base model has no place for {}, which {} is to keep."
+#: Names in models in memory that PEFT has put layers, or itself, around.
+_WRAPPED = re.compile(
+    r"^base_model\.model\.|(^|\.)(base_layer|lora_[AB]|modules_to_save)\."
+)
 #: So many kinds of faults are told of a task.
 _MOST = 8
 
@@ -61,7 +66,10 @@ def check_alignment(
     if not held & set(reference) and not faults:
         raise CheckpointMismatchError(
             f"{', '.join(tuned)}: no tensor is one of the base model's: expected names like {some(reference)}, found {some(held)}. "
-            "Use models of the base model's architecture."
+            + (
+                _unwrapped(base, tuned)
+                or "Use models of the base model's architecture."
+            )
         )
     # what is in no checkpoint at all is new in every model
     expected = {n for n in reference if n in held or (loaded and n not in fresh)}
@@ -95,14 +103,34 @@ def check_alignment(
     faults += _on_random_tensors(adapters, exclude, fresh)
     faults += _left_out(infos, reference, exclude, fresh)
     if faults:
+        way_out = _unwrapped(base, tuned)
+        if not way_out:
+            way_out = f"Use models of one architecture, or leave tensors out with {spelled('exclude', '[...]')}."
+            if keepable:
+                way_out += _KEEP.format(spelled("own", "[...]"))
+            if placeless:
+                way_out += _NO_PLACE.format(some(placeless), spelled("own"))
         raise CheckpointMismatchError(
             "The fine-tuned models do not line up with the base model:\n  "
             + "\n  ".join(faults)
-            + f"\nUse models of one architecture, or leave tensors out with {spelled('exclude', '[...]')}."
-            + (_KEEP.format(spelled("own", "[...]")) if keepable else "")
-            + (_NO_PLACE.format(some(placeless), spelled("own")) if placeless else "")
+            + f"\n{way_out}"
             + (f" {WAY_OUT}" if adapters else "")
         )
+
+
+def _unwrapped(base: TensorSource, tuned: Mapping[str, TensorSource]) -> str:
+    """The way out where PEFT's layers are in some of the models; empty where they are in none."""
+    wrapped = [
+        label
+        for label, source in {base.label: base, **tuned}.items()
+        if any(map(_WRAPPED.search, source.infos()))
+    ]
+    if not wrapped:
+        return ""
+    return (
+        f"Layers of PEFT are in {', '.join(wrapped)}: give the plain model that merge_and_unload() returns, or, of a fine-tuned one, "
+        "the directory to which save_pretrained(...) wrote its adapter."
+    )
 
 
 def _faults_of_sources(

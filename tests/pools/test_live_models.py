@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from fusion_bench_didi import DiDiModel
+from fusion_bench_didi.editing import add_task
 from fusion_bench_didi.errors import CheckpointMismatchError
 
 PARTS = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")  # fmt: skip
@@ -112,3 +114,45 @@ def test_a_base_model_that_a_merge_is_loaded_with(directories, tmp_path):
             CheckpointMismatchError, match="LlamaForCausalLM. has .*meta device"
         ):
             DiDiModel.from_pretrained(tmp_path / "merged", backbone=backbone)
+
+
+CONFIG = peft.LoraConfig(r=2, target_modules=["q_proj"])
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    return peft.get_peft_model(model, CONFIG)
+
+
+def injected(model: nn.Module) -> nn.Module:
+    return peft.inject_adapter_in_model(CONFIG, model)
+
+
+def added(model: nn.Module) -> nn.Module:
+    model.add_adapter(CONFIG)
+    return model
+
+
+@pytest.mark.parametrize("name", [BASE, "b"])
+@pytest.mark.parametrize("kind", [wrapped, injected, added])
+def test_layers_of_peft_are_to_be_merged_or_given_by_their_directory(
+    directories, kind, name
+):
+    models = {name: loaded(place) for name, place in directories.items()}
+    models[name] = kind(models[name])
+    message = f"(?s)Layers of PEFT are in {name}: .*merge_and_unload.*directory"
+    with pytest.raises(CheckpointMismatchError, match=message) as caught:
+        didi(models)
+    assert "exclude" not in str(caught.value)
+
+
+def test_such_ways_out_are_ways_out(directories, tmp_path):
+    models = {name: loaded(place) for name, place in directories.items()}
+    merged = didi(models)
+    adapted = wrapped(loaded(directories[BASE]))
+    nn.init.ones_(adapted.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"))  # fmt: skip
+    with pytest.raises(CheckpointMismatchError, match="Layers of PEFT are in c: "):
+        add_task(merged, adapted, "c", budget=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    add_task(merged, tmp_path / "adapter", "c", budget=0.5)
+    add_task(merged, adapted.merge_and_unload(), "d", budget=0.5)
+    assert merged.tasks == ["a", "b", "c", "d"]

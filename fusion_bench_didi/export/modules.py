@@ -60,6 +60,8 @@ def sites(model: nn.Module) -> tuple[dict[str, Site], dict[str, Refusal]]:
             others = ", ".join(sorted(together - {tensor}))
             modules = tuple(sorted(t.rpartition(".")[0] for t in together))
             refused[tensor] = Refusal(f"tied to {others}", modules)
+        elif why := _refused_by_peft(model, name):
+            refused[tensor] = Refusal(why, (name,))
         elif name in inside:
             refused[tensor] = Refusal(
                 "in fused attention, which does not run its output layer's forward"
@@ -67,6 +69,25 @@ def sites(model: nn.Module) -> tuple[dict[str, Site], dict[str, Refusal]]:
         else:
             found[tensor] = Site(name, *layout)
     return found, refused
+
+
+def _refused_by_peft(model: nn.Module, name: str) -> str:
+    """Why PEFT puts no factors on a module of this name, as in Mamba, whose kernels run no layer; empty where it does."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTuner
+
+    # spelled so, and older releases have none; it does not look at the tuner
+    check = getattr(BaseTuner, "_check_target_module_compatiblity", None)
+    leaf = name.rpartition(".")[2]
+    try:
+        if check is not None:
+            check(None, LoraConfig(), model, leaf)
+    except ValueError:
+        kind = type(model).__name__
+        return (
+            f"PEFT refuses factors of {leaf} in {kind}, which does not run its forward"
+        )
+    return ""
 
 
 def _owners(model: nn.Module) -> Mapping[int, set[str]]:

@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from exact_models import SIDES, bert, gpt2, llama, qwen
+import transformers
+from exact_models import SIDES, bert, gpt2, llama, qwen, seeded
 from helpers import BASE, OpenClipLike, didi, family
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -228,6 +229,25 @@ def test_what_servers_do_not_read_is_listed_with_all_of_its_change(tmp_path):
     assert all(
         n in said[1] for n in ("model.norm.weight", "layers.*.input_layernorm.weight")
     )
+
+
+@pytest.mark.parametrize("carry, how", [("linear", "left out"), ("all", "whole")])
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2"])
+def test_layers_that_peft_refuses_factors_of_are_left_out_or_whole(
+    kind, carry, how, tmp_path
+):
+    sides = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    heads = {"num_heads": 4, "head_dim": 8, "n_groups": 1} if kind == "Mamba2" else {}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, **sides, **heads)
+    base = seeded(lambda: getattr(transformers, f"{kind}ForCausalLM")(config))
+    settings = AdapterSettings(carry=carry, factor_dtype="float32")
+    report = to_peft(
+        didi(family(base), budget=9.0), tmp_path / "out", settings=settings
+    )
+    found = report.tensors["mnist"]
+    one = found["backbone.layers.0.mixer.out_proj.weight"]
+    assert one.how == how and ("PEFT refuses" in one.why) == (how == "left out")
+    assert found["backbone.layers.0.mixer.in_proj.weight"].how == "factors"
 
 
 def test_fused_attention_and_bare_parameters_are_listed(tmp_path):

@@ -116,19 +116,23 @@ def test_a_base_model_that_a_merge_is_loaded_with(directories, tmp_path):
             DiDiModel.from_pretrained(tmp_path / "merged", backbone=backbone)
 
 
-CONFIG = peft.LoraConfig(r=2, target_modules=["q_proj"])
+def lora() -> peft.LoraConfig:
+    return peft.LoraConfig(r=2, target_modules=["q_proj"])
 
 
 def wrapped(model: nn.Module) -> nn.Module:
-    return peft.get_peft_model(model, CONFIG)
+    return peft.get_peft_model(model, lora())
 
 
 def injected(model: nn.Module) -> nn.Module:
-    return peft.inject_adapter_in_model(CONFIG, model)
+    return peft.inject_adapter_in_model(lora(), model)
 
 
 def added(model: nn.Module) -> nn.Module:
-    model.add_adapter(CONFIG)
+    try:
+        model.add_adapter(lora())
+    except ValueError as error:  # transformers 5 on an older PEFT
+        pytest.skip(str(error))
     return model
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 from fusion_bench.models.modulator import ModulatedModel
@@ -113,4 +114,8 @@ def generation_for(
     found = generation_of(info, tasks[0], backbone) if tasks else None
     if found is None:
         return {}
-    return {"generation_config": found, "use_model_defaults": False}
+    # transformers 4 would put the base model's values in place of defaults
+    known = "use_model_defaults" in signature(backbone.generate).parameters
+    return {"generation_config": found} | (
+        {"use_model_defaults": False} if known else {}
+    )

@@ -350,7 +350,8 @@ def test_prompts_of_several_lengths_go_on_as_by_themselves(kind, tmp_path):
     rows = [runner.row(t, p, 6) for t, p in zip(TASKS, ["w9", "w1 w2 w3 w4 w5", "w6"])]
     together = [answer.text for answer in runner(rows)]
     assert together == [runner([row])[0].text for row in rows]
-    assert runner.skips_padding == (kind in ("llama", "gpt2"))
+    if not kind.startswith("mamba"):  # which transformers 5 has taught to
+        assert runner.skips_padding == (kind != "rwkv")
 
 
 def test_texts_end_by_the_tokens_of_their_task(language):

@@ -75,6 +75,10 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+#: What this transformers calls the argument for the type.
+TYPE = (
+    "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+)
 _NO_CODE = ("trust_remote_code", False)
 _PLACE = "pretrained_model_name_or_path"
 _WAY_OUT = "Pass backbone=<the base model of the merge>."
@@ -210,8 +214,7 @@ def _ready(
             raise _refused(f"the type {asked!r}", f"one of {sorted(DTYPES)}")
         asked = DTYPES[kind]
     if asked is not None:
-        new = Version(transformers.__version__) >= Version("4.56")
-        found["dtype" if new else "torch_dtype"] = asked
+        found[TYPE] = asked
     found[_PLACE] = place_of(found[_PLACE], directory)
     subfolder = found.get("subfolder", "")
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:

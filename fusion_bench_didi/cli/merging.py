@@ -122,13 +122,14 @@ def _fabric(device: str, devices: int | None) -> tuple[Any, int]:
 
 
 def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
-    """The host's pool of directories.
+    """The host's pool of directories, every model in the type that its checkpoint says.
 
     Raises:
         click.BadParameter: for two tasks of one name.
     """
     from fusion_bench.modelpool import BaseModelPool
 
+    from ..checkpoint.loaders import TYPE
     from ..pools.entries import BASE
 
     places = {BASE: base}
@@ -142,7 +143,7 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
             )
         places[task] = place
     name = model_class or _class_of(places)
-    load = {"_target_": f"transformers.{name}.from_pretrained"}
+    load = {"_target_": f"transformers.{name}.from_pretrained", TYPE: "auto"}
     return BaseModelPool(
         {
             task: {**load, "pretrained_model_name_or_path": place}

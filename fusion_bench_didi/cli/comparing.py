@@ -49,7 +49,9 @@ def compare(
     """
     from fusion_bench.utils import instantiate
     from fusion_bench.utils.hydra_utils import initialize_hydra_config
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
 
     keys = [one.partition("=")[0].lstrip("+~") for one in overrides]
     for option, stands_for in _STANDS_FOR.items():
@@ -58,7 +60,10 @@ def compare(
             options.not_beside(keys, called, *stands_for)
     here = [f"path.log_dir={out}", f"path.work_dir={os.getcwd()}"]
     here += [f"seed={seed}"] if "seed" not in keys else []
-    config = initialize_hydra_config("didi_compare", [*here, *overrides])
+    try:
+        config = initialize_hydra_config("didi_compare", [*here, *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _not_composed(error) from None
     with open_dict(config):
         if only:
             config.only = _names(only)
@@ -75,9 +80,19 @@ def compare(
                 config[pool] = {"_target_": cls, "_recursive_": False, "root": suite}
         for pool in ("modelpool", "taskpool") if tasks else ():
             config[pool].tasks = _names(tasks)
-    OmegaConf.resolve(config)
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise _not_composed(error) from None
     options.silence_host()
     instantiate(config).run()
+
+
+def _not_composed(error: Exception) -> click.BadParameter:
+    return click.BadParameter(
+        f"{options.first_line(error)}. They are KEY=VALUE, as of fusion_bench --config-name didi_compare.",
+        param_hint="overrides",
+    )
 
 
 @click.command(no_args_is_help=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..errors import CheckpointMismatchError
+from ..errors import CheckpointMismatchError, SettingsError, spelled
 from ..files import from_home
 from . import options
 
@@ -125,7 +125,7 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
     """The host's pool of directories, every model in the type that its checkpoint says.
 
     Raises:
-        click.BadParameter: for two tasks of one name.
+        click.BadParameter: for two tasks of one name, and for a name that is no task's.
     """
     from fusion_bench.modelpool import BaseModelPool
 
@@ -137,6 +137,11 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
         task, equals, place = model.partition("=")
         if not equals:
             task, place = Path(model).name, model
+        if BaseModelPool.is_special_model(task):
+            raise click.BadParameter(
+                f"names in underscores are no tasks, as {task!r}; give TASK={place}.",
+                param_hint="models",
+            )
         if task in places:
             raise click.BadParameter(
                 f"two models are called {task!r}; give TASK=MODEL.", param_hint="models"
@@ -227,7 +232,7 @@ def _check_keys(owner: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
     """Settings must be among those that there are, on every level; an empty one is made to be filled.
 
     Raises:
-        SettingsError: with the nearest that there is.
+        SettingsError: with the nearest that there is, and for one that is of another shape.
     """
     from ..options import unknown_setting
 
@@ -235,6 +240,14 @@ def _check_keys(owner: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
         if key not in known:
             raise unknown_setting(owner, key, known)
         inner = known[key]
+        if isinstance(value, Mapping) and isinstance(inner, list):
+            raise SettingsError(
+                f"{owner}: {key} is a list, and has no {next(iter(value))}. Give all of it: {spelled(key, '[...]')}."
+            )
+        if isinstance(value, list) and isinstance(inner, Mapping):
+            raise SettingsError(
+                f"{owner}: {key} has settings of its own, and is no list. Give these: {spelled(f'{key}.KEY', 'VALUE')}."
+            )
         if isinstance(value, Mapping) and isinstance(inner, Mapping) and inner:
             _check_keys(f"{owner}: {key}", value, inner)
 

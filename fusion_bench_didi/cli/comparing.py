@@ -4,6 +4,7 @@ import os
 
 import click
 
+from ..files import from_home
 from . import options
 
 #: Overrides that an option of ``didi compare`` stands for.
@@ -58,13 +59,18 @@ def compare(
         if options.given(option):
             called = f"--{option.replace('_', '-')}"
             options.not_beside(keys, called, *stands_for)
-    here = [f"path.log_dir={out}", f"path.work_dir={os.getcwd()}"]
-    here += [f"seed={seed}"] if "seed" not in keys else []
+    here = {
+        "path.log_dir": str(from_home(out)),
+        "path.work_dir": os.getcwd(),
+        "seed": seed,
+    }
     try:
-        config = initialize_hydra_config("didi_compare", [*here, *overrides])
+        config = initialize_hydra_config("didi_compare", list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise _not_composed(error) from None
     with open_dict(config):
+        for key in here.keys() - set(keys):
+            OmegaConf.update(config, key, here[key])
         if only:
             config.only = _names(only)
         if skip:
@@ -108,18 +114,17 @@ def report(directories: tuple[str, ...], out: str | None) -> None:
     """
     if (len(directories) > 1) != (out is not None):
         raise click.UsageError("--out is for several directories, and they need it.")
-    from pathlib import Path
-
     from ..checkpoint.directory import write_json
     from ..programs.rows import SETTINGS
     from ..report import Comparison, whereabouts, write_report
     from ..report.seeds import over_seeds
     from ..report.terminal import print_table
 
-    found = [Comparison.read(Path(d) / "comparison.json") for d in directories]
-    directory = Path(out or directories[0])
+    places = [from_home(d) for d in directories]
+    found = [Comparison.read(d / "comparison.json") for d in places]
+    directory = from_home(out or places[0])
     if out is not None:
-        given = any(directory.resolve() == Path(d).resolve() for d in directories)
+        given = any(directory.resolve() == d.resolve() for d in places)
         if given or (directory / SETTINGS).exists():
             raise click.UsageError(
                 f"{out} holds a comparison that was run, which means would replace. Give another --out."

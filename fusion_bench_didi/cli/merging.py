@@ -147,6 +147,11 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
                 f"two models are called {task!r}; give TASK=MODEL.", param_hint="models"
             )
         places[task] = place
+    # the host would not know
+    places = {
+        task: str(from_home(place)) if place.startswith("~") else place
+        for task, place in places.items()
+    }
     name = model_class or _class_of(places)
     load = {"_target_": f"transformers.{name}.from_pretrained", TYPE: "auto"}
     return BaseModelPool(

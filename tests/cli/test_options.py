@@ -147,11 +147,12 @@ def test_an_override_that_an_option_stands_for_is_refused(tmp_path, line, told):
 
 
 def test_an_override_counts_where_no_option_says_otherwise(demo_suite, tmp_path):
-    run("compare", "-o", tmp_path, *small(demo_suite), "only=[pretrained]", "report=false", "seed=3")  # fmt: skip
-    found = json.loads((tmp_path / "comparison.json").read_text())
+    place = tmp_path / "of a, b={c} d"  # no grammar reads it
+    run("compare", "-o", place, *small(demo_suite), "only=[pretrained]", "report=false", "seed=3")  # fmt: skip
+    found = json.loads((place / "comparison.json").read_text())
     assert [row["key"] for row in found["rows"]] == ["pretrained"]
-    assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 3
-    assert not (tmp_path / "comparison.html").exists()
+    assert json.loads((place / "settings.json").read_text())["seed"] == 3
+    assert not (place / "comparison.html").exists()
 
 
 @pytest.mark.parametrize("device", ["cuda", "nowhere", "meta", "cuda:99"])

@@ -88,7 +88,7 @@ def merge(
     if model is None or not fabric.is_global_zero:
         return
     if not made.config.get("output_dir"):
-        _save(model, out, overwrite=overwrite)
+        _save(model, out, method, overwrite=overwrite)
     seconds = time.perf_counter() - start
     told = str(model) if isinstance(model, DynamicModel) else type(model).__name__
     click.echo(f"{told}\n\nmerged in {seconds:.1f} s; written to {out}")
@@ -273,9 +273,11 @@ def _no_method(name: str) -> click.UsageError:
     return click.UsageError(f"There is no method {name}. {hint}")
 
 
-def _save(model: Any, out: str, *, overwrite: bool) -> None:
-    """A model with experts by its own ``save_pretrained``, a static one as a plain checkpoint."""
+def _save(model: Any, out: str, method: str, *, overwrite: bool) -> None:
+    """A model with experts by its own ``save_pretrained``, a static one as a plain checkpoint that says who wrote it."""
+    from ..checkpoint.deltas import versions, write_manifest
     from ..checkpoint.directory import whole_directory
+    from ..checkpoint.ours import PLAIN, held_by
     from ..models import DynamicModel
 
     if isinstance(model, DynamicModel):
@@ -283,6 +285,9 @@ def _save(model: Any, out: str, *, overwrite: bool) -> None:
         return
     with whole_directory(out, overwrite=overwrite) as place:
         model.save_pretrained(place)
+        files = sorted(path.name for path in held_by(place))
+        told = {"method": method, "files": files, "versions": versions()}
+        write_manifest(place / PLAIN, told)
 
 
 @click.command()

@@ -35,3 +35,28 @@ def test_models_keep_the_type_of_their_checkpoints(
         out = tmp_path / "plain" / "svhn"
     found = load_file(out / "model.safetensors").values()
     assert {v.dtype for v in found if v.is_floating_point()} == {dtype}
+
+
+@pytest.mark.parametrize("first", ["didi/emr", "simple_average"])
+@pytest.mark.parametrize("then", ["didi/emr", "simple_average"])
+def test_what_a_merge_wrote_can_be_replaced(tiny_clip_dir, tmp_path, first, then):
+    line = ["merge", *places(tiny_clip_dir), "-o", tmp_path / "m", "--method"]
+    run(*line, first)
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="replace it: --overwrite"):
+        run(*line, then)
+    run(*line, then, "--overwrite")
+    run("merge", *places(tiny_clip_dir), "-o", tmp_path / "fresh", "--method", then)
+    names = {p.name for p in (tmp_path / "fresh").iterdir()}
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {*names, "notes.txt"}
+    (tmp_path / "m" / "base.safetensors").write_bytes(b"mine")
+    for given in ([], ["--overwrite"]):
+        with pytest.raises(FileExistsError, match="also holds base.safetensors"):
+            run(*line, then, *given)
+
+
+@pytest.mark.parametrize("given", [[], ["--overwrite"]])
+def test_what_no_merge_wrote_is_not_to_be_replaced(tiny_clip_dir, tmp_path, given):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="overwritten. Choose another directory"):
+        run("merge", *places(tiny_clip_dir), "-o", tmp_path, *given)

@@ -19,7 +19,7 @@ from packaging.version import Version
 from torch import nn
 from transformers.utils import cached_file
 
-from ..errors import DiDiError
+from ..errors import DiDiError, spelled
 from ..files import from_home
 from ..pools.counts import check_counts, pairs
 from ..pools.weight_files import Weights, index_files, open_weights
@@ -81,7 +81,6 @@ TYPE = (
 )
 _NO_CODE = ("trust_remote_code", False)
 _PLACE = "pretrained_model_name_or_path"
-_WAY_OUT = "Pass backbone=<the base model of the merge>."
 
 
 def load(
@@ -118,7 +117,7 @@ def load(
         raise
     except Exception as error:  # of any type, for it comes of files of any content
         raise DiDiError(
-            f"The backbone cannot be loaded from {source!r} ({type(error).__name__}: {error}). {_WAY_OUT}"
+            f"The backbone cannot be loaded from {source!r} ({type(error).__name__}: {error}). {_way_out()}"
         ) from error
     if weights and found["missing_keys"] and fill(model, open_weights(*weights)):
         return model, frozenset()
@@ -137,10 +136,14 @@ def described(source: Any) -> Any:
     return {k: described(v) if k == _PLACE else v for k, v in kept.items()}
 
 
+def _way_out() -> str:
+    return f"Pass {spelled('backbone', '<the base model of the merge>')}."
+
+
 def _refused(found: str, expected: str) -> DiDiError:
     return DiDiError(
         f"The saved model's backbone is given by {found}, expected {expected}; anything else may run code, and is not loaded. "
-        f"{_WAY_OUT}"
+        f"{_way_out()}"
     )
 
 
@@ -233,7 +236,7 @@ def place_of(source: str, directory: Path) -> str:
         validate_repo_id(source)
     except HFValidationError as error:
         raise DiDiError(
-            f"The backbone lay in {source!r}, where no directory is any more. {_WAY_OUT}"
+            f"The backbone lay in {source!r}, where no directory is any more. {_way_out()}"
         ) from error
     return source
 

@@ -8,8 +8,16 @@ from click.core import ParameterSource
 
 from ..errors import DiDiError, Spelling, as_key
 
-#: Keywords by the options that stand for them.
-_CALLED = {"output_dir": "out"}
+#: Options by the keywords that they stand for.
+_CALLED = {
+    "output_dir": "out",
+    "path.log_dir": "out",
+    "backbone": "base",
+    "modelpool.root": "suite",
+    "taskpool.root": "suite",
+}
+#: What commands do not take that have settings of one method.
+_POOLS = ("modelpool", "taskpool")
 
 out = click.option(
     "-o",
@@ -71,7 +79,11 @@ def spelling(command: click.Command | None) -> Spelling:
             option = max(found.opts, key=len)
             given = "PATTERN" if found.multiple else value
             return option if found.is_flag or not value else f"{option} {given}"
-        return f"-s {as_key(key, value)}" if "settings" in known else as_key(key, value)
+        if "settings" not in known:
+            return as_key(key, value)
+        if key.partition(".")[0] in _POOLS:
+            return f"{as_key(key, value)} with fusion_bench"
+        return f"-s {as_key(key, value)}"
 
     return spell
 

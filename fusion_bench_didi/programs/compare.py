@@ -21,7 +21,7 @@ from ..checkpoint.deltas import versions
 from ..checkpoint.directory import alone, check_seen, write_json
 from ..distributed.fabrics import fabric_of_one
 from ..distributed.ranks import Ranks, by_itself, ranks_here
-from ..errors import as_key, spelled_as
+from ..errors import as_key, spelled_unless_told
 from ..options import check_keywords
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
@@ -100,7 +100,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         self.fabric  # starts them
         ranks = ranks_here()
         try:
-            with spelled_as(as_key):
+            with spelled_unless_told(as_key):
                 return self._on(ranks)
         except BaseException as error:
             ranks.fail(error)

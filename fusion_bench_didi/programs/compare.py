@@ -126,9 +126,10 @@ class ComparisonProgram(FabricModelFusionProgram):
         return comparison
 
     def _store(self, *, restart: bool = False) -> RowStore:
+        asked = {entry.key: declared(entry) for entry in self.entries}
         store = RowStore(self.directory, self._settings(), restart=restart)
-        for entry in self.entries:
-            store.check(entry.key, declared(entry))
+        for key, one in asked.items():
+            store.check(key, one)
         return store
 
     def _compare(self, ranks: Ranks, store: RowStore) -> dict[str, Any]:

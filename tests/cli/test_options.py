@@ -196,3 +196,11 @@ def test_a_library_that_there_is_not_is_not_empty(tmp_path):
 def test_tasks_that_a_suite_has_not_are_told(demo_suite, tmp_path):
     with pytest.raises(DiDiError, match="has no nosuch"):
         run("compare", "-o", tmp_path, *small(demo_suite), "--tasks", "nosuch")
+
+
+def test_a_comparison_none_of_whose_methods_succeeds_is_an_error(demo_suite, tmp_path):
+    line = ["compare", "-o", tmp_path, *small(demo_suite), "--no-report"]
+    entry = "+entries.bad={name: Bad, method: no/such, group: static}"
+    with pytest.raises(DiDiError, match="No method of .* has figures; Bad: Missing"):
+        run(*line, entry, "--only", "bad")
+    run(*line, entry, "--only", "bad,pretrained")

@@ -4,7 +4,7 @@ Ways out name settings, as whoever is told types them: as a keyword, as a key of
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 
 class DiDiError(ValueError):
@@ -60,6 +60,13 @@ def spelled(key: str, value: str = "") -> str:
 
 
 @contextmanager
+def spelled_unless_told(spelling: Spelling) -> Iterator[None]:
+    """While the block runs, settings are spelled so, if no program that it is run by has said how."""
+    with nullcontext() if len(_spellings) > 1 else spelled_as(spelling):
+        yield
+
+
+@contextmanager
 def spelled_as(spelling: Spelling) -> Iterator[None]:
     """While the block runs, settings are spelled so."""
     _spellings.append(spelling)
@@ -67,6 +74,10 @@ def spelled_as(spelling: Spelling) -> Iterator[None]:
         yield
     finally:
         _spellings.remove(spelling)
+
+
+#: First parts of what is no setting of a method.
+_BESIDE_METHODS = ("backbone", "modelpool", "taskpool", "path")
 
 
 def as_key(key: str, value: str) -> str:
@@ -78,6 +89,8 @@ def _as_keyword_or_key_of_a_method(key: str, value: str) -> str:
     """A setting spelled for Python, or below ``method`` where Hydra runs."""
     from hydra.core.hydra_config import HydraConfig
 
+    if key.partition(".")[0] in _BESIDE_METHODS:
+        return as_key(key, value)
     if HydraConfig.initialized():
         return f"method.{as_key(key, value)}"
     if value in ("true", "false"):

@@ -27,6 +27,7 @@ from ..checkpoint.fields import Field
 from ..checkpoint.hub import local_directory
 from ..checkpoint.ours import CONFIG
 from ..errors import CheckpointMismatchError
+from ..files import from_home
 from ..models.dynamic import DynamicModel
 from .forms import (
     BACKBONE,
@@ -90,7 +91,7 @@ def save_artifact(
         CheckpointMismatchError: if the model differs from the base model where no task does, so that it could not be
             loaded again.
     """
-    directory = Path(directory)
+    directory = from_home(directory)
     if isinstance(model, DynamicModel):
         model.save_pretrained(directory, overwrite=overwrite)
         return written(directory)
@@ -161,7 +162,7 @@ load_artifact = load
 def written(directory: str | Path) -> Written:
     """Bytes of what lies there, from the headers of the files, and what it is from the configuration."""
     beyond = backbone = headers = 0
-    for file in Path(directory).rglob("*.safetensors"):
+    for file in from_home(directory).rglob("*.safetensors"):
         with file.open("rb") as opened:
             header = 8 + int.from_bytes(opened.read(8), "little")
         size = file.stat().st_size - header

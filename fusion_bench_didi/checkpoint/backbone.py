@@ -9,7 +9,7 @@ from typing import Any
 from fusion_bench.models.modulator import ModulatedModel
 from torch import Tensor, nn
 
-from ..errors import CheckpointMismatchError, DiDiError, some
+from ..errors import CheckpointMismatchError, DiDiError, some, spelled
 from ..files import from_home
 from ..task_vectors.digests import digests
 from ..task_vectors.live_models import check_values
@@ -194,7 +194,7 @@ def load_backbone(
     if not source:
         raise DiDiError(
             f"The saved model does not say where its backbone ({entry['class']}) lies: it was merged from modules in memory. "
-            "Pass backbone=<the base model> to from_pretrained."
+            f"Pass {spelled('backbone', '<the base model>')}."
         )
     return loaders.load(
         entry["class"], source, directory=directory, dtype=entry.get("dtype")

@@ -17,6 +17,7 @@ from ..deltas.kinds import KINDS
 from ..deltas.names import escaped
 from ..deltas.plain import OwnDelta
 from ..errors import CheckpointMismatchError, DiDiError
+from ..files import from_home
 from .directory import write_json
 from .fields import CHECKSUM, Field, read_object, sealed
 from .ours import CONFIG, MARK
@@ -240,7 +241,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         CheckpointMismatchError: if it was altered, cannot be read, or is of something else.
         DiDiError: if it is of a later format.
     """
-    path = Path(directory) / CONFIG
+    path = from_home(directory) / CONFIG
     if not path.parent.exists():
         raise FileNotFoundError(
             f"{directory} does not exist. Give the directory of a merged model."

@@ -23,7 +23,7 @@ from ..errors import DiDiError, RankError, spelled
 from ..files import from_home, no_room, sync, write_whole
 from .exchange import exchange, rename_new
 from .locks import held, is_held
-from .ours import SAVED, Kind, is_ours
+from .ours import SAVED, Kind
 
 #: Names are cut to so many bytes where others are made of them.
 _LONGEST = 200
@@ -86,16 +86,13 @@ def _check_replaceable(
         raise FileExistsError(
             f"{target} is {found}, so no directory is made of it. Choose another directory."
         )
-    if not overwrite:
-        raise FileExistsError(
-            f"{target} exists. Choose another directory, or replace it: {spelled('overwrite', 'true')}."
-        )
-    if any(place.iterdir()) and not is_ours(place, kind.mark):
+    found = kind.found(place)
+    if found is None and any(place.iterdir()):
         raise FileExistsError(
             f"{target} exists and is no saved model of this package ({kind.mark} does not say so), so it is not overwritten. "
             "Choose another directory."
         )
-    if strange := sorted(kind.others(place)):
+    if strange := sorted(found.others(place)) if found else []:
         raise FileExistsError(
             f"{target} also holds {', '.join(strange[:4])}, which this package did not write and which would be lost, so it is not "
             "overwritten. Put that elsewhere, or choose another directory."
@@ -103,6 +100,10 @@ def _check_replaceable(
     if os.path.ismount(place):
         raise FileExistsError(
             f"{target} is a mounted file system and cannot be replaced. Choose a directory in it."
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} exists. Choose another directory, or replace it: {spelled('overwrite', 'true')}."
         )
 
 
@@ -246,7 +247,7 @@ def _put(beside: Path, place: Path, overwrite: bool, kind: Kind) -> None:
 
 def _keep_notes(place: Path, beside: Path, kind: Kind) -> None:
     """Files that someone put beside a saved model stay when it is replaced."""
-    for inside in kind.notes(place):
+    for inside in (kind.found(place) or kind).notes(place):
         target = beside / inside
         if os.path.lexists(target):
             continue

@@ -19,7 +19,7 @@ from packaging.version import Version
 from torch import nn
 from transformers.utils import cached_file
 
-from ..errors import DiDiError
+from ..errors import DiDiError, spelled
 from ..files import from_home
 from ..pools.counts import check_counts, pairs
 from ..pools.weight_files import Weights, index_files, open_weights
@@ -75,9 +75,12 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+#: What this transformers calls the argument for the type.
+TYPE = (
+    "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+)
 _NO_CODE = ("trust_remote_code", False)
 _PLACE = "pretrained_model_name_or_path"
-_WAY_OUT = "Pass backbone=<the base model of the merge>."
 
 
 def load(
@@ -114,7 +117,7 @@ def load(
         raise
     except Exception as error:  # of any type, for it comes of files of any content
         raise DiDiError(
-            f"The backbone cannot be loaded from {source!r} ({type(error).__name__}: {error}). {_WAY_OUT}"
+            f"The backbone cannot be loaded from {source!r} ({type(error).__name__}: {error}). {_way_out()}"
         ) from error
     if weights and found["missing_keys"] and fill(model, open_weights(*weights)):
         return model, frozenset()
@@ -133,10 +136,14 @@ def described(source: Any) -> Any:
     return {k: described(v) if k == _PLACE else v for k, v in kept.items()}
 
 
+def _way_out() -> str:
+    return f"Pass {spelled('backbone', '<the base model of the merge>')}."
+
+
 def _refused(found: str, expected: str) -> DiDiError:
     return DiDiError(
         f"The saved model's backbone is given by {found}, expected {expected}; anything else may run code, and is not loaded. "
-        f"{_WAY_OUT}"
+        f"{_way_out()}"
     )
 
 
@@ -210,8 +217,7 @@ def _ready(
             raise _refused(f"the type {asked!r}", f"one of {sorted(DTYPES)}")
         asked = DTYPES[kind]
     if asked is not None:
-        new = Version(transformers.__version__) >= Version("4.56")
-        found["dtype" if new else "torch_dtype"] = asked
+        found[TYPE] = asked
     found[_PLACE] = place_of(found[_PLACE], directory)
     subfolder = found.get("subfolder", "")
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
@@ -230,7 +236,7 @@ def place_of(source: str, directory: Path) -> str:
         validate_repo_id(source)
     except HFValidationError as error:
         raise DiDiError(
-            f"The backbone lay in {source!r}, where no directory is any more. {_WAY_OUT}"
+            f"The backbone lay in {source!r}, where no directory is any more. {_way_out()}"
         ) from error
     return source
 

@@ -12,6 +12,8 @@ from .fields import read_object
 CONFIG = "config.json"
 #: Under this key a manifest says who wrote it.
 MARK = "fusion-bench-didi"
+#: What says so of a merge that is a plain checkpoint, whose ``config.json`` is the model's own.
+PLAIN = "merge.json"
 #: The manifest of a module of MERGE's library, which lies within a saved model too.
 MODULE = "module.json"
 #: What the hub's client leaves in a directory, and the end of the name of an index of shards.
@@ -87,11 +89,19 @@ class Kind:
         mark: the file in it that says so.
         others: what is held in such a directory that is no part of it and could not be had again.
         written: names of files in it, beside weights and their index, that are written with it; the mark is one.
+        instead: another kind, which may lie in its place.
     """
 
     mark: str
     others: Callable[[Path], list[str]]
     written: frozenset[str]
+    instead: "Kind | None" = None
+
+    def found(self, directory: Path) -> "Kind | None":
+        """The kind that a directory says it is, of those that may lie there."""
+        if is_ours(directory, self.mark):
+            return self
+        return self.instead and self.instead.found(directory)
 
     def notes(self, directory: Path) -> Iterator[Path]:
         """Files beside what is written, which someone else put there: paths within the directory."""
@@ -105,4 +115,12 @@ class Kind:
                 yield inside
 
 
-SAVED = Kind(CONFIG, others, frozenset(("README.md", MODULE)))
+def _others_of_plain(directory: Path) -> list[str]:
+    files = read_object(directory / PLAIN, whole=False).get("files")
+    known = [_HUB, *(files if isinstance(files, list) else ())]
+    return [p.name for p in held_by(directory) if p.name not in known]
+
+
+#: Merges: those that are plain checkpoints, and all others.
+CHECKPOINT = Kind(PLAIN, _others_of_plain, frozenset((CONFIG, "generation_config.json")))  # fmt: skip
+SAVED = Kind(CONFIG, others, frozenset(("README.md", MODULE)), CHECKPOINT)

@@ -4,6 +4,7 @@ import os
 
 import click
 
+from ..files import from_home
 from . import options
 
 #: Overrides that an option of ``didi compare`` stands for.
@@ -49,17 +50,29 @@ def compare(
     """
     from fusion_bench.utils import instantiate
     from fusion_bench.utils.hydra_utils import initialize_hydra_config
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ..programs.entries import ComparisonError
 
     keys = [one.partition("=")[0].lstrip("+~") for one in overrides]
     for option, stands_for in _STANDS_FOR.items():
         if options.given(option):
             called = f"--{option.replace('_', '-')}"
             options.not_beside(keys, called, *stands_for)
-    here = [f"path.log_dir={out}", f"path.work_dir={os.getcwd()}"]
-    here += [f"seed={seed}"] if "seed" not in keys else []
-    config = initialize_hydra_config("didi_compare", [*here, *overrides])
+    here = {
+        "path.log_dir": str(from_home(out)),
+        "path.work_dir": os.getcwd(),
+        "seed": seed,
+    }
+    try:
+        config = initialize_hydra_config("didi_compare", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _not_composed(error) from None
     with open_dict(config):
+        for key in here.keys() - set(keys):
+            OmegaConf.update(config, key, here[key])
         if only:
             config.only = _names(only)
         if skip:
@@ -75,9 +88,23 @@ def compare(
                 config[pool] = {"_target_": cls, "_recursive_": False, "root": suite}
         for pool in ("modelpool", "taskpool") if tasks else ():
             config[pool].tasks = _names(tasks)
-    OmegaConf.resolve(config)
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise _not_composed(error) from None
     options.silence_host()
-    instantiate(config).run()
+    rows = instantiate(config).run()["rows"]
+    if rows and all(row["error"] for row in rows):
+        raise ComparisonError(
+            f"No method of {out} has figures; {rows[0]['method']}: {rows[0]['error']}"
+        )
+
+
+def _not_composed(error: Exception) -> click.BadParameter:
+    return click.BadParameter(
+        f"{options.first_line(error)}. They are KEY=VALUE, as of fusion_bench --config-name didi_compare.",
+        param_hint="overrides",
+    )
 
 
 @click.command(no_args_is_help=True)
@@ -93,18 +120,17 @@ def report(directories: tuple[str, ...], out: str | None) -> None:
     """
     if (len(directories) > 1) != (out is not None):
         raise click.UsageError("--out is for several directories, and they need it.")
-    from pathlib import Path
-
     from ..checkpoint.directory import write_json
     from ..programs.rows import SETTINGS
     from ..report import Comparison, whereabouts, write_report
     from ..report.seeds import over_seeds
     from ..report.terminal import print_table
 
-    found = [Comparison.read(Path(d) / "comparison.json") for d in directories]
-    directory = Path(out or directories[0])
+    places = [from_home(d) for d in directories]
+    found = [Comparison.read(d / "comparison.json") for d in places]
+    directory = from_home(out or places[0])
     if out is not None:
-        given = any(directory.resolve() == Path(d).resolve() for d in directories)
+        given = any(directory.resolve() == d.resolve() for d in places)
         if given or (directory / SETTINGS).exists():
             raise click.UsageError(
                 f"{out} holds a comparison that was run, which means would replace. Give another --out."

@@ -6,6 +6,15 @@ from . import options
 
 #: so many lines of a report are printed
 _MOST = 16
+#: Arguments and options, and the keywords that they stand for.
+_SAID_BY = {
+    "DIRECTORY": "directory",
+    "OUT": "out",
+    "--form": "form",
+    "--task": "tasks",
+    "--base": "base",
+    "--overwrite": "overwrite",
+}
 
 
 @click.command(no_args_is_help=True)
@@ -40,6 +49,9 @@ def export(
     from ..export import export as write
     from ..export.common import folder
 
+    given = options.values_of(settings)
+    for option, key in _SAID_BY.items():
+        options.not_beside(given, option, key)
     report = write(
         directory,
         out,
@@ -47,7 +59,7 @@ def export(
         tasks=list(tasks) or None,
         base=base,
         overwrite=overwrite,
-        **options.values_of(settings),
+        **given,
     )
     lines = str(report).splitlines()
     click.echo("\n".join(lines[:_MOST]))

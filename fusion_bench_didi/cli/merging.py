@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..errors import CheckpointMismatchError
+from ..errors import CheckpointMismatchError, SettingsError, spelled
 from ..files import from_home
 from . import options
 
@@ -88,7 +88,7 @@ def merge(
     if model is None or not fabric.is_global_zero:
         return
     if not made.config.get("output_dir"):
-        _save(model, out, overwrite=overwrite)
+        _save(model, out, method, overwrite=overwrite)
     seconds = time.perf_counter() - start
     told = str(model) if isinstance(model, DynamicModel) else type(model).__name__
     click.echo(f"{told}\n\nmerged in {seconds:.1f} s; written to {out}")
@@ -122,13 +122,14 @@ def _fabric(device: str, devices: int | None) -> tuple[Any, int]:
 
 
 def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
-    """The host's pool of directories.
+    """The host's pool of directories, every model in the type that its checkpoint says.
 
     Raises:
-        click.BadParameter: for two tasks of one name.
+        click.BadParameter: for two tasks of one name, and for a name that is no task's.
     """
     from fusion_bench.modelpool import BaseModelPool
 
+    from ..checkpoint.loaders import TYPE
     from ..pools.entries import BASE
 
     places = {BASE: base}
@@ -136,13 +137,23 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
         task, equals, place = model.partition("=")
         if not equals:
             task, place = Path(model).name, model
+        if BaseModelPool.is_special_model(task):
+            raise click.BadParameter(
+                f"names in underscores are no tasks, as {task!r}; give TASK={place}.",
+                param_hint="models",
+            )
         if task in places:
             raise click.BadParameter(
                 f"two models are called {task!r}; give TASK=MODEL.", param_hint="models"
             )
         places[task] = place
+    # the host would not know
+    places = {
+        task: str(from_home(place)) if place.startswith("~") else place
+        for task, place in places.items()
+    }
     name = model_class or _class_of(places)
-    load = {"_target_": f"transformers.{name}.from_pretrained"}
+    load = {"_target_": f"transformers.{name}.from_pretrained", TYPE: "auto"}
     return BaseModelPool(
         {
             task: {**load, "pretrained_model_name_or_path": place}
@@ -226,7 +237,7 @@ def _check_keys(owner: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
     """Settings must be among those that there are, on every level; an empty one is made to be filled.
 
     Raises:
-        SettingsError: with the nearest that there is.
+        SettingsError: with the nearest that there is, and for one that is of another shape.
     """
     from ..options import unknown_setting
 
@@ -234,6 +245,14 @@ def _check_keys(owner: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
         if key not in known:
             raise unknown_setting(owner, key, known)
         inner = known[key]
+        if isinstance(value, Mapping) and isinstance(inner, list):
+            raise SettingsError(
+                f"{owner}: {key} is a list, and has no {next(iter(value))}. Give all of it: {spelled(key, '[...]')}."
+            )
+        if isinstance(value, list) and isinstance(inner, Mapping):
+            raise SettingsError(
+                f"{owner}: {key} has settings of its own, and is no list. Give these: {spelled(f'{key}.KEY', 'VALUE')}."
+            )
         if isinstance(value, Mapping) and isinstance(inner, Mapping) and inner:
             _check_keys(f"{owner}: {key}", value, inner)
 
@@ -254,9 +273,11 @@ def _no_method(name: str) -> click.UsageError:
     return click.UsageError(f"There is no method {name}. {hint}")
 
 
-def _save(model: Any, out: str, *, overwrite: bool) -> None:
-    """A model with experts by its own ``save_pretrained``, a static one as a plain checkpoint."""
+def _save(model: Any, out: str, method: str, *, overwrite: bool) -> None:
+    """A model with experts by its own ``save_pretrained``, a static one as a plain checkpoint that says who wrote it."""
+    from ..checkpoint.deltas import versions, write_manifest
     from ..checkpoint.directory import whole_directory
+    from ..checkpoint.ours import PLAIN, held_by
     from ..models import DynamicModel
 
     if isinstance(model, DynamicModel):
@@ -264,6 +285,9 @@ def _save(model: Any, out: str, *, overwrite: bool) -> None:
         return
     with whole_directory(out, overwrite=overwrite) as place:
         model.save_pretrained(place)
+        files = sorted(path.name for path in held_by(place))
+        told = {"method": method, "files": files, "versions": versions()}
+        write_manifest(place / PLAIN, told)
 
 
 @click.command()

@@ -8,8 +8,16 @@ from click.core import ParameterSource
 
 from ..errors import DiDiError, Spelling, as_key
 
-#: Keywords by the options that stand for them.
-_CALLED = {"output_dir": "out"}
+#: Options by the keywords that they stand for.
+_CALLED = {
+    "output_dir": "out",
+    "path.log_dir": "out",
+    "backbone": "base",
+    "modelpool.root": "suite",
+    "taskpool.root": "suite",
+}
+#: What commands do not take that have settings of one method.
+_POOLS = ("modelpool", "taskpool")
 
 out = click.option(
     "-o",
@@ -71,7 +79,11 @@ def spelling(command: click.Command | None) -> Spelling:
             option = max(found.opts, key=len)
             given = "PATTERN" if found.multiple else value
             return option if found.is_flag or not value else f"{option} {given}"
-        return f"-s {as_key(key, value)}" if "settings" in known else as_key(key, value)
+        if "settings" not in known:
+            return as_key(key, value)
+        if key.partition(".")[0] in _POOLS:
+            return f"{as_key(key, value)} with fusion_bench"
+        return f"-s {as_key(key, value)}"
 
     return spell
 
@@ -137,9 +149,11 @@ def values_of(settings: Sequence[str]) -> dict[str, Any]:
     """``KEY=VALUE`` as a mapping, values read as YAML.
 
     Raises:
-        click.BadParameter: for what is no pair, and for a key that is given twice.
+        click.BadParameter: for what is no pair, cannot be read or has no value, and for a key that is given twice.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     if wrong := [one for one in settings if "=" not in one]:
         raise click.BadParameter(f"{wrong[0]!r} is no KEY=VALUE.", param_hint="--set")
@@ -149,4 +163,33 @@ def values_of(settings: Sequence[str]) -> dict[str, Any]:
             f"{twice[0]} is given {keys.count(twice[0])} times. Give it once.",
             param_hint="--set",
         )
-    return OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)), resolve=True)
+    for key in keys:
+        if within := [
+            other for other in keys if other.startswith((f"{key}.", f"{key}["))
+        ]:
+            raise click.BadParameter(
+                f"{within[0]} is a part of {key}, which is given too. Give one of them.",
+                param_hint="--set",
+            )
+    for one in settings:
+        try:
+            OmegaConf.from_dotlist([one])
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise _unread(one, error) from None
+    try:
+        found = OmegaConf.from_dotlist(list(settings))
+        return OmegaConf.to_container(found, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise _unread(" ".join(settings), error) from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says first."""
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _unread(given: str, error: Exception) -> click.BadParameter:
+    return click.BadParameter(
+        f"{given!r} cannot be read ({first_line(error)}). Write the value as in YAML.",
+        param_hint="--set",
+    )

@@ -51,6 +51,8 @@ def verify(directory: str, base: str | None, files_only: bool) -> None:
     from ..checkpoint.deltas import read_config
     from ..checkpoint.hub import local_directory
 
+    if files_only and base is not None:
+        raise click.UsageError("--files-only does without --base. Leave one of them out.")  # fmt: skip
     place = local_directory(directory)
     config = read_config(place)
     check_files(place, config)

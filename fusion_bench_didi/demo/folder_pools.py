@@ -20,11 +20,17 @@ from fusion_bench.utils.instantiate_utils import set_print_function_call
 from omegaconf import DictConfig, OmegaConf
 from transformers import CLIPModel
 
-from ..errors import SettingsError
+from ..errors import SettingsError, spelled
 from ..files import from_home
 from ..options import FilePath, checked
 from .registry import register_suite_tasks
 from .tasks import Split
+
+
+def both_roots() -> str:
+    """How the folder of a suite is given to its two pools."""
+    roots = (spelled(f"{pool}.root") for pool in ("modelpool", "taskpool"))
+    return " and ".join(dict.fromkeys(roots))
 
 
 def open_folder(
@@ -42,7 +48,7 @@ def open_folder(
     root = from_home(root).absolute()
     if not (root / "clip").is_dir():
         raise FileNotFoundError(
-            f"{root} holds no suite (there is no clip/ in it). Give the folder with modelpool.root and taskpool.root."
+            f"{root} holds no suite (there is no clip/ in it). Give the folder: {both_roots()}."
         )
     available = list(register_suite_tasks(root))
     chosen = available if tasks is None else list(tasks)

@@ -8,6 +8,8 @@ from typing import Any, Mapping, Sequence
 
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 
+from ..files import from_home
+
 
 def verbatim(classname: str) -> str:
     """The template of tasks whose class names are tokens: nothing around them."""
@@ -48,7 +50,7 @@ def register_suite_tasks(path: str | Path) -> dict[str, list[str]]:
         path: a suite's folder, or the JSON file that describes one: ``suite.json`` or
             ``tasks.json``, with a ``classnames`` list for each task.
     """
-    path = Path(path)
+    path = from_home(path)
     if path.is_dir():
         found = [path / name for name in ("suite.json", "tasks.json")]
         path = next((file for file in found if file.is_file()), found[0])

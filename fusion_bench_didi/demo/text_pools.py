@@ -21,6 +21,7 @@ from ..files import from_home
 from ..options import FilePath, checked
 from ..pools.entries import BASE
 from ..taskpool.text import TextClassificationTaskPool, parquet_files
+from .folder_pools import both_roots
 from .tasks import Split
 
 
@@ -35,7 +36,7 @@ def tasks_of(root: str | Path, tasks: Sequence[str] | None = None) -> list[str]:
     chosen = [n for n in there if n != BASE] if tasks is None else list(tasks)
     if lacking := {BASE, *chosen} - set(there):
         raise ModelPoolError(
-            f"{place} holds no model for {sorted(lacking)}, only {there}. Give the folder as modelpool.root and taskpool.root, or "
+            f"{place} holds no model for {sorted(lacking)}, only {there}. Give the folder as {both_roots()}, or "
             "some of its tasks as tasks."
         )
     return chosen

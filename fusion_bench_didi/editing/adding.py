@@ -22,6 +22,7 @@ from ..checkpoint.ours import CONFIG
 from ..deltas.storage import told
 from ..deltas.tucker import Bases, Core
 from ..errors import CheckpointMismatchError, ModelPoolError, some
+from ..files import from_home
 from ..lowrank.arithmetic import own_arithmetic
 from ..merging.given import Given
 from ..merging.pipeline import merge
@@ -80,7 +81,7 @@ def add_task(
     target = target_of(place, output_dir, overwrite=overwrite)
     model = place
     if not isinstance(place, nn.Module):
-        fields = Field(Path(place) / CONFIG, read_config(place))
+        fields = Field(from_home(place) / CONFIG, read_config(place))
         model = DynamicModel.from_pretrained(place, backbone)
         check_info(fields["info"])
     stored = Stored.of(model)
@@ -195,6 +196,8 @@ def pool_beside(model: DynamicModel, checkpoint: Any, name: str) -> BaseModelPoo
     """The pool of a merged model's backbone and one checkpoint."""
     if isinstance(checkpoint, Mapping):
         checkpoint = DictConfig(dict(checkpoint))
+    elif str(checkpoint).startswith("~"):  # the host would not know
+        checkpoint = str(from_home(checkpoint))
     elif isinstance(checkpoint, Path):
         checkpoint = str(checkpoint)
     return BaseModelPool({BASE: model.backbone, name: checkpoint})

@@ -19,6 +19,7 @@ from ..deltas.grouped import GroupedDelta, groups_of
 from ..deltas.plain import OwnDelta
 from ..deltas.tucker import Bases
 from ..errors import CheckpointMismatchError, DiDiError, SettingsError, some
+from ..files import from_home
 from ..lowrank.arithmetic import own_arithmetic
 from ..models.dynamic import DynamicModel
 from ..pools.task_names import normalized
@@ -87,7 +88,7 @@ def combine(
         raise SettingsError(
             "A model in memory and a directory are given. Load the directory, or save the model, and give two of a kind."
         )
-    places = Path(first), Path(second)
+    places = from_home(first), from_home(second)
     configs = [read_config(place) for place in places]
     for place, config in zip(places, configs):
         if "router" in config:
@@ -101,7 +102,7 @@ def combine(
     config = {**configs[0], "backbone": {**entry, "tensors": digests}}
     write(target, after, config, overwrite=overwrite)
     return Edited(
-        before.storage, after.storage, None, Path(target), after.info["edits"][-1]
+        before.storage, after.storage, None, from_home(target), after.info["edits"][-1]
     )
 
 

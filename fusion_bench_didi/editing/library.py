@@ -112,7 +112,7 @@ class AdapterLibrary:
             entry = backbones.describe(source.backbone, values, known)
         else:
             config = read_config(source)
-            stored, entry = stored_of(Path(source), config), config["backbone"]
+            stored, entry = stored_of(from_home(source), config), config["backbone"]
         asked = stored.tasks if asked is None else asked
         check_known(asked, stored.tasks, Path(str(source)[:_LONGEST]))
         for task in asked:

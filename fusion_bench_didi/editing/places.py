@@ -16,6 +16,7 @@ from ..checkpoint.ours import CONFIG
 from ..checkpoint.stream import write_deltas
 from ..deltas.storage import StorageReport
 from ..errors import DiDiError, SettingsError, spelled
+from ..files import from_home
 from ..models.dynamic import DynamicModel
 from ..models.model_card import model_card
 from ..models.saving import check_config
@@ -70,7 +71,7 @@ def in_place(
         return edited_model(
             place, edit, target, overwrite, drop_router or keeps_tasks, keeps_tasks
         )
-    source, config = Path(place), read_config(place)
+    source, config = from_home(place), read_config(place)
     before = stored_of(source, config)
     if "router" in config and not keeps_tasks:
         check_router_goes(drop_router, str(source))
@@ -78,7 +79,7 @@ def in_place(
     router = config.get("router") if keeps_tasks else None
     write(target, after, config, overwrite=overwrite, router_of=router and source)
     return Edited(
-        before.storage, after.storage, None, Path(target), after.info["edits"][-1]
+        before.storage, after.storage, None, from_home(target), after.info["edits"][-1]
     )
 
 
@@ -106,7 +107,7 @@ def edited_model(
         before.storage,
         model.storage,
         model,
-        None if target is None else Path(target),
+        None if target is None else from_home(target),
         after.info["edits"][-1],
     )
 

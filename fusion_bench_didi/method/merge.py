@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from ..checkpoint.directory import write_json
 from ..distributed.ranks import check_alone
-from ..errors import DiDiError, SettingsError
+from ..errors import DiDiError, SettingsError, spelled
 from ..files import from_home
 from ..lowrank.arithmetic import own_arithmetic
 from ..options import (
@@ -255,7 +255,7 @@ class MERGE(PoolMethod):
         front, state = place / FRONT, place / STATE
         if front.exists() and not state.exists():
             raise FileExistsError(
-                f"{front} exists without a {STATE} beside it, so it may be of something else. Choose another method.directory, or "
+                f"{front} exists without a {STATE} beside it, so it may be of something else. Choose another {spelled('directory')}, or "
                 "remove it."
             )
         return place

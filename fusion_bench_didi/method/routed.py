@@ -127,12 +127,17 @@ def instantiated(method: Any, owner: Any) -> Any:
     """A method from its configuration (or as it is), under the program, on the device and with the task aliases of its owner.
 
     Raises:
-        SettingsError: if there is none, or it would only tell what it would do.
+        SettingsError: if there is none, or it is none, or would only tell what it would do.
     """
     if method is None:
         raise SettingsError("base_method is missing: give a method's configuration.")
     if isinstance(method, Mapping) or "_target_" in getattr(method, "keys", list)():
         method = instantiate(method)
+    if not callable(getattr(method, "run", None)):
+        raise SettingsError(
+            f"base_method is {method!r}, expected a method's configuration, or a method. Choose another one by its name with "
+            "fusion_bench: method@method.base_method=didi/s."
+        )
     if getattr(method, "dry_run", False):
         raise SettingsError(
             f"dry_run leaves no model for {owner.title} to go on with. Set it to false, or run {type(method).__name__} by itself."

@@ -37,7 +37,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm.auto import trange
 from transformers import CLIPVisionModel
 
-from ..errors import ModelPoolError
+from ..errors import ModelPoolError, spelled
 from ..options import (
     Aliases,
     Count,
@@ -141,7 +141,7 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
         if missing := [model for model in models if model not in names]:
             raise ModelPoolError(
                 f"WEMoE trains its routers on unlabelled test images, and neither pool has any for {missing}. "
-                "Give modelpool.test_datasets."
+                f"Give {spelled('modelpool.test_datasets')}."
             )
         modelpool = _with_own_models(modelpool)
         modelpool._test_datasets = {model: datasets[names[model]] for model in models}

@@ -83,7 +83,7 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
     if info.get("budget") is not None:
         counted = info.get("settings", {}).get("budget", {})
         within = isinstance(counted, Mapping) and counted.get("include_backbone")
-        facts["budget"] = f"{info['budget']:g}" + (
+        facts["budget"] = f"{float(info['budget']):g}" + (
             ", the backbone counted" if within else " beyond the backbone"
         )
     if storage:

@@ -8,7 +8,7 @@ from fusion_bench.dataset.image_dataset import ImageClassificationDataset
 from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor
 
-from ..errors import ModelPoolError
+from ..errors import ModelPoolError, spelled
 from .task_names import names_of
 
 Aliases = Mapping[str, str] | None
@@ -40,7 +40,7 @@ def require_inputs(
     if missing:
         raise ModelPoolError(
             f"{purpose}; the pool has none for {missing}: train_datasets {modelpool.train_dataset_names}, val_datasets "
-            f"{modelpool.val_dataset_names}. Add modelpool.train_datasets (test datasets are never used){otherwise}."
+            f"{modelpool.val_dataset_names}. Add {spelled('modelpool.train_datasets')} (test datasets are never used){otherwise}."
         )
 
 

@@ -21,7 +21,7 @@ from ..checkpoint.deltas import versions
 from ..checkpoint.directory import alone, check_seen, write_json
 from ..distributed.fabrics import fabric_of_one
 from ..distributed.ranks import Ranks, by_itself, ranks_here
-from ..errors import as_key, spelled_as
+from ..errors import as_key, spelled_unless_told
 from ..options import check_keywords
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
@@ -100,7 +100,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         self.fabric  # starts them
         ranks = ranks_here()
         try:
-            with spelled_as(as_key):
+            with spelled_unless_told(as_key):
                 return self._on(ranks)
         except BaseException as error:
             ranks.fail(error)
@@ -126,9 +126,10 @@ class ComparisonProgram(FabricModelFusionProgram):
         return comparison
 
     def _store(self, *, restart: bool = False) -> RowStore:
+        asked = {entry.key: declared(entry) for entry in self.entries}
         store = RowStore(self.directory, self._settings(), restart=restart)
-        for entry in self.entries:
-            store.check(entry.key, declared(entry))
+        for key, one in asked.items():
+            store.check(key, one)
         return store
 
     def _compare(self, ranks: Ranks, store: RowStore) -> dict[str, Any]:

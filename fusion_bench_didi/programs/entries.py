@@ -10,9 +10,10 @@ from fusion_bench.utils import import_object
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError
 
-from ..errors import DiDiError
-from ..options import nearest
+from ..errors import DiDiError, SettingsError
+from ..options import nearest, unknown_setting
 
 #: entries that are no method: the base model, and every fine-tuned model on its own task
 SPECIAL = ("pretrained", "individuals")
@@ -137,11 +138,17 @@ def _directories(config: Any) -> Iterator[Path]:
 
 
 def declared(entry: Entry) -> dict[str, Any]:
-    """Settings that decide the numbers of the row, as far as they are known before anything ran; JSON-plain."""
+    """Settings that decide the numbers of the row, as far as they are known before anything ran; JSON-plain.
+
+    Raises:
+        SettingsError: for a setting that the method does not have.
+    """
     config = entry.method
     if entry.method not in SPECIAL:
         try:
             config = composed(entry)
+        except SettingsError:
+            raise
         except Exception as error:  # its row will say so; the others run
             config = f"{type(error).__name__}: {error}"
     return {
@@ -167,7 +174,7 @@ def method_config(
 
     Raises:
         hydra.errors.MissingConfigException: if there is no such method.
-        omegaconf.errors.ConfigKeyError: if an override names a key that the method does not have.
+        SettingsError: if an override names a setting that the method does not have.
     """
     config = composed(entry)
     if budget is not None:
@@ -189,7 +196,13 @@ def composed(entry: Entry) -> dict[str, Any]:
     for value in config.values():
         if isinstance(value, DictConfig) and not value:  # made to be filled
             OmegaConf.set_struct(value, False)
-    config = OmegaConf.merge(config, dict(entry.overrides))
+    try:
+        config = OmegaConf.merge(config, dict(entry.overrides))
+    except ConfigKeyError as error:
+        owner, _, key = error.full_key.rpartition(".")
+        known = OmegaConf.select(config, owner) if owner else config
+        where = f"entries.{entry.key}.overrides" + (f".{owner}" if owner else "")
+        raise unknown_setting(where, key, known) from error
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from ..checkpoint.directory import write_json
 from ..checkpoint.fields import CHECKSUM, Field, read_object, sealed
 from ..checkpoint.ours import is_ours
-from ..errors import CheckpointMismatchError
+from ..errors import CheckpointMismatchError, spelled
 from .entries import ComparisonError
 
 SETTINGS, ROWS, COMPARISON = "settings.json", "rows", "comparison.json"
@@ -114,7 +114,7 @@ class RowStore:
         settings = self.directory / SETTINGS
         if settings.exists() and not is_ours(self.directory, SETTINGS):
             raise ComparisonError(
-                f"{settings} is not that of a comparison, so nothing is removed. Give another directory (path.log_dir=...)."
+                f"{settings} is not that of a comparison, so nothing is removed. Give another directory ({spelled('path.log_dir', '...')})."
             )
         for file in self.rows.glob("*.json*"):
             if file.suffix == ".tmp" or _is_row(file):
@@ -142,7 +142,7 @@ class RowStore:
         for place in (self.directory / name for name in (COMPARISON, MODELS)):
             if os.path.lexists(place) and not place.is_file():
                 raise ComparisonError(
-                    f"{place} is no file, so that nothing can be written there. Remove it, or give another directory (path.log_dir=...)."
+                    f"{place} is no file, so that nothing can be written there. Remove it, or give another directory ({spelled('path.log_dir', '...')})."
                 )
         rows = any(map(_is_row, self.rows.glob("*.json")))
         left = (COMPARISON, ARTIFACTS, SEARCHES)
@@ -156,12 +156,12 @@ class RowStore:
         if rows:
             raise ComparisonError(
                 f"{self.rows} holds rows, but {file} is missing, so nobody knows of which pools. "
-                + _WAYS_OUT
+                + _ways_out()
             )
         if (self.directory / COMPARISON).exists():
             raise ComparisonError(
                 f"{self.directory} holds a {COMPARISON}, but no {SETTINGS}, so it may be of something else. Give another directory "
-                "(path.log_dir=...), or remove that file."
+                f"({spelled('path.log_dir', '...')}), or remove that file."
             )
         write_json(file, sealed(self.settings, finite=False))
 
@@ -173,11 +173,13 @@ class RowStore:
                 + "\n  ".join(found[:12])
                 + (f"\n  and {len(found) - 12} more" if len(found) > 12 else "")
                 + "\n"
-                + _WAYS_OUT
+                + _ways_out()
             )
 
 
-_WAYS_OUT = "Give another directory (path.log_dir=...), the same configuration, or restart=true to forget what is there."
+def _ways_out() -> str:
+    where = spelled("path.log_dir", "...")
+    return f"Give another directory ({where}), the same configuration, or restart=true to forget what is there."
 
 
 def differences(there: Any, here: Any, path: str = "") -> list[str]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..checkpoint.directory import alone, write_json
 from ..checkpoint.fields import Field, read_object, sealed
-from ..errors import DiDiError
+from ..errors import DiDiError, spelled
 from .evolution import SearchSettings, evolve, survivors
 from .genome import Genome, canonical, mutate, no_merging, one_group, random_genome
 from .objectives import Evaluation, Space
@@ -164,7 +164,7 @@ def _load(
         )
         raise DiDiError(
             f"{state} is of another search ({', '.join(differ)} differ). "
-            "Choose another method.directory, or remove the file to search anew."
+            f"Choose another {spelled('directory')}, or remove the file to search anew."
         )
     archive = [_evaluation(e, space) for e in found["evaluations"].elements()]
     kept = [i.integer(0, len(archive) - 1) for i in found["kept"].elements()]

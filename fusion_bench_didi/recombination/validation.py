@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DiDiError, ModelPoolError
+from ..errors import DiDiError, ModelPoolError, spelled
 from ..lowrank.row_blocks import wide
 from ..pools.task_names import names_of, pool_tasks
 from ..task_vectors.reader import TaskVectors
@@ -176,14 +176,18 @@ def check_pools(
     if missing:
         raise ModelPoolError(
             f"MERGE chooses by accuracy on validation data, and the model pool has none for {missing} "
-            f"(modelpool.val_datasets: {list(have) or 'empty'}). Add it, or search without data: method.objective=proxy."
+            f"({list(have) or 'nothing'}). Give {spelled('modelpool.val_datasets')}, or search without data: {_without_data()}."
         )
     if not hasattr(taskpool, "_clip_model"):
         found = "no task pool" if taskpool is None else type(taskpool).__name__
         raise DiDiError(
             f"MERGE scores validation images through zero-shot heads and needs a CLIP task pool for them; found {found}. "
-            "Give taskpool=CLIPVisionModelTaskPool/..., or search without data: method.objective=proxy."
+            f"Give {spelled('taskpool', 'CLIPVisionModelTaskPool/...')}, or search without data: {_without_data()}."
         )
+
+
+def _without_data() -> str:
+    return spelled("objective", "proxy")
 
 
 def read_images(

@@ -7,6 +7,7 @@ anew from the file alone: ``python -m fusion_bench_didi.report DIRECTORY``.
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import from_home
 from .comparison import Comparison
 
 __all__ = ["Comparison", "whereabouts", "write_report"]
@@ -20,7 +21,7 @@ def write_report(directory: str | Path) -> list[Path]:
     """
     from . import page, plots, tables
 
-    directory = Path(directory)
+    directory = from_home(directory)
     comparison = Comparison.read(directory / "comparison.json")
     files = tables.write(comparison, directory) + plots.write(comparison, directory)
     return [*files, page.write(comparison, directory)]

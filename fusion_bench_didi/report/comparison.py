@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DiDiError
+from ..files import from_home
 
 Kind = Literal["reference", "static", "dynamic", "routed", "ours", "variant"]
 
@@ -48,7 +49,7 @@ class Comparison:
             DiDiError: if it holds no comparison.
         """
         try:
-            data = json.loads(Path(file).read_text(encoding="utf-8"))
+            data = json.loads(from_home(file).read_text(encoding="utf-8"))
             if not isinstance(data, dict) or not {"tasks", "rows"} <= data.keys():
                 raise ValueError("it has no tasks and rows")
         except (OSError, ValueError, RecursionError) as error:

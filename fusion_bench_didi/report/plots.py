@@ -16,7 +16,7 @@ from .style import KINDS, color, look, new_figure, save_figure, title
 
 
 def write(comparison: Comparison, directory: Path) -> list[Path]:
-    """Every plot for which there are figures."""
+    """Every plot for which there are figures; those of an earlier report that has more are removed."""
     files = []
     with look():
         for name, picture in draw(comparison).items():
@@ -24,6 +24,10 @@ def write(comparison: Comparison, directory: Path) -> list[Path]:
             save_figure(picture, png)
             save_figure(picture, svg)
             files += [png, svg]
+    for name in PICTURES:
+        for suffix in ("png", "svg"):
+            if (file := directory / f"{name}.{suffix}") not in files:
+                file.unlink(missing_ok=True)
     return files
 
 

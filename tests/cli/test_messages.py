@@ -1,5 +1,6 @@
 """What is said where something cannot be done names what was typed, and what can be typed instead."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,16 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from hydra.core.hydra_config import HydraConfig
 from torch import nn
 
+from fusion_bench_didi import load
 from fusion_bench_didi.checkpoint.directory import check_target
+from fusion_bench_didi.demo.folder_pools import open_folder
 from fusion_bench_didi.editing import add_task
-from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.errors import (
+    CheckpointMismatchError,
+    DiDiError,
+    ModelPoolError,
+    spelled,
+)
 from fusion_bench_didi.models.pool_saving import check_saving
 from fusion_bench_didi.task_vectors.alignment import check_alignment
 from fusion_bench_didi.task_vectors.sources import ModuleSource
@@ -131,3 +139,55 @@ def test_an_option_stands_for_a_setting_where_there_is_one(tiny_clip_dir, tmp_pa
     run("merge", base, *tuned, "-o", tmp_path / "m", "-s", "refine_sweeps=2")
     with pytest.raises(ValueError, match="Give --out, or --overwrite to replace"):
         run("add-task", tmp_path / "m", tiny_clip_dir / "eurosat", "--budget", 0.1)
+
+
+@pytest.mark.parametrize(
+    "method, told",
+    [
+        ("didi/cat", r"Add modelpool.train_datasets with fusion_bench \(test"),
+        ("didi/wemoe", "Give modelpool.test_datasets with fusion_bench.$"),
+        (
+            "didi/merge",
+            "modelpool.val_datasets with fusion_bench, or .* -s objective=p",
+        ),
+    ],
+)
+def test_what_a_command_does_not_take_is_of_the_host(
+    tiny_clip_dir, tmp_path, method, told
+):
+    line = ["merge", *models(tiny_clip_dir), "-o", tmp_path / "m", "--method", method]
+    with pytest.raises(ModelPoolError, match=told):
+        run(*line)
+
+
+def test_a_base_model_that_moved_is_given_as_the_program_takes_it(
+    tiny_clip_dir, tmp_path
+):
+    shutil.copytree(tiny_clip_dir / BASE, tmp_path / BASE)
+    tuned = models(tiny_clip_dir)[1:]
+    run("merge", tmp_path / BASE, *tuned, "-o", tmp_path / "m", "--budget", 0.3)
+    shutil.rmtree(tmp_path / BASE)
+    with pytest.raises(DiDiError, match="Pass --base <the base model of the merge>.$"):
+        run("verify", tmp_path / "m")
+    with pytest.raises(DiDiError, match="Pass backbone=<the base model of the merge>"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("key", ["modelpool.root", "backbone", "path.log_dir"])
+def test_what_is_no_setting_of_a_method_is_not_below_it(monkeypatch, key):
+    assert spelled(key, "x") == f"{key}=x"
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    assert spelled(key, "x") == f"{key}=x"
+    assert spelled("budget", "1") == "method.budget=1"
+
+
+def test_a_comparison_names_its_options(tmp_path, demo_suite):
+    line = ["compare", "-o", tmp_path / "c", "--only", "pretrained", "--no-report"]
+    with pytest.raises(FileNotFoundError, match="Give the folder: --suite.$"):
+        run(*line, "--suite", tmp_path)
+    with pytest.raises(FileNotFoundError, match="modelpool.root and taskpool.root.$"):
+        open_folder(tmp_path)
+    pools = [f"{p}.{k}={v}" for p in ("modelpool", "taskpool") for k, v in demo_suite.items()]  # fmt: skip
+    run(*line, *pools)
+    with pytest.raises(DiDiError, match=r"Give another directory \(--out ...\), the"):
+        run(*line, *pools, "--seed", 5)

@@ -8,7 +8,7 @@ import torch
 from commands import run
 from helpers import BASE
 
-from fusion_bench_didi.errors import DiDiError
+from fusion_bench_didi.errors import DiDiError, SettingsError
 
 POOLS = ("modelpool", "taskpool")
 
@@ -47,6 +47,87 @@ def test_a_setting_that_is_given_twice_is_refused(merge, tmp_path, line, told):
 
 
 @pytest.mark.parametrize(
+    "setting, told",
+    [
+        ("own=[a", "'own=\\[a' cannot be read"),
+        ("own='a", "cannot be read"),
+        ("own={", "cannot be read"),
+        ("budget=${foo}", "Interpolation key 'foo' not found"),
+        ("budget=${oc.env:NO_SUCH_NAME}", "NO_SUCH_NAME"),
+        ("budget=???", "Missing mandatory value: budget"),
+        ("own=???", "Missing mandatory value: own"),
+        ("task_aliases=a task_aliases.x=b", "task_aliases.x is a part of task_aliases"),
+        ("own=[a] own[0]=b", r"own\[0\] is a part of own"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told(merge, tmp_path, setting, told):
+    given = [word for one in setting.split() for word in ("-s", one)]
+    with pytest.raises(click.BadParameter, match=told):
+        run(*merge, "-o", tmp_path / "out", *given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("-s own.0=x", r"own is a list, and has no 0. Give all of it: -s own=\[...\]."),
+        ("-s exclude[0]=x", "exclude is a list"),
+        ("-s own.x=1", "own is a list, and has no x"),
+        ("--method didi/routed -s base_method=[a]", "Give these: -s base_method.KEY="),
+        ("--method didi/routed -s base_method=didi/s", "base_method is 'didi/s', exp"),
+    ],
+)
+def test_a_setting_of_another_shape_is_told(merge, tmp_path, line, told):
+    with pytest.raises(SettingsError, match=told):
+        run(*merge, "-o", tmp_path / "out", *line.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "setting, said_by",
+    [
+        ("directory=x", "DIRECTORY"),
+        ("out=x", "OUT"),
+        ("form=plain", "--form"),
+        ("tasks=[svhn]", "--task"),
+        ("base=x", "--base"),
+        ("overwrite=true", "--overwrite"),
+    ],
+)
+def test_an_export_takes_its_options_from_one_place(merged, tmp_path, setting, said_by):
+    with pytest.raises(click.UsageError, match=f"is what {said_by} says"):
+        run("export", merged, tmp_path / "out", "--form", "peft", "-s", setting)
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("foo=1", "Could not override 'foo'"),
+        ("modelpool=nope", "Could not find 'modelpool/nope'"),
+        ("notanoverride", "Error parsing override"),
+        ("entries.didi_140.overrides.budgt=1", "overrides.budgt"),
+        ("seed=${foo}", "Interpolation key 'foo' not found"),
+    ],
+)
+def test_an_override_that_cannot_be_read_is_told(tmp_path, override, told):
+    with pytest.raises(click.BadParameter, match=told):
+        run("compare", "-o", tmp_path / "out", "--only", "pretrained", override)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_check_of_files_alone_takes_no_base(merged):
+    with pytest.raises(click.UsageError, match="--files-only does without --base"):
+        run("verify", merged, "--files-only", "--base", "elsewhere")
+
+
+@pytest.mark.parametrize("model", ["_x_", "_x_={}", "_pretrained_={}"])
+def test_a_model_is_left_out_by_no_name(merge, tiny_clip_dir, tmp_path, model):
+    model = model.format(tiny_clip_dir / "eurosat")
+    with pytest.raises(click.BadParameter, match="are no tasks, .* give TASK="):
+        run(*merge, model, "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
     "line, told",
     [
         ("path.log_dir=elsewhere", "path.log_dir=... is what --out says"),
@@ -66,11 +147,12 @@ def test_an_override_that_an_option_stands_for_is_refused(tmp_path, line, told):
 
 
 def test_an_override_counts_where_no_option_says_otherwise(demo_suite, tmp_path):
-    run("compare", "-o", tmp_path, *small(demo_suite), "only=[pretrained]", "report=false", "seed=3")  # fmt: skip
-    found = json.loads((tmp_path / "comparison.json").read_text())
+    place = tmp_path / "of a, b={c} d"  # no grammar reads it
+    run("compare", "-o", place, *small(demo_suite), "only=[pretrained]", "report=false", "seed=3")  # fmt: skip
+    found = json.loads((place / "comparison.json").read_text())
     assert [row["key"] for row in found["rows"]] == ["pretrained"]
-    assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 3
-    assert not (tmp_path / "comparison.html").exists()
+    assert json.loads((place / "settings.json").read_text())["seed"] == 3
+    assert not (place / "comparison.html").exists()
 
 
 @pytest.mark.parametrize("device", ["cuda", "nowhere", "meta", "cuda:99"])
@@ -114,3 +196,11 @@ def test_a_library_that_there_is_not_is_not_empty(tmp_path):
 def test_tasks_that_a_suite_has_not_are_told(demo_suite, tmp_path):
     with pytest.raises(DiDiError, match="has no nosuch"):
         run("compare", "-o", tmp_path, *small(demo_suite), "--tasks", "nosuch")
+
+
+def test_a_comparison_none_of_whose_methods_succeeds_is_an_error(demo_suite, tmp_path):
+    line = ["compare", "-o", tmp_path, *small(demo_suite), "--no-report"]
+    entry = "+entries.bad={name: Bad, method: no/such, group: static}"
+    with pytest.raises(DiDiError, match="No method of .* has figures; Bad: Missing"):
+        run(*line, entry, "--only", "bad")
+    run(*line, entry, "--only", "bad,pretrained")

@@ -1,9 +1,13 @@
 """A model on one screen, live and from its directory."""
 
+import math
+
 import pytest
 from helpers import didi
 
 from fusion_bench_didi.checkpoint.deltas import read_config
+from fusion_bench_didi.editing import add_task
+from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.models.overview import overview
 
 
@@ -53,3 +57,13 @@ def test_notebooks_get_a_table_without_markup_of_names(merged):
     merged.info["parents"] = {task: "<script>" for task in merged.tasks}
     page = merged._repr_html_()
     assert page.count("<tr>") >= 6 and "<script>" not in page
+
+
+def test_no_budget_at_all_is_told_of_directories_too(tiny_clip, tmp_path):
+    models = tiny_clip.pool_models()
+    model = didi({n: models[n] for n in list(models)[:3]}, budget=math.inf)
+    model.save_pretrained(tmp_path / "m")
+    loaded = DiDiModel.from_pretrained(tmp_path / "m", tiny_clip.base)
+    add_task(loaded, models["eurosat"], "eurosat", budget=math.inf)
+    for told in (overview(read_config(tmp_path / "m")), repr(loaded)):
+        assert "budget   inf beyond the backbone" in told

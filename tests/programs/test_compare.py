@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from fusion_bench_didi.checkpoint.fields import sealed
 from fusion_bench_didi.deltas.base import Delta
 from fusion_bench_didi.demo import pools
+from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.programs import entry_run
 from fusion_bench_didi.programs.compare import ComparisonProgram
 from fusion_bench_didi.programs.entries import (
@@ -424,6 +425,27 @@ def test_a_failing_method_is_a_row(finished):
     assert row["error"].startswith("MissingConfigException")
     assert row["traceback"] and row["average"] is None
     assert row["retention"]["mean_of_ratios"] is None
+
+
+@pytest.mark.parametrize(
+    "method, overrides, told",
+    [
+        (
+            "didi",
+            {"budgt": 1},
+            "entries.x.overrides has no setting budgt. Did you mean",
+        ),
+        ("didi/routed", {"base_method": {"budgt": 1}}, "overrides.base_method has no"),
+    ],
+)
+def test_a_setting_that_there_is_not_is_told_at_the_start(
+    cache, tmp_path, method, overrides, told
+):
+    entry = {"method": method, "overrides": overrides, "group": "dynamic"}
+    place = tmp_path / "run"
+    with pytest.raises(SettingsError, match=told):
+        compare(cache, place, entries={**copy.deepcopy(ENTRIES), "x": entry})
+    assert not (place / "settings.json").exists()
 
 
 def test_each_task_is_evaluated_once_per_method(cache, tmp_path, scored):

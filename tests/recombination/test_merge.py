@@ -521,9 +521,9 @@ def test_models_are_scored_on_the_device_of_the_heads(make_tiny_clip, clip_dir):
 
 def test_without_validation_data_the_error_says_so(tiny_clip, clip_dir):
     modelpool, taskpool = pools(tiny_clip, clip_dir, validation=False)
-    with pytest.raises(ModelPoolError, match="val_datasets.*objective=proxy"):
+    with pytest.raises(ModelPoolError, match='val_datasets.*objective="proxy"'):
         run(modelpool, taskpool)
-    with pytest.raises(DiDiError, match="CLIP task pool.*objective=proxy"):
+    with pytest.raises(DiDiError, match='CLIP task pool.*objective="proxy"'):
         run(pools(tiny_clip, clip_dir)[0], None)
 
 

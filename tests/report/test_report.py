@@ -243,6 +243,15 @@ def test_a_comparison_without_ranks_or_figures_still_has_a_report(tmp_path):
     assert len(tables.write(bare, tmp_path)) == 3
 
 
+def test_plots_of_an_earlier_report_do_not_outlive_it(comparison, tmp_path):
+    (tmp_path / "mine.svg").write_text("mine")
+    assert plots.write(comparison, tmp_path)
+    failed = {**row("EMR", "dynamic", 0.5, 1), "error": "no"}
+    bare = Comparison({**comparison.data, "rows": [failed]})
+    assert plots.write(bare, tmp_path) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.svg"]
+
+
 def test_the_page_needs_no_network(written):
     """Nothing is fetched: no element with an address outside the page."""
     text = (written / "comparison.html").read_text()

@@ -106,6 +106,8 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
     if info.get("relative_error") is not None:
         error = info["relative_error"]
         facts["error"] = f"{error:.2g} of the task vectors' energy is not reproduced"
+        if any(told.get("excluded") for told in info.get("tensors", {}).values()):
+            facts["error"] += ", excluded tensors not counted"
     if router := config.get("router"):
         facts["router"] = router["kind"]
     if version := config.get("versions", {}).get("fusion-bench-didi"):

@@ -170,6 +170,7 @@ def _told_anew(
     found, facts = dict(info), result.facts()
     first, again = info.get("relative_error"), facts.pop("relative_error")
     tensors, errors = facts.pop("tensors"), facts.pop("relative_errors")
+    del facts["energies"]  # of what was stored
     order, kept = info.get("energy_tasks", []), info.get("energy_kept", {})
     facts["energy_kept"] = {
         name: [

@@ -3,6 +3,7 @@
 Made of the saved configuration, or of what a live model would save, so that ``repr(model)`` and ``didi inspect`` are one.
 """
 
+import os
 import statistics
 import textwrap
 from collections import Counter
@@ -139,7 +140,7 @@ def place_of(source: Any) -> str | None:
     """Where a base model lies, of what a pool's entry may be."""
     if isinstance(source, Mapping):
         source = source.get("pretrained_model_name_or_path")
-    return source if isinstance(source, str) else None
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
 
 
 def shortened(place: str | None) -> str | None:

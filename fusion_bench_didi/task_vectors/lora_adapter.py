@@ -33,8 +33,8 @@ _PAIR = re.compile(r".+\.lora_(?:([AB])\.weight|(embedding_[AB]))")
 
 #: For the end of the error that lists what is wrong with adapters.
 WAY_OUT = (
-    "An adapter that cannot be read as plain LoRA can be put into its base model with peft (merge_and_unload) and saved "
-    "as a whole model."
+    "An adapter that changes weights and cannot be read as plain LoRA can be put into its base model with peft "
+    "(merge_and_unload) and saved as a whole model."
 )
 
 
@@ -92,6 +92,8 @@ class AdapterSource(TensorSource):
         else:
             self._sort()
         self._ties = bool(config.get("ensure_weight_tying"))
+        #: The base model that it was trained on, as PEFT calls it.
+        self.trained_on = config.get("base_model_name_or_path")
 
     @classmethod
     def of_directory(
@@ -221,9 +223,12 @@ class AdapterSource(TensorSource):
                 beside[key] = "the base model's value beside the one that was trained"
             elif not lora:
                 plain = _WRAPPERS.sub("", name)
-                if whole.setdefault(plain, key) != key:
+                other = whole.setdefault(plain, key)
+                if other != key and self._are_one(other, key):
+                    beside[key] = f"the same as {other}"
+                elif other != key:
                     self.faults[plain] = (
-                        f"{whole[plain]} and {key} are both {plain}, expected one of them"
+                        f"{other} and {key} are both {plain}, expected one of them"
                     )
             elif ".base_layer." in owner:
                 self.faults.setdefault(
@@ -251,6 +256,13 @@ class AdapterSource(TensorSource):
                 if old in changed and not self._grown(name, changed[old]):
                     beside[changed[old]] = "the base model's value beside its pair"
         self.unused = {**self._source.unused, **beside}
+
+    def _are_one(self, key: str, other: str) -> bool:
+        """Whether two tensors of the file are equal, as the biases of a trained module are with ``bias="all"``."""
+        infos = self._source.infos()
+        if infos[key] != infos[other]:
+            return False
+        return self._source.read(key).equal(self._source.read(other))
 
     def _renamed(self, names: Iterable[str]) -> dict[str, str]:
         """Names as above by those of the base model; what has no such name keeps its own."""

@@ -100,6 +100,14 @@ KINDS: dict[str, tuple[Any, dict]] = {
     ),
     "clip": (clip, {"target_modules": [*ATTENTION, "fc1", "patch_embedding"]}),
     "clip, biases": (clip, {"target_modules": ["fc1"], "bias": "all"}),
+    "clip, biases and a norm": (
+        clip,
+        {
+            "target_modules": ["fc1"],
+            "bias": "all",
+            "modules_to_save": ["post_layernorm"],
+        },
+    ),
     "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "gpt2, embeddings of tokens and places": (
         lambda: gpt2(tied=False),

@@ -188,7 +188,7 @@ def open_journal(
         fresh: forget what there is.
 
     Raises:
-        ResumeError: naming what differs.
+        ResumeError: naming what differs, or if something else lies there.
     """
     path, run = journal_of(place), None
     if ranks.leads:
@@ -199,7 +199,13 @@ def open_journal(
             remove(path)
         if path.exists():
             _check(head, identity)
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise ResumeError(
+                f"{path} is no directory, and what a merge into {place} has finished lies there until it is done. Move it away, or "
+                "choose another directory."
+            ) from error
         if not head.exists():
             write_json(head, sealed({"format": FORMAT, "of": dict(identity)}))
         run = secrets.token_hex(4)

@@ -55,6 +55,7 @@ def merge(
     """
     from ..checkpoint.directory import check_target
     from ..models import DynamicModel
+    from ..pools.merged_adapters import adapted
 
     given = options.values_of(settings)
     options.not_beside(given, "--out", "output_dir")
@@ -84,7 +85,7 @@ def merge(
         fabric.launch()
     made._fabric_instance = fabric
     start = time.perf_counter()
-    model = made.run(pool)
+    model = made.run(adapted(pool))  # the host's methods merge whole models
     if model is None or not fabric.is_global_zero:
         return
     if not made.config.get("output_dir"):

@@ -36,7 +36,7 @@ from ..pools.task_names import normalized
 from ..pools.task_settings import task_settings
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import account_of, scan
-from .facts import check_info
+from .facts import check_info, with_error
 from .places import Edited, Place, edited_model, target_of
 from .settings import alone
 from .sources import BesideShared, SharedBase
@@ -120,11 +120,13 @@ class Fit:
 
     Args:
         result: of the merge of what the shared part leaves.
-        relative_error: energy of the task vector that is not reproduced.
+        energy: squared norm of the task vector.
+        relative_error: the part of it that is not reproduced.
         tensors: what became of every tensor of the checkpoint.
     """
 
     result: MergeResult
+    energy: float
     relative_error: float
     tensors: Mapping[str, Any]
 
@@ -164,12 +166,10 @@ def fitted(
     result = merge(beside, settings, device=device, given=given)
     report = result.report
     lost = sum(float(e.sum()) for e in report.errors.values())
-    energy = sum(
-        float(whole.energy[n].sum()) for n in report.energy if n in whole.energy
-    )
+    energy = sum(float(e.sum()) for e in whole.energy.values())
     kept = told(result.experts[task])
     tensors = account_of(task_vectors, whole, told(shared), {task: kept})
-    return Fit(result, lost / max(energy, 1e-300), tensors[task])
+    return Fit(result, energy, lost / max(energy, 1e-300), tensors[task])
 
 
 def joined(stored: Stored, name: str, fit: Fit, parent: str | None) -> Stored:
@@ -185,10 +185,13 @@ def joined(stored: Stored, name: str, fit: Fit, parent: str | None) -> Stored:
     if "relative_errors" in info:
         errors = {**info["relative_errors"], name: fit.relative_error}
         info["relative_errors"] = errors
+    if "energies" in info:
+        info["energies"] = {**info["energies"], name: fit.energy}
     if "ranks" in info:
         experts = {**info["ranks"]["experts"], name: dict(ranks)}
         info["ranks"] = {**info["ranks"], "experts": experts}
     experts = {**stored.experts, name: expert}
+    info = with_error(info, experts)
     return replace(stored, experts=experts, info=info, routing_bits=0)
 
 

@@ -23,7 +23,7 @@ from ..files import from_home
 from ..lowrank.arithmetic import own_arithmetic
 from ..models.dynamic import DynamicModel
 from ..pools.task_names import normalized
-from .facts import BY_TASK
+from .facts import BY_TASK, with_error
 from .places import (
     Edited,
     Place,
@@ -135,7 +135,7 @@ def combined(first: Stored, second: Stored) -> Stored:
         experts={**first.experts, **experts},
         unit_bits=max(first.unit_bits, second.unit_bits),
         backbone_bits=max(first.backbone_bits, second.backbone_bits),
-        info=_told(first.info, second.info),
+        info=with_error(_told(first.info, second.info), [*first.tasks, *second.tasks]),
         routing_bits=0,
     ).useful()
     return after.edited(

@@ -1,12 +1,15 @@
 """What a saved model tells of its merge, held against what edits read of it."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from ..checkpoint.fields import Field
 from ..models.task_settings import TASK_SETTINGS, check_task_settings
 
 #: Facts by task that are of its checkpoint, whatever it is merged with.
 OF_CHECKPOINTS = ("parents", "tensors", *TASK_SETTINGS)
 #: All facts by task.
-BY_TASK = (*OF_CHECKPOINTS, "relative_errors")
+BY_TASK = (*OF_CHECKPOINTS, "relative_errors", "energies")
 
 
 def check_info(info: Field) -> None:
@@ -27,6 +30,11 @@ def check_info(info: Field) -> None:
             ranks.mapping()
     if "relative_error" in info and info["relative_error"].number() < 0:
         info["relative_error"].fail("a part of the energy")
+    for key in ("relative_errors", "energies"):
+        if key in info:
+            for _, value in info[key].entries():
+                if value.number() < 0:
+                    value.fail("at least 0")
     if "energy_kept" in info:
         tasks = info["energy_tasks"].texts()
         for _, kept in info["energy_kept"].entries():
@@ -37,3 +45,34 @@ def check_info(info: Field) -> None:
     if "edits" in info:
         for edit in info["edits"].elements():
             edit["operation"].text()
+
+
+def of_tasks(info: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
+    """Facts without those of tasks that are not among the given ones."""
+    info, tasks = dict(info), list(tasks)
+    for key in BY_TASK:
+        if key in info:
+            info[key] = {t: v for t, v in info[key].items() if t in tasks}
+    if "ranks" in info:
+        experts = {t: v for t, v in info["ranks"]["experts"].items() if t in tasks}
+        info["ranks"] = {**info["ranks"], "experts": experts}
+    if "energy_tasks" in info:
+        left = [(i, t) for i, t in enumerate(info["energy_tasks"]) if t in tasks]
+        info["energy_tasks"] = [task for _, task in left]
+        info["energy_kept"] = {
+            tensor: [kept[i] for i, _ in left]
+            for tensor, kept in info["energy_kept"].items()
+        }
+    return with_error(info, tasks)
+
+
+def with_error(info: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
+    """Facts with the relative error of these tasks together; without one where that of some task, or its energy, is not known."""
+    info = {key: value for key, value in info.items() if key != "relative_error"}
+    energies, errors = info.get("energies", {}), info.get("relative_errors", {})
+    tasks = list(tasks)
+    if all(task in energies and task in errors for task in tasks):
+        lost = sum(errors[task] * energies[task] for task in tasks)
+        whole = sum(energies[task] for task in tasks)
+        info["relative_error"] = lost / max(whole, 1e-300)
+    return info

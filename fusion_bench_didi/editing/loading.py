@@ -14,7 +14,7 @@ from ..checkpoint.ours import CONFIG
 from ..errors import DiDiError
 from ..models.dynamic import DiDiModel, DynamicModel
 from ..models.saving import check_config, check_shapes
-from ..models.task_settings import check_task_settings
+from .facts import check_info, of_tasks
 from .stored import Stored, check_known
 
 
@@ -40,14 +40,17 @@ def load_tasks(
     config = read_config(place)
     check_config(DynamicModel, place, config)
     check_known(asked, config["tasks"], place)
-    check_task_settings(Field(place / CONFIG, config)["info"])
+    check_info(Field(place / CONFIG, config)["info"])
     shared, experts = read_deltas(place, config, only=asked)
+    info = config["info"]
+    if len(asked) < len(config["tasks"]):
+        info = of_tasks(info, asked)
     stored = Stored(
         shared,
         {task: experts[task] for task in asked},
         config["unit_bits"],
         config["backbone_bits"],
-        config["info"],
+        info,
     )
     return on_backbone(stored.useful(), config["backbone"], place, backbone)
 

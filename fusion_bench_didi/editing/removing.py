@@ -1,12 +1,10 @@
 """Taking a task out of a merged model; the others stay as they are, to the bit."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import DiDiError
-from .facts import BY_TASK
+from .facts import of_tasks
 from .places import Edited, Place, in_place
 from .stored import Stored, check_known
 
@@ -50,30 +48,10 @@ def without(stored: Stored, name: str) -> Stored:
     experts = {t: deltas for t, deltas in stored.experts.items() if t != name}
     left = replace(stored, experts=experts, routing_bits=0).useful()
     freed = stored.storage.excl_bits - left.storage.excl_bits
-    left = replace(left, info=_forgotten(stored.info, name))
+    left = replace(left, info=of_tasks(stored.info, left.tasks))
     return left.edited(
         "remove",
         task=name,
         freed_bits=freed,
         unshared=sorted(set(stored.shared) - set(left.shared)),
     )
-
-
-def _forgotten(info: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Facts about the merge without those of one task."""
-    info = dict(info)
-    for key in BY_TASK:
-        if key in info:
-            info[key] = {t: v for t, v in info[key].items() if t != name}
-    if "ranks" in info:
-        experts = {t: v for t, v in info["ranks"]["experts"].items() if t != name}
-        info["ranks"] = {**info["ranks"], "experts": experts}
-    order = info.get("energy_tasks", [])
-    if name in order:
-        t = order.index(name)
-        info["energy_tasks"] = [task for task in order if task != name]
-        info["energy_kept"] = {
-            tensor: [*kept[:t], *kept[t + 1 :]]
-            for tensor, kept in info["energy_kept"].items()
-        }
-    return info

@@ -36,6 +36,8 @@ from .stored import Stored
 
 #: Parts of a task vector's energy below which what was kept of it does not tell how large it was.
 _TOLD = 0.05
+#: Part of the bits that may stay unused, and how often it is merged at most to use more of them.
+SPARE, TRIES = 0.03, 5
 
 
 def rescale(
@@ -103,7 +105,7 @@ def rescaled(
         settings = merged_with(stored.info, limit)
     settings = replace(settings, budget=limit)
     given = Given(stored.unit_bits, kept=_parts(stored), enough=kept > 0)
-    result = merge(decoded(stored), settings, device=device, given=given)
+    result = _fullest(decoded(stored), left, settings, given, device)
     experts = {task: {**result.experts[task], **own[task]} for task in stored.tasks}
     after = replace(stored, shared=result.shared, experts=experts).useful()
     after = replace(after, info=_told_anew(stored.info, result, budget, settings))
@@ -114,6 +116,45 @@ def rescaled(
         relative_error=result.report.relative_error,
         seconds=time.perf_counter() - start,
     )
+
+
+def _fullest(
+    task_vectors: TaskVectors,
+    bits: int,
+    settings: MergeSettings,
+    given: Given,
+    device: torch.device | str,
+) -> MergeResult:
+    """The merge that loses least of those that take no more than so many bits.
+
+    What was coded consists of few values, so that codes take far less at a step than at one a little finer, and a merge within
+    the budget may leave much of it unused: it is then made at larger ones.
+
+    Args:
+        settings: with the budget of so many bits.
+    """
+    fits: list[MergeResult] = []
+    fitting, over, ratio = settings.budget.ratio, None, settings.budget.ratio
+    for _ in range(TRIES):
+        one = merge(
+            task_vectors,
+            replace(settings, budget=Budget(ratio)),
+            device=device,
+            given=given,
+        )
+        taken = one.storage.excl_bits
+        if fits and taken > bits:
+            over = ratio
+        else:
+            fits.append(one)
+            fitting = ratio
+            if taken >= (1 - SPARE) * bits or settings.factor_dtype != "auto":
+                break
+        if over is None:
+            ratio = fitting * min(bits / max(taken, 1), 2.0)
+        else:
+            ratio = (fitting + over) / 2
+    return min(fits, key=lambda one: one.report.relative_error)
 
 
 def decoded(stored: Stored) -> TaskVectors:
@@ -170,6 +211,7 @@ def _told_anew(
     found, facts = dict(info), result.facts()
     first, again = info.get("relative_error"), facts.pop("relative_error")
     tensors, errors = facts.pop("tensors"), facts.pop("relative_errors")
+    del facts["energies"]  # of what was stored
     order, kept = info.get("energy_tasks", []), info.get("energy_kept", {})
     facts["energy_kept"] = {
         name: [

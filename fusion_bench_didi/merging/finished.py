@@ -12,6 +12,7 @@ from ..allocation.tucker_curve import TuckerCurve
 from ..checkpoint.journal import ENCODED, Journal
 from ..checkpoint.records import Records
 from ..deltas.precision import Precision
+from ..files import file_digest
 from ..lowrank.coupling import Coupling
 from .basis_store import BasisStore, KeptBases
 from .forms import EXPERTS, FORMS, Choice, Form
@@ -66,15 +67,17 @@ class Finished:
         files = self._here.files
         if files:
             self._store.lay(name, files)
-        facts = {"bases": [[file.name, file.stat().st_size] for file in files]}
+        facts = {"bases": [[file.name, file_digest(file)] for file in files]}
         self._journal.done(stage, name, content=content, facts=facts)
 
-    def _standing(self, bases: list[tuple[str, int]], name: str) -> bool:
-        """Whether the bases that a finding stands on are there, or not needed any more."""
+    def _standing(self, bases: list[tuple[str, str]], name: str) -> bool:
+        """Whether the bases that a finding stands on are as they were written, or not needed any more."""
         if not bases or self._journal.find(ENCODED, name):
             return True
-        files = [(self._journal.path / Path(base).name, size) for base, size in bases]
-        if not all(file.is_file() and file.stat().st_size == n for file, n in files):
+        files = [(self._journal.path / Path(base).name, told) for base, told in bases]
+        if not all(
+            file.is_file() and file_digest(file) == told for file, told in files
+        ):
             return False
         self._store.lay(name, [file for file, _ in files])
         return True

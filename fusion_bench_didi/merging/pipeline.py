@@ -83,12 +83,16 @@ class Plan:
     def report(
         self, errors: Mapping[str, Tensor], shared: Shared, experts: Experts
     ) -> MergeReport:
-        """The report of the merge, with errors per tensor and what is stored."""
+        """The report of the merge, with errors per tensor that is stored; the energy of others is lost."""
         decisions, matrices = self.decisions.items(), self.matrices.items()
+        energy = {
+            name: self.context.energy[name]
+            for name in sorted({*self.decisions, *self.context.inventory.vectors})
+        }
         return MergeReport(
             self.context.tasks,
-            {name: self.context.energy[name] for name, _ in decisions},
-            {name: errors[name] for name, _ in decisions},
+            energy,
+            {name: errors.get(name, whole) for name, whole in energy.items()},
             precision={name: d.precision.name for name, d in decisions},
             forms={name: d.form.name for name, d in matrices},
             subspaces={n: d.point for n, d in matrices if d.form.name == "tucker"},

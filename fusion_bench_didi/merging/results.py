@@ -26,9 +26,9 @@ class MergeReport:
 
     Args:
         tasks: sorted; the order of all (T,) tensors.
-        energy: per matrix, and vector that competes with them for bits, (T,) squared norms of the task vectors.
+        energy: per tensor that is merged, (T,) squared norms of the task vectors.
         errors: likewise, (T,) squared norms of what is not reproduced.
-        precision: likewise, how its numbers are quantized.
+        precision: per matrix, and vector that competes with them for bits, how its numbers are quantized.
         forms: per matrix, the name of its storage form.
         subspaces: sizes p and q of the cores of the matrices that are stored in shared bases.
         seconds: per stage.
@@ -46,18 +46,26 @@ class MergeReport:
 
     @property
     def relative_error(self) -> float:
-        """Energy not reproduced over energy, all tensors that compete for bits and tasks."""
+        """Energy not reproduced over energy, of all tensors that are merged and tasks."""
         lost = sum(float(e.sum()) for e in self.errors.values())
         return lost / max(sum(float(e.sum()) for e in self.energy.values()), 1e-300)
 
     @property
     def relative_errors(self) -> dict[str, float]:
         """Relative error per task, but for tasks that have an error and no energy."""
-        zero = torch.zeros(len(self.tasks), dtype=torch.float64)
-        lost = sum((e.double().cpu() for e in self.errors.values()), zero)
-        whole = sum((e.double().cpu() for e in self.energy.values()), zero)
-        parts = zip(self.tasks, _relative(lost, whole).tolist())
+        parts = self._by_task(self.errors), self._by_task(self.energy)
+        parts = zip(self.tasks, _relative(*parts).tolist())
         return {task: part for task, part in parts if math.isfinite(part)}
+
+    @property
+    def energies(self) -> dict[str, float]:
+        """Squared norm of each task vector."""
+        return dict(zip(self.tasks, self._by_task(self.energy).tolist()))
+
+    def _by_task(self, found: Mapping[str, Tensor]) -> Tensor:
+        """(T,) sums over all tensors."""
+        zero = torch.zeros(len(self.tasks), dtype=torch.float64)
+        return sum((e.double().cpu() for e in found.values()), zero)
 
     @property
     def energy_kept(self) -> dict[str, list[float]]:
@@ -89,6 +97,7 @@ class MergeResult:
         return {
             "relative_error": report.relative_error,
             "relative_errors": report.relative_errors,
+            "energies": report.energies,
             "seconds": dict(report.seconds),
             "ranks": asdict(self.ranks),
             "energy_kept": report.energy_kept,

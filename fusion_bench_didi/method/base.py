@@ -46,6 +46,7 @@ from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import (
     backbone_reference,
+    backbone_source,
     check_pool,
     load_backbone,
     open_pool,
@@ -138,7 +139,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """The pool, after every check that needs no file.
 
         Raises:
-            ModelPoolError: no base model, fewer than two tasks, or names that mean the same task.
+            ModelPoolError: no base model, one that cannot be told of, fewer than two tasks, or names that mean the same task.
             UnknownTaskError: if the task pool has a task that no model covers, or an alias means none.
             DiDiError: if the task pool cannot tell a model its task, or what is saved cannot be written where it shall be.
             FileExistsError: if something lies there.
@@ -151,6 +152,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         modelpool = as_pool(modelpool)
         check_pool(modelpool)
         check_aliases(self.task_aliases, modelpool.model_names)
+        if self.dynamic:
+            backbone_source(modelpool)
         if self.dynamic and self.processes.leads:
             check_saving(self._program, self.output_dir)
         if self.output_dir is not None and self.processes.leads:

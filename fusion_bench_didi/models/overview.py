@@ -3,6 +3,7 @@
 Made of the saved configuration, or of what a live model would save, so that ``repr(model)`` and ``didi inspect`` are one.
 """
 
+import os
 import statistics
 import textwrap
 from collections import Counter
@@ -106,6 +107,8 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
     if info.get("relative_error") is not None:
         error = info["relative_error"]
         facts["error"] = f"{error:.2g} of the task vectors' energy is not reproduced"
+        if any(told.get("excluded") for told in info.get("tensors", {}).values()):
+            facts["error"] += ", excluded tensors not counted"
     if router := config.get("router"):
         facts["router"] = router["kind"]
     if version := config.get("versions", {}).get("fusion-bench-didi"):
@@ -137,7 +140,7 @@ def place_of(source: Any) -> str | None:
     """Where a base model lies, of what a pool's entry may be."""
     if isinstance(source, Mapping):
         source = source.get("pretrained_model_name_or_path")
-    return source if isinstance(source, str) else None
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
 
 
 def shortened(place: str | None) -> str | None:

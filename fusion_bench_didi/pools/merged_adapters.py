@@ -6,6 +6,7 @@ import torch
 from fusion_bench.modelpool import BaseModelPool
 from torch import nn
 
+from ..errors import CheckpointMismatchError
 from ..task_vectors.alignment import check_alignment
 from .entries import adapter_directory
 from .names_in_memory import Names
@@ -40,7 +41,7 @@ def tuned_model(modelpool: BaseModelPool, name: str) -> nn.Module:
     """The base model with an adapter put in.
 
     Raises:
-        CheckpointMismatchError: if the adapter is none of this base model, or not a plain LoRA.
+        CheckpointMismatchError: if the adapter is none of this base model, not a plain LoRA, or of tensors of other sizes.
     """
     model = load_backbone(modelpool)
     untie_for(modelpool, model, [name])
@@ -50,5 +51,12 @@ def tuned_model(modelpool: BaseModelPool, name: str) -> nn.Module:
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for tensor in source.infos():
         if tensor in live:
-            live[tensor].copy_(source.applied(tensor, live[tensor]))
+            value = source.applied(tensor, live[tensor])
+            if value.shape != live[tensor].shape:
+                raise CheckpointMismatchError(
+                    f"{name}: {tensor} is {tuple(value.shape)}, the base model has {tuple(live[tensor].shape)}, and whole models of "
+                    "several sizes are not merged by this method. Take one that keeps such tensors per task, as didi does, or leave "
+                    "this adapter out."
+                )
+            live[tensor].copy_(value)
     return model

@@ -2,16 +2,18 @@
 
 import copy
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.models.modulator import ModulatedModel
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import ModelPoolError
+from ..errors import ModelPoolError, some
 from ..task_vectors.alignment import floating
 from ..task_vectors.cast import CastSource
 from ..task_vectors.float8 import Float8Source
@@ -118,6 +120,20 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
 
 def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
     """Reference by which the base model is found again: its class, where the pool took it from, and what was not there."""
+    cls, fresh = type(backbone), _fresh(modelpool, Names.of(backbone))
+    return {
+        "class": f"{cls.__module__}.{cls.__qualname__}",
+        "source": backbone_source(modelpool),
+        **({} if fresh is None else {"fresh": sorted(fresh)}),
+    }
+
+
+def backbone_source(modelpool: BaseModelPool) -> str | dict | None:
+    """Where the pool takes the base model from, as it can be written down; None for a model in memory.
+
+    Raises:
+        ModelPoolError: naming an argument that cannot be written down.
+    """
     entry = modelpool._models[BASE]
     if isinstance(entry, DictConfig):
         entry = OmegaConf.to_container(entry, resolve=True)
@@ -128,12 +144,28 @@ def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
         entry = {PLACE: entry}
     if isinstance(entry, dict):
         entry = {**eager(modelpool, entry), **given}
-    cls, fresh = type(backbone), _fresh(modelpool, Names.of(backbone))
-    return {
-        "class": f"{cls.__module__}.{cls.__qualname__}",
-        "source": entry if isinstance(entry, (str, dict)) else None,
-        **({} if fresh is None else {"fresh": sorted(fresh)}),
-    }
+        return {key: _written(value, key) for key, value in entry.items()}
+    return entry if isinstance(entry, str) else None
+
+
+def _written(value: Any, key: str) -> Any:
+    """The argument of an entry as JSON has it: types, devices and paths by their names."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, torch.device):
+        return str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_written(one, key) for one in value]
+    if isinstance(value, (Mapping, DictConfig)):
+        return {str(name): _written(one, key) for name, one in value.items()}
+    raise ModelPoolError(
+        f"The base model {BASE!r} has {key} of {type(value).__name__}, which cannot be written down beside the merged model. "
+        "Give text or numbers, or the loaded model in place of the entry."
+    )
 
 
 def _fresh(modelpool: BaseModelPool, names: Names) -> frozenset[str] | None:
@@ -200,9 +232,36 @@ def open_pool(
     )
     config = getattr(base, "config", None) or configuration_of(modelpool, BASE)
     check_configurations(config, configurations)
+    _tell_of_other_bases(modelpool, tuned)
     if backbone is not None:
         check_modules(backbone, live)
     return vectors
+
+
+def _tell_of_other_bases(
+    modelpool: BaseModelPool, tuned: Mapping[str, TensorSource]
+) -> None:
+    """Warn of adapters that name another base model; the same may lie in a directory that was moved, but under its name."""
+    place, _ = asked(modelpool, BASE)
+    other = [
+        f"{task} on {source.trained_on}"
+        for task, source in tuned.items()
+        if isinstance(source, AdapterSource)
+        and place
+        and isinstance(source.trained_on, str)
+        and source.trained_on
+        and _last_part(source.trained_on) != _last_part(place)
+    ]
+    if other:
+        log.warning(
+            "The base model is %s, and adapters were trained on another, by their configuration: %s. Check that it is the same.",
+            place,
+            some(other),
+        )
+
+
+def _last_part(place: str | os.PathLike) -> str:
+    return os.path.basename(os.path.abspath(place))
 
 
 def untie_for(

@@ -101,6 +101,7 @@ def check_alignment(
         told = _faults_of_names(missing, foreign, _alike(misfits))
         faults += [f"{task}: {fault}" for fault in told]
     faults += _on_random_tensors(adapters, exclude, fresh)
+    faults += _on_other_sizes(adapters, reference, exclude, (*own, *HEADS))
     faults += _left_out(infos, reference, exclude, fresh)
     if faults:
         way_out = _unwrapped(base, tuned)
@@ -169,6 +170,24 @@ def _on_random_tensors(
                 yield (
                     f"{task}: {name} is changed by an adapter's factors, and the base model's is random at every load; give a base "
                     "model whose files hold it, or adapters that hold it whole (modules_to_save)"
+                )
+
+
+def _on_other_sizes(
+    adapters: Mapping[str, TensorSource],
+    reference: Infos,
+    exclude: Iterable[str],
+    own: Iterable[str],
+) -> Iterator[str]:
+    """Factors of adapters that belong to a tensor of another size, whose value is not there."""
+    for task, source in adapters.items():
+        for name, info in source.infos().items():
+            kept = matches(name, own) and not matches(name, exclude)
+            want = reference.get(name, info).shape
+            if kept and info.shape != want and source.rank(name) is not None:
+                yield (
+                    f"{task}: {name} is {info.shape}, the base model has {want}, and the adapter does not hold the value that its "
+                    "factors change; save it with save_embedding_layers=True"
                 )
 
 

@@ -33,8 +33,8 @@ _PAIR = re.compile(r".+\.lora_(?:([AB])\.weight|(embedding_[AB]))")
 
 #: For the end of the error that lists what is wrong with adapters.
 WAY_OUT = (
-    "An adapter that cannot be read as plain LoRA can be put into its base model with peft (merge_and_unload) and saved "
-    "as a whole model."
+    "An adapter that changes weights and cannot be read as plain LoRA can be put into its base model with peft "
+    "(merge_and_unload) and saved as a whole model."
 )
 
 
@@ -82,6 +82,8 @@ class AdapterSource(TensorSource):
         self._fan_in_first = fan_in_first
         self._pairs: dict[str, Pair] = {}
         self._whole: dict[str, str] = {}
+        #: Pairs that change a tensor which is held whole beside them.
+        self._on_own: dict[str, Pair] = {}
         self._infos: dict[str, TensorInfo] = {}
         if found := variants(config):
             self.faults[""] = "; ".join(found)
@@ -90,6 +92,8 @@ class AdapterSource(TensorSource):
         else:
             self._sort()
         self._ties = bool(config.get("ensure_weight_tying"))
+        #: The base model that it was trained on, as PEFT calls it.
+        self.trained_on = config.get("base_model_name_or_path")
 
     @classmethod
     def of_directory(
@@ -122,7 +126,8 @@ class AdapterSource(TensorSource):
 
     @property
     def identity(self) -> dict[str, str]:
-        pairs = digest_of(repr(sorted(self._pairs.items())).encode())
+        pairs = sorted({**self._pairs, **self._on_own}.items())
+        pairs = digest_of(repr(pairs).encode())
         return {**self._source.identity, "configuration": pairs}
 
     @property
@@ -131,7 +136,10 @@ class AdapterSource(TensorSource):
 
     def read(self, name: str) -> Tensor:
         """The fine-tuned value of a tensor that it holds whole."""
-        return self._source.read(self._whole[name])
+        value = self._source.read(self._whole[name])
+        if name not in self._on_own:
+            return value
+        return self._sum(value, self._on_own[name]).to(self._infos[name].dtype)
 
     def rank(self, name: str) -> int | None:
         """Rank of the change of a tensor: 0 for none, None where the adapter holds the tensor whole."""
@@ -141,12 +149,18 @@ class AdapterSource(TensorSource):
 
     def factors(self, name: str) -> LowRankFactors:
         """Its change of a matrix in float32, ``(m, r) (r, n)``; not for tensors that it holds whole."""
-        pair = self._pairs[name]
+        return self._product(self._pairs[name])
+
+    def _product(self, pair: Pair) -> LowRankFactors:
         up, down = (
             self._source.read(key).flatten(1).float() for key in (pair.b, pair.a)
         )
         product = LowRankFactors(up, down).balanced() * pair.scale
         return product.mT if pair.turned else product
+
+    def _sum(self, base: Tensor, pair: Pair) -> Tensor:
+        change = self._product(pair).to(base.device).dense()
+        return (base.float() + change.view(base.shape)).to(base.dtype)
 
     def applied(self, name: str, base: Tensor) -> Tensor:
         """The fine-tuned value of a tensor whose value in the base model is ``base``; sums in the base model's type."""
@@ -155,8 +169,7 @@ class AdapterSource(TensorSource):
             return self.read(name)
         if not rank:
             return base
-        change = self.factors(name).to(base.device).dense()
-        return (base.float() + change.view(base.shape)).to(base.dtype)
+        return self._sum(base, self._pairs[name])
 
     def apart(self, tied: Mapping[str, str]) -> set[str]:
         """Tied names of the base model that differ from the others with this adapter: PEFT changes a tensor by one name only.
@@ -210,9 +223,12 @@ class AdapterSource(TensorSource):
                 beside[key] = "the base model's value beside the one that was trained"
             elif not lora:
                 plain = _WRAPPERS.sub("", name)
-                if whole.setdefault(plain, key) != key:
+                other = whole.setdefault(plain, key)
+                if other != key and self._are_one(other, key):
+                    beside[key] = f"the same as {other}"
+                elif other != key:
                     self.faults[plain] = (
-                        f"{whole[plain]} and {key} are both {plain}, expected one of them"
+                        f"{other} and {key} are both {plain}, expected one of them"
                     )
             elif ".base_layer." in owner:
                 self.faults.setdefault(
@@ -229,15 +245,24 @@ class AdapterSource(TensorSource):
                 )
         for name in self.faults:
             halves.pop(name, None)
-        for name in set(halves) & set(whole):  # of a targeted embedding or head
-            beside[whole.pop(name)] = "the base model's value beside its pair"
-        self.unused = {**self._source.unused, **beside}
+        # of a targeted embedding or head
+        changed = {name: whole.pop(name) for name in set(halves) & set(whole)}
         for name, old in self._renamed((*halves, *whole)).items():
             if old in whole:
                 self._whole[name] = whole[old]
                 self._infos[name] = self._source.infos()[whole[old]]
             else:
                 self._add(name, old.removesuffix(".weight"), halves[old])
+                if old in changed and not self._grown(name, changed[old]):
+                    beside[changed[old]] = "the base model's value beside its pair"
+        self.unused = {**self._source.unused, **beside}
+
+    def _are_one(self, key: str, other: str) -> bool:
+        """Whether two tensors of the file are equal, as the biases of a trained module are with ``bias="all"``."""
+        infos = self._source.infos()
+        if infos[key] != infos[other]:
+            return False
+        return self._source.read(key).equal(self._source.read(other))
 
     def _renamed(self, names: Iterable[str]) -> dict[str, str]:
         """Names as above by those of the base model; what has no such name keeps its own."""
@@ -283,6 +308,16 @@ class AdapterSource(TensorSource):
         self._infos[name] = TensorInfo(shape, (want or a).dtype)
         scale = self._settings.scale_of(module)
         self._pairs[name] = Pair(down, up, rank, scale, turned)
+
+    def _grown(self, name: str, key: str) -> bool:
+        """Take the value beside a pair where the base model has another size, as of a vocabulary that has grown; whether it is."""
+        info, want = self._infos.get(name), self._base.get(name)
+        if info is None or want is None or info.shape == want.shape:
+            return False
+        if self._source.infos()[key].shape != info.shape:
+            return False
+        self._whole[name], self._on_own[name] = key, self._pairs.pop(name)
+        return True
 
     def _turned(self, name: str, shape: tuple, want: tuple) -> bool:
         """Whether the base model's weight is (in, out); ``shape`` is (out, in)."""

@@ -44,6 +44,17 @@ PLAIN = (
     "velora_config",
 )
 
+#: Kinds of adapters that learn inputs of the model, or of its layers, beside the weights.
+PROMPTS = (
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+)
+
 #: Starts that leave the base model's weights alone; others (PiSSA, OLoRA, ...) take part of them into the adapter.
 STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
@@ -145,6 +156,11 @@ def read_config(directory: Path, label: str) -> dict[str, Any]:
 def variants(config: Mapping[str, Any]) -> list[str]:
     """Settings that make an adapter another one than plain LoRA: what was found, and what is expected."""
     kind = config.get("peft_type")
+    if kind in PROMPTS:
+        return [
+            f"{CONFIG} has peft_type={kind!r}, which learns inputs and changes no weight, so that there is nothing to merge; leave "
+            "it out"
+        ]
     if kind != "LORA":
         return [f"{CONFIG} has peft_type={kind!r}, expected 'LORA'"]
     found = [

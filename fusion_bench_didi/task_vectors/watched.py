@@ -25,9 +25,11 @@ class Watched:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Size and date of every file."""
+        """Size and dates of every file; that of the last change of any kind cannot be set back."""
         return {
-            str(file): f"{stamp[2]} bytes of {stamp[3] / 1e9:.6f}"
+            str(
+                file
+            ): f"{stamp[2]} bytes of {stamp[3] / 1e9:.6f}, changed {stamp[4] / 1e9:.6f}"
             for file, stamp in self._seen.items()
         }
 

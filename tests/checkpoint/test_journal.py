@@ -189,6 +189,17 @@ def test_a_changed_input_is_named(cut, tmp_path):
     assert cut(resume="fresh").tasks
 
 
+def test_an_input_that_was_dated_back_is_named(cut, tmp_path):
+    file = tmp_path / "in" / "svhn" / "model.safetensors"
+    before = file.stat()
+    tensors = load_file(file)
+    save_file({n: -v for n, v in tensors.items()}, file, metadata={"format": "pt"})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    with pytest.raises(ResumeError, match="svhn.*model.safetensors: .*was"):
+        cut()
+
+
 def test_settings_that_change_nothing_may_change(cut):
     assert cut(factor_memory_gb=0.0, task_aliases={"x": "svhn"}).tasks
 
@@ -203,6 +214,40 @@ def test_damaged_findings_are_made_again(cut, tmp_path):
     assert not journal.exists()
     cut(output_dir=str(tmp_path / "unbroken"))
     assert weights(tmp_path / "out") == weights(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("case", ["default", "subspaces", "spilled"])
+def test_damaged_bases_are_made_again(tmp_path, monkeypatch, case):
+    """As after a crash of the system, which leaves zeros in a file of the right size."""
+    with monkeypatch.context() as patch:
+        begun = cut_after(patch, 10**6)
+        CASES[case](output_dir=str(tmp_path / "whole"))
+    steps = [stage for stage, _ in begun]
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 1 + max(i for i, s in enumerate(steps) if s == "decompose"))
+        CASES[case](output_dir=str(tmp_path / "cut"))
+    lines = read_lines(tmp_path / ".cut.journal").values()
+    bases = {name for line in lines for name, _ in line.facts.get("bases", ())}
+    assert bases
+    for name in bases:
+        file = tmp_path / ".cut.journal" / name
+        half = file.stat().st_size // 2
+        file.write_bytes(file.read_bytes()[:-half] + bytes(half))
+    CASES[case](output_dir=str(tmp_path / "cut"))
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_lies_in_the_place_of_a_journal_is_named(tmp_path, kind):
+    place = tmp_path / ".out.journal"
+    if kind == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to(tmp_path / "gone")
+    for resume in ("continue", "fresh"):
+        with pytest.raises(ResumeError, match="journal is no directory.*Move it away"):
+            didi(clip(), output_dir=str(tmp_path / "out"), resume=resume)
+    assert os.path.lexists(place)
 
 
 @pytest.mark.parametrize("how", ["damaged", "a directory"])

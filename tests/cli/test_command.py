@@ -11,9 +11,10 @@ import click
 import pytest
 import torch
 from commands import run
-from fusion_bench.modelpool import CLIPVisionModelPool
+from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
 from fuzz_cases import CASES
 from helpers import BASE, floats, same_bits
+from lora_families import ATTENTION, family, llama
 from safetensors.torch import load_file, save_file
 from snippets import fault
 
@@ -151,6 +152,26 @@ def test_other_methods_merge_too(tiny_clip_dir, tmp_path):
     assert "EMR" in run("inspect", tmp_path / "emr").splitlines()[0]
     run("merge", *places, "-o", tmp_path / "mean", "--method", "simple_average")
     assert (tmp_path / "mean" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["simple_average", "ties_merging"])
+def test_methods_of_the_host_merge_whole_models_of_adapters(method, tmp_path):
+    """And not the factors: a mean of products is no product of means."""
+    from fusion_bench.method import SimpleAverageAlgorithm, TiesMergingAlgorithm
+
+    models = family(tmp_path, llama, target_modules=ATTENTION)
+    run("merge", *(tmp_path / name for name in models), "-o", tmp_path / "m", "--method", method)  # fmt: skip
+    found = floats(type(models[BASE]).from_pretrained(tmp_path / "m"))
+    same = {
+        "simple_average": SimpleAverageAlgorithm,
+        "ties_merging": lambda: TiesMergingAlgorithm(
+            scaling_factor=0.3, threshold=20, remove_keys=[], merge_func="sum"
+        ),
+    }[method]()
+    expected = floats(same.run(BaseModelPool(models)))
+    assert found.keys() == expected.keys()
+    for tensor, value in expected.items():
+        torch.testing.assert_close(found[tensor], value, msg=tensor)
 
 
 def test_settings_of_a_part_leave_the_others_of_it(tiny_clip_dir, tmp_path):

@@ -83,8 +83,7 @@ def test_others_stay_to_the_bit_and_a_task_that_goes_leaves_nothing(models, sett
     assert added == sum(d.bits for d in model.modulators["d"].deltas.values())
     assert model.storage.shared_bits == account.shared_bits
     # and as good as it says
-    names = found.facts["precision"]
-    told = error_of(model, "d", models["d"], models[BASE], names)
+    told = error_of(model, "d", models["d"], models[BASE])
     assert found.facts["relative_error"] == pytest.approx(told, rel=0.02, abs=1e-6)
     gone = remove_task(model, "d")
     assert model.storage == account and gone.facts["freed_bits"] == added

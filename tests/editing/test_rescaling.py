@@ -5,11 +5,11 @@ import math
 import re
 
 import pytest
-from helpers import BASE, didi, floats
+from helpers import BASE, didi, floats, normal
 from torch import nn
 from tucker_models import linears
 
-from fusion_bench_didi.editing import add_task, remove_task, rescale
+from fusion_bench_didi.editing import add_task, remove_task, rescale, rescaling
 from fusion_bench_didi.errors import BudgetError, SettingsError
 from fusion_bench_didi.models import DiDiModel
 from fusion_bench_didi.routers.files import make_router
@@ -161,3 +161,24 @@ def test_a_budget_that_holds_nothing_is_refused_with_one_that_does(budget):
     assert model.storage == before
     (named,) = re.findall(r"takes (\d+\.\d+)", str(refusal.value))
     assert rescale(model, budget=float(named)).after.excl_bits > 0
+
+
+@pytest.mark.parametrize("before, after", [(0.2, 0.15), (0.3, 0.15)])
+def test_codes_of_codes_use_the_budget(monkeypatch, before, after):
+    """They are of few values, which take far less at a step than at one a little finer."""
+    base = nn.Linear(32, 32, bias=False)
+    models = {BASE: base}
+    for seed in (1, 2, 3):
+        models[str(seed)] = tuned = copy.deepcopy(base)
+        tuned.weight.data += 0.1 * normal(32, 32, seed=seed)
+    model = didi(models, budget=before, factor_dtype="auto")
+    found = []
+    for tries in (1, rescaling.TRIES):
+        monkeypatch.setattr(rescaling, "TRIES", tries)
+        one = copy.deepcopy(model)
+        rescale(one, budget=after)
+        assert one.storage.x_excl <= after
+        assert one.info["settings"]["budget"]["ratio"] == pytest.approx(after, rel=1e-3)
+        found.append((one.storage.x_excl, distance(one, models)))
+    (once, more), (used, lost) = found
+    assert once < 0.85 * after and used > 1.1 * once and lost < 0.95 * more

@@ -29,6 +29,7 @@ from lora_families import (
     llama,
     llamas,
     pool_of,
+    write_adapter,
 )
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -99,6 +100,14 @@ KINDS: dict[str, tuple[Any, dict]] = {
     ),
     "clip": (clip, {"target_modules": [*ATTENTION, "fc1", "patch_embedding"]}),
     "clip, biases": (clip, {"target_modules": ["fc1"], "bias": "all"}),
+    "clip, biases and a norm": (
+        clip,
+        {
+            "target_modules": ["fc1"],
+            "bias": "all",
+            "modules_to_save": ["post_layernorm"],
+        },
+    ),
     "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "gpt2, embeddings of tokens and places": (
         lambda: gpt2(tied=False),
@@ -134,6 +143,33 @@ def test_a_matrix_of_adapters_can_be_kept_as_each_task_has_it(tmp_path):
             m.get_parameter(name) for m in (model.materialize(task), wholes[task])
         )
         assert torch.allclose(kept, right, atol=1e-6)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_factors_of_a_grown_vocabulary_change_the_value_beside_them(tmp_path, held):
+    """PEFT writes that too; where it is not there, the base model's is of another size."""
+    models = family(tmp_path, llama, tasks=("plain",), target_modules=ATTENTION)
+    grown = copy.deepcopy(models[BASE])
+    grown.resize_token_embeddings(44)
+    targets = ["embed_tokens", "lm_head"]
+    whole = write_adapter(grown, tmp_path / "grown", 5, target_modules=targets)
+    if not held:
+
+        def forget(tensors: dict) -> None:
+            for key in [key for key in tensors if ".base_layer." in key]:
+                del tensors[key]
+
+        change_tensors(tmp_path / "grown", forget)
+    pool = pool_of(tmp_path, models[BASE], ("plain", "grown"))
+    own = {"own": ["*embed_tokens*", "*lm_head*"]}
+    if not held:
+        with pytest.raises(CheckpointMismatchError, match="does not hold the value"):
+            didi(pool, budget=50, **own)
+        return
+    model = didi(pool, budget=50, **own)
+    assert_close(model, {"plain": models["plain"], "grown": whole})
+    told = model.info["tensors"]["grown"]
+    assert not told["not taken from the checkpoint"]
 
 
 def test_a_head_that_no_file_holds_is_not_changed_by_factors(tmp_path):

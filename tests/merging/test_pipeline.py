@@ -101,6 +101,32 @@ def test_ranks_and_errors_are_those_of_what_is_stored(tiny_clip):
     assert model.info["relative_error"] == pytest.approx(lost / total, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "int8", "checkpoint"])
+@pytest.mark.parametrize("vectors", ["expert", "shared", "pretrained"])
+def test_the_error_told_is_that_of_whole_models(tiny_clip, vectors, dtype):
+    """Of vectors too, however they are stored, or not at all."""
+    model = didi(
+        tiny_clip.pool_models(),
+        budget=1.4,
+        vectors=vectors,
+        factor_dtype=dtype,
+        as_vectors=["*q_proj.weight"],
+    )
+    base, lost, whole = floats(tiny_clip.base), {}, {}
+    for task, tuned in tiny_clip.tuned.items():
+        found = floats(model.materialize(task))
+        pairs = [(found[n] - v, v - base[n]) for n, v in floats(tuned).items()]
+        lost[task], whole[task] = (
+            sum(float(x.double().square().sum()) for x in rests)
+            for rests in zip(*pairs)
+        )
+        told = model.info["relative_errors"][task]
+        assert told == pytest.approx(lost[task] / whole[task], rel=0.01, abs=1e-7)
+    assert model.info["energies"] == pytest.approx(whole)
+    told = sum(lost.values()) / sum(whole.values())
+    assert model.info["relative_error"] == pytest.approx(told, rel=0.01, abs=1e-7)
+
+
 def test_more_budget_and_refinement_lower_the_error(tiny_clip):
     vectors = task_vectors(tiny_clip.pool_models())
 

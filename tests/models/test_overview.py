@@ -46,6 +46,12 @@ def test_errors_per_task_are_parts_of_each_tasks_energy(merged):
     assert low <= merged.info["relative_error"] <= high
 
 
+def test_tensors_that_are_left_out_count_in_no_error(tiny_clip):
+    model = didi(tiny_clip.pool_models(), budget=0.5, exclude=["*layers.0*"])
+    (line,) = [line for line in repr(model).splitlines() if line.startswith("error")]
+    assert line.endswith("is not reproduced, excluded tensors not counted")
+
+
 def test_many_tasks_still_fit(make_tiny_clip):
     tasks = tuple(f"task-{i}" for i in range(20))
     model = didi(make_tiny_clip(tasks).pool_models(), budget=2, shared="none")

@@ -15,8 +15,11 @@ from lora_families import (
     family,
     llamas,
     pool_of,
+    write_adapter,
 )
+from transformers import CLIPConfig, CLIPForImageClassification
 
+from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.pools.merged_adapters import adapted
 
 # PEFT on what it saves beside the adapter, and on layouts that it corrects itself.
@@ -53,6 +56,23 @@ def test_prefix_of_the_base_models_names_may_differ(tmp_path):
             ],
         )
     assert_close(didi(pool_of(tmp_path, models[BASE]), budget=1.4), models)
+
+
+def test_a_module_of_another_size_is_no_part_of_a_whole_model(tmp_path):
+    """Where each task may keep its own, as a classifier of other classes."""
+
+    def classifier(classes: int = 3):
+        tower = clip().config.to_dict()
+        return CLIPForImageClassification(CLIPConfig(vision_config=tower, num_labels=classes))  # fmt: skip
+
+    models = family(tmp_path, classifier, tasks=("a",), target_modules=ATTENTION)
+    config = {"target_modules": ATTENTION, "modules_to_save": ["classifier"]}
+    write_adapter(classifier(5), tmp_path / "b", 2, **config)
+    entries = {BASE: models[BASE], "a": str(tmp_path / "a"), "b": str(tmp_path / "b")}
+    pool = adapted(BaseModelPool(entries))
+    pool.load_model("a")
+    with pytest.raises(CheckpointMismatchError, match=r"b: classifier.* is \(5"):
+        pool.load_model("b")
 
 
 def test_models_of_adapters_are_plain_models(tmp_path):

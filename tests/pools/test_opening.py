@@ -4,10 +4,16 @@ import json
 
 import pytest
 import torch
+from fusion_bench.modelpool import BaseModelPool
 from helpers import BASE, didi, floats, same_bits
 from merged_tasks import assert_task_weights, clip_pool, pool
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+from fusion_bench_didi import load
+from fusion_bench_didi.checkpoint.deltas import read_config
+from fusion_bench_didi.errors import ModelPoolError
+from fusion_bench_didi.method import DiDiMerging, EMRMerging
 
 
 def test_files_are_read_without_instantiating_fine_tuned_models(
@@ -113,3 +119,44 @@ def test_sharded_files_are_read(tiny_clip_dir, tiny_clip, tmp_path, monkeypatch)
     monkeypatch.setattr(pool, "load_model", None)
     model = didi(pool, budget=float("inf"))
     assert_task_weights(model, tiny_clip.tuned, atol=1e-6)
+
+
+def entries(directory, **arguments):
+    """Entries of plain dictionaries, whose values may be objects."""
+    load = {"_target_": "transformers.CLIPVisionModel.from_pretrained", **arguments}
+    return {
+        name: {**load, "pretrained_model_name_or_path": directory / name}
+        for name in (BASE, "mnist", "svhn")
+    }
+
+
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_types_and_paths_of_entries_are_written_as_text(
+    tiny_clip_dir, tmp_path, key, written
+):
+    given = entries(tiny_clip_dir, **{key: torch.bfloat16})
+    where = {"output_dir": str(tmp_path / "m")} if written else {}
+    model = didi(BaseModelPool(given), budget=0.5, **where)
+    if not written:
+        model.save_pretrained(tmp_path / "m")
+    source = read_config(tmp_path / "m")["backbone"]["source"]
+    assert source[key] == "bfloat16"
+    assert source["pretrained_model_name_or_path"] == str(tiny_clip_dir / BASE)
+    assert model.info["parents"] == {t: str(tiny_clip_dir / t) for t in model.tasks}
+    loaded = load(tmp_path / "m")
+    for task in model.tasks:
+        one, other = (floats(m.materialize(task)) for m in (loaded, model))
+        assert same_bits(one, other)
+        assert {v.dtype for v in one.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", [DiDiMerging, EMRMerging])
+def test_what_cannot_be_written_is_refused_before_anything_is_read(
+    tiny_clip_dir, monkeypatch, method
+):
+    config = CLIPVisionConfig.from_pretrained(tiny_clip_dir / BASE)
+    pool = BaseModelPool(entries(tiny_clip_dir, config=config))
+    monkeypatch.setattr(pool, "load_pretrained_model", None)
+    with pytest.raises(ModelPoolError, match="has config of CLIPVisionConfig"):
+        method().run(pool)

@@ -308,17 +308,38 @@ def test_values_of_the_base_model_in_an_adapter_are_told_of(llamas, kind):
     assert "base model's value beside" in told["not taken from the checkpoint"][key]
 
 
-def test_two_values_of_one_tensor_in_an_adapter_are_refused(llamas):
+@pytest.mark.parametrize("more, dtype", [(1, torch.float32), (0, torch.float16)])
+def test_two_values_of_one_tensor_in_an_adapter_are_refused(llamas, more, dtype):
     directory, _, pool = llamas
-    head = "base_model.model.lm_head."
-    both = dict.fromkeys((f"{head}weight", f"{head}modules_to_save.weight"))
-
-    def add(tensors: dict) -> None:
-        tensors.update({key: i + torch.ones(2, 2) for i, key in enumerate(both)})
-
-    change_tensors(directory / "svhn", add)
+    head, value = "base_model.model.lm_head.", torch.ones(40, 32)
+    both = {"weight": value, "modules_to_save.weight": (value + more).to(dtype)}
+    both = {f"{head}{name}": value for name, value in both.items()}
+    change_tensors(directory / "svhn", lambda tensors: tensors.update(both))
     with pytest.raises(CheckpointMismatchError, match="svhn: .*are both lm_head.weig"):
         didi(pool)
+
+
+@pytest.mark.parametrize("name", ["org/other", "elsewhere/other/", "", BASE, f"/x/{BASE}", None, 3])  # fmt: skip
+def test_adapters_that_name_another_base_model_are_told_of(llamas, name, caplog):
+    directory, _, pool = llamas
+    change_config(directory / "svhn", base_model_name_or_path=name)
+    didi(pool, budget=1.4)
+    told = [r for r in caplog.messages if "trained on another" in r]
+    assert len(told) == ("other" in str(name))
+    assert all(f"svhn on {name}" in r and str(directory / BASE) in r for r in told)
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"])
+def test_prompts_are_no_changes_of_weights(llamas, kind):
+    """There is nothing to put into the base model."""
+    directory, _, pool = llamas
+    change_config(directory / "svhn", peft_type=kind)
+    message = (
+        f"svhn: .*'{kind}', which learns inputs and changes no weight.*leave it out"
+    )
+    with pytest.raises(CheckpointMismatchError, match=message) as caught:
+        didi(pool)
+    assert "An adapter that changes weights" in str(caught.value)
 
 
 def test_a_configuration_that_changes_as_it_is_read_is_refused(llamas, monkeypatch):

@@ -255,8 +255,8 @@ class MERGE(PoolMethod):
         front, state = place / FRONT, place / STATE
         if front.exists() and not state.exists():
             raise FileExistsError(
-                f"{front} exists without a {STATE} beside it, so it may be of something else. Choose another {spelled('directory')}, or "
-                "remove it."
+                f"{front} exists without a {STATE} beside it, so it may be of something else. Choose another "
+                f"{spelled('directory')}, or remove it."
             )
         return place
 

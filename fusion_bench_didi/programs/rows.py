@@ -114,7 +114,8 @@ class RowStore:
         settings = self.directory / SETTINGS
         if settings.exists() and not is_ours(self.directory, SETTINGS):
             raise ComparisonError(
-                f"{settings} is not that of a comparison, so nothing is removed. Give another directory ({spelled('path.log_dir', '...')})."
+                f"{settings} is not that of a comparison, so nothing is removed. Give another directory "
+                f"({spelled('path.log_dir', '...')})."
             )
         for file in self.rows.glob("*.json*"):
             if file.suffix == ".tmp" or _is_row(file):
@@ -142,7 +143,8 @@ class RowStore:
         for place in (self.directory / name for name in (COMPARISON, MODELS)):
             if os.path.lexists(place) and not place.is_file():
                 raise ComparisonError(
-                    f"{place} is no file, so that nothing can be written there. Remove it, or give another directory ({spelled('path.log_dir', '...')})."
+                    f"{place} is no file, so that nothing can be written there. Remove it, or give another directory "
+                    f"({spelled('path.log_dir', '...')})."
                 )
         rows = any(map(_is_row, self.rows.glob("*.json")))
         left = (COMPARISON, ARTIFACTS, SEARCHES)

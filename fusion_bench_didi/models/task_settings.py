@@ -62,6 +62,8 @@ def with_own_vocabulary(model: ModulatedModel) -> list[str]:
         embedding = model.backbone.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return []
+    if not hasattr(embedding, "weight"):  # none, or several
+        return []
     modules = model.backbone.named_modules(remove_duplicate=False)
     names = [f"{name}.weight" for name, module in modules if module is embedding]
     found = []

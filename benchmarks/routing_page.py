@@ -32,6 +32,11 @@ python -m benchmarks.routing --suite demo        # these tables
 A head (`discriminant`, in closed form, or `mlp`) is fitted to the router's features on images whose task is known; class
 labels are never used. Times are processor time of one thread relative to the plain backbone on the same mixed batch of {batch}
 images; "routing x" is what the router stores in units of one fine-tuned model (the towers here are very small, heads are not).
+
+Routers look at layers that are called once, with one row per sample; experts, their gates and layers on windows of an image are
+not, and where one is named, or a default (OPT flattens the tokens of a batch for its MLP), the error says which. Tasks are found
+before there is a cache: a decoding loop of one's own gives `task_ids` from its second step on, `generate` finds them once. A task
+that does not change a layer is the least likely there, by half of the least response of the others.
 """
 
 

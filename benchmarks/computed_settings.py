@@ -37,7 +37,7 @@ ELSEWHERE = {
     *("use_cache", "output_router_logits", "mem_len", "reuse_len", "use_mems_eval"),
     *("image_size", "rescale_every", "reorder_and_upcast_attn", "router_jitter_noise"),
     *("subs_pad_id", "tag_pad_id", "mask_ratio", "do_mask_input", "max_text_len"),
-    "num_channels_out",
+    *("num_channels_out", "output_hidden_states", "output_attentions", "return_dict"),
 }
 #: other values of settings that are words
 WORDS = ("relu", "silu", "gelu", "tanh", "mean", "cls", "max", "layer", "group", "default", "full", "relative_key")  # fmt: skip

@@ -15,6 +15,10 @@ from ..errors import DiDiError
 #: kinds of settings, by which a merged model's facts have them of every task that has some
 TASK_SETTINGS = LABELS, GENERATION = "labels", "generation"
 
+#: settings of generation that change no text, and those of sampling alone
+_SAME_TEXT = {"pad_token_id", "bos_token_id", "use_cache", "return_dict_in_generate"}
+_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p"}
+
 
 def check_task_settings(info: Field) -> None:
     """What a saved model tells of its tasks must be as a merge writes it.
@@ -103,7 +107,11 @@ def generation_for(
         return {}
     tasks = list(tasks)
     told = [info[GENERATION].get(task, {}) for task in tasks]
-    keys = {key for one in told for key in one} - set(given)
+    keys = {key for one in told for key in one} - set(given) - _SAME_TEXT
+    if given.get("do_sample") is False:
+        keys -= _SAMPLING
+    if "max_new_tokens" in given:
+        keys -= {"max_length"}
     unset = object()
     differing = sorted(
         key for key in keys if any(one.get(key, unset) != told[0].get(key, unset) for one in told)  # fmt: skip

@@ -192,6 +192,11 @@ def test_tasks_of_other_settings_are_not_one_batch_unless_these_are_given():
     config = copy.deepcopy(model.backbone.generation_config)
     written(model, prompt, task_ids=["t0", "t1"], generation_config=config)
     assert written(model, prompt, task_ids=["t0", "t0"])
+    for task, temperature in (("t0", 0.5), ("t1", 0.7)):
+        model.info["generation"][task] |= {"eos_token_id": 7, "temperature": temperature}  # fmt: skip
+    written(model, prompt, task_ids=["t0", "t1"])  # the likeliest tokens
+    with pytest.raises(DiDiError, match="temperature"):
+        written(model, prompt, task_ids=["t0", "t1"], do_sample=True)
     same = didi(writers((7, 7)), budget=9.0).eval()
     written(same, prompt, task_ids=["t0", "t1"])
 

@@ -176,6 +176,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         with self.profile("load backbone"):
             backbone = load_backbone(modelpool)
         vectors = open_pool(modelpool, backbone, **self.tensor_patterns())
+        task_settings(modelpool, backbone)  # what cannot be read is said before work
         return backbone, vectors.ordered(self.order(modelpool.model_names))
 
     def tensor_patterns(self) -> dict[str, tuple[str, ...]]:

@@ -47,6 +47,7 @@ from ..options import (
     Share,
 )
 from ..pools.opening import load_backbone, open_pool
+from ..pools.task_settings import task_settings
 from ..quantization.dead_zone import Quantizer
 from ..task_vectors.reader import TaskVectors
 from .base import PoolMethod, Resume, progress_bars
@@ -179,6 +180,9 @@ class DiDiMerging(PoolMethod):
             with self.profile("load backbone"):
                 backbone = load_backbone(modelpool)
             task_vectors = open_pool(modelpool, backbone, **choice)
+            task_settings(
+                modelpool, backbone
+            )  # what cannot be read is said before work
             model = self.streamed(
                 task_vectors.ordered(sorted(task_vectors.tasks)),
                 lambda sink, journal: self._merged(

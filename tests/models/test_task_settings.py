@@ -201,6 +201,15 @@ def test_tasks_of_other_settings_are_not_one_batch_unless_these_are_given():
     written(same, prompt, task_ids=["t0", "t1"])
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": '])
+def test_settings_that_cannot_be_read_are_said_before_tensors_are(content, tmp_path, monkeypatch):  # fmt: skip
+    pool = on_disk(writers(), tmp_path)
+    (tmp_path / "t1" / "generation_config.json").write_text(content)
+    monkeypatch.setattr("fusion_bench_didi.method.didi.merge", lambda *_, **__: 1 / 0)
+    with pytest.raises(CheckpointMismatchError, match="t1.*generation_config.json"):
+        didi(pool, budget=1.0)
+
+
 def test_vocabularies_of_their_own_are_known(tmp_path):
     base = llama()
     own = {name: OwnDelta((70, 32), torch.ones(70, 32)) for name in ("model.embed_tokens.weight", "lm_head.weight")}  # fmt: skip

@@ -25,6 +25,11 @@ def from_home(place: str | Path) -> Path:
         ) from error
 
 
+def as_text(place: str | Path) -> str:
+    """A place as text for what loads models, which knows no ``~``; all other text, names of the hub too, stays as it is."""
+    return str(from_home(place) if str(place).startswith("~") else place)
+
+
 def no_room(error: BaseException) -> bool:
     """Whether it says that nothing more can be written."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM

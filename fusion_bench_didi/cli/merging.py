@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import CheckpointMismatchError, SettingsError, spelled
-from ..files import from_home
+from ..files import as_text, from_home
 from . import options
 
 
@@ -133,7 +133,7 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
     from ..checkpoint.loaders import TYPE
     from ..pools.entries import BASE
 
-    places = {BASE: base}
+    places = {BASE: as_text(base)}
     for model in models:
         task, equals, place = model.partition("=")
         if not equals:
@@ -147,12 +147,7 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
             raise click.BadParameter(
                 f"two models are called {task!r}; give TASK=MODEL.", param_hint="models"
             )
-        places[task] = place
-    # the host would not know
-    places = {
-        task: str(from_home(place)) if place.startswith("~") else place
-        for task, place in places.items()
-    }
+        places[task] = as_text(place)
     name = model_class or _class_of(places)
     load = {"_target_": f"transformers.{name}.from_pretrained", TYPE: "auto"}
     return BaseModelPool(

@@ -22,7 +22,7 @@ from ..checkpoint.ours import CONFIG
 from ..deltas.storage import told
 from ..deltas.tucker import Bases, Core
 from ..errors import CheckpointMismatchError, ModelPoolError, some
-from ..files import from_home
+from ..files import as_text, from_home
 from ..lowrank.arithmetic import own_arithmetic
 from ..merging.given import Given
 from ..merging.pipeline import merge
@@ -90,16 +90,14 @@ def add_task(
     wanted = {"exclude": exclude, "as_vectors": as_vectors, "own": own}
     pool = pool_beside(model, checkpoint, name)
     vectors = open_checkpoint(pool, model, name, **wanted)
-    told = task_settings(pool, model.backbone)
+    own = task_settings(pool, model.backbone)
     settings = alone(settings or stored.info, limit)
 
     def edit(stored: Stored) -> Stored:
         start = time.perf_counter()
         fit = fitted(stored, vectors, settings, device=device)
         parent = str(checkpoint) if isinstance(checkpoint, (str, Path)) else None
-        added = joined(stored, name, fit, parent)
-        own = {kind: {**added.info.get(kind, {}), **told[kind]} for kind in told}
-        added = replace(added, info={**added.info, **own})
+        added = joined(stored, name, fit, parent, own)
         return added.edited(
             "add",
             task=name,
@@ -172,8 +170,18 @@ def fitted(
     return Fit(result, energy, lost / max(energy, 1e-300), tensors[task])
 
 
-def joined(stored: Stored, name: str, fit: Fit, parent: str | None) -> Stored:
-    """The stored model with one expert more."""
+def joined(
+    stored: Stored,
+    name: str,
+    fit: Fit,
+    parent: str | None,
+    own: Mapping[str, Mapping[str, Any]],
+) -> Stored:
+    """The stored model with one expert more.
+
+    Args:
+        own: settings of the task, by kind.
+    """
     (expert,) = fit.result.experts.values()
     (ranks,) = fit.result.ranks.experts.values()
     for tensor, delta in expert.items():
@@ -182,6 +190,8 @@ def joined(stored: Stored, name: str, fit: Fit, parent: str | None) -> Stored:
     info = dict(stored.info)
     info["parents"] = {**info.get("parents", {}), name: parent}
     info["tensors"] = {**info.get("tensors", {}), name: dict(fit.tensors)}
+    for kind, told_by_task in own.items():
+        info[kind] = {**info.get(kind, {}), **told_by_task}
     if "relative_errors" in info:
         errors = {**info["relative_errors"], name: fit.relative_error}
         info["relative_errors"] = errors
@@ -199,10 +209,8 @@ def pool_beside(model: DynamicModel, checkpoint: Any, name: str) -> BaseModelPoo
     """The pool of a merged model's backbone and one checkpoint."""
     if isinstance(checkpoint, Mapping):
         checkpoint = DictConfig(dict(checkpoint))
-    elif str(checkpoint).startswith("~"):  # the host would not know
-        checkpoint = str(from_home(checkpoint))
-    elif isinstance(checkpoint, Path):
-        checkpoint = str(checkpoint)
+    elif isinstance(checkpoint, (str, Path)):
+        checkpoint = as_text(checkpoint)
     return BaseModelPool({BASE: model.backbone, name: checkpoint})
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checkpoint.fields import Field
-from ..models.task_settings import TASK_SETTINGS, check_task_settings
+from ..models.task_settings import check_task_settings
+from ..pools.task_settings import TASK_SETTINGS
 
 #: Facts by task that are of its checkpoint, whatever it is merged with.
 OF_CHECKPOINTS = ("parents", "tensors", *TASK_SETTINGS)

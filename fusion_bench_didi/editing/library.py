@@ -40,7 +40,8 @@ from ..deltas.grouped import GroupedDelta
 from ..errors import DiDiError, spelled
 from ..files import from_home
 from ..models.dynamic import DynamicModel
-from ..models.task_settings import TASK_SETTINGS, check_settings
+from ..models.task_settings import check_settings
+from ..pools.task_settings import TASK_SETTINGS
 from ..task_vectors.digests import digests
 from .combining import check_entries, combined
 from .facts import OF_CHECKPOINTS

@@ -176,7 +176,6 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         with self.profile("load backbone"):
             backbone = load_backbone(modelpool)
         vectors = open_pool(modelpool, backbone, **self.tensor_patterns())
-        task_settings(modelpool, backbone)  # what cannot be read is said before work
         return backbone, vectors.ordered(self.order(modelpool.model_names))
 
     def tensor_patterns(self) -> dict[str, tuple[str, ...]]:
@@ -205,7 +204,11 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         return sorted(tasks)
 
     def facts(self, modelpool: BaseModelPool, backbone: nn.Module) -> dict[str, Any]:
-        """Facts saved with every model: the method, its settings and where its models came from."""
+        """Facts saved with every model: the method, its settings, where its models came from and what they say of their tasks.
+
+        Raises:
+            CheckpointMismatchError: for a file of settings that cannot be read; so they are taken before anything is merged.
+        """
         settings = OmegaConf.to_container(self.config, resolve=True)
         return {
             "method": self.title,
@@ -356,10 +359,11 @@ class DynamicMethod(PoolMethod):
         with self.together():
             modelpool = self.checked(modelpool)
             backbone, task_vectors = self.opened(modelpool)
+            facts = self.facts(modelpool, backbone)
             model = self.streamed(
                 task_vectors,
                 lambda sink, journal: self._compressed(
-                    modelpool, backbone, task_vectors, sink, journal
+                    modelpool, backbone, task_vectors, facts, sink, journal
                 ),
             )
         return self.connect(model, modelpool)
@@ -391,6 +395,7 @@ class DynamicMethod(PoolMethod):
         modelpool: BaseModelPool,
         backbone: nn.Module,
         task_vectors: TaskVectors,
+        facts: Mapping[str, Any],
         sink: Sink,
         journal: Journal | None,
     ) -> DynamicModel:
@@ -426,7 +431,7 @@ class DynamicMethod(PoolMethod):
             {task: experts[task] for task in modelpool.model_names},
             unit_bits=sum(model_bits(task_vectors, found).values()),
             info={
-                **self.facts(modelpool, backbone),
+                **facts,
                 "tensors": account_of(
                     task_vectors,
                     found,

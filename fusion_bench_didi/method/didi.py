@@ -7,6 +7,7 @@ Example:
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -47,7 +48,6 @@ from ..options import (
     Share,
 )
 from ..pools.opening import load_backbone, open_pool
-from ..pools.task_settings import task_settings
 from ..quantization.dead_zone import Quantizer
 from ..task_vectors.reader import TaskVectors
 from .base import PoolMethod, Resume, progress_bars
@@ -177,16 +177,12 @@ class DiDiMerging(PoolMethod):
                     with own_arithmetic():
                         print(describe(vectors, settings, streamed=streamed))
                 return None
-            with self.profile("load backbone"):
-                backbone = load_backbone(modelpool)
-            task_vectors = open_pool(modelpool, backbone, **choice)
-            task_settings(
-                modelpool, backbone
-            )  # what cannot be read is said before work
+            backbone, task_vectors = self.opened(modelpool)
+            facts = self.facts(modelpool, backbone)
             model = self.streamed(
-                task_vectors.ordered(sorted(task_vectors.tasks)),
+                task_vectors,
                 lambda sink, journal: self._merged(
-                    modelpool, backbone, task_vectors, sink, journal
+                    modelpool, backbone, task_vectors, facts, sink, journal
                 ),
             )
         return self.connect(model, modelpool)
@@ -196,6 +192,7 @@ class DiDiMerging(PoolMethod):
         modelpool: BaseModelPool,
         backbone: nn.Module,
         task_vectors: TaskVectors,
+        facts: Mapping[str, Any],
         sink: Sink,
         journal: Journal | None,
     ) -> DiDiModel:
@@ -212,7 +209,7 @@ class DiDiMerging(PoolMethod):
                 journal=journal,
             )
         info = {
-            **self.facts(modelpool, backbone),
+            **facts,
             "budget": self.budget,
             "settings": asdict(self.settings()),
             **result.facts(),

@@ -156,6 +156,7 @@ class MERGE(PoolMethod):
             tasks = self.order(modelpool.model_names)
             check_pools(modelpool, taskpool, tasks, self.task_aliases)
         backbone, task_vectors = self.opened(modelpool)
+        facts = self.facts(modelpool, backbone)
         with self.profile("scan"):
             names = self.changed(task_vectors)
         parts = components(task_vectors, names, self.components or PATTERNS)
@@ -202,7 +203,7 @@ class MERGE(PoolMethod):
             },
             unit_bits=space.unit_bits,
             info={
-                **self.facts(modelpool, backbone),
+                **facts,
                 "components": {c.name: list(c.tensors) for c in parts},
                 "chosen": chosen.as_dict(),
                 "picks": {name: front[i].costs for name, i in picks.items()},

@@ -190,6 +190,7 @@ class SEMerging(PoolMethod):
         """Whole task vectors, in the checkpoints' data type."""
         backbone = load_backbone(modelpool)
         vectors = open_pool(modelpool, backbone, **self.tensor_patterns())
+        facts = self.facts(modelpool, backbone)
         found = scan(vectors, self.fabric.device)
         sink = InMemory(vectors.tasks)
         for name in found.changed_own:
@@ -204,7 +205,7 @@ class SEMerging(PoolMethod):
             {},
             {task: experts[task] for task in modelpool.model_names},
             unit_bits=sum(model_bits(vectors, found).values()),
-            info=self.facts(modelpool, backbone),
+            info=facts,
         )
 
 

@@ -7,6 +7,7 @@ import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..errors import DiDiError, UnknownTaskError
 from ..routers.base import RoutedModel, Router
+from ..serving.calls import Call
 from ..serving.forward import MixedForward
 from ..serving.forward_only import forward_only
 from ..serving.generation import GENERATE, generate, generation_of, prompt_of
@@ -140,7 +142,8 @@ def _method(model: Called, name: str, value: Callable[..., Any]) -> Callable[...
             return _mixed(model, name, args, kwargs, task_ids, task_weights)
         if model.current_task is not None:
             if name == GENERATE:
-                kwargs |= _generation(model, [model.current_task], kwargs)
+                tasks = [model.current_task]
+                kwargs |= generation_for(model.info, tasks, model.backbone, kwargs)
             return model.run_alone(value, *args, **kwargs)
         if model.router is not None:
             return _routed(model, name, args, kwargs)
@@ -170,7 +173,7 @@ def _generated(
     forward = model.mixed_for(task_weights)
     call = generation_of(forward, args, kwargs)
     mix = forward.mix(task_ids, task_weights, call)
-    return _generated_from(model, forward, mix, args, kwargs)
+    return _generated_from(model, forward, mix, call)
 
 
 @torch.no_grad()
@@ -184,16 +187,12 @@ def _routed(model: Called, name: str, args: tuple, kwargs: dict) -> Any:
     call = generation_of(forward, args, kwargs)
     weights = model.router.route(model, **prompt_of(forward, call))
     mix = forward.mix(None, weights, call)
-    return _generated_from(model, forward, mix, args, kwargs)
+    return _generated_from(model, forward, mix, call)
 
 
-def _generated_from(
-    model: Called, forward: MixedForward, mix: Mix, args: tuple, kwargs: dict
-) -> Any:
-    tasks = [*model.tasks, None]
-    settings = _generation(model, [tasks[place] for place in mix.asked], kwargs)
-    return generate(forward, mix, generation_of(forward, args, {**kwargs, **settings}))
-
-
-def _generation(model: Called, tasks: list[str | None], given: dict) -> dict[str, Any]:
-    return generation_for(model.info, tasks, model.backbone, given)
+def _generated_from(model: Called, forward: MixedForward, mix: Mix, call: Call) -> Any:
+    """Continue prompts with the settings of generation of their tasks."""
+    names = [*model.tasks, None]
+    tasks = [names[place] for place in mix.asked]
+    settings = generation_for(model.info, tasks, model.backbone, call.kwargs)
+    return generate(forward, mix, replace(call, kwargs={**call.kwargs, **settings}))

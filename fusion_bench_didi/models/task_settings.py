@@ -11,9 +11,7 @@ from transformers import GenerationConfig
 
 from ..checkpoint.fields import Field
 from ..errors import DiDiError
-
-#: kinds of settings, by which a merged model's facts have them of every task that has some
-TASK_SETTINGS = LABELS, GENERATION = "labels", "generation"
+from ..pools.task_settings import GENERATION, LABELS, TASK_SETTINGS
 
 #: settings of generation that change no text, and those of sampling alone
 _SAME_TEXT = {"pad_token_id", "bos_token_id", "use_cache", "return_dict_in_generate"}

@@ -84,8 +84,12 @@ _POSITIONS_BY_PADDING = {
 }
 #: How heads of whole texts are called, some of which find the last token by what pads.
 _OF_TEXTS = "ForSequenceClassification"
-#: End of the names of families that are pooled at the end of the text, and what stands for the largest token there.
-_POOLED_AT_END, _LARGEST_TOKEN = "_text_model", 2
+#: Families that are pooled at the token that ends a text, and the number that stands for the largest token there.
+_POOLED_AT_END = {
+    *("clip_text_model", "clipseg_text_model", "groupvit_text_model"),
+    *("metaclip_2_text_model", "aimv2_text_model"),
+}
+_LARGEST_TOKEN = 2
 #: Kinds of positions that depend on the longest text of pre-training.
 _BY_LENGTH = {"dynamic", "yarn", "longrope"}
 
@@ -105,8 +109,8 @@ def check_configurations(base: Any, tuned: Mapping[str, Any]) -> None:
     known = (Mapping, PretrainedConfig)
     for task, config in tuned.items():
         if isinstance(config, known) and isinstance(base, known):
-            kind, other = (_plain(c).get("model_type") for c in (base, config))
-            if kind and other and not _of_kind(_plain(config), kind):
+            kind, other = (plain(c).get("model_type") for c in (base, config))
+            if kind and other and not _of_kind(plain(config), kind):
                 log.warning("%s is a %s, run as a %s as the base model is.", task, other, kind)  # fmt: skip
     faults = [
         f"{task}: {found}"
@@ -131,7 +135,7 @@ def differing(base: Configuration, tuned: Configuration) -> list[str]:
     """
     if isinstance(base, PretrainedConfig) and isinstance(tuned, Mapping):
         tuned = as_class(type(base), tuned)
-    here, there = (dict(_settings(_plain(config))) for config in (base, tuned))
+    here, there = (dict(_settings(plain(config))) for config in (base, tuned))
     return [
         f"{name}: {value!r} != {there[name]!r}"
         for name, value in here.items()
@@ -139,7 +143,8 @@ def differing(base: Configuration, tuned: Configuration) -> list[str]:
     ]
 
 
-def _plain(config: Configuration) -> Mapping[str, Any]:
+def plain(config: Configuration) -> Mapping[str, Any]:
+    """A configuration as its file has it."""
     return config.to_dict() if isinstance(config, PretrainedConfig) else config
 
 
@@ -182,10 +187,10 @@ def _settings(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str
             if value is not None and _reads_padding(config):
                 yield within + key, value
         elif key == "eos_token_id":
-            family = str(config.get("model_type"))
-            if family.endswith(_POOLED_AT_END):
-                largest = config.get("vocab_size", value + 1) - 1
-                yield within + key, largest if value == _LARGEST_TOKEN else value
+            if config.get("model_type") in _POOLED_AT_END:
+                if value == _LARGEST_TOKEN and "vocab_size" in config:
+                    value = config["vocab_size"] - 1
+                yield within + key, value
         elif key.endswith("_config") and isinstance(value, Mapping):
             yield from _settings(value, f"{within}{key}.")
 

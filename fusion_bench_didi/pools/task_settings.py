@@ -8,9 +8,11 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from ..task_vectors.file_sources import read_settings
-from .configurations import as_class
+from .configurations import as_class, plain
 from .entries import adapter_directory, asked, configuration_of, directory_of
 
+#: kinds of settings, by which a merged model's facts have them of every task that has some
+TASK_SETTINGS = LABELS, GENERATION = "labels", "generation"
 FILE = "generation_config.json"
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -21,13 +23,13 @@ def task_settings(
     """Settings of tasks that are other than the base model's, JSON-plain.
 
     Returns:
-        ``labels``, names of classes by their position as text, and ``generation``, values of a ``GenerationConfig``; both by
-        task, and left out where no task has some.
+        by kind and task: names of classes by their position as text, and values of a ``GenerationConfig``; kinds of which no
+        task has some are left out.
 
     Raises:
         CheckpointMismatchError: for a file of settings that cannot be read.
     """
-    kinds = {"labels": _labels, "generation": _generation}
+    kinds = {LABELS: _labels, GENERATION: _generation}
     found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
     for name in modelpool.model_names:
         if adapter_directory(modelpool, name):
@@ -39,22 +41,16 @@ def task_settings(
 
 
 def _labels(modelpool: BaseModelPool, name: str, backbone: nn.Module) -> dict[str, str]:
-    base, tuned = (
-        _names(config)
-        for config in (
-            getattr(backbone, "config", None),
-            configuration_of(modelpool, name),
-        )
-    )
-    return tuned if base != tuned else {}
+    tuned = _names(configuration_of(modelpool, name))
+    return tuned if tuned != _names(getattr(backbone, "config", None)) else {}
 
 
 def _names(config: Any) -> dict[str, str]:
-    if isinstance(config, PretrainedConfig):
-        config = config.to_dict()
-    if not isinstance(config, Mapping) or not isinstance(config.get("id2label"), Mapping):  # fmt: skip
+    found = plain(config)
+    names = found.get("id2label") if isinstance(found, Mapping) else None
+    if not isinstance(names, Mapping):
         return {}
-    return {str(place): str(name) for place, name in config["id2label"].items()}
+    return {str(place): str(name) for place, name in names.items()}
 
 
 def _generation(
@@ -66,7 +62,7 @@ def _generation(
     tuned = _generation_config(modelpool, name, backbone)
     if tuned is None:
         return {}
-    here, there = dict(_plain(base)), dict(_plain(tuned))
+    here, there = dict(_values(base)), dict(_values(tuned))
     keys = sorted(here.keys() | there.keys())
     return {k: there.get(k) for k in keys if here.get(k) != there.get(k)}
 
@@ -91,7 +87,7 @@ def _generation_config(
     return GenerationConfig.from_model_config(read)
 
 
-def _plain(config: GenerationConfig) -> Iterator[tuple[str, Any]]:
+def _values(config: GenerationConfig) -> Iterator[tuple[str, Any]]:
     for key, value in config.to_dict().items():
         each = value if isinstance(value, list) else [value]
         if (

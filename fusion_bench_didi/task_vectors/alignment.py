@@ -97,7 +97,9 @@ def check_alignment(
             if i.floating or (loaded and n not in buffers)
         }
         misfits = [*_misfits(found, fitting, own, fresh)]
-        keepable |= len(misfits) > len([*_misfits(found, fitting, ("*",), fresh)])
+        if misfits:
+            left = [*_misfits(found, fitting, ("*",), fresh)]
+            keepable |= len(misfits) > len(left)
         told = _faults_of_names(missing, foreign, _alike(misfits))
         faults += [f"{task}: {fault}" for fault in told]
     faults += _on_random_tensors(adapters, exclude, fresh)

@@ -5,9 +5,10 @@ import torch
 from helpers import merge_settings, normal, task_vectors
 from torch import Tensor, nn
 
+from fusion_bench_didi.allocation.experts_curve import ExpertsCurve
 from fusion_bench_didi.deltas.precision import precisions
 from fusion_bench_didi.lowrank.row_blocks import row_norms
-from fusion_bench_didi.merging.forms.uneven import dense_beyond_gaussian
+from fusion_bench_didi.merging.forms.uneven import at_its_price, dense_beyond_gaussian
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.task_vectors.reader import TaskVectors
 
@@ -88,3 +89,17 @@ def test_a_vector_of_one_entry_is_kept_whole_or_left_alone():
     for budget in (0.2, 0.3, 0.6):
         settings = merge_settings(budget, factor_dtype="auto")
         assert merge(vectors, settings).report.relative_error <= 1.0
+
+
+@pytest.mark.parametrize("rank", [4, 16], ids=["low rank", "whole"])
+@pytest.mark.parametrize("more", [0.0, 0.2])
+def test_a_shared_part_that_nothing_is_beside_costs_what_rounding_loses_of_it(
+    rank, more
+):
+    precision = ALLOWED[WIDTHS["int2"]]
+    usual = precision.rounding_dense if rank == 16 else precision.rounding
+    for left, counted in ((0.0, usual + more), (1e3, more)):
+        tail = torch.full((3,), left)
+        curve = ExpertsCurve(rank, precision.rate(16, 16), "int2", torch.zeros(3, 0), tail, 16)  # fmt: skip
+        priced = at_its_price(curve, precision, more, 10.0)
+        torch.testing.assert_close(priced.tail_energy, tail + 10 * counted)

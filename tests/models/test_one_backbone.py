@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
+from exact_models import llama
 from helpers import didi, family, floats, same_bits
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusion_bench_didi.errors import DiDiError
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
@@ -26,12 +26,7 @@ def beside(model: DynamicModel) -> DiDiModel:
 
 @pytest.fixture(scope="module")
 def made():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
-        base = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
-        return didi(family(base), budget=2.0).eval()
+    return didi(family(llama()), budget=2.0).eval()
 
 
 @pytest.fixture

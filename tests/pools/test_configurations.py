@@ -164,7 +164,15 @@ def test_the_end_of_a_text_matters_where_it_is_pooled_there():
     assert differing(here, there)
     assert not differing(here, {**there, "eos_token_id": 2}), "the largest, as long ago"
     assert differing({**here, "eos_token_id": 2}, there)
-    assert not differing(*({**c, "model_type": "llama"} for c in (here, there)))
+    for family in ("llama", "mllama_text_model", "siglip_text_model"):
+        assert not differing(*({**c, "model_type": family} for c in (here, there)))
+
+
+@pytest.mark.parametrize("ends", [None, [1, 2], 2, "x"])
+def test_ends_of_texts_of_any_form_are_compared(ends):
+    for family in ("clip_text_model", "mllama_text_model"):
+        config = {"model_type": family, "eos_token_id": ends}
+        assert not differing(config, dict(config))
 
 
 def test_what_pads_matters_where_it_is_looked_for():

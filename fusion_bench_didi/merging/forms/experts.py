@@ -106,7 +106,10 @@ def choices_of(
     if shared is not None:
         energy = float(energy_of(shared))
         beyond = beyond_gaussian(shared, shared_rank, precisions)
-        curves = [at_its_price(c, more, energy) for c, more in zip(curves, beyond)]
+        curves = [
+            at_its_price(curve, precision, more, energy)
+            for curve, precision, more in zip(curves, precisions, beyond)
+        ]
     return [
         Choice(
             form,

@@ -111,22 +111,28 @@ def _beyond(lost: float, usual: float, times: float = EXPECTED) -> float:
     return lost - usual if lost > times * usual else 0.0
 
 
-def at_its_price(curve: ExpertsCurve, more: float, energy: float) -> ExpertsCurve:
-    """The curve of experts beside a shared part that loses more of its energy than expected; experts round as it does.
+def at_its_price(
+    curve: ExpertsCurve, precision: Precision, more: float, energy: float
+) -> ExpertsCurve:
+    """The curve of experts beside a shared part that loses some of its energy; beyond what is expected, experts round as it does.
 
     What is expected is left out where it is little beside what experts are to take: they are fitted to what the stored part
     leaves. Where tasks are alike there is next to nothing else, and nothing takes it.
+
+    Args:
+        more: the part of its energy that rounding loses beyond what is expected.
+        energy: of the shared part.
     """
-    if more:
-        curve = replace(
-            curve,
-            tail_energy=curve.tail_energy + more * energy,
-            rounding=curve.rounding + more,
-            rounding_dense=curve.rounding_dense + more,
-        )
-    full = curve.shared_rank >= curve.full
-    lost = energy * (curve.rounding_dense if full else curve.rounding)
+    whole = curve.shared_rank >= curve.full
+    usual = precision.rounding_dense if whole else precision.rounding
     left = curve.sigma.double().square().sum(1) + curve.tail_energy
-    if lost <= LITTLE * float(left.mean()):
+    counts = usual * energy > LITTLE * float(left.mean())
+    lost = more + usual if counts else more
+    if not lost:
         return curve
-    return replace(curve, tail_energy=curve.tail_energy + lost)
+    return replace(
+        curve,
+        tail_energy=curve.tail_energy + lost * energy,
+        rounding=curve.rounding + more,
+        rounding_dense=curve.rounding_dense + more,
+    )

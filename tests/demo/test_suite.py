@@ -241,7 +241,7 @@ def test_of_two_processes_one_builds(tmp_path):
     ]
     for builder in builders:
         builder.start()
-    answers = [queue.get(timeout=20) for _ in builders]
+    answers = [queue.get(timeout=120) for _ in builders]
     for builder in builders:
         builder.join()
     assert sorted(made for made, _ in answers) == [0, 1]

@@ -255,12 +255,12 @@ def test_a_full_queue_and_a_failing_batch(runner, monkeypatch):
 
     def slow(rows):
         begun.set()
-        go.wait(10)
+        go.wait(60)
         raise ZeroDivisionError
 
     batcher = Batcher(slow, LIMITS)
     (first,) = batcher.submit([Row("one", [1])])
-    assert begun.wait(10)
+    assert begun.wait(60)
     waiting = batcher.submit([Row("one", [1]) for _ in range(6)])
     with pytest.raises(Refused, match="6 inputs wait") as refused:
         batcher.submit([Row("one", [1])])
@@ -268,7 +268,7 @@ def test_a_full_queue_and_a_failing_batch(runner, monkeypatch):
     waiting[0].cancel()
     go.set()
     for one in (first, *waiting[1:]):
-        assert isinstance(one.exception(10), ZeroDivisionError)
+        assert isinstance(one.exception(60), ZeroDivisionError)
     batcher.close()
     with pytest.raises(Refused) as refused:
         batcher.submit([Row("one", [1])])
@@ -288,7 +288,7 @@ def test_batches_that_nobody_waits_for_any_more_leave_nothing_behind():
         row = Row("one", 1, answer=Watched())
         row.answer.cancel()
         batcher.submit([row])
-        found.append(depths.get(timeout=10))
+        found.append(depths.get(timeout=60))
     batcher.close()
     assert len(set(found)) == 1
 
@@ -402,9 +402,9 @@ def test_a_row_that_fails_fails_alone():
 
     batcher = Batcher(run, LIMITS)
     good, bad, other = batcher.submit([Row("a", "1"), Row("a", "bad"), Row("a", "2")])
-    assert good.result(5) == "1" and other.result(5) == "2"
+    assert good.result(60) == "1" and other.result(60) == "2"
     with pytest.raises(RuntimeError, match="no such row"):
-        bad.result(5)
+        bad.result(60)
     batcher.close()
 
 

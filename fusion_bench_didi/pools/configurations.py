@@ -1,10 +1,11 @@
 """What models compute beside their weights: where a fine-tuned model says something else than the base model, no merge is its."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from ..errors import CheckpointMismatchError
 
@@ -70,10 +71,42 @@ COMPUTED = frozenset(
         *("downsample_in_bottleneck", "num_query_pool", "classifier_pooling"),
         *("pooling_type", "pool_q_only", "separate_cls", "truncate_seq"),
         *("summary_type", "audio_token_index", "max_image_length"),
+        *("adapter_stride", "use_causal_conv", "lags_sequence", "head_in_index"),
+        # what single families have: depths, voices, sparse attention, layers that share
+        *("max_depth", "min_depth", "depth_estimation_type", "bin_configurations"),
+        *("speaking_rate", "noise_scale", "noise_scale_duration", "leaky_relu_slope"),
+        *("wavenet_dilation_rate", "duration_predictor_tail_bound"),
+        *("attention_window_size", "global_block_size", "encoder_attention_type"),
+        *("fullatt_block_indexes", "num_landmarks", "block_size"),
+        *("attn_temperature_tuning", "floor_scale", "attn_scale", "hidden_mamba_act"),
+        *("num_kv_shared_layers", "altup_active_idx", "altup_correct_scale"),
+        *("activation_sparsity_pattern", "topk_method", "moe_top_k", "num_hashes"),
+        *("normalize_modulator", "use_post_layernorm_in_modulation", "approx_mode"),
+        *("use_expectation", "num_hash", "block_per_row", "stagger_local_blocks"),
     }
+)
+#: Settings of any model that say how it is trained, written, kept, used or asked, which includes what ``generate`` reads.
+_ANYONES = frozenset(
+    {
+        *PretrainedConfig().to_dict(),
+        *GenerationConfig().to_dict(),
+        # of transformers before 5
+        *("finetuning_task", "task_specific_params", "pruned_heads", "torchscript"),
+        *("prefix", "use_bfloat16", "add_cross_attention"),
+    }
+)
+#: The same of single families, by parts of names; sizes of tables among them, which shapes of tensors tell.
+_UNRELATED = re.compile(
+    r"^_|drop|init|loss|coef|label|_token_id|version|cache|dtype|^mask_(time|feature)_|grad|freeze|^ctc_|token(izer|_ids)|jitter|"
+    r"vocab|max_(length|position|seq)|n_(positions|ctx)|auto_map|quantization|attn_implementation|pretrain|momentum|unsloth"
 )
 #: Families whose head scales its input where it is tied to the embedding.
 _SCALED_WHERE_TIED = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+#: Settings that :func:`_matters` decides on.
+_BY_RULE = {
+    *("tie_word_embeddings", "num_hidden_layers", "max_position_embeddings"),
+    *("pad_token_id", "eos_token_id"),
+}
 #: Families whose layers are one, run so many times.
 _SHARED_LAYERS = {"albert"}
 #: Families that count positions from the token that pads.
@@ -103,21 +136,29 @@ def check_configurations(base: Any, tuned: Mapping[str, Any]) -> None:
     Args:
         tuned: by task; what is no configuration says nothing.
 
+    What differs and is not known to matter, or not to, is said.
+
     Raises:
         CheckpointMismatchError: listing all differences of all tasks.
     """
     known = (Mapping, PretrainedConfig)
+    if not isinstance(base, known):
+        return
+    faults = []
     for task, config in tuned.items():
-        if isinstance(config, known) and isinstance(base, known):
-            kind, other = (plain(c).get("model_type") for c in (base, config))
-            if kind and other and not _of_kind(plain(config), kind):
-                log.warning("%s is a %s, run as a %s as the base model is.", task, other, kind)  # fmt: skip
-    faults = [
-        f"{task}: {found}"
-        for task, config in tuned.items()
-        if isinstance(config, known) and isinstance(base, known)
-        for found in differing(base, config)
-    ]
+        if not isinstance(config, known):
+            continue
+        kind, other = (plain(c).get("model_type") for c in (base, config))
+        if kind and other and not _of_kind(plain(config), kind):
+            log.warning("%s is a %s, run as a %s as the base model is.", task, other, kind)  # fmt: skip
+        faults += [f"{task}: {found}" for found in differing(base, config)]
+        if unclear := differing(base, config, unclear=True):
+            log.warning(
+                "%s runs under the base model's configuration, which says otherwise (base model's != fine-tuned model's): %s. "
+                "Outputs may depend on it.",
+                task,
+                "; ".join(unclear),
+            )
     if faults:
         raise CheckpointMismatchError(
             "Fine-tuned models compute something else with their weights than the base model, under which all tasks run (base "
@@ -128,14 +169,22 @@ def check_configurations(base: Any, tuned: Mapping[str, Any]) -> None:
         )
 
 
-def differing(base: Configuration, tuned: Configuration) -> list[str]:
+def differing(
+    base: Configuration, tuned: Configuration, *, unclear: bool = False
+) -> list[str]:
     """Differences of two configurations in the computation, as ``name: base model's != fine-tuned model's``.
 
     What one of them leaves out is not compared; models in models of one kind are found in one another.
+
+    Args:
+        unclear: differences of which it is not known whether outputs depend on them, in place of those where they do.
     """
     if isinstance(base, PretrainedConfig) and isinstance(tuned, Mapping):
         tuned = as_class(type(base), tuned)
-    here, there = (dict(_settings(plain(config))) for config in (base, tuned))
+    here, there = (
+        {name: value for name, value, known in _settings(plain(c)) if known != unclear}
+        for c in (base, tuned)
+    )
     return [
         f"{name}: {value!r} != {there[name]!r}"
         for name, value in here.items()
@@ -165,34 +214,37 @@ def _of_kind(file: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
     return [f for f in (file, *inner) if f.get("model_type", "") == kind]
 
 
-def _settings(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+def _settings(
+    config: Mapping[str, Any], within: str = ""
+) -> Iterator[tuple[str, Any, bool]]:
+    """Names and values of settings that outputs depend on, or may depend on; and whether they are known to."""
     config = _in_one_spelling(config)
-    scaling = config.get("rope_scaling")
-    kind = _kind(scaling)
     for key, value in config.items():
-        if key == "rope_scaling":
-            yield within + key, _scaling(value)
-        elif key in COMPUTED:
-            yield within + key, value
-        elif key == "tie_word_embeddings":
-            if config.get("model_type") in _SCALED_WHERE_TIED:
-                yield within + key, value
-        elif key == "num_hidden_layers":
-            if config.get("model_type") in _SHARED_LAYERS:
-                yield within + key, value
-        elif key == "max_position_embeddings":
-            if kind in _BY_LENGTH:
-                yield within + key, value
-        elif key == "pad_token_id":
-            if value is not None and _reads_padding(config):
-                yield within + key, value
-        elif key == "eos_token_id":
-            if config.get("model_type") in _POOLED_AT_END:
-                if value == _LARGEST_TOKEN and "vocab_size" in config:
-                    value = config["vocab_size"] - 1
-                yield within + key, value
-        elif key.endswith("_config") and isinstance(value, Mapping):
-            yield from _settings(value, f"{within}{key}.")
+        if key.endswith("_config") or (isinstance(value, Mapping) and "model_type" in value):  # fmt: skip
+            if isinstance(value, Mapping):
+                yield from _settings(value, f"{within}{key}.")
+        elif key == "rope_scaling":
+            yield within + key, _scaling(value), True
+        elif key in COMPUTED or _matters(key, value, config):
+            if key == "eos_token_id" and value == _LARGEST_TOKEN:
+                value = config.get("vocab_size", value + 1) - 1
+            yield within + key, value, True
+        elif key not in _ANYONES and key not in _BY_RULE and not _UNRELATED.search(key):
+            yield within + key, value, False
+
+
+def _matters(key: str, value: Any, config: Mapping[str, Any]) -> bool:
+    """Whether outputs of a family depend on a setting that others' do not depend on."""
+    family = config.get("model_type")
+    if key == "tie_word_embeddings":
+        return family in _SCALED_WHERE_TIED
+    if key == "num_hidden_layers":
+        return family in _SHARED_LAYERS
+    if key.endswith("max_position_embeddings"):
+        return _kind(config.get("rope_scaling")) in _BY_LENGTH
+    if key == "pad_token_id":
+        return value is not None and _reads_padding(config)
+    return key == "eos_token_id" and family in _POOLED_AT_END
 
 
 def _reads_padding(config: Mapping[str, Any]) -> bool:

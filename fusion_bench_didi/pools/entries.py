@@ -25,6 +25,8 @@ from .weight_files import Weights, open_weights
 BASE = "_pretrained_"
 PLACE, TARGET = "pretrained_model_name_or_path", "_target_"
 TYPES = ("dtype", "torch_dtype")
+#: Whose ways of loading a model are known here.
+_PACKAGES = {"fusion_bench", "fusion_bench_didi"}
 
 
 def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
@@ -35,7 +37,7 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
         CheckpointMismatchError: if its weights are not in memory, or not those of its checkpoint.
     """
     entry = modelpool._models[name]
-    if isinstance(entry, nn.Module):
+    if isinstance(entry, nn.Module) and not has_own_loader(modelpool):
         check_values(entry, repr(name))
         return entry
     if getattr(modelpool, "enable_lazy_loading", False):
@@ -68,8 +70,16 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
     return model
 
 
+def has_own_loader(modelpool: BaseModelPool) -> bool:
+    """Whether a pool loads models by a method of its user's: what it makes of their files, no file tells."""
+    loader = vars(modelpool).get("load_model") or type(modelpool).load_model
+    return loader.__module__.partition(".")[0] not in _PACKAGES
+
+
 def adapter_directory(modelpool: BaseModelPool, name: str) -> Path | None:
     """Where the adapter behind a pool entry lies; with both in a directory, transformers too takes the adapter."""
+    if has_own_loader(modelpool):
+        return None
     directory = directory_of(modelpool, name)
     return directory if directory and (directory / CONFIG).is_file() else None
 

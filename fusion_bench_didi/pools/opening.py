@@ -34,6 +34,7 @@ from .entries import (
     directory_of,
     eager,
     given_by,
+    has_own_loader,
     load_model,
 )
 from .file_layouts import computed_on_loading
@@ -381,7 +382,9 @@ def _file_source(
 
 
 def _opened(modelpool: BaseModelPool, name: str) -> TensorSource | None:
-    """The weight files behind a pool entry, under their own names."""
+    """The weight files behind a pool entry, under their own names; None where only the host knows what it would read."""
+    if has_own_loader(modelpool):
+        return None
     directory = directory_of(modelpool, name)
     if directory is None:
         return None

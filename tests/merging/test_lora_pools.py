@@ -1,6 +1,7 @@
 """LoRA adapters in place of fine-tuned checkpoints: the same models as after PEFT's own merging, merged as factors."""
 
 import copy
+import functools
 import subprocess
 import sys
 import textwrap
@@ -479,7 +480,8 @@ def test_adapter_that_was_never_trained_is_the_base_model(tmp_path):
 def test_dry_run_reads_headers_and_knows_the_ranks(llamas, monkeypatch, capsys):
     _, _, pool = llamas
     monkeypatch.setattr(SafetensorsSource, "read", lambda *_: 1 / 0)
-    monkeypatch.setattr(pool, "load_model", lambda *_: 1 / 0)
+    stock = functools.wraps(pool.load_model)
+    monkeypatch.setattr(pool, "load_model", stock(lambda *_: 1 / 0))
     assert didi(pool, budget=1.4, dry_run=True) is None
     plan = capsys.readouterr().out
     line = next(li for li in plan.splitlines() if "layers.*.self_attn.q_proj" in li)

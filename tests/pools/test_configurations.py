@@ -148,6 +148,12 @@ RARE = {
     "wav2vec2": {"conv_stride": ([5, 2], [4, 2])},
     "segformer": {"strides": ([4, 2], [2, 2])},
     "albert": {"num_hidden_layers": (12, 2)},
+    "glpn": {"max_depth": (10, 80), "head_in_index": (-1, -2)},
+    "depth_anything": {"depth_estimation_type": ("relative", "metric")},
+    "recurrent_gemma": {"attention_window_size": (2048, 4)},
+    "vits": {"speaking_rate": (1.0, 2.0), "noise_scale": (0.6, 0.1)},
+    "longt5": {"global_block_size": (16, 8), "encoder_attention_type": ("local", "transient-global")},  # fmt: skip
+    "gemma3n_text": {"num_kv_shared_layers": (15, 3)},
 }
 
 
@@ -157,6 +163,27 @@ def test_settings_that_few_architectures_have(family):
         here, there = ({"model_type": family, key: value} for value in (one, other))
         assert differing(here, there) == [f"{key}: {one!r} != {other!r}"]
         assert not differing(here, {**here, key: tuple(one) if isinstance(one, list) else one})  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder", "text_config", "generator"])
+def test_parts_of_a_model_are_compared_whatever_they_are_called(part):
+    here, there = (
+        {"model_type": "whole", part: {"model_type": "bert", "num_attention_heads": n}}
+        for n in (2, 4)
+    )
+    assert differing(here, there) == [f"{part}.num_attention_heads: 2 != 4"]
+
+
+def test_what_may_matter_is_said_and_merged(caplog):
+    models = models_of(llama)
+    for name, model in models.items():
+        model.config.depth_of_thought = 3 + (name == "b")
+        model.config.my_dropout = 0.1 * (name == "b")
+    with caplog.at_level(logging.WARNING):
+        didi(models)
+    (told,) = [r.getMessage() for r in caplog.records if "under the base" in r.message]
+    assert told.startswith("b runs") and "depth_of_thought: 3 != 4. " in told
+    assert "dropout" not in told
 
 
 def test_the_end_of_a_text_matters_where_it_is_pooled_there():

@@ -1,6 +1,9 @@
 """Pools of the host's first version, and entries that leave out what the pool already says."""
 
+import copy
+
 import pytest
+import torch
 from exact_models import llama, pool_of, t5
 from fusion_bench.compat.modelpool import DictModelPool, to_modelpool
 from fusion_bench.modelpool import BaseModelPool, CausalLMPool, Seq2SeqLMPool
@@ -54,3 +57,39 @@ def test_whole_entries_are_left_alone(tmp_path):
     pool = CausalLMPool({BASE: entry, "a": "elsewhere"}, tokenizer=None)
     models = pool._models
     assert as_pool(pool)._models is models
+
+
+class Scaled(BaseModelPool):
+    """A pool of the user's own, which makes something else of what lies in the files."""
+
+    def load_model(self, name, *args, **kwargs):
+        model = copy.deepcopy(super().load_model(name, *args, **kwargs))
+        if name != BASE:
+            with torch.no_grad():
+                [tensor.mul_(1.5) for tensor in model.parameters()]
+        return model
+
+
+def patched(entries):
+    pool = BaseModelPool(entries)
+    pool.load_model = Scaled(entries).load_model
+    return pool
+
+
+@pytest.mark.parametrize("make", [Scaled, patched])
+@pytest.mark.parametrize("form", ["files", "modules"])
+def test_a_pool_that_loads_by_itself_is_merged_as_it_loads(
+    tiny_clip, tiny_clip_dir, make, form
+):
+    entries = tiny_clip.pool_models()
+    if form == "files":
+        target = "transformers.CLIPVisionModel.from_pretrained"
+        place = "pretrained_model_name_or_path"
+        entries = {
+            n: {"_target_": target, place: str(tiny_clip_dir / n)} for n in entries
+        }
+    pool = make(entries)
+    merged = didi(pool, budget=float("inf"))
+    for task in merged.tasks:
+        found, right = (floats(m) for m in (merged.materialize(task), pool.load_model(task)))  # fmt: skip
+        assert all(torch.allclose(found[n], right[n], atol=1e-5) for n in right)

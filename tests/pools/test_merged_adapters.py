@@ -1,6 +1,7 @@
 """Models of adapters: plain modules of the base model, made when they are asked for."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ def test_no_fine_tuned_model_is_instantiated(llamas, monkeypatch):
     _, models, pool = llamas
     stock = pool.load_model
 
+    @functools.wraps(stock)
     def load(name, *args, **kwargs):
         assert name == BASE, f"{name} was instantiated"
         return stock(name, *args, **kwargs)

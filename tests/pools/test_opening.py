@@ -1,5 +1,6 @@
 """Checkpoints are read from files as from models in memory."""
 
+import functools
 import json
 
 import pytest
@@ -21,6 +22,7 @@ def test_files_are_read_without_instantiating_fine_tuned_models(
 ):
     stock = pool.load_model
 
+    @functools.wraps(stock)
     def load(name, *args, **kwargs):
         assert name == BASE, f"{name} was instantiated"
         return stock(name, *args, **kwargs)

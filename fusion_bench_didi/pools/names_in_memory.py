@@ -117,15 +117,44 @@ def apart(source: TensorSource, names: Names) -> set[str]:
 
 def _mapped(found: list[str], names: Names) -> dict[str, str]:
     """Name in memory by name in the file; what the class does not load is left out."""
-    model, wanted = names.module, {*names.infos, *names.aliases}
-    mapped = {name: name for name in found}
-    if isinstance(model, PreTrainedModel):
-        mapped = loaded_names(found, model)
-    if wanted & set(mapped.values()) != wanted:
-        by_prefix = {old: new for new, old in renaming(found, wanted).items()}
-        if len(wanted & {*by_prefix.values()}) > len(wanted & {*mapped.values()}):
-            mapped = by_prefix
-    return mapped
+    return by_prefix_alone(found, names) or _loaded(found, names)
+
+
+def _loaded(found: list[str], names: Names) -> dict[str, str]:
+    if isinstance(names.module, PreTrainedModel):
+        return loaded_names(found, names.module)
+    return {name: name for name in found}
+
+
+def by_prefix_alone(found: list[str], names: Names) -> dict[str, str]:
+    """Name in memory by name in the file, where a prefix put on or taken off explains more names than the class would load."""
+    wanted = {*names.infos, *names.aliases}
+    loaded = wanted & set(_loaded(found, names).values())
+    if loaded == wanted:
+        return {}
+    mapped = {old: new for new, old in renaming(found, wanted).items()}
+    return mapped if len(wanted & {*mapped.values()}) > len(loaded) else {}
+
+
+def check_read(source: TensorSource, names: Names) -> None:
+    """A model that was loaded has the values of its file, though the file puts something in front of its names.
+
+    Args:
+        source: the tensors of the file, under the names there.
+
+    Raises:
+        CheckpointMismatchError: naming a tensor that was not read.
+    """
+    state = names.module.state_dict()
+    for old, new in by_prefix_alone(list(source.infos()), names).items():
+        if new not in state:
+            continue
+        stored, value = source.read(old), state[new]
+        if stored.shape != value.shape or not stored.to(value).equal(value):
+            raise CheckpointMismatchError(
+                f"{source.label}: its file holds {new} as {old}, which {type(names.module).__name__} does not read, so that values of "
+                "its own stand there. Write the file again without what is in front of its names."
+            )
 
 
 def _ignored(name: str, model: nn.Module) -> bool:

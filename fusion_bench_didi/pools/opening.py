@@ -39,7 +39,7 @@ from .entries import (
 )
 from .file_layouts import computed_on_loading
 from .live_modules import check_modules
-from .names_in_memory import Names, apart, as_loaded, tied_as
+from .names_in_memory import Names, apart, as_loaded, check_read, tied_as
 from .task_names import normalized
 from .weight_files import open_weights
 
@@ -107,6 +107,8 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
     _refuse_adapter(modelpool)
     entry = load_model(modelpool, BASE)
     if not isinstance(modelpool._models[BASE], nn.Module):
+        if source := _opened(modelpool, BASE):
+            check_read(source, Names.of(entry))
         return entry
     try:
         backbone = copy.deepcopy(entry)

@@ -665,3 +665,17 @@ def test_float8_with_scales_that_do_not_fit_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointMismatchError, match=r"a: .*_scale_inv is \(7, 3\)"):
         didi(pool_of(tmp_path, LlamaForCausalLM))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_a_base_model_whose_file_is_not_read_is_refused(tmp_path, prefix):
+    """Values of its own would stand there: the merge would be of them, and could never be loaded again."""
+    base = bert()
+    saved(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2)})
+    change_file(
+        tmp_path / "base", lambda held: {prefix + n: t for n, t in held.items()}
+    )
+    pool = pool_of(tmp_path, BertForSequenceClassification)
+    message = f"holds .* as {prefix}.* Write the file again without what is in front"
+    with pytest.raises(CheckpointMismatchError, match=message):
+        didi(pool)

@@ -97,7 +97,7 @@ _ANYONES = frozenset(
 )
 #: The same of single families, by parts of names; sizes of tables among them, which shapes of tensors tell.
 _UNRELATED = re.compile(
-    r"^_|drop|init|loss|coef|label|_token_id|version|cache|dtype|^mask_(time|feature)_|grad|freeze|^ctc_|token(izer|_ids)|jitter|"
+    r"^_|drop|init|loss|coef|_cost|focal_|matcher_|label|_token_id|version|cache|dtype|^mask_(time|feature)_|grad|freeze|^ctc_|token(izer|_ids)|jitter|"
     r"vocab|max_(length|position|seq)|n_(positions|ctx)|auto_map|quantization|attn_implementation|pretrain|momentum|unsloth"
 )
 #: Families whose head scales its input where it is tied to the embedding.

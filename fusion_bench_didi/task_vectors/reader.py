@@ -11,6 +11,7 @@ sources of what they change, as factors where they can):
 
 import fnmatch
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -173,11 +174,20 @@ class TaskVectors:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Facts that tell these checkpoints from others, by model and file; values of live models are looked through for them."""
-        return {
-            f"{model}, {file}" if file else model: told
+        """Facts that tell these checkpoints from others, by model and file; values of live models are looked through for them.
+
+        Paths are told from the directory that holds all files: however it is spelled, and wherever it is moved.
+        """
+        found = [
+            (model, file, told)
             for model, source in self._named.items()
             for file, told in source.identity.items()
+        ]
+        homes = [os.path.dirname(file) for _, file, _ in found if os.path.isabs(file)]
+        home = os.path.commonpath(homes) if homes else ""
+        return {
+            ", ".join(filter(None, (model, file.removeprefix(home).lstrip("/")))): told
+            for model, file, told in found
         }
 
     def take_digests(self, ranks: Ranks) -> None:

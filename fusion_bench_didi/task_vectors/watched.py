@@ -25,10 +25,10 @@ class Watched:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Size and dates of every file; that of the last change of any kind cannot be set back."""
+        """Size and dates of every file, by its path; that of the last change of any kind cannot be set back."""
         return {
-            str(
-                file
+            os.path.join(
+                os.path.realpath(file.parent), file.name
             ): f"{stamp[2]} bytes of {stamp[3] / 1e9:.6f}, changed {stamp[4] / 1e9:.6f}"
             for file, stamp in self._seen.items()
         }

@@ -3,7 +3,11 @@
 import errno
 import hashlib
 import os
+import re
+import stat
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .errors import DiDiError
 
@@ -32,7 +36,18 @@ def as_text(place: str | Path) -> str:
 
 def no_room(error: BaseException) -> bool:
     """Whether it says that nothing more can be written."""
+    if isinstance(error, SafetensorError):  # what the system says is in its text
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        return told is not None and int(told[1]) in _NO_ROOM
     return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a file lies there, and neither a link nor what gives no end."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def write_whole(file: Path, content: str | bytes) -> None:

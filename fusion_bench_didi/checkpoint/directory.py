@@ -22,9 +22,12 @@ from ..distributed.ranks import Ranks
 from ..errors import DiDiError, RankError, spelled
 from ..files import from_home, no_room, sync, write_whole
 from .exchange import exchange, rename_new
+from .journal_files import is_journal, note_whole, remove
 from .locks import held, is_held
 from .ours import SAVED, Kind
 
+#: In the names of directories that are being written: those of other programs are left alone.
+_OURS = "didi-"
 #: Names are cut to so many bytes where others are made of them.
 _LONGEST = 200
 #: Seconds between two looks at a lock that someone else holds.
@@ -128,7 +131,7 @@ def whole_directory(
         if sure:
             _sweep(place)
         check_target(place, overwrite=overwrite, probe=False, kind=kind)
-        name = f".{_short(place.name)}."
+        name = f".{_short(place.name)}.{_OURS}"
         beside = Path(tempfile.mkdtemp(prefix=name, suffix=".tmp", dir=place.parent))
         kept = False
         try:
@@ -136,12 +139,13 @@ def whole_directory(
                 yield beside
                 _open_up(beside)
                 _flush(beside)
+                note_whole(journal_of(place), beside / kind.mark)
             except (OSError, SafetensorError) as error:
-                # what the system says is in the latter
                 if not (no_room(error) or isinstance(error, SafetensorError)):
                     raise
+                room = "make room, or " if no_room(error) else ""
                 raise DiDiError(
-                    f"{target} cannot be written ({error}). Nothing was changed there; make room, or choose another directory."
+                    f"{target} cannot be written ({error}). Nothing was changed there; {room}choose another directory."
                 ) from error
             try:
                 _put(beside, place, overwrite, kind)
@@ -149,7 +153,9 @@ def whole_directory(
                 kept = True
                 raise
             sync(place.parent)
-            shutil.rmtree(journal_of(place), ignore_errors=True)
+            if is_journal(journal_of(place)):
+                with suppress(OSError):
+                    remove(journal_of(place))
         finally:
             if beside.exists() and not kept:
                 shutil.rmtree(beside)
@@ -287,7 +293,8 @@ def _short(name: str) -> str:
 
 def _sweep(place: Path) -> None:
     """Remove what dead runs left beside a target; whoever holds its lock knows that they are dead."""
-    left = re.compile(rf"\.{re.escape(_short(place.name))}\.[a-z0-9_]{{8}}\.(tmp|old)")
+    name = re.escape(f".{_short(place.name)}.{_OURS}")
+    left = re.compile(rf"{name}[a-z0-9_]{{8}}\.(tmp|old)")
     for path in sorted(place.parent.iterdir()):
         found = left.fullmatch(path.name)
         if found and path.is_dir() and not path.is_symlink():

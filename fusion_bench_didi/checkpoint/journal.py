@@ -2,18 +2,17 @@
 
 A journal is a directory: ``journal.json`` says of what inputs, settings and versions it is; every process of every run adds
 lines to a file of its own, one as it begins a tensor and one when that is done, with the SHA-256 of what was found. Small
-findings are in the line, large ones in files beside it. A line that was cut off, or whose file is not what it says, counts as not
-written, and what it was about is done again.
+findings are in the line, large ones in files beside it. Every line has a checksum of all of it, and that of ``journal.json``. One
+that was cut off or altered, that is of another journal, or whose file is not what it says, counts as not written, and what it was
+about is done again.
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import logging
 import os
 import secrets
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,16 +29,17 @@ from ..errors import (
     DiDiError,
     RankError,
     ResumeError,
+    some,
     spelled,
 )
-from ..files import file_digest, no_room
+from ..files import file_digest, is_regular, no_room
 from .directory import journal_of, seen_by_all, write_json
-from .fields import read_object, sealed
-from .ours import CONFIG
+from .fields import CHECKSUM, checksum, read_object, sealed
+from .journal_files import HEAD, is_empty, is_whole, remove, strangers
 
 log = logging.getLogger(__name__)
 
-HEAD, FORMAT = "journal.json", 2
+FORMAT = 3
 #: The stage whose findings are what is stored.
 ENCODED = "encode"
 #: Findings up to this size are in the line.
@@ -66,7 +66,7 @@ class Line:
             return hashlib.sha256(self.content).hexdigest() == self.digest
         if self.file is None:
             return True
-        return self.file.is_file() and file_digest(self.file) == self.digest
+        return is_regular(self.file) and file_digest(self.file) == self.digest
 
 
 class Journal:
@@ -76,14 +76,15 @@ class Journal:
         path: of the directory.
         run: of this run, the same on all ranks.
         rank: of this process.
+        of: the checksum of its head.
     """
 
-    def __init__(self, path: Path, run: str, rank: int):
-        self.path = path
+    def __init__(self, path: Path, run: str, rank: int, of: str):
+        self.path, self._of = path, of
         self._name = f"{run}.{rank}"
         self._lock = threading.Lock()
         self._count = 0
-        self._found = read_lines(path)
+        self._found = read_lines(path, of)
         self._sure: set[tuple[str, str]] = set()
         self._new: set[str] = set()
         self._out = (path / f"{self._name}.jsonl").open("a")
@@ -143,8 +144,9 @@ class Journal:
         self._new.add(stage)
 
     def _write(self, told: Mapping[str, Any]) -> None:
+        line = json.dumps(sealed({**told, "of": self._of}, finite=False))
         with self._lock:
-            self._out.write(json.dumps(told) + "\n")
+            self._out.write(line + "\n")
             self._out.flush()
 
     def close(self) -> None:
@@ -152,13 +154,20 @@ class Journal:
             self._out.close()
 
 
-def read_lines(path: Path) -> dict[tuple[str, str], Line]:
-    """Results in the files of a journal, by stage and tensor; the last line counts, of the file that was written to last."""
+def read_lines(path: Path, of: str) -> dict[tuple[str, str], Line]:
+    """Results in the files of a journal, by stage and tensor; the last line counts, of the file that was written to last.
+
+    Args:
+        of: the checksum of its head.
+    """
     found = {}
-    for file in sorted(path.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns):
-        for text in file.read_text(errors="replace").splitlines():
+    files = [file for file in path.glob("*.jsonl") if is_regular(file)]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+        for text in _texts(file):
             try:
                 told = json.loads(text)
+                if told[CHECKSUM] != checksum(told) or told["of"] != of:
+                    continue
                 if "done" not in told:
                     continue
                 stage, name = told["done"]
@@ -167,10 +176,17 @@ def read_lines(path: Path) -> dict[tuple[str, str], Line]:
                 where = told.get("file")
                 where = None if where is None else path / Path(where).name
                 line = Line(told["facts"], told["sha256"], content, where)
-            except (ValueError, KeyError, TypeError, binascii.Error):
-                continue  # cut off as it was written
-            found[stage, name] = line
+                found[stage, name] = line
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue  # cut off as it was written, or altered
     return found
+
+
+def _texts(file: Path) -> list[str]:
+    try:
+        return file.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def open_journal(
@@ -190,42 +206,67 @@ def open_journal(
     Raises:
         ResumeError: naming what differs, or if something else lies there.
     """
-    path, run = journal_of(place), None
+    path, begun = journal_of(place), None
     if ranks.leads:
-        if fresh:
-            remove(path)
-        head = path / HEAD
-        if path.exists() and _left_by_a_whole_one(path, place):
-            remove(path)
-        if path.exists():
-            _check(head, identity)
-        try:
-            path.mkdir(exist_ok=True)
-        except FileExistsError as error:
-            raise ResumeError(
-                f"{path} is no directory, and what a merge into {place} has finished lies there until it is done. Move it away, or "
-                "choose another directory."
-            ) from error
-        if not head.exists():
-            write_json(head, sealed({"format": FORMAT, "of": dict(identity)}))
-        run = secrets.token_hex(4)
-    run = ranks.from_first(run)
-    return Journal(path, run, ranks.rank) if seen_by_all(ranks, path) else None
+        with _usable(path):
+            begun = secrets.token_hex(4), _headed(path, place, identity, fresh)
+    run, of = ranks.from_first(begun)
+    if not seen_by_all(ranks, path):
+        return None
+    with _usable(path):
+        return Journal(path, run, ranks.rank, of)
 
 
-def _left_by_a_whole_one(path: Path, place: Path) -> bool:
-    """Whether a run was killed after its output had its name, and before its journal was gone."""
-    try:
-        written = (place / CONFIG).stat().st_mtime_ns
-        return all(file.stat().st_mtime_ns <= written for file in path.iterdir())
-    except OSError:
-        return False
+def check_journal(place: Path) -> None:
+    """Check that beside an output there is a journal, or room for one; nothing is touched.
 
+    To be called before long work.
 
-def _check(head: Path, identity: Mapping[str, str]) -> None:
-    if not os.path.lexists(head):
-        remove(head.parent)  # killed before there was anything
+    Raises:
+        ResumeError: if something else lies there.
+    """
+    path = journal_of(place)
+    if not os.path.lexists(path):
         return
+    there = f"{path}, where a merge into {place} leaves what it has finished,"
+    way_out = "Move it away, or choose another directory."
+    if path.is_symlink() or not path.is_dir():
+        raise ResumeError(f"{there} is no directory. {way_out}")
+    with _usable(path):
+        found = strangers(path)
+    if found:
+        raise ResumeError(
+            f"{there} holds {some(found)}, which no merge wrote. {way_out}"
+        )
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if no_room(error):
+            raise
+        raise ResumeError(
+            f"{path} cannot be used ({error}). Change its rights, or choose another directory."
+        ) from error
+
+
+def _headed(path: Path, place: Path, identity: Mapping[str, str], fresh: bool) -> str:
+    """The checksum of the head of a journal, which is there from then on."""
+    check_journal(place)
+    if path.exists() and (fresh or is_whole(path, place)):
+        remove(path)
+    path.mkdir(exist_ok=True)
+    if not is_empty(path):
+        return _checked(path / HEAD, identity)
+    head = sealed({"format": FORMAT, "of": dict(identity)})
+    write_json(path / HEAD, head)
+    return head[CHECKSUM]
+
+
+def _checked(head: Path, identity: Mapping[str, str]) -> str:
+    """The checksum of the head of a journal that goes on."""
     way_out = f"Choose another directory, or start over: {spelled('resume', 'fresh')}."
     try:
         before = read_object(head)
@@ -233,8 +274,10 @@ def _check(head: Path, identity: Mapping[str, str]) -> None:
         raise ResumeError(
             f"A merge that was cut off lies in {head.parent}, and {HEAD} there cannot be read ({error.__cause__}). {way_out}"
         ) from error
-    if before.get("format") != FORMAT or not isinstance(before.get("of"), dict):
-        raise ResumeError(f"{head.parent} is the journal of another release. {way_out}")
+    if before["format"] != FORMAT or CHECKSUM not in before:
+        raise ResumeError(
+            f"{head.parent} is the journal of another release, or damaged. {way_out}"
+        )
     was = before["of"]
     differ = [key for key in (*was, *identity) if was.get(key) != identity.get(key)]
     differ = list(dict.fromkeys(differ))
@@ -248,13 +291,7 @@ def _check(head: Path, identity: Mapping[str, str]) -> None:
             f"A merge that was cut off lies in {head.parent}, and this is another one:\n  {told}{more}\nMake it what it was to "
             f"go on. {way_out}"
         )
-
-
-def remove(path: Path) -> None:
-    """A journal, if it is one."""
-    if path.is_dir() and not path.is_symlink():
-        with suppress(FileNotFoundError):
-            shutil.rmtree(path)
+    return before[CHECKSUM]
 
 
 @contextmanager
@@ -271,16 +308,22 @@ def left_if_worth(journal: Journal, ranks: Ranks = ALONE) -> Iterator[None]:
         refused = isinstance(error, DiDiError) and not isinstance(error, RankError)
         begun = [stage for stage in journal.stages if not stage.startswith("scan")]
         if ranks.leads and refused and (not begun or isinstance(error, BudgetError)):
-            remove(journal.path)
+            with suppress(OSError):
+                remove(journal.path)
         elif ranks.leads:
             log.warning(
                 "What is finished lies in %s; the same command goes on from there.",
                 journal.path,
             )
-        if no_room(error) or isinstance(error, SafetensorError):
+        if no_room(error):
             raise DiDiError(
                 f"{journal.path.parent} cannot be written to ({error}). What is finished stays in {journal.path.name}: make room, and "
                 "run the same command again."
+            ) from error
+        if isinstance(error, SafetensorError):
+            raise DiDiError(
+                f"What is finished, in {journal.path}, cannot be read or written ({error}). Run the same command again, or start "
+                f"over: {spelled('resume', 'fresh')}."
             ) from error
         raise
     finally:

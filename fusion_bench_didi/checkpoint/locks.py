@@ -51,8 +51,7 @@ class Lock:
 
     def release(self) -> None:
         """Remove the file, and let go of it."""
-        with suppress(OSError):  # it, or its directory, is gone
-            os.unlink(self._path)
+        _unlink(self._path)
         os.close(self._fd)
 
     def _is_named(self) -> bool:
@@ -61,6 +60,13 @@ class Lock:
         except FileNotFoundError:
             return False
         return os.path.samestat(named, os.fstat(self._fd))
+
+
+def _unlink(path: Path) -> None:
+    """Remove the file of a lock, which is empty: what holds something is someone else's."""
+    with suppress(OSError):  # it, or its directory, is gone
+        if not os.lstat(path).st_size:
+            os.unlink(path)
 
 
 @contextmanager
@@ -75,8 +81,7 @@ def held(path: Path) -> Iterator[bool]:
     except (BlockingIOError, PermissionError, FileNotFoundError):
         raise
     except OSError:
-        with suppress(OSError):
-            os.unlink(path)
+        _unlink(path)
         yield False
         return
     try:

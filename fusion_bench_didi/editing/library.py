@@ -33,7 +33,7 @@ from ..checkpoint.deltas import (
 )
 from ..checkpoint.directory import alone, whole_directory
 from ..checkpoint.fields import Field
-from ..checkpoint.ours import CONFIG
+from ..checkpoint.ours import CONFIG, is_ours
 from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..deltas.grouped import GroupedDelta
@@ -193,7 +193,7 @@ class AdapterLibrary:
         used = {self._config(other)["shared"].value for other in self.tasks}
         home = self.place / _SHARED
         for part in _visible(home) if home.is_dir() else ():
-            if part.name not in used:
+            if part.name not in used and is_ours(part):
                 shutil.rmtree(part)
 
     def _of_task(self, task: str) -> Path:

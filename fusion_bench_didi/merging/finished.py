@@ -12,7 +12,7 @@ from ..allocation.tucker_curve import TuckerCurve
 from ..checkpoint.journal import ENCODED, Journal
 from ..checkpoint.records import Records
 from ..deltas.precision import Precision
-from ..files import file_digest
+from ..files import file_digest, is_regular
 from ..lowrank.coupling import Coupling
 from .basis_store import BasisStore, KeptBases
 from .forms import EXPERTS, FORMS, Choice, Form
@@ -76,7 +76,7 @@ class Finished:
             return True
         files = [(self._journal.path / Path(base).name, told) for base, told in bases]
         if not all(
-            file.is_file() and file_digest(file) == told for file, told in files
+            is_regular(file) and file_digest(file) == told for file, told in files
         ):
             return False
         self._store.lay(name, [file for file, _ in files])

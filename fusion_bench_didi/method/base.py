@@ -20,7 +20,7 @@ from torch import nn
 
 from ..checkpoint.deltas import versions
 from ..checkpoint.directory import alone, check_target, common_directory
-from ..checkpoint.journal import Journal, left_if_worth, open_journal
+from ..checkpoint.journal import Journal, check_journal, left_if_worth, open_journal
 from ..checkpoint.stream import DeltaWriter
 from ..deltas.sink import EncodedTensor, InMemory, Sink
 from ..deltas.storage import told
@@ -158,6 +158,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             check_saving(self._program, self.output_dir)
         if self.output_dir is not None and self.processes.leads:
             check_target(self.output_dir, overwrite=self.overwrite)
+        if (place := self._place()) and self.processes.leads:
+            check_journal(place)
         taskpool = getattr(self._program, "taskpool", None)
         if taskpool is not None:
             if not self.routes:

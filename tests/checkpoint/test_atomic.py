@@ -226,11 +226,11 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(locks.fcntl, "flock", refuse)
-    left = tmp_path / ".m.abcdefgh.tmp"
+    left = tmp_path / ".m.didi-abcdefgh.tmp"
     left.mkdir()
     small(mark="new").save_pretrained(tmp_path / "m")
     assert marked(tmp_path / "m") == "new"
-    assert listing(tmp_path) == [".m.abcdefgh.tmp", "m"]
+    assert listing(tmp_path) == [".m.didi-abcdefgh.tmp", "m"]
 
 
 # --- what dead runs left ------------------------------------------------------
@@ -238,27 +238,42 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
 
 def test_only_what_dead_runs_left_of_this_target_is_removed(tmp_path):
     small(mark="old").save_pretrained(tmp_path / "m")
-    dead = [".m.abcdefgh.tmp", ".m.0000_000.old"]
+    dead = [".m.didi-abcdefgh.tmp", ".m.didi-0000_000.old"]
     others = [
-        *(".m.n.abcdefgh.tmp", ".mm.abcdefgh.tmp", ".m.abc.tmp", "m.abcdefgh.tmp"),
-        *(".m.abcdefgh.tmp~", ".m.ABCDEFGH.tmp", ".m.abcdefgh.bak"),
+        *(".m.n.didi-abcdefgh.tmp", ".mm.didi-abcdefgh.tmp", ".m.didi-abc.tmp"),
+        *("m.didi-abcdefgh.tmp", ".m.didi-abcdefgh.tmp~", ".m.didi-ABCDEFGH.tmp"),
+        *(".m.didi-abcdefgh.bak", ".m.abcdefgh.tmp", ".m.thesis_1.old"),
     ]
     for name in (*dead, *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").touch()
-    (tmp_path / ".m.12345678.tmp").touch()  # a file is not what we leave
-    os.symlink(tmp_path / others[0], tmp_path / ".m.87654321.tmp")
+    (tmp_path / ".m.didi-12345678.tmp").touch()  # a file is not what we leave
+    os.symlink(tmp_path / others[0], tmp_path / ".m.didi-87654321.tmp")
     (tmp_path / ".m.lock").touch()
     small(mark="new").save_pretrained(tmp_path / "m", overwrite=True)
-    kept = [*others, ".m.12345678.tmp", ".m.87654321.tmp", "m"]
+    kept = [*others, ".m.didi-12345678.tmp", ".m.didi-87654321.tmp", "m"]
     assert listing(tmp_path) == sorted(kept) and marked(tmp_path / "m") == "new"
+
+
+@pytest.mark.parametrize("locks_there", [True, False])
+def test_a_file_of_someone_else_is_no_lock_to_remove(
+    tmp_path, monkeypatch, locks_there
+):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    if not locks_there:
+        monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    (tmp_path / ".m.lock").write_text("mine")
+    small(mark="new").save_pretrained(tmp_path / "m")
+    assert (tmp_path / ".m.lock").read_text() == "mine"
 
 
 def test_what_a_killed_exchange_left_comes_back(tmp_path):
     """Killed between two renames, where there is no exchange."""
     small(mark="old").save_pretrained(tmp_path / "m")
-    os.rename(tmp_path / "m", tmp_path / ".m.abcdefgh.old")
-    (tmp_path / ".m.abcdefgh.tmp").mkdir()
+    os.rename(tmp_path / "m", tmp_path / ".m.didi-abcdefgh.old")
+    (tmp_path / ".m.didi-abcdefgh.tmp").mkdir()
     with pytest.raises(FileExistsError, match="exists"):
         small(mark="new").save_pretrained(tmp_path / "m")
     assert marked(tmp_path / "m") == "old" and listing(tmp_path) == ["m"]

@@ -3,20 +3,34 @@
 import json
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
 from helpers import didi
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from saved_directories import small
 from test_golden import clip, decaying, layers, within_spaces
 
 from benchmarks.processes import on_ranks
 from fusion_bench_didi.allocation.curves import PerTaskCurve
-from fusion_bench_didi.checkpoint.journal import Journal, read_lines
+from fusion_bench_didi.checkpoint import directory
+from fusion_bench_didi.checkpoint.fields import CHECKSUM, sealed
+from fusion_bench_didi.checkpoint.journal import (
+    Journal,
+    Line,
+    left_if_worth,
+    open_journal,
+    read_lines,
+)
+from fusion_bench_didi.checkpoint.journal_files import HEAD, note_whole, remove
+from fusion_bench_didi.checkpoint.ours import MARK
 from fusion_bench_didi.checkpoint.records import Records
 from fusion_bench_didi.errors import (
     DiDiError,
@@ -26,6 +40,7 @@ from fusion_bench_didi.errors import (
 )
 from fusion_bench_didi.method import TSVCompression
 from fusion_bench_didi.method.didi import DiDiMerging
+from fusion_bench_didi.task_vectors.watched import Watched
 
 #: Merges by what is special about their way to be decided.
 CASES = {
@@ -61,6 +76,12 @@ def cut_after(monkeypatch, count: int) -> Counter:
     monkeypatch.setattr(Journal, "begin", noted)
     monkeypatch.setattr(Journal, "done", cut)
     return begun
+
+
+def lines_of(journal: Path) -> dict[tuple[str, str], Line]:
+    """What counts of a journal."""
+    head = json.loads((journal / HEAD).read_text())
+    return read_lines(journal, head[CHECKSUM])
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -105,7 +126,7 @@ def test_goes_on_with_other_processes(tmp_path, monkeypatch, goal):
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_after(patch, 50)
         case(output_dir=str(tmp_path / "cut"))
-    lines = read_lines(tmp_path / ".cut.journal")
+    lines = lines_of(tmp_path / ".cut.journal")
     assert {stage.split()[0] for stage, _ in lines} >= {"scan", "decompose"}
 
     def again(_: int):
@@ -148,8 +169,10 @@ def test_a_kill_is_a_cut_like_any_other(tmp_path, monkeypatch, goal, events):
 def cut(tmp_path, monkeypatch, tiny_clip_dir):
     """A merge of files that was cut off, as a function of other settings."""
 
-    def run(**settings):
-        models = {name: str(tmp_path / "in" / name) for name in NAMES}
+    def run(home=tmp_path / "in", swapped=(), **settings):
+        places = {name: Path(home) / name for name in NAMES}
+        models = {name: str(places[name]) for name in NAMES}
+        models |= dict(zip(swapped, [models[name] for name in reversed(swapped)]))
         pool = CLIPVisionModelPool(models)
         usual = {"budget": 0.6, "refine_sweeps": 2, "output_dir": str(tmp_path / "out")}
         return DiDiMerging(**{**usual, **settings}).run(pool)
@@ -226,7 +249,7 @@ def test_damaged_bases_are_made_again(tmp_path, monkeypatch, case):
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_after(patch, 1 + max(i for i, s in enumerate(steps) if s == "decompose"))
         CASES[case](output_dir=str(tmp_path / "cut"))
-    lines = read_lines(tmp_path / ".cut.journal").values()
+    lines = lines_of(tmp_path / ".cut.journal").values()
     bases = {name for line in lines for name, _ in line.facts.get("bases", ())}
     assert bases
     for name in bases:
@@ -245,7 +268,9 @@ def test_what_lies_in_the_place_of_a_journal_is_named(tmp_path, kind):
     else:
         place.symlink_to(tmp_path / "gone")
     for resume in ("continue", "fresh"):
-        with pytest.raises(ResumeError, match="journal is no directory.*Move it away"):
+        with pytest.raises(
+            ResumeError, match="journal.* is no directory.*Move it away"
+        ):
             didi(clip(), output_dir=str(tmp_path / "out"), resume=resume)
     assert os.path.lexists(place)
 
@@ -268,15 +293,254 @@ def test_a_journal_whose_head_cannot_be_read_is_not_thrown_away(cut, tmp_path, h
     assert before and rest() == before
 
 
+@pytest.mark.parametrize("how", ["relative", "through a link", "moved"])
+def test_where_inputs_lie_is_not_what_they_are(cut, tmp_path, monkeypatch, how):
+    """Their directory is another place's name for the same files."""
+    home: Path = tmp_path / "other"
+    if how == "relative":
+        monkeypatch.chdir(tmp_path)
+        home = Path("in")
+    elif how == "through a link":
+        home.symlink_to(tmp_path / "in")
+    else:
+        os.rename(tmp_path / "in", home)
+    assert cut(home=home).tasks
+
+
+def test_inputs_that_changed_places_are_named(tmp_path, monkeypatch, request):
+    """Were they of one size and written at one moment."""
+    monkeypatch.setattr(Watched, "_stamp", lambda *_: (0, 0, 1, 2, 3))
+    cut = request.getfixturevalue("cut")
+    with pytest.raises(ResumeError, match="mnist, svhn/model.safetensors: .*not there"):
+        cut(swapped=("svhn", "mnist"))
+
+
+# --- what is not as it was written --------------------------------------------------
+
+OF = {f"version of {MARK}": "1", "method": "x"}
+
+
+@pytest.fixture
+def begun(tmp_path) -> Path:
+    """A journal of two findings."""
+    return journal_at(tmp_path / "out")
+
+
+def journal_at(place: Path, **of: str) -> Path:
+    journal = open_journal(place, {**OF, **of})
+    for i in range(2):
+        journal.begin("scan 1", f"layers.{i}")
+        journal.done("scan 1", f"layers.{i}", content=b"abc", facts={"size": i})
+    journal.close()
+    return journal.path
+
+
+def flips(content: bytes):
+    for i, byte in enumerate(content):
+        yield content[:i] + bytes([byte ^ 1 << i % 8]) + content[i + 1 :]
+
+
+def test_no_line_counts_of_which_a_bit_flipped(begun):
+    """One in a tensor's name or in the facts gave a model of other weights."""
+    (file,) = begun.glob("*.jsonl")
+    whole, line = lines_of(begun), file.read_bytes().splitlines()[-1]
+    assert len(whole) == 2
+    for content in flips(line):
+        file.write_bytes(content)
+        assert lines_of(begun).items() <= whole.items()
+
+
+def test_no_head_counts_of_which_a_bit_flipped(begun, tmp_path):
+    head, whole = begun / HEAD, lines_of(begun)
+    content = head.read_bytes()
+    for damaged in flips(content):
+        head.write_bytes(damaged)
+        try:
+            journal = open_journal(tmp_path / "out", OF)
+        except ResumeError:
+            continue
+        journal.close()
+        assert lines_of(begun) == whole and json.loads(damaged) == json.loads(content)
+
+
+def test_lines_of_another_merge_do_not_count(begun, tmp_path):
+    """As where one directory was copied over another."""
+    other, before = journal_at(tmp_path / "other", method="y"), lines_of(begun)
+    for file in other.glob("*.jsonl"):
+        text = file.read_text().replace("layers.0", "layers.7")
+        (begun / f"f{file.name}").write_text(text)
+        (begun / f"e{file.name}").write_bytes(file.read_bytes())
+    assert lines_of(other) and lines_of(begun) == before
+
+
+LINES = {
+    "a word": '"done"',
+    "a number": "1" * 5000,
+    "a list": "[1]",
+    "nested": "[" * 200_000,
+    "no text": "\0\ufffd",
+    "no checksum": '{"done": ["encode", "w"], "sha256": "", "facts": {}}',
+    **{
+        name: json.dumps(sealed({"sha256": "", "facts": {}, "of": "OF", **told}))
+        for name, told in {
+            "stage a list": {"done": [["x"], "w"]},
+            "stages alone": {"done": {"a": 1}},
+            "content a number": {"done": ["encode", "w"], "content": 3},
+            "file a list": {"done": ["encode", "w"], "file": [1]},
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_a_strange_line_counts_as_not_written(begun, line):
+    before = lines_of(begun)
+    told = json.loads((begun / HEAD).read_text())[CHECKSUM]
+    if '"OF"' in line:
+        line = json.dumps(sealed({**json.loads(line), "of": told}))
+    (begun / "abc.0.jsonl").write_text(line + "\n")
+    assert lines_of(begun) == before
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "000001.safetensors"])
+@pytest.mark.parametrize("kind", ["directory", "pipe", "gone", "zero", "itself"])
+def test_what_is_no_file_counts_as_not_written(begun, tmp_path, kind, ending):
+    before, place = lines_of(begun), begun / f"abc.0.{ending}"
+    if kind == "directory":
+        place.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to({"gone": "/gone", "zero": "/dev/zero"}.get(kind, place))
+    assert lines_of(begun) == before
+    assert not Line(digest="0" * 64, file=place).whole()
+    open_journal(tmp_path / "out", OF, fresh=True).close()
+    assert not os.path.lexists(place) and not lines_of(begun)
+
+
+# --- what is someone else's ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", ["continue", "fresh"])
+@pytest.mark.parametrize("what", ["a file", "a file in a journal", "another's journal"])
+def test_a_directory_of_someone_else_is_named_and_stays(
+    tmp_path, monkeypatch, resume, what
+):
+    """Before any work."""
+    place, name = tmp_path / ".out.journal", "thesis.tex"
+    if what == "another's journal":
+        name = HEAD
+    if what == "a file in a journal":
+        journal_at(tmp_path / "out")
+    place.mkdir(exist_ok=True)
+    (place / name).write_text('{"mine": 1}')
+    before = sorted(place.iterdir())
+    monkeypatch.setattr(DiDiMerging, "opened", None)
+    with pytest.raises(ResumeError, match=f"holds {name}, .*Move it away"):
+        didi(clip(), output_dir=str(tmp_path / "out"), resume=resume)
+    assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.parametrize("what", ["a file", "a file in a journal"])
+def test_saving_removes_files_of_a_journal_alone(tmp_path, what):
+    place = tmp_path / ".out.journal"
+    if what == "a file in a journal":
+        journal_at(tmp_path / "out")
+    place.mkdir(exist_ok=True)
+    (place / "thesis.tex").write_text("mine")
+    (place / "notes").mkdir()
+    (place / "notes" / "1.0.jsonl").touch()
+    small().save_pretrained(tmp_path / "out")
+    assert {p.name for p in place.iterdir()} == {"thesis.tex", "notes"}
+    assert (place / "notes" / "1.0.jsonl").exists()
+
+
+def test_a_journal_says_what_it_is_until_it_is_gone(begun, monkeypatch):
+    """Killed while it is removed, it is one that is not needed any more."""
+    gone, unlink = [], Path.unlink
+    note_whole(begun, begun / HEAD)
+    (begun / ".tmpAb1234").touch()  # of a tensor that was being written
+    monkeypatch.setattr(
+        Path, "unlink", lambda p, **kw: gone.append(p.name) or unlink(p, **kw)
+    )
+    remove(begun)
+    assert gone[-2:] == ["whole", HEAD] and len(gone) == 4 and not begun.exists()
+
+
+def test_a_journal_without_a_head_is_not_thrown_away(begun, tmp_path):
+    (begun / HEAD).unlink()
+    with pytest.raises(ResumeError, match='cannot be read.*resume="fresh"'):
+        open_journal(tmp_path / "out", OF)
+    assert [*begun.glob("*.jsonl")]
+
+
+@pytest.mark.parametrize("call", ["iterdir", "open"])
+def test_a_directory_without_rights_is_named(begun, tmp_path, monkeypatch, call):
+    original = getattr(Path, call)
+
+    def refuse(path, *args, **kwargs):
+        if call == "iterdir" or args == ("a",):
+            raise PermissionError(13, "Permission denied")
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, call, refuse)
+    with pytest.raises(ResumeError, match="out.journal cannot be used .*denied"):
+        open_journal(tmp_path / "out", OF)
+
+
+def test_an_output_of_the_future_does_not_make_findings_old(tmp_path, monkeypatch):
+    """Findings were forgotten without a word where the model that is replaced has a later date."""
+    place = tmp_path / "out"
+    small().save_pretrained(place)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        before = cut_after(patch, 50)
+        CASES["default"](output_dir=str(place), overwrite=True)
+    later = time.time() + 3600
+    os.utime(place / "config.json", (later, later))
+    with monkeypatch.context() as patch:
+        after = cut_after(patch, 10**6)
+        CASES["default"](output_dir=str(place), overwrite=True)
+    assert sum((before & after).values()) <= 1
+
+
+def test_what_a_whole_merge_left_is_forgotten(tmp_path, monkeypatch):
+    """Killed once the output had its name: another merge does not have to be that one."""
+    place = str(tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(directory, "remove", Mock(side_effect=Cut))
+        didi(clip(), budget=0.6, output_dir=place)
+    assert (tmp_path / ".out.journal").is_dir()
+    old = (tmp_path / "out" / "config.json").stat().st_mtime_ns
+    for file in (tmp_path / ".out.journal").iterdir():
+        os.utime(file, ns=(old + 10**10, old + 10**10))
+    didi(clip(), budget=0.5, output_dir=place, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("said", "way_out"),
+    [
+        ("Error while serializing: I/O error: x (os error 28)", "make room"),
+        ("Error while deserializing header", 'start over: resume="fresh"'),
+    ],
+)
+def test_a_finding_that_cannot_be_read_is_no_full_disk(tmp_path, said, way_out):
+    journal = open_journal(tmp_path / "out", OF)
+    with pytest.raises(DiDiError) as found, left_if_worth(journal):
+        raise SafetensorError(said)
+    assert way_out in str(found.value)
+    assert ("make room" in str(found.value)) == (way_out == "make room")
+
+
 @pytest.mark.parametrize("names", [("a.0", "b.0"), ("b.0", "a.0")])
 def test_the_line_that_was_written_last_counts(tmp_path, names):
     """Names of runs are drawn at random."""
     for i, name in enumerate(names):
-        line = {"done": ["encode", "w"], "sha256": "", "facts": {"run": i}}
+        line = {"done": ["encode", "w"], "sha256": "", "facts": {"run": i}, "of": "x"}
         file = tmp_path / f"{name}.jsonl"
-        file.write_text(json.dumps(line) + "\n")
+        file.write_text(json.dumps(sealed(line)) + "\n")
         os.utime(file, (i, i))
-    assert read_lines(tmp_path)["encode", "w"].facts == {"run": 1}
+    assert read_lines(tmp_path, "x")["encode", "w"].facts == {"run": 1}
 
 
 def test_an_input_that_cannot_be_merged_leaves_no_journal(tmp_path):

@@ -155,6 +155,20 @@ def test_what_tasks_share_is_looked_at_once(tmp_path, monkeypatch):
     assert len(looked) == len(model.shared) > 0
 
 
+@pytest.mark.parametrize("name", ["notes", "README"])
+def test_what_someone_else_put_beside_what_is_shared_stays(tmp_path, name):
+    library = AdapterLibrary(tmp_path)
+    library.add(model_of("bases", 0, "ab"))
+    strange = tmp_path / "shared" / name
+    if name == "notes":
+        strange.mkdir()
+        strange = strange / "mine"
+    strange.write_text("mine")
+    for task in "ab":
+        library.remove(task)
+    assert strange.read_text() == "mine"
+
+
 def test_one_that_another_process_begins_is_none_yet(tmp_path):
     """Or one that was killed while it began."""
     (tmp_path / "library.json.tmp").write_text("{")

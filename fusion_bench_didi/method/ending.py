@@ -18,8 +18,9 @@ from ..checkpoint.directory import write_json
 from ..models import DynamicModel
 from ..models.pool_saving import saved_at
 from ..pools.task_names import pool_tasks
-from ..report.answer import Answer, figure
+from ..report.answer import Answer
 from ..report.loggers import log_metrics
+from ..report.metrics import figure
 from ..report.references import known_figures, nearest_comparison
 from ..report.units import storage_units
 
@@ -65,9 +66,6 @@ class Ending:
         before = self._reports()
         evaluate = self._stock["evaluate_merged_model"]
         report = evaluate(taskpool, merged_model, *args, **kwargs)
-        if not isinstance(report, Mapping):
-            self._detach()
-            return report
         place = self._place()
         if place is not None and self.program.fabric.is_global_zero:
             self._write(report, place, before)
@@ -75,7 +73,7 @@ class Ending:
         self._gather(merged_model, report, taskpool)
         if last:
             self._finish(merged_model, report)
-        return self._short(report)
+        return self._short(report) if isinstance(report, Mapping) else report
 
     def log_artifact(self, *args: Any, **kwargs: Any) -> Any:
         """As the program's, which hands on its report and is done."""
@@ -96,7 +94,7 @@ class Ending:
         place = self._place()
         return set(place.glob("report*.json")) if place else set()
 
-    def _write(self, report: Mapping[str, Any], place: Path, before: set[Path]) -> None:
+    def _write(self, report: Any, place: Path, before: set[Path]) -> None:
         """The whole report into the file that the task pool wrote, or into one of that name where it wrote none."""
         made = sorted(self._reports() - before)
         place.mkdir(parents=True, exist_ok=True)
@@ -116,20 +114,22 @@ class Ending:
         short["storage"] = storage_units(told["storage"])
         return {**report, "didi": {**short, "details": self.files["details"]}}
 
-    def _gather(self, model: Any, report: Mapping[str, Any], taskpool: Any) -> None:
-        found = {t: figure(report.get(t)) for t in pool_tasks(taskpool)}
+    def _gather(self, model: Any, report: Any, taskpool: Any) -> None:
+        told = report if isinstance(report, Mapping) else {}
+        asked = pool_tasks(taskpool)
+        found = {task: figure(told.get(task)) for task in asked}
         found = {task: one for task, one in found.items() if one is not None}
-        names = {name for name, _ in found.values()}
-        known = self._known() if len(names) == 1 else {}
+        known = self._known() if found else {}
         dynamic = model if isinstance(model, DynamicModel) else None
         info = dynamic.info if dynamic is not None else {}
         self.answer = Answer(
             self._title(info),
-            list(found) or (dynamic.tasks if dynamic is not None else []),
-            names.pop() if len(names) == 1 else "figure",
+            asked if found else dynamic.tasks if dynamic is not None else [],
+            {task: name for task, (name, _) in found.items()},
             {task: value for task, (_, value) in found.items()},
             known.get("pretrained", {}),
             known.get("individuals", {}),
+            [task for task in asked if task not in found],
             dynamic.storage.as_dict() if dynamic is not None else {},
             info.get("relative_error"),
             self.seconds,

@@ -29,14 +29,35 @@ from ..pools.opening import check_pool, load_backbone, open_pool
 from ..pools.task_names import check_tasks
 from ..report import whereabouts, write_report
 from ..report.loggers import log_metrics, row_metrics
+from ..report.metrics import is_share, metric_of
 from ..report.terminal import print_table
-from .entries import declared, dependent, read_entries
+from .entries import ComparisonError, declared, dependent, read_entries
 from .entry_run import Bench, run_entry, summary
 from .progress import Watch, quiet, terminal
 from .results import FORMAT, assemble, made
 from .rows import COMPARISON, SETTINGS, RowStore
 from .scoring import Scorer
 from .sizes import facts_of
+
+
+class FailedRowsError(ComparisonError):
+    """Some methods failed; everything is written, their rows with what went wrong.
+
+    Args:
+        comparison: what is in ``comparison.json``.
+        directory: of the run.
+    """
+
+    def __init__(self, comparison: Mapping[str, Any], directory: Path):
+        self.comparison = comparison
+        rows = comparison["rows"]
+        failed = {row["key"]: row["error"] for row in rows if row["error"]}
+        first, *others = failed
+        more = f"; {', '.join(others)} too" if others else ""
+        super().__init__(
+            f"{len(failed)} of {len(rows)} methods failed: {first} ({failed[first].splitlines()[0]}){more}. All rows are in "
+            f"{directory / COMPARISON}; those are made anew when the same command is run again."
+        )
 
 
 class ComparisonProgram(FabricModelFusionProgram):
@@ -79,6 +100,10 @@ class ComparisonProgram(FabricModelFusionProgram):
             **kwargs,
         )
         self.entries = read_entries(entries, list(only or ()), list(skip or ()))
+        if not self.entries:
+            raise ComparisonError(
+                f"only={[*only]} and skip={[*skip]} leave no method to compare. Leave one of them out, or name other methods."
+            )
         self.restart, self.report = restart, report
         self.save_artifacts = compat.renamed(
             "save_artefacts", save_artefacts, "save_artifacts", save_artifacts
@@ -96,15 +121,20 @@ class ComparisonProgram(FabricModelFusionProgram):
             ComparisonError: if the directory holds rows of another configuration.
             DiDiError: if another run is writing to it.
             RankError: if another process failed.
+            FailedRowsError: when everything is written, if a method failed.
         """
         self.fabric  # starts them
         ranks = ranks_here()
         try:
             with spelled_unless_told(as_key):
-                return self._on(ranks)
+                comparison = self._on(ranks)
         except BaseException as error:
             ranks.fail(error)
             raise
+        # of several processes the first says so: that one of them ends otherwise would end it
+        if ranks.leads and any(row["error"] for row in comparison["rows"]):
+            raise FailedRowsError(comparison, self.directory)
+        return comparison
 
     def _on(self, ranks: Ranks) -> dict[str, Any]:
         """The comparison on several processes, each of which makes whole rows by itself; rank 0 writes what follows from them."""
@@ -179,8 +209,10 @@ class ComparisonProgram(FabricModelFusionProgram):
         )
 
     def _run(self, bench: Bench, console: Console, ranks: Ranks) -> dict[str, Any]:
-        rows = {entry.key: bench.store.load(entry.key) for entry in self.entries}
+        rows = {e.key: _usable(bench.store.load(e.key)) for e in self.entries}
         rows = ranks.from_first(rows)  # one of them may be made meanwhile
+        for row in filter(None, rows.values()):
+            bench.scorer.metrics |= {t: metric_of(row, t) for t in row["accuracy"]}
         had = [key for key, row in rows.items() if row and self._is_whole(row)]
         methods, tasks = len(self.entries), len(bench.scorer.tasks)
         console.print(f"{methods} methods on {tasks} tasks; rows in {bench.store.rows}")
@@ -239,3 +271,12 @@ class ComparisonProgram(FabricModelFusionProgram):
             tasks=bench.scorer.tasks,
             facts=bench.facts,
         )
+
+
+def _usable(row: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A row without figures that no comparison takes, which those of earlier versions may hold: they are to be made anew."""
+    if row is None:
+        return None
+    found = {t: v for t, v in row["accuracy"].items() if is_share(metric_of(row, t), v)}
+    whole = row["complete"] and len(found) == len(row["accuracy"])
+    return {**row, "accuracy": found, "complete": whole}

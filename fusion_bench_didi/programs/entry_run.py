@@ -15,6 +15,7 @@ from ..artifacts.saving import save_artifact
 from ..pools.entries import load_model
 from ..pools.opening import backbone_reference, load_backbone
 from ..pools.task_names import resolve_task
+from ..report.metrics import ACCURACY, metric_of, named
 from ..task_vectors.watched import Watched
 from .entries import ComparisonError, Entry, declared, method_config
 from .measure import free_memory, measured
@@ -127,6 +128,8 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
         if entry.method == "individuals":
             bench.check_inputs()
         row["accuracy"][task] = accuracy
+        if (metric := bench.scorer.metrics[task]) != ACCURACY:
+            row.setdefault("metrics", {})[task] = metric
         if loss is not None:
             row["loss"][task] = loss
         bench.store.save(entry.key, row)
@@ -240,6 +243,7 @@ def summary(row: Mapping[str, Any]) -> str:
     values = list(row["accuracy"].values())
     seconds = row["seconds"]
     average = 100 * sum(values) / len(values)
-    return f"accuracy {average:5.1f} %  stored {row['x_excl']:.3f}x" + (
+    metric = named(metric_of(row, task) for task in row["accuracy"])
+    return f"{metric} {average:5.1f} %  stored {row['x_excl']:.3f}x" + (
         f"  merged in {seconds:.1f} s" if seconds is not None else ""
     )

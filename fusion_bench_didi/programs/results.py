@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..report.comparison import mean
+from ..report.comparison import Comparison, mean
 from .entries import Entry
 from .sizes import PoolFacts
 
@@ -56,12 +56,14 @@ def assemble(
     asked = {entry.key: entry for entry in entries}
     own = next((r for r in rows if r["entry"]["method"] == "individuals"), None)
     reference = own["accuracy"] if own else {}
+    made = [_row(row, asked[row["key"]], tasks, reference) for row in rows]
+    worded = Comparison({"tasks": tasks, "rows": made}).worded
     return {
         "format": FORMAT,
         "tasks": list(tasks),
-        "retention": RETENTION,
+        "retention": {key: worded(text) for key, text in RETENTION.items()},
         "unit_bytes": facts.unit_bits // 8,
-        "rows": [_row(row, asked[row["key"]], tasks, reference) for row in rows],
+        "rows": made,
         "config": {
             k: v for k, v in settings.items() if k not in ("versions", "format")
         },
@@ -108,6 +110,7 @@ def _row(
 
 _DETAILS = (
     "loss",
+    "metrics",
     "bytes_written",
     "bytes_of_headers",
     "traceback",
@@ -121,9 +124,9 @@ _DETAILS = (
 def retention(
     accuracy: Mapping[str, float | None], reference: Mapping[str, float]
 ) -> dict[str, float | None]:
-    """Both conventions of the literature, see :data:`RETENTION`; None where a figure is missing or zero."""
+    """Both conventions of the literature, see :data:`RETENTION`; None where a figure is missing or below zero, or a reference zero."""
     pairs = [(value, reference.get(task)) for task, value in accuracy.items()]
-    if not pairs or any(a is None or not b for a, b in pairs):
+    if not pairs or any(a is None or a < 0 or not b or b < 0 for a, b in pairs):
         return dict.fromkeys(RETENTION)
     return {
         "mean_of_ratios": sum(a / b for a, b in pairs) / len(pairs),

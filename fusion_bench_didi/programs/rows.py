@@ -213,6 +213,8 @@ def _check_row(row: Field, key: str) -> None:
         accuracy.number()
     for _, loss in row["loss"].entries() if "loss" in row else ():
         loss.number()
+    for _, metric in row["metrics"].entries() if "metrics" in row else ():
+        metric.text()
     for note in row["notes"].elements():
         note.text()
     row["entry"].mapping()

@@ -1,9 +1,12 @@
 """What a run ends with: some ten lines that say how good the merged model is, what it takes, and where it lies."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..errors import some
 from .comparison import mean
+from .metrics import ACCURACY, is_share
 from .units import storage_line, storage_units
 
 
@@ -14,9 +17,10 @@ class Answer:
     Args:
         title: of the method.
         tasks: in the order of the table.
-        metric: what the figures are.
+        names: what the figures are, per task; accuracies where nothing is said.
         figures, base, own: per task, of the merged model, of the base model and of the task's own fine-tuned model; the
             last two as far as they are known.
+        missing: tasks that were evaluated, and of which nothing was reported.
         storage: as by ``StorageReport.as_dict``; empty where nothing is counted.
         error: energy of the task vectors that is not reproduced, in parts of all; None if unknown.
         seconds: of the merge.
@@ -25,10 +29,11 @@ class Answer:
 
     title: str
     tasks: Sequence[str]
-    metric: str = "accuracy"
+    names: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     base: Mapping[str, float] = field(default_factory=dict)
     own: Mapping[str, float] = field(default_factory=dict)
+    missing: Sequence[str] = ()
     storage: Mapping = field(default_factory=dict)
     error: float | None = None
     seconds: float | None = None
@@ -40,9 +45,9 @@ class Answer:
     @property
     def metrics(self) -> dict[str, float]:
         """The figures by name, as loggers take them."""
-        found = {f"{self.metric}/{task}": v for task, v in self.figures.items()}
-        if self.figures:
-            found[f"{self.metric}/average"] = mean(list(self.figures.values()))
+        found = {f"{self._name(task)}/{task}": v for task, v in self.figures.items()}
+        if (average := self._average(self.figures)) is not None:
+            found[f"{self._metric}/average"] = average
         if ratios := self._ratios():
             found["retention"] = mean(list(ratios.values()))
         if self.storage:
@@ -54,9 +59,37 @@ class Answer:
             found["seconds"] = self.seconds
         return found
 
+    def _name(self, task: str) -> str:
+        return self.names.get(task, ACCURACY)
+
+    @property
+    def _metric(self) -> str:
+        """What all figures are."""
+        return (
+            "figure" if self._mixed else next(map(self._name, self.figures), ACCURACY)
+        )
+
+    @property
+    def _mixed(self) -> bool:
+        return len(set(map(self._name, self.figures))) > 1
+
+    @property
+    def _shares(self) -> bool:
+        """Whether figures are given in per cent, and divided."""
+        known = {t: v for t, v in self.figures.items() if math.isfinite(v)}
+        return all(is_share(self._name(task), v) for task, v in known.items())
+
+    def _average(self, column: Mapping[str, float]) -> float | None:
+        """The mean over tasks; None where one is missing, or figures are of several kinds that are not shares."""
+        if self._mixed and not self._shares:
+            return None
+        return mean([column.get(task) for task in [*self.figures, *self.missing]])
+
     def _ratios(self) -> dict[str, float]:
         """Retention per task; none unless it is known of all."""
         if not self.figures or any(not self.own.get(task) for task in self.figures):
+            return {}
+        if not self._shares or self.missing:
             return {}
         return {task: value / self.own[task] for task, value in self.figures.items()}
 
@@ -64,33 +97,38 @@ class Answer:
         if not self.figures:
             return []
         columns = {
-            self.metric: self.figures,
+            self._metric: self.figures,
             "base model": self.base,
             "own model": self.own,
             "retention": self._ratios(),
         }
         columns = {head: column for head, column in columns.items() if column}
-        width = max(len("average"), *map(len, self.tasks))
-        lines = [f"{'task':<{width}}" + "".join(f"{head:>12}" for head in columns)]
-        for task in self.figures:
-            cells = (_percent(column.get(task)) for column in columns.values())
-            lines.append(f"{task:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
-        means = (
-            _percent(mean([column.get(task) for task in self.figures]))
-            for column in columns.values()
-        )
-        return [
-            *lines,
-            f"{'average':<{width}}" + "".join(f"{cell:>12}" for cell in means),
-        ]
+        heads = {task: task for task in self.tasks}
+        if self._mixed:
+            heads |= {task: f"{task}: {self._name(task)}" for task in self.figures}
+        width = max(len("average"), *map(len, heads.values()))
+        lines = [f"{'task':<{width}}" + _cells(columns)]
+        for task, head in heads.items():
+            values = (column.get(task) for column in columns.values())
+            lines.append(f"{head:<{width}}" + _cells(map(self._printed, values)))
+        means = map(self._average, columns.values())
+        return [*lines, f"{'average':<{width}}" + _cells(map(self._printed, means))]
+
+    def _printed(self, value: float | None) -> str:
+        """In per cent where figures are shares."""
+        if value is None:
+            return "–"
+        return f"{100 * value:.1f}" if self._shares else f"{value:.4g}"
 
     def _facts(self) -> list[str]:
-        count = f"{len(self.tasks)} tasks" + (
+        count = f"{len(self.storage.get('expert_bits', self.tasks))} tasks" + (
             "" if self.figures else f": {', '.join(self.tasks)}"
         )
         lines = [f"{'method':<11}{self.title}, {count}"]
         if self.error is not None:
             lines[0] += f", relative error {self.error:.2g}"
+        if self.missing:
+            lines.append(f"{'no figure':<11}of {some(self.missing)}: the task pool reports none")  # fmt: skip
         if self.storage:
             lines.append(f"{'storage':<11}{storage_line(self.storage)}")
         if self.seconds is not None:
@@ -99,21 +137,5 @@ class Answer:
         return lines
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def figure(result: object) -> tuple[str, float] | None:
-    """Name and value of what a task pool says of a task: its accuracy, or its first number; None where there is none."""
-    if _is_number(result):
-        return "figure", float(result)
-    if not isinstance(result, Mapping):
-        return None
-    numbers = {k: float(v) for k, v in result.items() if _is_number(v)}
-    name = "accuracy" if "accuracy" in numbers else next(iter(numbers), None)
-    return None if name is None else (name, numbers[name])
-
-
-def _is_number(value: object) -> bool:
-    """Python's numbers, and those of libraries: of no sides."""
-    return hasattr(value, "__float__") and not getattr(value, "ndim", 0)
+def _cells(texts: Iterable[str]) -> str:
+    return "".join(f"{text:>12}" for text in texts)

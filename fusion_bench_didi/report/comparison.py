@@ -1,6 +1,7 @@
 """A comparison as tables and plots want it."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 from ..errors import DiDiError
 from ..files import from_home
+from .metrics import is_share, metric_of, named
 
 Kind = Literal["reference", "static", "dynamic", "routed", "ours", "variant"]
 
@@ -43,7 +45,7 @@ class Comparison:
 
     @classmethod
     def read(cls, file: str | Path) -> "Comparison":
-        """Read a comparison from a file.
+        """Read a comparison from a file; rows with figures that could not be shown have failed.
 
         Raises:
             DiDiError: if it holds no comparison.
@@ -56,7 +58,7 @@ class Comparison:
             raise DiDiError(
                 f"{file} is no comparison ({error}). Give a directory that didi_compare wrote, or run it again."
             ) from error
-        return cls(data)
+        return cls({**data, "rows": [_checked(row) for row in data["rows"]]})
 
     @property
     def tasks(self) -> list[str]:
@@ -65,6 +67,18 @@ class Comparison:
     @property
     def rows(self) -> list[Mapping[str, Any]]:
         return self.data["rows"]
+
+    def metric(self, task: str) -> str:
+        """What the figures of a task are: accuracies, unless a row says otherwise."""
+        told = (row for row in self.rows if task in row.get("metrics", {}))
+        return metric_of(next(told, {}), task)
+
+    def worded(self, text: str) -> str:
+        """A text on accuracies, as one on what the figures are."""
+        metric = named(map(self.metric, self.tasks))
+        capital = metric[0].upper() + metric[1:]
+        found = {"accuracy": metric, "Accuracy": capital, "Accuracies": capital}
+        return re.sub("accuracy|Accuracy|Accuracies", lambda m: found[m[0]], text)
 
     @property
     def good(self) -> list[Mapping[str, Any]]:
@@ -99,6 +113,18 @@ class Comparison:
         return min(
             self.with_ranks(), key=lambda r: abs(r["x_excl"] - 1.4), default=None
         )
+
+
+def _checked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row as it is; a failed one if it holds what is no share, as rows of earlier versions may."""
+    odd = {t: v for t, v in row["accuracy"].items() if v is not None and not is_share(metric_of(row, t), v)}  # fmt: skip
+    if not odd:
+        return row
+    task, value = next(iter(odd.items()))
+    told = f"{metric_of(row, task)} of {task} is {value:g}, which is not within 0 and 1. Run the comparison again."
+    nothing = dict.fromkeys(row["retention"])
+    error = row["error"] or told
+    return {**row, "error": error, "average": None, "retention": nothing}
 
 
 def kind(row: Mapping[str, Any]) -> Kind:

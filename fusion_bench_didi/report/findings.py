@@ -31,7 +31,7 @@ def of_storage(comparison: Comparison) -> str:
     """Where ours keeps 99 %."""
     least = smallest(comparison)
     if least is None:
-        return _of(comparison, "accuracy against storage")
+        return _of(comparison, comparison.worded("accuracy against storage"))
     share = 100 * least["retention"]["mean_of_ratios"]
     return _of(
         comparison,
@@ -44,7 +44,7 @@ def of_tasks(comparison: Comparison) -> str:
     """The task that ours is furthest from the task's own model on."""
     ours, own = smallest(comparison), own_models(comparison)
     if ours is None or own is None:
-        return _of(comparison, "accuracy by task, in %")
+        return _of(comparison, comparison.worded("accuracy by task, in %"))
     lost = {t: 100 * (own["accuracy"][t] - ours["accuracy"][t]) for t in comparison.tasks}  # fmt: skip
     worst = max(lost, key=lost.get)
     if lost[worst] < 0.05:

@@ -66,7 +66,8 @@ def accuracy_vs_storage(comparison: Comparison) -> go.Figure | None:
     across = (-0.06 * most**0.5, 1.12 * most**0.5)
     named = _annotations(rows, comparison, across, near)
     figure.update_xaxes(range=across)
-    figure.update_yaxes(title="average accuracy (%)", range=near, title_standoff=4)
+    title = comparison.worded("average accuracy (%)")
+    figure.update_yaxes(title=title, range=near, title_standoff=4)
     figure.update_layout(annotations=named, height=570, hovermode="closest", **_LOOK)
     if low is not None:
         views = {
@@ -152,7 +153,7 @@ def accuracy_by_task(comparison: Comparison) -> go.Figure | None:
         for task in tasks
     ]
     figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_xaxes(title="accuracy (%)", rangemode="tozero")
+    figure.update_xaxes(title=comparison.worded("accuracy (%)"), rangemode="tozero")
     return figure.update_layout(
         height=120 + 22 * len(rows),
         updatemenus=[dict(buttons=buttons, **_MENU)],

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from .metrics import metric_of
+
 
 def log_metrics(fabric: Any, metrics: Mapping[str, float | None]) -> None:
     """Hand figures to every logger, and have it write them at once; those that are unknown are left out."""
@@ -20,6 +22,6 @@ def row_metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
         "average": row["average"],
         "retention": row["retention"]["mean_of_ratios"],
         **{key: row[key] for key in ("x_excl", "x_incl", "seconds")},
-        **{f"accuracy/{task}": value for task, value in row["accuracy"].items()},
+        **{f"{metric_of(row, t)}/{t}": v for t, v in row["accuracy"].items()},
     }
     return {f"{row['key']}/{name}": value for name, value in figures.items()}

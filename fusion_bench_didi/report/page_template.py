@@ -65,11 +65,11 @@ PAGE = """<!DOCTYPE html>
 {tables}
 <h1>Model merging, side by side</h1>
 <p>{lead}</p>
-<p class="screen">Accuracies in %, best of a group <b>bold</b>, second <u>underlined</u>; stored beyond the backbone: x excl. Tap a
+<p class="screen">{figures_in}, best of a group <b>bold</b>, second <u>underlined</u>; stored beyond the backbone: x excl. Tap a
 heading to sort. All figures: {downloads}</p>
 <div class="table">{summary}</div>
 <p><small>{legend}</small></p>
-<section><h2>Accuracy by task, in %</h2>
+<section><h2>{by_task}</h2>
 <div class="table">{tasks}</div></section>
 {figures}
 <dl>{facts}</dl>

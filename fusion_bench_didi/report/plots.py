@@ -74,7 +74,8 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
     panels = picture.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     seeds = any(r.get("over_seeds") for r in rows)
     bars = "; bars: range over seeds" if seeds else ""
-    panels[0].set_ylabel(f"accuracy, mean of {len(comparison.tasks)} tasks (%){bars}")
+    metric = comparison.worded("accuracy")
+    panels[0].set_ylabel(f"{metric}, mean of {len(comparison.tasks)} tasks (%){bars}")
     for axes in panels:
         _points(axes, comparison)
     if close:

@@ -31,7 +31,7 @@ def as_csv(comparison: Comparison) -> str:
     lines = [
         {key: row[key] for key in plain}
         | {f"retention_{convention}": v for convention, v in row["retention"].items()}
-        | {f"accuracy_{task}": row["accuracy"][task] for task in comparison.tasks}
+        | {f"{comparison.metric(t)}_{t}": row["accuracy"][t] for t in comparison.tasks}
         | {key: row.get(key) for key in measured}
         | {
             f"{key}_{end}": bound
@@ -94,7 +94,7 @@ def as_markdown(comparison: Comparison) -> str:
                 cells = ["–"] * (width - 2)
                 note = f"failed: {row['error']}".replace("\n", " ")
             lines.append(_pipe([row["method"], *cells, note]))
-    legend = f"{LEGEND} Best and second best of a group: **bold**, _italics_."
+    legend = f"{comparison.worded(LEGEND)} Best and second best of a group: **bold**, _italics_."
     return "\n".join([*lines, "", legend, ""])
 
 

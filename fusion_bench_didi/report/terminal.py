@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from .comparison import Comparison
 from .tables import number
 from .units import readable
 
@@ -28,7 +29,7 @@ def print_table(comparison: Mapping[str, Any], title: str = "") -> None:
     if Measurement.get(console, console.options, made).minimum > console.width:
         made = table(comparison, title, per_task=False)
     console.print(made)
-    console.print(LEGEND, highlight=False)
+    console.print(Comparison(comparison).worded(LEGEND), highlight=False)
 
 
 def table(

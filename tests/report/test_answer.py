@@ -8,8 +8,9 @@ import pytest
 import torch
 from lightning.fabric.loggers import CSVLogger
 
-from fusion_bench_didi.report.answer import Answer, figure
+from fusion_bench_didi.report.answer import Answer
 from fusion_bench_didi.report.loggers import log_metrics, row_metrics
+from fusion_bench_didi.report.metrics import falls, figure, is_share
 from fusion_bench_didi.report.references import known_figures, nearest_comparison
 from fusion_bench_didi.report.terminal import print_table
 from fusion_bench_didi.report.units import readable, storage_units

@@ -65,7 +65,7 @@ class Ending:
         """As the program's; the report goes whole to a file, and without its long lists to the program."""
         before = self._reports()
         evaluate = self._stock["evaluate_merged_model"]
-        report = evaluate(taskpool, merged_model, *args, **kwargs)
+        report = _plain(evaluate(taskpool, merged_model, *args, **kwargs))
         place = self._place()
         if place is not None and self.program.fabric.is_global_zero:
             self._write(report, place, before)
@@ -166,6 +166,18 @@ class Ending:
         for name in self._stock:
             vars(self.program).pop(name, None)
         vars(self.program).pop(_MARK, None)
+
+
+def _plain(value: Any) -> Any:
+    """A report that JSON takes: numbers of libraries as Python's, what is none as text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    known = value is None or isinstance(value, (str, int, float))
+    return value if known else str(value)
 
 
 def attach_ending(method: Any) -> None:

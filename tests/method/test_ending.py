@@ -1,10 +1,12 @@
 """The end of a run of the host's program: few lines, details in a file, figures for the loggers."""
 
 import json
+from copy import copy
 from pathlib import Path
 
 import lightning
 import pytest
+import torch
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.programs import FabricModelFusionProgram
 from fusion_bench.taskpool import BaseTaskPool
@@ -78,6 +80,22 @@ def test_a_run_ends_in_its_answer(program, tiny_clip, tmp_path, capfd):
     assert "ranks" not in report["didi"] and len(json.dumps(report["didi"])) < 1000
     names = (tmp_path / "log" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"accuracy/average", "storage/x_of_all", "seconds"} <= set(names)
+
+
+@pytest.mark.parametrize("report", [None, [0.5], {"mnist": {"accuracy": torch.tensor(0.5)}}], ids=["none", "list", "some"])  # fmt: skip
+def test_what_is_not_reported_is_named(
+    program, tiny_clip, tmp_path, capfd, monkeypatch, report
+):
+    monkeypatch.setattr(Scores, "evaluate", lambda self, model: report and copy(report))
+    end(program, DiDiMerging(budget=0.6, refine_sweeps=2), tiny_clip.pool_models())
+    printed = capfd.readouterr().out
+    some = isinstance(report, dict)
+    missing = "eurosat, svhn" if some else "eurosat, mnist, svhn"
+    assert f"no figure  of {missing}: the task pool reports none" in printed
+    assert "3 tasks" in printed and "of keeping all 3" in printed
+    assert ("mnist          50.0" in printed) == some
+    written = json.loads((tmp_path / "log" / "report.json").read_text())
+    assert written["mnist"] == {"accuracy": 0.5} if some else written == report
 
 
 def test_the_outermost_method_speaks_and_a_second_run_anew(program, tiny_clip, capfd):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fusion_bench_didi.demo.suite import build_suite
 from fusion_bench_didi.programs import compare as program
-from fusion_bench_didi.programs.compare import ComparisonProgram
+from fusion_bench_didi.programs.compare import ComparisonProgram, FailedRowsError
 from fusion_bench_didi.programs.entries import ComparisonError
 from fusion_bench_didi.programs.scoring import Scorer
 
@@ -43,8 +43,11 @@ def compare(cache: Path, directory: Path, **changes) -> dict:
     sides = demo_pools(cache)
     log = {"path": {"log_dir": str(directory)}, "seed": 0, "report": False}
     config = {"entries": copy.deepcopy(ENTRIES), **sides, **log, **changes}
-    rows = ComparisonProgram(**OmegaConf.create(config)).run()["rows"]
-    return {row["key"]: row for row in rows}
+    try:
+        found = ComparisonProgram(**OmegaConf.create(config)).run()
+    except FailedRowsError as error:
+        found = error.comparison
+    return {row["key"]: row for row in found["rows"]}
 
 
 def weights(cache: Path, model: str = "digits") -> Path:

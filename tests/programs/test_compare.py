@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from helpers import demo_pools
 from omegaconf import OmegaConf
@@ -19,7 +21,7 @@ from fusion_bench_didi.deltas.base import Delta
 from fusion_bench_didi.demo import pools
 from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.programs import entry_run
-from fusion_bench_didi.programs.compare import ComparisonProgram
+from fusion_bench_didi.programs.compare import ComparisonProgram, FailedRowsError
 from fusion_bench_didi.programs.entries import (
     ComparisonError,
     Entry,
@@ -89,7 +91,10 @@ def configuration(cache: Path, directory: Path, **changes) -> dict:
 
 def compare(cache: Path, directory: Path, **changes) -> dict:
     config = OmegaConf.create(configuration(cache, directory, **changes))
-    return ComparisonProgram(**config).run()
+    try:
+        return ComparisonProgram(**config).run()
+    except FailedRowsError as error:
+        return error.comparison
 
 
 @pytest.fixture(scope="module")
@@ -529,6 +534,98 @@ def test_kill_in_the_middle(cache, finished, tmp_path):
     assert timeless(compare(cache, tmp_path / "run")) == timeless(finished[1])
 
 
+def test_rows_that_failed_are_an_error_once_all_is_written(cache, tmp_path):
+    config = configuration(cache, tmp_path, only=["averaging", "broken"], report=True)
+    with pytest.raises(FailedRowsError, match="1 of 2 methods failed: broken .Miss"):
+        ComparisonProgram(**OmegaConf.create(config)).run()
+    told = json.loads((tmp_path / "comparison.json").read_text())
+    assert [bool(row["error"]) for row in told["rows"]] == [False, True]
+    assert (tmp_path / "comparison.html").is_file()
+
+
+def test_a_comparison_of_nothing_is_refused(cache, tmp_path):
+    with pytest.raises(ComparisonError, match="leave no method"):
+        compare(cache, tmp_path, only=["averaging"], skip=["averaging"])
+
+
+class Reports:
+    """A task pool that reports what it is told to."""
+
+    def __init__(self, report):
+        self.tasks, self.report = ["a", "b"], report
+
+    def evaluate(self, model):
+        return self.report
+
+
+@pytest.mark.parametrize(
+    "report, told",
+    [
+        ({"a": {"accuracy": 1.0}}, "no number for 'b'"),
+        ({"b/accuracy": 1.0}, "no number for 'b'"),
+        ({"b": {"accuracy": "0.5"}}, "no number for 'b'"),
+        ([0.5], "no number for 'b': .0.5"),
+        (None, "no number for 'b': None"),
+        ({"b": {"loss": 0.1}}, "loss 0.1 for 'b', of which less is better"),
+        ({"b": {"eval_mse": 0.1}}, "eval_mse 0.1 for 'b', of which less"),
+        ({"b": {"perplexity": 3.0}}, "perplexity 3 for 'b', of which less"),
+        ({"b": {"accuracy": 93.75}}, "accuracy 93.75 for 'b', which is not within 0"),
+        ({"b": {"score": -0.5}}, "score -0.5 for 'b', which is not within 0"),
+        ({"b": {"accuracy": float("nan")}}, "accuracy nan for 'b', which is no number"),
+        ({"b": float("inf")}, "figure inf for 'b', which is no number"),
+    ],
+)
+def test_what_is_no_accuracy_is_refused_by_name(report, told):
+    with pytest.raises(ComparisonError, match=f"Reports gives {told}"):
+        Scorer(Reports(report)).score(torch.nn.Identity(), "b")
+
+
+def test_tasks_may_have_shares_of_their_own_but_rows_the_same():
+    pool = Reports({"a": {"accuracy": 0.5}, "b": {"spearman_rho": -0.25}})
+    scorer = Scorer(pool)
+    found = [scorer.score(torch.nn.Identity(), task) for task in ("a", "b")]
+    assert found == [0.5, -0.25]
+    assert scorer.metrics == {"a": "accuracy", "b": "spearman_rho"}
+    pool.report = {"b": {"f1": 0.5}}
+    with pytest.raises(ComparisonError, match="f1 0.5 for 'b', and .* spearman_rho"):
+        scorer.score(torch.nn.Identity(), "b")
+
+
+def test_a_row_tells_what_its_figures_are(cache, tmp_path, monkeypatch, scored):
+    stock = pools.DemoCLIPVisionModelTaskPool.evaluate
+
+    def evaluate(self, model, *args, **kwargs):
+        found = stock(self, model, *args, **kwargs)
+        return {t: {"f1": v.get("accuracy")} for t, v in found.items()}
+
+    few = {"only": ["averaging"], "report": True}
+    before = by_method(compare(cache, tmp_path / "before", **few))
+    monkeypatch.setattr(pools.DemoCLIPVisionModelTaskPool, "evaluate", evaluate)
+    row = by_method(compare(cache, tmp_path / "f1", **few))["averaging"]
+    assert row["accuracy"] == before["averaging"]["accuracy"]
+    assert row["metrics"] == dict.fromkeys(row["accuracy"], "f1")
+    assert "metrics" not in before["averaging"]
+    assert "F1 in %" in (tmp_path / "f1" / "comparison.md").read_text()
+    more = {**few, "only": ["averaging", "pretrained"]}  # rows of accuracies are there
+    odd = by_method(compare(cache, tmp_path / "before", **more))["Base"]
+    assert "rows with accuracy" in odd["error"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 93.75])
+def test_rows_of_before_with_no_share_are_made_anew(cache, tmp_path, scored, value):
+    few = {"only": ["averaging"]}
+    first = compare(cache, tmp_path, **few)
+    file = tmp_path / "rows" / "averaging.json"
+    row = json.loads(file.read_text())
+    odd = list(row["accuracy"])[1]
+    row["accuracy"][odd] = value
+    file.write_text(json.dumps(sealed(row, finite=False)))
+    scored.clear()
+    again = timeless(compare(cache, tmp_path, **few))
+    assert scored == [odd]
+    assert by_method(again)["averaging"]["average"] == by_method(first)["averaging"]["average"]  # fmt: skip
+
+
 STOPS_IN_THIRD_METHOD = f"""
 import json, sys, time
 from omegaconf import OmegaConf
@@ -625,6 +722,9 @@ def test_both_retentions():
     )
     assert retention({"a": None}, {"a": 1.0})["mean_of_ratios"] is None
     assert retention({"a": 0.5}, {})["ratio_of_averages"] is None
+    for below in (-0.5, 0.5), (0.5, -0.5):  # correlations
+        one, own = ({"a": value} for value in below)
+        assert retention(one, own) == dict.fromkeys(kept)
 
 
 def test_differences_are_dotted():

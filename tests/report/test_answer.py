@@ -74,6 +74,45 @@ def test_what_is_not_known_is_not_printed():
     assert "tasks: a" not in lines[-1] and len(lines) == 4
 
 
+@pytest.mark.parametrize("name", ["loss", "perplexity", "test/mse"])
+def test_what_is_no_share_is_not_in_per_cent(name):
+    figures = {"a": 0.0051, "b": 0.0057}
+    answer = Answer("", [*figures], dict.fromkeys(figures, name), figures, own=figures)
+    lines = str(answer).splitlines()
+    assert lines[0].split() == ["task", name, "own", "model"]
+    assert [line.split()[1] for line in lines[1:4]] == ["0.0051", "0.0057", "0.0054"]
+    assert answer.metrics[f"{name}/average"] == pytest.approx(0.0054)
+    assert "retention" not in answer.metrics
+
+
+def test_accuracies_above_one_are_as_they_were_told():
+    lines = str(Answer("", ["a"], figures={"a": 93.75}, own={"a": 96})).splitlines()
+    assert lines[1].split() == ["a", "93.75", "96"]
+
+
+def test_figures_of_several_kinds_are_named_and_have_no_average():
+    figures, names = {"a": 0.9375, "b": 0.0057}, {"a": "accuracy", "b": "loss"}
+    answer = Answer("", [*figures], names, figures)
+    lines = str(answer).splitlines()
+    assert lines[0].split() == ["task", "figure"]
+    assert lines[1].split() == ["a:", "accuracy", "0.9375"]
+    assert lines[2].split() == ["b:", "loss", "0.0057"]
+    assert lines[3].split() == ["average", "–"]
+    assert answer.metrics == {"accuracy/a": 0.9375, "loss/b": 0.0057}
+    # shares have one, as published tables of GLUE do
+    names = {"b": "spearman_rho"}
+    assert str(Answer("", [*figures], names, figures)).splitlines()[3].split() == ["average", "47.2"]  # fmt: skip
+
+
+def test_tasks_without_a_figure_are_named():
+    answer = Answer("X", [*"abc"], figures={"a": 0.5, "c": 1.0}, own=FIGURES, missing=["b"], storage=STORAGE)  # fmt: skip
+    lines = str(answer).splitlines()
+    assert lines[2].split() == ["b", "–", "60.0"]
+    assert lines[4].split() == ["average", "–", "60.0"]
+    assert "3 tasks" in lines[5] and lines[6].startswith("no figure  of b:")
+    assert answer.metrics.keys() & {"accuracy/average", "retention"} == set()
+
+
 def test_units_of_storage():
     units = storage_units(STORAGE)
     assert units["megabytes"] == pytest.approx(1.4)
@@ -99,6 +138,27 @@ def test_figure_of_a_task():
     assert figure({"loss": 0.3, "accuracy": np.float32(0.5)}) == ("accuracy", 0.5)
     assert figure(torch.tensor(0.25)) == ("figure", 0.25)
     assert figure({"accuracy": torch.tensor([0.5, 0.1]), "f1": 0.2}) == ("f1", 0.2)
+
+
+def test_a_figure_of_which_more_is_better_comes_first():
+    assert figure({"loss": 0.3, "f1": 0.5}) == ("f1", 0.5)
+    assert figure({"loss": 0.3, "mse": 0.5}) == ("loss", 0.3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    "loss eval_loss nll NLL perplexity word_perplexity ppl mse rmse mae error_rate err wer cer bits_per_byte".split(),
+)
+def test_less_is_better_of_some(name):
+    assert falls(name) and not is_share(name, 0.5)
+
+
+@pytest.mark.parametrize("name", "accuracy acc top1 f1 exact_match water auc".split())
+def test_shares_are_within_0_and_1(name):
+    assert is_share(name, 0) and is_share(name, 1 + 1e-7)
+    for value in (-0.1, 1.1, 93.8, float("nan"), float("inf")):
+        assert not is_share(name, value)
+    assert is_share("spearman_rho", -0.1) and not is_share("spearman_rho", -1.1)
 
 
 def test_figures_of_others_come_from_a_comparison_on_equal_pools(tmp_path):

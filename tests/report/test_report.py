@@ -243,6 +243,35 @@ def test_a_comparison_without_ranks_or_figures_still_has_a_report(tmp_path):
     assert len(tables.write(bare, tmp_path)) == 3
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 93.75])
+def test_a_figure_that_is_no_share_fails_its_row_and_not_the_report(tmp_path, value):
+    told = synthetic()
+    task, row = told["tasks"][0], told["rows"][2]
+    row["accuracy"][task] = row["average"] = value
+    row["retention"] = dict.fromkeys(row["retention"], value)
+    (tmp_path / "comparison.json").write_text(json.dumps(told))
+    write_report(tmp_path)
+    found = Comparison.read(tmp_path / "comparison.json")
+    assert row["method"] in [r["method"] for r in found.failed]
+    assert f"accuracy of {task} is {value:g}" in (tmp_path / "comparison.md").read_text()  # fmt: skip
+
+
+def test_what_figures_are_is_said_wherever_they_are(tmp_path, capsys):
+    told = synthetic()
+    for row in told["rows"]:
+        row["metrics"] = dict.fromkeys(told["tasks"], "f1")
+    (tmp_path / "comparison.json").write_text(json.dumps(told))
+    write_report(tmp_path)
+    print_table(told)
+    texts = [capsys.readouterr().out]
+    for name in ("csv", "md", "html"):
+        text = (tmp_path / f"comparison.{name}").read_text()
+        texts.append(text[text.index("<h1>") :] if name == "html" else text)
+    for text in texts:
+        assert "f1" in text
+        assert not re.search(r"accurac(y|ies)(?!_vs|_by)", text, re.IGNORECASE)
+
+
 def test_plots_of_an_earlier_report_do_not_outlive_it(comparison, tmp_path):
     (tmp_path / "mine.svg").write_text("mine")
     assert plots.write(comparison, tmp_path)

@@ -21,10 +21,11 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.transforms import Bbox  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from fusion_bench_didi.report import labels, page, plots, tables
+from fusion_bench_didi.report import labels, page, plots, tables, write_report
 from fusion_bench_didi.report.comparison import Comparison, best_two
 from fusion_bench_didi.report.modules import Place, RankTable, energy_lines
 from fusion_bench_didi.report.style import look
+from fusion_bench_didi.report.terminal import print_table
 
 TASKS = ["digits", "signs_100%", "faces"]
 TENSORS = [

@@ -92,7 +92,7 @@ def as_markdown(comparison: Comparison) -> str:
             note = row["notes"]
             if row["error"]:
                 cells = ["–"] * (width - 2)
-                note = f"failed: {row['error']}".replace("\n", " ")
+                note = f"failed: {row['error']}"
             lines.append(_pipe([row["method"], *cells, note]))
     legend = f"{comparison.worded(LEGEND)} Best and second best of a group: **bold**, _italics_."
     return "\n".join([*lines, "", legend, ""])
@@ -109,13 +109,13 @@ def as_latex(comparison: Comparison) -> str:
         _tex(map(escaped, heads)),
     ]
     best = ("\\textbf{{{}}}", "\\underline{{{}}}")
-    for title, rows in _groups(comparison, extra, *best):
+    for title, rows in _groups(comparison, extra, *best, written=escaped):
         span = f"\\multicolumn{{{len(heads)}}}{{l}}{{\\emph{{{title}}}}}"
         lines += ["\\midrule", _tex([span])]
         for row, cells in rows:
             if row["error"]:
                 cells = [f"\\multicolumn{{{len(heads) - 1}}}{{l}}{{failed}}"]
-            lines.append(_tex([escaped(row["method"]), *map(escaped, cells)]))
+            lines.append(_tex([escaped(row["method"]), *cells]))
     notes = "; ".join(
         f"\\emph{{{escaped(row['method'])}}}: {escaped(row['notes'])}"
         for row in comparison.rows
@@ -126,19 +126,25 @@ def as_latex(comparison: Comparison) -> str:
 
 
 def _groups(
-    comparison: Comparison, extra: Sequence[Column], first: str, second: str
+    comparison: Comparison,
+    extra: Sequence[Column],
+    first: str,
+    second: str,
+    *,
+    written: Callable[[str], str] = str,
 ) -> Iterator[tuple[str, list[tuple[Row, list[str]]]]]:
     """Title of each group that has rows, and its rows with their cells.
 
     Args:
         extra: columns after the accuracies.
         first, second: how the best two of the group are marked; references are not.
+        written: the text of a cell without its mark, as the table has it.
     """
     getters = [lambda r, t=task: r["accuracy"][t] for task in comparison.tasks]
     getters.append(lambda r: r["average"])
 
     def marked(row: Row, get, places) -> str:
-        text = number(get(row), 1, 100)
+        text = written(number(get(row), 1, 100))
         for mark, methods in zip((first, second), places):
             if row["method"] in methods:
                 return mark.format(text)
@@ -153,7 +159,7 @@ def _groups(
                 (
                     row,
                     [marked(row, *pair) for pair in zip(getters, places)]
-                    + [cell(row) for _, cell in extra],
+                    + [written(cell(row)) for _, cell in extra],
                 )
                 for row in rows
             ]
@@ -176,15 +182,31 @@ def retention(row: Row) -> str:
     return first if first == second == "–" else f"{first} ({second})"
 
 
+#: What LaTeX reads as something else, or, as brackets and stars where a row begins, may read so.
+_ESCAPES = str.maketrans(
+    {
+        **{character: "\\" + character for character in "&%$#_{}"},
+        **{character: f"{{{character}}}" for character in "[*"},
+        "\\": "\\textbackslash{}",
+        "~": "\\textasciitilde{}",
+        "^": "\\textasciicircum{}",
+        "<": "\\textless{}",
+        ">": "\\textgreater{}",
+        "|": "\\textbar{}",
+        "–": "--",
+        "\n": " ",
+    }
+)
+
+
 def escaped(text: str) -> str:
-    """Text escaped for LaTeX."""
-    for character in "&%$#_":
-        text = text.replace(character, "\\" + character)
-    return text.replace("–", "--")
+    """Text escaped for LaTeX, in one line."""
+    return text.translate(_ESCAPES)
 
 
 def _pipe(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+    plain = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return "| " + " | ".join(plain) + " |"
 
 
 def _tex(cells: Iterable[str]) -> str:

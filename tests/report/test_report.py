@@ -165,6 +165,32 @@ def test_latex_is_balanced_and_escaped(comparison):
     assert "signs\\_100\\%" in text and "Static_5" not in text
 
 
+@pytest.mark.parametrize(
+    "text, latex",
+    [
+        ("_\\%", "\\_\\textbackslash{}\\%"),
+        ("{~^}", "\\{\\textasciitilde{}\\textasciicircum{}\\}"),
+        ("a & b # $", "a \\& b \\# \\$"),
+        ("<b>|", "\\textless{}b\\textgreater{}\\textbar{}"),
+        ("[2] *", "{[}2] {*}"),  # at the beginning of a row they are the row's end's
+        ("two\nlines", "two lines"),
+    ],
+)
+@pytest.mark.parametrize("column", ["method", "routing", "notes"])
+def test_no_character_is_read_as_latex(text, latex, column):
+    data = synthetic()
+    data["rows"][0] |= {column: text}
+    whole = tables.as_latex(Comparison(data))
+    assert latex in whole and text not in whole
+    assert "\\textbf{" in whole and "\\underline{" in whole
+
+
+def test_lines_of_a_label_stay_in_their_row():
+    data = synthetic()
+    data["rows"][0] |= {"method": "two\nlines", "notes": "of\nmine"}
+    assert "| two lines |" in tables.as_markdown(Comparison(data))
+
+
 def test_best_two_share_a_place_when_printed_alike():
     rows = [
         {"method": m, "error": None, "v": v}

@@ -31,13 +31,22 @@ from ..report import whereabouts, write_report
 from ..report.loggers import log_metrics, row_metrics
 from ..report.metrics import is_share, metric_of
 from ..report.terminal import print_table
+from .checks import checked
 from .entries import ComparisonError, declared, dependent, read_entries
 from .entry_run import Bench, run_entry, summary
 from .progress import Watch, quiet, terminal
 from .results import FORMAT, assemble, made
-from .rows import COMPARISON, SETTINGS, RowStore
+from .rows import COMPARISON, SETTINGS, RowStore, read_row
 from .scoring import Scorer
 from .sizes import facts_of
+
+#: Keys of the host's program that are of the one merge it makes.
+_OF_ONE_MERGE = (
+    "method",
+    "merged_model_save_path",
+    "merged_model_save_kwargs",
+    "report_save_path",
+)
 
 
 class FailedRowsError(ComparisonError):
@@ -72,6 +81,8 @@ class ComparisonProgram(FabricModelFusionProgram):
         save_artifacts: write every model that is made, and hold the account against the bytes written.
         task_aliases: task pool name -> model name, for evaluation and for every method that takes some.
         report: write tables, plots and the page at the end.
+        print_config: print pools, Fabric and paths first.
+        dry_run: check it, and end before anything is read or written.
         save_artefacts: what ``save_artifacts`` was called before.
         **kwargs: the host program's: modelpool, taskpool, fabric, path, seed.
     """
@@ -82,29 +93,36 @@ class ComparisonProgram(FabricModelFusionProgram):
         modelpool: DictConfig,
         taskpool: DictConfig,
         *,
-        only: Sequence[str] = (),
-        skip: Sequence[str] = (),
+        only: Sequence[str] | str = (),
+        skip: Sequence[str] | str = (),
         restart: bool = False,
         save_artifacts: bool = False,
         task_aliases: Mapping[str, str] | None = None,
         report: bool = True,
+        print_config: bool = False,
+        dry_run: bool = False,
         save_artefacts: bool | None = None,
         **kwargs: Any,
     ):
         check_keywords(type(self), kwargs)
+        if idle := [key for key in _OF_ONE_MERGE if kwargs.get(key) is not None]:
+            raise ComparisonError(
+                f"{', '.join(idle)} would do nothing: a comparison has a method and a model for each of its entries. Leave it out; "
+                "save_artifacts=true writes the models."
+            )
         super().__init__(
             method=None,
             modelpool=modelpool,
             taskpool=taskpool,
-            print_config=False,
+            print_config=print_config,
             **kwargs,
         )
-        self.entries = read_entries(entries, list(only or ()), list(skip or ()))
+        self.entries = read_entries(entries, only, skip)
         if not self.entries:
             raise ComparisonError(
-                f"only={[*only]} and skip={[*skip]} leave no method to compare. Leave one of them out, or name other methods."
+                f"only={only} and skip={skip} leave no method to compare. Leave one of them out, or name other methods."
             )
-        self.restart, self.report = restart, report
+        self.restart, self.report, self.dry_run = restart, report, dry_run
         self.save_artifacts = compat.renamed(
             "save_artefacts", save_artefacts, "save_artifacts", save_artifacts
         )
@@ -115,14 +133,20 @@ class ComparisonProgram(FabricModelFusionProgram):
         """Make the rows that are not there yet, and write everything that follows from them.
 
         Returns:
-            what is in ``comparison.json``.
+            what is in ``comparison.json``; no rows after a dry run.
 
         Raises:
-            ComparisonError: if the directory holds rows of another configuration.
+            ComparisonError: if the directory holds rows of another configuration, or entries are known to fail.
             DiDiError: if another run is writing to it.
             RankError: if another process failed.
             FailedRowsError: when everything is written, if a method failed.
         """
+        if self.dry_run:
+            with spelled_unless_told(as_key):
+                self._checked()
+            keys = ", ".join(entry.key for entry in self.entries)
+            print(f"Nothing is known to fail of {keys}. Nothing was run (dry_run).")
+            return {"rows": []}
         self.fabric  # starts them
         ranks = ranks_here()
         try:
@@ -143,20 +167,35 @@ class ComparisonProgram(FabricModelFusionProgram):
             if ranks.leads:
                 place = self.directory / SETTINGS
                 stack.enter_context(alone(place, named=self.directory))
-                store = self._store(restart=self.restart)
+                store = self._store(self._checked(), restart=self.restart)
             if ranks.size > 1:
                 ranks.gather(None)  # settings and rows are there
                 check_seen(ranks, self.directory / SETTINGS)
                 self._fabric_instance = fabric_of_one(whole)
                 stack.callback(setattr, self, "_fabric_instance", whole)
-            comparison = self._compare(ranks, store or self._store())
+            if store is None:
+                store = self._store({e.key: declared(e) for e in self.entries})
+            comparison = self._compare(ranks, store)
         if ranks.leads:  # the Fabric that has the loggers is back
             for row in comparison["rows"]:
                 log_metrics(self.fabric, row_metrics(row))
         return comparison
 
-    def _store(self, *, restart: bool = False) -> RowStore:
-        asked = {entry.key: declared(entry) for entry in self.entries}
+    def _checked(self) -> dict[str, dict[str, Any]]:
+        """What the entries declare, by key.
+
+        Raises:
+            ComparisonError: listing what is known to fail.
+        """
+        keys = {entry.key for entry in self.entries}
+        if not self.restart:
+            rows = {key: read_row(self.directory, key) for key in keys}
+            keys -= {key for key, row in rows.items() if row and self._is_whole(row)}
+        return checked(self.entries, left=keys)
+
+    def _store(
+        self, asked: Mapping[str, Mapping[str, Any]], *, restart: bool = False
+    ) -> RowStore:
         store = RowStore(self.directory, self._settings(), restart=restart)
         for key, one in asked.items():
             store.check(key, one)

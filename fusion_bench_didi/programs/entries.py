@@ -1,5 +1,6 @@
 """What a comparison is asked to run: one entry per row, read and checked before anything runs."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
@@ -9,11 +10,11 @@ from typing import Any
 from fusion_bench.utils import import_object
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError
 
 from ..errors import DiDiError, SettingsError
-from ..options import nearest, unknown_setting
+from ..options import check_fields, nearest, unknown_setting
 
 #: entries that are no method: the base model, and every fine-tuned model on its own task
 SPECIAL = ("pretrained", "individuals")
@@ -58,59 +59,113 @@ class Entry:
     family: str | None = None
     uses_data: str = "none"
     routing: str = "none"
-    published_x: float | None = None
+    published_x: int | float | None = None
     notes: str = ""
 
     def __post_init__(self):
-        for what, value, known in (
-            ("group", self.group, GROUPS),
-            ("uses_data", self.uses_data, DATA),
-            ("routing", self.routing, ROUTING),
-        ):
-            if value not in known:
-                raise ComparisonError(
-                    f"entries.{self.key}.{what}={value!r}; choose one of {', '.join(known)}."
-                )
+        faults = [
+            f"entries.{self.key}.{what}={value!r}; choose one of {', '.join(known)}."
+            for what, value, known in (
+                ("group", self.group, GROUPS),
+                ("uses_data", self.uses_data, DATA),
+                ("routing", self.routing, ROUTING),
+            )
+            if value not in known
+        ]
+        try:
+            check_fields(self)
+        except SettingsError as error:
+            faults.append(f"entries.{self.key}: {one_line(error)}")
+        if _is_no_file(self.key):
+            faults.append(
+                f"the key {self.key[:60]!r} names the files of its row, so it can be no path and takes at most {_LONGEST} bytes; "
+                "a label, entries.KEY.name, may be anything."
+            )
+        if faults:
+            raise ComparisonError("\n  ".join(faults))
+
+
+#: Bytes of a key: names of files may have 255, and some is appended.
+_LONGEST = 200
+
+
+def _is_no_file(key: str) -> bool:
+    """Whether a key is nothing that a file could be called."""
+    return (
+        key in ("", ".", "..")
+        or not {"/", os.sep, "\0"}.isdisjoint(key)
+        or len(os.fsencode(key)) > _LONGEST
+    )
+
+
+def one_line(error: Any) -> str:
+    """What an error says, without its line breaks."""
+    return " ".join(str(error).split())
 
 
 def read_entries(
-    config: Mapping[str, Any], only: Sequence[str] = (), skip: Sequence[str] = ()
+    config: Mapping[str, Any],
+    only: Sequence[str] | str = (),
+    skip: Sequence[str] | str = (),
 ) -> list[Entry]:
     """The entries of a configuration, in order.
 
     Args:
         config: key -> fields of :class:`Entry`; ``name`` defaults to the key.
-        only, skip: keys.
+        only, skip: keys, or one.
 
     Raises:
         ComparisonError: listing every fault.
     """
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config, resolve=True)
+    config = {str(key): value for key, value in config.items()}
+    only, skip = _keys(only), _keys(skip)
     known = {f.name for f in fields(Entry)} - {"key"}
     faults, entries = [], []
     for key, value in config.items():
+        if not isinstance(value, Mapping | None):
+            faults.append(f"entries.{key}={value!r}: its fields are expected")
+            continue
         value = {"name": key, **(value or {})}
-        strange = sorted(set(value) - known)
+        strange = sorted(set(value) - known, key=str)
         lacking = sorted({"method", "group"} - set(value))
         if strange or lacking:
             faults.append(f"entries.{key}: unknown {strange}, missing {lacking}")
             continue
-        entries.append(Entry(key=key, **value))
+        try:
+            entries.append(Entry(key=key, **value))
+        except ComparisonError as error:
+            faults.append(str(error))
     for asked in (*only, *skip):
         if asked not in config:
             faults.append(f"there is no entry {asked!r}. {nearest(asked, config)}")
     chosen = [e for e in entries if (not only or e.key in only) and e.key not in skip]
-    earlier: set[str] = set()
+    earlier = config.keys() - {entry.key for entry in entries}  # told of already
     for entry in chosen:
         if entry.budget_of and entry.budget_of not in earlier:
             faults.append(
                 f"entries.{entry.key}.budget_of={entry.budget_of!r} is not among the entries before it"
             )
         earlier.add(entry.key)
+    refuse(faults)
+    return chosen
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """
+    Raises:
+        ComparisonError: listing the faults, if there are some.
+    """
     if faults:
         raise ComparisonError("The comparison cannot start:\n  " + "\n  ".join(faults))
-    return chosen
+
+
+def _keys(given: Any) -> tuple[str, ...]:
+    """Keys as they were given: a list, or one alone, which may look like a number."""
+    if isinstance(given, (list, tuple, ListConfig)):
+        return tuple(map(str, given))
+    return () if given is None else (str(given),)
 
 
 def dependent(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -141,19 +196,13 @@ def declared(entry: Entry) -> dict[str, Any]:
     """Settings that decide the numbers of the row, as far as they are known before anything ran; JSON-plain.
 
     Raises:
+        hydra.errors.MissingConfigException: if there is no such method.
         SettingsError: for a setting that the method does not have.
     """
-    config = entry.method
-    if entry.method not in SPECIAL:
-        try:
-            config = composed(entry)
-        except SettingsError:
-            raise
-        except Exception as error:  # its row will say so; the others run
-            config = f"{type(error).__name__}: {error}"
+    special = entry.method in SPECIAL
     return {
         "method": entry.method,
-        "config": config,
+        "config": entry.method if special else composed(entry),
         "budget_of": entry.budget_of,
         "fit_to_side": entry.fit_to_side and dict(entry.fit_to_side),
     }
@@ -176,7 +225,25 @@ def method_config(
         hydra.errors.MissingConfigException: if there is no such method.
         SettingsError: if an override names a setting that the method does not have.
     """
-    config = composed(entry)
+    return completed(
+        entry,
+        composed(entry),
+        smallest_side=smallest_side,
+        budget=budget,
+        aliases=aliases,
+    )
+
+
+def completed(
+    entry: Entry,
+    config: Mapping[str, Any],
+    *,
+    smallest_side: int,
+    budget: float | None,
+    aliases: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The same, of the configuration that the entry alone makes."""
+    config = dict(config)
     if budget is not None:
         config["budget"] = budget + bool(config.get("budget_includes_backbone"))
     if entry.fit_to_side:

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import lightning as L
@@ -236,10 +237,14 @@ def _note(row: Row, text: str) -> None:
         row["notes"].append(text)
 
 
+#: Characters of what is printed of an error; the row has all of it.
+_LONGEST = 600
+
+
 def summary(row: Mapping[str, Any]) -> str:
     """A finished row in one line."""
     if row["error"]:
-        return "FAILED " + row["error"].splitlines()[0]
+        return shorten(f"FAILED {row['error']}", _LONGEST, placeholder=" ...")
     values = list(row["accuracy"].values())
     seconds = row["seconds"]
     average = 100 * sum(values) / len(values)

@@ -87,10 +87,7 @@ class RowStore:
             write_json(file, sealed(models, finite=False))
 
     def load(self, key: str) -> dict[str, Any] | None:
-        file = self._file(key)
-        if not os.path.lexists(file):
-            return None
-        return _read(file, lambda row: _check_row(row, key))
+        return read_row(self.directory, key)
 
     def save(self, key: str, row: Mapping[str, Any]) -> None:
         entry = self._movable(row["entry"])
@@ -177,6 +174,14 @@ class RowStore:
                 + "\n"
                 + _ways_out()
             )
+
+
+def read_row(directory: Path, key: str) -> dict[str, Any] | None:
+    """The row of a key in the directory of a run, None where there is none."""
+    file = directory / ROWS / f"{key}.json"
+    if not os.path.lexists(file):
+        return None
+    return _read(file, lambda row: _check_row(row, key))
 
 
 def _ways_out() -> str:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from omegaconf import OmegaConf
 from fusion_bench_didi.checkpoint.fields import sealed
 from fusion_bench_didi.deltas.base import Delta
 from fusion_bench_didi.demo import pools
-from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.programs import entry_run
 from fusion_bench_didi.programs.compare import ComparisonProgram, FailedRowsError
 from fusion_bench_didi.programs.entries import (
@@ -44,7 +44,11 @@ ENTRIES = {
     "pretrained": {"name": "Base", "method": "pretrained", "group": "reference"},
     "individuals": {"method": "individuals", "group": "reference"},
     "averaging": {"method": "simple_average", "group": "static", "notes": "plain"},
-    "broken": {"method": "no/such_method", "group": "static"},
+    "broken": {
+        "method": "didi/free",
+        "overrides": {"patterns": ["nothing*"]},
+        "group": "dynamic",
+    },
     "emr": {"method": "didi/emr", "group": "dynamic", "routing": "oracle"},
     "didi": {
         "method": "didi",
@@ -427,7 +431,7 @@ def test_aliases_of_an_entry_come_first():
 
 def test_a_failing_method_is_a_row(finished):
     row = by_method(finished[1])["broken"]
-    assert row["error"].startswith("MissingConfigException")
+    assert row["error"].startswith("ModelPoolError")
     assert row["traceback"] and row["average"] is None
     assert row["retention"]["mean_of_ratios"] is None
 
@@ -448,9 +452,117 @@ def test_a_setting_that_there_is_not_is_told_at_the_start(
 ):
     entry = {"method": method, "overrides": overrides, "group": "dynamic"}
     place = tmp_path / "run"
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(ComparisonError, match=told):
         compare(cache, place, entries={**copy.deepcopy(ENTRIES), "x": entry})
     assert not (place / "settings.json").exists()
+
+
+DIDI = {"_target_": "fusion_bench_didi.method.DiDiMerging"}
+
+
+#: Faults that are known before anything is read, each of an entry of its own, and what is told of them.
+KNOWN_TO_FAIL = [
+    ({"method": "simple_averag"}, "no method simple_averag. Did you mean simple_av"),
+    ({"method": "didi/emrr"}, "no method didi/emrr. Did you mean didi/emr?"),
+    ({"method": "nothing_like_it"}, r"no method nothing_like_it. There are .* more"),
+    ({"method": "didi/routed", "choose": {"base_method": "didi/mm"}}, "method didi/mm"),
+    (
+        {"overrides": {"budgt": 1}},
+        "overrides has no setting budgt. Did you mean budget",
+    ),
+    ({"overrides": {"budget": "lots"}}, "budget='lots': Input should be a valid n"),
+    ({"overrides": {"budget": -1}}, "budget"),
+    (
+        {
+            "method": "didi/routed",
+            "choose": {"base_method": "didi/m"},
+            "overrides": {"base_method": {"budget": "lots"}},
+        },
+        "budget='lots'",
+    ),
+    ({"overrides": {"dry_run": True}}, "dry_run=true makes no model"),
+    ({"overrides": {"output_dir": "."}}, "[.] exists"),
+    ({"method": {**DIDI, "output_dir": "."}}, "[.] exists"),
+    ({"method": {"budget": 1}}, "no _target_"),
+    ({"method": {"_target_": "nowhere.Method"}}, "nowhere.Method"),
+    ({"method": "simple_average", "budget_of": "emr"}, "budget_of sets budget"),
+    ({"fit_to_side": {"budget": 1}}, "fit_to_side has no at"),
+    ({"fit_to_side": {"at": 8, "k": 1}}, "fit_to_side sets k"),
+]
+
+
+def test_what_is_known_to_fail_is_told_together_before_anything_is_read(
+    cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ComparisonProgram, "_bench", lambda *_, **__: 1 / 0)
+    entries = {"emr": ENTRIES["emr"]}
+    for number, (change, _) in enumerate(KNOWN_TO_FAIL):
+        entries[f"x{number}"] = {"method": "didi", "group": "dynamic", **change}
+    with pytest.raises(ComparisonError) as found:
+        compare(cache, tmp_path / "run", entries=entries)
+    first, *faults = str(found.value).splitlines()
+    assert first == "The comparison cannot start:"
+    assert len(faults) == len(KNOWN_TO_FAIL)
+    for number, (fault, (_, told)) in enumerate(zip(faults, KNOWN_TO_FAIL)):
+        assert re.match(rf"  entries\.x{number}[:.].*{told}", fault)
+    assert not (tmp_path / "run" / "settings.json").exists()
+
+
+def test_every_model_has_a_directory_of_its_own(cache, tmp_path):
+    method = {**DIDI, "output_dir": str(tmp_path / "model")}
+    both = {key: {"method": method, "group": "dynamic"} for key in "xy"}
+    with pytest.raises(ComparisonError, match="entries.y: .* that of entries.x too"):
+        compare(cache, tmp_path / "run", entries=both)
+
+
+def test_a_row_that_is_there_has_taken_its_directory(cache, tmp_path, scored):
+    method = {"_target_": "fusion_bench_didi.method.EMRMerging"}
+    method["output_dir"] = str(tmp_path / "model")
+    entries = {"x": {"method": method, "group": "dynamic"}}
+    first = compare(cache, tmp_path / "run", entries=entries)
+    assert compare(cache, tmp_path / "run", entries=entries) == first
+    with pytest.raises(ComparisonError, match="entries.x: .*model exists"):
+        compare(cache, tmp_path / "run", entries=entries, restart=True)
+    assert len(scored) == TASKS
+    assert (tmp_path / "run" / "rows" / "x.json").exists(), "nothing is forgotten"
+
+
+def test_a_dry_run_checks_and_writes_nothing(cache, tmp_path, capsys):
+    place = tmp_path / "run"
+    assert compare(cache, place, dry_run=True, skip="routed") == {"rows": []}
+    assert "Nothing is known to fail of pretrained, indiv" in capsys.readouterr().out
+    entries = {"x": {"method": "simple_averag", "group": "static"}}
+    with pytest.raises(ComparisonError, match="entries.x"):
+        compare(cache, place, dry_run=True, entries=entries)
+    assert not place.exists()
+
+
+def test_what_is_of_one_merge_is_refused(cache, tmp_path):
+    given = {"merged_model_save_path": "there", "report_save_path": "x.json"}
+    with pytest.raises(
+        ComparisonError,
+        match="merged_model_save_path, report_save_path would do nothing",
+    ):
+        compare(cache, tmp_path, **given)
+
+
+def test_keys_of_the_hosts_program_are_there(cache, tmp_path, capsys, monkeypatch):
+    """As on its own command line: print_config=true."""
+    given = ["print_config=true", "print_function_call=false", "dry_run=true"]
+    config = initialize_hydra_config("didi_compare", given)
+    assert config.print_config and config.dry_run and not config.print_function_call
+    monkeypatch.setenv("TERM_COLOR_SCHEME", "dark")  # else it asks the terminal
+    compare(cache, tmp_path, print_config=True, dry_run=True, only="emr")
+    assert "modelpool" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lines", [1, 3])
+def test_a_failed_row_says_all_of_its_error_in_a_line(lines):
+    error = "\n  ".join(["SettingsError: Settings:", *["budget='lots'"] * lines])
+    told = entry_run.summary({"error": error})
+    assert told.startswith("FAILED SettingsError: Settings: budget='lots'")
+    assert told.count("lots") == lines and "\n" not in told
+    assert len(entry_run.summary({"error": "long " * 9999})) < 1000
 
 
 def test_each_task_is_evaluated_once_per_method(cache, tmp_path, scored):
@@ -659,6 +771,40 @@ def test_faulty_entries_are_named(change, message):
     entry = {"method": "simple_average", "group": "static", **change}
     with pytest.raises(ComparisonError, match=message):
         read_entries({"x": entry})
+
+
+@pytest.mark.parametrize("key", ["a/b", "../evil", "..", ".", "", "a\0", 300 * "x"])
+def test_a_key_that_no_file_could_have_is_refused(key):
+    with pytest.raises(ComparisonError, match="names the files of its row"):
+        read_entries({key: {"method": "simple_average", "group": "static"}})
+
+
+@pytest.mark.parametrize("key", ["ü x", "con.dot", "a.json", "a b\\c", 3, 1.5])
+def test_other_keys_may_be_anything(key):
+    config = {key: {"method": "simple_average", "group": "static"}}
+    for only in ((), [key], key):
+        assert [entry.key for entry in read_entries(config, only)] == [str(key)]
+
+
+def test_every_fault_of_every_entry_is_told_at_once():
+    sound = {"method": "simple_average", "group": "static"}
+    config = {
+        "a": {**sound, "group": "A", "routing": "R", "uses_data": "D"},
+        "b": {**sound, "group": "B", "overrides": [1], "name": 2},
+        "c": 5,
+        "d/e": sound,
+        "f": {**sound, "budget_of": "a"},  # which is told of already
+        "g": {**sound, "color": 1},
+    }
+    with pytest.raises(ComparisonError) as found:
+        read_entries(config, only=["f", 4])
+    told = str(found.value)
+    assert told.count("\n") == 9
+    for fault in (
+        *("a.group='A'", "a.routing='R'", "a.uses_data='D'", "b.group='B'"),
+        *("overrides=[1]", "name=2", "entries.c=5", "'d/e'", "g: unknown", "'4'"),
+    ):
+        assert fault in told
 
 
 def test_unknown_keys_in_only():

@@ -150,6 +150,7 @@ def test_rows_written_before_there_were_checksums_go_on(store):
 def test_two_runs_do_not_share_a_directory(tmp_path):
     """They wrote to one temporary file, of which half a row came."""
     program = object.__new__(ComparisonProgram)
+    program.dry_run = False
     program.directory = tmp_path / "run"
     with alone(tmp_path / "run" / "settings.json"):
         with pytest.raises(DiDiError, match="Another run is writing to .*run. Wait"):
@@ -160,6 +161,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
 def test_a_place_that_cannot_be_one_is_named(tmp_path, parent):
     (tmp_path / "file").touch()
     program = object.__new__(ComparisonProgram)
+    program.dry_run = False
     program.directory = tmp_path / parent / "run"
     with pytest.raises(DiDiError, match="cannot be locked"):
         program.run()

@@ -66,7 +66,7 @@ def combined(
     figures = {task: report[task] for report in reports for task in report}
     about = {k: v for k, v in reports[0].items() if k not in (*tasks, AVERAGE)}
     whole = {**about, **{task: figures[task] for task in tasks}}
-    if AVERAGE in reports[0]:
+    if isinstance(reports[0].get(AVERAGE), Mapping):
         firsts = [list(figures[task].values())[0] for task in tasks]
         whole[AVERAGE] = {
             key: mean([f[key] for f in map(figures.get, tasks) if key in f] or firsts)

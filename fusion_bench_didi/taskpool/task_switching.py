@@ -9,7 +9,8 @@ and our routers are put in its place.
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -18,9 +19,15 @@ from ..distributed.ranks import ranks_here
 from ..errors import DiDiError
 from ..models.dynamic import DynamicModel
 from ..options import Aliases
-from ..pools.task_names import check_tasks, pool_tasks, resolve_task
+from ..pools.task_names import (
+    check_tasks,
+    normalized,
+    only,
+    pool_tasks,
+    resolve_task,
+)
 from .lm_eval_harness import is_harness, task_by_task
-from .over_ranks import evaluated
+from .over_ranks import combined, evaluated
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +67,16 @@ def attach(
     if switches_tasks(taskpool):
         taskpool.set_task = _switching(taskpool.set_task, aliases)
     elif hook is not None:
-        setattr(taskpool, hook, _telling(getattr(taskpool, hook), aliases))
+        setattr(taskpool, hook, _telling(taskpool, getattr(taskpool, hook), aliases))
     elif is_harness(taskpool):
         tell = functools.partial(_tell, aliases=aliases)
         taskpool.evaluate = task_by_task(taskpool, taskpool.evaluate, tell)
+    elif tasks and callable(getattr(taskpool, "evaluate", None)):
+        taskpool.evaluate = _one_by_one(taskpool, taskpool.evaluate, aliases)
     else:
         log.warning(
-            "%s has no per-task method (%s): a dynamic model must be given its task by hand.",
+            "%s has no per-task method (%s), and no tasks (an attribute with their names): a dynamic model must be given its task by "
+            "hand.",
             type(taskpool).__name__,
             ", ".join(HOOKS),
         )
@@ -139,23 +149,67 @@ def _switching(stock, aliases):
     return set_task
 
 
-def _telling(method, aliases):
+def _telling(taskpool, method, aliases):
     """Call ``set_task`` on the dynamic model among the arguments, then the method."""
 
     @functools.wraps(method)
     def wrapper(*args, **kwargs):
         values = (*args, *kwargs.values())
-        name = kwargs.get("task_name")
-        if name is None:
-            name = next((v for v in values if isinstance(v, str)), None)
         model = next(filter(None, map(dynamic_model_in, values)), None)
         if model is None:
             model = wrapper.model
-        if model is not None and name is not None:
-            _tell(model, name, aliases)
+        if model is not None:
+            named = {**signature(method).bind(*args, **kwargs).arguments, **kwargs}
+            asked, known = pool_tasks(taskpool), list(model.modulators)
+            name = _task_among(named, values, [*asked, *known, *aliases])
+            if name is None and len(asked) == 1:
+                (name,) = asked
+            if name is not None:
+                _tell(model, name, aliases)
         return method(*args, **kwargs)
 
     wrapper.model = None
+    return wrapper
+
+
+def _task_among(
+    named: Mapping[str, Any], values: Iterable[Any], known: Iterable[str]
+) -> str | None:
+    """The task among the arguments of a per-task method: what is called so, else what is one, else the first text."""
+    for key in ("task_name", "task"):
+        if isinstance(named.get(key), str):
+            return named[key]
+    texts = [value for value in values if isinstance(value, str)]
+    tasks = {normalized(name) for name in known}
+    return next((t for t in texts if normalized(t) in tasks), next(iter(texts), None))
+
+
+def _one_by_one(taskpool, evaluate, aliases):
+    """A pool without a per-task method evaluates a dynamic model on one task after the other."""
+
+    @functools.wraps(evaluate)
+    def wrapper(model, *args, **kwargs):
+        dynamic, tasks = dynamic_model_in(model), pool_tasks(taskpool)
+        if dynamic is None or _routes(dynamic):
+            return evaluate(model, *args, **kwargs)
+        reports = []
+        for task in tasks:
+            _tell(model, task, aliases)
+            with only(taskpool, [task]):
+                report = evaluate(model, *args, **kwargs)
+            if len(tasks) == 1:
+                return report
+            if not isinstance(report, Mapping) or task not in report:
+                raise DiDiError(
+                    f"{type(taskpool).__name__} has no per-task method ({', '.join(HOOKS)}), and asked for {task!r} alone it does not "
+                    f"report its figures: {report!r:.200}. Give it such a method, or let it call set_task of the model."
+                )
+            reports.append(
+                {k: v for k, v in report.items() if k not in tasks or k == task}
+            )
+        return combined(reports, tasks)
+
+    wrapper.__self__ = taskpool
     return wrapper
 
 

@@ -403,3 +403,124 @@ def test_a_comparison_goes_task_by_task_through_lists():
     pool = Listed()
     assert Scorer(pool).score(torch.nn.Identity(), "b") == 0.5
     assert pool._all_task_names == ["a", "b"]
+
+
+class OwnPool:
+    """A task pool of somebody's own: figures are of each task's own model, and nothing says which task is evaluated."""
+
+    def __init__(self, models, tasks=("mnist", "svhn")):
+        self.models, self.tasks = models, list(tasks)
+
+    def figures(self, model, task):
+        entries = torch.linspace(-1, 1, 8).expand(1, 8)
+        found, own = (m.eval()(entries) for m in (model, self.models[task]))
+        return {"accuracy": 1 - ((found - own).norm() / own.norm()).item()}
+
+    def evaluate(self, model):
+        found = {task: self.figures(model, task) for task in self.tasks}
+        mean = sum(one["accuracy"] for one in found.values()) / len(found)
+        return {**found, "average": {"accuracy": mean}, "batch": 1}
+
+
+class FixedTasks(OwnPool):
+    """Its tasks cannot be made fewer, so that each report has all of them."""
+
+    def __init__(self, models):
+        self.models = models
+
+    tasks = property(lambda self: ["mnist", "svhn"])
+
+
+class FlatFigures(OwnPool):
+    def figures(self, model, task):
+        return super().figures(model, task)["accuracy"]
+
+    def evaluate(self, model):
+        found = {task: self.figures(model, task) for task in self.tasks}
+        return {**found, "average": sum(found.values()) / len(found)}
+
+
+class HookPool(OwnPool):
+    """Its method per task is called with a split first."""
+
+    def evaluate(self, model):
+        tell = self.evaluate_single_task
+        return {task: tell("test", model, task) for task in self.tasks}
+
+    def evaluate_single_task(self, split, model, task):
+        return self.figures(model, task)
+
+
+class OtherArguments(HookPool):
+    def evaluate_single_task(self, split, model, dataset):
+        return self.figures(model, dataset)
+
+
+class NamedArguments(HookPool):
+    def evaluate(self, model):
+        return {
+            task: self.evaluate_single_task(split="svhn", model=model, task_name=task)
+            for task in self.tasks
+        }
+
+    def evaluate_single_task(self, **kwargs):
+        return self.figures(kwargs["model"], kwargs["task_name"])
+
+
+class WithoutNames(HookPool):
+    """Its method per task is told no task; where only one is asked for it is that."""
+
+    def evaluate(self, model):
+        (task,) = self.tasks
+        return {task: self.evaluate_single_task(model)}
+
+    def evaluate_single_task(self, model):
+        return self.figures(model, self.tasks[0])
+
+
+EVERY = [OwnPool, FixedTasks, FlatFigures, HookPool, OtherArguments, NamedArguments]
+
+
+def vectors_in() -> dict[str, torch.nn.Module]:
+    return family(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)))
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_pools_of_ones_own_evaluate_each_task_with_its_expert(kind):
+    models = vectors_in()
+    pool = kind(models)
+    model = through_program(models, pool, budget=3)
+    report = pool.evaluate(model)
+    assert report["didi"]["storage"] == model.storage.as_dict()
+    for task in ("mnist", "svhn"):
+        alone = kind(models).evaluate(model.materialize(task))[task]
+        assert report[task] == pytest.approx(alone)
+    plain = kind(models).evaluate(models["mnist"])
+    assert pool.evaluate(models["mnist"]) == plain, "others are evaluated as before"
+
+
+@pytest.mark.parametrize("kind", [*EVERY, WithoutNames])
+def test_one_task_of_a_pool_of_ones_own(kind):
+    models = vectors_in()
+    model, scorer = didi(models, budget=3), Scorer(kind(models))
+    for task in ("svhn", "mnist"):
+        assert scorer.score(model, task) == pytest.approx(1, abs=0.01)
+
+
+def test_the_mean_of_tasks_evaluated_by_themselves():
+    models = vectors_in()
+    pool = OwnPool(models)
+    model = through_program(models, pool, budget=3)
+    report = pool.evaluate(model)
+    firsts = [report[task]["accuracy"] for task in pool.tasks]
+    assert report["average"]["accuracy"] == pytest.approx(sum(firsts) / 2)
+    assert list(report) == ["batch", "mnist", "svhn", "average", "didi"]
+
+
+def test_a_pool_that_reports_no_task_by_itself_is_named():
+    models = vectors_in()
+    pool = OwnPool(models)
+    pool.evaluate = lambda model: {"accuracy": 0.5}
+    with pytest.raises(DiDiError, match="asked for 'mnist' alone it does not report"):
+        attach(pool)
+        pool.evaluate(didi(models, budget=3))

@@ -1,6 +1,7 @@
 """A setting that would do nothing here is an error that names it: patterns without effect, aliases of no model, all left out."""
 
 import pytest
+import torch
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.utils import instantiate
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
@@ -9,12 +10,20 @@ from torch import nn
 
 from fusion_bench_didi.errors import SettingsError, UnknownTaskError
 from fusion_bench_didi.method import (
+    DARE,
+    BitDelta,
     CATMerging,
+    ComPEFT,
+    DeltaCoMe,
     DiDiMerging,
     EMRMerging,
+    FreeMerging,
     RoutedMethod,
     SEMerging,
     TallMaskMerging,
+    TaskVectorQuantization,
+    TSwitch,
+    UltraDelta,
 )
 from fusion_bench_didi.method.merge import MERGE
 from fusion_bench_didi.method.wemoe import WEMoEMerging
@@ -103,6 +112,11 @@ IDLE = [
         {},
     ),
     (CATMerging, {"directions": 0}, {"weight": 1.0, "images": 9, "seed": 1}, {}),
+    (CATMerging, {"scale": 0.0}, {"directions": 2, "weight": 1.0, "images": 9}, {}),
+    (DARE, {"drop": 0.0}, {"seed": 1}, {}),
+    (UltraDelta, {"drop": 0.0, "step": 0.0}, {"seed": 1}, {}),
+    (FreeMerging, {"expert_scale": 0.0}, {"keep": 0.1}, {}),
+    (FreeMerging, {"expert_scale": 0.0, "filter": "code"}, {"keep": 0.1}, {}),
     *(
         (
             RoutedMethod,
@@ -192,3 +206,53 @@ def test_a_threshold_of_no_task(pool):
         TallMaskMerging(threshold=0.2, thresholds=every).run(pool)
     TallMaskMerging(thresholds=every).run(pool)
     TallMaskMerging(threshold=0.2, thresholds={"mnist": 0.3}).run(pool)
+
+
+class Scaled(Net):
+    """With a single value, as the temperature of CLIP."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("others", ["pretrained", "bfloat16"])
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        *((one, {}) for one in (TSwitch, ComPEFT, DARE, TaskVectorQuantization)),
+        (TaskVectorQuantization, {"base_width": 3}),
+        (BitDelta, {"tensors": "all"}),
+    ],
+)
+def test_others_than_all_tensors_are_single_values(pool, method, settings, others):
+    with pytest.raises(SettingsError, match="others is of tensors that are not compr"):
+        method(**settings, others=others).run(pool)
+    method(**settings).run(pool)
+    method(**{**settings, "tensors": "matrices"}, others=others).run(pool)
+    scaled = family(Scaled())
+    model = method(**settings, others=others).run(scaled)
+    kept = model.materialize("svhn").temperature
+    expected = scaled["_pretrained_" if others == "pretrained" else "svhn"].temperature
+    torch.testing.assert_close(kept, expected, atol=2e-3, rtol=0)
+
+
+def test_all_tensors_with_the_others_of_the_class_pass(pool):
+    UltraDelta(tensors="all").run(pool)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"bits": 100}, {"bits": 16.5}, {"bits": 0}, {"eight": 4097}, {"three": 5000}],
+)
+def test_more_directions_than_there_are(settings):
+    with pytest.raises(SettingsError, match=next(iter(settings))):
+        DeltaCoMe(**settings)
+    DeltaCoMe(bits=16, eight=4096, three=4096)
+
+
+def test_a_filter_that_nothing_passes():
+    with pytest.raises(SettingsError, match="cutoff=1.5 removes every frequency"):
+        FreeMerging(cutoff=1.5)
+    FreeMerging(cutoff=1.4)
+    FreeMerging(cutoff=1.5, filter="code")

@@ -77,7 +77,11 @@ class CATMerging(PoolMethod):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if not self.directions:
+        if not self.scale:
+            of = "of the change of the base model, and scale=0"
+            cut = ("directions", "weight", "images", "seed")
+            refuse_idle(self, dict.fromkeys(cut, of))
+        elif not self.directions:
             of = "of the directions that are cut, and directions=0"
             refuse_idle(self, dict.fromkeys(("weight", "images", "seed"), of))
 

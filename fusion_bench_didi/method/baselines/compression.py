@@ -13,6 +13,7 @@ from ...deltas.base import Delta
 from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
 from ...lowrank.factored import as_dense
+from ...options import refuse_idle
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
@@ -65,7 +66,15 @@ class DeltaCompression(DynamicMethod):
     def prepare(
         self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
     ) -> None:
+        """
+        Raises:
+            SettingsError: for ``others`` where there are none.
+        """
         self._tasks = task_vectors.tasks
+        sizes = self.compressed(task_vectors, names)
+        if self.tensors == "all" and len(sizes) == len(names):
+            of = "of tensors that are not compressed; with tensors=all these are single values, and none is changed"
+            refuse_idle(self, {"others": of})
 
     def compressed(
         self, task_vectors: TaskVectors, names: Sequence[str]

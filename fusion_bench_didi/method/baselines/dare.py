@@ -13,7 +13,7 @@ from fusion_bench import auto_register_config
 from torch import Tensor
 
 from ...deltas.entries import ScatteredDelta, SeededDelta, between_ends, drawn
-from ...options import Count, Positive
+from ...options import Count, Positive, refuse_idle
 from ...quantization.counters import seed_of
 from .compression import Compressed, DeltaCompression, Dropped, Others
 
@@ -46,6 +46,8 @@ class DARE(DeltaCompression):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        if not self.drop:
+            refuse_idle(self, {"seed": "of the entries that are dropped, and drop=0"})
 
     @property
     def title(self) -> str:

@@ -6,15 +6,15 @@ Example:
         taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fusion_bench import auto_register_config
+from pydantic import Field
 from torch import Tensor
 
 from ...deltas.banded import BANDS, BandedLowRankDelta
 from ...lowrank.factors import LowRankFactors
 from ...lowrank.svd import spectrum
-from ...options import Count, Positive
 from ...quantization.rounding import round_factors
 from ...task_vectors.tensor import matrix_shape
 from .compression import DeltaCompression, Others
@@ -23,6 +23,11 @@ from .compression import DeltaCompression, Others
 _SIDE = 4096
 #: Of a direction's scale.
 _SCALE_BITS = 32
+
+#: Per entry; with 16 a matrix needs no directions.
+Bits = Annotated[float, Field(gt=0, le=16)]
+#: Of a matrix of the side for which they are meant, which has no more.
+Directions = Annotated[int, Field(ge=0, le=_SIDE)]
 
 
 @auto_register_config
@@ -44,9 +49,9 @@ class DeltaCoMe(DeltaCompression):
 
     def __init__(
         self,
-        bits: Positive = 1.0,
-        eight: Count = 2,
-        three: Count = 32,
+        bits: Bits = 1.0,
+        eight: Directions = 2,
+        three: Directions = 32,
         tensors: Literal["linear", "matrices"] = "linear",
         others: Others = "pretrained",
         **kwargs: Any,

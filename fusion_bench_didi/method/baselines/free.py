@@ -20,7 +20,7 @@ from ...deltas.masks import SparseDelta
 from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
 from ...errors import ModelPoolError, SettingsError
-from ...options import Part, Patterns, Positive, Scale, as_patterns
+from ...options import Part, Patterns, Positive, Scale, as_patterns, refuse_idle
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
@@ -33,6 +33,9 @@ PUBLISHED = {
     "paper": {"cutoff": 0.1, "shared_scale": 1.0, "expert_scale": 1.0},
     "code": {"cutoff": 0.7, "shared_scale": 0.25, "expert_scale": 0.5},
 }
+
+#: The highest frequency of both axes, as a radius.
+_FARTHEST = 2**0.5
 
 
 @auto_register_config
@@ -82,6 +85,12 @@ class FreeMerging(DynamicMethod):
             raise SettingsError(
                 "biases='released' is of filter=code: the paper has no factor for a whole model."
             )
+        if self.filter == "paper" and self._value("cutoff") > _FARTHEST:
+            raise SettingsError(
+                f"cutoff={self.cutoff} removes every frequency, so that nothing is merged: with filter=paper the farthest is at 1.41."
+            )
+        if self._value("expert_scale") == 0:
+            refuse_idle(self, {"keep": "of the experts, and expert_scale=0"})
 
     def prepare(
         self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...deltas.entries import ScatteredDelta, between_ends
 from ...errors import SettingsError
 from ...lowrank.svd import singular_values
-from ...options import Count, Positive
+from ...options import Count, Positive, refuse_idle
 from ...quantization.counters import random_words, seed_of
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
@@ -64,6 +64,9 @@ class UltraDelta(DeltaCompression):
             raise SettingsError(
                 f"drop + step = {self.drop + self.step} is a share of entries; choose at most 1."
             )
+        if not self.drop + self.step:
+            of = "of the entries that are dropped, and drop + step = 0"
+            refuse_idle(self, {"seed": of})
         self._rates: dict[str, dict[str, float]] = {}
         self._gains: dict[str, float] = {}
 

@@ -17,7 +17,9 @@ DYNAMIC = {
     "emr": lambda: methods.EMRMerging(),
     "randes": lambda: methods.RanDeS(),
     "bitdelta": lambda: methods.BitDelta(others="bfloat16"),
-    "dare": lambda: methods.DARE(positions="stored", others="pretrained"),
+    "dare": lambda: methods.DARE(
+        positions="stored", tensors="matrices", others="pretrained"
+    ),
     "dare seed": lambda: methods.DARE(width=4, tensors="linear"),
     "t_switch": lambda: methods.TSwitch(),
     "compeft": lambda: methods.ComPEFT(),

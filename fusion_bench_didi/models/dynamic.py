@@ -22,6 +22,7 @@ from ..deltas.plain import OwnDelta
 from ..deltas.storage import StorageReport, account
 from ..errors import DiDiError, SettingsError, UnknownTaskError
 from ..lowrank.arithmetic import without_autocast
+from ..pools.task_settings import CONFIGURATION
 from ..routers.base import Router
 from ..routers.files import RouterName, make_router
 from ..serving.banks import Serving
@@ -30,6 +31,7 @@ from ..serving.forward import MixedForward
 from ..serving.held import Held
 from ..serving.layers import is_turned
 from ..serving.making import AnyBank, bank_of
+from ..serving.own_settings import OwnSettings, put
 from ..serving.shadow import let_pickle
 from ..serving.unwritten import without_rescaling
 from . import saving
@@ -37,7 +39,7 @@ from .experts import NamedModules, TaskExpert
 from .methods import attribute, no_task
 from .model_card import CardFacts
 from .overview import as_html, overview
-from .task_settings import settle
+from .task_settings import settings_of, settle
 from .weights import BackboneWeights
 
 
@@ -84,6 +86,7 @@ class DynamicModel(ModulatedModel):
         self.router: Router | None = None
         self.serving = Serving()
         self._has_task = False  # a name would make torch.compile start anew per task
+        self._configured: dict[str, Any] = {}  # what the base model's says, while a task is set  # fmt: skip
         self._mixed: dict[float, MixedForward] = {}
         self._mixed_state: tuple | None = None
         self._weights = BackboneWeights(self.backbone)
@@ -241,7 +244,7 @@ class DynamicModel(ModulatedModel):
         self._forget_mixed()
 
     def set_task(self, task_name: str) -> None:
-        """Make the backbone the model of this task.
+        """Make the backbone the model of this task; its configuration has the task's names of classes, and what losses read.
 
         Raises:
             UnknownTaskError: naming the tasks there are.
@@ -250,12 +253,20 @@ class DynamicModel(ModulatedModel):
         if self._current_task == task_name:
             return
         self._current_task, self._has_task = None, False
+        self._as_base()
         try:
             self.modulators[task_name].apply(self)
         except BaseException:  # some tensors would be of one task, some of another
             self.restore()
             raise
+        told = settings_of(self.info, task_name, self.backbone)
+        self._configured = put(self.backbone, told)
         self._current_task, self._has_task = task_name, True
+
+    def _as_base(self) -> None:
+        """Let the backbone's configuration say what it did before a task was set."""
+        put(self.backbone, self._configured)
+        self._configured = {}
 
     def unset_task(self) -> None:
         """Give the backbone its base weights back; ``forward`` then needs a task first."""
@@ -348,9 +359,15 @@ class DynamicModel(ModulatedModel):
                         unwritten=self._weights.unwritten,
                         lock=self._weights.lock,
                         held=held,
+                        settings=self._own_settings(),
                     )
             # in this order: other threads look at the state first
             self._mixed, self._mixed_state = made, state
+
+    def _own_settings(self) -> OwnSettings:
+        told = self.info.get(CONFIGURATION, {})
+        of_tasks = [told.get(task, {}) for task in self.tasks]
+        return OwnSettings(self.backbone, of_tasks, lambda: self._configured)
 
     def _banks(self, shared_scale: float, held: Held | None) -> dict[str, AnyBank]:
         """Every touched tensor under every task, as the backbone lays it out."""
@@ -411,7 +428,7 @@ class DynamicModel(ModulatedModel):
     @torch.no_grad()
     def materialize(self, task_name: str, *, as_base: Container[str] = ()) -> nn.Module:
         """A plain, independent model of one task, of the backbone's own class; with the names of classes and the settings of
-        generation of the task's checkpoint, unless some tensor shall be the base model's.
+        losses and of generation of the task's checkpoint, unless some tensor shall be the base model's.
 
         Args:
             as_base: names of tensors that are as in the base model.
@@ -421,6 +438,7 @@ class DynamicModel(ModulatedModel):
         """
         self._known(task_name)
         expert, plain = self.modulators[task_name], self._weights.copied()
+        put(plain, self._configured)
         for name in self.touched:
             base = name in as_base
             value = self.base_tensor(name) if base else self.task_tensor(name, expert)
@@ -463,6 +481,7 @@ class DynamicModel(ModulatedModel):
     def restore(self) -> None:
         """Write the base values back; no task is set then."""
         self._current_task, self._has_task = None, False
+        self._as_base()
         self._weights.restore()
 
     def save_pretrained(

@@ -1,4 +1,4 @@
-"""Names of classes and settings of generation that tasks have of their own, of which the base model has others."""
+"""Names of classes, and settings of losses and of generation, that tasks have of their own, of which the base model has others."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,9 @@ from transformers import GenerationConfig
 
 from ..checkpoint.fields import Field
 from ..errors import DiDiError
-from ..pools.task_settings import GENERATION, LABELS, TASK_SETTINGS
+from ..pools.carried import CARRIED, MULTI_LABEL, PROBLEM, fits
+from ..pools.task_settings import CONFIGURATION, GENERATION, LABELS, TASK_SETTINGS
+from ..serving.own_settings import put
 
 #: settings of generation that change no text, and those of sampling alone
 _SAME_TEXT = {"pad_token_id", "bos_token_id", "use_cache", "return_dict_in_generate"}
@@ -37,6 +39,12 @@ def check_settings(kind: str, told: Field) -> None:
             name.text()
         if values.keys() != set(map(str, range(len(values)))):
             told.fail("names of classes counted from 0")
+    if kind == CONFIGURATION:
+        for key, value in values.items():
+            if key.rpartition(".")[2] not in CARRIED:
+                value.fail(f"nothing: {key} is none of the settings that tasks have")
+            if not fits(key, value.value):
+                value.fail("what that setting may be")
 
 
 def labels_of(info: Mapping[str, Any], task: str | None) -> dict[int, str]:
@@ -76,12 +84,37 @@ def with_own_vocabulary(model: ModulatedModel) -> list[str]:
     return found
 
 
+def problem_of(
+    info: Mapping[str, Any], task: str | None, config: Any, classes: int
+) -> str | None:
+    """What kind of problem a task is, as ``transformers`` calls it; None where that is not said.
+
+    Args:
+        config: of the base model, whose kind that of a task with as many classes is.
+        classes: of the task.
+    """
+    told = info.get(CONFIGURATION, {}).get(task, {})
+    problem = told.get(PROBLEM, getattr(config, PROBLEM, None))
+    if PROBLEM in told or classes == config.num_labels or problem == MULTI_LABEL:
+        return problem
+    return None
+
+
+def settings_of(info: Mapping[str, Any], task: str, model: nn.Module) -> dict[str, Any]:
+    """What the configuration of a model says under a task, where that is another's than the task's; and what forwards find out of
+    labels and note there."""
+    config, names = getattr(model, "config", None), labels_of(info, task)
+    found = {PROBLEM: config.problem_type} if hasattr(config, PROBLEM) else {}
+    found |= info.get(CONFIGURATION, {}).get(task, {})
+    if names and getattr(config, "num_labels", None) == len(names):
+        found["id2label"] = names
+        found["label2id"] = {name: place for place, name in names.items()}
+    return found
+
+
 def settle(plain: nn.Module, info: Mapping[str, Any], task: str) -> None:
     """Give a task's plain model what its checkpoint said."""
-    config, names = getattr(plain, "config", None), labels_of(info, task)
-    if names and getattr(config, "num_labels", None) == len(names):
-        config.id2label = names
-        config.label2id = {name: place for place, name in names.items()}
+    put(plain, settings_of(info, task, plain))
     if generation := generation_of(info, task, plain):
         plain.generation_config = generation
 

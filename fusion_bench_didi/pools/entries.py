@@ -18,6 +18,7 @@ from ..task_vectors.live_models import check_values
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.places import check_place
 from ..task_vectors.tower_names import fill, is_tower
+from .carried import CARRIED
 from .configurations import COMPUTED
 from .counts import check_counts
 from .weight_files import Weights, open_weights
@@ -141,6 +142,8 @@ _HARMLESS = {
 }
 #: Those that are understood here.
 _KNOWN = {"variant", "use_safetensors", "subfolder"}
+#: Those that ``from_pretrained`` puts into the configuration.
+_CONFIGURED = COMPUTED | CARRIED
 
 
 def eager(modelpool: BaseModelPool, entry: Any) -> Any:
@@ -183,7 +186,7 @@ def configuration_of(modelpool: BaseModelPool, name: str) -> Any:
         return None
     check_counts(directory, name, asked(modelpool, name)[1])
     arguments = _arguments(modelpool, name)
-    added = {key: value for key, value in arguments.items() if key in COMPUTED}
+    added = {key: value for key, value in arguments.items() if key in _CONFIGURED}
     return read_settings(file, name, "a model's configuration") | added
 
 
@@ -193,7 +196,7 @@ def asked(modelpool: BaseModelPool, name: str) -> tuple[str | None, Weights | No
     if entry is None:
         return None, None
     target = str(entry.get(TARGET, ".from_pretrained"))
-    other = set(entry) - _HARMLESS - _KNOWN - COMPUTED
+    other = set(entry) - _HARMLESS - _KNOWN - _CONFIGURED
     if not target.endswith(".from_pretrained") or other:
         return None, None
     weights = Weights(

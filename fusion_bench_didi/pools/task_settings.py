@@ -1,4 +1,4 @@
-"""What fine-tuned checkpoints say of their task beside weights: what its classes are called, and how it writes."""
+"""What fine-tuned checkpoints say of their task beside weights: what its classes are called, how it writes, how it is graded."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,11 +8,16 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from ..task_vectors.file_sources import read_settings
+from .carried import PROBLEM, carried
 from .configurations import as_class, plain
 from .entries import adapter_directory, asked, configuration_of, directory_of
 
 #: kinds of settings, by which a merged model's facts have them of every task that has some
-TASK_SETTINGS = LABELS, GENERATION = "labels", "generation"
+TASK_SETTINGS = LABELS, GENERATION, CONFIGURATION = (
+    "labels",
+    "generation",
+    "configuration",
+)
 FILE = "generation_config.json"
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -23,17 +28,21 @@ def task_settings(
     """Settings of tasks that are other than the base model's, JSON-plain.
 
     Returns:
-        by kind and task: names of classes by their position as text, and values of a ``GenerationConfig``; kinds of which no
-        task has some are left out.
+        by kind and task: names of classes by their position as text, values of a ``GenerationConfig``, and those of a
+        configuration that are :mod:`.carried`; kinds of which no task has some are left out.
 
     Raises:
         CheckpointMismatchError: for a file of settings that cannot be read.
     """
-    kinds = {LABELS: _labels, GENERATION: _generation}
+    kinds = {
+        LABELS: _labels,
+        GENERATION: _generation,
+        CONFIGURATION: _configuration,
+    }
     found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
     for name in modelpool.model_names:
         if adapter_directory(modelpool, name):
-            continue  # says nothing of either
+            continue  # says nothing of them
         for kind, read in kinds.items():
             if told := read(modelpool, name, backbone):
                 found[kind][name] = told
@@ -51,6 +60,27 @@ def _names(config: Any) -> dict[str, str]:
     if not isinstance(names, Mapping):
         return {}
     return {str(place): str(name) for place, name in names.items()}
+
+
+def _configuration(
+    modelpool: BaseModelPool, name: str, backbone: nn.Module
+) -> dict[str, Any]:
+    base = getattr(backbone, "config", None)
+    tuned = configuration_of(modelpool, name)
+    if not isinstance(base, PretrainedConfig):
+        return {}
+    if isinstance(tuned, Mapping):
+        tuned = as_class(type(base), tuned)
+    elif not isinstance(tuned, PretrainedConfig):
+        return {}
+    here, there = carried(base), carried(tuned)
+    # where heads are of other shapes the base model's is forgotten
+    always = set() if len(_names(base)) == len(_names(tuned)) else {PROBLEM}
+    return {
+        key: value
+        for key, value in there.items()
+        if key in always or here.get(key) != value
+    }
 
 
 def _generation(

@@ -40,6 +40,7 @@ from .making import AnyBank
 from .mixtures import ByTask, Mix, in_order, mix_of
 from .network import per_sample_network
 from .outputs import Layout, joined, reordered
+from .own_settings import OwnSettings
 from .requests import checked_weights, task_numbers
 from .running import Pass, Running
 from .shadow import OwnBuffers, network_with, watch_states
@@ -65,6 +66,7 @@ class MixedForward:
         unwritten: what no forward may write to.
         lock: held while the backbone's own tensors are replaced; one for all mixed forwards of a backbone.
         held: what banks hold decoded within a limit; None where they hold all, and then the shared model too.
+        settings: of the configuration that tasks have of their own.
     """
 
     def __init__(
@@ -78,9 +80,11 @@ class MixedForward:
         unwritten: Unwritten | None = None,
         lock: AbstractContextManager | None = None,
         held: Held | None = None,
+        settings: OwnSettings | None = None,
     ):
         self.backbone, self.banks, self.tasks = backbone, dict(banks), list(tasks)
         self.count = len(self.tasks)
+        self.settings = OwnSettings(backbone) if settings is None else settings
         self.shapes = Shapes(backbone) if shapes is None else shapes
         self.lock = threading.RLock() if lock is None else lock
         self.unwritten = Unwritten(backbone) if unwritten is None else unwritten
@@ -180,7 +184,8 @@ class MixedForward:
             watched: for layers inside; tensors of tasks that have no common shape may then be the base model's.
         """
         network = self.network  # other threads may give it up
-        if network is not None and not mix.uniform and self.verify(mix, call):
+        apart = mix.uniform or self.settings.read_by(call)
+        if network is not None and not apart and self.verify(mix, call):
             try:
                 return self.layered(network, mix, call)
             except UnsupportedShape as reason:
@@ -353,17 +358,20 @@ class MixedForward:
         if nudged:
             dtype = product_dtype(self._device)
             tensors = {n: rounded_again(value, dtype) for n, value in tensors.items()}
-        return self.with_tensors(tensors, call)
+        with self.lock, self.settings.of(piece.asked, call):
+            return self.with_tensors(tensors, call)
 
     def on(self, network: nn.Module, call: Call) -> Any:
         """The output of a mirrored network, in the backbone's mode."""
         if network.training != self.backbone.training:
             network.train(self.backbone.training)
+        if torch.compiler.is_compiling():
+            return call.on(network)
         try:
-            return self.unwritten.run(network, lambda: call.on(network))
+            with self.shapes.following(self.backbone, {}):
+                return self.unwritten.run(network, lambda: call.on(network))
         finally:
-            if not torch.compiler.is_compiling():
-                self._buffers[network].restore()
+            self._buffers[network].restore()
 
     def _kind(self, call: Call) -> Hashable:
         return self.backbone.training, product_dtype(self._device), call.kind()

@@ -1,13 +1,22 @@
-"""Names of classes and settings of generation are each task's own, as its checkpoint says them, wherever a task goes."""
+"""Names of classes, settings of losses and of generation are each task's own, as its checkpoint says them, wherever a task goes."""
 
 import copy
 import json
 
 import pytest
 import torch
-from exact_models import bert, llama, tokens
+from exact_models import bert, llama, seeded, tokens
 from fusion_bench.modelpool import BaseModelPool
-from helpers import BASE, didi, fine_tuned
+from helpers import BASE, didi, fine_tuned, normal
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 from fusion_bench_didi.deltas.plain import OwnDelta
 from fusion_bench_didi.editing import (
@@ -21,11 +30,19 @@ from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.export import to_plain
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.models.task_settings import labels_of, with_own_vocabulary
+from fusion_bench_didi.pools.task_settings import TASK_SETTINGS
 
 LABELS = {
     "spam": {0: "ham", 1: "spam"},
     "topic": {0: "arts", 1: "law", 2: "trade"},
     "tone": {0: "neg", 1: "pos"},
+    "score": {0: "score"},
+}
+PROBLEMS = {
+    "spam": "multi_label_classification",
+    "topic": "single_label_classification",
+    "tone": None,
+    "score": "regression",
 }
 
 
@@ -39,6 +56,7 @@ def classifiers() -> dict:
         found[task] = fine_tuned(start, seed)
         found[task].config.id2label = names
         found[task].config.label2id = {name: place for place, name in names.items()}
+        found[task].config.problem_type = PROBLEMS[task]
     return found
 
 
@@ -90,8 +108,45 @@ def test_plain_models_call_their_classes_as_the_checkpoints_do(form, tmp_path):
         config = model.materialize(task).config
         assert config.id2label == names
         assert config.label2id == {name: place for place, name in names.items()}
+        assert config.problem_type == PROBLEMS[task]
     assert model.backbone.config.id2label == LABELS["tone"]
-    assert set(model.info["labels"]) == {"spam", "topic"}, "tone's are the base model's"
+    others = {"spam", "topic", "score"}
+    assert set(model.info["labels"]) == others, "tone's are the base model's"
+    assert set(model.info["configuration"]) == others
+
+
+@pytest.mark.parametrize("problem", [*PROBLEMS.values()])
+def test_the_current_tasks_configuration_is_its_checkpoints(problem):
+    models = classifiers()
+    models[BASE].config.problem_type = problem
+    model = didi(models, budget=9.0)
+    config = model.backbone.config
+    for task in (*LABELS, *reversed(LABELS)):
+        model.set_task(task)
+        assert (config.id2label, config.problem_type) == (LABELS[task], PROBLEMS[task])
+        other = model.materialize("topic").config
+        assert (other.id2label, other.problem_type) == (LABELS["topic"], PROBLEMS["topic"])  # fmt: skip
+        twin = copy.deepcopy(model)
+        twin.unset_task()
+        assert twin.backbone.config.problem_type == problem
+        assert twin.backbone.config.id2label == LABELS["tone"]
+    model.unset_task()
+    assert (config.id2label, config.problem_type) == (LABELS["tone"], problem)
+
+
+def test_what_a_forward_finds_out_of_labels_is_of_its_task_alone():
+    base = bert(labels=2)
+    model = didi({BASE: base, "a": fine_tuned(base, 1), "b": fine_tuned(base, 2)}, budget=9.0)  # fmt: skip
+    numbers, inputs = torch.tensor([0, 1]), {"input_ids": tokens(2, 5)}
+    several = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    for labels in (numbers, several):
+        expected = model.materialize("b")(**inputs, labels=labels).loss
+        assert model(**inputs, labels=labels, task_ids=["b", "b"]).loss.allclose(expected)  # fmt: skip
+        model(**inputs, labels=labels, task_ids=["a", "b"])
+    model.set_task("a")
+    model(**inputs, labels=numbers)
+    model.set_task("b")
+    assert model(**inputs, labels=several).loss.allclose(expected)
 
 
 def test_exports_too(merged, tmp_path):
@@ -99,6 +154,7 @@ def test_exports_too(merged, tmp_path):
     for task, names in LABELS.items():
         config = json.loads((tmp_path / "out" / task / "config.json").read_text())
         assert {int(place): name for place, name in config["id2label"].items()} == names
+        assert config.get("problem_type") == PROBLEMS[task]
 
 
 def edited(way: str, model: DiDiModel, home) -> DiDiModel:
@@ -115,7 +171,7 @@ def edited(way: str, model: DiDiModel, home) -> DiDiModel:
         one, other = (load_tasks(place, tasks) for tasks in (["spam"], ["topic"]))
         return combine(one, other).model
     found = remove_task(copy.deepcopy(model), "spam").model
-    assert set(found.info["labels"]) == {"topic"}
+    assert set(found.info["labels"]) == {"topic", "score"}
     tuned = classifiers()["spam"]
     return add_task(found, tuned, "spam", budget=4.0).model
 
@@ -127,7 +183,9 @@ WAYS = ["saved", "some", "library", "apart and together", "removed and added"]
 def test_names_go_with_their_task(way, merged, tmp_path):
     found = edited(way, merged, tmp_path)
     for task in ("spam", "topic"):
-        assert found.materialize(task).config.id2label == LABELS[task]
+        config = found.materialize(task).config
+        assert config.id2label == LABELS[task]
+        assert config.problem_type == PROBLEMS[task]
 
 
 @pytest.mark.parametrize(
@@ -141,9 +199,132 @@ def test_names_that_no_merge_wrote_are_refused(told, merged, tmp_path, monkeypat
         DiDiModel.from_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"problem_type": "guessing"},
+        {"pad_token_id": "0"},
+        {"pad_token_id": True},
+        {"eos_token_id": [2, "x"]},
+        {"decoder.decoder_start_token_id": [1]},
+        {"max_position_embeddings": 0},
+        {"task_specific_params": [1]},
+        {"ctc_loss_reduction": ["sum"]},
+        {"ctc_zero_infinity": None},
+        {"hidden_act": "relu"},
+        {"forward": 1},
+        {"problem_type.forward": 1},
+        [],
+    ],
+)
+def test_settings_that_no_merge_wrote_are_refused(told, merged, tmp_path, monkeypatch):
+    monkeypatch.setitem(merged.info, "configuration", {"spam": told})
+    merged.save_pretrained(tmp_path / "saved")
+    with pytest.raises(CheckpointMismatchError, match=r"info\.configuration\.spam"):
+        DiDiModel.from_pretrained(tmp_path / "saved")
+
+
+def test_models_saved_before_are_of_the_problems_that_heads_tell(merged, tmp_path, monkeypatch):  # fmt: skip
+    monkeypatch.delitem(merged.info, "configuration")
+    merged.save_pretrained(tmp_path / "saved")
+    found = DiDiModel.from_pretrained(tmp_path / "saved")
+    assert found.materialize("topic").config.problem_type is None
+
+
 def test_settings_that_are_the_base_models_are_not_written():
     models = {**writers((5, 5))}
-    assert not {"labels", "generation"} & set(didi(models, budget=9.0).info)
+    assert not {*TASK_SETTINGS} & set(didi(models, budget=9.0).info)
+
+
+OF_WRITERS = {
+    "eos_token_id": [2, 5],
+    "pad_token_id": 7,
+    "max_position_embeddings": 128,
+    "task_specific_params": {"summarization": {"max_length": 9, "prefix": "sum: "}},
+}
+
+
+@pytest.mark.parametrize("form", ["files", "modules"])
+def test_configurations_of_exports_say_what_the_checkpoints_do(form, tmp_path):
+    models = writers((5, 5))
+    for key, value in OF_WRITERS.items():
+        setattr(models["t1"].config, key, value)
+    pool = on_disk(models, tmp_path) if form == "files" else BaseModelPool(models)
+    model = didi(pool, budget=9.0)
+    assert model.info["configuration"] == {"t1": OF_WRITERS}
+    to_plain(model, tmp_path / "out")
+    for task in ("t0", "t1"):
+        config = LlamaConfig.from_pretrained(tmp_path / "out" / task)
+        for key in OF_WRITERS:
+            assert getattr(config, key) == getattr(models[task].config, key)
+
+
+def test_settings_of_an_entry_are_its_models_too(tmp_path):
+    pool = on_disk(classifiers(), tmp_path)
+    pool._models["tone"]["problem_type"] = "regression"
+    model = didi(pool, budget=9.0)
+    assert model.materialize("tone").config.problem_type == "regression"
+
+
+def started() -> tuple[dict, dict]:
+    """Models whose decoders start by other tokens, whatever is given to them."""
+    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0)  # fmt: skip
+    base = seeded(lambda: T5ForConditionalGeneration(config))
+    found = {BASE: base, **{f"t{i}": fine_tuned(base, i) for i in range(2)}}
+    found["t1"].config.decoder_start_token_id = 9
+    inputs = {"input_ids": tokens(2, 5), "labels": tokens(2, 4)}
+    return found, inputs
+
+
+def classifying() -> tuple[dict, dict]:
+    config = BartConfig(
+        **{f"{side}_{key}": size for side in ("encoder", "decoder") for key, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 48))},
+        **{"d_model": 32, "vocab_size": 64, "max_position_embeddings": 32},
+    )  # fmt: skip
+    base = seeded(lambda: BartForSequenceClassification(config))
+    found = {BASE: base, **{f"t{i}": fine_tuned(base, i) for i in range(2)}}
+    found["t1"].config.decoder_start_token_id = 9
+    ids = tokens(2, 5).clamp(min=3)
+    ids[:, -1] = config.eos_token_id
+    return found, {"input_ids": ids}
+
+
+def aligned() -> tuple[dict, dict]:
+    """Models of speech, of which one pads by another token, which its loss takes for no letter."""
+    sizes = dict(conv_dim=(8,), conv_kernel=(10,), conv_stride=(5,), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)  # fmt: skip
+    config = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=16, num_feat_extract_layers=1, **sizes)  # fmt: skip
+    base = seeded(lambda: Wav2Vec2ForCTC(config))
+    found = {BASE: base, **{f"t{i}": fine_tuned(base, i) for i in range(2)}}
+    found["t1"].config.update({"pad_token_id": 3, "ctc_loss_reduction": "mean", "ctc_zero_infinity": True})  # fmt: skip
+    labels = torch.tensor([[4, 5, 6], [7, 8, 9]])
+    return found, {"input_values": normal(2, 300, seed=1), "labels": labels}
+
+
+@pytest.mark.parametrize("make", [started, classifying, aligned])
+@torch.no_grad()
+def test_what_forwards_read_of_configurations_is_the_tasks(make, tmp_path):
+    models, inputs = make()
+    model = didi(on_disk(models, tmp_path), budget=20.0, factor_dtype="float32").eval()
+    expected = {task: models[task].eval()(**inputs) for task in model.tasks}
+
+    def same(found, task):
+        for key in ("loss", "logits"):
+            if key in expected[task]:
+                torch.testing.assert_close(found[key], expected[task][key], rtol=1e-3, atol=1e-4)  # fmt: skip
+
+    for task in model.tasks:
+        same(model.materialize(task).eval()(**inputs), task)
+        same(model(**inputs, task_ids=[task] * 2), task)
+        model.set_task(task)
+        same(model(**inputs), task)
+        for other in model.tasks:  # whatever task is set
+            same(model(**inputs, task_ids=[other] * 2), other)
+    model.unset_task()
+    if make is not aligned:  # losses over alignments are not added up
+        found = model(**inputs, task_ids=["t1", "t0"]).logits
+        for row, task in enumerate(("t1", "t0")):
+            torch.testing.assert_close(found[row], expected[task].logits[row], rtol=1e-3, atol=1e-4)  # fmt: skip
+    assert model.backbone.config.decoder_start_token_id != 9
 
 
 def written(model, prompt, **options) -> list[list[int]]:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ..errors import CheckpointMismatchError, SettingsError
 from ..models import DynamicModel
-from ..models.task_settings import labels_of
+from ..models.task_settings import labels_of, problem_of
+from ..pools.carried import MULTI_LABEL, PADDING, REGRESSION
+from ..pools.task_settings import CONFIGURATION
 from .batching import Row
 from .limits import Limits, Refused
 from .tasks import answered, tasks_of
@@ -105,7 +107,7 @@ class Classification:
                 "is served."
             )
         if not images:
-            _let_pad(model.backbone.config, processor)
+            _let_pad(model, processor)
 
     def row(self, task: str | None, content: str) -> Row:
         """One text, or one image in base64.
@@ -165,7 +167,7 @@ class Classification:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, float]]:
-        """Probabilities by label, largest first."""
+        """Probabilities by label, largest first; values as they are of tasks of regression."""
         return answered(self.model, rows, self._classified)
 
     def _classified(self, rows: Sequence[Row]) -> list[dict[str, float]]:
@@ -220,18 +222,22 @@ class Classification:
         return output.logits if self.heads is None else _vectors(output)
 
     def _told(self, row: Tensor, task: str | None) -> dict[str, float]:
-        """Probabilities by label, largest first, of one row of outputs."""
+        """The answer to one row of outputs."""
+        info, config = self.model.info, self.model.backbone.config
         if self.heads is not None:
             directions = self.heads.directions[task].to(row.device).float()
-            return _scores(directions @ row.float(), self.heads.labels[task])
-        names = labels_of(self.model.info, task) or self.model.backbone.config.id2label
+            shares = (directions @ row.float()).softmax(0)
+            return _sorted(shares, self.heads.labels[task])
+        names = labels_of(info, task) or config.id2label
         if len(names) != len(row):  # the base model's head is another one
             names = {i: f"LABEL_{i}" for i in range(len(row))}
-        return _scores(row, [names[i] for i in range(len(row))])
+        scores = _scores(row.float(), problem_of(info, task, config, len(row)))
+        return _sorted(scores, [names[i] for i in range(len(row))])
 
 
-def _let_pad(config: Any, tokenizer: Any) -> None:
-    """Texts of several lengths are one batch: the model is told what pads them, by which some find the last token.
+def _let_pad(model: DynamicModel, tokenizer: Any) -> None:
+    """Texts of several lengths are one batch: the model is told what pads them, by which some find the last token, whatever
+    padded those that tasks were fine-tuned on.
 
     Raises:
         SettingsError: if the tokenizer has no such token.
@@ -241,8 +247,11 @@ def _let_pad(config: Any, tokenizer: Any) -> None:
             "The tokenizer has no pad_token, so that texts of several lengths are no batch. Name one in the tokenizer_config.json "
             "beside the base model."
         )
-    if getattr(config, "pad_token_id", None) is None:
+    config = model.backbone.config
+    if getattr(config, PADDING, None) is None:
         config.pad_token_id = tokenizer.pad_token_id
+    for told in model.info.get(CONFIGURATION, {}).values():
+        told.pop(PADDING, None)
 
 
 def _vectors(output: Any) -> Tensor:
@@ -251,7 +260,15 @@ def _vectors(output: Any) -> Tensor:
     return output.pooler_output if projected is None else projected
 
 
-def _scores(logits: Tensor, labels: Sequence[str]) -> dict[str, float]:
-    shares = logits.float().softmax(0).tolist()
-    pairs = sorted(zip(shares, labels), key=lambda pair: -pair[0])
-    return {label: share for share, label in pairs}
+def _scores(logits: Tensor, problem: str | None) -> Tensor:
+    """Logits as the text classification of ``transformers`` answers with them."""
+    if problem == REGRESSION:
+        return logits
+    if problem == MULTI_LABEL or len(logits) == 1:
+        return logits.sigmoid()
+    return logits.softmax(0)
+
+
+def _sorted(scores: Tensor, labels: Sequence[str]) -> dict[str, float]:
+    pairs = sorted(zip(scores.tolist(), labels), key=lambda pair: -pair[0])
+    return {label: score for score, label in pairs}

@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     RwkvConfig,
     RwkvForCausalLM,
+    pipeline,
 )
 
 from fusion_bench_didi.cli import didi
@@ -454,6 +455,29 @@ def test_tasks_with_heads_of_their_own_shapes(texts):
         assert one == pytest.approx(scores, abs=1e-5)
 
 
+def test_answers_are_those_of_the_problem_that_a_task_is(texts):
+    """As the pipeline of transformers gives them for each task's model."""
+    runner = open_runner(texts)
+    problems = ["multi_label_classification", "regression", "single_label_classification", None]  # fmt: skip
+    told = [{}, *({"problem_type": problem} for problem in problems)]
+    runner.model.backbone.config.problem_type = "regression"
+    for count in (3, 1):
+        if count == 1:
+            for expert in runner.model.modulators.values():
+                expert.deltas["classifier.weight"] = OwnDelta((1, 32), normal(1, 32, seed=1))  # fmt: skip
+                expert.deltas["classifier.bias"] = OwnDelta((1,), torch.ones(1))
+        for one in told:
+            runner = type(runner)(runner.model, runner.processor, images=False, limits=LIMITS)  # fmt: skip
+            runner.model.info["configuration"] = {"one": one}
+            runner.model.backbone_changed()
+            (found,) = runner([runner.row("one", "w1 w2")])
+            plain = runner.model.materialize("one").eval()
+            asked = pipeline("text-classification", model=plain, tokenizer=runner.processor, top_k=None)  # fmt: skip
+            (answers,) = asked(["w1 w2"])
+            assert found == pytest.approx({a["label"]: a["score"] for a in answers}, abs=1e-5)  # fmt: skip
+            assert list(found) == sorted(found, key=found.get, reverse=True)
+
+
 def png(width: int, height: int | None = None) -> str:
     data, size = io.BytesIO(), (width, height or width)
     Image.new("RGB", size, (9, 99, 199)).save(data, "PNG")
@@ -560,6 +584,9 @@ def test_decoders_are_told_what_pads_texts(tmp_path, pads):
         with pytest.raises(SettingsError, match="no pad_token.*tokenizer_config.json"):
             open_runner(place)
         return
+    saved_model = DynamicModel.from_pretrained(place)
+    saved_model.info["configuration"] = {"one": {"pad_token_id": 5}}
+    saved_model.save_pretrained(place, overwrite=True)
     runner = open_runner(place)
     rows = [runner.row(TASKS[i % 3], text) for i, text in enumerate(prompts(4))]
     for row, text, found in zip(rows, prompts(4), runner(rows)):

@@ -14,6 +14,7 @@ from ..errors import DiDiError
 from ..pools.carried import CARRIED, MULTI_LABEL, PROBLEM, fits
 from ..pools.task_settings import CONFIGURATION, GENERATION, LABELS, TASK_SETTINGS
 from ..serving.own_settings import put
+from ..serving.shapes import ends_of
 
 #: settings of generation that change no text, and those of sampling alone
 _SAME_TEXT = {"pad_token_id", "bos_token_id", "use_cache", "return_dict_in_generate"}
@@ -67,19 +68,19 @@ def generation_of(
 
 
 def with_own_vocabulary(model: ModulatedModel) -> list[str]:
-    """Tasks whose embedding has another number of rows than the base model's, so that its tokenizer is not theirs."""
-    try:
-        embedding = model.backbone.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return []
-    if not hasattr(embedding, "weight"):  # none, or several
-        return []
-    modules = model.backbone.named_modules(remove_duplicate=False)
-    names = [f"{name}.weight" for name, module in modules if module is embedding]
+    """Tasks whose first or last layer has another number of rows than the base model's, so that its tokenizer is not theirs."""
+    ends = [end for end in ends_of(model.backbone) if hasattr(end, "weight")]
+    modules = list(model.backbone.named_modules(remove_duplicate=False))
+    own = {
+        f"{name}.weight": len(end.weight)
+        for end in ends
+        for name, module in modules
+        if module is end
+    }
     found = []
     for task, expert in model.modulators.items():
-        rows = {delta.shape[0] for n in names if (delta := expert.deltas.get(n))}
-        if rows - {embedding.weight.shape[0]}:
+        deltas = ((expert.deltas.get(name), rows) for name, rows in own.items())
+        if any(delta is not None and delta.shape[0] != rows for delta, rows in deltas):
             found.append(task)
     return found
 

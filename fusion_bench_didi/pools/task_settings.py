@@ -79,7 +79,7 @@ def _configuration(
     return {
         key: value
         for key, value in there.items()
-        if key in always or here.get(key) != value
+        if here.get(key) != value or (key in always and value is not None)
     }
 
 

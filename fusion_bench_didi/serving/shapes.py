@@ -13,6 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 Shape = tuple[int, ...]
+#: How models are called that have one class more than labels, for no object.
+_OF_OBJECTS = ("ForObjectDetection", "ForSegmentation", "ForUniversalSegmentation")
 #: an object, one of its attributes, and what that is to be
 Setting = tuple[Any, str, Any]
 
@@ -79,15 +81,15 @@ class Shapes:
     def _of_labels(
         self, model: nn.Module, module: nn.Module, name: str, shape: Shape
     ) -> list[Setting]:
-        """Settings of a last layer with as many outputs as the model has labels."""
+        """Settings of a last layer with as many outputs as the model has labels, or one more, for no object."""
         inner = getattr(model, "base_model_prefix", None)
-        head = (
-            isinstance(module, nn.Linear)
-            and self.sides.get(name, (None,))[0] == self.labels
-        )
-        if self.labels is None or not head or (inner and name.startswith(f"{inner}.")):
+        if self.labels is None or not isinstance(module, (nn.Linear, _ConvNd)):
             return []
-        config, count = model.config, shape[0]
+        beside = self.sides.get(name, (-1,))[0] - self.labels
+        heads = (0, 1) if type(model).__name__.endswith(_OF_OBJECTS) else (0,)
+        if beside not in heads or (inner and name.startswith(f"{inner}.")):
+            return []
+        config, count = model.config, shape[0] - beside
         names = dict(self.names)
         if count != self.labels:
             names["id2label"] = {i: f"LABEL_{i}" for i in range(count)}
@@ -103,8 +105,7 @@ class Shapes:
         """Settings of a language model's first and last layer."""
         if self.vocabulary is None or self.sides.get(name, (0,))[0] != self.vocabulary:
             return []
-        ends = (getattr(model, f"get_{end}_embeddings") for end in ("input", "output"))
-        if not any(module is end() for end in ends):
+        if not any(module is end for end in ends_of(model)):
             return []
         found = [(_text(model.config), "vocab_size", shape[0])]
         return found + self._counts(model, "vocab_size", shape[0])
@@ -112,6 +113,17 @@ class Shapes:
     def _counts(self, model: nn.Module, attribute: str, count: int) -> list[Setting]:
         names = self.counting[attribute]
         return [(model.get_submodule(name), attribute, count) for name in names]
+
+
+def ends_of(model: nn.Module) -> list[nn.Module]:
+    """First and last layer of a language model, as far as it has them; the last of one that writes what it hears."""
+    found = [getattr(model, "lm_head", None)]
+    for end in ("input", "output"):
+        try:
+            found.append(getattr(model, f"get_{end}_embeddings")())
+        except (AttributeError, NotImplementedError):
+            pass
+    return [layer for layer in found if layer is not None]
 
 
 def _text(config: Any) -> Any:

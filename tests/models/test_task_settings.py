@@ -12,10 +12,14 @@ from transformers import (
     BartConfig,
     BartForSequenceClassification,
     LlamaConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     T5Config,
     T5ForConditionalGeneration,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 
 from fusion_bench_didi.deltas.plain import OwnDelta
@@ -289,11 +293,15 @@ def classifying() -> tuple[dict, dict]:
     return found, {"input_ids": ids}
 
 
+def speech(letters: int = 16) -> Wav2Vec2ForCTC:
+    sizes = dict(conv_dim=(8,), conv_kernel=(10,), conv_stride=(5,), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)  # fmt: skip
+    config = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=letters, num_feat_extract_layers=1, **sizes)  # fmt: skip
+    return seeded(lambda: Wav2Vec2ForCTC(config))
+
+
 def aligned() -> tuple[dict, dict]:
     """Models of speech, of which one pads by another token, which its loss takes for no letter."""
-    sizes = dict(conv_dim=(8,), conv_kernel=(10,), conv_stride=(5,), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)  # fmt: skip
-    config = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=16, num_feat_extract_layers=1, **sizes)  # fmt: skip
-    base = seeded(lambda: Wav2Vec2ForCTC(config))
+    base = speech()
     found = {BASE: base, **{f"t{i}": fine_tuned(base, i) for i in range(2)}}
     found["t1"].config.update({"pad_token_id": 3, "ctc_loss_reduction": "mean", "ctc_zero_infinity": True})  # fmt: skip
     labels = torch.tensor([[4, 5, 6], [7, 8, 9]])
@@ -407,3 +415,41 @@ def test_vocabularies_of_their_own_are_known(tmp_path):
 
 def test_labels_of_no_task_are_the_base_models():
     assert labels_of({"labels": {"a": {"0": "x"}}}, None) == {}
+
+
+def segmentation(labels: int) -> SegformerForSemanticSegmentation:
+    config = SegformerConfig(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], num_attention_heads=[1, 2], patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, num_labels=labels)  # fmt: skip
+    return seeded(lambda: SegformerForSemanticSegmentation(config))
+
+
+def detection(labels: int) -> YolosForObjectDetection:
+    config = YolosConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[16, 16], patch_size=8, num_detection_tokens=3, num_labels=labels)  # fmt: skip
+    return seeded(lambda: YolosForObjectDetection(config))
+
+
+HEADS = {
+    "segmentation": (segmentation, 3, 5, (2, 3, 16, 16)),
+    "detection": (detection, 3, 5, (2, 3, 16, 16)),
+    "speech": (speech, 16, 20, (2, 300)),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@torch.no_grad()
+def test_models_state_the_classes_of_heads_of_other_shapes(kind, tmp_path):
+    make, here, there, shape = HEADS[kind]
+    models = {BASE: make(here), "a": fine_tuned(make(here), 1), "b": fine_tuned(make(there), 2)}  # fmt: skip
+    counts = "vocab_size" if kind == "speech" else "num_labels"
+    model = didi(models, budget=20.0, factor_dtype="float32")
+    model.set_task("b")
+    assert getattr(model.backbone.config, counts) == there
+    model.unset_task()
+    assert getattr(model.backbone.config, counts) == here
+    to_plain(model, tmp_path / "out")
+    pixels = normal(*shape, seed=1)
+    for task in model.tasks:
+        again = type(models[BASE]).from_pretrained(tmp_path / "out" / task)
+        assert again.config.id2label == models[task].config.id2label
+        expected = models[task].eval()(pixels).logits
+        torch.testing.assert_close(again(pixels).logits, expected, rtol=1e-3, atol=1e-4)
+    assert with_own_vocabulary(model) == (["b"] if kind == "speech" else [])

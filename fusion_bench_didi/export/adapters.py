@@ -26,6 +26,7 @@ _PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
 _OTHER_SHAPE = "of another shape or type than the base model's"
 _BY_PEFT_ALONE = "servers read adapters of linear layers alone; carry=all is for PEFT"
+_WHOLE_FOR_PEFT = "carry=all holds it whole, for PEFT"
 
 
 @dataclass
@@ -124,7 +125,8 @@ class AdapterWriter:
             wanted, size = self._wanted(task, name)
             read = rounded[site.module].to(torch.float32).dense() * content.scale
             error = norm(wanted - read) / size if size else 0.0
-            content.carried[name] = replace(one, error=error)
+            why = "; ".join(filter(None, (one.why, "rounded to 8 bits")))
+            content.carried[name] = replace(one, error=error, why=why)
 
     def _factors(self, task: str, name: str, site: Site, content: _Content) -> Carried:
         """Add the factors of a weight."""
@@ -186,7 +188,7 @@ class AdapterWriter:
         if refusal and not refusal.together:
             return refusal.why
         if self.settings.carry == "linear":
-            return refusal.why if refusal else _BY_PEFT_ALONE
+            return f"{refusal.why}; {_WHOLE_FOR_PEFT}" if refusal else _BY_PEFT_ALONE
         if not owner or [*self.under.get_submodule(owner).children()]:
             return "of a module with others inside, which PEFT does not replace"
         parent = self.under.get_submodule(owner.rpartition(".")[0])
@@ -195,11 +197,11 @@ class AdapterWriter:
         return ""
 
     def _value(self, task: str, name: str) -> Tensor:
-        """A tensor as ``materialize`` has it."""
-        base = self._tensor(name)
-        if name not in self.model.touched:
-            return base
-        return self.model.task_tensor(name, self.model.modulators[task]).to(base.dtype)
+        """A tensor as ``materialize`` has it, a copy: files hold no two names of one."""
+        value = base = self._tensor(name)
+        if name in self.model.touched:
+            value = self.model.task_tensor(name, self.model.modulators[task])
+        return value.to(base.dtype, copy=True)
 
     def _tensor(self, name: str) -> Tensor:
         """A tensor of the model under the adapters."""
@@ -242,7 +244,11 @@ class AdapterWriter:
         modules = sorted(content.parts, key=lambda name: (-len(name), name))
         ranks = {name: content.parts[name][1].rank for name in modules}
         rank = max(ranks.values())
-        generates = hasattr(self.under, "prepare_inputs_for_generation")
+        # PEFT's class for them takes text first; models that take images run in its plain one
+        generates = (
+            hasattr(self.under, "prepare_inputs_for_generation")
+            and getattr(self.under, "main_input_name", "input_ids") == "input_ids"
+        )
         encoder = getattr(
             getattr(self.under, "config", None), "is_encoder_decoder", False
         )

@@ -1,6 +1,6 @@
 """Exports held against ``materialize``: weight by weight, and the outputs of one made-up batch where there are any."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from .report import Carried
 UNITS = 8
 #: The unit of rounding of the type in which readers multiply factors.
 _EPS = torch.finfo(torch.float32).eps
+#: What a reader's order of sums changes of most of an output in float32, in parts of its largest entry; far more than it does.
+SAME = 1e-3
+#: The setting by which a model ties its head to its embedding.
+TIED = "tie_word_embeddings"
+_WAYS_OUT = "Export as plain or patch, or with carry=linear in place of carry=all."
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
@@ -135,12 +140,19 @@ def example_inputs(model: nn.Module, vocabulary: int | None) -> dict[str, Tensor
             return {}
         pixels = torch.randn(2, channels, size, size, generator=draw)
         return {main: pixels.to(device, first.dtype)}
-    if main != "input_ids" or vocabulary is None:
+    if main not in ("input_ids", "input_features") or vocabulary is None:
         return {}
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, 8), generator=draw)
-    found = {main: ids.to(device)}
+    found = {"input_ids": ids.to(device)}
     if getattr(config, "is_encoder_decoder", False):
-        found["decoder_input_ids"] = found[main]
+        found["decoder_input_ids"] = found["input_ids"]
+    if main == "input_features":  # of Whisper, which halves the length
+        sides = [getattr(config, n, None) for n in ("num_mel_bins", "max_source_positions")]  # fmt: skip
+        if not all(isinstance(side, int) for side in sides):
+            return {}
+        sound = torch.randn(1, sides[0], 2 * sides[1], generator=draw)
+        found |= {main: sound.to(device, first.dtype)}
+        del found["input_ids"]
     return found
 
 
@@ -153,28 +165,109 @@ def _vocabulary(*models: nn.Module) -> int | None:
     return min(sizes) if told else None
 
 
-@torch.no_grad()
-def outputs_differ(
+def trial(
     found: nn.Module, wanted: nn.Module, inputs: Mapping[str, Any] | None
-) -> tuple[float | None, str]:
-    """The largest difference of two models' outputs in parts of the largest output, or None and why it cannot be told."""
+) -> Mapping[str, Any]:
+    """What two models are tried with; empty where none is given and none can be made up."""
     if inputs is None:
-        inputs = example_inputs(wanted, _vocabulary(found, wanted))
+        return example_inputs(wanted, _vocabulary(found, wanted))
+    return inputs
+
+
+def outputs_differ(
+    found: nn.Module,
+    wanted: nn.Module,
+    base: nn.Module,
+    inputs: Mapping[str, Any],
+    what: str,
+) -> tuple[float | None, str]:
+    """The largest difference of two models' outputs in parts of the largest output, or None and why it cannot be told.
+
+    Args:
+        found: ``base`` with an adapter on it.
+
+    Raises:
+        DiDiError: if the model fails with the adapter alone.
+    """
     if not inputs:
         return None, "the model's configuration does not tell what to try it with"
-    try:
-        results = [list(_floats(m.eval()(**inputs))) for m in (found, wanted)]
-    except Exception as error:  # of any type, of the model and of what it calls
-        return None, f"the model fails ({type(error).__name__}: {error})"
-    shapes = [[tuple(value.shape) for value in one] for one in results]
+    there, failure = _tried(wanted, inputs)
+    if failure:
+        return None, f"the model fails {failure}"
+    here, failure = _tried(found, inputs)
+    if failure:
+        if _tried(base, inputs)[1]:
+            return None, f"the base model fails {failure}"
+        raise DiDiError(
+            f"{what}: the model runs without it, and fails with it as PEFT puts it on {failure}; it was not kept. {_WAYS_OUT}"
+        )
+    shapes = [[tuple(value.shape) for value in one] for one in (here, there)]
     if shapes[0] != shapes[1]:
         return None, "of shapes {} with the adapter, {} of the task".format(*shapes)
-    worst = 0.0
-    for here, there in zip(*results):
-        size = float(there.abs().max())
-        off = float((here.double() - there.double()).abs().max())
-        worst = max(worst, off / size if size else off)
-    return worst, ""
+    return max((float(off.max()) for off in _off(here, there)), default=0.0), ""
+
+
+def check_runs(found: nn.Module, inputs: Mapping[str, Any], what: str) -> float:
+    """An adapter must compute what the weights do that it is merged to; by how much outputs of PEFT's merged model are off.
+
+    Of most of every output: a rounding may send single tokens to another expert.
+
+    Args:
+        found: a model in float32 with an adapter on it; the adapter is merged into it.
+
+    Raises:
+        DiDiError: if it does not.
+    """
+    inputs = {
+        name: (
+            value.float()
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+        )
+        for name, value in inputs.items()
+    }
+    here, failure = _tried(found, inputs)
+    config = getattr(found.get_base_model(), "config", None)
+    tied = getattr(config, TIED, None)
+    merged = found.merge_and_unload()
+    left = _tried(merged, inputs)[0]
+    if tied:  # PEFT says that heads are untied, and some models compute otherwise then
+        setattr(config, TIED, tied)
+    there, other = _tried(merged, inputs)
+    if failure or other:  # of a model that is not for this type
+        return 0.0
+    if (off := max(map(_most, _off(here, there)), default=0.0)) > SAME:
+        raise DiDiError(
+            f"{what}: most of some output is off by {off:.2g} of the largest, though all weights are right, because PEFT does not put "
+            f"it on as the model computes; it was not kept. {_WAYS_OUT}"
+        )
+    return max(map(_most, _off(left, there)), default=0.0)
+
+
+@torch.no_grad()
+def _tried(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Tensor], str]:
+    """Outputs of a model, with the same numbers drawn every time, and how it fails, if it does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return list(_floats(model.eval()(**inputs))), ""
+        except Exception as error:  # of any type, of the model and of what it calls
+            return [], f"({type(error).__name__}: {error})"
+
+
+def _off(here: Sequence[Tensor], there: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Differences of outputs, entry by entry, in parts of the largest entry."""
+    for one, other in zip(here, there):
+        one, other = one.double(), other.double()
+        alike = (one == other) | (one.isnan() & other.isnan())
+        off = (one - other).abs().nan_to_num(nan=torch.inf).masked_fill(alike, 0.0)
+        size = other[other.isfinite()].abs().max() if other.isfinite().any() else 0.0
+        yield off / size if size else off
+
+
+def _most(off: Tensor) -> float:
+    """What half of the entries are off by at most."""
+    return float(off.median())
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

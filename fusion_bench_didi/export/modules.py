@@ -3,8 +3,11 @@
 A weight is changed by ``up @ down`` as the merged model has it: (m, r) and (r, n), m the weight's first side.
 """
 
+import dis
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -12,6 +15,8 @@ from ..lowrank.factors import LowRankFactors
 
 #: Part of a PEFT file's name of a tensor -> tensor.
 Parts = dict[str, Tensor]
+#: What these layers tell of themselves, and PEFT's in their places do not.
+_TOLD = {*nn.Embedding.__constants__, *nn.Conv2d.__constants__}
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Refusal:
 
 def sites(model: nn.Module) -> tuple[dict[str, Site], dict[str, Refusal]]:
     """The weights that take an adapter, by tensor name, and those of the same layers that do not."""
-    owners = _owners(model)
+    owners, asked = _owners(model), _asked(model)
     inside = {
         f"{name}.{child}"
         for name, module in model.named_modules()
@@ -53,14 +58,19 @@ def sites(model: nn.Module) -> tuple[dict[str, Site], dict[str, Refusal]]:
     refused: dict[str, Refusal] = {}
     for name, module in model.named_modules():
         layout, tensor = _layout(module), f"{name}.weight"
-        if layout is None or not name:
+        # of weights that are computed (weight_norm), what they are computed from is no layer's weight
+        together = owners.get(id(getattr(module, "weight", None)))
+        if layout is None or not name or together is None:
             continue
-        together = owners[id(module.weight)]
         if len(together) > 1:
             others = ", ".join(sorted(together - {tensor}))
             modules = tuple(sorted(t.rpartition(".")[0] for t in together))
             refused[tensor] = Refusal(f"tied to {others}", modules)
-        elif why := _refused_by_peft(model, name):
+        elif why := (
+            _refused_by_peft(model, name)
+            or _computed_otherwise(module)
+            or _asked_of(name, module, asked)
+        ):
             refused[tensor] = Refusal(why, (name,))
         elif name in inside:
             refused[tensor] = Refusal(
@@ -88,6 +98,50 @@ def _refused_by_peft(model: nn.Module, name: str) -> str:
             f"PEFT refuses factors of {leaf} in {kind}, which does not run its forward"
         )
     return ""
+
+
+def _computed_otherwise(module: nn.Module) -> str:
+    """Why factors that PEFT puts on a module do not change its weight alone; empty where they do."""
+    kind = type(module)
+    if isinstance(module, nn.Conv2d):
+        if kind is not nn.Conv2d:
+            return f"a {kind.__name__}, which PEFT takes for a plain Conv2d"
+        if module.padding_mode != "zeros" or set(module.dilation) != {1}:
+            return "a convolution with dilation or a mode of padding, which PEFT leaves out of factors"
+    for plain in (nn.Linear, nn.Embedding):
+        if isinstance(module, plain) and kind.forward is not plain.forward:
+            if not _scaled_by_peft(module):
+                return (
+                    f"a {kind.__name__}, which PEFT takes for a plain {plain.__name__}"
+                )
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "an embedding with max_norm, by which PEFT bounds factors"
+    return ""
+
+
+def _scaled_by_peft(module: nn.Module) -> bool:
+    """Whether a module is an embedding with a scale that PEFT, if it is recent, applies to factors too."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    return hasattr(module, "embed_scale") and hasattr(LoraLayer, "_get_embed_scale")
+
+
+def _asked_of(name: str, module: nn.Module, asked: set[str]) -> str:
+    """Why PEFT's layer lacks what the model reads of a module beside its weight; empty where it does not."""
+    if name.rpartition(".")[2] in asked and isinstance(module, (nn.Embedding, nn.Conv2d)):  # fmt: skip
+        return "the model reads settings of it, which PEFT's layer does not tell"
+    return ""
+
+
+def _asked(model: nn.Module) -> set[str]:
+    """Last names of modules that some forward of a model reads such settings of (``self.NAME.num_embeddings``)."""
+    found = set()
+    for kind in {type(module) for module in model.modules()}:
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+        for owner, read in pairwise(dis.get_instructions(code) if code else ()):
+            if owner.opname == read.opname == "LOAD_ATTR" and read.argval in _TOLD:
+                found.add(owner.argval)
+    return found
 
 
 def _owners(model: nn.Module) -> Mapping[int, set[str]]:

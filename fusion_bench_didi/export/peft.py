@@ -16,7 +16,7 @@ from torch import nn
 from ..models.dynamic import DynamicModel
 from ..pools.entries import BASE
 from .adapters import AdapterWriter
-from .checks import check_close, outputs_differ
+from .checks import SAME, TIED, check_close, check_runs, outputs_differ, trial
 from .common import (
     asked_tasks,
     base_model,
@@ -65,7 +65,7 @@ def to_peft(
     tensors: dict[str, dict[str, Carried]] = {}
     differ: dict[str, float | None] = {}
     untried: dict[str, list[str]] = {}
-    sizes, notes = {}, []
+    sizes, notes, worst = {}, [], 0.0
     with export_directory(directory, overwrite=overwrite) as (place, final):
         if fold:
             note = write_checkpoint(under, place / BASE, source)
@@ -81,20 +81,24 @@ def to_peft(
             tensors[task] = writer.write(task, home, source)
             sizes[task] = weight_bytes(home)
             wanted, found = model.materialize(task), applied(under, home)
-            differ[task], why = outputs_differ(found, wanted, inputs)
+            given, what = trial(found, wanted, inputs), f"The adapter of {task}"
+            differ[task], why = outputs_differ(found, wanted, under, given, what)
             if why:
                 untried.setdefault(why, []).append(task)
-            check_close(
-                found.merge_and_unload(),
-                wanted,
-                before,
-                tensors[task],
-                f"The adapter of {task}",
-                under,
-            )
+            merged = found.merge_and_unload()
+            check_close(merged, wanted, before, tensors[task], what, under)
+            del wanted, found, merged  # before there is one in float32
+            if differ[task] is not None:
+                off = check_runs(applied(under, home).float(), given, what)
+                worst = max(worst, off)
         for why, some in untried.items():
             notes.append(
                 f"outputs of {', '.join(some)} were not compared, weights were: {why}."
+            )
+        if worst > SAME:
+            notes.append(
+                f"merge_and_unload() of PEFT sets {TIED} to false, by which outputs of this model change, by {worst:.2g} of the largest and "
+                f"more: set model.config.{TIED} = True after it, or use adapters unmerged."
             )
         if settings.factor_dtype == EIGHT_BITS:
             errors = [c.error for t in tensors.values() for c in t.values() if c.rank]

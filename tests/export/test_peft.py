@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertModel, GPT2Config, GPT2ForSequenceClassification
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 
 from fusion_bench_didi.deltas.masks import MaskedDelta
 from fusion_bench_didi.deltas.plain import DenseDelta, LowRankDelta, OwnDelta
@@ -250,6 +251,193 @@ def test_layers_that_peft_refuses_factors_of_are_left_out_or_whole(
     assert found["backbone.layers.0.mixer.in_proj.weight"].how == "factors"
 
 
+SMALL = {"vocab_size": 64, "d_model": 32, "decoder_start_token_id": 1}
+DEEP = {f"{side}_layers": 1 for side in ("encoder", "decoder")}
+WIDE = {f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")}
+HEADS = {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+SEQUENCES = {**SMALL, **DEEP, **WIDE, **HEADS, "pad_token_id": 0}
+SOUND = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16}
+LENGTHS = {f"max_{side}_position_embeddings": 32 for side in ("encoder", "decoder")}
+OPT = {
+    **{"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1},
+    **{"num_attention_heads": 4, "max_position_embeddings": 32},
+    "word_embed_proj_dim": 32,
+}
+
+
+@pytest.mark.parametrize(
+    "kind, config, cls",
+    [
+        ("Bart", {**SEQUENCES, "max_position_embeddings": 32}, "ConditionalGeneration"),
+        ("LED", {**SEQUENCES, **LENGTHS, "attention_window": 4}, "ConditionalGeneration"),
+        ("Whisper", {**SEQUENCES, **SOUND}, "ConditionalGeneration"),
+        ("OPT", OPT, "CausalLM"),
+    ],
+)  # fmt: skip
+def test_embeddings_with_a_forward_of_their_own_or_that_are_asked_go_whole(
+    kind, config, cls, tmp_path
+):
+    made = getattr(transformers, f"{kind}Config")(**config)
+    base = seeded(lambda: getattr(transformers, f"{kind}For{cls}")(made))
+    model = didi(family(base), budget=9.0)
+    report = to_peft(model, tmp_path / "out", settings=ALL)
+    found = report.tensors["mnist"]
+    assert {found[n].how for n in found if "embed_positions" in n} == {"whole"}
+    assert not any(report.lossy.values()) and max(report.outputs.values()) < 1e-5
+
+
+class Layers(nn.Module):
+    """Layers that PEFT has, on images."""
+
+    def __init__(self, first: nn.Module):
+        super().__init__()
+        self.first, self.last = first, nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight / self.weight.std()
+        return nn.functional.conv2d(x, weight, padding=self.padding)
+
+
+IMAGES = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.tensor([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    "first, x",
+    [
+        (Halved(16, 16), IMAGES),
+        (Standardized(3, 3, 3, padding=1), IMAGES),
+        (nn.Conv2d(3, 3, 3, padding=2, dilation=2), IMAGES),
+        (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), IMAGES),
+        (nn.Embedding(8, 16, max_norm=0.5), TOKENS),
+        (BartLearnedPositionalEmbedding(8, 16), TOKENS),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_layers_that_compute_something_of_their_own_go_whole(first, x, tmp_path):
+    model = didi(family(Layers(first)), budget=9.0)
+    report = to_peft(model, tmp_path / "out", settings=ALL, inputs={"x": x})
+    assert report.tensors["svhn"]["first.weight"].how == "whole"
+    assert max(report.outputs.values()) < 1e-5
+    linear = to_peft(model, tmp_path / "linear", inputs={"x": x})
+    why = linear.tensors["svhn"]["first.weight"].why
+    assert "PEFT" in why and "carry=all holds it whole" in why
+
+
+def test_computed_weights_are_listed_and_other_layers_go(tmp_path):
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    model = didi(family(Layers(first)), budget=9.0)
+    report = to_peft(model, tmp_path / "out", settings=ALL, inputs={"x": IMAGES})
+    found = report.tensors["svhn"]
+    hows = {n: c.how for n, c in found.items() if "first" not in n or "original" in n}
+    assert hows == {
+        "first.parametrizations.weight.original0": "left out",
+        "first.parametrizations.weight.original1": "left out",
+        "last.weight": "factors",
+        "last.bias": "whole",
+    }
+
+
+def test_plain_layers_go_as_factors(tmp_path):
+    for place, (layer, x) in enumerate(
+        [
+            (nn.Conv2d(3, 3, 3, padding=1), IMAGES),
+            (nn.Embedding(8, 16, padding_idx=1), TOKENS),
+        ]
+    ):
+        model = didi(family(Layers(layer)), budget=9.0)
+        report = to_peft(model, tmp_path / str(place), settings=ALL, inputs={"x": x})
+        assert report.tensors["svhn"]["first.weight"].how == "factors"
+
+
+class Bypassing(Layers):
+    """It runs no layer, and so no factors."""
+
+    def forward(self, x):
+        return self.last(nn.functional.linear(x, self.first.weight))
+
+
+class Asking(Layers):
+    """It asks a layer for what PEFT's does not tell, by a way that is not seen."""
+
+    def forward(self, x):
+        size = (
+            getattr(self.first, "in_features") if hasattr(self.first, "lora_A") else 0
+        )
+        return super().forward(x.reshape(-1, 16 + size))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (Bypassing, "most of some output is off by .* though all weights are right"),
+        (Asking, "the model runs without it, and fails with it .*RuntimeError"),
+    ],
+)
+def test_adapters_that_peft_does_not_run_as_the_model_are_refused(make, why, tmp_path):
+    model = didi(family(make(nn.Linear(16, 16))), budget=9.0)
+    with pytest.raises(DiDiError, match=f"The adapter of mnist: {why}.* as plain"):
+        to_peft(model, tmp_path / "out", inputs={"x": IMAGES})
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_draw_are_compared_by_the_same_numbers(tmp_path):
+    class Noisy(Layers):
+        def forward(self, x):
+            return super().forward(x) + torch.randn(4)
+
+    model = didi(family(Noisy(nn.Linear(16, 16))), budget=9.0)
+    report = to_peft(model, tmp_path / "out", settings=ALL, inputs={"x": IMAGES})
+    assert max(report.outputs.values()) < 1e-5
+
+
+def test_tied_embeddings_that_each_task_keeps_are_whole(tmp_path):
+    base = llama()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    model = didi(family(base), budget=9.0, own=["*embed_tokens*"])
+    report = to_peft(model, tmp_path / "out", settings=ALL)
+    assert report.tensors["mnist"]["model.embed_tokens.weight"].how == "whole"
+    assert max(report.outputs.values()) < 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_merge_by_peft_that_changes_outputs_is_told(tied, tmp_path):
+    sides = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1}
+    config = transformers.T5Config(
+        **sides, num_heads=4, decoder_start_token_id=0, tie_word_embeddings=tied
+    )
+    base = seeded(lambda: transformers.T5ForConditionalGeneration(config))
+    model = didi(family(base), budget=9.0)
+    report = to_peft(model, tmp_path / "out", settings=ALL)
+    assert max(report.outputs.values()) < 1e-5
+    notes = [n for n in report.notes if "config.tie_word_embeddings = True" in n]
+    assert len(notes) == tied
+
+
+def test_models_that_take_images_first_run_in_the_plain_class_of_peft(tmp_path):
+    half = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    half["num_attention_heads"] = 4
+    text = {**half, "vocab_size": 64, "encoder_hidden_size": 32, "projection_dim": 16}
+    config = transformers.BlipConfig(
+        text_config=text, vision_config={**half, "image_size": 16, "patch_size": 8}
+    )
+    base = seeded(lambda: transformers.BlipForConditionalGeneration(config))
+    inputs = {"pixel_values": torch.ones(2, 3, 16, 16), **IDS}
+    report = to_peft(didi(family(base), budget=9.0), tmp_path / "out", inputs=inputs)
+    assert None not in report.outputs.values()
+
+
 def test_fused_attention_and_bare_parameters_are_listed(tmp_path):
     model = didi(family(OpenClipLike()), budget=9.0)
     report = to_peft(
@@ -283,6 +471,7 @@ def test_factors_in_eight_bits_lose_their_rounding_whatever_their_size(size, tmp
     errors = [one.error for t in report.tensors.values() for one in t.values()]
     assert 0.02 < min(errors) and max(errors) < 0.06
     assert f"lose up to {max(errors):.1%}" in str(report)
+    assert report.lossy == report.tensors and "(rounded to 8 bits)" in str(report)
     home = tmp_path / "out" / "task%201"
     tensors = load_file(home / "adapter_model.safetensors")
     assert {value.dtype for value in tensors.values()} == {torch.float8_e4m3fn}

@@ -51,7 +51,7 @@ class ExportReport:
 
     @property
     def lossy(self) -> dict[str, dict[str, Carried]]:
-        """By task, the tensors of which something is lost beyond the rounding of their type."""
+        """By task, the tensors of which something is lost beyond the rounding of types of 16 and 32 bits."""
         return {
             task: {n: c for n, c in tensors.items() if c.why}
             for task, tensors in self.tensors.items()

@@ -101,11 +101,16 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
     """The base model, independent of what the pool holds.
 
     Raises:
-        ModelPoolError: if it is an adapter, or the pool gives something else than a model.
+        ModelPoolError: if it is an adapter, or the pool gives something else than a model, or one that cannot be copied.
         CheckpointMismatchError: if its weights are not in memory, or not those of its checkpoint.
     """
     _refuse_adapter(modelpool)
     entry = load_model(modelpool, BASE)
+    if isinstance(entry, nn.parallel.DistributedDataParallel):
+        raise ModelPoolError(
+            f"The base model {BASE!r} is wrapped in DistributedDataParallel, which cannot be copied with frozen weights. Give what it "
+            "wraps, its module."
+        )
     if not isinstance(modelpool._models[BASE], nn.Module):
         if source := _opened(modelpool, BASE):
             check_read(source, Names.of(entry))

@@ -276,7 +276,7 @@ def _with_loss(
                     found = formula(leaves(whole)[beside], truth).to(held[0][path])
     if found is None:
         raise DiDiError(
-            f"{' and '.join(map(place, losses))} {'are' if others else 'is'} of the samples of one task each, and how to add that up is not "
+            f"{' and '.join(map(place, losses))} {'are' if others else 'is'} of the samples of one task each, as a mean or sum is, and how to add that up is not "
             f"known here. Leave out what asks for it ({_asking_for_losses(given)}), and work it out from the other outputs."
         )
     return mapped(lambda at, value: found if at == path else value, whole)

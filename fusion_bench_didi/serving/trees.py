@@ -98,7 +98,9 @@ def leaves(value: Any) -> dict[Path, Any]:
 
 
 def place(path: Path) -> str:
-    """A path as a reader knows it."""
+    """A path as a reader knows it; what has no name in an output goes by its number, as in Python."""
+    if path and isinstance(path[0], int):
+        return "output" + "".join(f"[{part!r}]" for part in path)
     return ".".join(map(str, path)) or "the output"
 
 

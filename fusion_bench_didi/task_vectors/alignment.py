@@ -147,7 +147,7 @@ def _faults_of_sources(
     for task, source in tuned.items():
         for name, state in source.extra.items():
             if state != base.extra.get(name) and not matches(name, exclude):
-                yield f"{task}: {name} is another than the base model's, and no tensor that could be kept"
+                yield f"{task}: {name} is another than the base model's, and no tensor that could be kept; excluded, it is the base model's"
 
 
 def _faults_of_names(

@@ -1,11 +1,16 @@
-"""Models in memory whose tensors are not the weights that they were loaded with."""
+"""Models in memory whose tensors are not the weights that they were loaded with, or no plain tensors."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import nn
 
 from ..errors import CheckpointMismatchError, some
 
 #: How RWKV models of transformers say that a forward has divided their weights, and the setting by which they do it.
 DIVIDED, EVERY = "layers_are_rescaled", "rescale_every"
+#: Where torch has layers that hold whole numbers in packed form.
+_PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
 def check_values(model: nn.Module, label: str) -> None:
@@ -15,8 +20,13 @@ def check_values(model: nn.Module, label: str) -> None:
         label: for messages.
 
     Raises:
-        CheckpointMismatchError: if some are elsewhere (accelerate's offloading), or others than those of its checkpoint.
+        CheckpointMismatchError: if some are elsewhere (accelerate's offloading), or others than those of its checkpoint, or no plain
+            tensors that can be read and replaced.
     """
+    for found, way_out in _closed(model):
+        raise CheckpointMismatchError(
+            f"{label} ({type(model).__name__}): {found}, whose values cannot be read and replaced. Give {way_out}."
+        )
     tensors = dict(model.named_parameters())
     tensors |= {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in tensors}  # fmt: skip
     absent = [n for n, t in tensors.items() if getattr(t, "is_meta", False)]
@@ -27,6 +37,22 @@ def check_values(model: nn.Module, label: str) -> None:
             "or the CPU. Give the model's directory, which is read tensor by tensor, or load it without device_map."
         )
     check_undivided(model, label)
+
+
+def _closed(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What a model holds its weights in other than plain tensors, and what to give in its place."""
+    for name, module in model.named_modules():
+        shown, kind = name or "the model", type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            yield f"{shown} is a torch.jit program", "what it was scripted or traced from"  # fmt: skip
+        elif kind.__module__.startswith(_PACKED):
+            yield f"{shown} is a quantized layer", "the model before it was quantized"
+        elif kind.__name__ == "FullyShardedDataParallel":
+            yield f"{shown} is shared out among processes", "the whole model"
+    for name, tensor in model.named_parameters():
+        if hasattr(tensor, "__tensor_flatten__") and not tensor.is_nested:
+            kind = type(tensor.data).__name__
+            yield f"{name} is a {kind}", "plain tensors, gathered and not quantized"
 
 
 def check_undivided(model: nn.Module, label: str) -> None:

@@ -98,9 +98,11 @@ class TaskVectors:
                 f"values. Give it in bfloat16, or leave these tensors out with {spelled('exclude', '[...]')}."
             )
         known = {*self.base.infos(), *self._held, *self.ignored}
+        states = {n for s in (self.base, *sources.values()) for n in s.extra}
         for key in ("exclude", "as_vectors", "own"):
+            there = known | states if key == "exclude" else known
             for pattern in getattr(self, key):
-                if not fnmatch.filter(known, pattern):
+                if not fnmatch.filter(there, pattern):
                     raise SettingsError(
                         f"{key}: no tensor matches {pattern!r}; there are names like {some(known)}."
                     )

@@ -179,6 +179,73 @@ def test_modules_without_shapes_are_no_models_yet(name):
         didi(pool)
 
 
+def packed(net: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, torch.qint8)
+
+
+class Sharded(torch.Tensor):
+    """As tensors that are shared out among processes, or packed: they tell of their parts."""
+
+    def __tensor_flatten__(self):
+        return [], None
+
+
+def sharded(net: nn.Module) -> nn.Module:
+    value = net[0].weight.detach().as_subclass(Sharded)
+    net[0].weight = nn.Parameter(value, requires_grad=False)
+    return net
+
+
+def inside(net: nn.Module) -> nn.Module:
+    return nn.Sequential(torch.jit.script(net[0]), *net[1:])
+
+
+CLOSED = {
+    "scripted": (torch.jit.script, "the model is a torch.jit program"),
+    "traced": (
+        lambda net: torch.jit.trace(net, torch.ones(1, 4)),
+        "the model is a torch.jit program",
+    ),
+    "scripted within": (inside, "0 is a torch.jit program"),
+    "quantized": (packed, "0 is a quantized layer"),
+    "sharded": (sharded, "0.weight is a Sharded"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("names", [[BASE], ["svhn"], [BASE, "mnist", "svhn"]])
+@pytest.mark.parametrize("how", CLOSED)
+def test_modules_whose_weights_are_closed_are_refused_by_name(how, names):
+    pool, (change, why) = family(nn.Sequential(nn.Linear(4, 8), nn.ReLU())), CLOSED[how]
+    pool |= {name: change(copy.deepcopy(pool[name])) for name in names}
+    with pytest.raises(CheckpointMismatchError, match=f"^'{names[0]}' .*{why}.* Give "):
+        didi(pool)
+
+
+OPEN = {
+    "graph": torch.fx.symbolic_trace,
+    "compiled": torch.compile,
+    "DataParallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("how", OPEN)
+def test_modules_that_are_traced_open_or_wrapped_are_merged(how):
+    pool = family(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
+    made = {name: OPEN[how](copy.deepcopy(net)) for name, net in pool.items()}
+    model, x = didi(made, budget=1e6), torch.randn(2, 4)
+    want = pool["svhn"](x)
+    torch.testing.assert_close(model.materialize("svhn")(x), want)
+
+
+def test_a_base_model_in_a_process_group_is_refused(monkeypatch):
+    pool = family(nn.Linear(4, 8))
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", nn.DataParallel)
+    pool[BASE] = nn.DataParallel(pool[BASE])
+    with pytest.raises(ModelPoolError, match="in DistributedDataParallel.*its module"):
+        didi(pool)
+
+
 def test_a_base_model_that_cannot_be_copied_is_named():
     """It holds a lock, or an open file."""
     models = family(Net(), ("a", "b"))

@@ -133,6 +133,7 @@ class Gives(nn.Module):
             "flat rows": lambda: y.flatten(),
             "batch second": lambda: self.lstm(y[:, None])[1],
             "the size": lambda: len(x),
+            "a loss": lambda: (y.mean(), y),
             "a sum": lambda: y.sum(0),
             "its words": lambda: self.words,
             "similarities": lambda: y @ y.mT,
@@ -187,6 +188,13 @@ def test_what_is_of_no_sample_is_refused(what, how):
     x = torch.randn(4, 4)  # one task by itself is its own model
     model.materialize("b")(x)
     assert model(x, task_ids=["b"] * 4)[0].shape == (4, 3)
+
+
+def test_outputs_without_names_go_by_their_numbers():
+    """As under return_dict=False."""
+    _, run, *_ = _beside("a loss", "grouped")
+    with pytest.raises(DiDiError, match=r"^output\[1\]\[0\] is of the samples of one"):
+        run()
 
 
 def test_similarities_of_samples_are_those_of_the_batch_or_refused():

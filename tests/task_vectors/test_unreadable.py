@@ -9,7 +9,11 @@ from fusion_bench.modelpool import CausalLMPool
 from helpers import BASE, didi, fine_tuned
 from torch import nn
 
-from fusion_bench_didi.errors import CheckpointMismatchError, NonFiniteError
+from fusion_bench_didi.errors import (
+    CheckpointMismatchError,
+    NonFiniteError,
+    SettingsError,
+)
 from fusion_bench_didi.models.dynamic import DiDiModel
 
 
@@ -60,9 +64,13 @@ def test_sparse_buffers_that_are_left_out_are_in_no_checksum(tmp_path, whose):
 def test_state_that_is_no_tensor(state):
     pool = models(Stateful)
     assert didi(pool).tasks == ["a", "b"]
+    with pytest.raises(SettingsError, match="own: no tensor matches '_extra_state'"):
+        didi(pool, own=["_extra_state"])
     pool["a"].state = state
     with pytest.raises(CheckpointMismatchError, match="a: _extra_state is another"):
         didi(pool)
+    merged = didi(pool, exclude=["_extra_state"])
+    assert merged.materialize("a").get_extra_state() == {"version": 1}
 
 
 def test_types_that_files_do_not_hold():

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ..task_vectors.ties import tied_names
+
 Shape = tuple[int, ...]
 #: How models are called that have one class more than labels, for no object.
 _OF_OBJECTS = ("ForObjectDetection", "ForSegmentation", "ForUniversalSegmentation")
@@ -35,23 +37,37 @@ class Shapes:
             if hasattr(config, key)
         }
         self.vocabulary = getattr(_text(config), "vocab_size", None)
+        self.padding = getattr(_text(config), "pad_token_id", None)
+        self._padded = {
+            name: module.padding_idx
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            and module.padding_idx is not None
+        }
         self.sides = {
             name: tuple(parameter.shape)
             for name, parameter in model.named_parameters(remove_duplicate=False)
         }
+        self._tied: dict[str, list[str]] = {}
+        for name, first in tied_names(model).items():
+            self._tied.setdefault(first, [first]).append(name)
         self.counting = {
             attribute: [n for n, m in model.named_modules() if attribute in vars(m)]
             for attribute in ("num_labels", "vocab_size")
         }
 
     def settings(self, model: nn.Module, name: str, shape: Shape) -> list[Setting]:
-        """Settings that follow where a tensor is of a shape."""
-        owner, _, leaf = name.rpartition(".")
-        module, found = model.get_submodule(owner), []
-        if leaf == "weight":
-            found = [(module, key, value) for key, value in _sides(module, shape)]
-            found += self._of_labels(model, module, name, shape)
-            found += self._of_vocabulary(model, module, name, shape)
+        """Settings that follow where a tensor is of a shape, under every name that it has."""
+        found: list[Setting] = []
+        for one in self._tied.get(name, (name,)):
+            owner, _, leaf = one.rpartition(".")
+            module = model.get_submodule(owner)
+            if leaf == "weight":
+                found += [(module, key, value) for key, value in _sides(module, shape)]
+                if (padding := self._padded.get(owner)) is not None:
+                    found.append((module, "padding_idx", _within(padding, shape)))
+                found += self._of_labels(model, module, one, shape)
+                found += self._of_vocabulary(model, module, one, shape)
         return found
 
     def follow(self, model: nn.Module, name: str, shape: Shape) -> None:
@@ -107,7 +123,10 @@ class Shapes:
             return []
         if not any(module is end for end in ends_of(model)):
             return []
-        found = [(_text(model.config), "vocab_size", shape[0])]
+        config = _text(model.config)
+        found = [(config, "vocab_size", shape[0])]
+        if self.padding is not None:
+            found.append((config, "pad_token_id", _within(self.padding, shape)))
         return found + self._counts(model, "vocab_size", shape[0])
 
     def _counts(self, model: nn.Module, attribute: str, count: int) -> list[Setting]:
@@ -130,19 +149,33 @@ def _text(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def _within(row: int, shape: Shape) -> int | None:
+    """The row of a table; None where the table does not hold it."""
+    return row if row < shape[0] else None
+
+
 def _sides(module: nn.Module, shape: Shape) -> Iterator[tuple[str, Any]]:
     """Attributes that a module keeps of the shape of its weight."""
     if isinstance(module, nn.Linear):
         yield from zip(("out_features", "in_features"), shape)
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Bilinear):
+        yield from zip(("out_features", "in1_features", "in2_features"), shape)
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         yield from zip(("num_embeddings", "embedding_dim"), shape)
     elif type(module).__name__ == "Conv1D":  # transformers', of GPT-2
         yield from zip(("nx", "nf"), shape)
-    elif isinstance(module, _ConvNd) and not module.transposed:
-        yield "out_channels", shape[0]
-        yield "in_channels", shape[1] * module.groups
+    elif isinstance(module, _ConvNd):
+        outer, inner = "out_channels", "in_channels"
+        if module.transposed:
+            outer, inner = inner, outer
+        yield outer, shape[0]
+        yield inner, shape[1] * module.groups
         yield "kernel_size", shape[2:]
     elif isinstance(module, _NormBase):
         yield "num_features", shape[0]
+    elif isinstance(module, nn.GroupNorm):
+        yield "num_channels", shape[0]
+    elif isinstance(module, nn.PReLU):
+        yield "num_parameters", shape[0]
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         yield "normalized_shape", shape

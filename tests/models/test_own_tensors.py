@@ -262,6 +262,32 @@ def test_vocabularies_that_tasks_made_larger(make, tmp_path):
         assert model.backbone.lm_head.weight is model.backbone.transformer.wte.weight
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_vocabularies_of_any_size_are_stated_by_both_ends(tied, tmp_path):
+    """Also where the token that pads is in larger ones only."""
+    config = llama().config
+    config.update({"tie_word_embeddings": tied, "pad_token_id": 63})
+    base = seeded(lambda: type(llama())(config))
+    models = {BASE: base, "less": fine_tuned(base, 1), "more": fine_tuned(base, 2)}
+    for task, size in (("less", 60), ("more", 70)):
+        models[task].resize_token_embeddings(size, mean_resizing=False)
+    model = exact_model(models)
+    for task, size, padding in (("more", 70, 63), ("less", 60, None), ("more", 70, 63)):
+        model.set_task(task)
+        for found in (model.backbone, model.materialize(task)):
+            first, last = found.get_input_embeddings(), found.get_output_embeddings()
+            assert first.num_embeddings == last.out_features == size
+            assert found.config.vocab_size == size and first.padding_idx == padding
+            assert (last.weight is first.weight) == tied
+            close(found(tokens(2, 5) % 60).logits, models[task](tokens(2, 5) % 60).logits)  # fmt: skip
+        found.save_pretrained(tmp_path / task)
+        type(found).from_pretrained(tmp_path / task)
+    model.unset_task()
+    first, last = (getattr(model, f"get_{e}_embeddings")() for e in ("input", "output"))
+    assert first.num_embeddings == last.out_features == 64 and first.padding_idx == 63
+    assert model.config.pad_token_id == 63
+
+
 # --- other shapes -------------------------------------------------------------------
 
 
@@ -273,11 +299,19 @@ class Parts(nn.Module):
         self.conv, self.norm = nn.Conv2d(2, width, 3), nn.BatchNorm2d(width)
         self.layer_norm, self.first = nn.LayerNorm(width), nn.Linear(width, width + 1)
         self.embed, self.last = nn.Embedding(width, 3), nn.Linear(width + 1, 3)
+        self.table = nn.Linear(3, width, bias=False)
+        self.table.weight = self.embed.weight
+        self.up, self.prelu = nn.ConvTranspose2d(width, width, 1), nn.PReLU(width)
+        self.groups, self.bag = nn.GroupNorm(1, width), nn.EmbeddingBag(width, 3)
+        self.pairs = nn.Bilinear(width, width, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm(self.conv(x)).mean((2, 3))
-        y = self.last(self.first(self.layer_norm(y)))
-        return y + self.embed(torch.tensor([0, 1])).sum(0)
+        y = self.groups(self.prelu(self.up(self.norm(self.conv(x)))))
+        y = self.layer_norm(y.mean((2, 3)))
+        first = torch.tensor([0, 1])
+        both = self.embed(first).sum(0) + self.bag(first[None])
+        z = self.last(self.first(y)) + self.pairs(y, y)
+        return z + both + self.table(z).sum(1, keepdim=True)
 
 
 def test_modules_state_the_shapes_of_a_tasks_tensors():
@@ -291,6 +325,7 @@ def test_modules_state_the_shapes_of_a_tasks_tensors():
     x, before = torch.randn(4, 2, 5, 5), floats(model.backbone)
     said = ("out_channels", "in_channels", "num_features", "normalized_shape")
     said += ("num_embeddings", "embedding_dim", "out_features", "in_features")
+    said += ("num_channels", "num_parameters", "in1_features", "in2_features")
 
     def alike(left, right):
         pairs = zip(left.modules(), right.modules(), strict=True)

@@ -6,7 +6,7 @@ of one row per sample is the same for all samples.
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,15 @@ INSTEAD = (
 PACKED_BY = ("image_grid_thw", "video_grid_thw")
 #: Beginnings of the names of what samples have any number of.
 MEDIA = ("pixel_", "image_", "video_", "audio_", "input_features", "feature_")
+#: Arguments that may hold one image, video or sound in a row, and what their places in a text are called.
+PLACES = {
+    "pixel_values": "image",
+    "pixel_values_images": "image",
+    "pixel_values_videos": "video",
+    "input_features": "audio",
+}
+#: Arguments in whose tensors the samples are the second side.
+SECOND = frozenset({"mems"})
 
 
 @dataclass
@@ -59,6 +68,7 @@ class Call:
         names: of the parameters that may be given by position, in their order.
         main: the name of the argument that the samples come in, where it is known.
         also_for_all: names of more arguments that say nothing of a single sample.
+        tokens: that stand in a text for images, videos and sounds, see :func:`media_tokens`.
 
     Attributes:
         size: how many samples there are.
@@ -74,6 +84,7 @@ class Call:
     names: tuple[str, ...] = ()
     main: str | None = None
     also_for_all: frozenset[str] = frozenset()
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         given, known = self.given, {*FOR_ALL, *self.also_for_all}
@@ -110,6 +121,30 @@ class Call:
                 f"{count} {what} for a batch of {self.size} samples ({name or 'the input'} is {seen}). Give one per sample."
             )
 
+    def check_media(self) -> None:
+        """As many images as samples are one each only where every text has a place for some.
+
+        Raises:
+            DiDiError: where some have none, so that others have several.
+        """
+        given = self.given
+        texts = given.get("input_ids")
+        if not isinstance(texts, Tensor) or texts.ndim < 2:
+            return
+        for name in PLACES.keys() & given.keys():
+            token, value = self.tokens.get(PLACES[name]), given[name]
+            if token is None or not isinstance(value, Tensor):
+                continue
+            if name == "pixel_values" and value.ndim > 4 and "image_sizes" not in given:
+                continue  # those of each sample in a row, filled up with empty ones
+            without = (texts != token).all(1).nonzero().flatten().tolist()
+            if 0 < len(without) < len(texts):
+                raise DiDiError(
+                    f"{name} {tuple(value.shape)} does not hold one row for each of the {self.size} samples: input_ids of samples "
+                    f"{without} have no place for one (token {token}), so that samples of several tasks cannot be told apart in it. "
+                    "Run the samples of each task by themselves."
+                )
+
     def picked(self, index: Tensor) -> "Call":
         """The call with some of the samples only.
 
@@ -137,6 +172,16 @@ class Call:
         args = (rows(name, value) for name, value in self._positional())
         kwargs = {name: rows(name, value) for name, value in self.kwargs.items()}
         return replace(self, args=tuple(args), kwargs=kwargs)
+
+    def undivided(self, error: Exception) -> DiDiError:
+        """What to say where the model takes all samples, and some of them not."""
+        tensors = ((name, first_tensor(value)) for name, value in self.given.items())
+        shapes = [f"{n} {tuple(x.shape)}" for n, x in tensors if x is not None]
+        return DiDiError(
+            f"The model runs on all {self.size} samples and not on some of them ({type(error).__name__}: {error}), so that samples of "
+            f"several tasks cannot be told apart in what is given: {', '.join(shapes)}. Give tensors of one row per sample, or run the "
+            "samples of each task by themselves."
+        )
 
     def on(self, network: nn.Module) -> Any:
         """Run the call on a network; its output."""
@@ -186,6 +231,8 @@ class Call:
         """The side of a tensor that is the samples."""
         if name.endswith("position_ids") and tensor.ndim == 3:
             return 1 if tensor.shape[1] == self.size else None
+        if name in SECOND and tensor.ndim > 1 and tensor.shape[1] == self.size:
+            return 1
         return 0 if tensor.ndim and len(tensor) == self.size else None
 
     def _refuse(self, name: str, found: Any = "given") -> None:
@@ -209,7 +256,18 @@ def call_of(
         method,
         parameter_names(function),
         getattr(backbone, "main_input_name", None),
+        tokens=media_tokens(backbone),
     )
+
+
+def media_tokens(backbone: nn.Module) -> dict[str, int]:
+    """Tokens that stand in a text for images, videos and sounds, as far as a configuration tells them."""
+    config, found = getattr(backbone, "config", None), {}
+    for kind in set(PLACES.values()):
+        for name in (f"{kind}_token_index", f"{kind}_token_id"):
+            if isinstance(token := getattr(config, name, None), int):
+                found[kind] = token
+    return found
 
 
 def parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:

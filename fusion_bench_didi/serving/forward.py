@@ -30,7 +30,7 @@ from .agreement import agree, rounded_again
 from .autocast import product_dtype
 from .banks import OwnBank
 from .caches import Caches, caches_of
-from .calls import Call, call_of, parameter_names
+from .calls import Call, call_of, media_tokens, parameter_names
 from .derived import Derived
 from .forward_only import forward_only
 from .held import Held
@@ -43,6 +43,7 @@ from .outputs import Layout, joined, reordered
 from .own_settings import OwnSettings
 from .requests import checked_weights, task_numbers
 from .running import Pass, Running
+from .sequences import check_lengths, sequence_lengths
 from .shadow import OwnBuffers, network_with, watch_states
 from .shapes import Shapes
 from .unwritten import Unwritten
@@ -103,6 +104,7 @@ class MixedForward:
         self._places = Places(backbone, self.banks, self.shapes, derived)
         self._names = parameter_names(backbone.forward)
         self._main = getattr(backbone, "main_input_name", None)
+        self._tokens = media_tokens(backbone)
         self._layouts: dict[Hashable, Layout] = {}
         self._agreeing: dict[Hashable, bool] = {}
         self.limit = PROBES
@@ -139,13 +141,15 @@ class MixedForward:
         """A call of the backbone's forward, or of another of its methods."""
         if method is not None:
             return call_of(self.backbone, args, kwargs, method)
-        return Call(args, kwargs, names=self._names, main=self._main)
+        return Call(
+            args, kwargs, names=self._names, main=self._main, tokens=self._tokens
+        )
 
     def mix(self, task_ids: Any, task_weights: Any, call: Call) -> Mix:
         """The mixture of a call's samples, from task ids or weights, whichever is not None.
 
         Raises:
-            DiDiError: if both are given, or are not of these samples.
+            DiDiError: if both are given, or are not of these samples; and if images are not one per sample.
         """
         if task_ids is not None and task_weights is not None:
             raise DiDiError("Give task_ids or task_weights, not both.")
@@ -157,6 +161,9 @@ class MixedForward:
             ids = task_numbers(task_ids, self.tasks)
             call.fits(len(ids), "task_ids")
             mix = ByTask.of(ids.to(self._device), self.count)
+        if self._tokens and not torch.compiler.is_compiling():
+            if len(list(mix.groups())) > 1:
+                call.check_media()
         if self.held is not None:
             self._ask(mix)
         return mix
@@ -331,11 +338,29 @@ class MixedForward:
         with self.lock:
             first = mix.order[:1]
             rows = torch.cat([first, (first + 1) % call.size, first])
-            two, three = (
-                self.alone(mix.like_first(n), call.picked(rows[:n])) for n in (2, 3)
-            )
-            layout = self._layouts[self._kind(call)] = Layout.of(two, three)
+            outputs, lengths = [], []
+            for n in (2, 3):
+                with sequence_lengths(self.backbone) as found:
+                    outputs.append(self._of_some(mix, call, rows[:n]))
+                lengths.append(found)
+            check_lengths(self.backbone, *lengths)
+            layout = self._layouts[self._kind(call)] = Layout.of(*outputs)
             return layout
+
+    def _of_some(self, mix: Mix, call: Call, rows: Tensor) -> Any:
+        """The output for some samples, all under the weights of the first.
+
+        Raises:
+            DiDiError: if the model takes all samples and not some, so that what is given is no rows of samples.
+        """
+        try:
+            return self.alone(mix.like_first(len(rows)), call.picked(rows))
+        except DiDiError:
+            raise
+        except Exception as error:  # of any type, of the model's own code
+            every = torch.arange(call.size, device=self._device)
+            self.alone(mix.like_first(call.size), call.picked(every))
+            raise call.undivided(error) from error
 
     def alone(
         self, piece: Mix, call: Call, *, watched: bool = False, nudged: bool = False

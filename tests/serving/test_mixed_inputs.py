@@ -7,7 +7,17 @@ from exact_models import exact_model, llama, pool_of, seeded, tokens
 from helpers import BASE, TRANSFORMERS
 from mixed_net import IDS, NAMES, close, net
 from torch import nn
-from transformers import BatchEncoding, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    BatchEncoding,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from fusion_bench_didi.errors import DiDiError, UnknownTaskError
 
@@ -253,3 +263,64 @@ def test_images_whose_patches_lie_in_one_row_are_refused():
     assert len(model(input_ids=ids, **images, task_ids=["b", "b"]).logits) == 2
     with pytest.raises(DiDiError, match="image_grid_thw .* one row for each of the 2"):
         model(input_ids=ids, **images, task_ids=["b", "a"])
+
+
+def llava() -> LlavaForConditionalGeneration:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=8, patch_size=8),
+        text_config=LlamaConfig(**sizes, vocab_size=64),
+        image_token_index=60,
+        vision_feature_layer=-1,
+    )
+    return seeded(lambda: LlavaForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("how", ["layered", "grouped"])
+@torch.no_grad()
+def test_as_many_images_as_samples_are_refused_where_they_are_not_one_each(how):
+    """Also after batches of one each, and where every task has as many images as samples."""
+    models = pool_of(llava())
+    model, tasks = exact_model(models), ["b", "a", "a", "b"]
+    if how == "grouped":
+        model.mixed.network = None
+    pixels, texts = torch.randn(4, 3, 8, 8), tokens(4, 4) % 50 + 3
+    one = texts.clone()
+    one[:, 1] = 60
+    found = model(input_ids=one, pixel_values=pixels, task_ids=tasks).logits
+    for i, task in enumerate(tasks):
+        own = models[task](input_ids=one[i : i + 1], pixel_values=pixels[i : i + 1])
+        close(found[i : i + 1], own.logits)
+    for counts in ((2, 0, 2, 0), (1, 1, 2, 0), (0, 0, 2, 2), (0, 2, 0, 2)):
+        uneven = texts.clone()
+        for row, count in zip(uneven, counts):
+            row[:count] = 60
+        for args in ((uneven, pixels), ()):
+            given = {} if args else {"input_ids": uneven, "pixel_values": pixels}
+            for ids in (tasks, sorted(tasks)):
+                with pytest.raises(DiDiError, match=r"pixel_values \(4, 3, 8, 8\) .* each of the 4 samples.*no place for one"):  # fmt: skip
+                    model(*args, **given, task_ids=ids)
+            whole = model(*args, **given, task_ids=["a"] * 4).logits
+            close(whole, models["a"](uneven, pixels).logits)
+
+
+@pytest.mark.parametrize("how", ["layered", "grouped"])
+@pytest.mark.parametrize("length", [2, 3, 4])
+@torch.no_grad()
+def test_memories_whose_samples_lie_second_are_those_of_the_samples(how, length):
+    config = XLNetConfig(
+        d_model=16, n_layer=2, n_head=2, d_inner=16, vocab_size=64, mem_len=4
+    )
+    models = pool_of(seeded(lambda: XLNetLMHeadModel(config)))
+    model, tasks = exact_model(models), ["b", "a", "b"]
+    if how == "grouped":
+        model.mixed.network = None
+    ids, mems = tokens(3, 4), [torch.randn(length, 3, 16) for _ in range(2)]
+    found = model(input_ids=ids, mems=mems, use_mems=True, task_ids=tasks)
+    for i, task in enumerate(tasks):
+        part = [mem[:, i : i + 1] for mem in mems]
+        own = models[task](input_ids=ids[i : i + 1], mems=part, use_mems=True)
+        close(found.logits[i : i + 1], own.logits)
+        for left, right in zip(found.mems, own.mems, strict=True):
+            close(left[:, i : i + 1], right)

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from ..errors import DiDiError, spelled
 from ..files import from_home
+from ..pools.configurations import COMPUTED
 from ..pools.counts import check_counts, pairs
 from ..pools.weight_files import Weights, index_files, open_weights
 from ..task_vectors.tower_names import fill
@@ -44,22 +45,52 @@ ARGUMENTS: Mapping[str, tuple[type, ...]] = {
     "variant": (str,),
     "attn_implementation": (str,),
     "num_labels": (int,),
+    "problem_type": (str,),
+    "pad_token_id": (int,),
+    "bos_token_id": (int,),
+    "eos_token_id": (int,),
+    "add_pooling_layer": (bool,),
+    "output_attentions": (bool,),
+    "output_hidden_states": (bool,),
+    "return_dict": (bool,),
+    "tie_word_embeddings": (bool,),
+    "ignore_mismatched_sizes": (bool,),
     "use_safetensors": (bool,),
 }
+#: Arguments that hold secrets.
+SECRETS = frozenset({"token", "use_auth_token", "proxies"})
 #: Arguments that do not change what is loaded, or are of the machine that merged.
-IGNORED = frozenset(
-    {
-        "_convert_",
-        "_partial_",
-        "_recursive_",
-        "cache_dir",
-        "device_map",
-        "force_download",
-        "local_files_only",
-        "low_cpu_mem_usage",
-        "token",
-        "use_cache",
-    }
+IGNORED = SECRETS | {
+    "_convert_",
+    "_fast_init",
+    "_partial_",
+    "_recursive_",
+    "cache_dir",
+    "code_revision",
+    "device_map",
+    "force_download",
+    "gradient_checkpointing",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "mirror",
+    "offload_buffers",
+    "offload_folder",
+    "offload_state_dict",
+    "resume_download",
+    "use_cache",
+    "use_flash_attention_2",
+}
+#: Arguments that ask for nothing.
+IDLE = (
+    ("trust_remote_code", False),
+    ("output_loading_info", False),
+    ("load_in_4bit", False),
+    ("load_in_8bit", False),
+    ("from_flax", False),
+    ("from_tf", False),
+    ("use_kernels", False),
+    ("weights_only", True),
 )
 #: Others name kernels of the hub, which are code.
 ATTENTION = frozenset(
@@ -79,7 +110,6 @@ DTYPES = {
 TYPE = (
     "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 )
-_NO_CODE = ("trust_remote_code", False)
 _PLACE = "pretrained_model_name_or_path"
 
 
@@ -103,10 +133,7 @@ def load(
     """
     given = {_PLACE: source} if isinstance(source, str) else dict(source)
     try:
-        if class_name == OPEN_CLIP and given.keys() == {
-            "model_name",
-            "state_dict_path",
-        }:
+        if _is_open_clip(class_name, given):
             return _open_clip(**given), frozenset()
         make = _loader(given.pop("_target_", f"{class_name}.from_pretrained"))
         arguments = _ready(_arguments(given), directory, dtype)
@@ -119,9 +146,11 @@ def load(
         raise DiDiError(
             f"The backbone cannot be loaded from {source!r} ({type(error).__name__}: {error}). {_way_out()}"
         ) from error
-    if weights and found["missing_keys"] and fill(model, open_weights(*weights)):
+    other = (k if isinstance(k, str) else k[0] for k in found["mismatched_keys"])
+    fresh = frozenset((*found["missing_keys"], *other))
+    if weights and fresh and fill(model, open_weights(*weights)):
         return model, frozenset()
-    return model, frozenset(found["missing_keys"])
+    return model, fresh
 
 
 def described(source: Any) -> Any:
@@ -130,10 +159,40 @@ def described(source: Any) -> Any:
         return str(Path(source).absolute()) if Path(source).is_dir() else source
     if not isinstance(source, Mapping):
         return source
-    kept = {k: v for k, v in source.items() if k not in IGNORED}
-    if _NO_CODE in kept.items():
-        del kept["trust_remote_code"]
-    return {k: described(v) if k == _PLACE else v for k, v in kept.items()}
+    kept = {k: v for k, v in source.items() if k not in IGNORED and (k, v) not in IDLE}
+    return {
+        k: described(v) if k == _PLACE else _without_secrets(v) for k, v in kept.items()
+    }
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {k: v for k, v in value.items() if k not in SECRETS}
+        return {k: _without_secrets(v) for k, v in kept.items()}
+    return [*map(_without_secrets, value)] if isinstance(value, list) else value
+
+
+def obstacle(class_name: str, source: Any) -> DiDiError | None:
+    """Why :func:`load` will refuse a source, whatever lies there; None if it will not, or there is no source.
+
+    Args:
+        class_name, source: as of :func:`load`.
+    """
+    if source is None or _is_open_clip(class_name, source):
+        return None
+    given = {_PLACE: source} if isinstance(source, str) else dict(source)
+    try:
+        _loader(given.pop("_target_", f"{class_name}.from_pretrained"))
+        _arguments(given)
+    except DiDiError as error:
+        return error
+    return None
+
+
+def _is_open_clip(class_name: str, source: Any) -> bool:
+    known = {"model_name", "state_dict_path"}
+    mapping = isinstance(source, Mapping)
+    return class_name == OPEN_CLIP and mapping and source.keys() == known
 
 
 def _way_out() -> str:
@@ -190,9 +249,10 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``from_pretrained``, all of them plain."""
     found = {}
     for key, value in given.items():
-        if key in IGNORED or value is None or (key, value) == _NO_CODE:
+        if key in IGNORED or value is None or (key, value) in IDLE:
             continue
-        if type(value) not in ARGUMENTS.get(key, ()):
+        computed = key in COMPUTED and _is_plain(value)
+        if not computed and type(value) not in ARGUMENTS.get(key, ()):
             raise _refused(f"the argument {key}={value!r}", f"one of {list(ARGUMENTS)}")
         found[key] = value
     attention = found.get("attn_implementation", "eager")
@@ -203,6 +263,15 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     if _PLACE not in found:
         raise _refused("no place", f"a {_PLACE}")
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a configuration's file may hold the value as it is."""
+    if isinstance(value, Mapping):
+        return "_target_" not in value and all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, bool, int, float)
 
 
 def _ready(

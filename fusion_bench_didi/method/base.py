@@ -21,6 +21,7 @@ from torch import nn
 from ..checkpoint.deltas import versions
 from ..checkpoint.directory import alone, check_target, common_directory
 from ..checkpoint.journal import Journal, check_journal, left_if_worth, open_journal
+from ..checkpoint.loaders import described, obstacle
 from ..checkpoint.stream import DeltaWriter
 from ..deltas.sink import EncodedTensor, InMemory, Sink
 from ..deltas.storage import told
@@ -212,6 +213,9 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             CheckpointMismatchError: for a file of settings that cannot be read; so they are taken before anything is merged.
         """
         settings = OmegaConf.to_container(self.config, resolve=True)
+        reference = backbone_reference(modelpool, backbone)
+        if reason := obstacle(reference["class"], described(reference["source"])):
+            log.warning("Saved, the merged model will not load its base model by itself. %s", reason)  # fmt: skip
         return {
             "method": self.title,
             "settings": {k: v for k, v in settings.items() if not k.startswith("_")},
@@ -221,7 +225,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 if name in modelpool.model_names
             },
             **task_settings(modelpool, backbone),
-            "backbone": backbone_reference(modelpool, backbone),
+            "backbone": reference,
         }
 
     def track(self, names: Sequence[str], stage: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact_models import bert
 from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
 from fusion_bench.modelpool.causal_lm import CausalLMPool
 from helpers import BASE, TRANSFORMERS, didi, family, fine_tuned
@@ -21,7 +22,7 @@ from hostile_directories import (
     write_language_model,
 )
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 from fusion_bench_didi.artifacts import load_artifact, save_artifact
 from fusion_bench_didi.checkpoint import loaders
@@ -183,7 +184,8 @@ def test_code_beside_a_base_model_does_not_run(tmp_path, how):
     config = json.loads((base / "config.json").read_text())
     if how == "auto_map":
         (base / "modeling_evil.py").write_text(
-            code + "from transformers import GPT2LMHeadModel as Evil\n"
+            code
+            + "from transformers import BertForSequenceClassification, GPT2LMHeadModel as Evil\n"
         )
         config["auto_map"] = {
             "AutoConfig": "modeling_evil.Evil",
@@ -215,7 +217,7 @@ def test_transformers_would_run_code_of_a_local_directory(tmp_path, run_python):
     code = f"open({str(mark)!r}, 'w')\ndef generate(model, **_): ...\n"
     (place / "generate.py").write_text(code)
     done = run_python(textwrap.dedent(f"""
-            from transformers import GPT2LMHeadModel
+            from transformers import BertForSequenceClassification, GPT2LMHeadModel
             GPT2LMHeadModel.from_pretrained({str(tmp_path / "base")!r}, trust_remote_code=False)
             """))
     assert done.returncode == 0, done.stderr
@@ -248,6 +250,109 @@ def test_entries_that_pools_have_are_loaded_again(tiny_clip_dir, tmp_path):
         )
         assert "hf_secret" not in (merged / "config.json").read_text()
         assert "hf_secret" not in (merged / "README.md").read_text()
+
+
+def _bert_pool(place: Path, **arguments: object) -> BaseModelPool:
+    """Two tasks of a base model on disk that is loaded with more arguments."""
+    base = bert(2)
+    for name, model in family(base, ("a", "b")).items():
+        model.save_pretrained(place / name)
+    target = "transformers.BertForSequenceClassification.from_pretrained"
+
+    def entry(name: str) -> dict:
+        return {"_target_": target, "pretrained_model_name_or_path": str(place / name)}
+
+    entries = {name: entry(name) for name in ("a", "b")}
+    return BaseModelPool({BASE: {**entry(BASE), **arguments}, **entries})
+
+
+PLAIN = {
+    "files": {
+        **{"use_safetensors": True, "revision": "main", "subfolder": ""},
+        **{"variant": None, "local_files_only": True, "force_download": False},
+        **{"weights_only": True, "from_tf": False, "trust_remote_code": False},
+    },
+    "machine": {
+        **{"low_cpu_mem_usage": True, "device_map": "cpu", "cache_dir": "cache"},
+        **{"offload_state_dict": False, "max_memory": {"cpu": "9GB"}},
+        **{"offload_folder": "offloaded", "offload_buffers": False},
+    },
+    "secrets": {"token": "hf_secret", "proxies": {"https": "http://hf_secret@proxy"}},
+    "types": {"torch_dtype": "float32", "attn_implementation": "eager"},
+    "the other name of types": {"dtype": "auto"},
+    "heads": {
+        **{"ignore_mismatched_sizes": True, "num_labels": 2},
+        **{"problem_type": "single_label_classification"},
+    },
+    "outputs": {
+        **{"output_hidden_states": True, "output_attentions": False},
+        **{"return_dict": True, "use_cache": False, "pad_token_id": 0},
+    },
+    "computed": {"layer_norm_eps": 1e-6, "hidden_act": "relu"},
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_arguments_that_run_no_code_are_given_again(tmp_path, caplog, kind):
+    """And secrets are written nowhere."""
+    pool = _bert_pool(tmp_path, **PLAIN[kind])
+    if kind == "computed":  # of tasks too
+        for task in "ab":
+            pool._models[task].update(PLAIN[kind])
+    merged = didi(pool, budget=2.0, output_dir=str(tmp_path / "merged"))
+    assert "by itself" not in caplog.text
+    merged.save_pretrained(tmp_path / "saved")
+    again, before = DiDiModel.from_pretrained(tmp_path / "saved").config, merged.config
+    for same in {"layer_norm_eps", "hidden_act", *PLAIN[kind]}:
+        assert getattr(again, same, None) == getattr(before, same, None)
+    files = [*(tmp_path / "merged").rglob("*"), *(tmp_path / "saved").rglob("*")]
+    for file in filter(Path.is_file, files):
+        assert b"hf_secret" not in file.read_bytes()
+
+
+def test_heads_that_did_not_fit_are_others_every_time(tmp_path):
+    pool = _bert_pool(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    didi(pool, budget=20.0, own=["classifier*"]).save_pretrained(tmp_path / "saved")
+    again = DiDiModel.from_pretrained(tmp_path / "saved")
+    assert again.backbone.classifier.out_features == 5
+    assert again.materialize("a").classifier.out_features == 2
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"key_mapping": {"a": "b"}},
+        {"attn_implementation": {"": "evil/kernel"}},
+        {"layer_norm_eps": {"_target_": "os.getcwd"}},
+        {"_target_": "load_bert"},
+    ],
+    ids=str,
+)
+def test_what_will_not_be_loaded_again_is_told_of(more):
+    target = "transformers.BertForSequenceClassification.from_pretrained"
+    entry = {"_target_": target, "pretrained_model_name_or_path": "x/y"}
+    assert loaders.obstacle("", entry) is None
+    assert "backbone=" in str(loaders.obstacle("", {**entry, **more}))
+
+
+def test_what_will_not_be_loaded_again_is_said_before_the_merge(tmp_path, caplog):
+    pool = _bert_pool(tmp_path)
+    pool._models[BASE]["_target_"] = f"{__name__}.load_bert"
+    merged = didi(pool, budget=2.0)
+    assert "by itself" in caplog.text and "load_bert" in caplog.text
+    merged.save_pretrained(tmp_path / "saved")
+    with pytest.raises(DiDiError, match="load_bert"):
+        DiDiModel.from_pretrained(tmp_path / "saved")
+
+
+def load_bert(pretrained_model_name_or_path: str) -> nn.Module:
+    """A loader of somebody's own."""
+    return BertForSequenceClassification.from_pretrained(pretrained_model_name_or_path)
+
+
+def test_a_secret_within_an_argument_is_not_written():
+    source = {"pretrained_model_name_or_path": "x/y", "config": {"token": "hf_secret"}}
+    assert "hf_secret" not in str(loaders.described(source))
 
 
 def test_a_relative_place_is_kept_as_the_place_it_was(

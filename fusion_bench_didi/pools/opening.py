@@ -22,7 +22,7 @@ from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.renaming import aligned
 from ..task_vectors.sources import ModuleSource, TensorInfo, TensorSource
-from ..task_vectors.ties import taken_apart, tie, tied_names, untie
+from ..task_vectors.ties import taken_apart, tie, tied_by_peft, tied_names, untie
 from .configurations import check_configurations
 from .entries import (
     BASE,
@@ -290,7 +290,7 @@ def needed_apart(
             known = {**names.infos, **tied}
             turned = fan_in_first(backbone)
             adapter = AdapterSource.of_directory(directory, task, known, turned)
-            found |= adapter.apart(names.aliases)
+            found |= adapter.apart(names.aliases, tied_by_peft(backbone))
         elif isinstance(modelpool._models[task], nn.Module):
             found |= apart(ModuleSource(load_model(modelpool, task), task), names)
         elif source := _opened(modelpool, task):

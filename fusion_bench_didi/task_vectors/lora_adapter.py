@@ -92,6 +92,7 @@ class AdapterSource(TensorSource):
         else:
             self._sort()
         self._ties = bool(config.get("ensure_weight_tying"))
+        self._ties_by_name = self._ties and self._settings.targets_embedding(config)
         #: The base model that it was trained on, as PEFT calls it.
         self.trained_on = config.get("base_model_name_or_path")
 
@@ -171,16 +172,28 @@ class AdapterSource(TensorSource):
             return base
         return self._sum(base, self._pairs[name])
 
-    def apart(self, tied: Mapping[str, str]) -> set[str]:
+    def apart(self, tied: Mapping[str, str], tying: bool = True) -> set[str]:
         """Tied names of the base model that differ from the others with this adapter: PEFT changes a tensor by one name only.
 
         Args:
             tied: other names of tied tensors -> their first name.
+            tying: the base model's configuration lets PEFT tie them again.
         """
-        if self._ties:
-            return set()
         changed = set(self._infos)
-        return {name for name, first in tied.items() if {name, first} & changed}
+        return {
+            name
+            for name, first in tied.items()
+            if {name, first} & changed
+            and not self._kept_tied(name, first, tying and self._ties_by_name)
+        }
+
+    def _kept_tied(self, name: str, first: str, by_name: bool) -> bool:
+        """Whether ``ensure_weight_tying`` has tied two names: both are in the file then, or PEFT knows the head by its name, which it
+        looks for at the top of a model only."""
+        if not self._ties:
+            return False
+        at_top = "." not in name.removesuffix(".weight")
+        return by_name and at_top or self._is_copy(name, first)
 
     def leave_out_copies(self, tied: Mapping[str, str]) -> None:
         """Take once what PEFT has written by each of its names, as it does for ``ensure_weight_tying``.

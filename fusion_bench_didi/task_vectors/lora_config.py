@@ -55,6 +55,9 @@ PROMPTS = (
     "P_TUNING",
 )
 
+#: Last parts of names by which PEFT knows the modules that ``ensure_weight_tying`` is about.
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
 #: Starts that leave the base model's weights alone; others (PiSSA, OLoRA, ...) take part of them into the adapter.
 STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
@@ -108,6 +111,16 @@ class LoraSettings:
         rank = self.rank_of(module)
         alpha = self._matched(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.root else rank)
+
+    def targets_embedding(self, config: Mapping[str, Any]) -> bool:
+        """Whether PEFT finds, by their names, an embedding or a head among the modules that the adapter changes."""
+        targets, whole = config.get("target_modules"), config.get("modules_to_save")
+        names = [m for some in (targets, whole) if isinstance(some, list) for m in some]
+        if any(str(name).rpartition(".")[2] in EMBEDDINGS for name in names):
+            return True
+        if not isinstance(targets, str) or _fault_of(targets):
+            return False
+        return any(self._matched({targets: True}, name, False) for name in EMBEDDINGS)
 
     def _matched(
         self, patterns: Mapping[str, Any] | None, module: str, default: Any

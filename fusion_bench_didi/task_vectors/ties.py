@@ -1,7 +1,9 @@
 """Tensors that a model uses under several names, and taking them apart where tasks need them to differ."""
 
+import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,13 @@ def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(owner), leaf
 
 
+def tied_by_peft(module: nn.Module) -> bool:
+    """Whether PEFT takes a model for one whose embeddings are tied."""
+    config = getattr(module, "config", None)
+    tied = getattr(config, "tie_word_embeddings", None) is not False
+    return tied and bool(getattr(module, "_tied_weights_keys", None))
+
+
 @torch.no_grad()
 def untie(module: nn.Module, names: Iterable[str]) -> None:
     """Give tensors that are tied to others values of their own, equal to what they were.
@@ -66,23 +75,51 @@ def untie(module: nn.Module, names: Iterable[str]) -> None:
     names = sorted(set(names))
     if not names:
         return
-    if _mentions(type(module).forward, "tie_word_embeddings"):
+    settings = _configurations(module)
+    # a flag that is off already stays as it is
+    off = settings and not any(_ties(part) for part in settings)
+    if not off and _mentions(type(module).forward, "tie_word_embeddings"):
         raise CheckpointMismatchError(
             f"The fine-tuned models need {', '.join(names)} apart from the tensors to which {type(module).__name__} ties them, and "
             "its forward computes something else then. Leave these models out, or train them with tied tensors."
         )
     for name in names:
+        _lead_alone(module, name)
         owner, leaf = _place(module, name)
         value = getattr(owner, leaf)
         own = value.detach().clone()
         if isinstance(value, nn.Parameter):
             own = nn.Parameter(own, value.requires_grad)
         setattr(owner, leaf, own)
-    config = getattr(module, "config", None)
-    for part in (config, getattr(config, "get_text_config", lambda: None)()):
-        if part is not None:
-            part.tie_word_embeddings = False
+    for part in settings:
+        part.tie_word_embeddings = False
     setattr(module, _MARK, sorted({*taken_apart(module), *names}))
+
+
+def _lead_alone(module: nn.Module, name: str) -> None:
+    """Copy the modules on the way to a tensor that are also others of the model: T5's encoder has its embedding itself, and not just
+    the weight."""
+    owner = module
+    for part in name.split(".")[:-1]:
+        child = getattr(owner, part)
+        found = module.named_modules(remove_duplicate=False)
+        if sum(other is child for _, other in found) > 1:
+            child = copy.copy(child)
+            for held in ("_parameters", "_buffers", "_modules"):
+                setattr(child, held, getattr(child, held).copy())
+            setattr(owner, part, child)
+        owner = child
+
+
+def _configurations(module: nn.Module) -> list[Any]:
+    """Those that say whether a model's embeddings are tied."""
+    config = getattr(module, "config", None)
+    found = (config, getattr(config, "get_text_config", lambda: None)())
+    return [part for part in found if part is not None]
+
+
+def _ties(config: Any) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", True))
 
 
 def _mentions(function: Callable, name: str) -> bool:

@@ -23,15 +23,23 @@ from saved_checkpoints import (
 )
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     HubertConfig,
     HubertModel,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -47,7 +55,8 @@ from fusion_bench_didi.task_vectors.ties import untie
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def llava() -> nn.Module:
+def llava(tied: bool = False) -> nn.Module:
+    """A model that ties its head by the configuration of its text, whatever its own says."""
     vision = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -57,9 +66,12 @@ def llava() -> nn.Module:
         "patch_size": 4,
         "model_type": "clip_vision_model",
     }
-    text = {**LLAMA, "model_type": "llama"}
+    text = {**LLAMA, "model_type": "llama", "tie_word_embeddings": tied}
     config = LlavaConfig(
-        vision_config=vision, text_config=text, vision_feature_layer=-1
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=-1,
+        tie_word_embeddings=not tied,
     )
     return seeded(lambda: LlavaForConditionalGeneration(config))
 
@@ -325,8 +337,89 @@ def test_fine_tuned_models_that_tie_what_the_base_does_not(tmp_path):
 )
 def test_adapters_that_change_one_name_of_a_tied_tensor(tmp_path, make, settings):
     """PEFT runs the embedding and the head apart from then on, unless it is told to tie them; so does the merged model."""
-    base, want = make(), {}
-    base.save_pretrained(tmp_path / "base")
+    base = make()
+    want = write_adapters(tmp_path, base, settings)
+    assert_same_text(tmp_path, base, want)
+
+
+#: Models by what they call the embedding; PEFT knows other names than these.
+EMBEDDINGS: dict[str, tuple] = {
+    "wte": (lambda: gpt2(), "c_attn"),
+    "word_embeddings": (lambda: bloom(), "query_key_value"),
+    "embed_in": (lambda: neox(), "query_key_value"),
+    "embeddings": (lambda: mamba(), "in_proj"),
+    "shared": (lambda: bart(), "q_proj"),
+}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "pair"])
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_embeddings_that_peft_does_not_tie_though_it_was_told_to(tmp_path, name, whole):
+    """It looks for ``embed_tokens`` and ``lm_head``; of other names its file holds the embedding alone."""
+    make, layer = EMBEDDINGS[name]
+    base, targets = make(), {"target_modules": [layer, *([] if whole else [name])]}
+    settings = targets | ({"modules_to_save": [name]} if whole else {})
+    settings["ensure_weight_tying"] = True
+    want = write_adapters(tmp_path, base, settings)
+    assert_same_text(tmp_path, base, want)
+
+
+@pytest.mark.parametrize(
+    "make, settings",
+    [
+        (gpt2, {"target_modules": ["c_attn", "wte", "lm_head"]}),
+        (gpt2, {"target_modules": ["c_attn", "lm_head"]}),
+        (gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]}),
+        (lambda: bart(), {"target_modules": ["q_proj", "lm_head"]}),
+        (lambda: llama(True), {"target_modules": ["q_proj", "lm_head"]}),
+        (lambda: llama(True), {"target_modules": r".*(q_proj|embed_tokens)"}),
+        (lambda: llama(True), {"target_modules": r"model\.embed_tokens|.*q_proj"}),
+        (lambda: llava(True), {"target_modules": ["q_proj", "embed_tokens"]}),
+    ],
+    ids=[
+        "both",
+        "head",
+        "whole head",
+        "four names",
+        "llama",
+        "pattern",
+        "anchored",
+        "text alone",
+    ],
+)
+def test_embeddings_that_peft_ties_or_not(tmp_path, make, settings):
+    """By what its file holds then, whatever the embedding is called."""
+    base = make()
+    settings = {**settings, "ensure_weight_tying": True}
+    want = write_adapters(tmp_path, base, settings)
+    assert_same_text(tmp_path, base, want)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ".*embed_tokens"], ids=str)
+def test_an_embedding_that_peft_ties_as_it_loads_it(tmp_path, targets):
+    """Its file need not hold the head, and older ones do not."""
+    base = llama(True)
+
+    def without_head(tensors: dict) -> dict:
+        return {name: v for name, v in tensors.items() if "lm_head" not in name}
+
+    settings = {"target_modules": targets, "ensure_weight_tying": True}
+    write_adapters(tmp_path, base, settings, without_head)
+    want = {
+        task: PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / task)
+        for task in "ab"
+    }
+    assert_same_text(tmp_path, base, want)
+
+
+def write_adapters(place, base, settings: dict, change=None) -> dict[str, nn.Module]:
+    """The base model and two adapters, and the models with them as they were trained.
+
+    Args:
+        change: what becomes of an adapter's tensors in its file.
+    """
+    base.save_pretrained(place / "base")
+    trained = {}
     for seed, task in enumerate("ab", 1):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -336,15 +429,56 @@ def test_adapters_that_change_one_name_of_a_tied_tensor(tmp_path, make, settings
                 for name, value in model.named_parameters():
                     if "modules_to_save" in name:
                         value += 0.1 * torch.randn(value.shape)
-        model.save_pretrained(tmp_path / task)
-        want[task] = model.eval()
-    pool, ids = pool_of(tmp_path, type(base)), torch.arange(6)[None]
-    merged = didi(pool, budget=1e9)
-    for task in "ab":
+        model.save_pretrained(place / task)
+        trained[task] = model.eval()
+        if change is not None:
+            file = place / task / "adapter_model.safetensors"
+            save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return trained
+
+
+def assert_same_text(place, base: nn.Module, want: dict[str, nn.Module]) -> None:
+    """The merged model computes what the models do."""
+    merged, x = didi(pool_of(place, type(base)), budget=1e9), torch.arange(6)[None]
+    inputs = {"input_ids": x}
+    if base.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = x
+    for task, model in want.items():
         merged.set_task(task)
         with torch.no_grad():
-            found, expected = merged(ids).logits, want[task](input_ids=ids).logits
+            found, expected = (m(**inputs).logits for m in (merged, model))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def bloom() -> nn.Module:
+    config = BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=30)
+    return seeded(lambda: BloomForCausalLM(config))
+
+
+def neox() -> nn.Module:
+    config = GPTNeoXConfig(**SIZES, intermediate_size=16, tie_word_embeddings=True)
+    return seeded(lambda: GPTNeoXForCausalLM(config))
+
+
+def mamba() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    return seeded(lambda: MambaForCausalLM(MambaConfig(**sizes, vocab_size=30)))
+
+
+def bart() -> nn.Module:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    widths = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    config = BartConfig(**layers, **heads, **widths, vocab_size=30)
+    return seeded(lambda: BartForConditionalGeneration(config))
+
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 30,
+}
 
 
 def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path):
@@ -469,6 +603,40 @@ def test_a_model_that_computes_something_else_when_untied_is_refused(tmp_path):
     with torch.no_grad():
         found, right = (m.eval()(**x).logits for m in (merged.materialize("a"), whole))
     assert torch.allclose(found, right, atol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [["lm_head", "shared"], ["shared"]], ids=str)
+def test_a_forward_that_asks_for_ties_which_there_are_none_of(tmp_path, whole):
+    """T5 1.1 says that its head is not tied, and has one embedding in three places all the same; PEFT changes that of one place."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 1}
+    config = T5Config(**sizes, vocab_size=30, tie_word_embeddings=False)
+    base = seeded(lambda: T5ForConditionalGeneration(config))
+    settings = {"target_modules": ["q"], "modules_to_save": whole}
+    want = write_adapters(tmp_path, base, settings)
+    assert_same_text(tmp_path, base, want)
+
+
+class OneInTwoPlaces(nn.Module):
+    """Modules that are one, with two tensors, within others that are one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(2, 2))
+        self.second = self.first
+        self.third = nn.Sequential(self.first[0])
+
+
+@pytest.mark.parametrize("name", ["second.0.weight", "third.0.weight"])
+def test_a_tensor_of_modules_that_are_one_is_taken_apart(name):
+    net = OneInTwoPlaces()
+    names = {n for n in net.state_dict() if n.endswith("weight")} - {name}
+    untie(net, [name])
+    with torch.no_grad():
+        net.get_parameter(name).add_(1)
+    assert len({net.get_parameter(other) for other in names}) == 1
+    other, *_ = names
+    assert not net.get_parameter(name).equal(net.get_parameter(other))
+    assert net.second[0].bias is net.third[0].bias is net.first[0].bias
 
 
 # --- the files that the host would read ---------------------------------------------

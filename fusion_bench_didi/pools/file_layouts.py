@@ -34,6 +34,18 @@ def loaded_names(found: Sequence[str], model: PreTrainedModel) -> dict[str, str]
         return {name: name for name in found}
 
 
+def rearranged(found: Sequence[str], model: object) -> dict[str, str]:
+    """Name in memory by name in an adapter's file, as PEFT maps them: only by what the class says, for an adapter may hold tensors of
+    any part of the model."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    if get_model_conversion_mapping is not None:
+        names, computed = _by_transformers_5(found, model)
+        return {old: new for old, new in names.items() if old not in computed}
+    layout = getattr(type(model), "_checkpoint_conversion_mapping", None)
+    return model._get_key_renaming_mapping(found, layout) if layout else {}
+
+
 def holds_other_names(model: object) -> bool:
     """Whether checkpoints of a model's class hold tensors under other names than it has in memory."""
     if not isinstance(model, PreTrainedModel):

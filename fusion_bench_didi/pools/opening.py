@@ -4,6 +4,8 @@ import copy
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ from .entries import (
     has_own_loader,
     load_model,
 )
-from .file_layouts import computed_on_loading
+from .file_layouts import computed_on_loading, rearranged
 from .live_modules import check_modules
 from .names_in_memory import Names, apart, as_loaded, check_read, tied_as
 from .task_names import normalized
@@ -288,8 +290,7 @@ def needed_apart(
         if directory := adapter_directory(modelpool, task):
             tied = {alias: names.infos[name] for alias, name in names.aliases.items()}
             known = {**names.infos, **tied}
-            turned = fan_in_first(backbone)
-            adapter = AdapterSource.of_directory(directory, task, known, turned)
+            adapter = _adapter(directory, task, known, backbone)
             found |= adapter.apart(names.aliases, tied_by_peft(backbone))
         elif isinstance(modelpool._models[task], nn.Module):
             found |= apart(ModuleSource(load_model(modelpool, task), task), names)
@@ -352,10 +353,17 @@ def adapter_source(
         return None
     if names is None:
         return AdapterSource.of_directory(directory, name, known)
-    turned = fan_in_first(names.module)
-    source = AdapterSource.of_directory(directory, name, known, turned)
+    source = _adapter(directory, name, known, names.module)
     source.leave_out_copies(names.aliases)
     return source
+
+
+def _adapter(
+    directory: Path, label: str, known: Mapping[str, TensorInfo], backbone: nn.Module
+) -> AdapterSource:
+    """An adapter of a base model in memory."""
+    turned, layout = fan_in_first(backbone), partial(rearranged, model=backbone)
+    return AdapterSource.of_directory(directory, label, known, turned, layout)
 
 
 def _whole_source(

@@ -62,19 +62,20 @@ def check_alignment(
     reference = floating(base)
     infos = {task: source.infos() for task, source in tuned.items()}
     held = set().union(*infos.values())
+    adapters = {t: s for t, s in tuned.items() if s.partial}
+    by_peft = f" {WAY_OUT}" if adapters else ""
     faults = [*_faults_of_sources(base, tuned, exclude)]
     if not held & set(reference) and not faults:
         raise CheckpointMismatchError(
             f"{', '.join(tuned)}: no tensor is one of the base model's: expected names like {some(reference)}, found {some(held)}. "
             + (
                 _unwrapped(base, tuned)
-                or "Use models of the base model's architecture."
+                or f"Use models of the base model's architecture.{by_peft}"
             )
         )
     # what is in no checkpoint at all is new in every model
     expected = {n for n in reference if n in held or (loaded and n not in fresh)}
     expected = {n for n in expected if not matches(n, exclude)}
-    adapters = {t: s for t, s in tuned.items() if s.partial}
     keepable, placeless = False, set[str]()
     for task, found in infos.items():
         missing = expected - set(found)
@@ -116,8 +117,7 @@ def check_alignment(
         raise CheckpointMismatchError(
             "The fine-tuned models do not line up with the base model:\n  "
             + "\n  ".join(faults)
-            + f"\n{way_out}"
-            + (f" {WAY_OUT}" if adapters else "")
+            + f"\n{way_out}{by_peft}"
         )
 
 

@@ -10,7 +10,7 @@ transformers' ``Conv1D`` and of embeddings, whose pair is called ``lora_embeddin
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,9 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
 _PAIR = re.compile(r".+\.lora_(?:([AB])\.weight|(embedding_[AB]))")
+
+#: Names of the base model by names in a file, as far as the model's class has given tensors others since.
+Layout = Callable[[Sequence[str]], Mapping[str, str]]
 
 #: For the end of the error that lists what is wrong with adapters.
 WAY_OUT = (
@@ -63,6 +66,7 @@ class AdapterSource(TensorSource):
         base: the base model's tensors as its checkpoint stores them.
         fan_in_first: names of weights that are (in, out); None where the modules are not known, shapes and configuration
             then tell.
+        layout: of the base model's class, for adapters from before it was rearranged.
     """
 
     partial = True
@@ -73,17 +77,20 @@ class AdapterSource(TensorSource):
         config: Mapping,
         base: Mapping[str, TensorInfo],
         fan_in_first: frozenset[str] | None = None,
+        layout: Layout | None = None,
     ):
         self.label = source.label
         #: What cannot be merged, by name of the base model's tensor, or "" where it is about the whole adapter.
         self.faults: dict[str, str] = {}
         self._source, self._base = source, base
         self._settings = LoraSettings.of(config, source.label)
-        self._fan_in_first = fan_in_first
+        self._fan_in_first, self._layout = fan_in_first, layout
         self._pairs: dict[str, Pair] = {}
         self._whole: dict[str, str] = {}
         #: Pairs that change a tensor which is held whole beside them.
         self._on_own: dict[str, Pair] = {}
+        #: Names in the base model by those in the file, of tensors that its class has rearranged.
+        self._later: Mapping[str, str] = {}
         self._infos: dict[str, TensorInfo] = {}
         if found := variants(config):
             self.faults[""] = "; ".join(found)
@@ -103,6 +110,7 @@ class AdapterSource(TensorSource):
         label: str,
         base: Mapping[str, TensorInfo],
         fan_in_first: frozenset[str] | None = None,
+        layout: Layout | None = None,
     ) -> "AdapterSource":
         """The adapter in a directory.
 
@@ -119,7 +127,7 @@ class AdapterSource(TensorSource):
         else:
             source = SafetensorsSource([file], label)
         source.watched.opened(directory / CONFIG)
-        return cls(source, read_config(directory, label), base, fan_in_first)
+        return cls(source, read_config(directory, label), base, fan_in_first, layout)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """The tensors that it changes."""
@@ -280,8 +288,19 @@ class AdapterSource(TensorSource):
     def _renamed(self, names: Iterable[str]) -> dict[str, str]:
         """Names as above by those of the base model; what has no such name keeps its own."""
         names = list(names)
-        known = renaming(names, self._base)
+        self._later = self._rearranged(names)
+        placed: dict[str, str] = {}
+        for name in sorted(names, key=self._later.__contains__):
+            placed.setdefault(self._later.get(name, name), name)
+        known = {n: placed[old] for n, old in renaming(placed, self._base).items()}
         return known | {name: name for name in names if name not in known.values()}
+
+    def _rearranged(self, names: Iterable[str]) -> Mapping[str, str]:
+        """What the base model's class calls tensors that adapters of its older layout have under other names."""
+        if self._layout is None:
+            return {}
+        old = [name for name in names if name not in self._base]
+        return {n: new for n, new in self._layout(old).items() if new != n}
 
     def _add(self, name: str, module: str, keys: Mapping[str, str]) -> None:
         """Take a pair, or note what is wrong with it."""
@@ -300,7 +319,14 @@ class AdapterSource(TensorSource):
                 f"{down} is of {a.dtype} and {up} of {b.dtype}, expected floating point"
             )
             return
-        rank = self._settings.rank_of(module)
+        rank, scale = settings = self._settings.of_module(module)
+        later = self._later.get(f"{module}.weight", "").removesuffix(".weight")
+        if later and self._settings.of_module(later) != settings:
+            self.faults[name] = (
+                f"{down} has rank and scale {settings} by the patterns of {CONFIG}, and {self._settings.of_module(later)} as "
+                f"{later}, the name that the base model's class has for {module} now; expected patterns that mean both alike"
+            )
+            return
         ones = (1,) * (len(b.shape) - 2)  # a convolution's kernel is all in lora_A
         if a.shape[:1] != (rank,) or b.shape[1:] != (rank, *ones):
             self.faults[name] = (
@@ -319,7 +345,6 @@ class AdapterSource(TensorSource):
         shape = shape[::-1] if turned else shape
         # the fine-tuned model would be saved in the base model's type
         self._infos[name] = TensorInfo(shape, (want or a).dtype)
-        scale = self._settings.scale_of(module)
         self._pairs[name] = Pair(down, up, rank, scale, turned)
 
     def _grown(self, name: str, key: str) -> bool:

@@ -112,6 +112,10 @@ class LoraSettings:
         alpha = self._matched(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.root else rank)
 
+    def of_module(self, module: str) -> tuple[int, float]:
+        """Rank and scale."""
+        return self.rank_of(module), self.scale_of(module)
+
     def targets_embedding(self, config: Mapping[str, Any]) -> bool:
         """Whether PEFT finds, by their names, an embedding or a head among the modules that the adapter changes."""
         targets, whole = config.get("target_modules"), config.get("modules_to_save")

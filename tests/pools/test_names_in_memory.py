@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,11 @@ from fusion_bench_didi.task_vectors.scan import scan
 from fusion_bench_didi.task_vectors.ties import untie
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def change_config(directory: Path, **values) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def llava(tied: bool = False) -> nn.Module:
@@ -136,6 +142,72 @@ def test_weight_norm_has_other_names_in_old_files(tmp_path):
         },
     )
     assert_exact(pool_of(tmp_path, HubertModel))
+
+
+def before_rearranged(tensors: dict) -> dict:
+    """An adapter of LLaVA as it was written before transformers 4.52."""
+    found = {}
+    for name, value in tensors.items():
+        name = name.replace("model.model.language_model.", "model.language_model.model.")  # fmt: skip
+        name = name.replace("model.model.vision_tower.", "model.vision_tower.")
+        name = name.replace("model.model.multi_modal_projector.", "model.multi_modal_projector.")  # fmt: skip
+        found[name.replace("model.lm_head.", "model.language_model.lm_head.")] = value
+    assert not found.keys() & tensors.keys()
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*vision_tower.*q_proj"},
+        {"target_modules": ["lm_head", "up_proj"], "modules_to_save": ["linear_1"]},
+        {"target_modules": ["k_proj"], "rank_pattern": {r"layers\.0\..*k_proj": 3}},
+    ],
+    ids=["all towers", "one tower", "head and whole ones", "patterns of ends"],
+)
+def test_adapters_from_before_a_class_was_rearranged(tmp_path, settings):
+    """PEFT maps their names as transformers maps those of whole checkpoints."""
+    base = llava()
+    write_adapters(tmp_path, base, settings, before_rearranged)
+    merged = didi(pool_of(tmp_path, LlavaForConditionalGeneration), budget=1e9)
+    for task in "ab":
+        whole = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / task)
+        whole, found = whole.merge_and_unload().state_dict(), merged.materialize(task)
+        for name, value in found.state_dict().items():
+            torch.testing.assert_close(value, whole[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_pattern": {"language_model.model.layers.0.self_attn.q_proj": 3}},
+        {"alpha_pattern": {"^model.language_model.layers.0.self_attn.q_proj": 3}},
+        {"rank_pattern": {"language_model.model.layers.0.self_attn.q_proj": 3}},
+    ],
+    ids=["old scale", "new scale", "old rank"],
+)
+def test_patterns_that_mean_one_of_two_names_are_refused(tmp_path, settings):
+    """PEFT would take the scale of other modules without a word, or fail."""
+    targets = {"target_modules": r".*language_model.*q_proj"}
+    write_adapters(tmp_path, llava(), targets, before_rearranged)
+    change_config(tmp_path / "a", **settings)
+    pool = pool_of(tmp_path, LlavaForConditionalGeneration)
+    with pytest.raises(CheckpointMismatchError, match="a: .*rank and scale") as caught:
+        didi(pool)
+    assert "merge_and_unload" in str(caught.value)
+
+
+def test_an_adapter_with_both_names_of_a_tensor_is_refused(tmp_path):
+    def twice(tensors: dict) -> dict:
+        copies = {name: value.clone() for name, value in tensors.items()}
+        return {**before_rearranged(tensors), **copies}
+
+    targets = {"target_modules": r".*language_model.*q_proj"}
+    write_adapters(tmp_path, llava(), targets, twice)
+    pool = pool_of(tmp_path, LlavaForConditionalGeneration)
+    with pytest.raises(CheckpointMismatchError, match="a: .*base model does not have"):
+        didi(pool)
 
 
 def test_a_base_without_a_head_and_fine_tuned_models_with_one(tmp_path):

@@ -186,6 +186,15 @@ def test_adapter_of_another_model(llamas):
     del other
 
 
+def test_adapters_that_are_all_of_another_model(llamas):
+    directory, _, pool = llamas
+    family(directory / "other", clip, target_modules=ATTENTION)
+    pool._models.update({task: str(directory / "other" / task) for task in TASKS})
+    with pytest.raises(CheckpointMismatchError, match="no tensor is one") as caught:
+        didi(pool)
+    assert "merge_and_unload" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["lora_A", "lora_B"])
 def test_adapter_that_is_not_finite(llamas, name):
     directory, _, pool = llamas

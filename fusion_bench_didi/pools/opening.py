@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import ModelPoolError, some
+from ..errors import ModelPoolError
 from ..task_vectors.alignment import floating
 from ..task_vectors.cast import CastSource
 from ..task_vectors.float8 import Float8Source
@@ -42,6 +42,7 @@ from .entries import (
 from .file_layouts import computed_on_loading, rearranged
 from .live_modules import check_modules
 from .names_in_memory import Names, apart, as_loaded, check_read, tied_as
+from .other_bases import tell_of_other_bases
 from .task_names import normalized
 from .weight_files import open_weights
 
@@ -242,36 +243,10 @@ def open_pool(
     )
     config = getattr(base, "config", None) or configuration_of(modelpool, BASE)
     check_configurations(config, configurations)
-    _tell_of_other_bases(modelpool, tuned)
+    tell_of_other_bases(modelpool, tuned)
     if backbone is not None:
         check_modules(backbone, live)
     return vectors
-
-
-def _tell_of_other_bases(
-    modelpool: BaseModelPool, tuned: Mapping[str, TensorSource]
-) -> None:
-    """Warn of adapters that name another base model; the same may lie in a directory that was moved, but under its name."""
-    place, _ = asked(modelpool, BASE)
-    other = [
-        f"{task} on {source.trained_on}"
-        for task, source in tuned.items()
-        if isinstance(source, AdapterSource)
-        and place
-        and isinstance(source.trained_on, str)
-        and source.trained_on
-        and _last_part(source.trained_on) != _last_part(place)
-    ]
-    if other:
-        log.warning(
-            "The base model is %s, and adapters were trained on another, by their configuration: %s. Check that it is the same.",
-            place,
-            some(other),
-        )
-
-
-def _last_part(place: str | os.PathLike) -> str:
-    return os.path.basename(os.path.abspath(place))
 
 
 def untie_for(

@@ -328,13 +328,14 @@ def test_two_values_of_one_tensor_in_an_adapter_are_refused(llamas, more, dtype)
         didi(pool)
 
 
-@pytest.mark.parametrize("name", ["org/other", "elsewhere/other/", "", BASE, f"/x/{BASE}", None, 3])  # fmt: skip
+@pytest.mark.parametrize("name", ["org/other", "elsewhere/other/", "/x/other", "", BASE, f"org/{BASE}", None, 3])  # fmt: skip
 def test_adapters_that_name_another_base_model_are_told_of(llamas, name, caplog):
     directory, _, pool = llamas
     change_config(directory / "svhn", base_model_name_or_path=name)
     didi(pool, budget=1.4)
     told = [r for r in caplog.messages if "trained on another" in r]
     assert len(told) == ("other" in str(name))
+    assert all(f"added to {directory / BASE}" in r for r in told)
     assert all(f"svhn on {name}" in r and str(directory / BASE) in r for r in told)
 
 

@@ -4,7 +4,7 @@ Nothing is parsed out of tensor names, and nothing is read or made room for befo
 of the files: a damaged file is refused. Files of format 1 have no checksum and are read as they are.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +33,7 @@ from .parts import (
     read_header,
 )
 from .tensors import open_tensors
+from .told import check_told
 
 #: what is written; all from 1 on are read
 FORMAT = 2
@@ -233,12 +234,17 @@ def _read(entry: Entry, where: Mapping[str, Any]) -> Delta:
     return KINDS[entry.kind](entry.shape, **parts, **entry.options)
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
+def read_config(
+    directory: str | Path, *, check: Callable[[Field], None] = check_told
+) -> dict[str, Any]:
     """The configuration of a saved model.
+
+    Args:
+        check: of what it tells beside its weights.
 
     Raises:
         FileNotFoundError: if the directory holds none.
-        CheckpointMismatchError: if it was altered, cannot be read, or is of something else.
+        CheckpointMismatchError: if it was altered, cannot be read, is of something else, or tells what is not as written.
         DiDiError: if it is of a later format.
     """
     path = from_home(directory) / CONFIG
@@ -250,7 +256,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} does not exist; {directory} is not a merged model saved by fusion_bench_didi."
         )
-    return read_manifest(path)
+    found = read_manifest(path)
+    check(Field(path, found))
+    return found
 
 
 def read_manifest(path: Path, *, unmarked: int | None = None) -> dict[str, Any]:

@@ -23,11 +23,16 @@ def inspect(directory: str, as_json: bool) -> None:
       didi inspect merged
       didi inspect merged --json
     """
+    from ..checkpoint.backbone import check_entry
     from ..checkpoint.deltas import read_config
+    from ..checkpoint.fields import Field
     from ..checkpoint.hub import local_directory
+    from ..checkpoint.ours import CONFIG
     from ..models.overview import overview
 
-    config = read_config(local_directory(directory))
+    place = local_directory(directory)
+    config = read_config(place)
+    check_entry(Field(place / CONFIG, config)["backbone"])
     if as_json:
         told = {k: v for k, v in config.items() if k not in ("deltas", "files")}
         click.echo(json.dumps(told, indent=1))

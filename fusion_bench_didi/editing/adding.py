@@ -16,13 +16,10 @@ from fusion_bench.modelpool import BaseModelPool
 from omegaconf import DictConfig
 from torch import nn
 
-from ..checkpoint.deltas import read_config
-from ..checkpoint.fields import Field
-from ..checkpoint.ours import CONFIG
 from ..deltas.storage import told
 from ..deltas.tucker import Bases, Core
 from ..errors import CheckpointMismatchError, ModelPoolError, some
-from ..files import as_text, from_home
+from ..files import as_text
 from ..lowrank.arithmetic import own_arithmetic
 from ..merging.given import Given
 from ..merging.pipeline import merge
@@ -36,7 +33,7 @@ from ..pools.task_names import normalized
 from ..pools.task_settings import task_settings
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import account_of, scan
-from .facts import check_info, with_error
+from .facts import with_error
 from .places import Edited, Place, edited_model, target_of
 from .settings import alone
 from .sources import BesideShared, SharedBase
@@ -81,9 +78,7 @@ def add_task(
     target = target_of(place, output_dir, overwrite=overwrite)
     model = place
     if not isinstance(place, nn.Module):
-        fields = Field(from_home(place) / CONFIG, read_config(place))
         model = DynamicModel.from_pretrained(place, backbone)
-        check_info(fields["info"])
     stored = Stored.of(model)
     check_name(name, stored.tasks)
     model.unset_task()

@@ -35,13 +35,12 @@ from ..checkpoint.directory import alone, whole_directory
 from ..checkpoint.fields import Field
 from ..checkpoint.ours import CONFIG, is_ours
 from ..checkpoint.stream import write_deltas
+from ..checkpoint.told import check_of_task
 from ..deltas.base import Delta
 from ..deltas.grouped import GroupedDelta
 from ..errors import DiDiError, spelled
 from ..files import from_home
 from ..models.dynamic import DynamicModel
-from ..models.task_settings import check_settings
-from ..pools.task_settings import TASK_SETTINGS
 from ..task_vectors.digests import digests
 from .combining import check_entries, combined
 from .facts import OF_CHECKPOINTS
@@ -201,16 +200,9 @@ class AdapterLibrary:
 
     def _config(self, task: str) -> Field:
         place = self._of_task(task)
-        config = Field(place / CONFIG, read_config(place))
+        config = Field(place / CONFIG, read_config(place, check=_check_task))
         if config["tasks"].texts() != [task]:
             config["tasks"].fail(f"{task!r} alone")
-        config["unit_bits"].integer(1)
-        config["backbone_bits"].integer()
-        for kind in TASK_SETTINGS:
-            if kind in config["info"]:
-                check_settings(kind, config["info"][kind])
-        if config["shared"].value is not None:
-            config["shared"].digest()
         return config
 
     def _empty(self, config: Field, part: str | None) -> Stored:
@@ -297,6 +289,14 @@ class AdapterLibrary:
         found = {"versions": versions(), "backbone": dict(entry)}
         write_manifest(self.place / INDEX, found)
         return stored
+
+
+def _check_task(config: Field) -> None:
+    config["unit_bits"].integer(1)
+    config["backbone_bits"].integer()
+    check_of_task(config["info"])
+    if config["shared"].value is not None:
+        config["shared"].digest()
 
 
 def _visible(place: Path) -> Iterator[Path]:

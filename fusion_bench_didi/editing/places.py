@@ -21,7 +21,6 @@ from ..models.dynamic import DynamicModel
 from ..models.model_card import model_card
 from ..models.saving import check_config
 from ..routers.files import FILE as ROUTER_FILE
-from .facts import check_info
 from .stored import Stored
 
 Place = Union[DynamicModel, str, Path]
@@ -153,14 +152,15 @@ def stored_of(directory: Path, config: Mapping[str, Any] | None = None) -> Store
     """
     config = read_config(directory) if config is None else config
     check_config(DynamicModel, directory, config)
-    check_info(Field(directory / CONFIG, config)["info"])
     if "fingerprint" in config["backbone"]:
         raise DiDiError(
             f"{directory} was written by an early version, whose checks of the base model are others. Load the model and save it "
             "again, then edit that."
         )
     shared, experts = read_deltas(directory, config)
-    routing = config["storage"].get("routing_bits", 0) if "router" in config else 0
+    routing = 0
+    if "router" in config:
+        routing = Field(directory / CONFIG, config)["storage"]["routing_bits"].value
     return Stored(
         shared,
         experts,

@@ -19,7 +19,6 @@ from ..errors import CheckpointMismatchError, DiDiError
 from ..routers.base import Router
 from ..routers.files import check_router, read_router, write_router
 from .model_card import CardFacts, model_card
-from .task_settings import check_task_settings
 
 #: Classes of saved models, and the key under which their manifest says what is stored.
 CLASSES = {"DynamicModel": "deltas", "DiDiModel": "deltas", "RecombinedModel": "chains"}
@@ -160,7 +159,6 @@ def load(
     config = read_config(place)
     check_config(cls, place, config)
     cls = _class_of(cls, place, config)
-    check_task_settings(Field(place / CONFIG, config)["info"])
     backbone, fresh = backbones.resolved(config["backbone"], place, backbone)
     config = _spelled_as(backbone, config)
     entry = config["backbone"]

@@ -9,43 +9,15 @@ from fusion_bench.models.modulator import ModulatedModel
 from torch import nn
 from transformers import GenerationConfig
 
-from ..checkpoint.fields import Field
 from ..errors import DiDiError
-from ..pools.carried import CARRIED, MULTI_LABEL, PROBLEM, fits
-from ..pools.task_settings import CONFIGURATION, GENERATION, LABELS, TASK_SETTINGS
+from ..pools.carried import MULTI_LABEL, PROBLEM
+from ..pools.task_settings import CONFIGURATION, GENERATION, LABELS
 from ..serving.own_settings import put
 from ..serving.shapes import ends_of
 
 #: settings of generation that change no text, and those of sampling alone
 _SAME_TEXT = {"pad_token_id", "bos_token_id", "use_cache", "return_dict_in_generate"}
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p"}
-
-
-def check_task_settings(info: Field) -> None:
-    """What a saved model tells of its tasks must be as a merge writes it.
-
-    Raises:
-        CheckpointMismatchError: naming the field that is not.
-    """
-    for kind in TASK_SETTINGS:
-        for _, told in info[kind].entries() if kind in info else ():
-            check_settings(kind, told)
-
-
-def check_settings(kind: str, told: Field) -> None:
-    """The same for one kind of one task."""
-    values = dict(told.entries())
-    if kind == LABELS:
-        for name in values.values():
-            name.text()
-        if values.keys() != set(map(str, range(len(values)))):
-            told.fail("names of classes counted from 0")
-    if kind == CONFIGURATION:
-        for key, value in values.items():
-            if key.rpartition(".")[2] not in CARRIED:
-                value.fail(f"nothing: {key} is none of the settings that tasks have")
-            if not fits(key, value.value):
-                value.fail("what that setting may be")
 
 
 def labels_of(info: Mapping[str, Any], task: str | None) -> dict[int, str]:

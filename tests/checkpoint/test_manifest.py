@@ -199,6 +199,42 @@ FAULTS: dict[str, list[Callable[[dict], object]]] = {
     ],
     "backbone_bits": [lambda c: c.update(backbone_bits=None)],
     "info": [lambda c: c.update(info=[]), lambda c: c.pop("info")],
+    "storage": [lambda c: c.update(storage=5)],
+    "storage.unit_bits": [lambda c: c["storage"].update(unit_bits=0)],
+    "storage.shared_bits": [lambda c: c["storage"].pop("shared_bits")],
+    "storage.routing_bits": [lambda c: c["storage"].update(routing_bits="0")],
+    "storage.expert_bits": [lambda c: c["storage"].update(expert_bits=[8])],
+    "storage.expert_bits.a": [lambda c: c["storage"].update(expert_bits={"a": {}})],
+    "storage.x_excl": [lambda c: c["storage"].update(x_excl="much")],
+    "storage.x_incl": [lambda c: c["storage"].update(x_incl=None)],
+    **{
+        f"info.{field}": [lambda c, told=told: c["info"].update(told)]
+        for field, told in {
+            "method": {"method": ["DiDi"]},
+            "settings": {"settings": 5},
+            "budget": {"budget": "much"},
+            "parents": {"parents": 5},
+            "parents.a": {"parents": {"a": 5}},
+            "tensors": {"tensors": 5},
+            "tensors.a": {"tensors": {"a": 5}},
+            "relative_error": {"relative_error": []},
+            "relative_errors.a": {"relative_errors": {"a": -1.0}},
+            "energies": {"energies": ["a"]},
+            "ranks.shared": {"ranks": {"experts": {}}},
+            "ranks.experts.a.x": {
+                "ranks": {"shared": {}, "experts": {"a": {"x": "y"}}}
+            },
+            "precision.x": {"precision": {"x": ["int4"]}},
+            "forms": {"forms": ["experts"]},
+            "energy_tasks": {"energy_kept": {}},
+            "energy_kept.x": {"energy_tasks": ["a"], "energy_kept": {"x": []}},
+            "labels.a": {"labels": {"a": {"1": "x"}}},
+            "generation.a": {"generation": {"a": 5}},
+            r"edits\[0\].operation": {"edits": [{"task": "a"}]},
+        }.items()
+    },
+    "router.kind": [lambda c: c.update(router={"kind": 5})],
+    "versions": [lambda c: c.update(versions="0.1")],
     "tasks": [
         lambda c: c.update(tasks="ae"),
         lambda c: c.update(tasks=["a", "a", "b/c.d", "e"]),
@@ -277,6 +313,22 @@ def test_a_field_that_is_not_as_written_is_named(saved, field, change):
     rewrite(saved, change)
     with pytest.raises(CheckpointMismatchError, match=rf"config.json: {field}.*"):
         load_artifact(saved, body())
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        (field, change)
+        for field, found in FAULTS.items()
+        for change in found
+        if field.startswith(("storage", "info.", "router", "versions", "tasks"))
+    ],
+)
+def test_a_page_of_a_manifest_is_made_of_what_it_may_be(saved, field, change):
+    """The page reads no more than the manifest, which was checked for models that are loaded alone."""
+    rewrite(saved, change)
+    with pytest.raises(CheckpointMismatchError, match=rf"config.json: {field}.*"):
+        read_config(saved)
 
 
 #: what is done to the manifest -> what the message says

@@ -119,7 +119,7 @@ class Field:
 
     def digest(self) -> str:
         """A SHA-256 in hexadecimal."""
-        if not _DIGEST.fullmatch(self.text()):
+        if not is_digest(self.text()):
             self.fail("a SHA-256")
         return self.value
 
@@ -131,6 +131,11 @@ class Field:
                 digest.fail("a file of the same directory")
             found[name] = digest.digest()
         return found
+
+
+def is_digest(text: str) -> bool:
+    """Whether a text is a SHA-256 in hexadecimal."""
+    return _DIGEST.fullmatch(text) is not None
 
 
 def is_plain(name: str) -> bool:

@@ -32,8 +32,8 @@ from ..checkpoint.deltas import (
     write_manifest,
 )
 from ..checkpoint.directory import alone, whole_directory
-from ..checkpoint.fields import Field
-from ..checkpoint.ours import CONFIG, is_ours
+from ..checkpoint.fields import Field, is_digest
+from ..checkpoint.ours import CONFIG
 from ..checkpoint.stream import write_deltas
 from ..checkpoint.told import check_of_task
 from ..deltas.base import Delta
@@ -71,9 +71,9 @@ class AdapterLibrary:
 
     def __init__(self, place: str | Path):
         self.place = from_home(place)
-        if self.place.exists() and any(
-            found.name != f"{INDEX}.tmp" for found in _visible(self.place)
-        ):  # another process may just write the index
+        if self.place.exists() and not (
+            self.place.is_dir() and all(map(_passing, self.place.iterdir()))
+        ):
             self._entry()
 
     def __contains__(self, task: str) -> bool:
@@ -81,9 +81,10 @@ class AdapterLibrary:
 
     @property
     def tasks(self) -> list[str]:
-        """Names, sorted; no file is opened."""
-        home = self.place / _TASKS
-        return sorted(unquote(p.name) for p in _visible(home)) if home.is_dir() else []
+        """Names, sorted; no file is opened. What else lies beside the tasks is none."""
+        places = _written(self.place / _TASKS)
+        named = ((place, unquote(place.name)) for place in places)
+        return sorted(task for place, task in named if place == self._of_task(task))
 
     def bits(self, task: str) -> int:
         """Bits of one task, without what it shares with others."""
@@ -130,10 +131,11 @@ class AdapterLibrary:
             stored = self._of_base(stored, entry)
             seen: Seen = {}
             replaces = any(task in self for task in asked)
+            kept = self._shared_by({*self.tasks} - {*asked}) if replaces else set()
             for task in asked:
                 self._write(stored, task, overwrite, seen)
             if replaces:
-                self._forget_unused()
+                self._forget_shared(kept | self._shared_by(asked))
         return asked
 
     def remove(self, task: str) -> None:
@@ -141,17 +143,19 @@ class AdapterLibrary:
 
         Raises:
             UnknownTaskError: if it is not there.
+            CheckpointMismatchError: if another cannot be read, which may share something with it; nothing is removed then.
         """
         check_known([task], self.tasks, self.place)
         place = self._of_task(task)
         with self._turn():
             check_known([task], self.tasks, self.place)  # it may be gone meanwhile
+            kept = self._shared_by({*self.tasks} - {task})
             with alone(place):
                 gone = place.with_name(f".{place.name}.gone")
                 shutil.rmtree(gone, ignore_errors=True)
                 place.rename(gone)
                 shutil.rmtree(gone)
-            self._forget_unused()
+            self._forget_shared(kept)
 
     def load(
         self,
@@ -187,16 +191,20 @@ class AdapterLibrary:
         """While it lasts no other process changes the library."""
         return alone(self.place / INDEX, named=self.place, patience=PATIENCE)
 
-    def _forget_unused(self) -> None:
-        """Remove what no task shares any more."""
-        used = {self._config(other)["shared"].value for other in self.tasks}
-        home = self.place / _SHARED
-        for part in _visible(home) if home.is_dir() else ():
-            if part.name not in used and is_ours(part):
+    def _shared_by(self, tasks: Iterable[str]) -> set[str | None]:
+        """What tasks share with others."""
+        return {self._config(task)["shared"].value for task in tasks}
+
+    def _forget_shared(self, kept: set[str | None]) -> None:
+        """Remove what tasks shared, but for what is kept."""
+        for part in _written(self.place / _SHARED):
+            ours = is_digest(part.name) and not part.is_symlink()
+            if ours and part.name not in kept:
                 shutil.rmtree(part)
 
     def _of_task(self, task: str) -> Path:
-        return self.place / _TASKS / quote(task, safe=" ")
+        name = quote(task, safe=" ", errors="surrogatepass")
+        return self.place / _TASKS / name
 
     def _config(self, task: str) -> Field:
         place = self._of_task(task)
@@ -299,9 +307,15 @@ def _check_task(config: Field) -> None:
         config["shared"].digest()
 
 
-def _visible(place: Path) -> Iterator[Path]:
-    """Paths in a directory, but for locks and what is half written."""
-    return (found for found in place.iterdir() if not found.name.startswith("."))
+def _passing(found: Path) -> bool:
+    """Whether a path in a library may be there before its index is: a lock, or the index half written."""
+    return found.name.startswith(".") or found.name == f"{INDEX}.tmp"
+
+
+def _written(home: Path) -> Iterator[Path]:
+    """Directories that hold a manifest, in one that may not be there; neither locks nor what someone else put there."""
+    manifests = home.glob(f"[!.]*/{CONFIG}")
+    return (file.parent for file in manifests if file.is_file())
 
 
 def seen_by(stored: Stored, task: str) -> tuple[dict[str, Delta], dict[str, Delta]]:

@@ -1,7 +1,11 @@
 """Laws of libraries: a task comes back as it was put in, and nothing of another is read for it."""
 
 import copy
+import json
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from shared_forms import base, model_of, values
 from torch import nn
 from tucker_models import linears
 
+from fusion_bench_didi.checkpoint.deltas import write_manifest
 from fusion_bench_didi.deltas.plain import DenseDelta, OwnDelta
 from fusion_bench_didi.editing import AdapterLibrary, combine, library, load_tasks
 from fusion_bench_didi.errors import (
@@ -155,18 +160,96 @@ def test_what_tasks_share_is_looked_at_once(tmp_path, monkeypatch):
     assert len(looked) == len(model.shared) > 0
 
 
-@pytest.mark.parametrize("name", ["notes", "README"])
-def test_what_someone_else_put_beside_what_is_shared_stays(tmp_path, name):
+def _bytes_that_are_no_name(tasks, written):
+    shutil.copytree(written, Path(os.fsdecode(os.fsencode(tasks) + b"/\xff")))
+
+
+#: what lies in a library that is none of it: made in (its tasks, its shared parts, a task of its own)
+STRANGERS = {
+    "a file among tasks": lambda tasks, shared, written: (tasks / "Thumbs.db").touch(),
+    "a directory among tasks": lambda tasks, *_: (tasks / "lost+found").mkdir(),
+    "a name of no characters": lambda tasks, shared, written: shutil.copytree(
+        written, tasks / "%ff%fe"
+    ),
+    "a name of no bytes": lambda tasks, shared, written: _bytes_that_are_no_name(
+        tasks, written
+    ),
+    "a way out": lambda tasks, shared, written: shutil.copytree(
+        written, tasks / "%2e%2e"
+    ),
+    "a file among parts": lambda tasks, shared, written: (shared / "README").touch(),
+    "a directory among parts": lambda tasks, shared, written: (shared / "m").mkdir(),
+    "a model among parts": lambda tasks, shared, written: shutil.copytree(
+        written, shared / "m"
+    ),
+    "a link among parts": lambda tasks, shared, written: (
+        shared / ("0" * 64)
+    ).symlink_to(written),
+}
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_what_else_lies_in_it_is_no_task_and_stays(what, tmp_path):
     library = AdapterLibrary(tmp_path)
-    library.add(model_of("bases", 0, "ab"))
-    strange = tmp_path / "shared" / name
-    if name == "notes":
-        strange.mkdir()
-        strange = strange / "mine"
-    strange.write_text("mine")
-    for task in "ab":
-        library.remove(task)
-    assert strange.read_text() == "mine"
+    library.add(model_of("dense", 0, "ab"))
+    library.add(model_of("dense", 9, "c"))
+    tasks, shared = tmp_path / "tasks", tmp_path / "shared"
+    before = {*tmp_path.glob("*/*")}
+    STRANGERS[what](tasks, shared, tasks / "a")
+    strange = {*tmp_path.glob("*/*")} - before
+    assert len(strange) == 1
+    assert AdapterLibrary(tmp_path).tasks == [*"abc"]
+    library.add(model_of("dense", 50, "b"), overwrite=True)
+    library.remove("a")
+    assert library.tasks == ["b", "c"]
+    assert library.load(["b", "c"], base()).tasks == ["b", "c"]
+    library.remove("b")
+    library.remove("c")
+    assert {p for p in tmp_path.glob("*/[!.]*")} == strange
+
+
+@pytest.mark.parametrize("change", ["remove", "add"])
+def test_a_task_that_cannot_be_read_is_named_before_anything_is_changed(
+    change, tmp_path
+):
+    """Nobody knows what it shares."""
+    library = AdapterLibrary(tmp_path)
+    library.add(model_of("dense", 0, "abc"))
+    file = tmp_path / "tasks" / "c" / "config.json"
+    file.write_text(file.read_text().replace("unit_bits", "unit_bytes"))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointMismatchError, match="c/config.json"):
+        if change == "remove":
+            library.remove("a")
+        else:
+            library.add(model_of("dense", 9, "a"), overwrite=True)
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert before == after
+    library.add(model_of("dense", 0, "abc"), "c", overwrite=True)
+    library.remove("a")
+    assert library.tasks == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("parents", 5), ("tensors", []), ("labels", {"1": "x"}), ("generation", "x")],
+)
+def test_facts_of_a_task_are_as_they_are_written(kind, told, tmp_path):
+    library = AdapterLibrary(tmp_path)
+    library.add(model_of("dense", 0, "ab"))
+    file = tmp_path / "tasks" / "a" / "config.json"
+    config = json.loads(file.read_text())
+    del config["checksum"]
+    write_manifest(file, {**config, "info": {kind: told}})
+    with pytest.raises(CheckpointMismatchError, match=rf"config.json: info.{kind}"):
+        library.load("a", base())
+    assert library.load("b", base()).tasks == ["b"]
+
+
+def test_a_file_is_no_library(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointMismatchError, match="library.json cannot be read"):
+        AdapterLibrary(tmp_path / "file")
 
 
 def test_one_that_another_process_begins_is_none_yet(tmp_path):

@@ -5,12 +5,16 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from .errors import DiDiError
 
+#: Under this key, among versions, a manifest says that this package wrote it.
+MARK = "fusion-bench-didi"
 #: What the system says where a disk, a quota or the size of a file is at its end.
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -32,6 +36,12 @@ def from_home(place: str | Path) -> Path:
 def as_text(place: str | Path) -> str:
     """A place as text for what loads models, which knows no ``~``; all other text, names of the hub too, stays as it is."""
     return str(from_home(place) if str(place).startswith("~") else place)
+
+
+def is_marked(manifest: Mapping[str, Any]) -> bool:
+    """Whether the content of a JSON file says that this package wrote it."""
+    by = manifest.get("versions")
+    return type(manifest.get("format")) is int and isinstance(by, dict) and MARK in by
 
 
 def no_room(error: BaseException) -> bool:

@@ -17,10 +17,10 @@ from ..deltas.kinds import KINDS
 from ..deltas.names import escaped
 from ..deltas.plain import OwnDelta
 from ..errors import CheckpointMismatchError, DiDiError
-from ..files import from_home
+from ..files import MARK, from_home
 from .directory import write_json
 from .fields import CHECKSUM, Field, read_object, sealed
-from .ours import CONFIG, MARK
+from .ours import CONFIG
 from .parts import (
     FORMS,
     NEVER_OF_A_TASK,

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointMismatchError
+from ..files import is_marked
 from .fields import read_object
 
 CONFIG = "config.json"
-#: Under this key a manifest says who wrote it.
-MARK = "fusion-bench-didi"
 #: What says so of a merge that is a plain checkpoint, whose ``config.json`` is the model's own.
 PLAIN = "merge.json"
 #: The manifest of a module of MERGE's library, which lies within a saved model too.
@@ -33,11 +32,9 @@ def is_ours(directory: Path, file: str = CONFIG) -> bool:
         file: that says so.
     """
     try:
-        found = read_object(directory / file, whole=False)
+        return is_marked(read_object(directory / file, whole=False))
     except CheckpointMismatchError:
         return False
-    by = found.get("versions")
-    return type(found.get("format")) is int and isinstance(by, dict) and MARK in by
 
 
 def held_by(directory: Path) -> Iterator[Path]:

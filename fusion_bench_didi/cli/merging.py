@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..errors import CheckpointMismatchError, SettingsError, spelled
+from ..errors import CheckpointMismatchError, DiDiError, SettingsError, spelled
 from ..files import as_text, from_home
 from . import options
 
@@ -168,7 +168,7 @@ def _class_of(places: dict[str, str]) -> str:
             continue
         try:
             named[task] = _architecture(place)
-        except CheckpointMismatchError:
+        except DiDiError:
             raise  # says all of it
         except FileNotFoundError as error:
             faults.append(str(error))
@@ -178,6 +178,7 @@ def _class_of(places: dict[str, str]) -> str:
                 f"{place} is no model that transformers knows ({reason[:200]})"
             )
     if faults:
+        faults = [*dict.fromkeys(faults)]
         raise click.BadParameter("\n  ".join(faults), param_hint="models")
     base = named.pop(BASE, None)
     tuned = set(named.values())
@@ -189,11 +190,15 @@ def _architecture(place: str) -> str | None:
 
     Raises:
         FileNotFoundError: if it is in neither.
+        CheckpointMismatchError: if its file is broken, or what no class makes a configuration of.
+        ModelPoolError: if it is a merged model.
         OSError, ValueError: if it is nothing that transformers reads.
     """
     from transformers import AutoConfig
 
     from ..pools.counts import check_counts
+    from ..pools.weight_files import check_unmerged
+    from ..task_vectors.file_sources import read_settings
     from ..task_vectors.places import check_place, check_to_be_had
 
     check_place(place, owned=False)
@@ -202,11 +207,21 @@ def _architecture(place: str) -> str | None:
         place = str(path)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{place} is no model: it holds no config.json.")
+        read_settings(path / "config.json", path.name, "the configuration of a model")
+        check_unmerged(path, path.name)
         check_counts(path, path.name)
     else:
         check_to_be_had(place)
-    config = AutoConfig.from_pretrained(place, local_files_only=local)
-    return (config.architectures or [None])[0]
+    try:
+        config = AutoConfig.from_pretrained(place, local_files_only=local)
+        return (config.architectures or [None])[0]
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of any type: what a class makes of a file
+        raise CheckpointMismatchError(
+            f"{Path(place, 'config.json')} is not the configuration of a model ({type(error).__name__}: {error}). Download or write "
+            "it again."
+        ) from error
 
 
 def _method(name: str, given: dict[str, Any], out: str, overwrite: bool) -> Any:

@@ -49,10 +49,11 @@ def check_counts(directory: Path, label: str, weights: Weights = Weights()) -> N
 
 def pairs(value: Any) -> Iterator[tuple[str, Any]]:
     """All keys of nested objects, with their values."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield key, inner
-            yield from pairs(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from pairs(inner)
+    left = [value]  # of any depth
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            yield from value.items()
+            left += value.values()
+        elif isinstance(value, list):
+            left += value

@@ -21,7 +21,7 @@ from ..task_vectors.tower_names import fill, is_tower
 from .carried import CARRIED
 from .configurations import COMPUTED
 from .counts import check_counts
-from .weight_files import Weights, open_weights
+from .weight_files import Weights, check_unmerged, open_weights
 
 BASE = "_pretrained_"
 PLACE, TARGET = "pretrained_model_name_or_path", "_target_"
@@ -47,7 +47,9 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
         modelpool.enable_lazy_loading = False
         modelpool._models = {**modelpool._models, name: whole}
     if directory := directory_of(modelpool, name):
-        check_counts(directory, name, asked(modelpool, name)[1])
+        _, weights = asked(modelpool, name)
+        check_unmerged(directory, name, weights)
+        check_counts(directory, name, weights)
     try:
         if name == BASE:
             model = modelpool.load_pretrained_model()

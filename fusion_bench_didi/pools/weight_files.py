@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import CheckpointMismatchError
+from ..errors import CheckpointMismatchError, ModelPoolError
+from ..files import is_marked
 from ..task_vectors.file_sources import PickleSource, SafetensorsSource, read_json
 from ..task_vectors.float8 import Float8Source
 from ..task_vectors.renaming import RenamedSource
@@ -36,19 +38,42 @@ def open_weights(
 
     Raises:
         CheckpointMismatchError: for a broken file or index.
+        ModelPoolError: for a merged model.
     """
+    check_unmerged(directory, label, weights)
     home = directory / weights.subfolder
-    source = None if _elsewhere(home, label) else _found(home, label, weights)
+    config = _configuration(home, label)
+    elsewhere = config.get("transformers_weights")
+    source = None if elsewhere else _found(home, label, weights)
     return None if source is None else Float8Source.over(source)
 
 
-def _elsewhere(home: Path, label: str) -> bool:
-    """Whether the configuration names the file of the weights."""
+def check_unmerged(directory: Path, label: str, weights: Weights = Weights()) -> None:
+    """What is to be merged, or stands under a merge, must be a model, and no merged one of this package.
+
+    Args:
+        label: of the model, for messages.
+
+    Raises:
+        ModelPoolError: if it is merged.
+        CheckpointMismatchError: if the configuration is no JSON.
+    """
+    home = directory / weights.subfolder
+    if is_marked(_configuration(home, label)):
+        raise ModelPoolError(
+            f"{label}: {home} is a merged model of this package, which holds changes of a base model and no model of its own. "
+            f"Write a task of it as a checkpoint first (didi export {home} OUT --form plain, or "
+            "materialize(task).save_pretrained(OUT) in Python), or give what it was merged from."
+        )
+
+
+def _configuration(home: Path, label: str) -> Mapping[str, Any]:
+    """What a configuration says, if there is one."""
     file = home / "config.json"
     if not file.is_file():
-        return False
-    config = read_json(file, label, "the configuration of a model")
-    return isinstance(config, Mapping) and bool(config.get("transformers_weights"))
+        return {}
+    found = read_json(file, label, "the configuration of a model")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _found(directory: Path, label: str, weights: Weights) -> TensorSource | None:

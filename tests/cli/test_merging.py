@@ -1,7 +1,9 @@
 """``didi merge``: what it takes models for, and what it refuses before it reads them."""
 
+import json
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from commands import run
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 import fusion_bench_didi
+from fusion_bench_didi.errors import CheckpointMismatchError, ModelPoolError
 
 TASKS = ("mnist", "svhn")
 
@@ -60,3 +63,64 @@ def test_what_no_merge_wrote_is_not_to_be_replaced(tiny_clip_dir, tmp_path, give
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="overwritten. Choose another directory"):
         run("merge", *places(tiny_clip_dir), "-o", tmp_path, *given)
+
+
+#: what a configuration becomes, of which no model is made
+BROKEN = {
+    "a list": lambda config: [config],
+    "nothing": lambda config: None,
+    "deeper than is read": lambda config: '{"a":' * 100_000,
+    "deep": lambda config: {**config, "x": deep(900)},
+    "a word for settings": lambda config: {**config, "vision_config": "1e400"},
+    "another kind of architectures": lambda config: {
+        **config,
+        "architectures": {"a": 1},
+    },
+    "a kind that is none": lambda config: {**config, "model_type": []},
+}
+
+
+def deep(levels: int) -> object:
+    found: object = 1
+    for _ in range(levels):
+        found = {"a": found}
+    return found
+
+
+@pytest.mark.parametrize("who", [BASE, "svhn"])
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_configuration_of_no_model_is_named(tmp_path, what, who):
+    config = {"model_type": "clip", "architectures": ["CLIPModel"]}
+    for name in (BASE, *TASKS):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    file = tmp_path / who / "config.json"
+    found = BROKEN[what](config)
+    file.write_text(found if isinstance(found, str) else json.dumps(found))
+    with pytest.raises(
+        CheckpointMismatchError, match=rf"{who}/config.json is not"
+    ) as e:
+        run("merge", *places(tmp_path), "-o", tmp_path / "out")
+    assert str(e.value).count("config.json") == 1
+
+
+@pytest.mark.parametrize("who", [BASE, "svhn"])
+@pytest.mark.parametrize("given", [[], ["--model-class", "CLIPVisionModel"]])
+def test_a_merged_model_is_no_model_to_merge(tiny_clip_dir, tmp_path, who, given):
+    run("merge", *places(tiny_clip_dir), "-o", tmp_path / "m", "--budget", 0.3)
+    line = {name: tiny_clip_dir / name for name in (BASE, *TASKS)} | {
+        who: tmp_path / "m"
+    }
+    models = [line[BASE], *(f"{task}={line[task]}" for task in TASKS)]
+    with pytest.raises(ModelPoolError, match="m is a merged model .*didi export") as e:
+        run("merge", *models, "-o", tmp_path / "again", *given)
+    assert str(e.value).count("is a merged model") == 1
+    with pytest.raises(ModelPoolError, match="m is a merged model .*materialize"):
+        fusion_bench_didi.load(tmp_path / "m", tmp_path / "m")
+
+
+def test_a_place_without_a_model_is_named_once(tiny_clip_dir, tmp_path):
+    line = ["merge", tiny_clip_dir / BASE, f"a={tmp_path}", f"b={tmp_path}"]
+    with pytest.raises(click.BadParameter, match="is no model") as e:
+        run(*line, "-o", tmp_path / "out")
+    assert str(e.value).count("is no model") == 1

@@ -250,18 +250,19 @@ class DynamicModel(ModulatedModel):
             UnknownTaskError: naming the tasks there are.
         """
         self._known(task_name)
-        if self._current_task == task_name:
-            return
-        self._current_task, self._has_task = None, False
-        self._as_base()
-        try:
-            self.modulators[task_name].apply(self)
-        except BaseException:  # some tensors would be of one task, some of another
-            self.restore()
-            raise
-        told = settings_of(self.info, task_name, self.backbone)
-        self._configured = put(self.backbone, told)
-        self._current_task, self._has_task = task_name, True
+        with self._weights.lock:
+            if self._current_task == task_name:
+                return
+            self._current_task, self._has_task = None, False
+            self._as_base()
+            try:
+                self.modulators[task_name].apply(self)
+            except BaseException:  # some tensors would be of one task, some of another
+                self.restore()
+                raise
+            told = settings_of(self.info, task_name, self.backbone)
+            self._configured = put(self.backbone, told)
+            self._current_task, self._has_task = task_name, True
 
     def _as_base(self) -> None:
         """Let the backbone's configuration say what it did before a task was set."""
@@ -270,8 +271,9 @@ class DynamicModel(ModulatedModel):
 
     def unset_task(self) -> None:
         """Give the backbone its base weights back; ``forward`` then needs a task first."""
-        if self._current_task is not None:
-            self.modulators[self._current_task].remove(self)
+        with self._weights.lock:
+            if self._current_task is not None:
+                self.modulators[self._current_task].remove(self)
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """The weights of a backbone: base values kept, live ones written."""
 
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -125,6 +126,11 @@ class BackboneWeights:
     def put(self, model: nn.Module, name: str, value: Tensor) -> None:
         """Write a value into the backbone or a copy of it; what states the shapes of tensors follows, and what was worked out
         of the tensor is forgotten."""
+        ours = model is self.backbone
+        with self.unwritten.switching() if ours else nullcontext():
+            self._put(model, name, value)
+
+    def _put(self, model: nn.Module, name: str, value: Tensor) -> None:
         self.tie(model)
         held, shape = self._held(model, name), tuple(value.shape)
         as_stated = held.shape == value.shape == self.shapes.sides.get(name, shape)
@@ -141,7 +147,6 @@ class BackboneWeights:
         if not as_stated:
             self.shapes.follow(model, name, shape)
         self.derived.forget(model, [name])
-        self.unwritten.switched(model)
 
     def restore(self) -> None:
         """Write all base values back; their copies are no longer needed."""

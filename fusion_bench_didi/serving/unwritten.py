@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,12 +34,12 @@ class Unwritten:
     def __init__(self, backbone: nn.Module, kept: dict[str, Tensor] | None = None):
         self.backbone, self._kept = backbone, {} if kept is None else kept
         self._fault: str | None = None
-        self._switches = 0
+        self._begun = self._ended = 0  # writes of the merged model itself
         self._lasting = WeakKeyDictionary[nn.Module, Parameters]()
 
     def __getstate__(self) -> dict[str, Any]:
         held = {"backbone": self.backbone, "_kept": self._kept}
-        return {**held, "_fault": self._fault, "_switches": 0}
+        return {**held, "_fault": self._fault, "_begun": 0, "_ended": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lasting=WeakKeyDictionary())
@@ -76,10 +77,11 @@ class Unwritten:
         """What a forward returns, which may not write to the parameters of a network.
 
         Args:
-            lasting: they are those of its last run, see :meth:`switched`.
+            lasting: they are those of its last run, see :meth:`switching`.
 
         Raises:
-            DiDiError: naming what was written to.
+            DiDiError: naming what was written to; and if a task was set meanwhile on the backbone that runs, which is no fault of the
+                model.
         """
         if torch.compiler.is_compiling():
             return forward()
@@ -89,22 +91,34 @@ class Unwritten:
             parameters = _watched(network)
             if lasting:
                 self._lasting[network] = parameters
+        switches = self._ended  # before counters are read, and the others after
         before = [parameter._version for parameter in parameters]
-        switches = self._switches
         try:
             return forward()
         finally:
             after = [parameter._version for parameter in parameters]
-            if before != after and switches == self._switches:
+            if before != after and switches == self._begun:
                 pairs = zip(parameters, before)
                 written = {id(p) for p, count in pairs if p._version != count}
                 self._fault = _fault(network, written)
                 self.check()
+            if before != after and network is self.backbone:
+                raise DiDiError(
+                    f"A task was set by another thread while {type(network).__name__} ran, so that its output would be of weights of both. "
+                    "Switch and run a model in one thread; several may run batches with task_ids=[...] at the same time, or each a "
+                    "model of its own, materialize(task) or copy.deepcopy(model)."
+                )
 
-    def switched(self, network: nn.Module) -> None:
-        """Values of a network are another task's: no forward of another thread wrote them. Its parameters may be others, too."""
-        self._switches += 1
-        self._lasting.pop(network, None)
+    @contextmanager
+    def switching(self) -> Iterator[None]:
+        """While it lasts, values of the backbone become another task's: no forward of another thread writes them. Its parameters
+        may be others afterwards, too. By one thread at a time."""
+        self._begun += 1
+        try:
+            yield
+        finally:
+            self._lasting.pop(self.backbone, None)
+            self._ended += 1
 
 
 def _watched(network: nn.Module) -> Parameters:

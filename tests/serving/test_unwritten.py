@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import RwkvConfig, RwkvForCausalLM, RwkvModel
 from fusion_bench_didi import DiDiModel
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.models.dynamic import DynamicModel
+from fusion_bench_didi.serving.unwritten import Unwritten
 
 WRITES = "wrote to its own weights"
 TOKENS = tokens(4, 6)
@@ -347,9 +349,55 @@ def test_a_task_that_another_thread_switches_meanwhile_spoils_nothing():
     model.set_task("a")
     body = model.backbone.body
     body.write = lambda _: in_a_thread(lambda: model.set_task("b"))
-    model(X)
+    with pytest.raises(DiDiError, match="set by another thread while Net .*task_ids"):
+        model(X)
     assert model.current_task == "b"
     torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"), [(i, j) for j in range(4) for i in range(j + 1)]
+)
+def test_a_forward_beside_a_switch_is_no_writer_whenever_it_begins_and_ends(begin, end):
+    """Threads that met between a write and the note of it spoiled the model for good."""
+    net = nn.Linear(2, 2)
+    unwritten, turn = Unwritten(net), ExitStack()
+    switch = [
+        lambda: turn.enter_context(unwritten.switching()),
+        lambda: net.weight.detach().mul_(2),
+        turn.close,
+    ]
+
+    def go_on(steps):
+        for step in steps:
+            step()
+
+    go_on(switch[:begin])
+    told = begin <= 1 < end  # the values changed while it ran
+    message = "set by another thread while Linear ran.*task_ids"
+    with pytest.raises(DiDiError, match=message) if told else nullcontext():
+        unwritten.run(net, lambda: go_on(switch[begin:end]))
+    go_on(switch[end:])
+    unwritten.check()
+    other = nn.ModuleList([net])  # a network of mixed batches, whose tasks are its own
+    unwritten.run(other, lambda: go_on(switch))
+
+
+def test_switches_of_several_threads_take_turns():
+    model = exact_model(pool_of(seeded(lambda: Net(lambda _: None))))
+    expected = {task: model.materialize(task)(X) for task in "ab"}
+    write, others = model._weights.write, []
+    with ThreadPoolExecutor(1) as pool:
+
+        def meanwhile(*args):
+            write(*args)
+            if not others:
+                others.append(pool.submit(model.set_task, "a"))
+                wait(others, 0.2)
+
+        model._weights.write = meanwhile
+        model.set_task("b")
+    torch.testing.assert_close(model(X), expected[model.current_task])
 
 
 def in_a_thread(function: Callable[[], Any]) -> None:

@@ -179,6 +179,14 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         with self.profile("load backbone"):
             backbone = load_backbone(modelpool)
         vectors = open_pool(modelpool, backbone, **self.tensor_patterns())
+        for name, other in vectors.misnamed.items():
+            log.warning(
+                "The base model's checkpoint has no %s, which every task then keeps as its own, but %r, which no %s loads. Give it the "
+                "name of the other if it is meant to be that.",
+                name,
+                other,
+                type(backbone).__name__,
+            )
         return backbone, vectors.ordered(self.order(modelpool.model_names))
 
     def tensor_patterns(self) -> dict[str, tuple[str, ...]]:
@@ -206,8 +214,14 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """The order in which sums over tasks are taken; sorted, so that the pool's order changes no bit."""
         return sorted(tasks)
 
-    def facts(self, modelpool: BaseModelPool, backbone: nn.Module) -> dict[str, Any]:
-        """Facts saved with every model: the method, its settings, where its models came from and what they say of their tasks.
+    def facts(
+        self,
+        modelpool: BaseModelPool,
+        backbone: nn.Module,
+        task_vectors: TaskVectors,
+    ) -> dict[str, Any]:
+        """Facts saved with every model: the method, its settings, where its models came from, what they say of their tasks, and what
+        is left out of the base model's checkpoint.
 
         Raises:
             CheckpointMismatchError: for a file of settings that cannot be read; so they are taken before anything is merged.
@@ -216,6 +230,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         reference = backbone_reference(modelpool, backbone)
         if reason := obstacle(reference["class"], described(reference["source"])):
             log.warning("Saved, the merged model will not load its base model by itself. %s", reason)  # fmt: skip
+        unused = task_vectors.unused_of_base
         return {
             "method": self.title,
             "settings": {k: v for k, v in settings.items() if not k.startswith("_")},
@@ -226,6 +241,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             },
             **task_settings(modelpool, backbone),
             "backbone": reference,
+            **({"not taken from the base model": unused} if unused else {}),
         }
 
     def track(self, names: Sequence[str], stage: str) -> Iterator[str]:
@@ -365,7 +381,7 @@ class DynamicMethod(PoolMethod):
         with self.together():
             modelpool = self.checked(modelpool)
             backbone, task_vectors = self.opened(modelpool)
-            facts = self.facts(modelpool, backbone)
+            facts = self.facts(modelpool, backbone, task_vectors)
             model = self.streamed(
                 task_vectors,
                 lambda sink, journal: self._compressed(

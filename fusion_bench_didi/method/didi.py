@@ -178,7 +178,7 @@ class DiDiMerging(PoolMethod):
                         print(describe(vectors, settings, streamed=streamed))
                 return None
             backbone, task_vectors = self.opened(modelpool)
-            facts = self.facts(modelpool, backbone)
+            facts = self.facts(modelpool, backbone, task_vectors)
             model = self.streamed(
                 task_vectors,
                 lambda sink, journal: self._merged(

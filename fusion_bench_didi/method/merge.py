@@ -156,7 +156,7 @@ class MERGE(PoolMethod):
             tasks = self.order(modelpool.model_names)
             check_pools(modelpool, taskpool, tasks, self.task_aliases)
         backbone, task_vectors = self.opened(modelpool)
-        facts = self.facts(modelpool, backbone)
+        facts = self.facts(modelpool, backbone, task_vectors)
         with self.profile("scan"):
             names = self.changed(task_vectors)
         parts = components(task_vectors, names, self.components or PATTERNS)

@@ -34,6 +34,7 @@ from ..options import (
 )
 from ..pools.opening import load_backbone, open_pool
 from ..routers.representation import RepresentationRouter
+from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import model_bits, scan
 from .base import PoolMethod
 from .didi import DiDiMerging
@@ -154,9 +155,14 @@ class SEMerging(PoolMethod):
             head=self.head,
         )
 
-    def facts(self, modelpool: BaseModelPool, backbone: nn.Module) -> dict[str, Any]:
+    def facts(
+        self,
+        modelpool: BaseModelPool,
+        backbone: nn.Module,
+        task_vectors: TaskVectors,
+    ) -> dict[str, Any]:
         """A base method that was given as an object is named by its class."""
-        facts = super().facts(modelpool, backbone)
+        facts = super().facts(modelpool, backbone, task_vectors)
         base = facts["settings"].get("base_method")
         if not isinstance(base, (Mapping, str, type(None))):
             facts["settings"]["base_method"] = type(base).__name__
@@ -190,7 +196,7 @@ class SEMerging(PoolMethod):
         """Whole task vectors, in the checkpoints' data type."""
         backbone = load_backbone(modelpool)
         vectors = open_pool(modelpool, backbone, **self.tensor_patterns())
-        facts = self.facts(modelpool, backbone)
+        facts = self.facts(modelpool, backbone, vectors)
         found = scan(vectors, self.fabric.device)
         sink = InMemory(vectors.tasks)
         for name in found.changed_own:

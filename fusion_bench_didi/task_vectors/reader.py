@@ -14,6 +14,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 
 import torch
@@ -34,6 +35,9 @@ from .renaming import aligned
 from .sources import TensorInfo, TensorSource
 from .tensor import ChangedTensor, matrix_shape
 from .watched import Watched
+
+#: Part of two names that is the same where one may have been meant by the other.
+_NEARLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,21 @@ class TaskVectors:
         other = f"not loaded by the base model {self.base.label}"
         ignored = [n for n in source.infos() if n in self.ignored and n not in known]
         return {**source.unused, **dict.fromkeys(ignored, other)}
+
+    @property
+    def unused_of_base(self) -> dict[str, str]:
+        """Tensors of the base model's checkpoint that the model does not take from it, and why."""
+        ignored = dict.fromkeys(sorted(self.ignored), "not loaded by the base model")
+        return {**self.base.unused, **ignored}
+
+    @property
+    def misnamed(self) -> dict[str, str]:
+        """Tensors that the base model's checkpoint lacks and fine-tuned ones hold, and what it holds instead, called nearly so."""
+        found, known = {}, sorted(self.ignored)
+        for name in sorted(self.fresh & self._held):
+            for other in get_close_matches(name, known, n=1, cutoff=_NEARLY):
+                found[name] = other
+        return found
 
     def excluded(self, task: str) -> list[str]:
         """Tensors of a checkpoint that are left out by ``exclude``."""

@@ -154,6 +154,7 @@ class ModuleSource(TensorSource):
         self, module: nn.Module, label: str, files: TensorSource | None = None
     ):
         self.label, self._loaded_from = label, files
+        self.unused = {} if files is None else files.unused
         self.config = getattr(module, "config", None)
         state, second = module.state_dict(keep_vars=True), tied_names(module)
         self._tensors = {

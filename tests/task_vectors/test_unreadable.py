@@ -7,6 +7,7 @@ import torch
 from exact_models import llama, seeded
 from fusion_bench.modelpool import CausalLMPool
 from helpers import BASE, didi, fine_tuned
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fusion_bench_didi.errors import (
@@ -126,3 +127,51 @@ def test_tensors_within_other_values_of_a_pickle(tmp_path):
     merged = didi(CausalLMPool(entries, tokenizer=None))
     unused = merged.info["tensors"]["a"]["not taken from the checkpoint"]
     assert unused == {"optimizer": "beside the state dict's tensors"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A pool of directories whose base model is written anew under other names."""
+    base = llama()
+    for name, model in {BASE: base, "a": fine_tuned(base, 1), "b": base}.items():
+        model.save_pretrained(tmp_path / name)
+
+    file = tmp_path / BASE / "model.safetensors"
+    state = load_file(file)
+
+    def pool(change):
+        save_file(change(state), file, {"format": "pt"})
+        places = {name: str(tmp_path / name) for name in (BASE, "a", "b")}
+        return CausalLMPool(places, tokenizer=None)
+
+    return pool
+
+
+def test_what_the_base_models_class_does_not_load_is_in_the_account(saved, tmp_path):
+    merged = didi(saved(lambda state: {**state, "foo.weight": torch.ones(3)}))
+    told = {"foo.weight": "not loaded by the base model"}
+    assert merged.info["not taken from the base model"] == told
+    merged.save_pretrained(tmp_path / "m")
+    loaded = DiDiModel.from_pretrained(tmp_path / "m", backbone=None)
+    assert loaded.info["not taken from the base model"] == told
+    assert "not taken from the base model" not in didi(saved(lambda state: state)).info
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("other", ["model\u2024norm.weight", "model.norm.weigth", "Model.norm.weight"])  # fmt: skip
+def test_a_name_nearly_as_meant_in_the_base_model_is_told(saved, other, caplog):
+    def renamed(state):
+        return {other if name == NORM else name: v for name, v in state.items()}
+
+    merged = didi(saved(renamed))
+    assert NORM in merged.info["tensors"]["a"]["kept as the task has them"]
+    (line,) = [m for m in caplog.messages if NORM in m and repr(other) in m]
+    assert "no LlamaForCausalLM loads" in line
+
+
+def test_a_head_that_the_base_model_lacks_is_nothing_to_tell_of(saved, caplog):
+    didi(saved(lambda state: {k: v for k, v in state.items() if k != NORM}))
+    didi(saved(lambda state: {**state, "cls.predictions.bias": torch.ones(3)}))
+    assert not [m for m in caplog.messages if "loads" in m]

@@ -11,8 +11,8 @@ from fuzz_cases import body, every_form
 
 from fusion_bench_didi.checkpoint.directory import alone, write_json
 from fusion_bench_didi.checkpoint.fields import CHECKSUM, sealed
-from fusion_bench_didi.files import MARK
 from fusion_bench_didi.errors import DiDiError
+from fusion_bench_didi.files import MARK
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.programs.compare import ComparisonProgram
 from fusion_bench_didi.programs.entries import ComparisonError, Entry

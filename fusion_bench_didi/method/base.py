@@ -241,7 +241,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             },
             **task_settings(modelpool, backbone),
             "backbone": reference,
-            **({"not taken from the base model": unused} if unused else {}),
+            **({"unused_of_base": unused} if unused else {}),
         }
 
     def track(self, names: Sequence[str], stage: str) -> Iterator[str]:

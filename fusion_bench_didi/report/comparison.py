@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import DiDiError
 from ..files import from_home
-from .metrics import is_share, metric_of, named
+from .metrics import ACCURACY, is_share, metric_of, named
 
 Kind = Literal["reference", "static", "dynamic", "routed", "ours", "variant"]
 
@@ -76,6 +76,8 @@ class Comparison:
     def worded(self, text: str) -> str:
         """A text on accuracies, as one on what the figures are."""
         metric = named(map(self.metric, self.tasks))
+        if metric == ACCURACY:
+            return text
         capital = metric[0].upper() + metric[1:]
         found = {"accuracy": metric, "Accuracy": capital, "Accuracies": capital}
         return re.sub("accuracy|Accuracy|Accuracies", lambda m: found[m[0]], text)

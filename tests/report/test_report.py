@@ -283,6 +283,11 @@ def test_a_figure_that_is_no_share_fails_its_row_and_not_the_report(tmp_path, va
     assert f"accuracy of {task} is {value:g}" in (tmp_path / "comparison.md").read_text()  # fmt: skip
 
 
+def test_words_on_accuracies_stay_where_figures_are_some(comparison):
+    text = "Accuracies, Accuracy and accuracy"
+    assert comparison.worded(text) == text
+
+
 def test_what_figures_are_is_said_wherever_they_are(tmp_path, capsys):
     told = synthetic()
     for row in told["rows"]:

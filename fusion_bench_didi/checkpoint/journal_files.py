@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import CheckpointMismatchError
-from ..files import file_digest, is_regular, write_whole
+from ..files import MARK, file_digest, is_regular, write_whole
 from .fields import read_object
-from .ours import CONFIG, MARK, PLAIN
+from .ours import CONFIG, PLAIN
 
 HEAD = "journal.json"
 #: Tells what the output, once it has its name, says of itself.

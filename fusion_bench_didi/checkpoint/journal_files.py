@@ -1,7 +1,6 @@
 """Files of a journal: which of a directory are, what says that they are not needed any more, and their removal, which leaves
 everything else that lies there alone."""
 
-import os
 import re
 from contextlib import suppress
 from pathlib import Path

@@ -233,12 +233,12 @@ def full(trial: Trial) -> str:
 
 
 def vanishing(trial: Trial) -> str:
-    """The weights of one task are away while the merge runs; they are put back afterwards."""
-    (job, go), file = trial.held(2), trial.home / "b" / "model.safetensors"
-    os.rename(file, file.with_suffix(".away"))
+    """The directory of one task is away while the merge runs, as that of a mount; it is put back afterwards."""
+    (job, go), place = trial.held(2), trial.home / "b"
+    os.rename(place, place.with_suffix(".away"))
     go.touch()
     found = job.results()
-    os.rename(file.with_suffix(".away"), file)
+    os.rename(place.with_suffix(".away"), place)
     return "; ".join(str(r) for r in found)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from helpers import BASE, didi, floats, normal, same_bits
 from shared_forms import base, model_of, values
 from torch import nn
@@ -318,3 +319,9 @@ def test_what_does_not_belong_is_refused_before_anything_is_written(tmp_path):
         AdapterLibrary(tmp_path / "elsewhere")
     with pytest.raises(DiDiError, match="cannot be edited"):
         library.add(nn.Linear(2, 2))
+
+
+def test_a_task_of_it_has_no_page_of_a_model(tmp_path):
+    AdapterLibrary(tmp_path).add(model_of("dense", 0, "a"))
+    with pytest.raises(CheckpointMismatchError, match="config.json: backbone is miss"):
+        run("inspect", tmp_path / "tasks" / "a")

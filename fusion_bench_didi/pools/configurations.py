@@ -235,7 +235,7 @@ def _settings(
 
 def _matters(key: str, value: Any, config: Mapping[str, Any]) -> bool:
     """Whether outputs of a family depend on a setting that others' do not depend on."""
-    family = config.get("model_type")
+    family = _family(config)
     if key == "tie_word_embeddings":
         return family in _SCALED_WHERE_TIED
     if key == "num_hidden_layers":
@@ -250,7 +250,12 @@ def _matters(key: str, value: Any, config: Mapping[str, Any]) -> bool:
 def _reads_padding(config: Mapping[str, Any]) -> bool:
     heads = config.get("architectures") or ()
     of_texts = any(str(head).endswith(_OF_TEXTS) for head in heads)
-    return of_texts or config.get("model_type") in _POSITIONS_BY_PADDING
+    return of_texts or _family(config) in _POSITIONS_BY_PADDING
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    """What a configuration is of; files may say anything there."""
+    return str(config.get("model_type", ""))
 
 
 def _listed(value: Any) -> Any:
@@ -281,7 +286,9 @@ def _kind(scaling: Any) -> str | None:
 
 
 def _scaling(scaling: Any) -> Any:
-    """Rotary positions' scaling in one form; None where there is none."""
+    """Rotary positions' scaling in one form; None where there is none, and what is none as it is."""
+    if scaling is not None and not isinstance(scaling, Mapping):
+        return scaling
     kind = _kind(scaling)
     if kind in (None, "default") and not (scaling or {}).keys() - {"rope_type", "type"}:
         return None

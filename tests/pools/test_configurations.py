@@ -234,6 +234,14 @@ def test_rotary_positions_as_either_generation_writes_them():
         assert [line.split(":")[0] for line in told] == [name]
 
 
+@pytest.mark.parametrize("key, value", [("rope_scaling", "1e400"), ("model_type", [])])
+def test_values_of_another_type_are_other_values(key, value):
+    """Files may say anything: whoever makes a model of it says what is wrong."""
+    file = {"model_type": "llama", "rope_scaling": None, "pad_token_id": 0}
+    assert len(differing(file, {**file, key: value})) == (key == "rope_scaling")
+    assert not differing({**file, key: value}, {**file, key: value})
+
+
 def test_scaling_of_positions_under_its_older_name_and_none():
     old, new = ({key: "linear", "factor": 2.0} for key in ("type", "rope_type"))
     assert not differing({"rope_scaling": old}, {"rope_scaling": new})

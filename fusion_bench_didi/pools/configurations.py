@@ -82,9 +82,28 @@ COMPUTED = frozenset(
         *("num_kv_shared_layers", "altup_active_idx", "altup_correct_scale"),
         *("activation_sparsity_pattern", "topk_method", "moe_top_k", "num_hashes"),
         *("normalize_modulator", "use_post_layernorm_in_modulation", "approx_mode"),
+        *("conf_reduction_factor", "cell_selection_preference"),
         *("use_expectation", "num_hash", "block_per_row", "stagger_local_blocks"),
     }
 )
+#: Settings of many families that outputs of some depend on.
+_BY_FAMILY = {
+    # where a head scales its input that is tied to the embedding
+    "tie_word_embeddings": {"t5", "mt5", "umt5", "longt5", "switch_transformers"},
+    # where layers are one, run so many times
+    "num_hidden_layers": {"albert"},
+    # where texts are pooled at the token that ends them
+    "eos_token_id": {
+        *("clip_text_model", "clipseg_text_model", "groupvit_text_model"),
+        *("metaclip_2_text_model", "aimv2_text_model"),
+    },
+    # where it tells the question from the text
+    "sep_token_id": {"longformer"},
+    # where logits are divided by it
+    "temperature": {"tapas"},
+}
+#: The number that stands for the largest token as the end of a text.
+_LARGEST_TOKEN = 2
 #: Settings of any model that say how it is trained, written, kept, used or asked, which includes what ``generate`` reads.
 _ANYONES = frozenset(
     {
@@ -93,6 +112,7 @@ _ANYONES = frozenset(
         # of transformers before 5
         *("finetuning_task", "task_specific_params", "pruned_heads", "torchscript"),
         *("prefix", "use_bfloat16", "add_cross_attention"),
+        *_BY_FAMILY,
     }
 )
 #: The same of single families, by parts of names; sizes of tables among them, which shapes of tensors tell.
@@ -100,15 +120,6 @@ _UNRELATED = re.compile(
     r"^_|drop|init|loss|coef|_cost|focal_|matcher_|label|_token_id|version|cache|dtype|^mask_(time|feature)_|grad|freeze|^ctc_|token(izer|_ids)|jitter|"
     r"vocab|max_(length|position|seq)|n_(positions|ctx)|auto_map|quantization|attn_implementation|pretrain|momentum|unsloth"
 )
-#: Families whose head scales its input where it is tied to the embedding.
-_SCALED_WHERE_TIED = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
-#: Settings that :func:`_matters` decides on.
-_BY_RULE = {
-    *("tie_word_embeddings", "num_hidden_layers", "max_position_embeddings"),
-    *("pad_token_id", "eos_token_id"),
-}
-#: Families whose layers are one, run so many times.
-_SHARED_LAYERS = {"albert"}
 #: Families that count positions from the token that pads.
 _POSITIONS_BY_PADDING = {
     *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer"),
@@ -117,12 +128,6 @@ _POSITIONS_BY_PADDING = {
 }
 #: How heads of whole texts are called, some of which find the last token by what pads.
 _OF_TEXTS = "ForSequenceClassification"
-#: Families that are pooled at the token that ends a text, and the number that stands for the largest token there.
-_POOLED_AT_END = {
-    *("clip_text_model", "clipseg_text_model", "groupvit_text_model"),
-    *("metaclip_2_text_model", "aimv2_text_model"),
-}
-_LARGEST_TOKEN = 2
 #: Kinds of positions that depend on the longest text of pre-training.
 _BY_LENGTH = {"dynamic", "yarn", "longrope"}
 
@@ -133,10 +138,10 @@ Configuration = PretrainedConfig | Mapping[str, Any]
 def check_configurations(base: Any, tuned: Mapping[str, Any]) -> None:
     """The base model runs all tasks: under its configuration they must compute what they did.
 
+    What differs and is known neither to matter nor not to is said.
+
     Args:
         tuned: by task; what is no configuration says nothing.
-
-    What differs and is not known to matter, or not to, is said.
 
     Raises:
         CheckpointMismatchError: listing all differences of all tasks.
@@ -227,24 +232,20 @@ def _settings(
             yield within + key, _scaling(value), True
         elif key in COMPUTED or _matters(key, value, config):
             if key == "eos_token_id" and value == _LARGEST_TOKEN:
-                value = config.get("vocab_size", value + 1) - 1
+                tokens = config.get("vocab_size")
+                value = tokens - 1 if type(tokens) is int else value
             yield within + key, value, True
-        elif key not in _ANYONES and key not in _BY_RULE and not _UNRELATED.search(key):
+        elif key not in _ANYONES and not _UNRELATED.search(key):
             yield within + key, value, False
 
 
 def _matters(key: str, value: Any, config: Mapping[str, Any]) -> bool:
     """Whether outputs of a family depend on a setting that others' do not depend on."""
-    family = _family(config)
-    if key == "tie_word_embeddings":
-        return family in _SCALED_WHERE_TIED
-    if key == "num_hidden_layers":
-        return family in _SHARED_LAYERS
+    if key in _BY_FAMILY:
+        return _family(config) in _BY_FAMILY[key]
     if key.endswith("max_position_embeddings"):
         return _kind(config.get("rope_scaling")) in _BY_LENGTH
-    if key == "pad_token_id":
-        return value is not None and _reads_padding(config)
-    return key == "eos_token_id" and family in _POOLED_AT_END
+    return key == "pad_token_id" and value is not None and _reads_padding(config)
 
 
 def _reads_padding(config: Mapping[str, Any]) -> bool:

@@ -138,7 +138,8 @@ RARE = {
     "modernbert": {"classifier_pooling": ("cls", "mean"), "local_attention": (128, 4)},
     "modernbert-decoder": {"global_rope_theta": (1e5, 1e3)},
     "llava": {"vision_feature_layer": (-2, -1)},
-    "longformer": {"attention_window": ([512, 512], [4, 4])},
+    "longformer": {"attention_window": ([512, 512], [4, 4]), "sep_token_id": (2, 3)},
+    "tapas": {"temperature": (1.0, 2.0)},
     "deepseek_v3": {"topk_group": (1, 4)},
     "gpt_neo": {"attention_layers": (["global", "local"], ["global", "global"])},
     "deberta-v2": {"pos_att_type": (["p2c"], ["c2p"]), "pooler_hidden_act": ("gelu", "relu")},  # fmt: skip

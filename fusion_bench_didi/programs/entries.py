@@ -76,11 +76,6 @@ class Entry:
             check_fields(self)
         except SettingsError as error:
             faults.append(f"entries.{self.key}: {one_line(error)}")
-        if _is_no_file(self.key):
-            faults.append(
-                f"the key {self.key[:60]!r} names the files of its row, so it can be no path and takes at most {_LONGEST} bytes; "
-                "a label, entries.KEY.name, may be anything."
-            )
         if faults:
             raise ComparisonError("\n  ".join(faults))
 
@@ -127,6 +122,11 @@ def read_entries(
         if not isinstance(value, Mapping | None):
             faults.append(f"entries.{key}={value!r}: its fields are expected")
             continue
+        if _is_no_file(key):
+            faults.append(
+                f"the key {key[:60]!r} names the files of its row, so it can be no path and takes at most {_LONGEST} bytes; "
+                "a label, entries.KEY.name, may be anything."
+            )
         value = {"name": key, **(value or {})}
         strange = sorted(set(value) - known, key=str)
         lacking = sorted({"method", "group"} - set(value))

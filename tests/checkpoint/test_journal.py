@@ -30,7 +30,6 @@ from fusion_bench_didi.checkpoint.journal import (
     read_lines,
 )
 from fusion_bench_didi.checkpoint.journal_files import HEAD, note_whole, remove
-from fusion_bench_didi.checkpoint.ours import MARK
 from fusion_bench_didi.checkpoint.records import Records
 from fusion_bench_didi.errors import (
     DiDiError,
@@ -38,6 +37,7 @@ from fusion_bench_didi.errors import (
     ResumeError,
     SettingsError,
 )
+from fusion_bench_didi.files import MARK
 from fusion_bench_didi.method import TSVCompression
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.task_vectors.watched import Watched

@@ -200,8 +200,8 @@ def test_tasks_that_a_suite_has_not_are_told(demo_suite, tmp_path):
 
 def test_a_comparison_that_lacks_a_row_is_an_error_that_names_it(demo_suite, tmp_path):
     line = ["compare", "-o", tmp_path, *small(demo_suite), "--no-report"]
-    entry = "+entries.bad={name: Bad, method: no/such, group: static}"
-    with pytest.raises(DiDiError, match="1 of 2 methods failed: bad .Missing"):
+    entry = "+entries.bad={method: didi/free, group: dynamic, overrides: {patterns: [nothing*]}}"
+    with pytest.raises(DiDiError, match="1 of 2 methods failed: bad .Model"):
         run(*line, entry, "--only", "bad,pretrained")
     rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
     assert [row["average"] is None for row in rows] == [False, True]

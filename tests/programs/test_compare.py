@@ -648,7 +648,7 @@ def test_kill_in_the_middle(cache, finished, tmp_path):
 
 def test_rows_that_failed_are_an_error_once_all_is_written(cache, tmp_path):
     config = configuration(cache, tmp_path, only=["averaging", "broken"], report=True)
-    with pytest.raises(FailedRowsError, match="1 of 2 methods failed: broken .Miss"):
+    with pytest.raises(FailedRowsError, match="1 of 2 methods failed: broken .Model"):
         ComparisonProgram(**OmegaConf.create(config)).run()
     told = json.loads((tmp_path / "comparison.json").read_text())
     assert [bool(row["error"]) for row in told["rows"]] == [False, True]

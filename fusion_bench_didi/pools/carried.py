@@ -5,10 +5,10 @@ states and logits depend on are compared in :mod:`.configurations`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from .configurations import Configuration, plain
+from .configurations import Configuration, parts, plain
 
 PROBLEM = "problem_type"
 REGRESSION, MULTI_LABEL = "regression", "multi_label_classification"
@@ -47,16 +47,12 @@ CARRIED = OF_LOSSES | OF_DECODERS | SAID | {PADDING}
 
 def carried(config: Configuration | None) -> dict[str, Any]:
     """Such settings of a configuration, by their names; those of parts are named as ``decoder.pad_token_id``."""
-    return {} if config is None else dict(_carried(plain(config)))
-
-
-def _carried(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if key in CARRIED:
-            if fits(key, value):
-                yield within + key, value
-        elif isinstance(value, Mapping) and "model_type" in value:
-            yield from _carried(value, f"{within}{key}.")
+    return {
+        within + key: value
+        for within, part in parts({} if config is None else plain(config))
+        for key, value in part.items()
+        if key in CARRIED and fits(key, value)
+    }
 
 
 def fits(name: str, value: Any) -> bool:

@@ -117,8 +117,8 @@ _ANYONES = frozenset(
 )
 #: The same of single families, by parts of names; sizes of tables among them, which shapes of tensors tell.
 _UNRELATED = re.compile(
-    r"^_|drop|init|loss|coef|_cost|focal_|matcher_|label|_token_id|version|cache|dtype|^mask_(time|feature)_|grad|freeze|^ctc_|token(izer|_ids)|jitter|"
-    r"vocab|max_(length|position|seq)|n_(positions|ctx)|auto_map|quantization|attn_implementation|pretrain|momentum|unsloth"
+    r"^_|drop|init|loss|coef|_cost|focal_|matcher_|label|_token_id|version|cache|dtype|^mask_(time|feature)_|grad|freeze|^ctc_|"
+    r"token(izer|_ids)|jitter|vocab|max_(length|position|seq)|n_(positions|ctx)|auto_map|quantization|attn_implementation|pretrain|momentum|unsloth"
 )
 #: Families that count positions from the token that pads.
 _POSITIONS_BY_PADDING = {
@@ -219,24 +219,36 @@ def _of_kind(file: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
     return [f for f in (file, *inner) if f.get("model_type", "") == kind]
 
 
-def _settings(
+def parts(
     config: Mapping[str, Any], within: str = ""
-) -> Iterator[tuple[str, Any, bool]]:
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The settings of a model and of each model inside, without those, and what stands before their names: "" and ``decoder.``."""
+    inside = {key: value for key, value in config.items() if _is_part(key, value)}
+    yield within, {k: value for k, value in config.items() if k not in inside}
+    for key, value in inside.items():
+        if isinstance(value, Mapping):
+            yield from parts(value, f"{within}{key}.")
+
+
+def _is_part(key: str, value: Any) -> bool:
+    named = isinstance(value, Mapping) and "model_type" in value
+    return named or key.endswith("_config")
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
     """Names and values of settings that outputs depend on, or may depend on; and whether they are known to."""
-    config = _in_one_spelling(config)
-    for key, value in config.items():
-        if key.endswith("_config") or (isinstance(value, Mapping) and "model_type" in value):  # fmt: skip
-            if isinstance(value, Mapping):
-                yield from _settings(value, f"{within}{key}.")
-        elif key == "rope_scaling":
-            yield within + key, _scaling(value), True
-        elif key in COMPUTED or _matters(key, value, config):
-            if key == "eos_token_id" and value == _LARGEST_TOKEN:
-                tokens = config.get("vocab_size")
-                value = tokens - 1 if type(tokens) is int else value
-            yield within + key, value, True
-        elif key not in _ANYONES and not _UNRELATED.search(key):
-            yield within + key, value, False
+    for within, part in parts(config):
+        part = _in_one_spelling(part)
+        for key, value in part.items():
+            if key == "rope_scaling":
+                yield within + key, _scaling(value), True
+            elif key in COMPUTED or _matters(key, value, part):
+                if key == "eos_token_id" and value == _LARGEST_TOKEN:
+                    tokens = part.get("vocab_size")
+                    value = tokens - 1 if type(tokens) is int else value
+                yield within + key, value, True
+            elif key not in _ANYONES and not _UNRELATED.search(key):
+                yield within + key, value, False
 
 
 def _matters(key: str, value: Any, config: Mapping[str, Any]) -> bool:

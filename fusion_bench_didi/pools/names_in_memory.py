@@ -117,7 +117,8 @@ def apart(source: TensorSource, names: Names) -> set[str]:
 
 def _mapped(found: list[str], names: Names) -> dict[str, str]:
     """Name in memory by name in the file; what the class does not load is left out."""
-    return by_prefix_alone(found, names) or _loaded(found, names)
+    loaded = _loaded(found, names)
+    return _by_prefix(found, loaded, names) or loaded
 
 
 def _loaded(found: list[str], names: Names) -> dict[str, str]:
@@ -126,14 +127,16 @@ def _loaded(found: list[str], names: Names) -> dict[str, str]:
     return {name: name for name in found}
 
 
-def by_prefix_alone(found: list[str], names: Names) -> dict[str, str]:
+def _by_prefix(
+    found: list[str], loaded: Mapping[str, str], names: Names
+) -> dict[str, str]:
     """Name in memory by name in the file, where a prefix put on or taken off explains more names than the class would load."""
     wanted = {*names.infos, *names.aliases}
-    loaded = wanted & set(_loaded(found, names).values())
-    if loaded == wanted:
+    there = wanted & set(loaded.values())
+    if there == wanted:
         return {}
     mapped = {old: new for new, old in renaming(found, wanted).items()}
-    return mapped if len(wanted & {*mapped.values()}) > len(loaded) else {}
+    return mapped if len(wanted & {*mapped.values()}) > len(there) else {}
 
 
 def check_read(source: TensorSource, names: Names) -> None:
@@ -145,8 +148,8 @@ def check_read(source: TensorSource, names: Names) -> None:
     Raises:
         CheckpointMismatchError: naming a tensor that was not read.
     """
-    state = names.module.state_dict()
-    for old, new in by_prefix_alone(list(source.infos()), names).items():
+    state, found = names.module.state_dict(), list(source.infos())
+    for old, new in _by_prefix(found, _loaded(found, names), names).items():
         if new not in state:
             continue
         stored, value = source.read(old), state[new]

@@ -23,6 +23,7 @@ from ..errors import DiDiError, spelled
 from ..files import from_home
 from ..pools.configurations import COMPUTED
 from ..pools.counts import check_counts, pairs
+from ..pools.entries import OF_MACHINE, PLACE
 from ..pools.weight_files import Weights, check_unmerged, index_files, open_weights
 from ..task_vectors.tower_names import fill
 
@@ -60,27 +61,11 @@ ARGUMENTS: Mapping[str, tuple[type, ...]] = {
 #: Arguments that hold secrets.
 SECRETS = frozenset({"token", "use_auth_token", "proxies"})
 #: Arguments that do not change what is loaded, or are of the machine that merged.
-IGNORED = SECRETS | {
-    "_convert_",
-    "_fast_init",
-    "_partial_",
-    "_recursive_",
-    "cache_dir",
-    "code_revision",
-    "device_map",
-    "force_download",
-    "gradient_checkpointing",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "max_memory",
-    "mirror",
-    "offload_buffers",
-    "offload_folder",
-    "offload_state_dict",
-    "resume_download",
-    "use_cache",
-    "use_flash_attention_2",
-}
+IGNORED = SECRETS.union(
+    OF_MACHINE,
+    ("_convert_", "_fast_init", "_recursive_", "code_revision", "mirror"),
+    ("force_download", "resume_download", "gradient_checkpointing"),
+)
 #: Arguments that ask for nothing.
 IDLE = (
     ("trust_remote_code", False),
@@ -110,7 +95,6 @@ DTYPES = {
 TYPE = (
     "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 )
-_PLACE = "pretrained_model_name_or_path"
 
 
 def load(
@@ -131,7 +115,7 @@ def load(
     Raises:
         DiDiError: for everything that is not on the lists of this module, and if it cannot be loaded.
     """
-    given = {_PLACE: source} if isinstance(source, str) else dict(source)
+    given = {PLACE: source} if isinstance(source, str) else dict(source)
     try:
         if _is_open_clip(class_name, given):
             return _open_clip(**given), frozenset()
@@ -162,7 +146,7 @@ def described(source: Any) -> Any:
         return source
     kept = {k: v for k, v in source.items() if k not in IGNORED and (k, v) not in IDLE}
     return {
-        k: described(v) if k == _PLACE else _without_secrets(v) for k, v in kept.items()
+        k: described(v) if k == PLACE else _without_secrets(v) for k, v in kept.items()
     }
 
 
@@ -181,7 +165,7 @@ def obstacle(class_name: str, source: Any) -> DiDiError | None:
     """
     if source is None or _is_open_clip(class_name, source):
         return None
-    given = {_PLACE: source} if isinstance(source, str) else dict(source)
+    given = {PLACE: source} if isinstance(source, str) else dict(source)
     try:
         _loader(given.pop("_target_", f"{class_name}.from_pretrained"))
         _arguments(given)
@@ -261,8 +245,8 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         raise _refused(
             f"attn_implementation={attention!r}", f"one of {sorted(ATTENTION)}"
         )
-    if _PLACE not in found:
-        raise _refused("no place", f"a {_PLACE}")
+    if PLACE not in found:
+        raise _refused("no place", f"a {PLACE}")
     return found
 
 
@@ -288,12 +272,12 @@ def _ready(
         asked = DTYPES[kind]
     if asked is not None:
         found[TYPE] = asked
-    found[_PLACE] = place_of(found[_PLACE], directory)
+    found[PLACE] = place_of(found[PLACE], directory)
     subfolder = found.get("subfolder", "")
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
         raise _refused(f"the subfolder {subfolder!r}", "one inside")
     asked = (found.get(key) for key in ("revision", "variant"))
-    _check_files(found[_PLACE], subfolder, *asked)
+    _check_files(found[PLACE], subfolder, *asked)
     return {**found, "trust_remote_code": False}
 
 
@@ -349,7 +333,7 @@ def _weights(arguments: Mapping[str, Any]) -> tuple[Path, str, Weights] | None:
     """Where the weight files of what is loaded lie, its label, and which of them are asked for."""
     asked = {key: arguments.get(key) for key in ("variant", "use_safetensors")}
     inside, revision = arguments.get("subfolder", ""), arguments.get("revision")
-    file = _file_of(arguments[_PLACE], "config.json", inside, revision)
+    file = _file_of(arguments[PLACE], "config.json", inside, revision)
     return file and (Path(file).parent, "the backbone", Weights(**asked))
 
 

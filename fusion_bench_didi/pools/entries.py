@@ -120,27 +120,18 @@ def _downloaded(repo: str, platform: str) -> Path:
     return Path(found)
 
 
-#: Arguments of ``from_pretrained`` that do not change which weights are read, nor what they are.
-_HARMLESS = {
-    "_target_",
-    "_partial_",
-    "attn_implementation",
-    "cache_dir",
-    "device_map",
-    "dtype",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "max_memory",
-    "num_labels",
-    "offload_buffers",
-    "offload_folder",
-    "offload_state_dict",
-    "pretrained_model_name_or_path",
-    "token",
-    "torch_dtype",
-    "trust_remote_code",
-    "use_cache",
-    "use_flash_attention_2",
+#: Arguments of ``from_pretrained`` that are of the machine, or of how it loads.
+OF_MACHINE = frozenset(
+    {
+        *("_partial_", "cache_dir", "local_files_only", "low_cpu_mem_usage"),
+        *("device_map", "max_memory", "use_cache", "use_flash_attention_2"),
+        *("offload_buffers", "offload_folder", "offload_state_dict"),
+    }
+)
+#: Those that do not change which weights are read, nor what they are.
+_HARMLESS = OF_MACHINE | {
+    *(TARGET, PLACE, *TYPES, "attn_implementation", "num_labels"),
+    *("token", "trust_remote_code"),
 }
 #: Those that are understood here.
 _KNOWN = {"variant", "use_safetensors", "subfolder"}

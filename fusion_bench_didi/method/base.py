@@ -214,6 +214,11 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """The order in which sums over tasks are taken; sorted, so that the pool's order changes no bit."""
         return sorted(tasks)
 
+    def told_settings(self) -> dict[str, Any]:
+        """Settings as they are saved with a model."""
+        found = OmegaConf.to_container(self.config, resolve=True)
+        return {key: value for key, value in found.items() if not key.startswith("_")}
+
     def facts(
         self,
         modelpool: BaseModelPool,
@@ -226,14 +231,13 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         Raises:
             CheckpointMismatchError: for a file of settings that cannot be read; so they are taken before anything is merged.
         """
-        settings = OmegaConf.to_container(self.config, resolve=True)
         reference = backbone_reference(modelpool, backbone)
         if reason := obstacle(reference["class"], described(reference["source"])):
             log.warning("Saved, the merged model will not load its base model by itself. %s", reason)  # fmt: skip
         unused = task_vectors.unused_of_base
         return {
             "method": self.title,
-            "settings": {k: v for k, v in settings.items() if not k.startswith("_")},
+            "settings": self.told_settings(),
             "parents": {
                 name: place_of(entry)
                 for name, entry in modelpool._models.items()

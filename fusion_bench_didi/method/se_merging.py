@@ -34,7 +34,6 @@ from ..options import (
 )
 from ..pools.opening import load_backbone, open_pool
 from ..routers.representation import RepresentationRouter
-from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import model_bits, scan
 from .base import PoolMethod
 from .didi import DiDiMerging
@@ -155,18 +154,13 @@ class SEMerging(PoolMethod):
             head=self.head,
         )
 
-    def facts(
-        self,
-        modelpool: BaseModelPool,
-        backbone: nn.Module,
-        task_vectors: TaskVectors,
-    ) -> dict[str, Any]:
+    def told_settings(self) -> dict[str, Any]:
         """A base method that was given as an object is named by its class."""
-        facts = super().facts(modelpool, backbone, task_vectors)
-        base = facts["settings"].get("base_method")
+        found = super().told_settings()
+        base = found.get("base_method")
         if not isinstance(base, (Mapping, str, type(None))):
-            facts["settings"]["base_method"] = type(base).__name__
-        return facts
+            found["base_method"] = type(base).__name__
+        return found
 
     def _idle(self) -> Iterator[tuple[str, str]]:
         """Settings that nothing reads, and what they are of."""

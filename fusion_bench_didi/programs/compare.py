@@ -29,7 +29,7 @@ from ..pools.opening import check_pool, load_backbone, open_pool
 from ..pools.task_names import check_tasks
 from ..report import whereabouts, write_report
 from ..report.loggers import log_metrics, row_metrics
-from ..report.metrics import is_share, metric_of
+from ..report.metrics import metric_of, odd_figures
 from ..report.terminal import print_table
 from .checks import checked
 from .entries import ComparisonError, declared, dependent, read_entries
@@ -313,9 +313,9 @@ class ComparisonProgram(FabricModelFusionProgram):
 
 
 def _usable(row: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A row without figures that no comparison takes, which those of earlier versions may hold: they are to be made anew."""
-    if row is None:
-        return None
-    found = {t: v for t, v in row["accuracy"].items() if is_share(metric_of(row, t), v)}
-    whole = row["complete"] and len(found) == len(row["accuracy"])
-    return {**row, "accuracy": found, "complete": whole}
+    """A row without figures that no comparison takes: they are to be made anew."""
+    odd = odd_figures(row) if row else {}
+    if not odd:
+        return row
+    found = {task: v for task, v in row["accuracy"].items() if task not in odd}
+    return {**row, "accuracy": found, "complete": False}

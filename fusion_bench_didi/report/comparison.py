@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import DiDiError
 from ..files import from_home
-from .metrics import ACCURACY, is_share, metric_of, named
+from .metrics import ACCURACY, metric_of, named, odd_figures
 
 Kind = Literal["reference", "static", "dynamic", "routed", "ours", "variant"]
 
@@ -118,8 +118,8 @@ class Comparison:
 
 
 def _checked(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row as it is; a failed one if it holds what is no share, as rows of earlier versions may."""
-    odd = {t: v for t, v in row["accuracy"].items() if v is not None and not is_share(metric_of(row, t), v)}  # fmt: skip
+    """A row as it is; a failed one if it holds what is no share."""
+    odd = odd_figures(row)
     if not odd:
         return row
     task, value = next(iter(odd.items()))

@@ -45,6 +45,12 @@ def metric_of(row: Mapping, task: str) -> str:
     return row.get("metrics", {}).get(task, ACCURACY)
 
 
+def odd_figures(row: Mapping) -> dict[str, float]:
+    """Figures of a row by task that no comparison takes; rows of earlier versions may hold some."""
+    told = ((task, value) for task, value in row["accuracy"].items() if value is not None)  # fmt: skip
+    return {t: value for t, value in told if not is_share(metric_of(row, t), value)}
+
+
 def named(metrics: Iterable[str]) -> str:
     """Names of figures, each once, in words."""
     return " and ".join(dict.fromkeys(metrics)) or ACCURACY

@@ -70,7 +70,7 @@ BROKEN = {
     "a list": lambda config: [config],
     "nothing": lambda config: None,
     "deeper than is read": lambda config: '{"a":' * 100_000,
-    "deep": lambda config: {**config, "x": deep(900)},
+    "deep": lambda config: {**config, "x": deep(480)},
     "a word for settings": lambda config: {**config, "vision_config": "1e400"},
     "another kind of architectures": lambda config: {
         **config,

@@ -18,6 +18,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
+import gc
 import logging
 import subprocess
 import sys
@@ -35,6 +36,13 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: no test looks through half a million objects for garbage."""
+    gc.collect()
+    gc.freeze()
+
 
 # Names for which the host has class names and prompt templates.
 TASKS = ("mnist", "svhn", "eurosat")

@@ -194,8 +194,9 @@ def test_a_library_that_there_is_not_is_not_empty(tmp_path):
 
 
 def test_tasks_that_a_suite_has_not_are_told(demo_suite, tmp_path):
+    few = ("--only", "pretrained")
     with pytest.raises(DiDiError, match="has no nosuch"):
-        run("compare", "-o", tmp_path, *small(demo_suite), "--tasks", "nosuch")
+        run("compare", "-o", tmp_path, *small(demo_suite), *few, "--tasks", "nosuch")
 
 
 def test_a_comparison_that_lacks_a_row_is_an_error_that_names_it(demo_suite, tmp_path):

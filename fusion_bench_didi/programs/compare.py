@@ -28,8 +28,7 @@ from ..pools.merged_adapters import adapted
 from ..pools.opening import check_pool, load_backbone, open_pool
 from ..pools.task_names import check_tasks
 from ..report import whereabouts, write_report
-from ..report.loggers import log_metrics, row_metrics
-from ..report.metrics import metric_of, odd_figures
+from ..report.metrics import log_metrics, metric_of, odd_figures, row_metrics
 from ..report.terminal import print_table
 from .checks import checked
 from .entries import ComparisonError, declared, dependent, read_entries
@@ -42,10 +41,8 @@ from .sizes import facts_of
 
 #: Keys of the host's program that are of the one merge it makes.
 _OF_ONE_MERGE = (
-    "method",
-    "merged_model_save_path",
-    "merged_model_save_kwargs",
-    "report_save_path",
+    *("method", "report_save_path"),
+    *("merged_model_save_path", "merged_model_save_kwargs"),
 )
 
 
@@ -182,11 +179,7 @@ class ComparisonProgram(FabricModelFusionProgram):
         return comparison
 
     def _checked(self) -> dict[str, dict[str, Any]]:
-        """What the entries declare, by key.
-
-        Raises:
-            ComparisonError: listing what is known to fail.
-        """
+        """What the entries declare, by key, if nothing is known to fail."""
         keys = {entry.key for entry in self.entries}
         if not self.restart:
             rows = {key: read_row(self.directory, key) for key in keys}

@@ -18,13 +18,13 @@ from ..pools.opening import backbone_reference, load_backbone
 from ..pools.task_names import resolve_task
 from ..report.metrics import ACCURACY, metric_of, named
 from ..task_vectors.watched import Watched
-from .entries import ComparisonError, Entry, declared, method_config
+from .entries import ComparisonError, Entry, completed, declared
 from .measure import free_memory, measured
 from .progress import Watch
 from .results import blank_row
 from .rows import ARTIFACTS, RowStore
 from .scoring import Scorer
-from .sizes import PoolFacts, Size, individuals_size, model_size, pretrained_size
+from .sizes import PoolFacts, Size, individuals_size, model_size
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
         artifact: Any = ((name, load_model(pool, name)) for name in pool.model_names)
     elif entry.method == "pretrained":
         artifact = model = load_backbone(pool)
-        size, types = pretrained_size(), {}
+        size, types = Size(0.0, 1.0), {}
     else:
         artifact = model = _merged(row, bench, entry, rows, pool, watch)
         size = model_size(model, load_backbone(pool), bench.facts)
@@ -140,8 +140,9 @@ def _merged(
     row: Row, bench: Bench, entry: Entry, rows: Rows, pool: Any, watch: Watch
 ) -> nn.Module:
     """The entry's merged model, measured while it is made."""
-    config = method_config(
+    config = completed(
         entry,
+        row["entry"]["config"],
         smallest_side=bench.facts.smallest_side,
         budget=_budget(entry, rows),
         aliases=bench.aliases,

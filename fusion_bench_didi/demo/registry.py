@@ -1,7 +1,5 @@
 """Telling the host's CLIP task pools what the classes of a task are called."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Mapping, Sequence

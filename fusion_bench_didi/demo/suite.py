@@ -13,8 +13,6 @@ The folder is made under another name and renamed when it is whole, under a lock
 folder of that name is complete whatever was interrupted and whoever else was building.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import json

@@ -42,7 +42,7 @@ def _to_be_had(_: click.Context, option: click.Parameter, device: str) -> str:
             torch.zeros(1, device=device).cpu()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise click.BadParameter(
-                f"{device} is not to be had here ({str(error).splitlines()[0][:200]}). Give cpu.", param=option
+                f"{device} is not to be had here ({first_line(error)[:200]}). Give cpu.", param=option
             ) from None  # fmt: skip
     return device
 

@@ -180,9 +180,8 @@ def _make(folder: Path, recipe: Recipe, seed: int, workers: int) -> None:
     done(f"drew the pictures of {len(data)} tasks")
 
     processor = towers.make_processor(classnames)
-    first_id, words = len(processor.tokenizer) - len(classnames), len(
-        processor.tokenizer
-    )
+    words = len(processor.tokenizer)
+    first_id = words - len(classnames)
     clip = towers.make_clip(
         width=recipe.width, layers=recipe.layers, words=words, seed=seed
     )

@@ -41,8 +41,8 @@ from .sizes import facts_of
 
 #: Keys of the host's program that are of the one merge it makes.
 _OF_ONE_MERGE = (
-    *("method", "report_save_path"),
-    *("merged_model_save_path", "merged_model_save_kwargs"),
+    *("method", "merged_model_save_path", "merged_model_save_kwargs"),
+    "report_save_path",
 )
 
 

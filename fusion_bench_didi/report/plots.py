@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from . import findings, labels
 from .comparison import Comparison, kind, percent
 from .module_plots import energy_plot, rank_plot
-from .style import KINDS, color, look, new_figure, save_figure, title
+from .style import KINDS, color, headline, look, new_figure, save_figure, title
 
 
 def write(comparison: Comparison, directory: Path) -> list[Path]:
@@ -207,14 +207,7 @@ def accuracy_by_task(comparison: Comparison) -> Figure | None:
     if own:
         handles.append(Line2D([], [], label="the task's own model", **_REFERENCE))
     picture.legend(handles=handles, loc="lower center", ncols=7, fontsize=8)
-    picture.suptitle(
-        findings.of_tasks(comparison),
-        x=0.01,
-        y=1 - 0.05 / tall,
-        ha="left",
-        fontsize=11,
-        fontweight="bold",
-    )
+    headline(picture, findings.of_tasks(comparison), y=1 - 0.05 / tall)
     picture.tight_layout(rect=(0, 0.3 / tall, 1, 1 - 0.3 / tall))
     return picture
 

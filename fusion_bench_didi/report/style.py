@@ -75,9 +75,10 @@ def title(axes: Axes, text: str, **options: Any) -> None:
     axes.set_title(textwrap.fill(text, max(letters, 30)), **options)
 
 
-def headline(figure: Figure, text: str) -> None:
+def headline(figure: Figure, text: str, **options: Any) -> None:
     """Title of a picture of several panels, above all of them."""
-    figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    look = {"x": 0.01, "ha": "left", "fontsize": 11, "fontweight": "bold"}
+    figure.suptitle(text, **look, **options)
 
 
 def drawn(figure: Figure, form: str) -> bytes:

@@ -1,6 +1,5 @@
 """FREE-Merging (Zheng & Wang, "Fourier Transform for Efficient Model Merging", ICCV 2025, arXiv 2411.16815)."""
 
-import fnmatch
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
 from ...errors import ModelPoolError, SettingsError
 from ...options import Part, Patterns, Positive, Scale, as_patterns, refuse_idle
+from ...task_vectors.alignment import matches
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
@@ -174,7 +174,7 @@ class FreeMerging(DynamicMethod):
 
     def _filtered(self, name: str) -> bool:
         """Whether a tensor takes part."""
-        return any(fnmatch.fnmatchcase(name, p) for p in as_patterns(self.patterns))
+        return matches(name, as_patterns(self.patterns))
 
     def _is_weight(self, tensor: ChangedTensor) -> bool:
         """Whether a tensor has a spectrum; the released code knows that of matrices only."""

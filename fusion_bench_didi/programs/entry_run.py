@@ -18,7 +18,7 @@ from ..pools.opening import backbone_reference, load_backbone
 from ..pools.task_names import resolve_task
 from ..report.metrics import ACCURACY, metric_of, named
 from ..task_vectors.watched import Watched
-from .entries import ComparisonError, Entry, completed, declared
+from .entries import ComparisonError, Entry, completed
 from .measure import free_memory, measured
 from .progress import Watch
 from .results import blank_row
@@ -43,6 +43,7 @@ class Bench:
         facts: of the model pool.
         inputs: the files of its models, which must stay as they were when the facts were found.
         store: takes a row after every evaluated task.
+        declared: settings of every entry, by its key, as by :func:`.entries.declared`.
         aliases: task pool name -> model name.
         seed: that every entry starts from, or None.
         save_artifacts: write every model that is made, and hold the account against the bytes.
@@ -54,6 +55,7 @@ class Bench:
     facts: PoolFacts
     inputs: Sequence[Watched]
     store: RowStore
+    declared: Mapping[str, Mapping[str, Any]]
     aliases: Mapping[str, str] | None = None
     seed: int | None = None
     save_artifacts: bool = False
@@ -77,7 +79,7 @@ def run_entry(bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Row:
     Returns:
         the row, with figures or the error.
     """
-    asked = declared(entry)
+    asked = bench.declared[entry.key]
     row = blank_row(entry, asked) | (rows[entry.key] or {})
     row |= {"entry": asked, "error": None, "complete": False}
     if bench.seed is not None:

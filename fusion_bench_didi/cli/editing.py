@@ -1,4 +1,7 @@
-"""``didi add-task``, ``remove-task``, ``rescale`` and ``combine``: merged models that are edited after the merge."""
+"""``didi add-task``, ``remove-task``, ``rescale`` and ``combine``: merged models that are edited after the merge.
+
+Options are called as the keywords of the functions that they are given to.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -23,18 +26,7 @@ from . import options
 @options.overwrite
 @options.drop_router
 def add_task(
-    directory: str,
-    checkpoint: str,
-    name: str | None,
-    budget: float,
-    exclude: tuple[str, ...],
-    as_vectors: tuple[str, ...],
-    own: tuple[str, ...],
-    base: str | None,
-    device: str,
-    out: str | None,
-    overwrite: bool,
-    drop_router: bool,
+    directory: str, checkpoint: str, name: str | None, base: str | None, **given: Any
 ) -> None:
     """Add a task to a merged model from its CHECKPOINT alone; the outputs of the others stay as they are, to the bit.
 
@@ -44,21 +36,8 @@ def add_task(
     """
     from .. import editing
 
-    found = editing.add_task(
-        directory,
-        checkpoint,
-        name or Path(checkpoint).name,
-        budget=budget,
-        exclude=exclude,
-        as_vectors=as_vectors,
-        own=own,
-        backbone=base,
-        device=device,
-        output_dir=out,
-        overwrite=overwrite,
-        drop_router=drop_router,
-    )
-    _say(found)
+    name = name or Path(checkpoint).name
+    _say(editing.add_task(directory, checkpoint, name, backbone=base, **given))
 
 
 @click.command("remove-task", no_args_is_help=True)
@@ -67,9 +46,7 @@ def add_task(
 @options.out_or_same
 @options.overwrite
 @options.drop_router
-def remove_task(
-    directory: str, name: str, out: str | None, overwrite: bool, drop_router: bool
-) -> None:
+def remove_task(directory: str, name: str, **given: Any) -> None:
     """Take a task out of a merged model; the others stay as they are, to the bit.
 
     \b
@@ -78,15 +55,7 @@ def remove_task(
     """
     from .. import editing
 
-    _say(
-        editing.remove_task(
-            directory,
-            name,
-            output_dir=out,
-            overwrite=overwrite,
-            drop_router=drop_router,
-        )
-    )
+    _say(editing.remove_task(directory, name, **given))
 
 
 @click.command(no_args_is_help=True)
@@ -95,9 +64,7 @@ def remove_task(
 @options.device
 @options.out_or_same
 @options.overwrite
-def rescale(
-    directory: str, budget: float, device: str, out: str | None, overwrite: bool
-) -> None:
+def rescale(directory: str, **given: Any) -> None:
     """Make a merged model smaller, from what it stores: no checkpoint is needed.
 
     \b
@@ -106,10 +73,7 @@ def rescale(
     """
     from .. import editing
 
-    found = editing.rescale(
-        directory, budget=budget, device=device, output_dir=out, overwrite=overwrite
-    )
-    _say(found)
+    _say(editing.rescale(directory, **given))
 
 
 @click.command(no_args_is_help=True)
@@ -118,9 +82,7 @@ def rescale(
 @options.out_or_same
 @options.overwrite
 @options.drop_router
-def combine(
-    first: str, second: str, out: str | None, overwrite: bool, drop_router: bool
-) -> None:
+def combine(first: str, second: str, **given: Any) -> None:
     """Put the tasks of two merged models of one base model into one, every task as it was.
 
     \b
@@ -129,10 +91,7 @@ def combine(
     """
     from .. import editing
 
-    found = editing.combine(
-        first, second, output_dir=out, overwrite=overwrite, drop_router=drop_router
-    )
-    _say(found)
+    _say(editing.combine(first, second, **given))
 
 
 @click.command(no_args_is_help=True)

@@ -1,4 +1,6 @@
-"""``didi export``."""
+"""``didi export`` and ``didi push``."""
+
+from typing import Any
 
 import click
 
@@ -6,15 +8,6 @@ from . import options
 
 #: so many lines of a report are printed
 _MOST = 16
-#: Arguments and options, and the keywords that they stand for.
-_SAID_BY = {
-    "DIRECTORY": "directory",
-    "OUT": "out",
-    "--form": "form",
-    "--task": "tasks",
-    "--base": "base",
-    "--overwrite": "overwrite",
-}
 
 
 @click.command(no_args_is_help=True)
@@ -50,8 +43,8 @@ def export(
     from ..export.common import folder
 
     given = options.values_of(settings)
-    for option, key in _SAID_BY.items():
-        options.not_beside(given, option, key)
+    for parameter in click.get_current_context().command.params:
+        options.not_beside(given, options.called(parameter), parameter.name)
     report = write(
         directory,
         out,
@@ -72,3 +65,27 @@ def export(
             click.echo(
                 f"  {task} lies in {folder(task)}: not every file system takes its name"
             )
+
+
+@click.command(no_args_is_help=True)
+@click.argument("directory")
+@click.argument("repository")
+@options.base
+@click.option("--base-model", default=None, help="Repository of the base model, if the merge took it from a directory.")  # fmt: skip
+@click.option("--license", default="unknown", show_default=True, help="For the card: mit, apache-2.0, ...")  # fmt: skip
+@click.option("--dataset", "datasets", multiple=True, help="For the card, of the hub; may be repeated.")  # fmt: skip
+@click.option("--private", is_flag=True, help="Make a private repository, if there is none.")  # fmt: skip
+@click.option("--revision", default=None, help="Branch to write to; the main one if left out.")  # fmt: skip
+def push(
+    directory: str, repository: str, base: str | None, private: bool, **given: Any
+) -> None:
+    """Upload a merged model to the hub, as REPOSITORY (user/name), with a card that says how to load it.
+
+    \b
+    Example:
+      didi push merged me/clip-eight-tasks --base-model openai/clip-vit-base-patch32 --license mit
+    """
+    from ..models import DynamicModel
+
+    model = DynamicModel.from_pretrained(directory, base)
+    click.echo(model.push_to_hub(repository, private=private or None, **given))

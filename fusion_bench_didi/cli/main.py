@@ -7,16 +7,7 @@ import warnings
 import click
 
 from ..errors import DiDiError, spelled_as
-from . import (
-    comparing,
-    editing,
-    exporting,
-    merging,
-    options,
-    publishing,
-    reading,
-    serving,
-)
+from . import comparing, editing, exporting, merging, options, reading, serving
 
 _HELP = """
 Merge fine-tuned models of one base model into one model with an expert per task, within a storage budget.
@@ -54,23 +45,10 @@ def didi(verbose: bool) -> None:
         warnings.simplefilter("ignore")
 
 
-for command in (
-    merging.merge,
-    merging.settings,
-    reading.inspect,
-    reading.verify,
-    comparing.compare,
-    comparing.report,
-    editing.add_task,
-    editing.remove_task,
-    editing.rescale,
-    editing.combine,
-    editing.library,
-    publishing.push,
-    exporting.export,
-    serving.serve,
-):
-    didi.add_command(command)
+for module in (comparing, editing, exporting, merging, reading, serving):
+    for command in vars(module).values():
+        if isinstance(command, click.Command):
+            didi.add_command(command)
 
 
 def main() -> None:

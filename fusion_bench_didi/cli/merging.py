@@ -60,12 +60,10 @@ def merge(
     given = options.values_of(settings)
     options.not_beside(given, "--out", "output_dir")
     options.not_beside(given, "--overwrite", "overwrite")
-    if budget is not None:
-        options.not_beside(given, "--budget", "budget")
-        given["budget"] = budget
-    if dry_run:
-        options.not_beside(given, "--dry-run", "dry_run")
-        given["dry_run"] = True
+    for key, value in (("budget", budget), ("dry_run", dry_run or None)):
+        if value is not None:
+            options.not_beside(given, f"--{key.replace('_', '-')}", key)
+            given[key] = value
     faults = options.Faults()
     with faults:
         if not dry_run:
@@ -96,11 +94,7 @@ def merge(
 
 
 def _fabric(device: str, devices: int | None) -> tuple[Any, int]:
-    """The host's engine, on the processes that ``torchrun`` started or on so many that it starts itself; how many there are.
-
-    Raises:
-        click.BadParameter: for another number of devices than ``torchrun`` started processes for here.
-    """
+    """The host's engine, on the processes that ``torchrun`` started or on so many that it starts itself; how many there are."""
     import lightning
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
@@ -150,12 +144,8 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
         places[task] = as_text(place)
     name = model_class or _class_of(places)
     load = {"_target_": f"transformers.{name}.from_pretrained", TYPE: "auto"}
-    return BaseModelPool(
-        {
-            task: {**load, "pretrained_model_name_or_path": place}
-            for task, place in places.items()
-        }
-    )
+    key = "pretrained_model_name_or_path"
+    return BaseModelPool({n: {**load, key: place} for n, place in places.items()})
 
 
 def _class_of(places: dict[str, str]) -> str:
@@ -173,10 +163,8 @@ def _class_of(places: dict[str, str]) -> str:
         except FileNotFoundError as error:
             faults.append(str(error))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            faults.append(
-                f"{place} is no model that transformers knows ({reason[:200]})"
-            )
+            reason = options.first_line(error)[:200]
+            faults.append(f"{place} is no model that transformers knows ({reason})")
     if faults:
         faults = [*dict.fromkeys(faults)]
         raise click.BadParameter("\n  ".join(faults), param_hint="models")
@@ -245,11 +233,7 @@ def _method(name: str, given: dict[str, Any], out: str, overwrite: bool) -> Any:
 
 
 def _check_keys(owner: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Settings must be among those that there are, on every level; an empty one is made to be filled.
-
-    Raises:
-        SettingsError: with the nearest that there is, and for one that is of another shape.
-    """
+    """Settings must be among those that there are, on every level; an empty one is made to be filled."""
     from ..options import unknown_setting
 
     for key, value in given.items():
@@ -280,8 +264,7 @@ def _methods() -> dict[str, Path]:
 def _no_method(name: str) -> click.UsageError:
     from ..options import nearest
 
-    hint = nearest(name, _methods())
-    return click.UsageError(f"There is no method {name}. {hint}")
+    return click.UsageError(f"There is no method {name}. {nearest(name, _methods())}")
 
 
 def _save(model: Any, out: str, method: str, *, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ from click.core import ParameterSource
 
 from ..errors import DiDiError, Spelling, as_key
 
-#: Options by the keywords that they stand for.
+#: Options by the keywords that they stand for, where they are called otherwise.
 _CALLED = {
     "output_dir": "out",
     "path.log_dir": "out",
@@ -20,13 +20,10 @@ _CALLED = {
 _POOLS = ("modelpool", "taskpool")
 
 out = click.option(
-    "-o",
-    "--out",
-    required=True,
-    help="Directory to write; appears whole or not at all.",
-)
+    "-o", "--out", required=True, help="Directory to write; appears whole or not at all."
+)  # fmt: skip
 out_or_same = click.option(
-    "-o", "--out", default=None, help="Directory to write; without it DIRECTORY itself, if --overwrite allows it."
+    "-o", "--out", "output_dir", default=None, help="Directory to write; without it DIRECTORY itself, if --overwrite allows it."
 )  # fmt: skip
 overwrite = click.option(
     "--overwrite", is_flag=True, help="Replace a model that lies where it shall be written."
@@ -37,11 +34,7 @@ base = click.option(
 
 
 def _to_be_had(_: click.Context, option: click.Parameter, device: str) -> str:
-    """A device that tensors can be made on here.
-
-    Raises:
-        click.BadParameter: saying why not.
-    """
+    """A device that tensors can be made on here."""
     if device not in ("cpu", "auto"):
         import torch
 
@@ -49,7 +42,7 @@ def _to_be_had(_: click.Context, option: click.Parameter, device: str) -> str:
             torch.zeros(1, device=device).cpu()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise click.BadParameter(
-                f"{device} is not to be had here ({str(error).splitlines()[0][:200]}). Give cpu.", param=option
+                f"{device} is not to be had here ({first_line(error)[:200]}). Give cpu.", param=option
             ) from None  # fmt: skip
     return device
 
@@ -69,14 +62,21 @@ settings = click.option(
 )  # fmt: skip
 
 
+def called(parameter: click.Parameter) -> str:
+    """An option or argument as it is typed or shown."""
+    if isinstance(parameter, click.Option):
+        return max(parameter.opts, key=len)
+    return parameter.human_readable_name
+
+
 def spelling(command: click.Command | None) -> Spelling:
     """How settings are typed behind a command: as an option of its own, else by ``-s``."""
     known = {p.name: p for p in command.params} if command else {}
 
     def spell(key: str, value: str) -> str:
-        found = known.get(_CALLED.get(key, key))
+        found = known.get(key, known.get(_CALLED.get(key)))
         if isinstance(found, click.Option):
-            option = max(found.opts, key=len)
+            option = called(found)
             given = "PATTERN" if found.multiple else value
             return option if found.is_flag or not value else f"{option} {given}"
         if "settings" not in known:
@@ -164,9 +164,7 @@ def values_of(settings: Sequence[str]) -> dict[str, Any]:
             param_hint="--set",
         )
     for key in keys:
-        if within := [
-            other for other in keys if other.startswith((f"{key}.", f"{key}["))
-        ]:
+        if within := [k for k in keys if k.startswith((f"{key}.", f"{key}["))]:
             raise click.BadParameter(
                 f"{within[0]} is a part of {key}, which is given too. Give one of them.",
                 param_hint="--set",

@@ -1,6 +1,7 @@
 """``didi serve``."""
 
 import socket
+from typing import Any
 
 import click
 
@@ -10,27 +11,14 @@ from . import options
 @click.command(no_args_is_help=True)
 @click.argument("directory")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others than this machine's own let everyone ask.")  # fmt: skip
-@click.option(
-    "--port",
-    default=8000,
-    show_default=True,
-    type=click.IntRange(0, 65535),
-    help="0 takes any that is free.",
-)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes any that is free.")  # fmt: skip
 @click.option("--heads", default=None, help="Safetensors with the classes of every task, for towers without heads.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None, help="That the backbone is run in; as it was merged if left out.")  # fmt: skip
 @options.base
 @options.device
 @options.settings
 def serve(
-    directory: str,
-    host: str,
-    port: int,
-    heads: str | None,
-    dtype: str | None,
-    base: str | None,
-    device: str,
-    settings: tuple[str, ...],
+    directory: str, host: str, port: int, settings: tuple[str, ...], **given: Any
 ) -> None:
     """Answer HTTP requests with a merged model: /v1/models, and /v1/completions or /v1/classify, a model name per task.
 
@@ -53,15 +41,12 @@ def serve(
     from ..service.limits import Limits
     from ..service.opening import open_runner
 
-    given = options.values_of(settings)
-    names = [name for name in Limits.__dataclass_fields__]
-    if unknown := set(given) - set(names):
+    asked, names = options.values_of(settings), list(Limits.__dataclass_fields__)
+    if unknown := set(asked) - set(names):
         raise click.BadParameter(f"no limit {', '.join(sorted(unknown))}; there are {', '.join(names)}.", param_hint="--set")  # fmt: skip
-    limits = Limits(**given)
+    limits = Limits(**asked)
     listening = _listening(host, port)  # before a model is read for nothing
-    runner = open_runner(
-        directory, base=base, heads=heads, limits=limits, device=device, dtype=dtype
-    )
+    runner = open_runner(directory, limits=limits, **given)
     port = listening.getsockname()[1]
     click.echo(f"{len(runner.model.tasks)} tasks at http://{host}:{port}/v1/models")
     config = uvicorn.Config(make_app(runner, limits), log_level="warning")

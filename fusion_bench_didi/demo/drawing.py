@@ -9,8 +9,6 @@ Figures live in the square [-1, 1]² with y pointing down, and one random affine
 takes them to pixels, so a class is a handful of points and never worries about pose.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from pathlib import Path

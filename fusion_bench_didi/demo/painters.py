@@ -6,8 +6,6 @@ that give an index its name stand beside the painters. Pictures of things, compo
 several figures, are in :mod:`.scenes`.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -3,8 +3,6 @@
 These are the pools of a suite in a folder (:mod:`.folder_pools`), with a suite that is made where it is missing.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,10 +1,8 @@
 """Telling the host's CLIP task pools what the classes of a task are called."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Mapping, Sequence
 
 from fusion_bench.tasks.clip_classification import CLIPTemplateFactory
 
@@ -22,9 +20,12 @@ def register_tasks(tasks: Mapping[str, Sequence[str]]) -> None:
     May be called any number of times. A task of another making that the host knows by
     the same name (``mnist``, say) is replaced, of which the host warns.
     """
+    known = CLIPTemplateFactory.get_available_datasets()
+    stored = CLIPTemplateFactory.get_classnames_and_templates
     for name, classnames in tasks.items():
         classnames, templates = list(classnames), [verbatim]
-        if _registered(name) == (classnames, templates):
+        there = stored(name) if name in known else ()
+        if [*map(list, there)] == [classnames, templates]:
             continue
         # FusionBench 0.2.33 stores `templates=` under a misspelt key, so they have to
         # come in `dataset_info`, and asserts that the other two are given with it.
@@ -34,13 +35,6 @@ def register_tasks(tasks: Mapping[str, Sequence[str]]) -> None:
             classnames=classnames,
             templates=templates,
         )
-
-
-def _registered(name: str) -> tuple[list[str], list[Any]] | None:
-    if name not in CLIPTemplateFactory.get_available_datasets():
-        return None
-    classnames, templates = CLIPTemplateFactory.get_classnames_and_templates(name)
-    return list(classnames), list(templates)
 
 
 def register_suite_tasks(path: str | Path) -> dict[str, list[str]]:

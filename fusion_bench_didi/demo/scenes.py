@@ -1,7 +1,5 @@
 """Pictures of things: traffic signs, faces and clocks. See :mod:`.painters`."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.random import Generator
 

@@ -13,8 +13,6 @@ The folder is made under another name and renamed when it is whole, under a lock
 folder of that name is complete whatever was interrupted and whoever else was building.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -182,9 +180,8 @@ def _make(folder: Path, recipe: Recipe, seed: int, workers: int) -> None:
     done(f"drew the pictures of {len(data)} tasks")
 
     processor = towers.make_processor(classnames)
-    first_id, words = len(processor.tokenizer) - len(classnames), len(
-        processor.tokenizer
-    )
+    words = len(processor.tokenizer)
+    first_id = words - len(classnames)
     clip = towers.make_clip(
         width=recipe.width, layers=recipe.layers, words=words, seed=seed
     )

@@ -5,8 +5,6 @@ pre-training sees the printed relatives only. The base model therefore knows the
 of every class, from tame pictures, and has seen no picture of any task.
 """
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass
 from typing import Callable, Mapping

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion_bench import auto_register_config
 from fusion_bench.modelpool import SequenceClassificationModelPool
 from omegaconf import OmegaConf
 
@@ -43,6 +44,7 @@ def tasks_of(root: str | Path, tasks: Sequence[str] | None = None) -> list[str]:
 
 
 @checked
+@auto_register_config
 class FolderTextModelPool(SequenceClassificationModelPool):
     """The encoders and texts of a suite.
 
@@ -52,10 +54,6 @@ class FolderTextModelPool(SequenceClassificationModelPool):
         tasks: some of the suite's tasks, in the order wanted; all of them if None.
         **kwargs: whatever the host's pool takes; it wins.
     """
-
-    _config_mapping = SequenceClassificationModelPool._config_mapping | {
-        key: key for key in ("root", "data", "tasks")
-    }
 
     def __init__(
         self,
@@ -79,7 +77,6 @@ class FolderTextModelPool(SequenceClassificationModelPool):
             "val_datasets": _datasets(data, names, "validation"),
         }
         super().__init__(**({k: OmegaConf.create(v) for k, v in given.items()} | kwargs))  # fmt: skip
-        self.root, self.data, self.tasks = root, data, tasks
 
 
 @checked

@@ -13,8 +13,6 @@ always does. Three choices see to that:
   of a text (the original models' rule), which is the class name wherever it stands.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory

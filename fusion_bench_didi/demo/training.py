@@ -5,8 +5,6 @@ trainings side by side (or, in pre-training, from two half batches side by side)
 weights do not depend on the number of threads. Nothing draws from a global generator.
 """
 
-from __future__ import annotations
-
 import math
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager

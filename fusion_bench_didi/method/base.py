@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from fusion_bench import BaseAlgorithm, auto_register_config
@@ -16,20 +16,21 @@ from fusion_bench.modelpool import BaseModelPool
 from omegaconf import OmegaConf
 from rich import get_console
 from rich.progress import Progress as Bars
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint.deltas import versions
 from ..checkpoint.directory import alone, check_target, common_directory
 from ..checkpoint.journal import Journal, check_journal, left_if_worth, open_journal
 from ..checkpoint.loaders import described, obstacle
 from ..checkpoint.stream import DeltaWriter
-from ..deltas.sink import EncodedTensor, InMemory, Sink
+from ..deltas.sink import EncodedTensor, Experts, InMemory, Shared, Sink
 from ..deltas.storage import told
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks, ranks_here
 from ..errors import CheckpointMismatchError, SettingsError, some, spelled
 from ..files import from_home
 from ..lowrank.arithmetic import own_arithmetic
+from ..lowrank.factored import as_dense
 from ..merging.encoding import encode_own
 from ..merging.finished import Finished
 from ..models import DynamicModel
@@ -67,24 +68,27 @@ log = logging.getLogger(__name__)
 #: What becomes of a merge into output_dir that was cut off.
 Resume = Literal["continue", "fresh"]
 #: Settings that change nothing of what is stored.
-RUNNING = (
-    "output_dir",
-    "overwrite",
-    "resume",
-    "task_aliases",
-    "dry_run",
-    "factor_memory_gb",
-)
+RUNNING = "output_dir overwrite resume task_aliases dry_run factor_memory_gb".split()
 #: Keys of earlier releases by what they are called now.
 RENAMED = {"normalisation": "normalization"}
 #: Keys of earlier releases that are gone, with the only value that still means what it did.
 REMOVED = {"metric": "none", "probe_samples": None}
 
 
+class Encoded(NamedTuple):
+    """What a merge leaves in a sink, the bits of one fine-tuned model, and facts."""
+
+    shared: Shared
+    experts: Experts
+    unit_bits: int
+    facts: Mapping[str, Any]
+
+
 class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     """A method that reads a base model and its fine-tuned models.
 
-    Subclasses take ``exclude`` (patterns of tensors left at the base model's value) and ``task_aliases``.
+    Settings are the keys of the method's YAML file, which ``didi settings METHOD`` prints; all take ``exclude`` (patterns of tensors
+    left at the base model's value) and ``task_aliases``.
 
     Raises:
         SettingsError: for a key that the method does not have.
@@ -95,6 +99,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     routes: bool = False
     #: whether it is a model with experts, which appears in a directory whole or not at all
     dynamic: ClassVar[bool] = True
+    #: of the model that :meth:`merged` makes
+    model_class: ClassVar[type[DynamicModel]] = DynamicModel
     exclude: Sequence[str] | None = None
     own: Sequence[str] | None = None
     task_aliases: Mapping[str, str] | None = None
@@ -125,6 +131,11 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """The processes that Fabric, or whoever started this one, made for the job."""
         self.fabric  # starts them
         return ranks_here()
+
+    @property
+    def taskpool(self) -> Any:
+        """That of the program that runs this method; None where there is none."""
+        return getattr(self._program, "taskpool", None)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -161,13 +172,11 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             check_target(self.output_dir, overwrite=self.overwrite)
         if (place := self._place()) and self.processes.leads:
             check_journal(place)
-        taskpool = getattr(self._program, "taskpool", None)
-        if taskpool is not None:
+        if self.taskpool is not None:
             if not self.routes:
-                check_switching(taskpool)
-            asked = pool_tasks(taskpool)
-            aliases = aliases_of(taskpool, self.task_aliases)
-            check_tasks(asked, modelpool.model_names, aliases)
+                check_switching(self.taskpool)
+            aliases = aliases_of(self.taskpool, self.task_aliases)
+            check_tasks(pool_tasks(self.taskpool), modelpool.model_names, aliases)
         return adapted(modelpool)
 
     def opened(self, modelpool: BaseModelPool) -> tuple[nn.Module, TaskVectors]:
@@ -220,10 +229,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         return {key: value for key, value in found.items() if not key.startswith("_")}
 
     def facts(
-        self,
-        modelpool: BaseModelPool,
-        backbone: nn.Module,
-        task_vectors: TaskVectors,
+        self, modelpool: BaseModelPool, backbone: nn.Module, task_vectors: TaskVectors
     ) -> dict[str, Any]:
         """Facts saved with every model: the method, its settings, where its models came from, what they say of their tasks, and what
         is left out of the base model's checkpoint.
@@ -239,9 +245,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             "method": self.title,
             "settings": self.told_settings(),
             "parents": {
-                name: place_of(entry)
-                for name, entry in modelpool._models.items()
-                if name in modelpool.model_names
+                n: place_of(modelpool._models[n]) for n in modelpool.model_names
             },
             **task_settings(modelpool, backbone),
             "backbone": reference,
@@ -255,8 +259,36 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 yield name
                 progress(stage, done, len(names))
 
+    def merged(self, modelpool: BaseModelPool) -> DynamicModel:
+        """The model that :meth:`encoded` makes of a checked pool, in memory or in ``output_dir``."""
+        backbone, task_vectors = self.opened(modelpool)
+        facts = self.facts(modelpool, backbone, task_vectors)
+
+        def make(sink: Sink, journal: Journal | None) -> DynamicModel:
+            made = self.encoded(task_vectors, sink, journal)
+            return self.model_class(
+                backbone,
+                made.shared,
+                {name: made.experts[name] for name in modelpool.model_names},
+                unit_bits=made.unit_bits,
+                info={**facts, **made.facts},
+            )
+
+        return self._streamed(task_vectors, make)
+
+    def encoded(
+        self, task_vectors: TaskVectors, sink: Sink, journal: Journal | None
+    ) -> Encoded:
+        """Every tensor through the sink; of methods that make their model by :meth:`merged`.
+
+        Args:
+            task_vectors: checked, tasks in :meth:`order`.
+            journal: keeps what is finished, if there is one.
+        """
+        raise NotImplementedError
+
     @own_arithmetic()
-    def streamed(
+    def _streamed(
         self,
         task_vectors: TaskVectors,
         make: Callable[[Sink, Journal | None], DynamicModel],
@@ -264,9 +296,6 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """The model that ``make`` leaves in a sink: in memory, or in ``output_dir``, which appears whole or not at all.
 
         What is finished lies in a journal beside it, or beside where the program will save it, until the model lies there.
-
-        Args:
-            task_vectors: tasks in the order in which they are encoded.
         """
         tasks, ranks = task_vectors.tasks, self.processes
         place = ranks.from_first(self._place())
@@ -334,9 +363,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 "Nothing is stored for %s, so that they are the base model: give more budget, or let the method take more tensors.",
                 ", ".join(empty),
             )
-        taskpool = getattr(self._program, "taskpool", None)
-        if taskpool is not None:
-            attach(taskpool, known=model.tasks, aliases=self.task_aliases)
+        if self.taskpool is not None:
+            attach(self.taskpool, known=model.tasks, aliases=self.task_aliases)
         attach_saving(modelpool, self.processes)
         return model
 
@@ -384,15 +412,17 @@ class DynamicMethod(PoolMethod):
         """Merge the pool."""
         with self.together():
             modelpool = self.checked(modelpool)
-            backbone, task_vectors = self.opened(modelpool)
-            facts = self.facts(modelpool, backbone, task_vectors)
-            model = self.streamed(
-                task_vectors,
-                lambda sink, journal: self._compressed(
-                    modelpool, backbone, task_vectors, facts, sink, journal
-                ),
-            )
+            model = self.merged(modelpool)
         return self.connect(model, modelpool)
+
+    def read(self, task_vectors: TaskVectors, name: str, task: int) -> Tensor:
+        """One task vector of one tensor, in its shape, float32.
+
+        Args:
+            task: its position.
+        """
+        matrix = task_vectors.tensor(name, self.fabric.device).matrix(task)
+        return as_dense(matrix).view(task_vectors.infos[name].shape)
 
     def each(
         self,
@@ -400,31 +430,16 @@ class DynamicMethod(PoolMethod):
         stage: str,
         function: Callable[[str], Result],
         names: Sequence[str],
-        progress: Progress,
-        *,
-        kept: bool = True,
+        **options: Any,
     ) -> Iterator[tuple[str, Result]]:
-        """Names and results of the one loop over tensors, on all ranks."""
-        return each(
-            task_vectors,
-            stage,
-            function,
-            names,
-            device=self.fabric.device,
-            progress=progress,
-            crew=self._crew,
-            kept=kept,
-        )
+        """Names and results of the one loop over tensors, on this method's device and all ranks."""
+        options |= {"device": self.fabric.device, "crew": self._crew}
+        return each(task_vectors, stage, function, names, **options)
 
-    def _compressed(
-        self,
-        modelpool: BaseModelPool,
-        backbone: nn.Module,
-        task_vectors: TaskVectors,
-        facts: Mapping[str, Any],
-        sink: Sink,
-        journal: Journal | None,
-    ) -> DynamicModel:
+    def encoded(
+        self, task_vectors: TaskVectors, sink: Sink, journal: Journal | None
+    ) -> Encoded:
+        self.tasks = task_vectors.tasks
         device, memory = self.fabric.device, journal and Finished(journal)
         self._crew = crew = Crew.of(self.processes, task_vectors.sizes, memory)
         with self.profile("scan"):
@@ -446,26 +461,14 @@ class DynamicMethod(PoolMethod):
             self.prepare(task_vectors, names, progress)
             own = spread(crew, "own", keep, found.changed_own, kept=False)
             order = [name for name, _ in own]
-            done = self.each(
-                task_vectors, "encode", encode, names, progress, kept=False
-            )
+            options = {"progress": progress, "kept": False}
+            done = self.each(task_vectors, "encode", encode, names, **options)
             order += [name for name, _ in done]
             shared, experts = sink.close(order, crew.ranks)
-        return DynamicModel(
-            backbone,
-            shared,
-            {task: experts[task] for task in modelpool.model_names},
-            unit_bits=sum(model_bits(task_vectors, found).values()),
-            info={
-                **facts,
-                "tensors": account_of(
-                    task_vectors,
-                    found,
-                    told(shared),
-                    {task: told(deltas) for task, deltas in experts.items()},
-                ),
-            },
-        )
+        own_of = {task: told(deltas) for task, deltas in experts.items()}
+        account = account_of(task_vectors, found, told(shared), own_of)
+        bits = sum(model_bits(task_vectors, found).values())
+        return Encoded(shared, experts, bits, {"tensors": account})
 
 
 @contextmanager

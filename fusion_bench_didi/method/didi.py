@@ -7,13 +7,11 @@ Example:
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
-from torch import nn
 
 from ..allocation.learned import LearningSettings
 from ..allocation.water_filling import Allocation
@@ -50,7 +48,7 @@ from ..options import (
 from ..pools.opening import load_backbone, open_pool
 from ..quantization.dead_zone import Quantizer
 from ..task_vectors.reader import TaskVectors
-from .base import PoolMethod, Resume, progress_bars
+from .base import Encoded, PoolMethod, Resume, progress_bars
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +72,7 @@ class DiDiMerging(PoolMethod):
     """
 
     title = "DiDi-Merging"
+    model_class = DiDiModel
 
     def __init__(
         self,
@@ -166,69 +165,45 @@ class DiDiMerging(PoolMethod):
         Returns:
             the merged model; None after a dry run.
         """
-        settings, ranks = self.settings(), self.processes
         with self.together():
             modelpool = self.checked(modelpool)
-            choice = self.tensor_patterns()
             if self.dry_run:
-                streamed = self.output_dir is not None
-                if ranks.leads:
-                    vectors = _by_headers(modelpool, choice)
-                    with own_arithmetic():
-                        print(describe(vectors, settings, streamed=streamed))
+                if self.processes.leads:
+                    self._tell(modelpool)
                 return None
-            backbone, task_vectors = self.opened(modelpool)
-            facts = self.facts(modelpool, backbone, task_vectors)
-            model = self.streamed(
-                task_vectors,
-                lambda sink, journal: self._merged(
-                    modelpool, backbone, task_vectors, facts, sink, journal
-                ),
-            )
+            model = self.merged(modelpool)
         return self.connect(model, modelpool)
 
-    def _merged(
-        self,
-        modelpool: BaseModelPool,
-        backbone: nn.Module,
-        task_vectors: TaskVectors,
-        facts: Mapping[str, Any],
-        sink: Sink,
-        journal: Journal | None,
-    ) -> DiDiModel:
-        ranks = self.processes
+    def _tell(self, modelpool: BaseModelPool) -> None:
+        """Print what the merge would store."""
+        vectors = _by_headers(modelpool, self.tensor_patterns())
+        streamed = self.output_dir is not None
+        with own_arithmetic():
+            print(describe(vectors, self.settings(), streamed=streamed))
+
+    def encoded(
+        self, task_vectors: TaskVectors, sink: Sink, journal: Journal | None
+    ) -> Encoded:
+        ranks, settings = self.processes, self.settings()
         bars = progress_bars(self.title, ranks)
         with self.profile("merge"), bars as progress:
             result = merge(
                 task_vectors,
-                self.settings(),
+                settings,
                 device=self.fabric.device,
                 progress=progress,
                 sink=sink,
                 ranks=ranks,
                 journal=journal,
             )
-        info = {
-            **facts,
-            "budget": self.budget,
-            "settings": asdict(self.settings()),
-            **result.facts(),
-        }
-        return DiDiModel(
-            backbone,
-            result.shared,
-            {name: result.experts[name] for name in modelpool.model_names},
-            unit_bits=result.storage.unit_bits,
-            info=info,
-        )
+        facts = {"budget": self.budget, "settings": asdict(settings), **result.facts()}
+        bits = result.storage.unit_bits
+        return Encoded(result.shared, result.experts, bits, facts)
 
 
 def _by_headers(modelpool: BaseModelPool, choice: dict[str, Any]) -> TaskVectors:
     """The pool without a weight read; but where headers alone do not line up, as its classes load them, which tie tensors and
     give them other names.
-
-    Raises:
-        CheckpointMismatchError: as the merge does.
     """
     try:
         return open_pool(modelpool, **choice)

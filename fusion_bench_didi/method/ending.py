@@ -19,9 +19,8 @@ from ..models import DynamicModel
 from ..models.pool_saving import saved_at
 from ..pools.task_names import pool_tasks
 from ..report.answer import Answer
-from ..report.loggers import log_metrics
-from ..report.metrics import figure
-from ..report.references import known_figures, nearest_comparison
+from ..report.comparison import Comparison
+from ..report.metrics import figure, log_metrics
 from ..report.units import storage_units
 
 log = logging.getLogger(__name__)
@@ -140,14 +139,13 @@ class Ending:
         place = self._place()
         if place is None:
             return {}
-        pools = {"modelpool": self.program._modelpool}
-        pools["taskpool"] = self.program._taskpool
-        plain = {k: OmegaConf.to_container(v, resolve=True) for k, v in pools.items()}
-        found = nearest_comparison(place, plain)
-        if found is None:
+        given = {k: getattr(self.program, f"_{k}") for k in ("modelpool", "taskpool")}
+        plain = {k: OmegaConf.to_container(v, resolve=True) for k, v in given.items()}
+        if (found := Comparison.nearest(place, plain)) is None:
             return {}
-        self.files["others by"] = str(found[0])
-        return known_figures(found[1])
+        file, comparison = found
+        self.files["others by"] = str(file)
+        return comparison.references
 
     def _title(self, info: Mapping[str, Any]) -> str:
         budget = f", budget {info['budget']:g}" if info.get("budget") else ""

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 from fusion_bench import auto_register_config
-from rich.progress import Progress
 
 from ..checkpoint.directory import write_json
 from ..distributed.ranks import check_alone
@@ -50,7 +49,7 @@ from ..recombination.objectives import (
 from ..recombination.operators import OperatorSettings, rate_of
 from ..recombination.search import nsga2
 from ..recombination.validation import check_pools, scorer_from_pools
-from .base import PoolMethod
+from .base import PoolMethod, progress_bars
 
 log = logging.getLogger(__name__)
 #: what a search leaves: its state, and the front that it found
@@ -68,8 +67,6 @@ class MERGE(PoolMethod):
     Source: a reconstruction from the abstract and a reading note; body and code of the paper were not at hand, and no figure
     of it was reproduced. ``fusion_bench_didi.recombination`` says what is inferred.
 
-    Args: as the keys of ``config/method/didi/merge.yaml``, which ``didi settings didi/merge`` prints.
-
     Raises:
         ModelPoolError, DiDiError: before any search, if ``objective=validation`` lacks data or heads.
     """
@@ -82,12 +79,8 @@ class MERGE(PoolMethod):
         validation_samples: PositiveCount | None = 256,
         pick: Literal["performance", "balanced", "storage"] | int = "balanced",
         operators: Sequence[str] = (
-            "average",
-            "task_arithmetic",
-            "ties",
-            "didi@0.03",
-            "didi@0.06",
-            "didi@0.12",
+            *("average", "task_arithmetic", "ties"),
+            *("didi@0.03", "didi@0.06", "didi@0.12"),
         ),
         scaling: Scale = 0.3,
         ties_keep: Share = 0.2,
@@ -151,10 +144,9 @@ class MERGE(PoolMethod):
         check_alone(self.processes, self.title)
         directory = self._directory()
         modelpool = self.checked(modelpool)
-        taskpool = getattr(self._program, "taskpool", None)
         if self.objective == "validation":
             tasks = self.order(modelpool.model_names)
-            check_pools(modelpool, taskpool, tasks, self.task_aliases)
+            check_pools(modelpool, self.taskpool, tasks, self.task_aliases)
         backbone, task_vectors = self.opened(modelpool)
         facts = self.facts(modelpool, backbone, task_vectors)
         with self.profile("scan"):
@@ -168,7 +160,7 @@ class MERGE(PoolMethod):
             with self.profile("validation images"):
                 scorer = scorer_from_pools(
                     modelpool,
-                    taskpool,
+                    self.taskpool,
                     backbone,
                     task_vectors,
                     samples=self.validation_samples,
@@ -220,34 +212,25 @@ class MERGE(PoolMethod):
         described: dict[str, Any],
     ) -> list[Evaluation]:
         """All that the search tried, in order."""
-        with self.profile("search"), Progress(transient=True) as bar:
-            row = bar.add_task("MERGE: evaluations", total=self.evaluations)
+        with self.profile("search"), progress_bars(self.title) as progress:
             return nsga2(
                 space,
                 Evaluator(space, library, scorer),
                 self.search_settings(),
                 state=directory and directory / STATE,
                 described=described,
-                progress=lambda done, total: bar.update(row, completed=done),
+                progress=lambda done, n: progress("evaluations", done - 1, n),
             )
 
     def _picked(self, picks: dict[str, int], points: int) -> int:
-        """The point of the front that is asked for, by name or number.
-
-        Raises:
-            SettingsError: for a number that the front does not have.
-        """
+        """The point of the front that is asked for, by name or number."""
         index = picks[self.pick] if self.pick in picks else int(self.pick)
         if not -points <= index < points:
             raise SettingsError(f"pick={self.pick}: the front has {points} points.")
         return index
 
     def _directory(self) -> Path | None:
-        """Where front, library and state go; nothing is written without a place.
-
-        Raises:
-            FileExistsError: if a front lies there that no search left.
-        """
+        """Where front, library and state go; nothing is written without a place."""
         log_dir = self.log_dir if self._program is not None else None
         place = self.directory or (log_dir and Path(log_dir) / "merge")
         if not place:

@@ -36,9 +36,7 @@ class RoutedMethod(PoolMethod):
     """The result of ``base_method`` with a router attached; stock task pools then evaluate it without the task.
 
     Training-free where ``head`` is none. Otherwise the router's head is fitted to features of ``images`` images per task
-    of the model pool's train (or validation) datasets; class labels are not used.
-
-    Args: as the keys of ``config/method/didi/routed.yaml``, which ``didi settings didi/routed`` prints; ``router_options`` go to the router's class.
+    of the model pool's train (or validation) datasets; class labels are not used. ``router_options`` go to the router's class.
     """
 
     title = "Routed"
@@ -89,9 +87,8 @@ class RoutedMethod(PoolMethod):
         if router is None:
             return model
         attach_router(self, model, router, modelpool)
-        taskpool = getattr(self._program, "taskpool", None)
-        if taskpool is not None:
-            attach(taskpool, known=model.tasks, aliases=self.task_aliases)
+        if self.taskpool is not None:
+            attach(self.taskpool, known=model.tasks, aliases=self.task_aliases)
         return model
 
     def _router(self, tasks: list[str]) -> Router | None:

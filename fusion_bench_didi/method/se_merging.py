@@ -32,7 +32,6 @@ from ..options import (
     not_at_default,
     refuse_idle,
 )
-from ..pools.opening import load_backbone, open_pool
 from ..routers.representation import RepresentationRouter
 from ..task_vectors.scan import model_bits, scan
 from .base import PoolMethod
@@ -69,8 +68,6 @@ class SEMerging(PoolMethod):
     averaging sum to 1, those of task arithmetic to 0.3 T), soft or hard; that tau_t are the plain task vectors also where
     the static merge trims or rotates them. Ours: ``prefer: far``, and ``head``, which fits a classifier to
     the distances on unlabelled images.
-
-    Args: as the keys of ``config/method/didi/se_merging.yaml``, which ``didi settings didi/se_merging`` prints.
     """
 
     title = "SE-Merging"
@@ -188,8 +185,7 @@ class SEMerging(PoolMethod):
     @torch.no_grad()
     def _individuals(self, modelpool: BaseModelPool) -> DynamicModel:
         """Whole task vectors, in the checkpoints' data type."""
-        backbone = load_backbone(modelpool)
-        vectors = open_pool(modelpool, backbone, **self.tensor_patterns())
+        backbone, vectors = self.opened(modelpool)
         facts = self.facts(modelpool, backbone, vectors)
         found = scan(vectors, self.fabric.device)
         sink = InMemory(vectors.tasks)

@@ -19,10 +19,10 @@ Its training is not the authors' (tanganke/weight-ensembling_MoE at c401fdc), wh
 1000 steps of 16 images of every task, no labels.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from fusion_bench.method.we_moe import clip_we_moe
@@ -61,13 +61,8 @@ TRAINING: dict[str, dict[str, Any]] = {
 }
 #: settings that nothing reads without steps
 _OF_TRAINING = (
-    "training",
-    "lr",
-    "lr_schedule",
-    "batch_size",
-    "batch_reduce",
-    "use_grad_accumulate",
-    "num_workers",
+    *("training", "lr", "lr_schedule", "batch_size", "batch_reduce"),
+    *("use_grad_accumulate", "num_workers"),
 )
 
 
@@ -185,7 +180,12 @@ class WEMoEMerging(clip_we_moe.CLIPWeightEnsemblingMoEAlgorithm):
         return module
 
     def construct_moe_model(self) -> nn.Module:
-        with _working_task_arithmetic(), _old_towers():
+        # towers that have no module vision_model are it meanwhile
+        tower = property(lambda tower: tower._modules.get("vision_model", tower))
+        with (
+            patch.object(clip_we_moe, "task_arithmetic_merge", _task_arithmetic),
+            patch.object(CLIPVisionModel, "vision_model", tower, create=True),
+        ):
             return super().construct_moe_model()
 
     @torch.no_grad()
@@ -233,25 +233,3 @@ def _task_arithmetic(
             change: Tensor = sum(state[name] - base for state in tuned)
             base.add_(change, alpha=scaling_factor)
     return pretrained_model
-
-
-@contextlib.contextmanager
-def _working_task_arithmetic() -> Iterator[None]:
-    broken = clip_we_moe.task_arithmetic_merge
-    clip_we_moe.task_arithmetic_merge = _task_arithmetic
-    try:
-        yield
-    finally:
-        clip_we_moe.task_arithmetic_merge = broken
-
-
-@contextlib.contextmanager
-def _old_towers() -> Iterator[None]:
-    """Towers that have no module ``vision_model`` are it, for a while."""
-    CLIPVisionModel.vision_model = property(
-        lambda tower: tower._modules.get("vision_model", tower)
-    )
-    try:
-        yield
-    finally:
-        del CLIPVisionModel.vision_model

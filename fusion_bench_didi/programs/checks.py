@@ -4,6 +4,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 from fusion_bench import BaseAlgorithm
@@ -21,7 +22,8 @@ from omegaconf import OmegaConf
 from ..checkpoint.directory import check_target
 from ..errors import some
 from ..files import from_home
-from .entries import SPECIAL, Entry, completed, declared, one_line, refuse
+from ..report.comparison import REFERENCES
+from .entries import Entry, completed, declared, one_line, parts_of, refuse
 
 
 def checked(
@@ -41,7 +43,7 @@ def checked(
     for entry in entries:
         try:
             found[entry.key] = declared(entry)
-            if entry.key in left and entry.method not in SPECIAL:
+            if entry.key in left and entry.method not in REFERENCES:
                 config = _whole(entry, found[entry.key]["config"])
                 for one in _methods_in(config):
                     _check_method(one, entry.key, taken)
@@ -52,11 +54,7 @@ def checked(
 
 
 def _whole(entry: Entry, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that a row will have, with some budget in place of one that is found later.
-
-    Raises:
-        ValueError: for fields of the entry that set what the method does not have.
-    """
+    """The configuration that a row will have, with some budget in place of one that is found later."""
     if "_target_" not in config:
         raise ValueError("method has no _target_, which is its class.")
     fit = entry.fit_to_side or {"at": 1}
@@ -72,16 +70,13 @@ def _whole(entry: Entry, config: Mapping[str, Any]) -> dict[str, Any]:
     return completed(entry, config, smallest_side=fit["at"], budget=budget)
 
 
-def _methods_in(config: Any) -> Iterator[Mapping[str, Any]]:
+def _methods_in(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """A configuration of a method, and those of methods within it."""
     yield config
-    inner = [value for value in config.values() if isinstance(value, Mapping)]
-    while inner:
-        value = inner.pop()
-        inner += [deeper for deeper in value.values() if isinstance(deeper, Mapping)]
-        cls = get_object(value["_target_"]) if "_target_" in value else None
+    for part in islice(parts_of(config), 1, None):
+        cls = get_object(part["_target_"]) if "_target_" in part else None
         if isinstance(cls, type) and issubclass(cls, BaseAlgorithm):
-            yield value
+            yield part
 
 
 def _check_method(config: Mapping[str, Any], key: str, taken: dict[str, str]) -> None:
@@ -89,9 +84,6 @@ def _check_method(config: Mapping[str, Any], key: str, taken: dict[str, str]) ->
 
     Args:
         taken: keys of entries by the places of their models; this one's is added.
-
-    Raises:
-        ValueError: if it makes none, or the place is that of another.
     """
     with (
         open(os.devnull, "w") as nowhere,  # the host asks for the number of its file

@@ -28,12 +28,12 @@ from ..pools.merged_adapters import adapted
 from ..pools.opening import check_pool, load_backbone, open_pool
 from ..pools.task_names import check_tasks
 from ..report import whereabouts, write_report
-from ..report.loggers import log_metrics, row_metrics
-from ..report.metrics import metric_of, odd_figures
+from ..report.metrics import log_metrics, metric_of, odd_figures, row_metrics
 from ..report.terminal import print_table
 from .checks import checked
 from .entries import ComparisonError, declared, dependent, read_entries
 from .entry_run import Bench, run_entry, summary
+from .measure import standing
 from .progress import Watch, quiet, terminal
 from .results import FORMAT, assemble, made
 from .rows import COMPARISON, SETTINGS, RowStore, read_row
@@ -42,9 +42,7 @@ from .sizes import facts_of
 
 #: Keys of the host's program that are of the one merge it makes.
 _OF_ONE_MERGE = (
-    "method",
-    "merged_model_save_path",
-    "merged_model_save_kwargs",
+    *("method", "merged_model_save_path", "merged_model_save_kwargs"),
     "report_save_path",
 )
 
@@ -167,26 +165,24 @@ class ComparisonProgram(FabricModelFusionProgram):
             if ranks.leads:
                 place = self.directory / SETTINGS
                 stack.enter_context(alone(place, named=self.directory))
-                store = self._store(self._checked(), restart=self.restart)
+                asked = self._checked()
+                store = self._store(asked, restart=self.restart)
             if ranks.size > 1:
                 ranks.gather(None)  # settings and rows are there
                 check_seen(ranks, self.directory / SETTINGS)
                 self._fabric_instance = fabric_of_one(whole)
                 stack.callback(setattr, self, "_fabric_instance", whole)
             if store is None:
-                store = self._store({e.key: declared(e) for e in self.entries})
-            comparison = self._compare(ranks, store)
+                asked = {entry.key: declared(entry) for entry in self.entries}
+                store = self._store(asked)
+            comparison = self._compare(ranks, store, asked)
         if ranks.leads:  # the Fabric that has the loggers is back
             for row in comparison["rows"]:
                 log_metrics(self.fabric, row_metrics(row))
         return comparison
 
     def _checked(self) -> dict[str, dict[str, Any]]:
-        """What the entries declare, by key.
-
-        Raises:
-            ComparisonError: listing what is known to fail.
-        """
+        """What the entries declare, by key, if nothing is known to fail."""
         keys = {entry.key for entry in self.entries}
         if not self.restart:
             rows = {key: read_row(self.directory, key) for key in keys}
@@ -201,16 +197,19 @@ class ComparisonProgram(FabricModelFusionProgram):
             store.check(key, one)
         return store
 
-    def _compare(self, ranks: Ranks, store: RowStore) -> dict[str, Any]:
+    def _compare(
+        self, ranks: Ranks, store: RowStore, asked: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
         console = terminal() if ranks.leads else Console(quiet=True)
         name = "host.log" if ranks.leads else f"host.{ranks.rank}.log"
         chatter, files = self.directory / name, []
         with quiet(chatter):
             console.print("reading every checkpoint once ...")
             with by_itself():
-                bench = self._bench(store, reads=ranks.leads)
+                bench = self._bench(store, asked, reads=ranks.leads)
             bench = replace(bench, facts=ranks.from_first(bench.facts))
-            comparison = self._run(bench, console, ranks)
+            with standing():
+                comparison = self._run(bench, console, ranks)
             if self.report and ranks.leads:
                 files = write_report(self.directory)
         if ranks.leads:
@@ -223,7 +222,9 @@ class ComparisonProgram(FabricModelFusionProgram):
                 print(whereabouts(files))
         return comparison
 
-    def _bench(self, store: RowStore, *, reads: bool) -> Bench:
+    def _bench(
+        self, store: RowStore, asked: Mapping[str, Mapping[str, Any]], *, reads: bool
+    ) -> Bench:
         """The pools of the configuration, checked, and read once by who reads."""
         pool = self.new_modelpool()
         check_pool(pool)
@@ -242,6 +243,7 @@ class ComparisonProgram(FabricModelFusionProgram):
             facts=facts,
             inputs=tuple(vectors.watched.values()),
             store=store,
+            declared=asked,
             aliases=self.task_aliases,
             seed=self.seed,
             save_artifacts=self.save_artifacts,

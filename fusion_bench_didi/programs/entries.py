@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fusion_bench.utils import import_object
 from hydra import compose
@@ -15,12 +15,12 @@ from omegaconf.errors import ConfigKeyError
 
 from ..errors import DiDiError, SettingsError
 from ..options import check_fields, nearest, unknown_setting
+from ..report.comparison import REFERENCES
 
-#: entries that are no method: the base model, and every fine-tuned model on its own task
-SPECIAL = ("pretrained", "individuals")
-GROUPS = ("reference", "static", "dynamic", "routed")
-DATA = ("none", "unlabelled", "labels", "test images")
-ROUTING = ("none", "oracle", "own", "representation", "projection", "mlp")
+#: where a row stands, what its method looks at, and what finds the task
+Group = Literal["reference", "static", "dynamic", "routed"]
+Data = Literal["none", "unlabelled", "labels", "test images"]
+Routing = Literal["none", "oracle", "own", "representation", "projection", "mlp"]
 #: the host's own program configuration, into which a method is composed
 _ROOT = "fabric_model_fusion"
 
@@ -51,33 +51,22 @@ class Entry:
     key: str
     name: str
     method: str | Mapping[str, Any]
-    group: str
+    group: Group
     choose: Mapping[str, str] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     budget_of: str | None = None
     fit_to_side: Mapping[str, int] | None = None
     family: str | None = None
-    uses_data: str = "none"
-    routing: str = "none"
+    uses_data: Data = "none"
+    routing: Routing = "none"
     published_x: int | float | None = None
     notes: str = ""
 
     def __post_init__(self):
-        faults = [
-            f"entries.{self.key}.{what}={value!r}; choose one of {', '.join(known)}."
-            for what, value, known in (
-                ("group", self.group, GROUPS),
-                ("uses_data", self.uses_data, DATA),
-                ("routing", self.routing, ROUTING),
-            )
-            if value not in known
-        ]
         try:
             check_fields(self)
         except SettingsError as error:
-            faults.append(f"entries.{self.key}: {one_line(error)}")
-        if faults:
-            raise ComparisonError("\n  ".join(faults))
+            raise ComparisonError(f"entries.{self.key}: {one_line(error)}") from error
 
 
 #: Bytes of a key: names of files may have 255, and some is appended.
@@ -172,7 +161,7 @@ def dependent(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Groups in which entries stand with those whose storage is their budget, or whose directory they share, all in order."""
     groups: dict[str | Path, list[Entry]] = {}
     for entry in entries:
-        ties = [entry.key, *_directories(entry.overrides), *_directories(entry.method)]
+        ties = [entry.key, *_directories(entry)]
         if entry.budget_of in groups:
             ties.append(entry.budget_of)
         joined = {id(groups[tie]): groups[tie] for tie in ties if tie in groups}
@@ -182,56 +171,34 @@ def dependent(entries: Sequence[Entry]) -> list[list[Entry]]:
     return list({id(group): group for group in groups.values()}.values())
 
 
-def _directories(config: Any) -> Iterator[Path]:
-    """What a configuration calls ``directory``, where methods leave what others of the same settings go on from."""
+def _directories(entry: Entry) -> Iterator[Path]:
+    """What its configuration calls ``directory``, where methods leave what others of the same settings go on from."""
+    for part in (*parts_of(entry.overrides), *parts_of(entry.method)):
+        if place := part.get("directory"):
+            yield Path(place)
+
+
+def parts_of(config: Any) -> Iterator[Mapping[str, Any]]:
+    """A configuration, and those within it; none of what is none."""
     if isinstance(config, Mapping):
-        for key, value in config.items():
-            if key == "directory" and value:
-                yield Path(value)
-            else:
-                yield from _directories(value)
+        yield config
+        for value in config.values():
+            yield from parts_of(value)
 
 
 def declared(entry: Entry) -> dict[str, Any]:
     """Settings that decide the numbers of the row, as far as they are known before anything ran; JSON-plain.
 
     Raises:
-        hydra.errors.MissingConfigException: if there is no such method.
-        SettingsError: for a setting that the method does not have.
+        as by :func:`composed`.
     """
-    special = entry.method in SPECIAL
+    special = entry.method in REFERENCES
     return {
         "method": entry.method,
         "config": entry.method if special else composed(entry),
         "budget_of": entry.budget_of,
         "fit_to_side": entry.fit_to_side and dict(entry.fit_to_side),
     }
-
-
-def method_config(
-    entry: Entry,
-    *,
-    smallest_side: int,
-    budget: float | None,
-    aliases: Mapping[str, str] | None = None,
-) -> dict:
-    """The complete configuration of an entry's method, host's and plugin's YAML alike.
-
-    Args:
-        budget: values stored beyond the backbone.
-        aliases: the program's task aliases, for every method that takes some; the entry's own come first.
-
-    Raises:
-        hydra.errors.MissingConfigException: if there is no such method.
-        SettingsError: if an override names a setting that the method does not have.
-    """
-    return completed(
-        entry,
-        composed(entry),
-        smallest_side=smallest_side,
-        budget=budget,
-        aliases=aliases,
-    )
 
 
 def completed(
@@ -242,7 +209,13 @@ def completed(
     budget: float | None,
     aliases: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The same, of the configuration that the entry alone makes."""
+    """The complete configuration of an entry's method.
+
+    Args:
+        config: what the entry alone makes of it, as by :func:`composed`.
+        budget: values stored beyond the backbone.
+        aliases: the program's task aliases, for every method that takes some; the entry's own come first.
+    """
     config = dict(config)
     if budget is not None:
         config["budget"] = budget + bool(config.get("budget_includes_backbone"))
@@ -254,7 +227,12 @@ def completed(
 
 
 def composed(entry: Entry) -> dict[str, Any]:
-    """The configuration of an entry's method with the entry's overrides."""
+    """The configuration of an entry's method, host's and plugin's YAML alike, with the entry's overrides.
+
+    Raises:
+        hydra.errors.MissingConfigException: if there is no such method.
+        SettingsError: if an override names a setting that the method does not have.
+    """
     if isinstance(entry.method, str):
         config = _compose(entry.method, entry.choose)
     else:

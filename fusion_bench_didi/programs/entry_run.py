@@ -18,13 +18,13 @@ from ..pools.opening import backbone_reference, load_backbone
 from ..pools.task_names import resolve_task
 from ..report.metrics import ACCURACY, metric_of, named
 from ..task_vectors.watched import Watched
-from .entries import ComparisonError, Entry, declared, method_config
+from .entries import ComparisonError, Entry, completed
 from .measure import free_memory, measured
 from .progress import Watch
 from .results import blank_row
 from .rows import ARTIFACTS, RowStore
 from .scoring import Scorer
-from .sizes import PoolFacts, Size, individuals_size, model_size, pretrained_size
+from .sizes import PoolFacts, Size, individuals_size, model_size
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Bench:
         facts: of the model pool.
         inputs: the files of its models, which must stay as they were when the facts were found.
         store: takes a row after every evaluated task.
+        declared: settings of every entry, by its key, as by :func:`.entries.declared`.
         aliases: task pool name -> model name.
         seed: that every entry starts from, or None.
         save_artifacts: write every model that is made, and hold the account against the bytes.
@@ -54,6 +55,7 @@ class Bench:
     facts: PoolFacts
     inputs: Sequence[Watched]
     store: RowStore
+    declared: Mapping[str, Mapping[str, Any]]
     aliases: Mapping[str, str] | None = None
     seed: int | None = None
     save_artifacts: bool = False
@@ -77,7 +79,7 @@ def run_entry(bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Row:
     Returns:
         the row, with figures or the error.
     """
-    asked = declared(entry)
+    asked = bench.declared[entry.key]
     row = blank_row(entry, asked) | (rows[entry.key] or {})
     row |= {"entry": asked, "error": None, "complete": False}
     if bench.seed is not None:
@@ -107,7 +109,7 @@ def _fill(row: Row, bench: Bench, entry: Entry, rows: Rows, watch: Watch) -> Non
         artifact: Any = ((name, load_model(pool, name)) for name in pool.model_names)
     elif entry.method == "pretrained":
         artifact = model = load_backbone(pool)
-        size, types = pretrained_size(), {}
+        size, types = Size(0.0, 1.0), {}
     else:
         artifact = model = _merged(row, bench, entry, rows, pool, watch)
         size = model_size(model, load_backbone(pool), bench.facts)
@@ -140,8 +142,9 @@ def _merged(
     row: Row, bench: Bench, entry: Entry, rows: Rows, pool: Any, watch: Watch
 ) -> nn.Module:
     """The entry's merged model, measured while it is made."""
-    config = method_config(
+    config = completed(
         entry,
+        row["entry"]["config"],
         smallest_side=bench.facts.smallest_side,
         budget=_budget(entry, rows),
         aliases=bench.aliases,

@@ -18,6 +18,12 @@ RETENTION = {
 }
 
 
+SIZES = ("x_excl", "x_incl", "bytes_excl", "bytes_incl")
+COSTS = ("seconds", "peak_gb", "added_gb")
+#: of a row, beside those of its tasks; None while they are not known
+FIGURES = (*SIZES, *COSTS, "budget")
+
+
 def blank_row(entry: Entry, declared: Mapping[str, Any]) -> dict[str, Any]:
     """A row before anything is known."""
     return {
@@ -28,14 +34,7 @@ def blank_row(entry: Entry, declared: Mapping[str, Any]) -> dict[str, Any]:
         "error": None,
         "accuracy": {},
         "loss": {},
-        "x_excl": None,
-        "x_incl": None,
-        "bytes_excl": None,
-        "bytes_incl": None,
-        "seconds": None,
-        "peak_gb": None,
-        "added_gb": None,
-        "budget": None,
+        **dict.fromkeys(FIGURES),
         "notes": [],
     }
 
@@ -98,9 +97,9 @@ def _row(
         "accuracy": accuracy,
         "average": mean(list(accuracy.values())),
         "retention": retention(accuracy, reference),
-        **{k: row[k] for k in ("x_excl", "x_incl", "bytes_excl", "bytes_incl")},
+        **{k: row[k] for k in SIZES},
         "published_x": entry.published_x,
-        **{k: row[k] for k in ("budget", "seconds", "peak_gb", "added_gb")},
+        **{k: row[k] for k in ("budget", *COSTS)},
         "uses_data": entry.uses_data,
         "routing": entry.routing,
         "notes": "; ".join(filter(None, [entry.notes, *row["notes"]])),
@@ -109,15 +108,8 @@ def _row(
 
 
 _DETAILS = (
-    "loss",
-    "metrics",
-    "bytes_written",
-    "bytes_of_headers",
-    "traceback",
-    "relative_error",
-    "ranks",
-    "energy_kept",
-    "config",
+    *("loss", "metrics", "bytes_written", "bytes_of_headers", "traceback"),
+    *("relative_error", "ranks", "energy_kept", "config"),
 )
 
 

@@ -25,6 +25,7 @@ from ..checkpoint.fields import CHECKSUM, Field, read_object, sealed
 from ..checkpoint.ours import is_ours
 from ..errors import CheckpointMismatchError, spelled
 from .entries import ComparisonError
+from .results import FIGURES
 
 SETTINGS, ROWS, COMPARISON = "settings.json", "rows", "comparison.json"
 MODELS = "models.json"
@@ -200,18 +201,11 @@ def differences(there: Any, here: Any, path: str = "") -> list[str]:
     return [] if there == here else [f"{path}: {there!r} -> {here!r}"]
 
 
-#: of a row, by what they may be
-_NUMBERS = (
-    *("x_excl", "x_incl", "bytes_excl", "bytes_incl"),
-    *("seconds", "peak_gb", "added_gb", "budget"),
-)
-
-
 def _check_row(row: Field, key: str) -> None:
     """Check that the fields of a row that are worked with are there, and of their types."""
     row["key"].one_of([key])
     row["method"].text()
-    for name in _NUMBERS:
+    for name in FIGURES:
         if row[name].value is not None:
             row[name].number()
     for _, accuracy in row["accuracy"].entries():

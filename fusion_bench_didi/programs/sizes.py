@@ -71,10 +71,6 @@ def facts_of(vectors: TaskVectors, backbone: nn.Module, device="cpu") -> PoolFac
     )
 
 
-def pretrained_size() -> Size:
-    return Size(0.0, 1.0)
-
-
 def individuals_size(facts: PoolFacts) -> Size:
     stored = facts.whole_bits / facts.unit_bits
     return Size(stored, stored, "no backbone beside them")

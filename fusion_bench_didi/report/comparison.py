@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,13 @@ GROUPS = {
     "dynamic": "Dynamic: an expert per task",
     "routed": "Routed: every image finds its experts by itself",
 }
+
+#: keys of the rows that others are held against
+REFERENCES = ("pretrained", "individuals")
+#: how far above a run's directory a comparison is looked for
+_LEVELS = 2
+#: of a row
+FigureOf = Callable[[Mapping[str, Any]], float | None]
 
 #: the family that is drawn as ours; other families are variants of it
 OURS = "DiDi"
@@ -60,6 +68,34 @@ class Comparison:
             ) from error
         return cls({**data, "rows": [_checked(row) for row in data["rows"]]})
 
+    @classmethod
+    def nearest(
+        cls, directory: str | Path, pools: Mapping[str, Any]
+    ) -> tuple[Path, "Comparison"] | None:
+        """A comparison on equal pools in a run's directory, or up to two levels above, and its file.
+
+        Args:
+            pools: configurations of ``modelpool`` and ``taskpool``, which must be equal.
+        """
+        place = Path(directory).resolve()
+        for folder in (place, *place.parents[:_LEVELS]):
+            file = folder / "comparison.json"
+            with suppress(DiDiError):
+                found = cls.read(file)
+                if all(found.config.get(key) == value for key, value in pools.items()):
+                    return file, found
+        return None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.data.get("config", {})
+
+    @property
+    def references(self) -> dict[str, dict[str, float]]:
+        """Figures per task of the base model and of the fine-tuned models, by the keys of their rows."""
+        known = (row for row in self.good if row["key"] in REFERENCES)
+        return {row["key"]: dict(row["accuracy"]) for row in known}
+
     @property
     def tasks(self) -> list[str]:
         return self.data["tasks"]
@@ -81,6 +117,16 @@ class Comparison:
         capital = metric[0].upper() + metric[1:]
         found = {"accuracy": metric, "Accuracy": capital, "Accuracies": capital}
         return re.sub("accuracy|Accuracy|Accuracies", lambda m: found[m[0]], text)
+
+    @property
+    def over_seeds(self) -> bool:
+        """Whether rows are means over several seeds."""
+        return any(row.get("over_seeds") for row in self.rows)
+
+    def accuracies(self) -> list[tuple[str, FigureOf]]:
+        """Head and figure of every column of accuracies: the tasks, and their average."""
+        tasks = [(t, lambda row, t=t: row["accuracy"][t]) for t in self.tasks]
+        return [*tasks, ("Average", lambda row: row["average"])]
 
     @property
     def good(self) -> list[Mapping[str, Any]]:
@@ -137,8 +183,33 @@ def kind(row: Mapping[str, Any]) -> Kind:
     return row["group"]
 
 
+def marker(
+    comparison: Comparison,
+    figure: FigureOf,
+    marks: Sequence[str],
+    text: Callable[[float | None], str],
+) -> Callable[[Mapping[str, Any]], str]:
+    """What writes a figure of a row: the best two of each group under marks, references as they are.
+
+    Args:
+        marks: formats for best and second best.
+        text: of a figure without its mark.
+    """
+    groups = [group for group in GROUPS if group != "reference"]
+    best = {group: best_two(comparison.group(group), figure) for group in groups}
+
+    def written(row: Mapping[str, Any]) -> str:
+        plain = text(figure(row))
+        for mark, methods in zip(marks, best.get(row["group"], ())):
+            if row["method"] in methods:
+                return mark.format(plain)
+        return plain
+
+    return written
+
+
 def best_two(
-    rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping], float | None]
+    rows: Sequence[Mapping[str, Any]], value: FigureOf
 ) -> tuple[set[str], set[str]]:
     """Methods with the highest and second highest value as it is printed (ties share a place)."""
     figures = {r["method"]: value(r) for r in rows if not r["error"]}

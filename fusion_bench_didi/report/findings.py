@@ -17,7 +17,7 @@ _NAMELESS = ("_pretrained_", "models", "vision", "base", "suite")
 
 def suite_of(comparison: Comparison) -> str:
     """Name of the suite: its folder, or the base model; empty if nothing tells."""
-    pool = comparison.data.get("config", {}).get("modelpool") or {}
+    pool = comparison.config.get("modelpool") or {}
     if "Demo" in str(pool.get("_target_")):
         return "embedded demo"
     base = (pool.get("models") or {}).get("_pretrained_")
@@ -54,8 +54,9 @@ def of_tasks(comparison: Comparison) -> str:
     return _of(comparison, f"{ours['method']} {told}")
 
 
-def of_ranks(comparison: Comparison, row: Mapping[str, Any]) -> str:
-    """Which matrices of the layers get least rank."""
+def of_ranks(comparison: Comparison) -> str:
+    """Which matrices of the layers get least rank, in the row that is shown in detail."""
+    row = comparison.shown_in_detail()
     found: dict[Place, list[int]] = {}
     for ranks in row["ranks"]["experts"].values():
         for name, rank in ranks.items():
@@ -72,8 +73,9 @@ def of_ranks(comparison: Comparison, row: Mapping[str, Any]) -> str:
     )
 
 
-def of_energy(comparison: Comparison, row: Mapping[str, Any]) -> str:
-    """The finding of the energy plot: where least is kept."""
+def of_energy(comparison: Comparison) -> str:
+    """Where least energy is kept, in the row that is shown in detail."""
+    row = comparison.shown_in_detail()
     kept = [
         (mean, line.kind, layer)
         for line in energy_lines(row["energy_kept"])
@@ -86,6 +88,15 @@ def of_energy(comparison: Comparison, row: Mapping[str, Any]) -> str:
         comparison,
         f"{row['method']} keeps {100 * least:.1f} % or more of the task vectors' energy, least in {where} of layer {layer}",
     )
+
+
+#: by the names of the pictures
+OF = {
+    "accuracy_vs_storage": of_storage,
+    "accuracy_by_task": of_tasks,
+    "ranks": of_ranks,
+    "energy_kept": of_energy,
+}
 
 
 def smallest(comparison: Comparison) -> Mapping[str, Any] | None:

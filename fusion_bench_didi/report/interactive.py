@@ -19,6 +19,7 @@ _LOOK = dict(
 _MENU = dict(
     x=0, xanchor="left", y=1.0, yanchor="bottom", pad=dict(b=8), showactive=True
 )
+_BELOW_MENU = _LOOK | {"margin": dict(l=10, r=10, t=60, b=10)}
 
 
 def figures(comparison: Comparison) -> dict[str, go.Figure]:
@@ -157,7 +158,7 @@ def accuracy_by_task(comparison: Comparison) -> go.Figure | None:
     return figure.update_layout(
         height=120 + 22 * len(rows),
         updatemenus=[dict(buttons=buttons, **_MENU)],
-        **{**_LOOK, "margin": dict(l=10, r=10, t=60, b=10)},
+        **_BELOW_MENU,
     )
 
 
@@ -183,12 +184,7 @@ def ranks(comparison: Comparison) -> go.Figure | None:
             xgap=1,
             ygap=1,
             visible=row is shown,
-            customdata=np.tile(
-                np.array(
-                    [f"{b}<br>{p.module} ({p.kind})" if p else b for b, p in places]
-                ),
-                (lines, 1),
-            ),
+            customdata=[[_told_place(*place) for place in places]] * lines,
             hovertemplate="%{customdata}<br>%{y}: rank %{z}<extra></extra>",
         )
     buttons = [
@@ -204,8 +200,12 @@ def ranks(comparison: Comparison) -> go.Figure | None:
     return figure.update_layout(
         height=190 + 32 * lines,
         updatemenus=[dict(buttons=buttons, active=rows.index(shown), **_MENU)],
-        **{**_LOOK, "margin": dict(l=10, r=10, t=60, b=10)},
+        **_BELOW_MENU,
     )
+
+
+def _told_place(block: str, place: Place | None) -> str:
+    return f"{block}<br>{place.module} ({place.kind})" if place else block
 
 
 def _short(place: Place | None) -> str:

@@ -1,7 +1,9 @@
-"""Which number of a task pool's report is compared, and what may be said of it: accuracies are shares, losses are not."""
+"""Which number of a task pool's report is compared, and what may be said of it: accuracies are shares, losses are not; and what the
+loggers of a Fabric get."""
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 ACCURACY = "accuracy"
 #: in names of figures of which less is better
@@ -54,6 +56,27 @@ def odd_figures(row: Mapping) -> dict[str, float]:
 def named(metrics: Iterable[str]) -> str:
     """Names of figures, each once, in words."""
     return " and ".join(dict.fromkeys(metrics)) or ACCURACY
+
+
+def log_metrics(fabric: Any, metrics: Mapping[str, float | None]) -> None:
+    """Hand figures to every logger, and have it write them at once; those that are unknown are left out."""
+    known = {name: value for name, value in metrics.items() if value is not None}
+    if not fabric._loggers or not known or not fabric.is_global_zero:
+        return
+    fabric.log_dict(known)
+    for logger in fabric.loggers:
+        logger.save()
+
+
+def row_metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The figures of a row of a comparison, by its key."""
+    figures = {
+        "average": row["average"],
+        "retention": row["retention"]["mean_of_ratios"],
+        **{key: row[key] for key in ("x_excl", "x_incl", "seconds")},
+        **{f"{metric_of(row, t)}/{t}": v for t, v in row["accuracy"].items()},
+    }
+    return {f"{row['key']}/{name}": value for name, value in figures.items()}
 
 
 def _is_number(value: object) -> bool:

@@ -47,7 +47,7 @@ def rank_plot(comparison: Comparison) -> Figure | None:
         side.set_visible(False)
     scale = ScalarMappable(Normalize(0, most), colors)
     picture.colorbar(scale, ax=axes, label="rank", fraction=0.02, pad=0.01)
-    title(axes, findings.of_ranks(comparison, row), pad=24)
+    title(axes, findings.of_ranks(comparison), pad=24)
     handles = [
         Rectangle((0, 0), 1, 1, color=KIND_COLORS[k], label=k)
         for k in dict.fromkeys(p.kind for p in table.modules)
@@ -121,7 +121,7 @@ def energy_plot(comparison: Comparison) -> Figure | None:
         axes.set_xticks(list(x), line.layers)
     axes.set_xlabel("layer")
     axes.set_ylabel("energy kept (%)")
-    title(axes, findings.of_energy(comparison, row))
+    title(axes, findings.of_energy(comparison))
     axes.legend(title="mean, and range over tasks", loc="best")
     axes.margins(x=0.06)
     return picture

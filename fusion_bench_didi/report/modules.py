@@ -45,21 +45,7 @@ class Place:
 
 
 KIND_COLORS = {"attention": ATTENTION, "MLP": MLP, "other": OTHER}
-_USUAL = (
-    "q",
-    "k",
-    "v",
-    "qkv",
-    "in",
-    "attn",
-    "out",
-    "gate",
-    "up",
-    "fc1",
-    "fc",
-    "fc2",
-    "down",
-)
+_USUAL = "q k v qkv in attn out gate up fc1 fc fc2 down".split()
 
 
 @dataclass(frozen=True)
@@ -137,17 +123,9 @@ def energy_lines(kept: Mapping[str, Any]) -> list[EnergyLine]:
             layers = found.setdefault(place.kind, {})
             layers.setdefault(str(place.layer), []).append(per_task)
     lines = []
-    for kind in KIND_COLORS:
-        if kind in found:
-            layers = sorted(found[kind], key=int)
-            tasks = [np.mean(found[kind][layer], axis=0) for layer in layers]
-            lines.append(
-                EnergyLine(
-                    kind,
-                    layers,
-                    [float(t.mean()) for t in tasks],
-                    [float(t.min()) for t in tasks],
-                    [float(t.max()) for t in tasks],
-                )
-            )
+    for kind in filter(found.get, KIND_COLORS):
+        layers = sorted(found[kind], key=int)
+        tasks = [np.mean(found[kind][layer], axis=0) for layer in layers]
+        ends = ([float(of(t)) for t in tasks] for of in (np.mean, np.min, np.max))
+        lines.append(EnergyLine(kind, layers, *ends))
     return lines

@@ -6,9 +6,9 @@ page. In print, the plots are the SVG files' pictures, which carry their labels.
 
 import base64
 import html
-import io
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from plotly.offline import get_plotlyjs
 
 from ..files import write_whole
 from . import findings, interactive, plots
-from .comparison import GROUPS, Comparison, best_two
+from .comparison import Comparison, FigureOf, marker
 from .page_template import PAGE, SCRIPT, STYLE
-from .style import look
-from .tables import LEGEND, as_csv, as_latex, columns
+from .style import drawn, look
+from .tables import LEGEND, as_csv, as_latex, columns, number
 
 _TOLD = {
     "accuracy_vs_storage": "Up is better, left is smaller. Methods of one family are joined.",
@@ -44,7 +44,7 @@ def render(comparison: Comparison) -> str:
     """The page as HTML."""
     printed = _svgs(comparison)
     sections = [
-        _figure(name, figure, _title(name, comparison), printed.get(name, ""))
+        _figure(name, figure, findings.OF[name](comparison), printed.get(name, ""))
         for name, figure in interactive.figures(comparison).items()
     ]
     return PAGE.format(
@@ -72,7 +72,7 @@ def summary_frame(comparison: Comparison) -> pd.DataFrame:
         line = {"Method": html.escape(row["method"])}
         line["x excl."] = _rounded(row["x_excl"], 2)
         line["Average"] = marked(row)
-        if any(r.get("over_seeds") for r in comparison.rows):
+        if comparison.over_seeds:
             ends = [_rounded(v, 1, 100) for v in row.get("over_seeds") or ()]
             line["Over seeds"] = " to ".join(ends)
         for head, value, digits, scale in (
@@ -96,9 +96,7 @@ def summary_frame(comparison: Comparison) -> pd.DataFrame:
 
 def task_frame(comparison: Comparison) -> pd.DataFrame:
     """The second table: accuracy by task."""
-    values = {t: lambda row, t=t: row["accuracy"][t] for t in comparison.tasks}
-    values["Average"] = lambda row: row["average"]
-    marked = {head: _marked(comparison, value) for head, value in values.items()}
+    marked = {t: _marked(comparison, figure) for t, figure in comparison.accuracies()}
     return pd.DataFrame(
         [
             {"Method": html.escape(row["method"])}
@@ -109,29 +107,14 @@ def task_frame(comparison: Comparison) -> pd.DataFrame:
     )
 
 
-def _marked(
-    comparison: Comparison, value: Callable[[Mapping], float | None]
-) -> Callable[[Mapping], str]:
-    """Accuracies as cells; best of a group bold, second best underlined, references apart."""
-    places: tuple[set[str], set[str]] = (set(), set())
-    for group in GROUPS:
-        if group != "reference":
-            for place, best in zip(places, best_two(comparison.group(group), value)):
-                place |= best
-
-    def cell(row: Mapping) -> str:
-        text = _rounded(value(row), 1, 100)
-        for tag, place in zip("bu", places):
-            if row["method"] in place:
-                return f"<{tag}>{text}</{tag}>"
-        return text
-
-    return cell
+def _marked(comparison: Comparison, figure: FigureOf) -> Callable[[Mapping], str]:
+    """Accuracies as cells; best of a group bold, second best underlined."""
+    text = partial(_rounded, digits=1, scale=100)
+    return marker(comparison, figure, ("<b>{}</b>", "<u>{}</u>"), text)
 
 
-def _rounded(value: float | None, digits: int, scale: float = 1) -> str:
-    """A figure; a hyphen, which DataTables sorts as an empty cell, where there is none."""
-    return "-" if value is None else f"{scale * value:.{digits}f}"
+#: A figure; a hyphen, which DataTables sorts as an empty cell, where there is none.
+_rounded = partial(number, none="-")
 
 
 def _table(frame: pd.DataFrame, name: str) -> str:
@@ -165,15 +148,6 @@ def _downloads(comparison: Comparison) -> str:
     )
 
 
-def _title(name: str, comparison: Comparison) -> str:
-    """Title of a figure: what it shows."""
-    if name in ("ranks", "energy_kept"):
-        make = findings.of_ranks if name == "ranks" else findings.of_energy
-        return make(comparison, comparison.shown_in_detail())
-    make = findings.of_tasks if name == "accuracy_by_task" else findings.of_storage
-    return make(comparison)
-
-
 def _figure(name: str, figure, title: str, printed: str) -> str:
     plot = to_html(
         figure,
@@ -193,9 +167,7 @@ def _svgs(comparison: Comparison) -> dict[str, str]:
     found = {}
     with look():
         for name, picture in plots.draw(comparison).items():
-            out = io.StringIO()
-            picture.savefig(out, format="svg", metadata={"Date": None})
-            text = out.getvalue()
+            text = drawn(picture, "svg").decode()
             text = text[text.index("<svg") :]
             # several pictures in one page must not share names
             text = re.sub(r'\bid="', f'id="{name}-', text)
@@ -213,7 +185,7 @@ def _lead(comparison: Comparison) -> str:
 
 def _facts(comparison: Comparison) -> str:
     """How it was made, as far as the file says."""
-    data, config = comparison.data, comparison.data.get("config", {})
+    data, config = comparison.data, comparison.config
     made = data.get("made", {})
     told = {
         "Command": made.get("command"),

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from . import findings, labels
 from .comparison import Comparison, kind, percent
 from .module_plots import energy_plot, rank_plot
-from .style import KINDS, color, look, new_figure, save_figure, title
+from .style import KINDS, color, headline, look, new_figure, save_figure, title
 
 
 def write(comparison: Comparison, directory: Path) -> list[Path]:
@@ -37,6 +37,8 @@ def draw(comparison: Comparison) -> dict[str, Figure]:
     return {name: picture for name, picture in made.items() if picture is not None}
 
 
+#: the line of a model that others are held against
+_REFERENCE = {"color": "#222222", "lw": 0.8, "ls": (0, (4, 3))}
 STORAGE_AXIS = "stored beyond the backbone, in fine-tuned models (square-root scale)"
 
 
@@ -56,12 +58,6 @@ def _square(x):
     return np.sign(x) * np.square(x)
 
 
-def storage_ticks(most: float) -> list[float]:
-    """Round figures up to ``most``."""
-    steps = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 10, 14, 20, 30, 50)
-    return [t for t in steps if t <= most * 1.05]
-
-
 def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
     """The Pareto picture: every method a point, a family a curve; beside it the same from above."""
     rows = comparison.good
@@ -72,8 +68,7 @@ def accuracy_vs_storage(comparison: Comparison) -> Figure | None:
     picture = new_figure(12.5 if close else 9, 6.2)
     widths = [2.6, 1] if close else [1]
     panels = picture.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    seeds = any(r.get("over_seeds") for r in rows)
-    bars = "; bars: range over seeds" if seeds else ""
+    bars = "; bars: range over seeds" if comparison.over_seeds else ""
     metric = comparison.worded("accuracy")
     panels[0].set_ylabel(f"{metric}, mean of {len(comparison.tasks)} tasks (%){bars}")
     for axes in panels:
@@ -140,15 +135,19 @@ def _points(axes: Axes, comparison: Comparison) -> None:
             zorder=3,
         )
     for row in _references(comparison):
-        axes.axhline(100 * row["average"], color="#222222", lw=0.8, ls=(0, (4, 3)))
+        axes.axhline(100 * row["average"], **_REFERENCE)
 
 
 def _references(comparison: Comparison) -> list:
     return [r for r in comparison.good if r["group"] == "reference" and r["x_excl"] > 0]
 
 
+_FEW_TICKS = (0, 0.5, 1, 2, 4, 8, 14, 30)
+_TICKS = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 10, 14, 20, 30, 50)
+
+
 def _storage_axis(axes: Axes, most: float, *, few: bool = False) -> None:
-    ticks = [t for t in storage_ticks(most) if not few or t in (0, 0.5, 1, 2, 4, 8, 14, 30)]  # fmt: skip
+    ticks = [t for t in (_FEW_TICKS if few else _TICKS) if t <= most * 1.05]
     axes.set_xscale("function", functions=(_root, _square))
     axes.set_xlim(-0.002 * max(most, 1), most * 1.25 + 0.02)
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
@@ -194,9 +193,7 @@ def accuracy_by_task(comparison: Comparison) -> Figure | None:
         values = [percent(row, task) for row in rows]
         axes.barh(names, values, color=[color(kind(r)) for r in rows], height=0.78)
         if own:
-            axes.axvline(
-                values[rows.index(own)], color="#222222", lw=0.8, ls=(0, (4, 3))
-            )
+            axes.axvline(values[rows.index(own)], **_REFERENCE)
         axes.set_title(task, fontsize=9)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", labelsize=7, length=0)
@@ -208,17 +205,9 @@ def accuracy_by_task(comparison: Comparison) -> Figure | None:
     tall = picture.get_figheight()
     handles = _legend(rows, bars=True)
     if own:
-        line = {"color": "#222222", "lw": 0.8, "ls": (0, (4, 3))}
-        handles.append(Line2D([], [], label="the task's own model", **line))
+        handles.append(Line2D([], [], label="the task's own model", **_REFERENCE))
     picture.legend(handles=handles, loc="lower center", ncols=7, fontsize=8)
-    picture.suptitle(
-        findings.of_tasks(comparison),
-        x=0.01,
-        y=1 - 0.05 / tall,
-        ha="left",
-        fontsize=11,
-        fontweight="bold",
-    )
+    headline(picture, findings.of_tasks(comparison), y=1 - 0.05 / tall)
     picture.tight_layout(rect=(0, 0.3 / tall, 1, 1 - 0.3 / tall))
     return picture
 

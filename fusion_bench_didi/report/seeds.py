@@ -25,8 +25,8 @@ def over_seeds(comparisons: Sequence[Comparison]) -> dict[str, Any]:
                 "for the seed and the directory."
             )
     rows = [_row(group) for group in zip(*(c.rows for c in comparisons))]
-    seeds = [c.data.get("config", {}).get("seed") for c in comparisons]
-    config = {**first.data.get("config", {}), "seed": seeds}
+    seeds = [c.config.get("seed") for c in comparisons]
+    config = {**first.config, "seed": seeds}
     return {**first.data, "rows": rows, "config": config}
 
 

@@ -75,15 +75,21 @@ def title(axes: Axes, text: str, **options: Any) -> None:
     axes.set_title(textwrap.fill(text, max(letters, 30)), **options)
 
 
-def headline(figure: Figure, text: str) -> None:
+def headline(figure: Figure, text: str, **options: Any) -> None:
     """Title of a picture of several panels, above all of them."""
-    figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    look = {"x": 0.01, "ha": "left", "fontsize": 11, "fontweight": "bold"}
+    figure.suptitle(text, **look, **options)
+
+
+def drawn(figure: Figure, form: str) -> bytes:
+    """A picture as the content of a file, cut to what is drawn; the same picture gives the same content."""
+    out = io.BytesIO()
+    dated = {"metadata": {"Date": None}} if form == "svg" else {}
+    with look():
+        figure.savefig(out, format=form, **dated)
+    return out.getvalue()
 
 
 def save_figure(figure: Figure, file: Path) -> None:
-    """A picture in the format of its file's ending, cut to what is drawn; the same picture gives the same file."""
-    ending, out = file.suffix.removeprefix("."), io.BytesIO()
-    dated = {"metadata": {"Date": None}} if ending == "svg" else {}
-    with look():
-        figure.savefig(out, format=ending, **dated)
-    write_whole(file, out.getvalue())
+    """A picture in the format of its file's ending."""
+    write_whole(file, drawn(figure, file.suffix.removeprefix(".")))

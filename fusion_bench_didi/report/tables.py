@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ..files import write_whole
-from .comparison import GROUPS, Comparison, best_two
+from .comparison import GROUPS, Comparison, marker
 
 Row = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ def as_csv(comparison: Comparison) -> str:
         | {key: row.get(key) for key in measured}
         | {
             f"{key}_{end}": bound
-            for key in (RANGES if over_seeds(comparison) else ())
+            for key in (RANGES if comparison.over_seeds else ())
             for end, bound in zip(("least", "largest"), row.get(key) or (None, None))
         }
         for row in comparison.rows
@@ -56,11 +56,6 @@ Column = tuple[str, Callable[[Row], str]]
 RANGES = ("over_seeds", "retention_over_seeds")
 
 
-def over_seeds(comparison: Comparison) -> bool:
-    """Whether rows are means over several seeds."""
-    return any(row.get("over_seeds") for row in comparison.rows)
-
-
 def columns(comparison: Comparison) -> list[Column]:
     """Heading and cell of everything beside the accuracies."""
     seeds: list[Column] = [
@@ -69,7 +64,7 @@ def columns(comparison: Comparison) -> list[Column]:
     ]
     return [
         ("Retention", retention),
-        *(seeds if over_seeds(comparison) else ()),
+        *(seeds if comparison.over_seeds else ()),
         ("x excl.", lambda r: number(r["x_excl"], 2)),
         ("x incl.", lambda r: number(r["x_incl"], 2)),
         ("x printed", lambda r: number(r["published_x"], 2)),
@@ -86,7 +81,7 @@ def as_markdown(comparison: Comparison) -> str:
     heads = ["Method", *comparison.tasks, "Average", *(h for h, _ in extra), "Notes"]
     width = len(heads)
     lines = [_pipe(heads), _pipe(["---", *["--:"] * (width - 2), "---"])]
-    for title, rows in _groups(comparison, extra, "**{}**", "_{}_"):
+    for title, rows in _groups(comparison, extra, ("**{}**", "_{}_")):
         lines.append(_pipe([f"**{title}**", *[""] * (width - 1)]))
         for row, cells in rows:
             note = row["notes"]
@@ -109,7 +104,7 @@ def as_latex(comparison: Comparison) -> str:
         _tex(map(escaped, heads)),
     ]
     best = ("\\textbf{{{}}}", "\\underline{{{}}}")
-    for title, rows in _groups(comparison, extra, *best, written=escaped):
+    for title, rows in _groups(comparison, extra, best, written=escaped):
         span = f"\\multicolumn{{{len(heads)}}}{{l}}{{\\emph{{{title}}}}}"
         lines += ["\\midrule", _tex([span])]
         for row, cells in rows:
@@ -128,8 +123,7 @@ def as_latex(comparison: Comparison) -> str:
 def _groups(
     comparison: Comparison,
     extra: Sequence[Column],
-    first: str,
-    second: str,
+    marks: Sequence[str],
     *,
     written: Callable[[str], str] = str,
 ) -> Iterator[tuple[str, list[tuple[Row, list[str]]]]]:
@@ -137,37 +131,26 @@ def _groups(
 
     Args:
         extra: columns after the accuracies.
-        first, second: how the best two of the group are marked; references are not.
+        marks: formats for the best two of a group.
         written: the text of a cell without its mark, as the table has it.
     """
-    getters = [lambda r, t=task: r["accuracy"][t] for task in comparison.tasks]
-    getters.append(lambda r: r["average"])
 
-    def marked(row: Row, get, places) -> str:
-        text = written(number(get(row), 1, 100))
-        for mark, methods in zip((first, second), places):
-            if row["method"] in methods:
-                return mark.format(text)
-        return text
+    def text(value: float | None) -> str:
+        return written(number(value, 1, 100))
 
+    figures = [f for _, f in comparison.accuracies()]
+    cells = [marker(comparison, figure, marks, text) for figure in figures]
+    cells += [lambda row, cell=cell: written(cell(row)) for _, cell in extra]
     for group, title in GROUPS.items():
-        rows = comparison.group(group)
-        compete = [] if group == "reference" else rows
-        places = [best_two(compete, get) for get in getters]
-        if rows:
-            yield title, [
-                (
-                    row,
-                    [marked(row, *pair) for pair in zip(getters, places)]
-                    + [written(cell(row)) for _, cell in extra],
-                )
-                for row in rows
-            ]
+        if rows := comparison.group(group):
+            yield title, [(row, [cell(row) for cell in cells]) for row in rows]
 
 
-def number(value: float | None, digits: int, scale: float = 1) -> str:
+def number(
+    value: float | None, digits: int, scale: float = 1, *, none: str = "–"
+) -> str:
     """A figure as it is printed; a dash where there is none."""
-    return "–" if value is None else f"{scale * value:.{digits}f}"
+    return none if value is None else f"{scale * value:.{digits}f}"
 
 
 def between(ends: Sequence[float] | None) -> str:

@@ -5,6 +5,7 @@ Pools are imported on first use: each needs the libraries of its own family.
 
 from typing import TYPE_CHECKING
 
+from ..compat import lazy
 from .task_switching import attach
 
 if TYPE_CHECKING:
@@ -21,13 +22,5 @@ _POOLS = {
     "TextClassificationTaskPool": "text",
 }
 
-
-def __getattr__(name: str):
-    from importlib import import_module
-
-    if name in _POOLS:
-        return getattr(import_module(f".{_POOLS[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 __all__ = ["attach", *_POOLS]
+__getattr__ = lazy(__name__, _POOLS)

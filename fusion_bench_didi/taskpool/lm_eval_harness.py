@@ -62,11 +62,7 @@ def _only(taskpool: Any, task: str) -> Iterator[Path]:
 
 
 def _figures(place: Path, task: str) -> dict[str, float]:
-    """Figures that lm-eval wrote last; of a group without figures of its own, the mean over its tasks.
-
-    Raises:
-        DiDiError: if it wrote none.
-    """
+    """Figures that lm-eval wrote last; of a group without figures of its own, the mean over its tasks."""
     files = sorted(place.rglob("results_*.json"), key=lambda f: f.stat().st_mtime)
     written = json.loads(files[-1].read_text()) if files else {"results": {}}
     results = written["results"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from fusion_bench import auto_register_config
 from fusion_bench.models.hf_clip import HFCLIPClassifier
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
 from fusion_bench.tasks.clip_classification import get_classnames_and_templates
@@ -18,10 +19,11 @@ from ..models.dynamic import DynamicModel
 from ..options import Aliases, PositiveCount, Seed, checked
 from ..pools.task_names import resolve_task
 from ..routers.features import OracleRouter
-from .task_switching import aliases_of, dynamic_model_in, told_of
+from .task_switching import aliases_of, dynamic_model_in, routes_anew, told_of
 
 
 @checked
+@auto_register_config
 class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
     """Evaluates static models, models with a router, and dynamic models that are given each sample's task.
 
@@ -33,10 +35,6 @@ class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
         **kwargs: the host pool's arguments.
     """
 
-    _config_mapping = CLIPVisionModelTaskPool._config_mapping | {
-        key: key for key in ("stream_batch_size", "seed", "limit", "task_aliases")
-    }
-
     def __init__(
         self,
         *args: Any,
@@ -47,8 +45,6 @@ class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.stream_batch_size, self.seed = stream_batch_size, seed
-        self.limit, self.task_aliases = limit, task_aliases
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, name: str | None = None, **_: Any) -> dict:
@@ -63,16 +59,12 @@ class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
         tasks = list(self.test_datasets)
         model = self.fabric.to_device(model).eval()
         heads = self._heads(tasks)
-        dynamic = dynamic_model_in(model)
-        ids = None
+        dynamic, ids = dynamic_model_in(model), None
+        routes_anew(dynamic)
         if dynamic is not None:
             known, aliases = list(dynamic.modulators.keys()), aliases_of(self)
-            ids = torch.tensor(
-                [known.index(resolve_task(t, known, aliases)) for t in tasks]
-            )
-            if getattr(dynamic, "router", None) is not None:
-                dynamic.unset_task()
-                dynamic.router.reset()
+            found = [resolve_task(task, known, aliases) for task in tasks]
+            ids = torch.tensor([known.index(name) for name in found])
         hits = torch.zeros(len(tasks))
         counts, seconds, confusion = hits.clone(), 0.0, None
         for images, labels, owners in self._stream(tasks):

@@ -126,12 +126,7 @@ class TaskAware:
         **kwargs: the host pool's arguments.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        task_aliases: Aliases = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, task_aliases: Aliases = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         attach(self, aliases=task_aliases)
 
@@ -226,11 +221,9 @@ def _reporting(evaluate, tasks: list[str], aliases):
     @functools.wraps(evaluate)
     def wrapper(model, *args, **kwargs):
         dynamic = dynamic_model_in(model)
+        routed = routes_anew(dynamic)
         if dynamic is not None:
             check_tasks(tasks, dynamic.modulators, aliases)
-            if _routes(dynamic):
-                dynamic.unset_task()
-                dynamic.router.reset()
         hook = _hook_of(evaluate.__self__)
         try:
             if hook is not None:
@@ -241,7 +234,7 @@ def _reporting(evaluate, tasks: list[str], aliases):
                 model,
                 *args,
                 ranks=ranks_here(),
-                spread=dynamic is None or not _routes(dynamic),
+                spread=not routed,
                 **kwargs,
             )
         finally:
@@ -249,7 +242,7 @@ def _reporting(evaluate, tasks: list[str], aliases):
                 hook.model = None  # kept, it would outlive its evaluation
         if isinstance(dynamic, DynamicModel) and isinstance(report, dict):
             report["didi"] = told_of(dynamic)
-            if _routes(dynamic):
+            if routed:
                 report["didi"]["router"] = dynamic.router.report()
         return report
 
@@ -273,9 +266,17 @@ def _hook_of(taskpool: Any) -> Any:
     return next((method for method in methods if hasattr(method, "model")), None)
 
 
-def _routes(model: nn.Module) -> bool:
+def _routes(model: nn.Module | None) -> bool:
     """Whether the model finds each sample's task by itself."""
     return isinstance(model, DynamicModel) and model.router is not None
+
+
+def routes_anew(model: nn.Module | None) -> bool:
+    """Whether a model routes; what its router has seen is forgotten then."""
+    if routes := _routes(model):
+        model.unset_task()
+        model.router.reset()
+    return routes
 
 
 def dynamic_model_in(value: Any) -> nn.Module | None:

@@ -22,15 +22,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import DiDiError
 from ..files import from_home
-from ..options import FilePath, PositiveCount, Split, checked
-from .task_switching import TaskAware
+from ..options import Aliases, FilePath, PositiveCount, Split, checked
+from .task_switching import attach
 
 #: a batch, and what it is scored against
 Batch = tuple[dict[str, Tensor], Tensor]
 
 
 class _TextTaskPool(BaseTaskPool, LightningFabricMixin):
-    """Goes over tasks, and batches of each; subclasses say what a batch is and how a model does on it."""
+    """Goes over tasks, and batches of each; subclasses say what a batch is and how a model does on it.
+
+    They set ``_test_datasets``, files by task, and then :func:`attach` themselves.
+    """
 
     def __init__(
         self,
@@ -38,11 +41,12 @@ class _TextTaskPool(BaseTaskPool, LightningFabricMixin):
         *,
         batch_size: PositiveCount = 64,
         limit: PositiveCount | None = None,
+        task_aliases: Aliases = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.tokenizer, self.batch_size, self.limit = tokenizer, batch_size, limit
-        self._test_datasets: dict[str, Any] = {}
+        self.task_aliases = task_aliases
         self._made: dict[str, list[Batch]] = {}
         self._loaded: Any = None
 
@@ -109,7 +113,24 @@ class _TextTaskPool(BaseTaskPool, LightningFabricMixin):
         return report
 
 
-class _Classification(_TextTaskPool):
+@checked
+class TextClassificationTaskPool(_TextTaskPool):
+    """Accuracy of sequence classifiers on ``ROOT/TASK/{train,validation,test}-*.parquet``, each task under its expert.
+
+    Args:
+        root: directory of the tasks.
+        tokenizer: its directory, or a tokenizer.
+        tasks: some of the directories in ``root``, in the order wanted; all if None.
+        split: ``train``, ``validation`` or ``test``; nothing may be chosen on the last.
+        heads: where the evaluated models are encoders without a head: task -> directory of a sequence classifier, whose
+            head is put on them. None: the models are classifiers, with a head of each task's own where they have experts.
+        max_length: tokens of a text.
+        columns: what ``text`` and ``label`` are called in the files.
+        batch_size: texts at a time.
+        limit: texts per task, the first ones; None for all.
+        task_aliases: task -> model name, for names that the naming rule does not match.
+    """
+
     def __init__(
         self,
         root: FilePath,
@@ -133,6 +154,7 @@ class _Classification(_TextTaskPool):
                 "at all where the evaluated models hold their own."
             )
         self._shells: dict[str, nn.Module] = {}
+        attach(self)
 
     def make_batches(self, task_name: str) -> Iterator[Batch]:
         """Texts of about one length together, padded to the longest."""
@@ -170,25 +192,20 @@ class _Classification(_TextTaskPool):
 
 
 @checked
-class TextClassificationTaskPool(TaskAware, _Classification):
-    """Accuracy of sequence classifiers on ``ROOT/TASK/{train,validation,test}-*.parquet``, each task under its expert.
+class PerplexityTaskPool(_TextTaskPool):
+    """Perplexity of language models on text files, each task under its expert.
+
+    ``accuracy`` is that of the next token, so that comparisons, in which more is better, can be made of it.
 
     Args:
-        root: directory of the tasks.
+        files: task -> a file, a pattern, or several.
         tokenizer: its directory, or a tokenizer.
-        tasks: some of the directories in ``root``, in the order wanted; all if None.
-        split: ``train``, ``validation`` or ``test``; nothing may be chosen on the last.
-        heads: where the evaluated models are encoders without a head: task -> directory of a sequence classifier, whose
-            head is put on them. None: the models are classifiers, with a head of each task's own where they have experts.
-        max_length: tokens of a text.
-        columns: what ``text`` and ``label`` are called in the files.
-        batch_size: texts at a time.
-        limit: texts per task, the first ones; None for all.
+        context: tokens of a window.
+        batch_size: windows at a time.
+        limit: tokens per task, the first ones; None for all.
         task_aliases: task -> model name, for names that the naming rule does not match.
     """
 
-
-class _Perplexity(_TextTaskPool):
     def __init__(
         self,
         files: Mapping[str, str | Sequence[str]],
@@ -205,6 +222,7 @@ class _Perplexity(_TextTaskPool):
         self._test_datasets = {
             task: _found(task, given) for task, given in files.items()
         }
+        attach(self)
 
     def make_batches(self, task_name: str) -> Iterator[Batch]:
         """Windows that do not overlap; every token but the first of a window is predicted from those before it in there."""
@@ -247,22 +265,6 @@ class _Perplexity(_TextTaskPool):
             **found,
             "perplexity": torch.tensor(found["loss"], dtype=torch.float64).exp().item(),
         }
-
-
-@checked
-class PerplexityTaskPool(TaskAware, _Perplexity):
-    """Perplexity of language models on text files, each task under its expert.
-
-    ``accuracy`` is that of the next token, so that comparisons, in which more is better, can be made of it.
-
-    Args:
-        files: task -> a file, a pattern, or several.
-        tokenizer: its directory, or a tokenizer.
-        context: tokens of a window.
-        batch_size: windows at a time.
-        limit: tokens per task, the first ones; None for all.
-        task_aliases: task -> model name, for names that the naming rule does not match.
-    """
 
 
 def parquet_files(

@@ -9,9 +9,14 @@ import torch
 from lightning.fabric.loggers import CSVLogger
 
 from fusion_bench_didi.report.answer import Answer
-from fusion_bench_didi.report.loggers import log_metrics, row_metrics
-from fusion_bench_didi.report.metrics import falls, figure, is_share
-from fusion_bench_didi.report.references import known_figures, nearest_comparison
+from fusion_bench_didi.report.comparison import Comparison
+from fusion_bench_didi.report.metrics import (
+    falls,
+    figure,
+    is_share,
+    log_metrics,
+    row_metrics,
+)
 from fusion_bench_didi.report.terminal import print_table
 from fusion_bench_didi.report.units import readable, storage_units
 
@@ -168,12 +173,12 @@ def test_figures_of_others_come_from_a_comparison_on_equal_pools(tmp_path):
     (tmp_path / "comparison.json").write_text(json.dumps(told))
     run = tmp_path / "runs" / "one"
     run.mkdir(parents=True)
-    file, found = nearest_comparison(run, pools)
+    file, found = Comparison.nearest(run, pools)
     assert file == tmp_path / "comparison.json"
     own = {**FIGURES, "a": 1.0}
-    assert known_figures(found) == {"pretrained": FIGURES, "individuals": own}
-    assert nearest_comparison(run, {**pools, "taskpool": {"y": 3}}) is None
-    assert nearest_comparison(run / "too" / "deep", pools) is None
+    assert found.references == {"pretrained": FIGURES, "individuals": own}
+    assert Comparison.nearest(run, {**pools, "taskpool": {"y": 3}}) is None
+    assert Comparison.nearest(run / "too" / "deep", pools) is None
 
 
 def test_table_of_a_comparison_says_what_failed(capsys):

@@ -1,10 +1,4 @@
-"""BitDelta (Liu et al., "Your Fine-Tune May Only Be Worth One Bit", NeurIPS 2024, arXiv 2402.10193), without distillation.
-
-Example:
-
-    fusion_bench method=didi/bitdelta modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""BitDelta (Liu et al., "Your Fine-Tune May Only Be Worth One Bit", NeurIPS 2024, arXiv 2402.10193), without distillation."""
 
 from typing import Any
 
@@ -24,8 +18,6 @@ class BitDelta(DeltaCompression):
 
     Source: the paper and its released code, which compress the linear layers of attention and MLP; everything else is the
     fine-tuned model's, whole. Left out: the distillation of the scales on 800 texts, for no method here sees data.
-
-    Args: as the keys of ``config/method/didi/bitdelta.yaml``, which ``didi settings didi/bitdelta`` prints.
     """
 
     title = "BitDelta"

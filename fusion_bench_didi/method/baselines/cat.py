@@ -1,10 +1,4 @@
-"""CAT-Merging (Sun et al., "A Training-Free Approach for Resolving Conflicts in Model Merging", ICML 2025).
-
-Example:
-
-    fusion_bench method=didi/cat modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""CAT-Merging (Sun et al., "A Training-Free Approach for Resolving Conflicts in Model Merging", ICML 2025)."""
 
 import logging
 from collections.abc import Sequence
@@ -58,8 +52,6 @@ class CATMerging(PoolMethod):
     to its norm, looks at inputs in ``theta_0 + alpha tau_i`` and has a rule of its own for shifts; none of that is done
     here. Tensors that belong to no ``nn.Linear`` or ``nn.LayerNorm`` that is *called* (embeddings, convolutions, the bare QKV
     matrix of ``nn.MultiheadAttention``) are added up as they are.
-
-    Args: as the keys of ``config/method/didi/cat.yaml``, which ``didi settings didi/cat`` prints.
     """
 
     title = "CAT-Merging"

@@ -1,10 +1,4 @@
-"""ComPEFT (Yadav et al., arXiv 2311.13171): sparse ternary task vectors.
-
-Example:
-
-    fusion_bench method=didi/compeft modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""ComPEFT (Yadav et al., arXiv 2311.13171): sparse ternary task vectors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,8 +25,6 @@ class ComPEFT(DeltaCompression):
     Reconstruction from the paper's description (it is about LoRA adapters and (IA)^3): there Golomb codes hold the
     positions, and ``a`` is searched on validation data in .5 to 10 with densities of .05 to .5. Nothing is searched here;
     ``alpha`` and ``density`` are settings. Entries that are compared are those of the tensors that are compressed.
-
-    Args: as the keys of ``config/method/didi/compeft.yaml``, which ``didi settings didi/compeft`` prints.
     """
 
     title = "ComPEFT"

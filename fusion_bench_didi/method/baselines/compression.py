@@ -12,7 +12,6 @@ from torch import Tensor
 from ...deltas.base import Delta
 from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
-from ...lowrank.factored import as_dense
 from ...options import refuse_idle
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
@@ -70,7 +69,6 @@ class DeltaCompression(DynamicMethod):
         Raises:
             SettingsError: for ``others`` where there are none.
         """
-        self._tasks = task_vectors.tasks
         sizes = self.compressed(task_vectors, names)
         if self.tensors == "all" and len(sizes) == len(names):
             of = "of tensors that are not compressed; with tensors=all these are single values, and none is changed"
@@ -83,30 +81,18 @@ class DeltaCompression(DynamicMethod):
         sizes = {name: task_vectors.infos[name] for name in names}
         return {n: i.numel for n, i in sizes.items() if self.compresses(n, i.shape)}
 
-    def read(self, task_vectors: TaskVectors, name: str, task: int) -> Tensor:
-        """One task vector of one tensor, in its shape, float32.
-
-        Args:
-            task: its position.
-        """
-        matrix = task_vectors.tensor(name, self.fabric.device).matrix(task)
-        return as_dense(matrix).view(task_vectors.infos[name].shape)
-
     def encode(self, tensor: ChangedTensor) -> EncodedTensor | None:
         name, shape = tensor.name, tensor.shape
-        if self.compresses(name, shape):
-
-            def stored(task: str, tau: Tensor) -> Delta | None:
-                return self.delta(name, task, tau)
-
-        elif self.others == "pretrained":
+        compressed = self.compresses(name, shape)
+        if not compressed and self.others == "pretrained":
             return None
-        else:
-            dtype = torch.bfloat16 if self.others == "bfloat16" else tensor.dtype
+        dtype = torch.bfloat16 if self.others == "bfloat16" else tensor.dtype
 
-            def stored(task: str, tau: Tensor) -> Delta | None:
-                return DenseDelta(shape, tau.to(dtype).cpu())
+        def stored(task: str, tau: Tensor) -> Delta | None:
+            if compressed:
+                return self.delta(name, task, tau)
+            return DenseDelta(shape, tau.to(dtype).cpu())
 
-        pairs = zip(self._tasks, tensor.stacked())
+        pairs = zip(self.tasks, tensor.stacked())
         experts = [stored(task, tau) if tau.any() else None for task, tau in pairs]
         return EncodedTensor(name, None, experts)

@@ -1,10 +1,4 @@
-"""DARE (Yu et al., "Language Models are Super Mario", ICML 2024, arXiv 2311.03099) as a way to store task vectors.
-
-Example:
-
-    fusion_bench method=didi/dare method.drop=0.97 modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""DARE (Yu et al., "Language Models are Super Mario", ICML 2024, arXiv 2311.03099) as a way to store task vectors."""
 
 from typing import Any, Literal
 
@@ -30,8 +24,6 @@ class DARE(DeltaCompression):
     the literature (23.7 times smaller than 16 bits at p = .97) are of values in 16 bits at entropy-coded positions, which is
     ``positions=stored``. Of our own: ``positions=seed``, for random positions need not be stored where the reader can draw
     them again (``deltas/entries.py``; the seed lies in the manifest), few-bit values, and other gains than 1.
-
-    Args: as the keys of ``config/method/didi/dare.yaml``, which ``didi settings didi/dare`` prints.
     """
 
     def __init__(

@@ -1,10 +1,4 @@
-"""Delta-CoMe (Ping et al., NeurIPS 2024, arXiv 2406.08903), rounded without data.
-
-Example:
-
-    fusion_bench method=didi/delta_come modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""Delta-CoMe (Ping et al., NeurIPS 2024, arXiv 2406.08903), rounded without data."""
 
 from typing import Annotated, Any, Literal
 
@@ -41,8 +35,6 @@ class DeltaCoMe(DeltaCompression):
     fewer in proportion on smaller sides, one at least. Left out is its GPTQ, which needs texts; factors are rounded by
     ``quantization/rounding.py`` instead, to the least error of their product. Everything but linear layers stays the base
     model's, as in the released code.
-
-    Args: as the keys of ``config/method/didi/delta_come.yaml``, which ``didi settings didi/delta_come`` prints.
     """
 
     title = "Delta-CoMe"

@@ -1,10 +1,4 @@
-"""EMR-Merging (Huang et al., "Tuning-Free High-Performance Model Merging", NeurIPS 2024), the host's own.
-
-Example:
-
-    fusion_bench method=didi/emr modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""EMR-Merging (Huang et al., "Tuning-Free High-Performance Model Merging", NeurIPS 2024), the host's own."""
 
 from collections.abc import Iterable, Sequence
 
@@ -32,8 +26,6 @@ class EMRMerging(DynamicMethod):
     Source: the host's ``emr_merge`` is run as it is on every tensor, tasks in its order, and its result kept with masks of one
     bit per entry (1.25 models beyond the backbone at T = 8; the literature's 4x has byte masks and the backbone). The
     host's own model cannot be evaluated from the command line, cannot be saved, and drifts as tasks are switched.
-
-    Args: as the keys of ``config/method/didi/emr.yaml``, which ``didi settings didi/emr`` prints.
     """
 
     title = "EMR-Merging"

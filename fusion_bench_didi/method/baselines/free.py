@@ -1,12 +1,5 @@
-"""FREE-Merging (Zheng & Wang, "Fourier Transform for Efficient Model Merging", ICCV 2025, arXiv 2411.16815).
+"""FREE-Merging (Zheng & Wang, "Fourier Transform for Efficient Model Merging", ICCV 2025, arXiv 2411.16815)."""
 
-Example:
-
-    fusion_bench method=didi/free modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
-
-import fnmatch
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -21,6 +14,7 @@ from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
 from ...errors import ModelPoolError, SettingsError
 from ...options import Part, Patterns, Positive, Scale, as_patterns, refuse_idle
+from ...task_vectors.alignment import matches
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
@@ -63,8 +57,6 @@ class FreeMerging(DynamicMethod):
     Inferred for ``paper``: the cutoff (.1 of the highest frequency), and ``mu_t`` without its division by ``c_t``, which the
     code cancels. Biases of these layers are averaged; the code takes those of the first task of its list, with sparse
     experts (``biases=released``, first by name). Left out: the router (a ResNet-18 whose weights are not released).
-
-    Args: as the keys of ``config/method/didi/free.yaml``, which ``didi settings didi/free`` prints.
     """
 
     title = "FREE-Merging"
@@ -169,7 +161,7 @@ class FreeMerging(DynamicMethod):
             rows = torch.stack([t.reshape(len(t), -1) for t in (kept, vectors)])
             return rows.abs().mean(2, dtype=torch.float64).cpu()  # (2, T)
 
-        found = self.each(task_vectors, "rescaling", sizes, names, progress)
+        found = self.each(task_vectors, "rescaling", sizes, names, progress=progress)
         # tensors that no task changed would count in both means, and cancel
         experts, rest = sum(size for _, size in found)  # (T,) each
         if not experts.any():
@@ -182,7 +174,7 @@ class FreeMerging(DynamicMethod):
 
     def _filtered(self, name: str) -> bool:
         """Whether a tensor takes part."""
-        return any(fnmatch.fnmatchcase(name, p) for p in as_patterns(self.patterns))
+        return matches(name, as_patterns(self.patterns))
 
     def _is_weight(self, tensor: ChangedTensor) -> bool:
         """Whether a tensor has a spectrum; the released code knows that of matrices only."""

@@ -1,12 +1,4 @@
-"""Fine-tuned models without any loss, as differences of whole numbers from the base model.
-
-Example:
-
-    fusion_bench method=didi/lossless modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
-
-from typing import Any
+"""Fine-tuned models without any loss, as differences of whole numbers from the base model."""
 
 from fusion_bench import auto_register_config
 
@@ -25,14 +17,9 @@ class LosslessDifference(DynamicMethod):
     through zlib. A tensor of another type than the base model's is kept as it is.
 
     Source: the idea of FM-Delta (NeurIPS 2024) and BitX (NSDI 2026), which have coders of their own for it.
-
-    Args: as the keys of ``config/method/didi/lossless.yaml``, which ``didi settings didi/lossless`` prints.
     """
 
     title = "Lossless difference"
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
 
     def encode(self, tensor: ChangedTensor) -> EncodedTensor:
         base, experts = tensor.base(), []

@@ -1,12 +1,5 @@
-"""RanDeS (Zhou et al., "Randomized Delta Superposition for Multi-Model Compression", arXiv 2505.11204), as the host has it.
+"""RanDeS (Zhou et al., "Randomized Delta Superposition for Multi-Model Compression", arXiv 2505.11204), as the host has it."""
 
-Example:
-
-    fusion_bench method=didi/randes modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
-
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +12,6 @@ from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
 from ...options import Count, Positive
 from ...quantization.counters import seed_of
-from ...task_vectors.loop import Progress
-from ...task_vectors.reader import TaskVectors
 from ...task_vectors.tensor import ChangedTensor
 from ..base import DynamicMethod
 from .compression import is_linear
@@ -37,19 +28,12 @@ class RanDeS(DynamicMethod):
     Source: the host's ``SuperposedTaskArithmeticAlgorithm`` with its defaults (``random_binary_diagonal_matrix``, no shift of
     layers), which cannot be run from its configuration in 0.2.33, draws signs from the hash of a name, that is others in every
     process, and makes T whole models. Here signs are drawn from ``seed``, task and name, and stored, a bit per column.
-
-    Args: as the keys of ``config/method/didi/randes.yaml``, which ``didi settings didi/randes`` prints.
     """
 
     title = "RanDeS"
 
     def __init__(self, scaling_factor: Positive = 0.5, seed: Count = 0, **kwargs: Any):
         super().__init__(**kwargs)
-
-    def prepare(
-        self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
-    ) -> None:
-        self._tasks = task_vectors.tasks
 
     def signs(self, task: str, name: str, columns: int) -> Tensor:
         """(columns,) -1 and 1, equally likely."""
@@ -58,9 +42,9 @@ class RanDeS(DynamicMethod):
 
     def encode(self, tensor: ChangedTensor) -> EncodedTensor:
         name, shape, vectors = tensor.name, tensor.shape, tensor.stacked()
-        experts: list[SignedDelta | None] = [None] * len(self._tasks)
+        experts: list[SignedDelta | None] = [None] * len(vectors)
         if is_linear(name, shape):
-            signs = [self.signs(task, name, shape[-1]) for task in self._tasks]
+            signs = [self.signs(task, name, shape[-1]) for task in self.tasks]
             experts = [SignedDelta.of(shape, one) for one in signs]
             vectors = vectors * torch.stack(signs).to(vectors.device)[:, None]
         superposed = self.scaling_factor * vectors.sum(0)

@@ -1,10 +1,4 @@
-"""T-Switch ("Less is More: Efficient Model Merging with Binary Task Switch", CVPR 2025, arXiv 2412.00054).
-
-Example:
-
-    fusion_bench method=didi/t_switch modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""T-Switch ("Less is More: Efficient Model Merging with Binary Task Switch", CVPR 2025, arXiv 2412.00054)."""
 
 from typing import Any, Literal
 
@@ -29,8 +23,6 @@ class TSwitch(DeltaCompression):
 
     Of our own: ``norm=whole``, a scale that restores the length of the whole task vector. Left out: Auto-Switch, which
     finds the task by nearest neighbors; routers do that here for any method.
-
-    Args: as the keys of ``config/method/didi/t_switch.yaml``, which ``didi settings didi/t_switch`` prints.
     """
 
     title = "T-Switch"

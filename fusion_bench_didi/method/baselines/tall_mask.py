@@ -1,10 +1,4 @@
-"""TALL masks (Wang et al., "Localizing Task Information for Improved Model Merging and Compression", ICML 2024).
-
-Example:
-
-    fusion_bench method=didi/tall_mask method.multi_task=ties \
-        modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""TALL masks (Wang et al., "Localizing Task Information for Improved Model Merging and Compression", ICML 2024)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +12,6 @@ from ...deltas.masks import MaskedDelta
 from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
 from ...errors import UnknownTaskError
-from ...lowrank.factored import as_dense
 from ...options import NonNegative, Share, refuse_idle
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
@@ -41,8 +34,6 @@ class TallMaskMerging(DynamicMethod):
     Inferred: the released code picks ``lambda_t`` from {.2, .3, .4, .5, .6} on the *labels* of a validation split. A
     method has no classifier here, so nothing is tuned: ``threshold`` is the middle of that set, and values found
     elsewhere are given as ``thresholds={task: value}``.
-
-    Args: as the keys of ``config/method/didi/tall_mask.yaml``, which ``didi settings didi/tall_mask`` prints.
     """
 
     def __init__(
@@ -93,15 +84,11 @@ class TallMaskMerging(DynamicMethod):
         self, task_vectors: TaskVectors, names: Sequence[str], progress: Progress
     ) -> Callable[[Tensor], Tensor]:
         """The TIES merge of one tensor, after one pass for the thresholds and one for the majority sign."""
-        device = self.fabric.device
-        found = []
-        for task, _ in enumerate(task_vectors.tasks):
-            sizes = [
-                as_dense(task_vectors.tensor(name, device).matrix(task)).abs().flatten()
-                for name in names
-            ]
-            found.append(trim_threshold(torch.cat(sizes), self.ties_keep))
-            progress("trimming", task, len(task_vectors.tasks))
+        device, tasks, found = self.fabric.device, len(task_vectors.tasks), []
+        for task in range(tasks):
+            entries = [self.read(task_vectors, name, task).flatten() for name in names]
+            found.append(trim_threshold(torch.cat(entries).abs(), self.ties_keep))
+            progress("trimming", task, tasks)
         thresholds, votes = torch.tensor(found, device=device), 0.0
         for i, name in enumerate(names):
             trimmed = trim(task_vectors.read(name, device), thresholds)

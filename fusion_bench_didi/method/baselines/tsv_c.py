@@ -1,10 +1,4 @@
-"""TSV-Compress (Gargiulo et al., "Task Singular Vectors", CVPR 2025, arXiv 2412.00081).
-
-Example:
-
-    fusion_bench method=didi/tsv_c modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""TSV-Compress (Gargiulo et al., "Task Singular Vectors", CVPR 2025, arXiv 2412.00081)."""
 
 from typing import Annotated, Any, Literal
 
@@ -40,8 +34,6 @@ class TSVCompression(DynamicMethod):
 
     ``bits`` is not of the paper: the same ranks in the codes of DiDi's experts, so that what bits are worth can be told from
     what the choice of ranks and bits per matrix is. Tensors of one side are in bfloat16 then.
-
-    Args: as the keys of ``config/method/didi/tsv_c.yaml``, which ``didi settings didi/tsv_c`` prints.
     """
 
     title = "TSV-C"

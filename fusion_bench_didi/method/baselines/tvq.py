@@ -1,10 +1,4 @@
-"""Task vector quantization, alone and around a common base ("Task Vector Quantization", ICCV 2025, arXiv 2503.06921).
-
-Example:
-
-    fusion_bench method=didi/tvq method.base_width=3 method.width=2 \\
-        modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""Task vector quantization, alone and around a common base ("Task Vector Quantization", ICCV 2025, arXiv 2503.06921)."""
 
 from typing import Any, Literal
 
@@ -31,8 +25,6 @@ class TaskVectorQuantization(DeltaCompression):
 
     Reconstruction from a reading note of the paper. There it feeds other merging methods; here the task is given and each
     task gets its own vector back.
-
-    Args: as the keys of ``config/method/didi/tvq.yaml``, which ``didi settings didi/tvq`` prints.
     """
 
     def __init__(

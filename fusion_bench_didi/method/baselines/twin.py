@@ -1,10 +1,4 @@
-"""Twin-Merging (Lu et al., NeurIPS 2024, arXiv 2406.15479).
-
-Example:
-
-    fusion_bench method=didi/twin modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""Twin-Merging (Lu et al., NeurIPS 2024, arXiv 2406.15479)."""
 
 from typing import Any, Literal
 
@@ -31,8 +25,6 @@ class TwinMerging(DynamicMethod):
 
     Inferred: ``s`` = .3, the value of task arithmetic for CLIP; 4-D convolutions viewed as matrices. Left out: the
     learned router (a trained MLP on task data) and the code's other truncations (by magnitude, at random).
-
-    Args: as the keys of ``config/method/didi/twin.yaml``, which ``didi settings didi/twin`` prints.
     """
 
     title = "Twin-Merging"

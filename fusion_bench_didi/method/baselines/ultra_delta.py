@@ -1,10 +1,4 @@
-"""UltraDelta ("Breaking the Compression Ceiling", NeurIPS 2025, arXiv 2505.13563).
-
-Example:
-
-    fusion_bench method=didi/ultra_delta modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \\
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
-"""
+"""UltraDelta ("Breaking the Compression Ceiling", NeurIPS 2025, arXiv 2505.13563)."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -41,8 +35,6 @@ class UltraDelta(DeltaCompression):
     Source: the released code, written anew; ``g`` is its ``additional_factor``. It keeps results in memory only: positions take
     their entropy here, codes b bits, which is how the paper counts (50.9 times smaller than 16 bits at s = .97, 132.5 at
     .99). It takes weights of attention and MLP; everything else stays the base model's.
-
-    Args: as the keys of ``config/method/didi/ultra_delta.yaml``, which ``didi settings didi/ultra_delta`` prints.
     """
 
     title = "UltraDelta"

@@ -122,7 +122,6 @@ def dead_zone(spread: int) -> Decimal:
     return min(Decimal("0.0165") / _spread(spread) ** 3, Decimal("0.49"))
 
 
-@lru_cache(maxsize=None)
 def centroid(spread: int, size: int) -> float:
     """What a number of some size stands for: the mean of a Gaussian in its cell, in steps."""
     std = float(_spread(spread))
@@ -160,19 +159,15 @@ def rate_distortion(spread: int) -> tuple[float, float]:
         bits += mass * code[k + most]
         if k:
             density = math.exp(-low * low / 2) - math.exp(-high * high / 2)
-            first, value = std * density * (2 / math.pi) ** 0.5, stands_for(spread, k)
+            first = std * density * (2 / math.pi) ** 0.5
+            value = k + offset(spread)[min(k, 2) - 1]
             error -= 2 * value * first - value * value * mass
     return bits, error
 
 
-def stands_for(spread: int, size: int) -> float:
-    """The value of a number of some size: of 1 its centroid, of others as far from themselves as 2 is."""
-    return size + offset(spread)[min(size, 2) - 1]
-
-
 @lru_cache(maxsize=None)
 def offset(spread: int) -> tuple[float, float]:
-    """How much farther from zero than themselves are the values of 1 and of larger numbers."""
+    """How much farther from zero than themselves are the values of 1, and of larger numbers as of 2: their centroids."""
     return centroid(spread, 1) - 1, centroid(spread, 2) - 2
 
 

@@ -1,9 +1,9 @@
 """What goes into, and comes out of, layers of a dynamic model; the forward stops once everything asked for is there."""
 
+import fnmatch
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any, Literal
 
 import torch
@@ -186,8 +186,7 @@ def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
                 )
             found.append(chain[layer])
         else:
-            patterns = (spell(layer) for spell in SPELLINGS)
-            found_by = ([n for n in names if fnmatch(n, p)] for p in patterns)
+            found_by = (fnmatch.filter(names, spell(layer)) for spell in SPELLINGS)
             matches = next(filter(None, found_by), None)
             if not matches:
                 raise SettingsError(

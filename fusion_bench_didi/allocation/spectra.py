@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..lowrank.coupling import Coupling
-from ..lowrank.decomposition import Decomposition
+from ..lowrank.decomposition import Coupling, Decomposition
 from ..lowrank.factors import full_rank
 
 #: Bits for what is not to be had: more than any model takes, and sums of them stay whole numbers.

@@ -66,15 +66,6 @@ def inner(a: Matrix, b: Matrix) -> Tensor:
     return torch.dot(as_dense(a).reshape(-1), as_dense(b).reshape(-1))
 
 
-def accumulated(total: Matrix | None, matrix: Matrix, weight: float) -> Matrix:
-    """``total + weight * matrix``; a dense total is overwritten."""
-    if total is None:
-        return matrix * weight
-    if isinstance(total, Tensor):
-        return total.add_(as_dense(matrix), alpha=weight)
-    return total + matrix * weight
-
-
 def subtracting(part: Matrix | None) -> Callable[[Matrix], Matrix]:
     """``tau -> tau - part``, factored where both are; for dense task vectors a factored part is multiplied out once.
 
@@ -89,16 +80,7 @@ def subtracting(part: Matrix | None) -> Callable[[Matrix], Matrix]:
 
 def all_factored(task_vectors: Sequence[Matrix]) -> bool:
     """Whether no task vector is dense."""
-    if isinstance(task_vectors, Tensor):
-        return False
     return all(isinstance(tau, LowRankFactors) for tau in task_vectors)
-
-
-def stacked(task_vectors: Sequence[Matrix]) -> Tensor:
-    """(T, m, n) entries of all of them."""
-    if isinstance(task_vectors, Tensor):
-        return task_vectors
-    return torch.stack([as_dense(tau) for tau in task_vectors])
 
 
 class Densified(Sequence):

@@ -29,13 +29,10 @@ class LowRankFactors:
     down: Tensor
 
     def __post_init__(self):
-        if self.up.ndim != 2 or self.down.ndim != 2:
+        up, down = tuple(self.up.shape), tuple(self.down.shape)
+        if len(up) != 2 or len(down) != 2 or up[1] != down[0]:
             raise ValueError(
-                f"Factors are matrices, got {tuple(self.up.shape)} and {tuple(self.down.shape)}."
-            )
-        if self.up.shape[1] != self.down.shape[0]:
-            raise ValueError(
-                f"up {tuple(self.up.shape)} and down {tuple(self.down.shape)} differ in rank."
+                f"up {up} and down {down} differ in rank, or are no matrices."
             )
 
     @classmethod

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..options import Count, NonNegative, Positive, check_fields
 from .factored import Densified, JointBasis, all_factored
@@ -61,13 +62,10 @@ class FactorSet:
     def errors(self, task_vectors: Sequence[Tensor]) -> Tensor:
         """(T,) squared errors of Eq. 16, unweighted."""
         dense = self.shared.dense()
+        none = dense.new_zeros(())
         return torch.stack(
             [
-                (
-                    torch.zeros((), device=tau.device)
-                    if e is None
-                    else (tau - dense - e.dense()).square().sum()
-                )
+                none if e is None else (tau - dense - e.dense()).square().sum()
                 for tau, e in zip(task_vectors, self.experts)
             ]
         )
@@ -95,28 +93,18 @@ def refine(
         residual_to_stored: the experts given are already the best for the shared module given (they were decomposed against it),
             and not for the whole shared matrix.
     """
+    ways = {"alternating": _alternate, "adam": _adam}
     if how == "none":
         return modules
+    if how not in ways:
+        raise ValueError(f"refinement={how!r}; choose alternating, adam or none.")
     if how == "alternating" and residual_to_stored and not modules.shared.rank:
         return modules  # nothing couples the tasks
-    if all_factored(task_vectors):
-        frame = JointBasis.around(task_vectors)
-        found = refine(
-            modules.mapped(frame.inside),
-            frame.cores(task_vectors),
-            weights=weights,
-            how=how,
-            settings=settings,
-            residual_to_stored=residual_to_stored,
-        )
-        return found.mapped(frame.outside)
-    if not isinstance(task_vectors, Tensor):
-        task_vectors = Densified(task_vectors)
-    if how == "alternating":
-        return _alternate(modules, task_vectors, weights, settings, residual_to_stored)
-    if how == "adam":
-        return _adam(modules, task_vectors, weights, settings)
-    raise ValueError(f"refinement={how!r}; choose alternating, adam or none.")
+    if not all_factored(task_vectors):
+        return ways[how](modules, Densified(task_vectors), weights, settings)
+    frame = JointBasis.around(task_vectors)
+    inside, cores = modules.mapped(frame.inside), frame.cores(task_vectors)
+    return ways[how](inside, cores, weights, settings).mapped(frame.outside)
 
 
 def _alternate(
@@ -124,7 +112,6 @@ def _alternate(
     task_vectors: Sequence[Tensor],
     weights: Tensor,
     settings: RefinementSettings,
-    residual_to_stored: bool,
 ) -> FactorSet:
     shared, experts = modules.shared, list(modules.experts)
     low_rank = [t for t, e in enumerate(experts) if e is not None]
@@ -156,10 +143,11 @@ def _alternate(
 
     earlier.copy_(leave(left))
     torch.mm(shared.up, shared.down, out=dense)
-    best = before = sum(
-        say[t] * float(energy_of(unshared(t).addmm_(e.up, e.down, alpha=-1)))
-        for t, e in ((t, experts[t]) for t in low_rank)
-    )
+    before = 0.0
+    for t in low_rank:
+        error = unshared(t).addmm_(experts[t].up, experts[t].down, alpha=-1)
+        before += say[t] * float(energy_of(error))
+    best = before
     result, falls = modules, 0
     common = Subspace(shared, following=FOLLOWING_SHARED)
     own = {
@@ -202,13 +190,10 @@ def _adam(
     size = targets.square().sum().div(len(low_rank)).sqrt()
     if not bool(size > 0) or not bool(w.sum() > 0):
         return modules
-    targets, w = targets / size, w / w.sum()
-    root = size.sqrt()
-    shared = [modules.shared.up / root, modules.shared.down / root]
-    up, down = _padded([modules.experts[t] for t in low_rank], targets)
-    up, down = up / root, down / root
-    parameters = [*shared, up, down]
-    parameters = [p.clone() for p in parameters]
+    targets, w, root = targets / size, w / w.sum(), size.sqrt()
+    shared, experts = modules.shared, list(modules.experts)
+    stacks = _padded([experts[t] for t in low_rank])
+    parameters = [part / root for part in (shared.up, shared.down, *stacks)]
     optimizer = torch.optim.Adam(parameters, lr=settings.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for _ in range(settings.steps):
@@ -216,29 +201,23 @@ def _adam(
             p.grad = g
         optimizer.step()
         schedule.step()
-    ranks = [modules.experts[t].rank for t in low_rank]
-    experts = list(modules.experts)
-    for i, (t, r) in enumerate(zip(low_rank, ranks)):
-        experts[t] = LowRankFactors(
-            parameters[2][i, :, :r] * root, parameters[3][i, :r] * root
-        )
-    ended = FactorSet(
-        LowRankFactors(parameters[0] * root, parameters[1] * root), tuple(experts)
-    )
-    weights = weights.to(targets)
-    start_loss = (weights * modules.errors(task_vectors)).sum()
-    end_loss = (weights * ended.errors(task_vectors)).sum()
-    return ended if bool(end_loss < start_loss) else modules
+    b0, a0, b, a = parameters
+    for i, t in enumerate(low_rank):
+        r = experts[t].rank
+        experts[t] = LowRankFactors(b[i, :, :r] * root, a[i, :r] * root)
+    ended = FactorSet(LowRankFactors(b0 * root, a0 * root), tuple(experts))
+
+    def loss(modules: FactorSet) -> Tensor:
+        return (weights.to(targets) * modules.errors(task_vectors)).sum()
+
+    return ended if bool(loss(ended) < loss(modules)) else modules
 
 
-def _padded(factors: Sequence[LowRankFactors], like: Tensor) -> tuple[Tensor, Tensor]:
+def _padded(factors: Sequence[LowRankFactors]) -> tuple[Tensor, Tensor]:
     """Stack factors of different ranks; padding columns are zero in both factors, so their gradient stays zero."""
     r = max(f.rank for f in factors)
-    up = like.new_zeros(len(factors), like.shape[1], r)
-    down = like.new_zeros(len(factors), r, like.shape[2])
-    for i, f in enumerate(factors):
-        up[i, :, : f.rank] = f.up
-        down[i, : f.rank] = f.down
+    up = torch.stack([F.pad(f.up, (0, r - f.rank)) for f in factors])
+    down = torch.stack([F.pad(f.down, (0, 0, 0, r - f.rank)) for f in factors])
     return up, down
 
 

@@ -88,15 +88,16 @@ def minus(terms: Sequence[Difference], part: Matrix | None) -> list[Difference]:
     return found
 
 
-def mean_of(terms: Sequence[Difference], weights: Tensor) -> Tensor:
-    """``sum_t w_t x_t / sum_t w_t`` of differences x_t, (m, n) float32; equal weights where all are zero.
-
-    Args:
-        weights: (T,).
-    """
+def shares(weights: Tensor) -> list[float]:
+    """What each of the weights (T,) is of their sum; equal parts where all are zero."""
     if not bool((weights > 0).any()):
         weights = torch.ones_like(weights)
-    share = (weights / weights.sum()).tolist()
+    return (weights / weights.sum()).tolist()
+
+
+def mean_of(terms: Sequence[Difference], weights: Tensor) -> Tensor:
+    """``sum_t w_t x_t / sum_t w_t`` of differences x_t, (m, n) float32; weights (T,) as of :func:`shares`."""
+    share = shares(weights)
     total = torch.zeros(terms[0][0].shape, device=terms[0][0].device)
     for t, rows, x in differences(terms):
         total[rows].add_(x, alpha=share[t])

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .factored import Densified, accumulated, zero_like
+from .factored import Densified, as_dense, zero_like
 from .factors import Matrix
+from .row_blocks import shares
 
 #: The static merge behind the shared matrix: the mean of the task vectors, their scaled sum, TIES, or none.
 SharedMerge = Literal["mean", "task_arithmetic", "ties", "none"]
@@ -41,9 +42,8 @@ def shared_matrix(
     """
     tasks = len(task_vectors)
     if how == "mean":
-        if weights is None or not bool((weights > 0).any()):
-            weights = torch.ones(tasks)
-        return _weighted_sum(task_vectors, (weights / weights.sum()).tolist())
+        weights = torch.ones(tasks) if weights is None else weights
+        return _weighted_sum(task_vectors, shares(weights))
     if how == "task_arithmetic":
         return _weighted_sum(task_vectors, [scale] * tasks)
     if how == "ties":
@@ -65,5 +65,9 @@ def shared_matrix(
 def _weighted_sum(matrices: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
     total: Matrix | None = None
     for matrix, weight in zip(matrices, weights):
-        total = accumulated(total, matrix, weight)
+        if isinstance(total, Tensor):
+            total.add_(as_dense(matrix), alpha=weight)
+        else:
+            term = matrix * weight
+            total = term if total is None else total + term
     return total

@@ -90,20 +90,19 @@ def half_svd(
     Raises:
         torch.linalg.LinAlgError: if neither the eigensolver nor its float64 fall-back converges.
     """
+    q, side = _count(matrix, max_rank), min(matrix.shape)
     if isinstance(matrix, LowRankFactors):
-        return _half_of_product(matrix, max_rank)
+        return _half_of_product(matrix, q)
     work = matrix.to(torch.float32)
-    a = work if work.shape[0] >= work.shape[1] else work.mT  # (l, s)
-    side = a.shape[1]
-    q = side if max_rank is None else min(max_rank, side)
+    a = _tall(work)
     if q == 0:
         return HalfSVD(a.new_zeros(side, 0), a.new_zeros(0), float(energy_of(work)))
     way = _gram if exact else _cheapest(a.shape, q, a.device.type)
     vectors, S = way(a, q, name)
-    tail = (
-        float(energy_of(work)) - float(S.double().square().sum()) if q < side else 0.0
-    )
-    return HalfSVD(_with_sign(vectors), S, max(tail, 0.0))
+    tail = 0.0
+    if q < side:
+        tail = float(energy_of(work)) - float(S.double().square().sum())
+    return HalfSVD(vectors * _sign(vectors), S, max(tail, 0.0))
 
 
 def spectrum(
@@ -115,23 +114,14 @@ def spectrum(
 ) -> Spectrum:
     """Singular value decomposition, Eq. 4 and 7, cut to ``max_rank`` directions.
 
-    What is cut off is carried as ``tail_energy``, so that reconstruction errors stay exact.
-
-    Args:
-        matrix: (m, n), finite.
-        max_rank: directions to keep; all ``min(m, n)`` if None.
-        exact: never by the range finder.
-        name: used in log lines only.
-
-    Raises:
-        torch.linalg.LinAlgError: as :func:`half_svd`.
+    What is cut off is carried as ``tail_energy``, so that reconstruction errors stay exact. Arguments and errors are as of
+    :func:`half_svd`.
     """
     if isinstance(matrix, LowRankFactors):
-        return _whole_of_product(matrix, max_rank)
+        return _whole_of_product(matrix, _count(matrix, max_rank))
     found = half_svd(matrix, max_rank=max_rank, exact=exact, name=name)
     work = matrix.to(torch.float32)
-    tall = work.shape[0] >= work.shape[1]
-    a = work if tall else work.mT
+    a, tall = _tall(work), work.shape[0] >= work.shape[1]
     # Directions of (nearly) no energy have no long side; QR makes one up that is orthogonal to the rest.
     exact = found.vectors.double() if a.shape[1] <= DOUBLE_SIDE else found.vectors
     long, r = torch.linalg.qr(a.to(exact.dtype) @ exact)
@@ -146,10 +136,7 @@ def singular_values(matrix: Matrix, *, max_rank: int | None = None) -> Tensor:
     """The (q,) leading singular values, descending, without vectors where that is cheaper."""
     if isinstance(matrix, LowRankFactors):
         return half_svd(matrix, max_rank=max_rank).S
-    a = matrix.to(torch.float32)
-    a = a if a.shape[0] >= a.shape[1] else a.mT
-    side = a.shape[1]
-    q = side if max_rank is None else min(max_rank, side)
+    a, q = _tall(matrix.to(torch.float32)), _count(matrix, max_rank)
     way = _cheapest(a.shape, q, a.device.type)
     if way is not _gram:
         return way(a, q, "")[1]
@@ -160,6 +147,17 @@ def singular_values(matrix: Matrix, *, max_rank: int | None = None) -> Tensor:
 def sketched(shape: Sequence[int], rank: int, *, device: str = "cpu") -> bool:
     """Whether a range finder is the cheaper way to ``rank`` directions of an (m, n) matrix on a type of device."""
     return _cheapest(shape, rank, device) is not _gram
+
+
+def _count(matrix: Matrix, max_rank: int | None) -> int:
+    """q."""
+    side = min(matrix.shape)
+    return side if max_rank is None else min(max_rank, side)
+
+
+def _tall(matrix: Tensor) -> Tensor:
+    """(l, s)."""
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
 
 
 #: (l, s) matrix, q and name -> (s, q) vectors and (q,) values.
@@ -242,18 +240,16 @@ def _leading_of(gram: Tensor, q: int, name: str) -> tuple[Tensor, Tensor]:
     return vectors.flip(-1)[:, :q], values.flip(-1)[:q].clamp(min=0).sqrt()
 
 
-def _half_of_product(matrix: LowRankFactors, max_rank: int | None) -> HalfSVD:
+def _half_of_product(matrix: LowRankFactors, q: int) -> HalfSVD:
     """:func:`half_svd` of a product: beyond its rank there are no vectors, and zeros for singular values."""
-    q = min(matrix.shape) if max_rank is None else min(max_rank, *matrix.shape)
     U, S, V = product_svd(matrix)
     vectors = (V if matrix.shape[0] >= matrix.shape[1] else U)[:, :q].to(matrix.dtype)
-    tail = float(S[q:].square().sum())
-    return HalfSVD(_with_sign(vectors), _padded(S[:q].to(matrix.dtype), q), tail)
+    values, tail = _padded(S[:q].to(matrix.dtype), q), float(S[q:].square().sum())
+    return HalfSVD(vectors * _sign(vectors), values, tail)
 
 
-def _whole_of_product(matrix: LowRankFactors, max_rank: int | None) -> Spectrum:
+def _whole_of_product(matrix: LowRankFactors, q: int) -> Spectrum:
     """:func:`spectrum` of a product: beyond its rank singular values and vectors are zero."""
-    q = min(matrix.shape) if max_rank is None else min(max_rank, *matrix.shape)
     U, S, V = product_svd(matrix)
     sign = _sign(U[:, :q])
     U, V = U[:, :q] * sign, V[:, :q] * sign
@@ -264,10 +260,6 @@ def _whole_of_product(matrix: LowRankFactors, max_rank: int | None) -> Spectrum:
 def _padded(x: Tensor, size: int) -> Tensor:
     """Zeros up to the given size of the last side."""
     return torch.nn.functional.pad(x, (0, size - x.shape[-1]))
-
-
-def _with_sign(vectors: Tensor) -> Tensor:
-    return vectors * _sign(vectors)
 
 
 def _sign(vectors: Tensor) -> Tensor:

@@ -18,14 +18,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .factored import JointBasis, all_factored, stacked
+from .factored import JointBasis, all_factored, as_dense
 from .factors import Matrix, energy_of
 from .svd import HalfSVD, half_svd, singular_values, spectrum
 
 #: The error is tabulated at no more than so many values of p, and of q.
 GRID = 256
-
-
 #: Directions of single tasks among which common ones are looked for, in multiples of the short side.
 AMONG = 2
 
@@ -214,8 +212,9 @@ def cores(task_vectors: Sequence[Matrix], up: Tensor, down: Tensor) -> Tensor:
 
 def _scaled(task_vectors: Sequence[Matrix], weights: Tensor) -> Tensor:
     """(T, m, n) by the roots of their weights."""
-    vectors = stacked(task_vectors)
-    return vectors * weights.to(vectors).sqrt()[:, None, None]
+    if not isinstance(task_vectors, Tensor):
+        task_vectors = torch.stack([as_dense(tau) for tau in task_vectors])
+    return task_vectors * weights.to(task_vectors).sqrt()[:, None, None]
 
 
 def _columns(matrices: Sequence[Tensor], count: int, name: str = "") -> Tensor:
@@ -230,7 +229,4 @@ def _columns(matrices: Sequence[Tensor], count: int, name: str = "") -> Tensor:
 def _grid(size: int) -> Tensor:
     """At most GRID + 1 whole numbers up to ``size``, which is the last."""
     step = -(-size // GRID)
-    values = torch.arange(step, size + 1, step)
-    if int(values[-1]) == size:
-        return values
-    return torch.cat([values, values.new_tensor([size])])
+    return torch.tensor([*range(step, size, step), size])

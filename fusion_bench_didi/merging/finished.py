@@ -13,7 +13,7 @@ from ..checkpoint.journal import ENCODED, Journal
 from ..checkpoint.records import Records
 from ..deltas.precision import Precision
 from ..files import file_digest, is_regular
-from ..lowrank.coupling import Coupling
+from ..lowrank.decomposition import Coupling
 from .basis_store import BasisStore, KeptBases
 from .forms import EXPERTS, FORMS, Choice, Form
 from .forms.base import Observed, Sample

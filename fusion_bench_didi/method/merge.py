@@ -7,6 +7,7 @@ Example:
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -254,7 +255,7 @@ class MERGE(PoolMethod):
             "checkpoints": checkpoints,
             "components": {c.name: list(c.tensors) for c in space.components},
             "operators": list(space.operators),
-            "operator_settings": self.operator_settings().as_dict(),
+            "operator_settings": asdict(self.operator_settings()),
         }
 
     def _leave(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..lowrank.eigen import lifted_inverse
 from ..lowrank.factors import Matrix, energy_of
 from .dead_zone import (
     CLASS_BITS,
@@ -98,10 +99,11 @@ def code_product(
         for left in reversed(range(rounds)):
             short, unit, kept = _directions(rows, step, quantizer)
             seen = unit @ goal  # (r, l)
-            long = _inverse(unit) @ seen
+            long = lifted_inverse(unit @ unit.mT, RIDGE) @ seen
             if left:
                 codes, unit, _ = _directions(long, step, quantizer)
-                rows = _inverse(unit) @ (unit @ goal.mT)
+                gram = unit @ unit.mT
+                rows = lifted_inverse(gram, RIDGE) @ (unit @ goal.mT)
                 if tries == 1:  # later it would be moved back and forth
                     over = short.bits + codes.bits - bits
                     step = _moved(step, over, rows.numel() + long.numel())
@@ -227,11 +229,3 @@ def _directions(
     tiny = torch.finfo(lengths.dtype).tiny
     along = torch.linalg.vecdot(unit, target) / lengths.clamp(min=tiny)
     return codes, unit, along.square()
-
-
-def _inverse(unit: Tensor) -> Tensor:
-    """(r, r) of the slightly lifted Gram matrix of rows (r, n) of unit length."""
-    gram = (unit @ unit.mT).double()
-    return torch.linalg.inv(
-        gram + RIDGE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    ).to(unit.dtype)

@@ -287,24 +287,21 @@ def decode_blocks(
                 )
     for part, (classes, n) in enumerate(parts):
         for spread, rows in _groups(classes):
-            frequencies, bits = table(coded_class(spread)), low_bits(spread)
-            if bits:  # which come after those of all rows
-                high = reader.read(frequencies, len(rows) * n)
-                low = reader.read(2**bits, len(rows) * n)
-                high = (high - largest(coded_class(spread))) << bits
-                symbols = (high + low - (1 << bits >> 1)).view(len(rows), n)
-                yield part, rows, Codes(symbols, classes[rows]).values().to(
-                    stream.device
-                )
-                continue
-            for some in rows.split(max(block // max(n, 1), 1)):
-                places = reader.read(frequencies, len(some) * n)
-                if spread < TRELLIS:
+            coded, bits = coded_class(spread), low_bits(spread)
+            # low bits come after the high ones of all rows
+            size = len(rows) if bits else max(block // max(n, 1), 1)
+            for some in rows.split(size):
+                shape = len(some), n
+                places = reader.read(table(coded), len(some) * n)
+                if spread < TOP:  # what they stand for is looked up at once
                     values = _values_of_class(spread).index_select(0, places)
-                    values = _lengthened(values.view(len(some), n), classes[some])
+                    values = _lengthened(values.view(shape), classes[some])
                 else:
-                    symbols = (places - largest(spread)).view(len(some), n)
-                    values = _stand_for(symbols, classes[some])
+                    symbols = places - largest(coded)
+                    if bits:
+                        low = reader.read(2**bits, len(some) * n)
+                        symbols = (symbols << bits) + low - (1 << bits >> 1)
+                    values = Codes(symbols.view(shape), classes[some]).values()
                 yield part, some, values.to(stream.device)
     reader.finish()
 

@@ -63,17 +63,8 @@ def decode(stream: Tensor, table: Table, numel: int) -> Tensor:
     Raises:
         StreamError: if the bytes are not those of so many symbols under the table.
     """
-    return decode_runs(stream, [(table, numel)])[0]
-
-
-def decode_runs(stream: Tensor, runs: Sequence[tuple[Table, int]]) -> list[Tensor]:
-    """The symbols that :func:`encode_runs` was given, int32, of tables and lengths.
-
-    Raises:
-        StreamError: if the bytes are not those of such runs.
-    """
     reader = StreamReader(stream)
-    found = [reader.read(table, numel) for table, numel in runs]
+    found = reader.read(table, numel)
     reader.finish()
     return found
 

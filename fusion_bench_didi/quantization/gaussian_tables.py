@@ -102,8 +102,7 @@ def table(spread: int) -> Tensor:
     """(2 L + 1,) uint16, how often -L to L are met in a class without low bits, in parts of 2^16."""
     with localcontext() as context:
         context.prec = 40
-        cells = _cells_along(spread) if spread >= TRELLIS else _cells(spread)
-        counts = [int((p * 2**16).to_integral_value()) for p in cells]
+        counts = [int((p * 2**16).to_integral_value()) for p in _cells(spread)]
     counts = [min(max(count, 1), 2**16 - 1) for count in counts]
     return torch.tensor(counts).to(torch.uint16)
 
@@ -123,7 +122,6 @@ def dead_zone(spread: int) -> Decimal:
     return min(Decimal("0.0165") / _spread(spread) ** 3, Decimal("0.49"))
 
 
-@lru_cache(maxsize=None)
 def centroid(spread: int, size: int) -> float:
     """What a number of some size stands for: the mean of a Gaussian in its cell, in steps."""
     std = float(_spread(spread))
@@ -161,19 +159,15 @@ def rate_distortion(spread: int) -> tuple[float, float]:
         bits += mass * code[k + most]
         if k:
             density = math.exp(-low * low / 2) - math.exp(-high * high / 2)
-            first, value = std * density * (2 / math.pi) ** 0.5, stands_for(spread, k)
+            first = std * density * (2 / math.pi) ** 0.5
+            value = k + offset(spread)[min(k, 2) - 1]
             error -= 2 * value * first - value * value * mass
     return bits, error
 
 
-def stands_for(spread: int, size: int) -> float:
-    """The value of a number of some size: of 1 its centroid, of others as far from themselves as 2 is."""
-    return size + offset(spread)[min(size, 2) - 1]
-
-
 @lru_cache(maxsize=None)
 def offset(spread: int) -> tuple[float, float]:
-    """How much farther from zero than themselves are the values of 1 and of larger numbers."""
+    """How much farther from zero than themselves are the values of 1, and of larger numbers as of 2: their centroids."""
     return centroid(spread, 1) - 1, centroid(spread, 2) - 2
 
 
@@ -186,31 +180,21 @@ def _spread(spread: int) -> Decimal:
 
 
 def _cells(spread: int) -> list[Decimal]:
-    """How often -L to L are met."""
-    above = [_upper_tail(edge) for edge in _edges(spread)]
-    cells = [1 - 2 * above[0]] + [a - b for a, b in zip(above, above[1:])]
-    return [*cells[:0:-1], *cells]
-
-
-def _cells_along(spread: int) -> list[Decimal]:
-    """How often -L to L are met in either codebook of a trellis, of which k stands for ``k + 1/4``."""
-    narrower = Decimal(_ALONG[spread - TRELLIS - FIRST][0]) / 100
-    std, most = _spread(spread - TRELLIS) * narrower, largest(spread)
-    quarter, half = Decimal("0.25"), Decimal("0.5")
+    """How often -L to L are met; in either codebook of a trellis k stands for ``k + 1/4``."""
+    if spread < TRELLIS:
+        std, edges = _spread(spread), [dead_zone(spread)] * 2
+    else:
+        narrower = Decimal(_ALONG[spread - TRELLIS - FIRST][0]) / 100
+        std = _spread(spread - TRELLIS) * narrower
+        edges = [Decimal("-0.25"), Decimal("0.25")]
     below, above = (
-        [*(_upper_tail((k + half + side) / std) for k in range(most)), Decimal(0)]
-        for side in (-quarter, quarter)
+        [_upper_tail((k + Decimal("0.5") + edge) / std) for k in range(largest(spread))]
+        + [Decimal(0)]
+        for edge in edges
     )
     down = [a - b for a, b in zip(below, below[1:])]
     up = [a - b for a, b in zip(above, above[1:])]
     return [*reversed(down), 1 - below[0] - above[0], *up]
-
-
-def _edges(spread: int) -> list[Decimal]:
-    """Of the cells of 0, 1, ..., L - 1 above, in standard deviations; the last cell has none."""
-    std, zone = _spread(spread), dead_zone(spread)
-    inner = [(k + Decimal("0.5") + zone) / std for k in range(largest(spread))]
-    return [*inner, Decimal("Infinity")]
 
 
 def _upper_tail(x: Decimal) -> Decimal:

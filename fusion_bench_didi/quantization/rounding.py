@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..lowrank.eigen import lifted_inverse
 from ..lowrank.factors import LowRankFactors, Matrix, energy_of
 from ..lowrank.row_blocks import Difference, differences
 from .codes import ends, offset, pack_codes, packed_size
@@ -42,11 +43,6 @@ class RoundedFactors:
     scale: Tensor
     bits: int
     error: float
-
-    def dense(self) -> Tensor:
-        half = offset(self.bits)
-        up, down = self.up.float() + half, self.down.float() + half
-        return (up * self.scale) @ down  # (m, n)
 
 
 def round_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -99,9 +95,13 @@ def _best_multiple(x: Tensor, bits: int, empty: Tensor, others: float) -> Tensor
 
 def lost_by_row(x: Tensor, bits: int) -> Tensor:
     """(r,) squared norms, float64, of what :func:`round_rows` loses of (r, n)."""
-    coded, step = _coded(x, bits)
-    rest = coded.add_(offset(bits)).mul_(step).sub_(x)
-    return torch.linalg.vector_norm(rest, dim=1).double().square()
+    return _lost(*_coded(x, bits), x, bits).double().square()
+
+
+def _lost(codes: Tensor, step: Tensor, x: Tensor, bits: int) -> Tensor:
+    """(r,) norms of what codes of :func:`_coded`, which are overwritten, lose of (r, n)."""
+    rest = codes.add_(offset(bits)).mul_(step).sub_(x)
+    return torch.linalg.vector_norm(rest, dim=1)
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ def round_matrices(terms: Sequence[Difference], bits: int) -> list[RoundedMatrix
             place = slice(begin, end)
         codes[t][place] = pack_codes(coded.to(torch.int8), bits)
         scales[t, rows] = step[:, 0]
-        rest = coded.add_(offset(bits)).mul_(step).sub_(x)
-        lost[t, rows] = torch.linalg.vector_norm(rest, dim=1)
+        lost[t, rows] = _lost(coded, step, x, bits)
     errors = lost.double().square().sum(1)
     made = zip(codes, scales, errors)
     return [RoundedMatrix(code, scale, bits, error) for code, scale, error in made]
@@ -163,10 +162,8 @@ def round_factors(
     """
     if factors.rank == 0:
         up, down = factors.up.to(torch.int8), factors.down.to(torch.int8)
-        none, error = factors.up.new_zeros(0), 0.0
-        if target is not None:
-            error = float(energy_of(target))
-        return RoundedFactors(up, down, none, bits, error)
+        error = 0.0 if target is None else float(energy_of(target))
+        return RoundedFactors(up, down, factors.up.new_zeros(0), bits, error)
     goal = factors if target is None else target
     if factors.shape[0] > factors.shape[1]:  # the long side last: its rounds cost most
         turned = round_factors(factors.mT, bits=bits, target=goal.mT)
@@ -201,10 +198,8 @@ class _Side:
         return cls(codes, step, values, values @ values.mT)
 
     def inverse(self) -> Tensor:
-        """(r, r) of the slightly lifted Gram matrix: several times as fast as solving for so many columns."""
-        eye = torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        ridge = 1e-6 * float(self.gram.diagonal().mean())
-        return torch.linalg.inv(self.gram.double() + ridge * eye).to(self.gram.dtype)
+        """(r, r) of the Gram matrix: several times as fast as solving for so many columns."""
+        return lifted_inverse(self.gram, 1e-6 * float(self.gram.diagonal().mean()))
 
     def partner(self, rows: Tensor, bits: int) -> tuple["_Side", float]:
         """The rounded factor that serves this one best, and by how much the pair lowers the squared error.

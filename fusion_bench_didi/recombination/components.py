@@ -73,16 +73,14 @@ def components(
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         groups.setdefault(component_of(name, patterns), []).append(name)
-    sizes = {n: task_vectors.infos[n].numel for n in sum(groups.values(), [])}
-    return [
-        Component(
-            component,
-            tuple(groups[component]),
-            sum(sizes[n] * dtype_bits(task_vectors.tuned_dtype(n)) for n in tensors),
-            sum(sizes[n] for n in tensors),
+    found = []
+    for component, tensors in sorted(groups.items(), key=_natural):
+        sizes = {n: task_vectors.infos[n].numel for n in tensors}
+        bits = (k * dtype_bits(task_vectors.tuned_dtype(n)) for n, k in sizes.items())
+        found.append(
+            Component(component, tuple(tensors), sum(bits), sum(sizes.values()))
         )
-        for component, tensors in sorted(groups.items(), key=_natural)
-    ]
+    return found
 
 
 def _natural(item: tuple[str, object]) -> tuple:

@@ -5,10 +5,12 @@ pymoo is imported where it is used: it is an extra.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from ..errors import SettingsError
+from ..options import NonNegative, PositiveCount, Seed, check_fields
 from .genome import Genome, canonical, crossover, mutate
 from .objectives import Space
 
@@ -26,24 +28,15 @@ class SearchSettings:
         mutation_rate: expected number of components that a mutation touches beyond the first.
     """
 
-    population: int = 20
-    evaluations: int = 300
-    seed: int = 0
-    surrogate_generations: int = 15
-    trees: int = 100
-    mutation_rate: float = 1.0
+    population: Annotated[PositiveCount, Field(ge=4)] = 20
+    evaluations: PositiveCount = 300
+    seed: Seed = 0
+    surrogate_generations: PositiveCount = 15
+    trees: PositiveCount = 100
+    mutation_rate: NonNegative = 1.0
 
     def __post_init__(self):
-        for name, least in (
-            ("population", 4),
-            ("evaluations", 1),
-            ("surrogate_generations", 1),
-            ("trees", 1),
-        ):
-            if getattr(self, name) < least:
-                raise SettingsError(
-                    f"{name}={getattr(self, name)}; give at least {least}."
-                )
+        check_fields(self)
 
 
 def survivors(costs: np.ndarray, count: int) -> list[int]:
@@ -109,11 +102,10 @@ def evolve(
     class OfGroups(Mutation):
         def _do(self, problem, x, *args, random_state=None, **kwargs):
             changed = [
-                mutate(g, random_state, operators=O, rate=rate) for g in genomes(x)
+                canonical(mutate(g, random_state, operators=O, rate=rate), space.alone)
+                for g in genomes(x)
             ]
-            return np.stack([canonical(g, space.alone) for g in changed]).reshape(
-                len(x), -1
-            )
+            return np.stack(changed).reshape(len(x), -1)
 
     class Same(ElementwiseDuplicateElimination):
         def is_equal(self, a, b):

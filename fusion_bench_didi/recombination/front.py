@@ -69,7 +69,6 @@ def draw_front(
         others: other methods as label, storage, performance.
         suite: what the models are called by.
     """
-    from ..report import labels
     from ..report.findings import KEPT
     from ..report.style import headline, look, new_figure
 
@@ -95,11 +94,8 @@ def draw_front(
         headline(figure, f"{suite and f'{suite}: '}{len(evaluations)} trials find {y:.1f} % of fine-tuned in {x:.2f} models")  # fmt: skip
         figure.tight_layout()
         inside = [r for r in rivals if low <= r[1] <= high and bottom <= r[2] <= top]
-        for axes, shown, strong in (
-            (whole, [r for r in rivals if r not in inside], []),
-            (near, inside, picks),
-        ):
-            _label(labels.place, axes, shown, strong, steps)
+        _label(whole, [r for r in rivals if r not in inside], [], steps)
+        _label(near, inside, picks, steps)
     return figure
 
 
@@ -130,11 +126,11 @@ def _corner(steps: Sequence[tuple[float, float]]) -> NDArray:
     return np.stack([low - 0.35 * span, high + 0.45 * span], axis=1)
 
 
-def _label(place, axes, shown, strong, steps) -> None:
+def _label(axes, shown, strong, steps) -> None:
+    from ..report.labels import place
     from ..report.style import color
 
-    named = [*shown, *strong]
-    if not named:
+    if not (named := [*shown, *strong]):
         return
     place(
         axes,

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +32,20 @@ from .recent import Recent
 _REMAINS = re.compile(
     r"(model|shard)[-\w]*\.safetensors(\.index\.json(\.tmp)?)?|module\.json\.tmp"
 )
+
+
+class StackedDelta(Delta):
+    """A task's own delta on top of its group's, seen as one. In memory only, owns no tensors."""
+
+    kind = "layered"
+    parts = ()
+
+    def __init__(self, shared: Delta, own: Delta):
+        super().__init__(own.shape)
+        self.below, self.above = shared, own
+
+    def own(self) -> Tensor:
+        return self.above.change(self.below)
 
 
 @dataclass(frozen=True)
@@ -60,28 +74,32 @@ class ModularExpert:
 
     @cached_property
     def bits(self) -> int:
-        parts = (self.shared, *self.experts.values())
-        return sum(delta.bits for deltas in parts for delta in deltas.values())
+        return sum(d.bits for deltas in self.parts for d in deltas.values())
 
-    def tensors(self, task: str) -> list[str]:
-        """Names of the tensors that it changes for a task."""
-        return list(dict.fromkeys([*self.shared, *self.experts.get(task, {})]))
+    @property
+    def parts(self) -> tuple[Mapping[str, Delta], ...]:
+        """Its deltas: for all tasks, then of each."""
+        return self.shared, *self.experts.values()
 
     def spelled(self, spell: Spelling) -> "ModularExpert":
         """The same for tensors of other names."""
         shared, *own = (
             {spell(name): delta for name, delta in deltas.items()}
-            for deltas in (self.shared, *self.experts.values())
+            for deltas in self.parts
         )
         return replace(self, shared=shared, experts=dict(zip(self.experts, own)))
 
+    def deltas(self, task: str) -> dict[str, Delta]:
+        """One delta for each tensor that it changes for a task."""
+        own, found = self.experts.get(task, {}), dict(self.shared)
+        for name, delta in own.items():
+            shared = found.get(name)
+            found[name] = delta if shared is None else StackedDelta(shared, delta)
+        return found
+
     def change(self, task: str) -> dict[str, Tensor]:
         """The change of each tensor for a task, in float32."""
-        own, out = self.experts.get(task, {}), {}
-        for name in self.tensors(task):
-            shared = self.shared.get(name)
-            out[name] = own[name].change(shared) if name in own else shared.change()
-        return out
+        return {name: delta.change() for name, delta in self.deltas(task).items()}
 
 
 def module_id(
@@ -97,7 +115,7 @@ def module_id(
         checkpoints: a name of those that it is made of, :attr:`.ComponentReader.checkpoints`.
     """
     made_of = [checkpoints, component.name, component.tensors, sorted(tasks)]
-    content = [*made_of, operator, settings.as_dict()]
+    content = [*made_of, operator, asdict(settings)]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     return f"{component.name}-{digest.hexdigest()[:12]}"
 

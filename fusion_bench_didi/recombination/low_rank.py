@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..allocation.spectra import spectra_of
@@ -12,9 +11,11 @@ from ..deltas.base import Delta
 from ..deltas.precision import Precision
 from ..deltas.quantized import AffineDelta
 from ..lowrank.decomposition import Decomposition, decompose
+from ..lowrank.factors import Spectrum
 from ..lowrank.static_merge import shared_matrix
 from ..lowrank.svd import spectrum
 from ..merging.forms.experts import encode, truncate
+from ..merging.loss_weights import loss_weights
 from ..task_vectors.tensor import matrix_shape
 from .recent import Recent
 
@@ -46,16 +47,15 @@ class SVDCache:
             return self._kept.get(
                 key, lambda: decompose(vectors, shared, coupled=False, name=name)
             )
-        own = [
-            self._kept.get(
-                (name, task), lambda t=tau: Decomposition(spectrum(t, name=name), ())
-            ).shared
-            for task, tau in zip(tasks, vectors)
-        ]
-        nothing = self._kept.get(
-            (name,), lambda: Decomposition(spectrum(shared), ())
-        ).shared
-        return Decomposition(nothing, tuple(own))
+
+        def alone(key: tuple[str, ...], matrix: Tensor) -> Spectrum:
+            found = self._kept.get(
+                key, lambda: Decomposition(spectrum(matrix, name=name), ())
+            )
+            return found.shared
+
+        own = [alone((name, task), tau) for task, tau in zip(tasks, vectors)]
+        return Decomposition(alone((name,), shared), tuple(own))
 
 
 def _numbers(made: Decomposition) -> int:
@@ -90,13 +90,11 @@ def low_rank(
                     experts[task][name] = AffineDelta.of(tau, clip=clip)
     budget -= sum(d.bits for deltas in experts.values() for d in deltas.values())
     ways = ("none", "mean") if len(tasks) > 1 else ("none",)
-    _, stored = min(
-        (
-            _low_rank_matrices(matrices, tasks, how, max(budget, 0), bits, spectra)
-            for how in ways
-        ),
-        key=lambda form: form[0],
+    found = (
+        _low_rank_matrices(matrices, tasks, how, max(budget, 0), bits, spectra)
+        for how in ways
     )
+    _, stored = min(found, key=lambda form: form[0])
     shared = {n: first for n, (first, _) in stored.items() if first is not None}
     for name, (_, others) in stored.items():
         for task, delta in zip(tasks, others):
@@ -108,18 +106,19 @@ def low_rank(
 def _low_rank_matrices(matrices, tasks, how: str, budget: int, bits: int, spectra):
     """Weighted error, and stored deltas per matrix, for one way to share."""
     precision = Precision(f"int{bits}", bits)
+    views = {n: v.view(len(v), *matrix_shape(v.shape[1:])) for n, v in matrices.items()}
+    energies = {n: v.double().square().sum((1, 2)) for n, v in views.items()}
+    weights = loss_weights(energies, "root")
     work, table = {}, []
-    for name, v in matrices.items():
-        v = v.view(len(v), *matrix_shape(v.shape[1:]))
-        weights = _weights(v)
-        shared = shared_matrix(v, how=how, weights=weights)
+    for name, v in views.items():
+        shared = shared_matrix(v, how=how, weights=weights[name])
         parts = spectra.get(name, tasks, how, v, shared)
-        work[name] = v, weights, shared, parts
+        work[name] = v, shared, parts
         table.append(
             spectra_of(
                 name,
                 parts,
-                weights=weights,
+                weights=weights[name],
                 rate=precision.rate(*shared.shape),
                 shape=tuple(shared.shape),
                 shared_rank=0 if how == "none" else None,
@@ -127,7 +126,7 @@ def _low_rank_matrices(matrices, tasks, how: str, budget: int, bits: int, spectr
         )
     error, stored = 0.0, {}
     for row, ranks in zip(table, greedy(table, budget)):
-        v, weights, shared, parts = work[row.name]
+        v, shared, parts = work[row.name]
         k = ranks.tolist()
         first, experts, errors = encode(
             truncate(parts, k, row.full, shared, v),
@@ -137,12 +136,5 @@ def _low_rank_matrices(matrices, tasks, how: str, budget: int, bits: int, spectr
             precision=precision,
         )
         stored[row.name] = first, experts
-        error += float((weights * errors).sum())
+        error += float((weights[row.name] * errors).sum())
     return error, stored
-
-
-def _weights(vectors: Tensor) -> Tensor:
-    """(g,) 1 / ||tau_t||, as in the pipeline's ``normalization=root``."""
-    energy = vectors.double().square().sum((1, 2))
-    energy = torch.where(energy > 0, energy, energy[energy > 0].mean())
-    return energy.rsqrt().float()

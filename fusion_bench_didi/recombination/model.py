@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..deltas.base import Delta
 from ..deltas.storage import StorageReport, account
@@ -14,20 +14,6 @@ from ..task_vectors.tower_names import spelling
 from .library import ModularExpert, load_modules, save_modules
 
 MODULES = "modules"
-
-
-class StackedDelta(Delta):
-    """A task's own delta on top of its group's, seen as one. In memory only, owns no tensors."""
-
-    kind = "layered"
-    parts = ()
-
-    def __init__(self, shared: Delta, own: Delta):
-        super().__init__(own.shape)
-        self.below, self.above = shared, own
-
-    def own(self) -> Tensor:
-        return self.above.change(self.below)
 
 
 class RecombinedModel(DynamicModel):
@@ -56,7 +42,7 @@ class RecombinedModel(DynamicModel):
             task: {
                 name: delta
                 for key in chain
-                for name, delta in _deltas(modules[key], task).items()
+                for name, delta in modules[key].deltas(task).items()
             }
             for task, chain in chains.items()
         }
@@ -85,7 +71,7 @@ class RecombinedModel(DynamicModel):
             for task, deltas in module.experts.items():
                 if task in experts:
                     experts[task].update({f"{key}//{n}": d for n, d in deltas.items()})
-            for deltas in (module.shared, *module.experts.values()):
+            for deltas in module.parts:
                 for name, delta in deltas.items():
                     layers[name] = layers.get(name, 0) + delta.bits
         counted = account(
@@ -112,8 +98,8 @@ class RecombinedModel(DynamicModel):
     ) -> "RecombinedModel":
         ids = [key for chain in config["chains"].values() for key in chain]
         modules = load_modules(directory / MODULES, ids)
-        names = (n for m in modules.values() for t in m.tasks for n in m.tensors(t))
-        spell = spelling(names, backbone)
+        held = (deltas for m in modules.values() for deltas in m.parts)
+        spell = spelling((name for deltas in held for name in deltas), backbone)
         return cls(
             backbone,
             {key: module.spelled(spell) for key, module in modules.items()},
@@ -121,14 +107,3 @@ class RecombinedModel(DynamicModel):
             unit_bits=config["unit_bits"],
             info=info,
         )
-
-
-def _deltas(module: ModularExpert, task: str) -> dict[str, Delta]:
-    """A module's deltas for a task, one per tensor."""
-    own, out = module.experts.get(task, {}), {}
-    for name in module.tensors(task):
-        if name in own and name in module.shared:
-            out[name] = StackedDelta(module.shared[name], own[name])
-        else:
-            out[name] = own[name] if name in own else module.shared[name]
-    return out

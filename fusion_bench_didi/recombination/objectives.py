@@ -5,9 +5,8 @@ the distinct modules. The score of a task depends on its chain of modules only, 
 not evaluated again.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,12 +17,8 @@ from .library import Library, ModularExpert
 from .operators import rate_of
 
 Chain = tuple[ModularExpert, ...]
-
-
-class Scorer(Protocol):
-    """Normalised score of one task under a chain of modules; 1 is what the fine-tuned model reaches."""
-
-    def __call__(self, task: str, chain: Chain) -> float: ...
+#: Normalized score of one task under a chain of modules; 1 is what the fine-tuned model reaches.
+Scorer = Callable[[str, Chain], float]
 
 
 @dataclass(frozen=True)

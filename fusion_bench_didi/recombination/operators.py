@@ -12,14 +12,17 @@ its abbreviation only, DiDi's low-rank modules stand in its place.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..deltas.quantized import AffineDelta
 from ..errors import SettingsError
 from ..lowrank.static_merge import shared_matrix
+from ..options import Scale, Share, check_fields
 from .low_rank import Parts, SVDCache, low_rank
 
 STATIC = ("average", "task_arithmetic", "ties")
@@ -34,22 +37,16 @@ class OperatorSettings:
         scaling: task arithmetic: factor on the sum.
         ties_keep: TIES: fraction of each task's entries that take part.
         clip: range shrinking: fraction of a tensor's entries beyond each end of the 8-bit range.
-        bits: of the low-rank codes, 4 or 8.
+        bits: of the low-rank codes.
     """
 
-    scaling: float = 0.3
-    ties_keep: float = 0.2
-    clip: float = 1e-4
-    bits: int = 4
+    scaling: Scale = 0.3
+    ties_keep: Share = 0.2
+    clip: Annotated[float, Field(ge=0, lt=0.5)] = 1e-4
+    bits: Literal[4, 8] = 4
 
     def __post_init__(self):
-        if not 0 <= self.clip < 0.5:
-            raise SettingsError(f"clip={self.clip} is not in [0, 0.5).")
-        if self.bits not in (4, 8):
-            raise SettingsError(f"low_rank_bits={self.bits}; choose 4 or 8.")
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+        check_fields(self)
 
 
 def rate_of(operator: str) -> float | None:

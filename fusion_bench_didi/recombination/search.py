@@ -25,7 +25,7 @@ from ..errors import DiDiError, spelled
 from .evolution import SearchSettings, evolve, survivors
 from .genome import Genome, canonical, mutate, no_merging, one_group, random_genome
 from .objectives import Evaluation, Space
-from .surrogate import Surrogate
+from .surrogate import fitted
 
 Evaluate = Callable[[Genome], Evaluation]
 Progress = Callable[[int, int], None]
@@ -58,39 +58,28 @@ def nsga2(
     Raises:
         DiDiError: if the state is of another search, cannot be read, or another run is writing it.
     """
-    with nullcontext() if state is None else alone(state):
-        return _searched(space, evaluate, settings, state, described, progress)
-
-
-def _searched(
-    space: Space,
-    evaluate: Evaluate,
-    settings: SearchSettings,
-    state: Path | None,
-    described: dict | None,
-    progress: Progress,
-) -> list[Evaluation]:
     label = {**asdict(settings), **(described or {})}
     del label["evaluations"]  # more of them continue a search that ended
-    archive, kept, generation = _load(state, label, space)
-    while len(archive) < settings.evaluations:
-        rng = np.random.default_rng([settings.seed, generation])
-        room = min(settings.population, settings.evaluations - len(archive))
-        if generation == 0:
-            proposed = first_population(space, room, rng)
-        else:
-            proposed = _propose(space, archive, kept, room, settings, generation)
-        if not proposed:
-            break  # every decision was evaluated
-        for genome in proposed:
-            archive.append(evaluate(genome))
-            progress(len(archive), settings.evaluations)
-        young = range(len(archive) - len(proposed), len(archive))
-        pool = [*kept, *young]
-        costs = np.array([archive[i].costs for i in pool])
-        kept = [pool[i] for i in survivors(costs, settings.population)]
-        generation += 1
-        _save(state, label, archive, kept, generation)
+    with nullcontext() if state is None else alone(state):
+        archive, kept, generation = _load(state, label, space)
+        while len(archive) < settings.evaluations:
+            rng = np.random.default_rng([settings.seed, generation])
+            room = min(settings.population, settings.evaluations - len(archive))
+            if generation == 0:
+                proposed = first_population(space, room, rng)
+            else:
+                proposed = _propose(space, archive, kept, room, settings, generation)
+            if not proposed:
+                break  # every decision was evaluated
+            for genome in proposed:
+                archive.append(evaluate(genome))
+                progress(len(archive), settings.evaluations)
+            young = range(len(archive) - len(proposed), len(archive))
+            pool = [*kept, *young]
+            costs = np.array([archive[i].costs for i in pool])
+            kept = [pool[i] for i in survivors(costs, settings.population)]
+            generation += 1
+            _save(state, label, archive, kept, generation)
     return archive
 
 
@@ -124,13 +113,15 @@ def _propose(
 ) -> list[Genome]:
     """New decisions that the surrogate likes best."""
     seed = int(np.random.SeedSequence([settings.seed, generation]).generate_state(1)[0])
-    surrogate = Surrogate(space, trees=settings.trees, seed=seed % 2**31)
     genomes = [np.array(e.genome) for e in archive]
-    surrogate.fit(genomes, [e.performance for e in archive])
+    performance = [e.performance for e in archive]
+    guessed = fitted(
+        space, genomes, performance, trees=settings.trees, seed=seed % 2**31
+    )
 
     def guess(candidates: list[Genome]) -> np.ndarray:
         storage = space.nominal_storage(np.stack(candidates))
-        return np.column_stack([1 - surrogate.predict(candidates), storage])
+        return np.column_stack([1 - guessed(candidates), storage])
 
     ended = evolve(space, [genomes[i] for i in kept], guess, settings, seed)
     seen = {g.tobytes() for g in genomes}

@@ -9,6 +9,8 @@ from the (T, T) inner products alone (TIES counts as averaging; 0 for low-rank o
 over tasks, over components and over both, from which a forest learns faster than from many single ones.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.ensemble import RandomForestRegressor
@@ -39,26 +41,17 @@ def features(space: Space, genomes: NDArray) -> NDArray:
     return np.concatenate([x.reshape(N, -1) for x in (table, *summaries)], 1)
 
 
-class Surrogate:
-    """Fitted to what was evaluated so far.
-
-    Args:
-        trees: of the forest.
-        seed: of the forest.
-    """
-
-    def __init__(self, space: Space, *, trees: int = 100, seed: int = 0):
-        self._space = space
-        self._forest = RandomForestRegressor(
-            n_estimators=trees, max_features=0.3, random_state=seed, n_jobs=1
-        )
-
-    def fit(self, genomes: list[Genome], performance: list[float]) -> "Surrogate":
-        self._forest.fit(self._table(genomes), performance)
-        return self
-
-    def predict(self, genomes: list[Genome]) -> NDArray:
-        return self._forest.predict(self._table(genomes))
-
-    def _table(self, genomes: list[Genome]) -> NDArray:
-        return features(self._space, np.stack(genomes))
+def fitted(
+    space: Space,
+    genomes: list[Genome],
+    performance: list[float],
+    *,
+    trees: int,
+    seed: int,
+) -> Callable[[list[Genome]], NDArray]:
+    """What guesses the performance of genomes, by a forest fitted to those that were evaluated."""
+    forest = RandomForestRegressor(
+        n_estimators=trees, max_features=0.3, random_state=seed, n_jobs=1
+    )
+    forest.fit(features(space, np.stack(genomes)), performance)
+    return lambda others: forest.predict(features(space, np.stack(others)))

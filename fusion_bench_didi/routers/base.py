@@ -16,7 +16,10 @@ from ..deltas.base import keeping_type
 from ..errors import DiDiError, NonFiniteError, UnknownTaskError
 from ..options import Fraction, Positive, checked
 from ..serving.forward import MixedForward
-from .heads import HEADS, fit_head
+from .heads import fit_head, head_scores
+
+#: What names of tensors of a head begin with.
+_HEAD = "head_"
 
 
 class RoutedModel(Protocol):
@@ -99,6 +102,8 @@ class Router(nn.Module):
     """
 
     kind: ClassVar[str]
+    #: arguments beside those of every router
+    own_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -144,19 +149,19 @@ class Router(nn.Module):
         """
         if self.head == "none":
             return self.plain_scores(features)
-        if "head_mean" not in self._buffers:
+        tensors = self.stored(_HEAD)
+        if not tensors:
             raise DiDiError(
                 f"The head of this {self.kind} router was never fitted. Fit it to inputs of every task "
                 "(method.routed.fit_router_to, or method=didi/routed of the host), or take one that needs no data: subspace."
             )
-        tensors = self._head_tensors()
         given, known = features.shape[1], len(tensors["mean"])
         if given != known:
             raise DiDiError(
                 f"The head of this {self.kind} router was fitted to {known} features, and {given} are given: its layers are others "
                 "now. Fit it again."
             )
-        return HEADS[self.head].scores(features, tensors)
+        return head_scores(features, tensors)
 
     def forward(self, features: Tensor) -> Tensor:
         """Weights over tasks of a batch, (B, T)."""
@@ -198,7 +203,7 @@ class Router(nn.Module):
                 f"There is no sample of {missing}, which a head could not know then. Give some of every task."
             )
         for name, value in fit_head(self.head, features, labels, **options).items():
-            self.register_buffer(f"head_{name}", value)
+            self.register_buffer(_HEAD + name, value)
         return self
 
     def _checked_labels(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -238,7 +243,7 @@ class Router(nn.Module):
     def options(self) -> dict[str, Any]:
         """Constructor arguments, JSON-plain."""
         names = ("tasks", "hard", "temperature", "fallback", "threshold", "head")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, *self.own_options)}
 
     def reset(self) -> None:
         """Reset the counts."""
@@ -264,6 +269,7 @@ class Router(nn.Module):
         """What is stored moves with the model and keeps its type."""
         return super()._apply(lambda part: keeping_type(part, fn), recurse)
 
-    def _head_tensors(self) -> dict[str, Tensor]:
+    def stored(self, prefix: str) -> dict[str, Tensor]:
+        """What is stored under names that begin so, by the rest of these."""
         found = self._buffers.items()
-        return {k.removeprefix("head_"): v for k, v in found if k.startswith("head_")}
+        return {k.removeprefix(prefix): v for k, v in found if k.startswith(prefix)}

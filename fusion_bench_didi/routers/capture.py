@@ -1,9 +1,9 @@
 """What goes into, and comes out of, layers of a dynamic model; the forward stops once everything asked for is there."""
 
+import fnmatch
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any, Literal
 
 import torch
@@ -59,7 +59,7 @@ def record(
         DiDiError: for samples that go on from a cache.
     """
     found: dict[str, Tensor] = {}
-    wanted = len(set(inputs_of) | set(outputs_of))
+    wanted = {*inputs_of, *outputs_of}
     here = threading.get_ident()
 
     def keep(name: str, value: Any) -> None:
@@ -71,8 +71,14 @@ def record(
         if value is None or len(value) != call.size:
             seen = "no tensor" if value is None else tuple(value.shape)
             raise _not_per_sample(name, f"sees {seen} of {call.size} samples")
-        if len(found) == wanted:
+        if len(found) == len(wanted):
             raise _Done
+
+    def before(name: str) -> Callable:
+        return lambda _, given: keep(name, given)
+
+    def after(name: str) -> Callable:
+        return lambda module, _, out: keep(name, _channels_last(module, out))
 
     forward = model.mixed_at(shared_scale)
     call = without_pasts(forward.call(args, kwargs))
@@ -81,19 +87,9 @@ def record(
     mix = forward.mix([None] * call.size if rows is None else None, rows, call)
     if tensors is None:
         forward.verify(mix, call)  # before it is watched
-    handles = []
-    for name in inputs_of:
-        module = model.backbone.get_submodule(name)
-        handles.append(
-            module.register_forward_pre_hook(lambda _, a, n=name: keep(n, a))
-        )
-    for name in outputs_of:
-        module = model.backbone.get_submodule(name)
-        handles.append(
-            module.register_forward_hook(
-                lambda m, _, out, n=name: keep(n, _channels_last(m, out))
-            )
-        )
+    layer = model.backbone.get_submodule
+    handles = [layer(n).register_forward_pre_hook(before(n)) for n in inputs_of]
+    handles += [layer(n).register_forward_hook(after(n)) for n in outputs_of]
     try:
         if tensors is not None:
             forward.with_tensors(tensors, call)
@@ -106,9 +102,8 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
-    missing = (set(inputs_of) | set(outputs_of)) - set(found)
     raise SettingsError(
-        f"The backbone's forward does not call {sorted(missing)}. Give layers that it calls."
+        f"The backbone's forward does not call {sorted(wanted - set(found))}. Give layers that it calls."
     )
 
 
@@ -186,8 +181,7 @@ def layer_names(backbone: nn.Module, layers: Sequence[int | str]) -> list[str]:
                 )
             found.append(chain[layer])
         else:
-            patterns = (spell(layer) for spell in SPELLINGS)
-            found_by = ([n for n in names if fnmatch(n, p)] for p in patterns)
+            found_by = (fnmatch.filter(names, spell(layer)) for spell in SPELLINGS)
             matches = next(filter(None, found_by), None)
             if not matches:
                 raise SettingsError(

@@ -23,7 +23,7 @@ class FeatureRouter(Router):
         **options: of :class:`Router`.
     """
 
-    kind = "mlp"
+    kind, own_options = "mlp", ("layers", "pooling")
 
     def __init__(
         self,
@@ -36,10 +36,6 @@ class FeatureRouter(Router):
     ):
         super().__init__(tasks, head=head, **options)
         self.layers, self.pooling = list(layers), pooling
-
-    def options(self) -> dict[str, Any]:
-        own = {"layers": self.layers, "pooling": self.pooling}
-        return {**super().options(), **own}
 
     def bind(self, model: RoutedModel) -> None:
         super().bind(model)

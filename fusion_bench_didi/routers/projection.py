@@ -43,9 +43,8 @@ def responses(x: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         (B, K + 1) in float32; the last column is the energy.
     """
-    if (
-        mask is not None
-    ):  # zeros respond with nothing: only the number of tokens is left to mend
+    if mask is not None:
+        # zeros respond with nothing: only the number of tokens is left to mend
         weights = mask / mask.float().mean(1, keepdim=True)
         x = x * weights.sqrt()[..., None].to(x)
     inner = (x.flatten(0, 1) @ basis.mT).square_().view(*x.shape[:2], -1)
@@ -65,7 +64,7 @@ class ProjectionRouter(Router):
         **options: of :class:`Router`.
     """
 
-    kind = "projection"
+    kind, own_options = "projection", ("layers", "directions")
 
     def __init__(
         self,
@@ -78,10 +77,6 @@ class ProjectionRouter(Router):
         super().__init__(tasks, **options)
         self.layers = None if layers is None else list(layers)
         self.directions = directions
-
-    def options(self) -> dict[str, Any]:
-        own = {"layers": self.layers, "directions": self.directions}
-        return {**super().options(), **own}
 
     @torch.no_grad()
     def bind(self, model: RoutedModel) -> None:

@@ -59,6 +59,7 @@ class RepresentationRouter(Router):
     """
 
     kind = "representation"
+    own_options = ("layers", "pooling", "distance", "normalization", "prefer", "merged_weight", "merged_shared", "total_mass")  # fmt: skip
 
     def __init__(
         self,
@@ -82,11 +83,6 @@ class RepresentationRouter(Router):
         self.merged_weight, self.merged_shared = float(merged_weight), merged_shared
         self.total_mass = total_mass
 
-    def options(self) -> dict[str, Any]:
-        names = ("layers", "pooling", "distance", "normalization", "prefer")
-        names += ("merged_weight", "merged_shared", "total_mass")
-        return {**super().options(), **{name: getattr(self, name) for name in names}}
-
     @property
     def shared_scale(self) -> float:
         return self.total_mass
@@ -102,35 +98,25 @@ class RepresentationRouter(Router):
         return self
 
     def anchor_changes(self) -> dict[str, Tensor]:
-        found = self._buffers.items()
-        return {
-            unescaped(key.removeprefix(_ANCHOR)): value
-            for key, value in found
-            if key.startswith(_ANCHOR)
-        }
-
-    @property
-    def anchored(self) -> bool:
-        return any(key.startswith(_ANCHOR) for key in self._buffers)
+        return {unescaped(k): change for k, change in self.stored(_ANCHOR).items()}
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         """Distances of a batch's representations to each expert's, (B, L T)."""
         merged = self.merged_states(model, args, kwargs)
-        columns = []
-        for row in torch.eye(len(self.tasks)):
-            expert = self.states(model, row, args, kwargs)
-            columns.append(
-                [distance(m, e, self.distance) for m, e in zip(merged, expert)]
-            )
-        by_layer = (torch.stack(layer, 1) for layer in zip(*columns))  # L of (B, T)
-        return torch.cat(list(by_layer), 1).float()
+        rows = torch.eye(len(self.tasks))
+        experts = [self.states(model, row, args, kwargs) for row in rows]
+        columns = [
+            distance(ours, theirs, self.distance)
+            for ours, by_task in zip(merged, zip(*experts))  # layer by layer
+            for theirs in by_task
+        ]
+        return torch.stack(columns, 1).float()
 
     def merged_states(
         self, model: RoutedModel, args: tuple, kwargs: dict
     ) -> list[Tensor]:
         """The merged model's representation, one (B, n) per layer."""
-        if self.anchored:
-            changes = self.anchor_changes()
+        if changes := self.anchor_changes():
             tensors = {n: model.base_tensor(n) + c for n, c in changes.items()}
             return self.states(model, None, args, kwargs, tensors=tensors)
         row = torch.full((len(self.tasks),), self.merged_weight)

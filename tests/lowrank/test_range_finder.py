@@ -8,7 +8,13 @@ from fusion_bench_didi.lowrank import svd
 from fusion_bench_didi.lowrank.decomposition import decompose, half_of
 from fusion_bench_didi.lowrank.eigen import eigen_of
 from fusion_bench_didi.lowrank.overlap import mean_overlap
-from fusion_bench_didi.lowrank.svd import half_svd, singular_values, sketched, spectrum
+from fusion_bench_didi.lowrank.svd import (
+    HalfSVD,
+    half_svd,
+    singular_values,
+    sketched,
+    spectrum,
+)
 
 
 def decaying(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -20,17 +26,22 @@ def decaying(m: int, n: int, seed: int = 0) -> torch.Tensor:
     )
 
 
+def check_cuts(matrix: torch.Tensor, found: HalfSVD, ranks: tuple[int, ...]) -> None:
+    """That errors at ranks are within two percent of the least possible."""
+    values = torch.linalg.svdvals(matrix)
+    for k in ranks:
+        least = float(values[k:].square().sum())
+        error = float((matrix - found.factors(matrix, k).dense()).square().sum())
+        assert least * (1 - 1e-4) <= error <= 1.02 * least
+
+
 @pytest.mark.parametrize("shape", [(300, 300), (700, 260), (260, 700)])
 def test_range_finder_is_within_two_percent_of_the_least_error(shape):
     matrix = decaying(*shape)
     rank = 24
     assert sketched(shape, rank)
-    values = torch.linalg.svdvals(matrix)
     found = half_svd(matrix, max_rank=rank)
-    for k in (6, 12, 24):
-        least = float(values[k:].square().sum())
-        error = float((matrix - found.factors(matrix, k).dense()).square().sum())
-        assert least * (1 - 1e-4) <= error <= 1.02 * least
+    check_cuts(matrix, found, (6, 12, 24))
     rest = float((matrix - found.factors(matrix, rank).dense()).square().sum())
     assert found.tail_energy == pytest.approx(rest, rel=1e-3)
     torch.testing.assert_close(
@@ -43,15 +54,11 @@ def test_range_finder_is_within_two_percent_of_the_least_error(shape):
 def test_every_way_to_search_finds_the_same_directions(shape, way, monkeypatch):
     matrix, rank = decaying(*shape), 40
     monkeypatch.setattr(svd, "_cheapest", lambda *_: way)
-    values = torch.linalg.svdvals(matrix)
     found = half_svd(matrix, max_rank=rank)
     torch.testing.assert_close(
         found.vectors.mT @ found.vectors, torch.eye(rank), atol=1e-4, rtol=0
     )
-    for k in (10, 20, 40):
-        least = float(values[k:].square().sum())
-        error = float((matrix - found.factors(matrix, k).dense()).square().sum())
-        assert least * (1 - 1e-4) <= error <= 1.02 * least
+    check_cuts(matrix, found, (10, 20, 40))
 
 
 @pytest.mark.parametrize("exponent", [-53, -37, 32, 40])

@@ -19,7 +19,7 @@ from merged_tasks import assert_task_weights, gpt2, pool
 from safetensors.torch import load_file
 
 from fusion_bench_didi.deltas.plain import LowRankDelta
-from fusion_bench_didi.lowrank.coupling import Coupling
+from fusion_bench_didi.lowrank.decomposition import Coupling
 from fusion_bench_didi.merging.pipeline import merge
 from fusion_bench_didi.merging.settings import Budget
 

@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 from helpers import normal
+from rans import edges_of, reader
 from torch import Tensor
 
 from fusion_bench_didi.lowrank.factors import LowRankFactors
@@ -125,22 +126,8 @@ def test_streams_come_back():
 
 
 def by_the_book(stream: bytes, classes: list[int], n: int) -> list[list[int]]:
-    """Range variant of asymmetric numeral systems as documented: 64-bit states, 32-bit words, shares of 2^-24."""
-    words = [int.from_bytes(stream[i : i + 4], "little") for i in range(0, len(stream), 4)]  # fmt: skip
-    state = 0
-    for _ in range(min(2, len(words))):
-        state = state << 32 | words.pop()
-
-    def read(edges: list[int]) -> int:
-        nonlocal state
-        place = state % 2**24
-        symbol = next(i for i, edge in enumerate(edges[1:]) if place < edge)
-        width = edges[symbol + 1] - edges[symbol]
-        state = (state >> 24) * width + place - edges[symbol]
-        if state < 2**32 and words:
-            state = state << 32 | words.pop()
-        return symbol
-
+    """Numbers of rows: high bits of all rows of a class, then their low bits."""
+    read = reader(stream)
     rows: list[list[int]] = [[] for _ in classes]
     for spread in sorted(set(classes)):
         low = 0
@@ -149,12 +136,7 @@ def by_the_book(stream: bytes, classes: list[int], n: int) -> list[list[int]]:
         here = [i for i, c in enumerate(classes) if c == spread + 4 * low]
         std = 2 ** (spread / 4 - 2)
         most = math.ceil(8 * std) + 7
-        weights, total, edges = tables.table(spread).tolist(), 0, [0]
-        for i, weight in enumerate(weights):
-            total += weight
-            share = total * ((2**24 - len(weights)) / sum(weights))
-            edges.append(int(share) + i + 1)
-        edges[-1] = 2**24
+        edges = edges_of(tables.table(spread).tolist())
         even = [2 ** (24 - low) * i for i in range(2**low + 1)]
         high = [[read(edges) - most for _ in range(n)] for _ in here]
         rest = [[read(even) if low else 0 for _ in range(n)] for _ in here]

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from helpers import ideal_bits
+from rans import edges_of, reader
 from torch import Tensor
 
 from fusion_bench_didi.quantization.entropy import (
@@ -49,38 +50,13 @@ def test_entropy_of_known_symbols():
     assert ideal_bits(torch.tensor([0, 1, 1, 1]), 2) == pytest.approx(3.2451125)
 
 
-def by_the_book(stream: bytes, table: list[int], count: int) -> list[int]:
-    """rANS over 64-bit states, 32-bit words and shares of 2^-24, one symbol after the other."""
-    edges, total = [0], 0
-    for i, weight in enumerate(table):
-        total += weight
-        share = total * ((2**24 - len(table)) / sum(table))
-        edges.append(int(share) + i + 1)
-    edges[-1] = 2**24
-    words = [
-        int.from_bytes(stream[i : i + 4], "little") for i in range(0, len(stream), 4)
-    ]
-    state = 0
-    for _ in range(min(2, len(words))):
-        state = state << 32 | words.pop()
-    found = []
-    for _ in range(count):
-        place = state % 2**24
-        symbol = next(i for i in range(len(table)) if place < edges[i + 1])
-        width = edges[symbol + 1] - edges[symbol]
-        state = (state >> 24) * width + place - edges[symbol]
-        if state < 2**32 and words:
-            state = state << 32 | words.pop()
-        found.append(symbol)
-    return found
-
-
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_independent_decoder_reads_them(source):
     symbols = drawn(SOURCES[source], 500)
     table = frequencies(symbols, len(SOURCES[source]))
     stream = encode(symbols, table).numpy().tobytes()
-    assert by_the_book(stream, table.tolist(), 500) == symbols.tolist()
+    read, edges = reader(stream), edges_of(table.tolist())
+    assert [read(edges) for _ in range(500)] == symbols.tolist()
 
 
 def test_the_bytes_of_a_stream_are_those_of_the_first_release():

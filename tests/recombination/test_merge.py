@@ -1,6 +1,7 @@
 """MERGE: decisions stay decisions, what is counted is what is stored, and what is reported can be had again."""
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -552,7 +553,7 @@ def test_yaml_is_the_constructor():
         if p.default is not inspect.Parameter.empty
     }
     assert list(config) == list(named) and config == named
-    assert OperatorSettings().as_dict() == {
+    assert asdict(OperatorSettings()) == {
         "scaling": config["scaling"],
         "ties_keep": config["ties_keep"],
         "clip": config["clip"],

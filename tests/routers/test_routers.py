@@ -28,7 +28,7 @@ from fusion_bench_didi.routers.base import weights_from
 from fusion_bench_didi.routers.capture import pooled
 from fusion_bench_didi.routers.features import OracleRouter
 from fusion_bench_didi.routers.files import make_router
-from fusion_bench_didi.routers.heads import HEADS
+from fusion_bench_didi.routers.heads import HEADS, fit_head, head_scores
 from fusion_bench_didi.serving.banks import Serving
 from fusion_bench_didi.serving.mixtures import ByWeight
 from fusion_bench_didi.taskpool import attach
@@ -150,8 +150,8 @@ def test_heads_learn_separable_tasks(head):
     labels = torch.arange(3).repeat_interleave(60)
     noise = torch.randn(180, 8, generator=torch.Generator().manual_seed(0))
     features = noise + 4 * torch.eye(8)[labels]
-    tensors = HEADS[head].fit(features, labels)
-    found = HEADS[head].scores(features, tensors).argmax(1)
+    tensors = fit_head(head, features, labels)
+    found = head_scores(features, tensors).argmax(1)
     assert (found == labels).float().mean() > 0.95
 
 

@@ -26,11 +26,6 @@ class CodedDelta(Delta):
     kind = "coded"
     parts = ("stream", "classes", "step")
 
-    def __init__(
-        self, shape: tuple[int, ...], stream: Tensor, classes: Tensor, step: Tensor
-    ):
-        super().__init__(shape, stream=stream, classes=classes, step=step)
-
     @classmethod
     def of(cls, shape: tuple[int, ...], coded: CodedMatrix) -> "CodedDelta":
         """From the codes of its rows."""
@@ -73,16 +68,6 @@ class CodedLowRankDelta(Delta):
 
     kind = "coded_low_rank"
     parts = ("stream", "short", "long", "step")
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        stream: Tensor,
-        short: Tensor,
-        long: Tensor,
-        step: Tensor,
-    ):
-        super().__init__(shape, stream=stream, short=short, long=long, step=step)
 
     @classmethod
     def of(cls, shape: tuple[int, ...], coded: CodedMatrix) -> "CodedLowRankDelta":

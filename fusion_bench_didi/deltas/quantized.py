@@ -22,12 +22,7 @@ class RoundedLowRankDelta(Delta):
 
     kind = "rounded_low_rank"
     parts = ("up", "down", "scale")
-
-    def __init__(
-        self, shape: tuple[int, ...], up: Tensor, down: Tensor, scale: Tensor, bits: int
-    ):
-        super().__init__(shape, up=up, down=down, scale=scale)
-        self.width = bits
+    numbers = {"bits": "width"}
 
     @classmethod
     def of(
@@ -41,15 +36,6 @@ class RoundedLowRankDelta(Delta):
     def rank(self) -> int:
         return self.scale.shape[0]
 
-    def options(self) -> dict:
-        return {"bits": self.width}
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(m, r) and (r, n) in float32."""
-        m, n = self.sides
-        up = levels(self.up, self.width, (m, self.rank))
-        return up * self.scale, levels(self.down, self.width, (self.rank, n))
-
     def scaled_product(
         self, shared: Delta | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +45,8 @@ class RoundedLowRankDelta(Delta):
         return up, self.scale, down
 
     def own_product(self) -> LowRankFactors:
-        return LowRankFactors(*self.factors())
+        up, scale, down = self.scaled_product(None, torch.float32)
+        return LowRankFactors(up * scale, down)
 
 
 class RoundedDenseDelta(Delta):
@@ -73,18 +60,12 @@ class RoundedDenseDelta(Delta):
 
     kind = "rounded_dense"
     parts = ("codes", "scale")
-
-    def __init__(self, shape: tuple[int, ...], codes: Tensor, scale: Tensor, bits: int):
-        super().__init__(shape, codes=codes, scale=scale)
-        self.width = bits
+    numbers = {"bits": "width"}
 
     @classmethod
     def of(cls, shape: tuple[int, ...], rounded: RoundedMatrix) -> "RoundedDenseDelta":
         codes = rounded.codes if rounded.bits < 8 else rounded.codes.view(shape)
         return cls(shape, codes, rounded.scale, rounded.bits)
-
-    def options(self) -> dict:
-        return {"bits": self.width}
 
     def own(self) -> Tensor:
         value = levels(self.codes, self.width, self.shape)
@@ -114,9 +95,7 @@ class AffineDelta(Delta):
 
     kind = "affine8"
     parts = ("codes", "ends")
-
-    def __init__(self, shape: tuple[int, ...], codes: Tensor, ends: Tensor):
-        super().__init__(shape, codes=codes.reshape(shape), ends=ends)
+    shaped = ("codes",)
 
     @classmethod
     def of(cls, value: Tensor, *, clip: float = 0.0) -> "AffineDelta":

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..deltas.base import Delta
+from ..deltas.base import Delta, last_of
 from ..deltas.precision import Precision
 from ..lowrank.factored import as_dense
 from ..lowrank.factors import Matrix, energy_of
@@ -35,7 +35,7 @@ def change_of(shared: Delta | None, delta: Delta | None = None) -> Matrix | None
         shared: the shared part.
         delta: the task's own.
     """
-    last, below = (shared, None) if delta is None else (delta, shared)
+    last, below = last_of(delta, shared)
     if last is None:
         return None
     product = last.product(below)

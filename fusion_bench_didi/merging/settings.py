@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import torch
-
 from ..allocation.learned import LearningSettings
 from ..allocation.water_filling import Allocation
-from ..deltas.precision import FactorType, precisions
+from ..deltas.precision import FactorType
 from ..errors import BudgetError, SettingsError
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..lowrank.static_merge import SharedMerge
@@ -131,7 +129,6 @@ class MergeSettings:
 
     def __post_init__(self):
         check_fields(self)
-        precisions(self.factor_dtype, torch.float32)
         faults = [*self._at_odds(), *self._without_effect()]
         if faults:
             raise SettingsError(

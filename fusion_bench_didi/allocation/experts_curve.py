@@ -5,6 +5,7 @@ singular values and no cross terms remain. Letters: ``T`` tasks, ``q`` kept sing
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class ExpertsCurve:
     Args:
         shared_rank: k_0.
         rate: of its precision.
-        precision: name of the precision.
+        weights: (T,) of the squared errors.
         sigma: (T, q) singular values of the residuals.
         tail_energy: (T,) beyond them.
         full: the rank from which modules are stored whole, also where factors would cost less.
@@ -29,15 +30,16 @@ class ExpertsCurve:
 
     shared_rank: int
     rate: Rate
-    precision: str
+    weights: Tensor
     sigma: Tensor
     tail_energy: Tensor
     full: int
     rounding: float = 0.0
     rounding_dense: float = 0.0
 
-    def curve(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted error (T, K) and bits (K,) of an expert at ranks 0, 1, ..., cap and, last, dense."""
+    @cached_property
+    def curve(self) -> PerTaskCurve:
+        """The curve of the matrix: experts of ranks 0, 1, ..., cap and, last, dense, and the shared part."""
         energy = self.sigma.double().square()
         whole = energy.sum(1) + self.tail_energy.double()
         cap = min(self.rate.cap, self.full - 1, energy.shape[1])
@@ -49,33 +51,25 @@ class ExpertsCurve:
         error = torch.cat([error, self.rounding_dense * whole[:, None]], 1)
         bits = torch.arange(cap + 2, dtype=torch.float64) * self.rate.per_rank
         bits[-1] = self.rate.dense
-        error = weights.double()[:, None] * error
+        error = self.weights.double()[:, None] * error
         if self.rate.most is not None:
             error[:, -1] = torch.inf
-        return error, bits
+        return PerTaskCurve(error, bits, self.rate.of(self.shared_rank, self.full))
 
-    def weighted(self, weights: Tensor) -> PerTaskCurve:
-        """The curve of the matrix: one rank per expert, and the shared part.
+    @property
+    def zero_rate_multiplier(self) -> float:
+        return self.curve.zero_rate_multiplier
 
-        Args:
-            weights: (T,).
-        """
-        shared = self.rate.of(self.shared_rank, self.full)
-        return PerTaskCurve(*self.curve(weights), shared)
+    def at(self, multiplier: float) -> tuple[float, float]:
+        return self.curve.at(multiplier)
 
     def spectra(
-        self,
-        name: str,
-        sides: tuple[int, int],
-        weights: Tensor,
-        *,
-        shared_energy: float = 0.0,
+        self, name: str, sides: tuple[int, int], *, shared_energy: float = 0.0
     ) -> MatrixSpectra:
         """The row of the rank allocation's table for this matrix.
 
         Args:
             sides: m and n.
-            weights: (T,).
             shared_energy: of the shared module.
         """
         energy = self.tail_energy.float()
@@ -84,7 +78,7 @@ class ExpertsCurve:
             sides,
             sigma=torch.cat([torch.zeros_like(self.sigma[:1]), self.sigma]),
             tail_energy=torch.cat([energy.new_zeros(1), energy]),
-            weights=weights.cpu().float(),
+            weights=self.weights.cpu().float(),
             rate=self.rate,
             shared_rank=self.shared_rank,
             shared_energy=shared_energy,

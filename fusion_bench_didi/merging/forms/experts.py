@@ -101,7 +101,9 @@ def choices_of(
         bases: half SVDs of the shared matrix and of the experts.
         shared: (m, n) the shared part at its rank.
     """
-    curves = in_all_precisions(context, name, shared_rank, sigma, tail_energy)
+    curves = in_all_precisions(
+        context, name, sigma, tail_energy, shared_rank=shared_rank
+    )
     precisions, energy = context.inventory.precisions[name], 0.0
     if shared is not None:
         energy = float(energy_of(shared))
@@ -114,14 +116,9 @@ def choices_of(
         Choice(
             form,
             precision,
-            curve.weighted(context.weights[name]),
+            curve.curve,
             bases,
-            curve.spectra(
-                name,
-                context.sides(name),
-                context.weights[name],
-                shared_energy=energy,
-            ),
+            curve.spectra(name, context.sides(name), shared_energy=energy),
         )
         for curve, precision in zip(curves, precisions)
         # what loses all of dense experts would still be bought of bits that nothing else wants

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...allocation.curves import Curve
+from ...allocation.curves import least
 from ...allocation.tucker_curve import TuckerCurve
 from ...deltas.base import Delta
 from ...deltas.precision import Precision
@@ -73,8 +73,12 @@ class Tucker:
                 shape, found, weights, max_up=up, max_down=down
             )
             curves = _curves(most_kept, allowed, tasks, most)
-            multiplier, alone = look.guess.multiplier, _alone(look)
-            if _least(curves, multiplier) >= _least(alone, multiplier):
+            others = (
+                *EXPERTS.curves(context, name, look.experts),
+                *CODED.choices(look),
+            )
+            alone = least((one.curve for one in others), look.guess.multiplier)
+            if least(curves, look.guess.multiplier) >= alone:
                 return
         spaces = tucker_bases(
             look.matrices,
@@ -140,18 +144,6 @@ def _curves(
         rounding = precision.common_rounding(shape, p, q) + more
         curves.append(TuckerCurve.of(spaces, bits, rounding, tasks, most=most))
     return curves
-
-
-def _alone(look: Look) -> list[Curve]:
-    """Curves of experts that share nothing."""
-    choices = EXPERTS.curves(look.context, look.name, look.experts)
-    return [choice.curve for choice in (*choices, *CODED.choices(look))]
-
-
-def _least(curves: Sequence[Curve], multiplier: float) -> float:
-    """``error + multiplier * bits`` of the best of them."""
-    points = (curve.at(multiplier) for curve in curves)
-    return min(lost + multiplier * bits for lost, bits in points)
 
 
 def encode_cores(

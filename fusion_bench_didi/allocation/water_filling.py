@@ -28,13 +28,8 @@ def greedy(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
     if not table:
         return []
     steps = [_hull_steps(index, row) for index, row in enumerate(table)]
-    slope, module, matrix, target, cost = (
-        torch.cat([s[i] for s in steps]) for i in range(5)
-    )
-    useful = slope > 0
-    slope, module, matrix, target, cost = (
-        x[useful] for x in (slope, module, matrix, target, cost)
-    )
+    edges = [torch.cat(of_all) for of_all in zip(*steps)]
+    slope, module, matrix, target, cost = (x[edges[0] > 0] for x in edges)
     ranks = [_snap(row, torch.zeros(row.sigma.shape[0])) for row in table]
     order = torch.sort(slope, descending=True, stable=True).indices
     left = budget - total_cost(table, ranks)
@@ -63,13 +58,8 @@ def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
     module = torch.arange(free.start, free.stop)[:, None].expand(gain.shape)
     known = (ranks <= last[:, None], torch.ones(len(last), 1, dtype=torch.bool))
     there = torch.cat(known, 1)
-    out = (
-        row.module_weights[free, None].double() * gain,
-        module,
-        torch.full_like(module, index),
-        reached,
-        bits,
-    )
+    slope = row.module_weights[free, None].double() * gain
+    out = (slope, module, torch.full_like(module, index), reached, bits)
     return tuple(edges[there] for edges in out)
 
 

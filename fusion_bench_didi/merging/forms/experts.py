@@ -53,31 +53,25 @@ class Experts:
             kept = full[1:].tolist()
             return encode_dense(context, tensor, kept, precision, shared)
         vectors = tensor.matrices()
-        residual_to_stored = row.shared_rank is not None
+        settled = row.shared_rank is not None
         if row.shared_rank == 0:
             shared = zero_like(vectors[0])
         else:
             shared = context.static_merge(name, vectors)
         parts, ranks = Decomposition(bases[0], bases[1:]), k.tolist()
+        cut = truncate(
+            parts, ranks, row.full, shared, vectors, residual_to_stored=settled
+        )
         modules = refine(
-            truncate(
-                parts,
-                ranks,
-                row.full,
-                shared,
-                vectors,
-                residual_to_stored=residual_to_stored,
-            ),
+            cut,
             vectors,
             weights=context.weights[name],
             how=context.settings.refinement,
             settings=context.settings.refining,
-            residual_to_stored=residual_to_stored,
+            residual_to_stored=settled,
         )
-        first, experts, errors = encode(
-            modules, ranks, vectors, shape=tensor.shape, precision=precision
-        )
-        return EncodedTensor(name, first, experts, errors)
+        made = encode(modules, ranks, vectors, shape=tensor.shape, precision=precision)
+        return EncodedTensor(name, *made)
 
     def ranks(self, decision: Decision, tasks: int) -> list[int]:
         return decision.point.tolist()

@@ -86,11 +86,7 @@ def uniform(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
 def scale_to_budget(
     table: Sequence[MatrixSpectra], continuous: Sequence[Tensor], budget: int
 ) -> list[Tensor]:
-    """One global factor on continuous ranks, rounded, as large as the budget allows; the rest is filled greedily.
-
-    Args:
-        continuous: one (T + 1,) float tensor per matrix.
-    """
+    """One global factor on continuous ranks (T + 1,) per matrix, rounded, as large as the budget allows; the rest is filled greedily."""
 
     def rounded(factor: float) -> list[Tensor]:
         return [

@@ -20,6 +20,8 @@ from ..quantization.dead_zone import BLOCK
 
 #: Stored forms by the name that files know them by; ``kinds`` imports all of them.
 KINDS: dict[str, type["Delta"]] = {}
+#: Rows of a matrix, and their values.
+Blocks = Iterator[tuple[slice | Tensor, Tensor]]
 
 
 def last_of(
@@ -95,11 +97,7 @@ class Delta(nn.Module):
         return product.dense().view(self.shape)
 
     def change(self, shared: "Delta | None" = None) -> Tensor:
-        """The task's whole change in float32, of shape ``self.shape``.
-
-        Args:
-            shared: the same tensor's delta of the shared part.
-        """
+        """The task's whole change in float32, of shape ``self.shape``, beside the shared part's delta of the same tensor."""
         own = self.own()
         return own if shared is None else own + shared.change()
 
@@ -126,9 +124,7 @@ class Delta(nn.Module):
         """``change(shared) - shared.change()`` in float32; a form that adds to what is shared decodes only itself."""
         return self.own()
 
-    def blocks(
-        self, shared: "Delta | None" = None
-    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    def blocks(self, shared: "Delta | None" = None) -> Blocks:
         """:meth:`beyond` as a matrix, some rows at a time: which, and their values (k, n), not to be written to.
 
         Forms that are stored by rows, and products, decode no more than these at once; others all of them.
@@ -193,11 +189,7 @@ def keeping_type(part: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 class DecodedDelta(Delta):
-    """A change as it is, in memory only.
-
-    Args:
-        value: of the tensor's shape, float32.
-    """
+    """A change as it is, float32, in memory only."""
 
     parts = shaped = ("value",)
 

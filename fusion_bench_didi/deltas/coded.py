@@ -11,7 +11,7 @@ from ..lowrank.factors import LowRankFactors
 from ..quantization.coded_matrix import CodedMatrix, unit_rows
 from ..quantization.dead_zone import decode, decode_blocks, encode, gains_of
 from ..quantization.entropy import StreamError
-from .base import Delta
+from .base import Blocks, Delta
 
 
 class CodedDelta(Delta):
@@ -38,9 +38,7 @@ class CodedDelta(Delta):
             (rows,) = decode(self.stream, [(self.classes, self._length)])
         return rows.mul_(self.step).view(self.shape)
 
-    def blocks(
-        self, shared: Delta | None = None
-    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    def blocks(self, shared: Delta | None = None) -> Blocks:
         if len(self.classes) != self.sides[0]:  # a column
             yield from super().blocks(shared)
             return

@@ -72,11 +72,7 @@ class GroupedDelta(Delta):
 
 
 def commons(deltas: Iterable[tuple[str, Delta]]) -> dict[tuple[str, str], Delta]:
-    """Parts that groups share, by label and tensor name.
-
-    Args:
-        deltas: of experts, by tensor name.
-    """
+    """Parts that groups share, by label and tensor name, of experts' deltas by tensor name."""
     return {
         (delta.group, name): delta.common
         for name, delta in deltas

@@ -63,9 +63,6 @@ class OwnDelta(Delta):
     """The task's own tensor in place of the base model's, as its checkpoint has it: of any type, of a shape of its own.
 
     For heads, statistics and counters, and whatever is of one task only; nothing is shared of it.
-
-    Args:
-        value: of ``shape``.
     """
 
     kind = "own"

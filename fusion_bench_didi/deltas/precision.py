@@ -159,11 +159,7 @@ def precisions(name: FactorType, own: torch.dtype) -> tuple[Precision, ...]:
 
 
 def vector_precisions(own: torch.dtype) -> tuple[Precision, ...]:
-    """The precisions in which a vector competes for bits, cheapest first.
-
-    Args:
-        own: type of the tensor in the checkpoints.
-    """
+    """The precisions in which a vector of a type in the checkpoints competes for bits, cheapest first."""
     *codes, as_is = precisions("auto", own)
     if as_is.bits > BFLOAT16.bits:
         codes.append(BFLOAT16)

@@ -1,14 +1,12 @@
 """Deltas of few bits per value."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ..lowrank.factors import LowRankFactors
 from ..quantization.codes import levels, pack_codes, packed_size
 from ..quantization.rounding import RoundedFactors, RoundedMatrix
-from .base import Delta, row_blocks
+from .base import Blocks, Delta, row_blocks
 
 
 class RoundedLowRankDelta(Delta):
@@ -72,7 +70,7 @@ class RoundedDenseDelta(Delta):
         value.view(len(self.scale), -1).mul_(self.scale[:, None])
         return value
 
-    def blocks(self, shared: Delta | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self, shared: Delta | None = None) -> Blocks:
         (m, n), codes = self.sides, self.codes.reshape(-1)
         for rows in row_blocks(m, n):
             first = rows.start * n * self.width // 8

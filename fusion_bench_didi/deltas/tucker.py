@@ -130,11 +130,7 @@ class Core(Delta):
 
 
 class CoreDelta(Core):
-    """A task's core in common bases, in a floating type.
-
-    Args:
-        value: (p, q).
-    """
+    """A task's core (p, q) in common bases, in a floating type."""
 
     kind = "core"
     parts = ("value",)

@@ -31,7 +31,7 @@ from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, account_of, scan
 from ..task_vectors.tensor import ChangedTensor
 from .basis_store import BasisStore
-from .context import MergeContext
+from .context import MergeContext, loss_weights
 from .encoding import encode_all
 from .finished import Finished
 from .forms import Decision
@@ -41,7 +41,6 @@ from .forms.early_decision import sample_of
 from .forms.uneven import dense_beyond_gaussian
 from .given import Given
 from .inventory import matrix_budget, named_budget, take_inventory
-from .loss_weights import loss_weights
 from .rank_bounds import RankBounds
 from .ranks import allocate, refined
 from .results import MergeReport, MergeResult, RankAllocation

@@ -12,11 +12,7 @@ from ..task_vectors.tensor import matrix_shape
 def encode_shared(
     shared: Matrix, rank: int, *, shape: tuple[int, ...], precision: Precision
 ) -> Delta | None:
-    """The stored shared module: dense at full rank, None at rank zero.
-
-    Args:
-        shared: (m, n), factored below full rank.
-    """
+    """A shared module (m, n), factored below full rank, as it is stored: dense at full rank, None at rank zero."""
     if rank >= min(matrix_shape(shape)):
         return precision.dense(shape, [(as_dense(shared).cpu(), None)])[0][0]
     return precision.low_rank(shape, shared.to("cpu"), None)[0] if rank else None

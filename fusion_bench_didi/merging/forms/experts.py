@@ -15,6 +15,7 @@ from ...lowrank.decomposition import Decomposition
 from ...lowrank.factored import as_dense, as_product, subtracting, zero_like
 from ...lowrank.factors import Matrix, energy_of
 from ...lowrank.refinement import FactorSet, refine
+from ...lowrank.row_blocks import minus, squared_norms
 from ...lowrank.subspace_iteration import subspace_step
 from ...lowrank.svd import HalfSVD
 from ...task_vectors.tensor import ChangedTensor
@@ -23,7 +24,6 @@ from ..context import MergeContext
 from ..reconstruction import change_of, encode_shared, squared_error
 from ..spectra import Decomposed
 from .base import Choice, Decision
-from .dense import encode_dense
 from .pricing import in_all_precisions
 from .uneven import at_its_price, beyond_gaussian
 
@@ -187,6 +187,43 @@ def encode(
         experts.append(delta)
         errors.append(torch.as_tensor(error, dtype=torch.float64))
     return first, experts, torch.stack(errors)
+
+
+def encode_dense(
+    context: MergeContext,
+    tensor: ChangedTensor,
+    kept: Sequence[bool],
+    precision: Precision,
+    shared: Delta | None = None,
+) -> EncodedTensor:
+    """One matrix whose experts are dense or not stored, quantized straight from the checkpoints: no task vector is formed.
+
+    Args:
+        kept: (T,) whether a task's change is stored at all.
+        shared: the shared part.
+    """
+    base, tasks = change_of(shared), range(len(kept))
+    experts: dict[int, Delta] = {}
+    errors: dict[int, Tensor] = {}
+    if shared is None:
+        errors = dict(zip(tasks, context.energy[tensor.name]))
+    for together in tensor.together:
+        some = [task for task in together if kept[task]]
+        others = [task for task in together if not kept[task]]
+        if some:
+            differences = minus(tensor.differences(some), base)
+            made, lost = precision.dense(tensor.shape, differences)
+            experts.update(zip(some, made))
+            errors.update(zip(some, lost))
+        if others and shared is not None:
+            rest = minus(tensor.differences(others), base)
+            errors.update(zip(others, squared_norms(rest)))
+    return EncodedTensor(
+        tensor.name,
+        shared,
+        [experts.get(task) for task in tasks],
+        torch.stack([errors[task] for task in tasks]),
+    )
 
 
 def _shared_beside_dense(

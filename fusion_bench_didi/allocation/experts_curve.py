@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .curves import PerTaskCurve
-from .spectra import MatrixSpectra, Rate
+from .spectra import MatrixSpectra, Rate, left_out
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,9 @@ class ExpertsCurve:
     @cached_property
     def curve(self) -> PerTaskCurve:
         """The curve of the matrix: experts of ranks 0, 1, ..., cap and, last, dense, and the shared part."""
-        energy = self.sigma.double().square()
-        whole = energy.sum(1) + self.tail_energy.double()
-        cap = min(self.rate.cap, self.full - 1, energy.shape[1])
-        # summed from the end, so that nothing is left where nothing is
-        left = energy.flip(1).cumsum(1).flip(1)
-        left = torch.cat([left, energy.new_zeros(len(energy), 1)], 1)[:, : cap + 1]
-        left = left + self.tail_energy.double()[:, None]
+        whole = self.sigma.double().square().sum(1) + self.tail_energy.double()
+        cap = min(self.rate.cap, self.full - 1, self.sigma.shape[1])
+        left = left_out(self.sigma, self.tail_energy, cap)
         error = left + self.rounding * (whole[:, None] - left)
         error = torch.cat([error, self.rounding_dense * whole[:, None]], 1)
         bits = torch.arange(cap + 2, dtype=torch.float64) * self.rate.per_rank

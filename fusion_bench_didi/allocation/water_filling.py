@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .spectra import MatrixSpectra, total_cost
+from .spectra import MatrixSpectra, left_out, total_cost
 
 #: Who gets how much rank: ``greedy`` water-filling, ``uniform`` shares, or ranks ``learned`` through a smooth truncation (Eq. 7-13).
 Allocation = Literal["learned", "greedy", "uniform"]
@@ -65,10 +65,7 @@ def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
 
 def dense_from(row: MatrixSpectra) -> tuple[Tensor, Tensor]:
     """(T + 1,) the rank from which the dense form is the next edge of the hull, and its gain per bit, unweighted, in float32."""
-    energy = row.sigma.double().square()  # (T + 1, q)
-    left = torch.cat([energy.flip(1).cumsum(1).flip(1), torch.zeros(len(energy), 1)], 1)
-    # kept out at rank i
-    left = left[:, : row.cap + 1] + row.tail_energy.double()[:, None]
+    left = left_out(row.sigma, row.tail_energy, row.cap)
     jump = left / (row.rate.dense - torch.arange(row.cap + 1) * row.rate.per_rank)
     rank = jump.argmin(1)
     return rank, jump.gather(1, rank[:, None])[:, 0].float()

@@ -7,6 +7,7 @@ from ..lowrank.factors import LowRankFactors
 from ..quantization.codes import levels, pack_codes, packed_size
 from ..quantization.rounding import RoundedFactors, RoundedMatrix
 from .base import Blocks, Delta, row_blocks
+from .entries import between_ends
 
 
 class RoundedLowRankDelta(Delta):
@@ -103,11 +104,8 @@ class AffineDelta(Delta):
             clip: fraction of the entries that may lie beyond each end; 0 keeps the whole range.
         """
         value = value.detach().float().cpu()
-        lo, hi = shrunk_range(value, clip)
-        step = (hi - lo) / 255
-        codes = (value - lo) / step if step > 0 else torch.zeros_like(value)
-        codes = codes.round().clamp(0, 255).to(torch.uint8)
-        return cls(tuple(value.shape), codes, torch.stack([lo, hi]))
+        codes, ends = between_ends(value.clamp(*shrunk_range(value, clip)), 8)
+        return cls(tuple(value.shape), codes.to(torch.uint8), ends)
 
     def own(self) -> Tensor:
         lo, hi = self.ends

@@ -79,6 +79,10 @@ class MergeContext:
     def sides(self, name: str) -> tuple[int, int]:
         return self.inventory.sides[name]
 
+    def weighted_energy(self, name: str) -> float:
+        """Weighted energy of all tasks' vectors."""
+        return float((self.weights[name].double() * self.energy[name]).sum())
+
     def static_merge(self, name: str, vectors: Sequence[Matrix]) -> Matrix:
         """The whole shared matrix (m, n) of task vectors, Eq. 2."""
         return shared_matrix(

@@ -66,8 +66,7 @@ def first_guess(
     ]
     picks, multiplier = choose(options, budget)
     error = sum(row[i].at(multiplier)[0] for row, i in zip(options, picks))
-    energy = sum(weighted_energy(context, name) for name in names)
-    relative_error = error / max(energy, 1e-300)
+    relative_error = error / max(sum(map(context.weighted_energy, names)), 1e-300)
     piloted = {name: one for name, one in samples.items() if one.piloted}
     if piloted:
         for name, row in zip(names, options):
@@ -184,7 +183,7 @@ def _reach_of_codes(look: Look, sample: Sample) -> tuple[int, bool]:
     if worthy >= known and known < min(look.sides):
         return look.bounds.initial_rank(name), False
     (best, bits), (lost, more) = low_rank.at(multiplier), whole.at(multiplier)
-    exact = best < EXACT * weighted_energy(context, name) and bits < more
+    exact = best < EXACT * context.weighted_energy(name) and bits < more
     if (
         not exact
         and lost + multiplier * more - (best + multiplier * bits)
@@ -208,11 +207,6 @@ def still_dense(look: Look, rest: Sequence[Difference], energy: Tensor) -> bool:
     """
     bound = _bounded(rest, energy, look.bounds.initial_rank(look.name))
     return _low_rank(look, bound, energy, rest.__getitem__) is None
-
-
-def weighted_energy(context: MergeContext, name: str) -> float:
-    """Weighted energy of all tasks' vectors."""
-    return float((context.weights[name].double() * context.energy[name]).sum())
 
 
 def _low_rank(

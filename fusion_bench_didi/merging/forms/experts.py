@@ -35,8 +35,7 @@ class Experts:
 
     def curves(self, context: MergeContext, name: str, one: Decomposed) -> list[Choice]:
         """In every precision, from spectra that are known."""
-        sigma, tail = one.spectra.sigma[1:], one.spectra.tail_energy[1:]
-        return choices_of(self, context, name, 0, sigma, tail, one.bases)
+        return choices_of(self, context, name, 0, *one.spectra.of_experts, one.bases)
 
     def encode(self, context: MergeContext, decision: Decision) -> EncodedTensor:
         name, row, k = decision.name, decision.spectra, decision.point

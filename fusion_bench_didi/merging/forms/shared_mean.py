@@ -17,7 +17,7 @@ from ...lowrank.overlap import mean_overlap
 from ...lowrank.row_blocks import materialize, minus, squared_norms
 from ...lowrank.svd import HalfSVD, half_svd, singular_values
 from .base import Choice, Look
-from .early_decision import WORTH, still_dense, weighted_energy
+from .early_decision import WORTH, still_dense
 from .experts import Experts, choices_of
 from .pricing import as_dense, in_all_precisions
 
@@ -51,9 +51,9 @@ def _beside_low_rank(form: SharedMean, look: Look) -> Iterator[Choice]:
     if look.sample is not None and look.sample.alike < WORTH_A_LOOK:
         return
     context, name, weights = look.context, look.name, look.weights
-    row, multiplier = look.experts.spectra, look.guess.multiplier
-    curves = in_all_precisions(context, name, row.sigma[1:], row.tail_energy[1:])
-    own, vectors = cheapest(curves, multiplier), look.matrices
+    multiplier, vectors = look.guess.multiplier, look.matrices
+    curves = in_all_precisions(context, name, *look.experts.spectra.of_experts)
+    own = cheapest(curves, multiplier)
     q = own.sigma.shape[1]
     shared = context.static_merge(name, vectors)
     found = half_svd(shared, max_rank=q, name=name)
@@ -96,7 +96,7 @@ def _beside_dense(form: SharedMean, look: Look) -> Iterator[Choice]:
         return
     shared = context.static_merge_of(name, look.differences)
     values = singular_values(shared).double().cpu()
-    energy = max(weighted_energy(context, name), 1e-300)
+    energy = max(context.weighted_energy(name), 1e-300)
     held = float(look.weights.sum()) * values.square().cumsum(0) / energy
     if not _worth_sharing(look, own, held):
         return
@@ -147,7 +147,7 @@ def _worth_sharing(look: Look, own: ExpertsCurve, held: Tensor) -> bool:
         left = max(1 - float(held[rank - 1]), 0.0)
         options += as_dense(context, name, left * look.energy, shared_rank=rank)
     gain = cost(own, multiplier) - least(options, multiplier)
-    usual = look.guess.relative_error * weighted_energy(context, name)
+    usual = look.guess.relative_error * context.weighted_energy(name)
     return gain > WORTH * max(own.at(multiplier)[0], usual)
 
 

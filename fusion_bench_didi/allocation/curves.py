@@ -4,8 +4,9 @@ For a multiplier (error per bit) the best operating point of a curve is known in
 needs to know to encode itself there: an index per task, or the sizes of a core. Letters: ``T`` tasks, ``K`` points per task.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -34,6 +35,25 @@ class PlacedCurve(Curve, Protocol):
         """Gain per bit, and the point, of the best step up that costs at most ``left`` bits; None if there is none."""
 
 
+AnyCurve = TypeVar("AnyCurve", bound=Curve)
+
+
+def cost(curve: Curve, multiplier: float) -> float:
+    """``error + multiplier * bits`` where that is least."""
+    lost, bits = curve.at(multiplier)
+    return lost + multiplier * bits
+
+
+def least(curves: Iterable[Curve], multiplier: float) -> float:
+    """:func:`cost` of the best of them."""
+    return min(cost(curve, multiplier) for curve in curves)
+
+
+def cheapest(curves: Iterable[AnyCurve], multiplier: float) -> AnyCurve:
+    """The one of least :func:`cost`."""
+    return min(curves, key=lambda curve: cost(curve, multiplier))
+
+
 @dataclass(frozen=True)
 class PerTaskCurve:
     """Experts that are chosen task by task out of the same few sizes, beside a shared part of fixed size.
@@ -53,13 +73,16 @@ class PerTaskCurve:
         return float((self.error[:, :1] / self.bits[1]).max())
 
     def at(self, multiplier: float) -> tuple[float, float]:
-        best = (self.error + multiplier * self.bits).argmin(1)  # (T,)
+        best = self._best(multiplier)
         lost = float(self.error.gather(1, best[:, None]).sum())
         return lost, float(self.bits[best].sum()) + self.shared
 
     def point(self, multiplier: float) -> tuple[int, ...]:
         """(T,) index of each task's size."""
-        return tuple((self.error + multiplier * self.bits).argmin(1).tolist())
+        return tuple(self._best(multiplier).tolist())
+
+    def _best(self, multiplier: float) -> Tensor:
+        return (self.error + multiplier * self.bits).argmin(1)  # (T,)
 
     def rate(self, point: tuple[int, ...]) -> int:
         return int(self.bits[list(point)].sum()) + self.shared

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,19 +111,19 @@ def learn_ranks(
         _descend(groups, fractions, budget, unit, settings)
     learned: list[Tensor] = [torch.empty(0)] * len(table)
     for group, fraction in zip(groups, fractions):
-        for i, k in zip(group.members, (fraction.detach() * group.full).unbind()):
+        for i, k in zip(group.members, (fraction.detach() * group.like.full).unbind()):
             learned[i] = k
     learned = scale_to_budget(table, learned, budget)
     begun = scale_to_budget(table, start, budget)
     after, before = objective(table, learned), objective(table, begun)
-    better = before < after
+    better = settings.fallback and before < after
     log.info(
         "rank stage: weighted squared error %.6g by learned ranks, %.6g by those of the start; the %s ranks are taken",
         after,
         before,
-        "start's" if better and settings.fallback else "learned",
+        "start's" if better else "learned",
     )
-    return begun if better and settings.fallback else learned
+    return begun if better else learned
 
 
 def _descend(
@@ -143,9 +144,10 @@ def _descend(
         optimizer.zero_grad()
         loss, cost = torch.zeros(()), torch.zeros(())
         for group, fraction in zip(groups, fractions):
-            k = fraction * group.full  # (G, T + 1)
+            k = fraction * group.like.full  # (G, T + 1)
             loss = loss + group.error(k, beta=beta, shift=settings.shift)
-            cost = cost + (k * group.per_rank).clamp(max=group.dense).sum()
+            rate = group.like.rate
+            cost = cost + (k * rate.per_rank).clamp(max=rate.dense).sum()
         ratio = cost / unit
         (loss / energy + settings.penalty * (ratio - budget / unit).abs()).backward()
         optimizer.step()
@@ -154,7 +156,7 @@ def _descend(
             for group, fraction in zip(groups, fractions):
                 fraction.clamp_(0.0, 1.0)
                 fixed = group.shared_rank
-                fraction[fixed >= 0, 0] = fixed[fixed >= 0] / group.full
+                fraction[fixed >= 0, 0] = fixed[fixed >= 0] / group.like.full
 
 
 def objective(table: Sequence[MatrixSpectra], ranks: Sequence[Tensor]) -> float:
@@ -165,18 +167,20 @@ def objective(table: Sequence[MatrixSpectra], ranks: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class _Group:
-    """Matrices of equal shape, stacked."""
+    """Matrices of equal shape and rate, stacked.
 
-    members: tuple[int, ...]
-    full: int
-    cap: int
-    per_rank: int
-    dense: int
+    Args:
+        members: where in the table they are.
+        like: one of them.
+    """
+
+    members: Sequence[int]
+    like: MatrixSpectra
     sigma: Tensor  # (G, T + 1, q)
     tail_energy: Tensor  # (G, T + 1)
     weights: Tensor  # (G, T)
     shared_rank: Tensor  # (G,) rank, -1 where it is learned
-    coupling: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    coupling: tuple[Tensor, ...] | None
 
     @classmethod
     def of(
@@ -185,29 +189,17 @@ class _Group:
         members: Sequence[int] = (),
         coupled: bool = True,
     ) -> "_Group":
-        first = rows[0]
-        parts = None
-        if coupled and all(row.coupling is not None for row in rows):
-            parts = tuple(
-                torch.stack([getattr(row.coupling, part) for row in rows]).to(
-                    first.sigma.device
-                )
-                for part in ("head", "shared_tail", "expert_tail", "tail")
-            )
-        return cls(
-            members=tuple(members),
-            full=first.full,
-            cap=first.cap,
-            per_rank=first.rate.per_rank,
-            dense=first.rate.dense,
-            sigma=torch.stack([row.sigma for row in rows]),
-            tail_energy=torch.stack([row.tail_energy for row in rows]),
-            weights=torch.stack([row.weights for row in rows]),
-            shared_rank=torch.tensor(
-                [-1 if r.shared_rank is None else r.shared_rank for r in rows]
-            ),
-            coupling=parts,
-        )
+        def stacked(name: str, found: Sequence[Any] = rows) -> Tensor:
+            return torch.stack([getattr(one, name) for one in found])
+
+        couplings, parts = [row.coupling for row in rows], None
+        if coupled and None not in couplings:
+            names = ("head", "shared_tail", "expert_tail", "tail")
+            device = rows[0].sigma.device
+            parts = tuple(stacked(name, couplings).to(device) for name in names)
+        settled = [-1 if row.shared_rank is None else row.shared_rank for row in rows]
+        own = map(stacked, ("sigma", "tail_energy", "weights"))
+        return cls(members, rows[0], *own, torch.tensor(settled), parts)
 
     def weighted_energy(self) -> Tensor:
         """``sum w_t ||tau_t||^2`` by the quadratic form at rank 0, which keeps nothing."""

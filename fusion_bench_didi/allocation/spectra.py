@@ -44,6 +44,19 @@ class Rate:
         return self.dense if rank >= full else rank * self.per_rank
 
 
+def left_out(sigma: Tensor, tail_energy: Tensor, cap: int) -> Tensor:
+    """(k, cap + 1) squared errors, float64, of modules (k,) at ranks 0, 1, ..., cap.
+
+    Args:
+        sigma: (k, q) singular values; summed from the end, so that nothing is left where nothing is.
+        tail_energy: (k,) beyond them.
+    """
+    energy = sigma.double().square()
+    left = energy.flip(1).cumsum(1).flip(1)
+    left = torch.cat([left, energy.new_zeros(len(energy), 1)], 1)[:, : cap + 1]
+    return left + tail_energy.double()[:, None]
+
+
 @dataclass(frozen=True)
 class MatrixSpectra:
     """All that the rank stage knows of one matrix.
@@ -68,6 +81,11 @@ class MatrixSpectra:
     coupling: Coupling | None = None
     shared_rank: int | None = None
     shared_energy: float = 0.0
+
+    @property
+    def of_experts(self) -> tuple[Tensor, Tensor]:
+        """(T, q) singular values, and (T,) energy beyond."""
+        return self.sigma[1:], self.tail_energy[1:]
 
     @property
     def full(self) -> int:

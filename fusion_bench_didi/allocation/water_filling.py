@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .spectra import MatrixSpectra, total_cost
+from .spectra import MatrixSpectra, left_out, total_cost
 
 #: Who gets how much rank: ``greedy`` water-filling, ``uniform`` shares, or ranks ``learned`` through a smooth truncation (Eq. 7-13).
 Allocation = Literal["learned", "greedy", "uniform"]
@@ -28,13 +28,8 @@ def greedy(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
     if not table:
         return []
     steps = [_hull_steps(index, row) for index, row in enumerate(table)]
-    slope, module, matrix, target, cost = (
-        torch.cat([s[i] for s in steps]) for i in range(5)
-    )
-    useful = slope > 0
-    slope, module, matrix, target, cost = (
-        x[useful] for x in (slope, module, matrix, target, cost)
-    )
+    edges = [torch.cat(of_all) for of_all in zip(*steps)]
+    slope, module, matrix, target, cost = (x[edges[0] > 0] for x in edges)
     ranks = [_snap(row, torch.zeros(row.sigma.shape[0])) for row in table]
     order = torch.sort(slope, descending=True, stable=True).indices
     left = budget - total_cost(table, ranks)
@@ -63,22 +58,14 @@ def _hull_steps(index: int, row: MatrixSpectra) -> tuple[Tensor, ...]:
     module = torch.arange(free.start, free.stop)[:, None].expand(gain.shape)
     known = (ranks <= last[:, None], torch.ones(len(last), 1, dtype=torch.bool))
     there = torch.cat(known, 1)
-    out = (
-        row.module_weights[free, None].double() * gain,
-        module,
-        torch.full_like(module, index),
-        reached,
-        bits,
-    )
+    slope = row.module_weights[free, None].double() * gain
+    out = (slope, module, torch.full_like(module, index), reached, bits)
     return tuple(edges[there] for edges in out)
 
 
 def dense_from(row: MatrixSpectra) -> tuple[Tensor, Tensor]:
     """(T + 1,) the rank from which the dense form is the next edge of the hull, and its gain per bit, unweighted, in float32."""
-    energy = row.sigma.double().square()  # (T + 1, q)
-    left = torch.cat([energy.flip(1).cumsum(1).flip(1), torch.zeros(len(energy), 1)], 1)
-    # kept out at rank i
-    left = left[:, : row.cap + 1] + row.tail_energy.double()[:, None]
+    left = left_out(row.sigma, row.tail_energy, row.cap)
     jump = left / (row.rate.dense - torch.arange(row.cap + 1) * row.rate.per_rank)
     rank = jump.argmin(1)
     return rank, jump.gather(1, rank[:, None])[:, 0].float()
@@ -96,11 +83,7 @@ def uniform(table: Sequence[MatrixSpectra], budget: int) -> list[Tensor]:
 def scale_to_budget(
     table: Sequence[MatrixSpectra], continuous: Sequence[Tensor], budget: int
 ) -> list[Tensor]:
-    """One global factor on continuous ranks, rounded, as large as the budget allows; the rest is filled greedily.
-
-    Args:
-        continuous: one (T + 1,) float tensor per matrix.
-    """
+    """One global factor on continuous ranks (T + 1,) per matrix, rounded, as large as the budget allows; the rest is filled greedily."""
 
     def rounded(factor: float) -> list[Tensor]:
         return [

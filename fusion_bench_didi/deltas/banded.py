@@ -28,16 +28,6 @@ class BandedLowRankDelta(Delta):
     kind = "banded_low_rank"
     parts = ("up", "down", "scale", "ranks")
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        up: Tensor,
-        down: Tensor,
-        scale: Tensor,
-        ranks: Tensor,
-    ):
-        super().__init__(shape, up=up, down=down, scale=scale, ranks=ranks)
-
     @classmethod
     def of(
         cls, shape: tuple[int, ...], bands: Sequence[RoundedFactors]

@@ -6,8 +6,10 @@ tasks share (None where there is none): most forms add their own to what that on
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from inspect import Parameter, Signature
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,15 @@ from ..quantization.dead_zone import BLOCK
 
 #: Stored forms by the name that files know them by; ``kinds`` imports all of them.
 KINDS: dict[str, type["Delta"]] = {}
+#: Rows of a matrix, and their values.
+Blocks = Iterator[tuple[slice | Tensor, Tensor]]
+
+
+def last_of(
+    delta: "Delta | None", shared: "Delta | None"
+) -> tuple["Delta | None", "Delta | None"]:
+    """What tells a task's whole change of a tensor, and what that stands on: what is shared, where a task has nothing of its own."""
+    return (shared, None) if delta is None else (delta, shared)
 
 
 def row_blocks(m: int, n: int) -> Iterator[slice]:
@@ -31,12 +42,18 @@ class Delta(nn.Module):
 
     Args:
         shape: of the tensor that is changed.
+        given: the tensors of :attr:`parts`, then the numbers of :attr:`numbers`, in order or by name.
     """
 
     kind: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]] = ()
     #: parts that may be None
     optional: ClassVar[tuple[str, ...]] = ()
+    #: parts that are of the tensor's shape, and are given it
+    shaped: ClassVar[tuple[str, ...]] = ()
+    #: whole numbers that files know beside the tensors, by the attribute that holds each
+    numbers: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    _given: ClassVar[Signature]
     #: whether it changes anything by itself, rather than being what others are written in
     adds: ClassVar[bool] = True
 
@@ -44,15 +61,25 @@ class Delta(nn.Module):
         super().__init_subclass__(**kwargs)
         if "kind" in vars(cls):
             KINDS[cls.kind] = cls
+        names = (*cls.parts, *cls.numbers)
+        cls._given = Signature(
+            [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        )
 
-    def __init__(self, shape: tuple[int, ...], **tensors: Tensor | None):
+    def __init__(self, shape: tuple[int, ...], *given: Any, **named: Any):
         super().__init__()
         self.shape = tuple(shape)
+        values = self._given.bind(*given, **named).arguments
+        for name, attribute in self.numbers.items():
+            setattr(self, attribute, values[name])
         for name in self.parts:
-            if name in self.optional and tensors[name] is None:
+            if name in self.optional and values[name] is None:
                 self.register_parameter(name, None)
                 continue
-            value = tensors[name].detach().contiguous()
+            value = values[name].detach()
+            if name in self.shaped:
+                value = value.reshape(shape)
+            value = value.contiguous()
             if value.untyped_storage().nbytes() > value.nbytes:
                 # a view would keep, and be written with, the whole
                 value = value.clone()
@@ -70,11 +97,7 @@ class Delta(nn.Module):
         return product.dense().view(self.shape)
 
     def change(self, shared: "Delta | None" = None) -> Tensor:
-        """The task's whole change in float32, of shape ``self.shape``.
-
-        Args:
-            shared: the same tensor's delta of the shared part.
-        """
+        """The task's whole change in float32, of shape ``self.shape``, beside the shared part's delta of the same tensor."""
         own = self.own()
         return own if shared is None else own + shared.change()
 
@@ -101,9 +124,7 @@ class Delta(nn.Module):
         """``change(shared) - shared.change()`` in float32; a form that adds to what is shared decodes only itself."""
         return self.own()
 
-    def blocks(
-        self, shared: "Delta | None" = None
-    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    def blocks(self, shared: "Delta | None" = None) -> Blocks:
         """:meth:`beyond` as a matrix, some rows at a time: which, and their values (k, n), not to be written to.
 
         Forms that are stored by rows, and products, decode no more than these at once; others all of them.
@@ -137,13 +158,13 @@ class Delta(nn.Module):
         found = ((name, getattr(self, name)) for name in self.parts)
         return {name: value.detach() for name, value in found if value is not None}
 
-    def options(self) -> dict:
-        """JSON-plain constructor arguments beside shape and tensors."""
-        return {}
+    def options(self) -> dict[str, int]:
+        """Constructor arguments beside shape and tensors, JSON-plain."""
+        return {name: getattr(self, at) for name, at in self.numbers.items()}
 
     @property
     def bits(self) -> int:
-        return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
+        return sum(8 * tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -168,16 +189,9 @@ def keeping_type(part: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 class DecodedDelta(Delta):
-    """A change as it is, in memory only.
+    """A change as it is, float32, in memory only."""
 
-    Args:
-        value: of the tensor's shape, float32.
-    """
-
-    parts = ("value",)
-
-    def __init__(self, shape: tuple[int, ...], value: Tensor):
-        super().__init__(shape, value=value)
+    parts = shaped = ("value",)
 
     def own(self) -> Tensor:
         return self.value

@@ -11,7 +11,7 @@ from ..lowrank.factors import LowRankFactors
 from ..quantization.coded_matrix import CodedMatrix, unit_rows
 from ..quantization.dead_zone import decode, decode_blocks, encode, gains_of
 from ..quantization.entropy import StreamError
-from .base import Delta
+from .base import Blocks, Delta
 
 
 class CodedDelta(Delta):
@@ -26,11 +26,6 @@ class CodedDelta(Delta):
     kind = "coded"
     parts = ("stream", "classes", "step")
 
-    def __init__(
-        self, shape: tuple[int, ...], stream: Tensor, classes: Tensor, step: Tensor
-    ):
-        super().__init__(shape, stream=stream, classes=classes, step=step)
-
     @classmethod
     def of(cls, shape: tuple[int, ...], coded: CodedMatrix) -> "CodedDelta":
         """From the codes of its rows."""
@@ -43,9 +38,7 @@ class CodedDelta(Delta):
             (rows,) = decode(self.stream, [(self.classes, self._length)])
         return rows.mul_(self.step).view(self.shape)
 
-    def blocks(
-        self, shared: Delta | None = None
-    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    def blocks(self, shared: Delta | None = None) -> Blocks:
         if len(self.classes) != self.sides[0]:  # a column
             yield from super().blocks(shared)
             return
@@ -73,16 +66,6 @@ class CodedLowRankDelta(Delta):
 
     kind = "coded_low_rank"
     parts = ("stream", "short", "long", "step")
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        stream: Tensor,
-        short: Tensor,
-        long: Tensor,
-        step: Tensor,
-    ):
-        super().__init__(shape, stream=stream, short=short, long=long, step=step)
 
     @classmethod
     def of(cls, shape: tuple[int, ...], coded: CodedMatrix) -> "CodedLowRankDelta":

@@ -41,19 +41,13 @@ class UniformDelta(Delta):
 
     kind = "uniform"
     parts = ("codes", "ends")
-
-    def __init__(self, shape: tuple[int, ...], codes: Tensor, ends: Tensor, width: int):
-        super().__init__(shape, codes=codes, ends=ends)
-        self.width = width
+    numbers = {"width": "width"}
 
     @classmethod
     def of(cls, codes: Tensor, ends: Tensor, width: int) -> "UniformDelta":
         """From codes in the tensor's shape."""
         packed = _packed(codes.cpu(), width)
         return cls(tuple(codes.shape), packed, ends.cpu(), width)
-
-    def options(self) -> dict:
-        return {"width": self.width}
 
     def own(self) -> Tensor:
         return _levels(self.codes, self.ends, self.width, self.numel).view(self.shape)
@@ -91,18 +85,7 @@ class ScatteredDelta(_SomeEntries):
 
     kind = "scattered"
     parts = ("where", "table", "values", "ends")
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        where: Tensor,
-        table: Tensor,
-        values: Tensor,
-        ends: Tensor | None,
-        width: int,
-    ):
-        super().__init__(shape, where=where, table=table, values=values, ends=ends)
-        self.width = width
+    numbers = {"width": "width"}
 
     @classmethod
     def of(
@@ -113,9 +96,6 @@ class ScatteredDelta(_SomeEntries):
         table = frequencies(kept, 2)
         where, parts = encode(kept, table), _stored(values, ends, width)
         return cls(tuple(kept.shape), where, table, *parts, width)
-
-    def options(self) -> dict:
-        return {"width": self.width}
 
     def kept(self) -> Tensor:
         where = decode(self.where, self.table, self.numel).bool()
@@ -133,18 +113,7 @@ class SeededDelta(_SomeEntries):
 
     kind = "seeded"
     parts = ("values", "ends")
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        values: Tensor,
-        ends: Tensor | None,
-        width: int,
-        seed: int,
-        keep: int,
-    ):
-        super().__init__(shape, values=values, ends=ends)
-        self.width, self.seed, self.keep = width, seed, keep
+    numbers = {"width": "width", "seed": "seed", "keep": "keep"}
 
     @classmethod
     def of(
@@ -159,9 +128,6 @@ class SeededDelta(_SomeEntries):
     ) -> "SeededDelta":
         """From codes or floats of the entries that :func:`drawn` tells, in order."""
         return cls(shape, *_stored(values, ends, width), width, seed, keep)
-
-    def options(self) -> dict:
-        return {"width": self.width, "seed": self.seed, "keep": self.keep}
 
     def kept(self) -> Tensor:
         return drawn(self.seed, self.keep, self.numel, self.values.device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.factors import LowRankFactors
-from .base import Delta
+from .base import Delta, last_of
 from .sink import Experts
 
 
@@ -21,8 +21,6 @@ class GroupedDelta(Delta):
         common: what the group shares of the tensor, None for nothing.
         own: the task's own, None for nothing.
     """
-
-    parts = ()
 
     def __init__(
         self,
@@ -39,21 +37,17 @@ class GroupedDelta(Delta):
         )
 
     def change(self, shared: Delta | None = None) -> Tensor:
-        if self.inner is not None:
-            return self.inner.change(self.common)
-        if self.common is not None:
-            return self.common.change()
-        return self._place.new_zeros(self.shape, dtype=torch.float32)
+        last, below = last_of(self.inner, self.common)
+        return self._place.new_zeros(self.shape) if last is None else last.change(below)
 
     def own(self) -> Tensor:
         return self.change()
 
     def product(self, shared: Delta | None = None) -> LowRankFactors | None:
-        if self.inner is not None:
-            return self.inner.product(self.common)
-        if self.common is not None:
-            return self.common.product()
-        return LowRankFactors.zeros(*self.sides, like=self._place.float())
+        last, below = last_of(self.inner, self.common)
+        if last is None:
+            return LowRankFactors.zeros(*self.sides, like=self._place)
+        return last.product(below)
 
     def own_product(self) -> LowRankFactors | None:
         return self.product()
@@ -78,11 +72,7 @@ class GroupedDelta(Delta):
 
 
 def commons(deltas: Iterable[tuple[str, Delta]]) -> dict[tuple[str, str], Delta]:
-    """Parts that groups share, by label and tensor name.
-
-    Args:
-        deltas: of experts, by tensor name.
-    """
+    """Parts that groups share, by label and tensor name, of experts' deltas by tensor name."""
     return {
         (delta.group, name): delta.common
         for name, delta in deltas

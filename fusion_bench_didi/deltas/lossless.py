@@ -25,9 +25,6 @@ class LosslessDelta(OwnDelta):
     kind = "lossless"
     parts = ("stream", "like")
 
-    def __init__(self, shape: tuple[int, ...], stream: Tensor, like: Tensor):
-        super(OwnDelta, self).__init__(shape, stream=stream, like=like)
-
     @classmethod
     def of(cls, value: Tensor, base: Tensor) -> "LosslessDelta":
         """The delta between a task's tensor and the base model's, of one floating type and shape."""

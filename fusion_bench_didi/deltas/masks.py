@@ -29,9 +29,6 @@ class MaskedDelta(MadeOfShared):
     kind = "masked"
     parts = ("mask", "scale")
 
-    def __init__(self, shape: tuple[int, ...], mask: Tensor, scale: Tensor):
-        super().__init__(shape, mask=mask, scale=scale)
-
     @classmethod
     def of(cls, mask: Tensor, scale: Tensor | float = 1.0) -> "MaskedDelta":
         """From a boolean mask of the tensor's shape; the scale is kept in float32."""
@@ -53,9 +50,6 @@ class SignedDelta(MadeOfShared):
 
     kind = "signed"
     parts = ("negative",)
-
-    def __init__(self, shape: tuple[int, ...], negative: Tensor):
-        super().__init__(shape, negative=negative)
 
     @classmethod
     def of(cls, shape: tuple[int, ...], signs: Tensor) -> "SignedDelta":
@@ -80,9 +74,6 @@ class SparseDelta(MadeOfShared):
 
     kind = "sparse"
     parts = ("where", "values")
-
-    def __init__(self, shape: tuple[int, ...], where: Tensor, values: Tensor):
-        super().__init__(shape, where=where, values=values)
 
     @classmethod
     def of(cls, value: Tensor, dtype: torch.dtype) -> "SparseDelta":

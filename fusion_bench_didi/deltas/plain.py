@@ -11,10 +11,7 @@ class DenseDelta(Delta):
     """Every entry: ``shared + value``."""
 
     kind = "dense"
-    parts = ("value",)
-
-    def __init__(self, shape: tuple[int, ...], value: Tensor):
-        super().__init__(shape, value=value.reshape(shape))
+    parts = shaped = ("value",)
 
     def own(self) -> Tensor:
         return self.value.float()
@@ -30,9 +27,6 @@ class LowRankDelta(Delta):
 
     kind = "low_rank"
     parts = ("up", "down")
-
-    def __init__(self, shape: tuple[int, ...], up: Tensor, down: Tensor):
-        super().__init__(shape, up=up, down=down)
 
     @classmethod
     def of(
@@ -60,9 +54,6 @@ class SpectralDelta(Delta):
     kind = "spectral"
     parts = ("up", "sigma", "down")
 
-    def __init__(self, shape: tuple[int, ...], up: Tensor, sigma: Tensor, down: Tensor):
-        super().__init__(shape, up=up, sigma=sigma, down=down)
-
     def own_product(self) -> LowRankFactors:
         up, sigma, down = (t.float() for t in (self.up, self.sigma, self.down))
         return LowRankFactors(up * sigma, down)
@@ -72,16 +63,10 @@ class OwnDelta(Delta):
     """The task's own tensor in place of the base model's, as its checkpoint has it: of any type, of a shape of its own.
 
     For heads, statistics and counters, and whatever is of one task only; nothing is shared of it.
-
-    Args:
-        value: of ``shape``.
     """
 
     kind = "own"
-    parts = ("value",)
-
-    def __init__(self, shape: tuple[int, ...], value: Tensor):
-        super().__init__(shape, value=value.reshape(shape))
+    parts = shaped = ("value",)
 
     def applied(self, base: Tensor, shared: Delta | None = None) -> Tensor:
         return self.value.detach()

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..allocation.spectra import Rate
-from ..errors import SettingsError
 from ..lowrank.factors import LowRankFactors, Matrix
 from ..lowrank.row_blocks import Difference, cast
 from ..quantization.codes import WIDTHS
@@ -22,11 +21,7 @@ from .tucker import Bases, BasesDelta, CoreDelta, RoundedBasesDelta, RoundedCore
 #: Bits of a rounding scale.
 SCALE_BITS = 32
 
-_FLOATS = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_FLOATS = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _CODES = {f"int{bits}": bits for bits in WIDTHS}
 #: In what numbers are stored: ``auto`` chooses per matrix, with its rank, among the integer types and ``checkpoint``, the type that
 #: the checkpoints have it in; any other is taken for all of them. Fewer bits leave room for more rank.
@@ -41,7 +36,6 @@ FactorType = Literal[
     "int2",
     "auto",
 ]
-NAMES = get_args(FactorType)
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,11 @@ class Precision:
     cast: float = 0.0
 
     @property
+    def scale_bits(self) -> int:
+        """Bits beside those of the numbers: of the scale of each direction, or row, of integer codes."""
+        return SCALE_BITS if self.dtype is None else 0
+
+    @property
     def rounding(self) -> float:
         """Expected squared error of a stored product relative to its energy.
 
@@ -78,11 +77,10 @@ class Precision:
         return -(-self.bits * numel // 8) * 8
 
     def rate(self, m: int, n: int) -> Rate:
-        """At most what is stored; integer codes carry one scale per direction, or per row where dense."""
-        scale = 0 if self.dtype is not None else SCALE_BITS
+        """At most what is stored."""
         return Rate(
-            per_rank=self.whole(m) + self.whole(n) + scale,
-            dense=self.whole(m * n) + scale * m,
+            per_rank=self.whole(m) + self.whole(n) + self.scale_bits,
+            dense=self.core_bits(m, n),
         )
 
     def common_bits(
@@ -90,16 +88,17 @@ class Precision:
     ) -> Tensor:
         """Bits of common bases of p columns and q rows of an (m, n) matrix, at most, with the cores of all tasks.
 
-        A whole side needs no basis; integer codes carry one scale per column, row and row of a core.
+        A whole side needs no basis.
         """
         (m, n), up, down = shape, p * (p < shape[0]), q * (q < shape[1])
-        bits = self.whole(m) * up + self.whole(n) * down + tasks * self.whole(p * q)
-        scales = 0 if self.dtype is not None else SCALE_BITS
-        return bits + scales * (up + down + tasks * p)
+        bases = (
+            self.whole(m) * up + self.whole(n) * down + self.scale_bits * (up + down)
+        )
+        return bases + tasks * self.core_bits(p, q)
 
-    def core_bits(self, p: int, q: int) -> int:
-        """Bits of one task's core (p, q) in common bases."""
-        return self.whole(p * q) + (0 if self.dtype is not None else SCALE_BITS * p)
+    def core_bits(self, p: Tensor | int, q: Tensor | int) -> Tensor | int:
+        """Bits of one task's core (p, q) in common bases, or of a whole matrix of these sides."""
+        return self.whole(p * q) + self.scale_bits * p
 
     def common_rounding(self, shape: tuple[int, int], p: Tensor, q: Tensor) -> Tensor:
         """Expected squared error of ``U C_t V``, each of them rounded, relative to its energy."""
@@ -128,9 +127,7 @@ class Precision:
         return RoundedLowRankDelta.of(shape, rounded), rounded.error
 
     def dense(
-        self,
-        shape: tuple[int, ...],
-        terms: Sequence[Difference],
+        self, shape: tuple[int, ...], terms: Sequence[Difference]
     ) -> tuple[list[Delta], Tensor]:
         """Store every entry of differences (m, n), on the CPU; with (T,) squared norms of what that loses."""
         if self.dtype is not None:
@@ -145,35 +142,24 @@ class Precision:
 BFLOAT16 = Precision("bfloat16", 16, torch.bfloat16, cast=2.0**-20)
 
 
-def precisions(name: str, own: torch.dtype) -> tuple[Precision, ...]:
+def precisions(name: FactorType, own: torch.dtype) -> tuple[Precision, ...]:
     """The precisions that a setting allows for a tensor, cheapest first.
 
     Args:
-        name: one of ``NAMES``; ``checkpoint`` is the tensor's own type, ``auto`` leaves the choice to the allocation.
+        name: a :data:`FactorType`; ``checkpoint`` is the tensor's own type, ``auto`` leaves the choice to the allocation.
         own: type of the tensor in the checkpoints.
-
-    Raises:
-        SettingsError: for another name.
     """
-    as_is = Precision(str(own).removeprefix("torch."), dtype_bits(own), own)
-    if name == "checkpoint":
-        return (as_is,)
-    if name in _FLOATS:
-        dtype = _FLOATS[name]
-        return (Precision(name, torch.finfo(dtype).bits, dtype),)
+    if name == "auto":
+        codes = (Precision(code, bits) for code, bits in _CODES.items())
+        return (*codes, *precisions("checkpoint", own))
     if name in _CODES:
         return (Precision(name, _CODES[name]),)
-    if name == "auto":
-        return (*(Precision(code, bits) for code, bits in _CODES.items()), as_is)
-    raise SettingsError(f"factor_dtype={name!r}; choose one of {', '.join(NAMES)}.")
+    dtype = own if name == "checkpoint" else _FLOATS[name]
+    return (Precision(str(dtype).removeprefix("torch."), dtype_bits(dtype), dtype),)
 
 
 def vector_precisions(own: torch.dtype) -> tuple[Precision, ...]:
-    """The precisions in which a vector competes for bits, cheapest first.
-
-    Args:
-        own: type of the tensor in the checkpoints.
-    """
+    """The precisions in which a vector of a type in the checkpoints competes for bits, cheapest first."""
     *codes, as_is = precisions("auto", own)
     if as_is.bits > BFLOAT16.bits:
         codes.append(BFLOAT16)
@@ -184,7 +170,7 @@ def vector_precisions(own: torch.dtype) -> tuple[Precision, ...]:
 _FEW = 0.02
 
 
-def vector_dtype(name: str, own: torch.dtype, *, share: float) -> torch.dtype:
+def vector_dtype(name: FactorType, own: torch.dtype, *, share: float) -> torch.dtype:
     """In what type tensors are stored that do not compete for bits: whole ones, and vectors where precisions are not chosen.
 
     Args:

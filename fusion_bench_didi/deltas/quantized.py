@@ -1,14 +1,13 @@
 """Deltas of few bits per value."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ..lowrank.factors import LowRankFactors
 from ..quantization.codes import levels, pack_codes, packed_size
 from ..quantization.rounding import RoundedFactors, RoundedMatrix
-from .base import Delta, row_blocks
+from .base import Blocks, Delta, row_blocks
+from .entries import between_ends
 
 
 class RoundedLowRankDelta(Delta):
@@ -22,12 +21,7 @@ class RoundedLowRankDelta(Delta):
 
     kind = "rounded_low_rank"
     parts = ("up", "down", "scale")
-
-    def __init__(
-        self, shape: tuple[int, ...], up: Tensor, down: Tensor, scale: Tensor, bits: int
-    ):
-        super().__init__(shape, up=up, down=down, scale=scale)
-        self.width = bits
+    numbers = {"bits": "width"}
 
     @classmethod
     def of(
@@ -41,15 +35,6 @@ class RoundedLowRankDelta(Delta):
     def rank(self) -> int:
         return self.scale.shape[0]
 
-    def options(self) -> dict:
-        return {"bits": self.width}
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(m, r) and (r, n) in float32."""
-        m, n = self.sides
-        up = levels(self.up, self.width, (m, self.rank))
-        return up * self.scale, levels(self.down, self.width, (self.rank, n))
-
     def scaled_product(
         self, shared: Delta | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +44,8 @@ class RoundedLowRankDelta(Delta):
         return up, self.scale, down
 
     def own_product(self) -> LowRankFactors:
-        return LowRankFactors(*self.factors())
+        up, scale, down = self.scaled_product(None, torch.float32)
+        return LowRankFactors(up * scale, down)
 
 
 class RoundedDenseDelta(Delta):
@@ -73,25 +59,19 @@ class RoundedDenseDelta(Delta):
 
     kind = "rounded_dense"
     parts = ("codes", "scale")
-
-    def __init__(self, shape: tuple[int, ...], codes: Tensor, scale: Tensor, bits: int):
-        super().__init__(shape, codes=codes, scale=scale)
-        self.width = bits
+    numbers = {"bits": "width"}
 
     @classmethod
     def of(cls, shape: tuple[int, ...], rounded: RoundedMatrix) -> "RoundedDenseDelta":
         codes = rounded.codes if rounded.bits < 8 else rounded.codes.view(shape)
         return cls(shape, codes, rounded.scale, rounded.bits)
 
-    def options(self) -> dict:
-        return {"bits": self.width}
-
     def own(self) -> Tensor:
         value = levels(self.codes, self.width, self.shape)
         value.view(len(self.scale), -1).mul_(self.scale[:, None])
         return value
 
-    def blocks(self, shared: Delta | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self, shared: Delta | None = None) -> Blocks:
         (m, n), codes = self.sides, self.codes.reshape(-1)
         for rows in row_blocks(m, n):
             first = rows.start * n * self.width // 8
@@ -114,9 +94,7 @@ class AffineDelta(Delta):
 
     kind = "affine8"
     parts = ("codes", "ends")
-
-    def __init__(self, shape: tuple[int, ...], codes: Tensor, ends: Tensor):
-        super().__init__(shape, codes=codes.reshape(shape), ends=ends)
+    shaped = ("codes",)
 
     @classmethod
     def of(cls, value: Tensor, *, clip: float = 0.0) -> "AffineDelta":
@@ -126,11 +104,8 @@ class AffineDelta(Delta):
             clip: fraction of the entries that may lie beyond each end; 0 keeps the whole range.
         """
         value = value.detach().float().cpu()
-        lo, hi = shrunk_range(value, clip)
-        step = (hi - lo) / 255
-        codes = (value - lo) / step if step > 0 else torch.zeros_like(value)
-        codes = codes.round().clamp(0, 255).to(torch.uint8)
-        return cls(tuple(value.shape), codes, torch.stack([lo, hi]))
+        codes, ends = between_ends(value.clamp(*shrunk_range(value, clip)), 8)
+        return cls(tuple(value.shape), codes.to(torch.uint8), ends)
 
     def own(self) -> Tensor:
         lo, hi = self.ends

@@ -65,11 +65,7 @@ class Sink(Protocol):
 
 
 class InMemory:
-    """Keeps deltas as they are; of several ranks each ends with all of them.
-
-    Args:
-        tasks: in the order of ``EncodedTensor.experts``.
-    """
+    """Keeps deltas of tasks, in the order of ``EncodedTensor.experts``; of several ranks each ends with all of them."""
 
     def __init__(self, tasks: Sequence[str]):
         self._tasks = tuple(tasks)

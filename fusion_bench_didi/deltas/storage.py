@@ -97,7 +97,7 @@ def account(
 
 
 def dtype_bits(dtype: torch.dtype) -> int:
-    return 8 * torch.empty((), dtype=dtype).element_size()
+    return 8 * dtype.itemsize
 
 
 def told(deltas: Mapping[str, Delta]) -> set[str]:

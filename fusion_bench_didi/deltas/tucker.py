@@ -54,19 +54,14 @@ class BasesDelta(Bases):
     kind = "bases"
     parts = optional = ("up", "down")
 
-    def __init__(self, shape: tuple[int, ...], up: Tensor | None, down: Tensor | None):
-        super().__init__(shape, up=up, down=down)
-
     @classmethod
     def of(cls, shape: tuple[int, ...], up: Tensor, down: Tensor) -> "BasesDelta":
         """From square ones for whole sides."""
         return cls(shape, *_without_whole(up, down))
 
     def bases(self) -> tuple[Tensor | None, Tensor | None]:
-        up, down = self.up, self.down
-        return None if up is None else up.float(), (
-            None if down is None else down.float()
-        )
+        up, down = (b if b is None else b.float() for b in (self.up, self.down))
+        return up, down
 
 
 class RoundedBasesDelta(Bases):
@@ -82,20 +77,7 @@ class RoundedBasesDelta(Bases):
 
     kind = "rounded_bases"
     parts = optional = ("up", "up_scale", "down", "down_scale")
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        up: Tensor | None,
-        up_scale: Tensor | None,
-        down: Tensor | None,
-        down_scale: Tensor | None,
-        bits: int,
-    ):
-        super().__init__(
-            shape, up=up, up_scale=up_scale, down=down, down_scale=down_scale
-        )
-        self.width = bits
+    numbers = {"bits": "width"}
 
     @classmethod
     def of(
@@ -110,9 +92,6 @@ class RoundedBasesDelta(Bases):
             codes, scale = round_rows(rows, bits)
             parts += [pack_codes(codes, bits), scale]
         return cls(shape, *parts, bits)
-
-    def options(self) -> dict:
-        return {"bits": self.width}
 
     def bases(self) -> tuple[Tensor | None, Tensor | None]:
         m, n = self.sides
@@ -151,17 +130,10 @@ class Core(Delta):
 
 
 class CoreDelta(Core):
-    """A task's core in common bases, in a floating type.
-
-    Args:
-        value: (p, q).
-    """
+    """A task's core (p, q) in common bases, in a floating type."""
 
     kind = "core"
     parts = ("value",)
-
-    def __init__(self, shape: tuple[int, ...], value: Tensor):
-        super().__init__(shape, value=value)
 
     def core(self) -> Tensor:
         return self.value.float()
@@ -179,25 +151,12 @@ class RoundedCoreDelta(Core):
 
     kind = "rounded_core"
     parts = ("codes", "scale")
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        codes: Tensor,
-        scale: Tensor,
-        bits: int,
-        columns: int,
-    ):
-        super().__init__(shape, codes=codes, scale=scale)
-        self.width, self.columns = bits, columns
+    numbers = {"bits": "width", "columns": "columns"}
 
     @classmethod
     def of(cls, shape: tuple[int, ...], core: Tensor, bits: int) -> "RoundedCoreDelta":
         codes, scale = round_rows(core, bits)
         return cls(shape, pack_codes(codes, bits), scale, bits, core.shape[1])
-
-    def options(self) -> dict:
-        return {"bits": self.width, "columns": self.columns}
 
     def core(self) -> Tensor:
         shape = len(self.scale), self.columns

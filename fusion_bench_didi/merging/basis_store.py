@@ -46,13 +46,10 @@ class BasisStore:
         if fits:
             kept = KeptBases(bases, None)
             kept._released = weakref.finalize(kept, self._give_back, size)
-        elif self._journal is not None:
-            kept = KeptBases(None, self._written(bases))
-            return kept
         else:
-            file = self._scratch.path / f"{next(self._count)}.safetensors"
-            save_file(_tensors(bases), file)
-            kept = KeptBases(None, file)
+            kept = KeptBases(None, file := self._written(bases))
+            if self._journal is not None:
+                return kept
             kept._released = weakref.finalize(kept, file.unlink, missing_ok=True)
         # at the end of the process there is nothing to give back
         kept._released.atexit = False
@@ -75,7 +72,10 @@ class BasisStore:
             file.unlink(missing_ok=True)
 
     def _written(self, bases: Bases) -> Path:
-        file = self._journal.new_file()
+        if self._journal is None:
+            file = self._scratch.path / f"{next(self._count)}.safetensors"
+        else:
+            file = self._journal.new_file()
         save_file(_tensors(bases), file)
         return file
 
@@ -101,12 +101,10 @@ class KeptBases:
         """The bases, which stay where they are."""
         if self._bases is not None:
             return self._bases
-        tensors = load_file(self._file)
+        found = load_file(self._file)
         return tuple(
-            HalfSVD(
-                tensors[f"{i}.vectors"], tensors[f"{i}.S"], float(tensors[f"{i}.tail"])
-            )
-            for i in range(len(tensors) // 3)
+            HalfSVD(found[f"{i}.vectors"], found[f"{i}.S"], float(found[f"{i}.tail"]))
+            for i in range(len(found) // 3)
         )
 
     def take(self) -> Bases:

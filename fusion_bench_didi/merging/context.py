@@ -18,7 +18,26 @@ from ..task_vectors.tensor import ChangedTensor
 from .basis_store import BasisStore
 from .given import Given
 from .inventory import Inventory
-from .settings import MergeSettings
+from .settings import MergeSettings, Normalization
+
+#: Powers of a task vector's energy that its error is divided by.
+POWERS: dict[Normalization, float] = {"none": 0.0, "root": 0.5, "matrix": 1.0}
+
+
+def loss_weights(
+    energies: Mapping[str, Tensor], normalization: Normalization
+) -> dict[str, Tensor]:
+    """(T,) weight of each task's squared error, per matrix, of its task vectors' squared norms (T,): ``||tau||^(-2 p)``.
+
+    ``root`` weighs by 1 / ||tau||: plain MSE spends everything on the matrices of most energy, the relative error as
+    much on those that hardly moved; the mean of the two (in the exponent) kept most accuracy where it was measured.
+    """
+    power, weights = POWERS[normalization], {}
+    for name, e in energies.items():
+        # a task that leaves the matrix alone is disturbed by a shared change as much as the average task
+        e = torch.where(e > 0, e, e[e > 0].mean())
+        weights[name] = e.pow(-power).float()
+    return weights
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,10 @@ class MergeContext:
 
     def sides(self, name: str) -> tuple[int, int]:
         return self.inventory.sides[name]
+
+    def weighted_energy(self, name: str) -> float:
+        """Weighted energy of all tasks' vectors."""
+        return float((self.weights[name].double() * self.energy[name]).sum())
 
     def static_merge(self, name: str, vectors: Sequence[Matrix]) -> Matrix:
         """The whole shared matrix (m, n) of task vectors, Eq. 2."""

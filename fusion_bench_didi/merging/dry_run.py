@@ -1,5 +1,6 @@
 """What a merge would do, from headers alone."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ..deltas.storage import dtype_bits
@@ -25,16 +26,16 @@ def describe(
     """
     inventory = take_inventory(task_vectors, settings)
     left = matrix_budget(inventory, settings)
-    read = _read_gb(task_vectors, inventory)
+    read = readable(_read_bits(task_vectors, inventory))
     held = inventory.unit_bits if streamed else 2 * inventory.unit_bits + left
-    peak = _peak_gb(task_vectors, inventory, settings, held)
+    peak = readable(held + _working_bits(task_vectors, inventory, settings))
     return "\n".join(
         [
             *_facts(task_vectors.tasks, inventory, settings, left),
             "",
             *_table(task_vectors, inventory, settings, left),
             "",
-            f"to read: {readable(8e9 * read)} per pass; predicted peak memory: {readable(8e9 * peak)}",
+            f"to read: {read} per pass; predicted peak memory: {peak}",
         ]
     )
 
@@ -68,44 +69,44 @@ def _table(
     modules = len(task_vectors.tasks) + (settings.shared != "none")
     numel = sum(map(inventory.numel, inventory.matrices))
     share = left / (modules * numel) if numel else 0.0
-    kinds: dict[tuple[str, ...], int] = {}
+    kinds: Counter[tuple[str, ...]] = Counter()
     for name in inventory.matrices:
         (m, n), rate = inventory.sides[name], inventory.rate(name)
         even = int(share * m * n / rate.per_rank)
         even = min(even, task_vectors.joint_rank(name))
         top = "dense" if rate.most is None else str(rate.cap)
         rank = top if even > rate.cap else str(even)
-        kind = (of_all_layers(name), f"{m} x {n}", str(rate.per_rank // 8), rank)
-        kinds[kind] = kinds.get(kind, 0) + 1
+        kinds[of_all_layers(name), f"{m} x {n}", str(rate.per_rank // 8), rank] += 1
     heads = ("matrix", "how many", "shape", "bytes/rank", "even rank")
     rows = [heads, *((name, str(k), *rest) for (name, *rest), k in kinds.items())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    first, *others = (max(map(len, column)) for column in zip(*rows))
     return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in rows
-    ] + [
+        *(
+            "  ".join([name.ljust(first), *map(str.rjust, rest, others)])
+            for name, *rest in rows
+        ),
         "bytes/rank: of one more rank of the shared part or of one task's expert. even rank: what each of them would get if all had "
         "equal shares of",
         "the budget (dense: the matrix whole); the merge itself shares it by what reduces the error most.",
     ]
 
 
-def _read_gb(task_vectors: TaskVectors, inventory: Inventory) -> float:
+def _read_bits(task_vectors: TaskVectors, inventory: Inventory) -> int:
     """All fine-tuned tensors, and the base model's where it is subtracted from them; an adapter's factors."""
     bits = 0
     for name in (*inventory.competing, *inventory.vectors):
         ranks, info = task_vectors.ranks(name), task_vectors.infos[name]
-        sides = sum(inventory.sides[name])
         whole = ranks.count(None)
-        numbers = (whole + (whole > 0)) * info.numel + sides * sum(
-            r or 0 for r in ranks
-        )
+        numbers = (whole + (whole > 0)) * info.numel
+        numbers += sum(inventory.sides[name]) * sum(filter(None, ranks))
         bits += numbers * dtype_bits(task_vectors.tuned_dtype(name))
-    return bits / 8e9
+    return bits
 
 
-def _peak_gb(task_vectors, inventory, settings, held) -> float:
-    """What is held (the backbone; live, pristine and with its modules where nothing is written), kept factors up to their
+def _working_bits(
+    task_vectors: TaskVectors, inventory: Inventory, settings: MergeSettings
+) -> float:
+    """Beside what is held (the backbone; live, pristine and with its modules where nothing is written): kept factors up to their
     limit, one matrix of all models."""
     tasks = len(task_vectors.tasks)
     working = kept = 0
@@ -116,5 +117,4 @@ def _peak_gb(task_vectors, inventory, settings, held) -> float:
         numbers = rank * (m + n) if task_vectors.factored(name) else m * n
         working = max(working, 4 * numbers * (2 * tasks + 6))
         kept += 4 * (tasks + 1) * rank // 2 * (m + n)
-    kept = min(kept, settings.factor_memory_gb * 2**30)
-    return (held / 8 + kept + working) / 1e9
+    return 8 * (min(kept, settings.factor_memory_gb * 2**30) + working)

@@ -29,12 +29,6 @@ def encode_all(
     dropped = context.settings.vectors == "pretrained"
     vectors = () if dropped else context.inventory.vectors
 
-    def own(name: str) -> EncodedTensor:
-        return encode_own(context.task_vectors, name)
-
-    def vector(name: str) -> EncodedTensor:
-        return encode_vector(context, name)
-
     def matrix(name: str) -> EncodedTensor:
         decision = decisions[name]
         return decision.form.encode(context, decision)
@@ -48,21 +42,14 @@ def encode_all(
             context.store.encoded(name)
         return held.errors
 
-    order, errors = [], {}
-    for name, _ in spread(
-        context.crew, "own", partial(stored, own), context.inventory.own, kept=False
-    ):
-        order.append(name)
-    for stage, encode, names in (
-        ("vectors", vector, vectors),
-        ("refine", matrix, decisions),
-    ):
-        for name, lost in context.each(
-            stage, partial(stored, encode), names, kept=False
-        ):
-            order.append(name)
-            errors[name] = lost
-    return order, errors
+    own = partial(stored, partial(encode_own, context.task_vectors))
+    names = context.inventory.own
+    order = [name for name, _ in spread(context.crew, "own", own, names, kept=False)]
+    vector = partial(stored, partial(encode_vector, context))
+    errors = dict(context.each("vectors", vector, vectors, kept=False))
+    matrices = partial(stored, matrix)
+    errors |= context.each("refine", matrices, decisions, kept=False)
+    return [*order, *errors], errors
 
 
 def _check_range(tensor: EncodedTensor) -> None:

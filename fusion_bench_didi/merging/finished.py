@@ -35,11 +35,7 @@ _CLASSES = (
 
 
 class Finished:
-    """A :class:`~fusion_bench_didi.distributed.ownership.Memory` of a journal.
-
-    Args:
-        store: keeps the bases.
-    """
+    """A :class:`~fusion_bench_didi.distributed.ownership.Memory` of a journal, whose bases a store keeps."""
 
     def __init__(self, journal: Journal, store: BasisStore | None = None):
         self._journal, self._store = journal, store

@@ -7,12 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..allocation.spectra import Rate
-from ..deltas.precision import (
-    Precision,
-    precisions,
-    vector_dtype,
-    vector_precisions,
-)
+from ..deltas.precision import Precision, precisions, vector_dtype, vector_precisions
 from ..deltas.storage import dtype_bits
 from ..errors import BudgetError
 from ..lowrank.factors import full_rank
@@ -52,6 +47,11 @@ class Inventory:
     vector_dtypes: Mapping[str, torch.dtype]
     max_rank: int | None = None
     taken: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def fixed_bits(self) -> int:
+        """What does not compete."""
+        return self.vector_bits + self.own_bits
 
     @property
     def competing(self) -> tuple[str, ...]:
@@ -115,6 +115,10 @@ def take_inventory(
             return int((scan.energy[name] > 0).sum()) if scan else tasks
         return int(settings.vectors == "shared")
 
+    def all_vectors(dtypes: Mapping[str, torch.dtype]) -> int:
+        """Bits of them in types."""
+        return sum(sizes[n] * dtype_bits(dtypes[n]) * copies(n) for n in vectors)
+
     kept = scan.own if scan else dict.fromkeys(task_vectors.own_infos, ())
     own = {n: task_vectors.own_by_task(n) for n in kept}
     if given is not None:
@@ -124,8 +128,7 @@ def take_inventory(
     else:
         unit_bits = sum(sizes[n] * dtype_bits(types[n]) for n in names)
         unit_bits += sum(info[0].bits for info in own.values())
-    as_is = sum(sizes[n] * dtype_bits(types[n]) * copies(n) for n in vectors)
-    share = as_is / max(settings.budget.bits(unit_bits), 1)
+    share = all_vectors(types) / max(settings.budget.bits(unit_bits), 1)
     stored = {
         n: vector_dtype(settings.factor_dtype, types[n], share=share) for n in vectors
     }
@@ -136,7 +139,7 @@ def take_inventory(
         own=tuple(scan.changed_own if scan else kept),
         sides={n: merged_sides(infos[n].shape) for n in names},
         unit_bits=unit_bits,
-        vector_bits=sum(sizes[n] * dtype_bits(stored[n]) * copies(n) for n in vectors),
+        vector_bits=all_vectors(stored),
         own_bits=sum(_own_bits(own[n], which) for n, which in kept.items()),
         precisions={
             **{n: precisions(settings.factor_dtype, types[n]) for n in matrices},
@@ -161,10 +164,9 @@ def matrix_budget(inventory: Inventory, settings: MergeSettings) -> int:
     Raises:
         BudgetError: with the smallest budget that holds the vectors and what tasks keep for themselves.
     """
-    fixed = inventory.vector_bits + inventory.own_bits
-    left = settings.budget.bits(inventory.unit_bits) - fixed
+    left = settings.budget.bits(inventory.unit_bits) - inventory.fixed_bits
     if left < 0:
-        smallest = named_budget(fixed, inventory, settings)
+        smallest = named_budget(inventory.fixed_bits, inventory, settings)
         what = "the vectors (biases, norms, ...)"
         if inventory.own_bits:
             what += f" and the tasks' own tensors ({', '.join(inventory.own[:3])} ...)"
@@ -180,10 +182,8 @@ def named_budget(bits: int, inventory: Inventory, settings: MergeSettings) -> st
     ratio, digits = settings.budget.named(bits / inventory.unit_bits), 6
     while True:
         printed = f"{math.ceil(ratio * 10**digits) / 10**digits:.{digits}f}"
-        if (
-            replace(settings.budget, ratio=float(printed)).bits(inventory.unit_bits)
-            >= bits
-        ):
+        budget = replace(settings.budget, ratio=float(printed))
+        if budget.bits(inventory.unit_bits) >= bits:
             return printed
         digits += 1
 

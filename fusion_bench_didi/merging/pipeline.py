@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +31,16 @@ from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import Scan, account_of, scan
 from ..task_vectors.tensor import ChangedTensor
 from .basis_store import BasisStore
-from .context import MergeContext
+from .context import MergeContext, loss_weights
 from .encoding import encode_all
 from .finished import Finished
 from .forms import Decision
-from .forms.base import Observed
-from .forms.choice import Placed, Ranked, choose_forms, experts_only
+from .forms.base import Choice, Observed
+from .forms.choice import Ranked, choose_forms, experts_only
 from .forms.early_decision import sample_of
 from .forms.uneven import dense_beyond_gaussian
 from .given import Given
 from .inventory import matrix_budget, named_budget, take_inventory
-from .loss_weights import loss_weights
 from .rank_bounds import RankBounds
 from .ranks import allocate, refined
 from .results import MergeReport, MergeResult, RankAllocation
@@ -146,7 +146,7 @@ def plan(
     )
     budget = matrix_budget(inventory, settings)
     bounds = RankBounds(task_vectors, inventory, settings, budget, device)
-    placed: dict[str, Placed] = {}
+    placed: dict[str, tuple[Choice, Any]] = {}
     with _timed(seconds, "decompose"):
         if joint:
             seen = found.observed.items()
@@ -154,13 +154,13 @@ def plan(
             ranked, placed = choose_forms(context, bounds, samples)
         else:
             ranked = experts_only(context, bounds)
-    budget -= sum(one.bits for one in placed.values())
+    curves = {name: choice.curve for name, (choice, _) in placed.items()}
+    points = {name: point for name, (_, point) in placed.items()}
+    budget -= sum(curves[name].rate(point) for name, point in points.items())
     bounds = replace(bounds, budget=budget)
     decisions, spent = _allocated(context, bounds, ranked, seconds)
-    curves = {name: one.choice.curve for name, one in placed.items()}
-    points = {name: one.point for name, one in placed.items()}
     for name, point in climb(curves, points, budget - spent).items():
-        choice = placed[name].choice
+        choice, _ = placed[name]
         decisions[name] = Decision(
             name, choice.form, choice.precision, point, choice.bases
         )
@@ -178,8 +178,7 @@ def _bounds_by_headers(
 ) -> RankBounds:
     """Bounds as if every tensor was changed, by which it is decided what is sampled while all is scanned."""
     expected = take_inventory(task_vectors, settings, given=given)
-    budget = settings.budget.bits(expected.unit_bits)
-    budget -= expected.vector_bits + expected.own_bits
+    budget = settings.budget.bits(expected.unit_bits) - expected.fixed_bits
     return RankBounds(task_vectors, expected, settings, max(budget, 0), device)
 
 
@@ -194,7 +193,7 @@ def _check_something_fits(
     """
     inventory, settings, tasks = context.inventory, context.settings, context.tasks
     ranks = (d.form.ranks(d, len(tasks)) for d in decisions.values())
-    if any(map(any, ranks)) or inventory.vector_bits or inventory.own_bits:
+    if any(map(any, ranks)) or inventory.fixed_bits:
         return
     if not decisions:
         raise SettingsError(

@@ -1,6 +1,7 @@
 """How far spectra have to be known under a budget, before anything is decomposed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -30,11 +31,11 @@ class RankBounds:
     settings: MergeSettings
     budget: int
     device: torch.device | str
-    _numel: int = field(init=False, repr=False)
 
-    def __post_init__(self):
-        numel = sum(map(self.inventory.numel, self.inventory.matrices))
-        object.__setattr__(self, "_numel", numel)
+    @cached_property
+    def _numel(self) -> int:
+        """Entries of all matrices."""
+        return sum(map(self.inventory.numel, self.inventory.matrices))
 
     def rank_bound(self, name: str) -> int:
         """The largest rank that the rate, the budget and the task vectors' own ranks allow for a matrix."""

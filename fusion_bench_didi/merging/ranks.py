@@ -15,11 +15,7 @@ from .context import MergeContext
 def allocate(
     context: MergeContext, table: Sequence[MatrixSpectra], budget: int
 ) -> list[Tensor]:
-    """Ranks (T + 1,) per matrix.
-
-    Args:
-        budget: bits.
-    """
+    """Ranks (T + 1,) per matrix under a budget in bits."""
     settings = context.settings
     if settings.allocation == "uniform":
         return uniform(table, budget)

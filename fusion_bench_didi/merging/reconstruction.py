@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..deltas.base import Delta
+from ..deltas.base import Delta, last_of
 from ..deltas.precision import Precision
 from ..lowrank.factored import as_dense
 from ..lowrank.factors import Matrix, energy_of
@@ -12,11 +12,7 @@ from ..task_vectors.tensor import matrix_shape
 def encode_shared(
     shared: Matrix, rank: int, *, shape: tuple[int, ...], precision: Precision
 ) -> Delta | None:
-    """The stored shared module: dense at full rank, None at rank zero.
-
-    Args:
-        shared: (m, n), factored below full rank.
-    """
+    """A shared module (m, n), factored below full rank, as it is stored: dense at full rank, None at rank zero."""
     if rank >= min(matrix_shape(shape)):
         return precision.dense(shape, [(as_dense(shared).cpu(), None)])[0][0]
     return precision.low_rank(shape, shared.to("cpu"), None)[0] if rank else None
@@ -35,7 +31,7 @@ def change_of(shared: Delta | None, delta: Delta | None = None) -> Matrix | None
         shared: the shared part.
         delta: the task's own.
     """
-    last, below = (shared, None) if delta is None else (delta, shared)
+    last, below = last_of(delta, shared)
     if last is None:
         return None
     product = last.product(below)

@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import torch
-
 from ..allocation.learned import LearningSettings
 from ..allocation.water_filling import Allocation
-from ..deltas.precision import FactorType, precisions
+from ..deltas.precision import FactorType
 from ..errors import BudgetError, SettingsError
 from ..lowrank.refinement import Refinement, RefinementSettings
 from ..lowrank.static_merge import SharedMerge
@@ -44,6 +42,17 @@ REFINING_KEYS = {
     "tolerance": "refine_tolerance",
     "steps": "refine_steps",
     "lr": "refine_lr",
+}
+#: What is read at one value of another setting only: that setting, and the value.
+_READ_WITH = {
+    **dict.fromkeys((*LEARNING_KEYS.values(), "warm_start"), ("allocation", "learned")),
+    **dict.fromkeys(
+        ("refine_sweeps", "refine_tolerance"), ("refinement", "alternating")
+    ),
+    **dict.fromkeys(("refine_steps", "refine_lr"), ("refinement", "adam")),
+    **dict.fromkeys(("gain", "quantizer"), ("factor_dtype", "auto")),
+    "shared_scale": ("shared", "task_arithmetic"),
+    "ties_keep": ("shared", "ties"),
 }
 
 
@@ -89,16 +98,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """Every choice of the merge; ``config/method/didi.yaml`` says what each does.
+    """Every choice of the merge; ``config/method/didi.yaml`` says what each does, and so do the types of those that name ways.
 
     Args:
-        shared: what tasks may share: a static merge of the task vectors cut to a rank, the bases of a Tucker-2 form
-            (``subspaces``), either of the mean and these (``auto``), or nothing.
-        residual: experts are what is left of the task vector by the shared part as it is stored (``truncated``), or by
-            the whole shared matrix (``full``, Eq. 3 of the paper).
-        normalization: weight of a squared error: ``none`` 1 (plain MSE); ``matrix`` 1 / (energy of this matrix of the
-            task), the relative error; ``root`` the geometric mean of the two.
-        factor_dtype: see :data:`~fusion_bench_didi.deltas.precision.FactorType`.
         max_rank: of what a task changes in any matrix, the shared part and its expert together; no matrix is stored whole
             then. What adapters of that rank carry.
         quantizer: of coded experts: every number by itself (``scalar``), or rows along a ``trellis``, which saves 5 to 8 % of the
@@ -131,7 +133,6 @@ class MergeSettings:
 
     def __post_init__(self):
         check_fields(self)
-        precisions(self.factor_dtype, torch.float32)
         faults = [*self._at_odds(), *self._without_effect()]
         if faults:
             raise SettingsError(
@@ -163,11 +164,10 @@ class MergeSettings:
 
     def _at_odds(self) -> Iterator[str]:
         """Pairs of settings of which one would be ignored."""
-        floats = "factor_dtype=checkpoint, float32 or one of the integer types"
         if self.residual == "full" and self.factor_dtype == "auto":
             yield (
                 "residual=full with factor_dtype=auto: a precision is chosen together with what is shared, for residuals to "
-                f"the part that is stored. Set {floats}, or residual=truncated."
+                "the part that is stored. Set factor_dtype=checkpoint, float32 or one of the integer types, or residual=truncated."
             )
         if self.residual == "full" and self.shared in ("subspaces", "none"):
             yield (
@@ -204,39 +204,28 @@ class MergeSettings:
 
     def _without_effect(self) -> Iterator[str]:
         """Values other than the default that nothing reads."""
-        if self.allocation != "learned":
-            for key in _changed(self.learning, LEARNING_KEYS):
-                yield f"{key} is of allocation=learned, not {self.allocation}."
-            if not self.warm_start:
-                yield f"warm_start is of allocation=learned, not {self.allocation}."
-        elif self._settled and not self.learning.coupled:
-            yield "coupling is of residual=full with a shared matrix: no cross terms remain otherwise."
-        of = {
-            "refine_sweeps": "alternating",
-            "refine_tolerance": "alternating",
-            "refine_steps": "adam",
-            "refine_lr": "adam",
+        changed = {
+            *_changed(self, {}),
+            *_changed(self.learning, LEARNING_KEYS),
+            *_changed(self.refining, REFINING_KEYS),
         }
-        for key in _changed(self.refining, REFINING_KEYS):
-            if self.refinement != of[key]:
-                yield f"{key} is of refinement={of[key]}, not {self.refinement}."
-            elif self.shared == "none":
+        for key in (key for key in _READ_WITH if key in changed):
+            setting, value = _READ_WITH[key]
+            found = getattr(self, setting)
+            if found != value:
+                yield f"{key} is of {setting}={value}, not {found}."
+            elif setting == "refinement" and self.shared == "none":
                 yield f"{key}: with shared=none nothing couples the experts. Set shared."
+        if self.allocation == "learned" and self._settled and not self.learning.coupled:
+            yield "coupling is of residual=full with a shared matrix: no cross terms remain otherwise."
         if self.refinement == "adam" and self.shared == "none":
             yield (
                 "refinement=adam: with shared=none nothing couples the experts, which are the best of their ranks already. Set "
                 "shared, or refinement=none."
             )
-        if self.factor_dtype != "auto" and self.gain != "auto":
-            yield f"gain is of factor_dtype=auto, not {self.factor_dtype}."
-        if self.factor_dtype != "auto" and self.quantizer != "scalar":
-            yield f"quantizer is of factor_dtype=auto, not {self.factor_dtype}."
-        if self.shared != "task_arithmetic" and self.shared_scale != 0.3:
-            yield f"shared_scale is of shared=task_arithmetic, not {self.shared}."
-        if self.shared != "ties" and self.ties_keep != 0.2:
-            yield f"ties_keep is of shared=ties, not {self.shared}."
 
 
 def _changed(group: Any, keys: dict[str, str]) -> list[str]:
     """Keys of the fields of a group of settings that are not at their default."""
-    return [keys[f.name] for f in fields(group) if getattr(group, f.name) != f.default]
+    changed = [f.name for f in fields(group) if getattr(group, f.name) != f.default]
+    return [keys.get(name, name) for name in changed]

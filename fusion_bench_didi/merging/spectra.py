@@ -94,12 +94,9 @@ def extended(
 
     def longer(name: str) -> Decomposed:
         before = table[name].spectra
+        shared_rank = before.shared_rank
         found = decomposed(
-            context,
-            bounds,
-            name,
-            reach=reach[name],
-            shared_rank=before.shared_rank,
+            context, bounds, name, reach=reach[name], shared_rank=shared_rank
         )
         return replace(found, spectra=replace(found.spectra, rate=before.rate))
 
@@ -135,12 +132,12 @@ def _decompose(
     if shared_rank == 0:
         return half_decompose(vectors, None, max_rank=reach, name=name)
     shared, settings = context.static_merge(name, vectors), context.settings
-    if shared_rank is None and settings.allocation == "learned":
-        if settings.learning.coupled:
-            whole = decompose(vectors, shared, max_rank=reach, name=name)
-            if _coupling_bytes(context, bounds) > COUPLING_BYTES:
-                whole = replace(whole, coupling=whole.coupling.reduced())
-            return half_of(whole)
+    learned = shared_rank is None and settings.allocation == "learned"
+    if learned and settings.learning.coupled:
+        whole = decompose(vectors, shared, max_rank=reach, name=name)
+        if _coupling_bytes(context, bounds) > COUPLING_BYTES:
+            whole = replace(whole, coupling=whole.coupling.reduced())
+        return half_of(whole)
     return half_decompose(
         vectors, shared, shared_rank=shared_rank, max_rank=reach, name=name
     )

@@ -11,17 +11,16 @@ from fusion_bench_didi.allocation.spectra import Rate
 from fusion_bench_didi.lowrank.svd import spectrum
 
 
-def candidates_of(tau: Tensor, ranks=(0, 1, 2, 4), rounding: float = 0.0):
+def candidates_of(tau: Tensor, ranks=(0, 1, 2, 4), weights: Tensor | None = None):
     m, n = tau.shape[1:]
+    weights = torch.ones(len(tau)) if weights is None else weights
     row = []
     for k in ranks:
         rest = tau - spectrum(tau.mean(0)).cut(k).dense()
         sigma = torch.stack([spectrum(r).S for r in rest])
         rate = Rate(per_rank=32 * (m + n), dense=32 * m * n)
         nothing = torch.zeros(len(tau))
-        row.append(
-            ExpertsCurve(k, rate, "float32", sigma, nothing, min(m, n), rounding)
-        )
+        row.append(ExpertsCurve(k, rate, weights, sigma, nothing, min(m, n)))
     return row
 
 
@@ -37,8 +36,7 @@ def test_sharing_is_chosen_only_where_it_pays():
     )
     options = [candidates_of(alike), candidates_of(alone)]
     budget = 16 * options[0][0].rate.per_rank
-    offers = [[c.weighted(torch.ones(4)) for c in row] for row in options]
-    picks, _ = choose(offers, budget)
+    picks, _ = choose(options, budget)
     assert options[0][picks[0]].shared_rank == 2
     assert options[1][picks[1]].shared_rank == 0
 
@@ -47,7 +45,7 @@ def test_what_is_shared_is_not_bought_beyond_the_budget():
     """It gains more per bit than any expert where many tasks are nearly alike, and leaves experts nothing to gain."""
     tau = torch.randn(1, 30, 2, generator=torch.Generator().manual_seed(0))
     tau = tau.expand(6, 30, 2) + 1e-3 * random_tasks(30, 2, tasks=6)
-    row = [c.weighted(torch.ones(6)) for c in candidates_of(tau, ranks=(0, 2))]
+    row = [candidate.curve for candidate in candidates_of(tau, ranks=(0, 2))]
     picks, multiplier = choose([row], row[1].shared - 1)
     assert row[picks[0]].at(multiplier)[1] < row[1].shared
     assert choose([row], row[1].shared + 1)[0] == [1]
@@ -56,7 +54,8 @@ def test_what_is_shared_is_not_bought_beyond_the_budget():
 def test_curve_of_a_candidate_is_the_error_of_its_experts():
     tau = random_tasks(20, 9)
     weights = torch.tensor([0.5, 1.0, 2.0])
-    error, bits = candidates_of(tau)[1].curve(weights)
+    curve = candidates_of(tau, weights=weights)[1].curve
+    error, bits = curve.error, curve.bits
     rest = tau - spectrum(tau.mean(0)).cut(1).dense()
     for t in range(3):
         for k in (0, 1, 3):

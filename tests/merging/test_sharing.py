@@ -61,10 +61,10 @@ def test_a_task_that_leaves_a_matrix_alone_keeps_no_others_from_sharing(
 def test_choice_with_equal_candidates_takes_experts_only():
     rate = Precision("float32", 32, torch.float32).rate(16, 16)
     sigma = torch.rand(3, 8).sort(descending=True).values
-    own = ExpertsCurve(0, rate, "float32", sigma, torch.zeros(3), 16)
-    costlier = ExpertsCurve(2, rate, "float32", sigma, torch.zeros(3), 16)
-    offers = [candidate.weighted(torch.ones(3)) for candidate in (own, costlier)]
-    assert choose([offers], 10 * rate.per_rank)[0] == [0]
+    own, costlier = (
+        ExpertsCurve(k, rate, torch.ones(3), sigma, torch.zeros(3), 16) for k in (0, 2)
+    )
+    assert choose([[own, costlier]], 10 * rate.per_rank)[0] == [0]
 
 
 def test_auto_takes_coarse_numbers_when_poor_and_exact_ones_when_rich():

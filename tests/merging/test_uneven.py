@@ -100,6 +100,7 @@ def test_a_shared_part_that_nothing_is_beside_costs_what_rounding_loses_of_it(
     usual = precision.rounding_dense if rank == 16 else precision.rounding
     for left, counted in ((0.0, usual + more), (1e3, more)):
         tail = torch.full((3,), left)
-        curve = ExpertsCurve(rank, precision.rate(16, 16), "int2", torch.zeros(3, 0), tail, 16)  # fmt: skip
+        rate, nothing = precision.rate(16, 16), torch.zeros(3, 0)
+        curve = ExpertsCurve(rank, rate, torch.ones(3), nothing, tail, 16)
         priced = at_its_price(curve, precision, more, 10.0)
         torch.testing.assert_close(priced.tail_energy, tail + 10 * counted)

@@ -164,8 +164,5 @@ class Look:
     @property
     def dense(self) -> bool:
         """Whether experts, but for those of adapters, are known to be stored dense or not at all."""
-        sigma, tail = (
-            x[1:]
-            for x in (self.experts.spectra.sigma, self.experts.spectra.tail_energy)
-        )
+        sigma, tail = self.experts.spectra.of_experts
         return not sigma.shape[1] or bool(((tail > 0) & ~sigma.any(1)).any())

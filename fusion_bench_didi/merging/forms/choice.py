@@ -6,6 +6,7 @@ curves while the matrix is in memory. The Lagrangian choice then picks one curve
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -35,22 +36,10 @@ class Ranked:
     one: Decomposed
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A matrix whose form has an operating point instead of ranks."""
-
-    choice: Choice
-    point: object
-
-    @property
-    def bits(self) -> int:
-        return self.choice.curve.rate(self.point)
-
-
 def choose_forms(
     context: MergeContext, bounds: RankBounds, samples: Mapping[str, Sample]
-) -> tuple[dict[str, Ranked], dict[str, Placed]]:
-    """The form and the precision of every matrix.
+) -> tuple[dict[str, Ranked], dict[str, tuple[Choice, Any]]]:
+    """The form and the precision of every matrix; and the operating points of those whose form has one instead of ranks.
 
     Args:
         samples: of the matrices that need not all be decomposed.
@@ -63,7 +52,7 @@ def choose_forms(
     ranked, placed = {}, {}
     for name, choice in chosen.items():
         if choice.spectra is None:
-            placed[name] = Placed(choice, choice.curve.point(multiplier))
+            placed[name] = choice, choice.curve.point(multiplier)
         else:
             piloted = table[name].piloted
             one = Decomposed(choice.spectra, choice.bases, piloted)
@@ -184,5 +173,4 @@ def _experts_alone(look: Look) -> Decomposed:
 def _dense_alone(context: MergeContext, name: str) -> Decomposed:
     """Task vectors that are stored dense or not at all."""
     curve = as_dense(context, name, context.energy[name])[0]
-    sides, weights = context.sides(name), context.weights[name]
-    return Decomposed(curve.spectra(name, sides, weights), None)
+    return Decomposed(curve.spectra(name, context.sides(name)), None)

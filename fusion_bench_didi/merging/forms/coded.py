@@ -61,11 +61,7 @@ class Coded:
 
 
 def coded_curve(context: MergeContext, name: str, sigma: Tensor) -> CodedCurve:
-    """The rate-distortion curve of a matrix's coded experts.
-
-    Args:
-        sigma: (T, q) their singular values.
-    """
+    """The rate-distortion curve of a matrix's coded experts of known singular values (T, q)."""
     tensor, most = context.tensor(name), context.inventory.most(name)
     return CodedCurve(
         context.sides(name),

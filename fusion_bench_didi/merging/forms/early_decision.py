@@ -11,11 +11,12 @@ vector are found while the energies are, scaled to those of the others: they tel
 coded whole, and how far they have to be decomposed where they are not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ...allocation.curves import Curve, cheapest, cost, least
 from ...allocation.experts_curve import ExpertsCurve
 from ...allocation.lagrangian import choose
 from ...lowrank.row_blocks import Difference, materialize, wide
@@ -27,7 +28,7 @@ from ..rank_bounds import REACH, RankBounds
 from ..spectra import SPENT
 from .base import FirstGuess, Look, Sample
 from .coded import coded_curve
-from .pricing import as_dense, cheapest, cost, in_all_precisions, least
+from .pricing import as_dense, in_all_precisions
 
 #: Part of the error that is not worth a decomposition of every task vector.
 WORTH = 0.1
@@ -60,22 +61,17 @@ def first_guess(
     The error is that of dense matrices in fixed widths alone.
     """
     names = context.inventory.competing
-    options = [
-        [
-            curve.weighted(context.weights[n])
-            for curve in as_dense(context, n, context.energy[n])
-        ]
-        for n in names
+    options: list[list[Curve]] = [
+        [*as_dense(context, name, context.energy[name])] for name in names
     ]
     picks, multiplier = choose(options, budget)
     error = sum(row[i].at(multiplier)[0] for row, i in zip(options, picks))
-    energy = sum(weighted_energy(context, name) for name in names)
-    relative_error = error / max(energy, 1e-300)
-    if any(sample.piloted for sample in samples.values()):
+    relative_error = error / max(sum(map(context.weighted_energy, names)), 1e-300)
+    piloted = {name: one for name, one in samples.items() if one.piloted}
+    if piloted:
         for name, row in zip(names, options):
-            sample = samples.get(name)
-            if sample is not None and sample.piloted:
-                row.append(coded_curve(context, name, sample.sigma))
+            if name in piloted:
+                row.append(coded_curve(context, name, piloted[name].sigma))
         _, multiplier = choose(options, budget)
     return FirstGuess(multiplier, relative_error)
 
@@ -84,13 +80,12 @@ def sample_of(
     bounds: RankBounds, tensor: ChangedTensor, energy: Tensor
 ) -> Sample | None:
     """A sample, where a matrix may well be stored dense and a decomposition would cost more than the sample's."""
-    name = tensor.name
-    matrix = name in bounds.inventory.matrices
-    if not matrix or tensor.factored:
-        return None  # adapters' factors are decomposed at once
-    rank, adapters = bounds.initial_rank(name), tensor.adapters
-    if not bool((energy > 0).any()):
+    name, adapters = tensor.name, tensor.adapters
+    if name not in bounds.inventory.matrices or not bool((energy > 0).any()):
         return None
+    if tensor.factored:
+        return None  # adapters' factors are decomposed at once
+    rank = bounds.initial_rank(name)
     pays_dense = bounds.even_share_pays_dense(name)
     piloted = not pays_dense
     if adapters:
@@ -100,8 +95,13 @@ def sample_of(
         return _pilot(bounds, tensor, energy)
     if adapters or not pays_dense or rank >= bounds.rank_bound(name):
         return None
-    samples = _samples(tensor.differences(), rank)
-    bound = optimistic_spectrum(samples, energy, tensor.numel, rank=rank)
+    return _bounded(tensor.differences(), energy, rank)
+
+
+def _bounded(differences: Sequence[Difference], energy: Tensor, rank: int) -> Sample:
+    """The best that low rank up to a rank may keep of T differences (m, n), by a sample of them."""
+    samples, numel = _samples(differences, rank), differences[0][0].numel()
+    bound = optimistic_spectrum(samples, energy, numel, rank=rank)
     return Sample(*bound, _alike(samples))
 
 
@@ -133,8 +133,8 @@ def _pilot(bounds: RankBounds, tensor: ChangedTensor, energy: Tensor) -> Sample 
     most = int(REACH * share / (LEAST_BITS * sum(sides))) + 8
     if min(sides) <= SHORT_ENOUGH:
         most = min(sides)
-    values = singular_values(materialize(differences[task]), max_rank=most).cpu()
-    sigma = (energy / energy[task]).sqrt().float()[:, None] * values
+    values = singular_values(materialize(differences[task]), max_rank=most)
+    sigma = _scaled(values, energy, task)
     for adapter in tensor.adapters:
         known = singular_values(tensor.factors(adapter), max_rank=len(values))
         sigma[adapter] = known.cpu()
@@ -152,25 +152,23 @@ def reach_of(look: Look) -> tuple[int, bool]:
     """The rank up to which experts are to be decomposed, 0 where all but those of adapters are dense; and whether one task's
     spectrum told.
     """
-    context, name, multiplier = look.context, look.name, look.guess.multiplier
-    sample = look.sample
+    name, sample = look.name, look.sample
     if sample is None:
         return look.bounds.initial_rank(name), False
     if sample.piloted:
         return _reach_of_codes(look, sample)
-    task, doubtful = _most_doubtful(context, name, sample, look.energy, multiplier)
-    if not doubtful:
+
+    def difference(task: int) -> Difference:
+        return look.tensor.differences([task])[0]
+
+    found = _low_rank(look, sample, look.energy, difference)
+    if found is None:
         return 0, False
-    (difference,) = look.tensor.differences([task])
-    values = singular_values(materialize(difference))
-    low_rank = _like(context, name, values, look.energy, task)
-    dense = as_dense(context, name, look.energy)
-    if not _gains(context, name, dense, low_rank, multiplier):
-        return 0, False
+    values, low_rank = found
     # matrices of low rank leave others more than the even share
     share = 2 * REACH * look.bounds.even_share(name)
     left = 1 - values.double().square().cumsum(0) / values.double().square().sum()
-    longest = min(_affordable(look, low_rank, share), int((left > EXACT).sum()) + 1)
+    longest = min(_affordable(low_rank, share), int((left > EXACT).sum()) + 1)
     return look.bounds.reach(name, int(MARGIN * longest) + 8), True
 
 
@@ -185,7 +183,7 @@ def _reach_of_codes(look: Look, sample: Sample) -> tuple[int, bool]:
     if worthy >= known and known < min(look.sides):
         return look.bounds.initial_rank(name), False
     (best, bits), (lost, more) = low_rank.at(multiplier), whole.at(multiplier)
-    exact = best < EXACT * weighted_energy(context, name) and bits < more
+    exact = best < EXACT * context.weighted_energy(name) and bits < more
     if (
         not exact
         and lost + multiplier * more - (best + multiplier * bits)
@@ -207,71 +205,54 @@ def still_dense(look: Look, rest: Sequence[Difference], energy: Tensor) -> bool:
         rest: T differences (m, n).
         energy: (T,) squared norms of them.
     """
+    bound = _bounded(rest, energy, look.bounds.initial_rank(look.name))
+    return _low_rank(look, bound, energy, rest.__getitem__) is None
+
+
+def _low_rank(
+    look: Look,
+    bound: Sample,
+    energy: Tensor,
+    difference: Callable[[int], Difference],
+) -> tuple[Tensor, list[ExpertsCurve]] | None:
+    """Singular values of the task's matrix that looks most like low rank, and the curves of experts that are all like it, each of
+    its own energy; None where low rank is not worth a decomposition.
+
+    Args:
+        bound: the best that low rank may keep.
+        energy: (T,) squared norms.
+        difference: of a task, (m, n).
+    """
     context, name, multiplier = look.context, look.name, look.guess.multiplier
-    rank = look.bounds.initial_rank(name)
-    numel = context.inventory.numel(name)
-    bound = optimistic_spectrum(_samples(rest, rank), energy, numel, rank=rank)
-    task, doubtful = _most_doubtful(
-        context, name, Sample(*bound, 1.0), energy, multiplier
+    alone = cheapest(as_dense(context, name, energy), multiplier)
+    dense, tail = cost(alone, multiplier), bound.tail
+    at_best = least(in_all_precisions(context, name, bound.sigma, tail), multiplier)
+    spread = bool((tail >= SPENT * energy).all())
+    if spread and at_best >= (1 - ROUNDING) * dense:
+        return None
+    part = (tail / energy.clamp(min=1e-300)).masked_fill(energy == 0, torch.inf)
+    task = int(part.argmin())
+    values = singular_values(materialize(difference(task)))
+    curves = in_all_precisions(
+        context, name, _scaled(values, energy, task), torch.zeros(len(energy))
     )
-    if not doubtful:
-        return True
-    values = singular_values(materialize(rest[task]))
-    low_rank = _like(context, name, values, energy, task)
-    dense = as_dense(context, name, energy)
-    return not _gains(context, name, dense, low_rank, multiplier)
+    gain = dense - least(curves, multiplier)
+    return (values, curves) if gain > WORTH * alone.at(multiplier)[0] else None
 
 
-def weighted_energy(context: MergeContext, name: str) -> float:
-    """Weighted energy of all tasks' vectors."""
-    return float((context.weights[name].double() * context.energy[name]).sum())
+def _scaled(values: Tensor, energy: Tensor, task: int) -> Tensor:
+    """(T, q) singular values (q,) of one task vector at the energies (T,) of all."""
+    return (energy / energy[task]).sqrt().float()[:, None] * values.cpu()
 
 
-def _gains(
-    context: MergeContext,
-    name: str,
-    dense: Sequence[ExpertsCurve],
-    low_rank: Sequence[ExpertsCurve],
-    multiplier: float,
-) -> bool:
-    """Whether low rank is worth a decomposition."""
-    alone = cheapest(context, name, dense, multiplier)
-    gain = cost(context, name, alone, multiplier) - least(
-        context, name, low_rank, multiplier
-    )
-    return gain > WORTH * alone.weighted(context.weights[name]).at(multiplier)[0]
-
-
-def _affordable(look: Look, curves: Sequence[ExpertsCurve], bits: float) -> int:
+def _affordable(curves: Sequence[ExpertsCurve], bits: float) -> int:
     """The rank of least error, in any precision, of experts that cost so many bits each at most."""
     found = []
-    for curve in curves:
-        error, rate = curve.curve(look.weights)
-        ranks = max(int((rate[:-1] <= bits).sum()), 1)
-        least, rank = error.sum(0)[:ranks].min(0)
-        found.append((float(least), int(rank)))
+    for curve in (one.curve for one in curves):
+        ranks = max(int((curve.bits[:-1] <= bits).sum()), 1)
+        error, rank = curve.error.sum(0)[:ranks].min(0)
+        found.append((float(error), int(rank)))
     return min(found)[1]
-
-
-def _most_doubtful(
-    context: MergeContext, name: str, sample: Sample, energy: Tensor, multiplier: float
-) -> tuple[int, bool]:
-    """The task whose matrix looks most like low rank, and whether low rank may be the better choice for any."""
-    sigma, tail = sample.sigma, sample.tail
-    low_rank = in_all_precisions(context, name, 0, sigma, tail)
-    at_best = least(context, name, low_rank, multiplier)
-    dense = least(context, name, as_dense(context, name, energy), multiplier)
-    spread = bool((tail >= SPENT * energy).all())
-    part = (tail / energy.clamp(min=1e-300)).masked_fill(energy == 0, torch.inf)
-    return int(part.argmin()), not spread or at_best < (1 - ROUNDING) * dense
-
-
-def _like(
-    context: MergeContext, name: str, values: Tensor, energy: Tensor, task: int
-) -> list[ExpertsCurve]:
-    """Experts of the spectrum of one task's, each of its own energy."""
-    sigma = (energy / energy[task]).sqrt().float()[:, None] * values.cpu()
-    return in_all_precisions(context, name, 0, sigma, torch.zeros(len(energy)))
 
 
 def _samples(differences: Sequence[Difference], rank: int) -> Tensor:

@@ -15,6 +15,7 @@ from ...lowrank.decomposition import Decomposition
 from ...lowrank.factored import as_dense, as_product, subtracting, zero_like
 from ...lowrank.factors import Matrix, energy_of
 from ...lowrank.refinement import FactorSet, refine
+from ...lowrank.row_blocks import minus, squared_norms
 from ...lowrank.subspace_iteration import subspace_step
 from ...lowrank.svd import HalfSVD
 from ...task_vectors.tensor import ChangedTensor
@@ -23,7 +24,6 @@ from ..context import MergeContext
 from ..reconstruction import change_of, encode_shared, squared_error
 from ..spectra import Decomposed
 from .base import Choice, Decision
-from .dense import encode_dense
 from .pricing import in_all_precisions
 from .uneven import at_its_price, beyond_gaussian
 
@@ -35,8 +35,7 @@ class Experts:
 
     def curves(self, context: MergeContext, name: str, one: Decomposed) -> list[Choice]:
         """In every precision, from spectra that are known."""
-        sigma, tail = one.spectra.sigma[1:], one.spectra.tail_energy[1:]
-        return choices_of(self, context, name, 0, sigma, tail, one.bases)
+        return choices_of(self, context, name, 0, *one.spectra.of_experts, one.bases)
 
     def encode(self, context: MergeContext, decision: Decision) -> EncodedTensor:
         name, row, k = decision.name, decision.spectra, decision.point
@@ -53,31 +52,25 @@ class Experts:
             kept = full[1:].tolist()
             return encode_dense(context, tensor, kept, precision, shared)
         vectors = tensor.matrices()
-        residual_to_stored = row.shared_rank is not None
+        settled = row.shared_rank is not None
         if row.shared_rank == 0:
             shared = zero_like(vectors[0])
         else:
             shared = context.static_merge(name, vectors)
         parts, ranks = Decomposition(bases[0], bases[1:]), k.tolist()
+        cut = truncate(
+            parts, ranks, row.full, shared, vectors, residual_to_stored=settled
+        )
         modules = refine(
-            truncate(
-                parts,
-                ranks,
-                row.full,
-                shared,
-                vectors,
-                residual_to_stored=residual_to_stored,
-            ),
+            cut,
             vectors,
             weights=context.weights[name],
             how=context.settings.refinement,
             settings=context.settings.refining,
-            residual_to_stored=residual_to_stored,
+            residual_to_stored=settled,
         )
-        first, experts, errors = encode(
-            modules, ranks, vectors, shape=tensor.shape, precision=precision
-        )
-        return EncodedTensor(name, first, experts, errors)
+        made = encode(modules, ranks, vectors, shape=tensor.shape, precision=precision)
+        return EncodedTensor(name, *made)
 
     def ranks(self, decision: Decision, tasks: int) -> list[int]:
         return decision.point.tolist()
@@ -101,7 +94,9 @@ def choices_of(
         bases: half SVDs of the shared matrix and of the experts.
         shared: (m, n) the shared part at its rank.
     """
-    curves = in_all_precisions(context, name, shared_rank, sigma, tail_energy)
+    curves = in_all_precisions(
+        context, name, sigma, tail_energy, shared_rank=shared_rank
+    )
     precisions, energy = context.inventory.precisions[name], 0.0
     if shared is not None:
         energy = float(energy_of(shared))
@@ -114,14 +109,9 @@ def choices_of(
         Choice(
             form,
             precision,
-            curve.weighted(context.weights[name]),
+            curve.curve,
             bases,
-            curve.spectra(
-                name,
-                context.sides(name),
-                context.weights[name],
-                shared_energy=energy,
-            ),
+            curve.spectra(name, context.sides(name), shared_energy=energy),
         )
         for curve, precision in zip(curves, precisions)
         # what loses all of dense experts would still be bought of bits that nothing else wants
@@ -196,6 +186,43 @@ def encode(
         experts.append(delta)
         errors.append(torch.as_tensor(error, dtype=torch.float64))
     return first, experts, torch.stack(errors)
+
+
+def encode_dense(
+    context: MergeContext,
+    tensor: ChangedTensor,
+    kept: Sequence[bool],
+    precision: Precision,
+    shared: Delta | None = None,
+) -> EncodedTensor:
+    """One matrix whose experts are dense or not stored, quantized straight from the checkpoints: no task vector is formed.
+
+    Args:
+        kept: (T,) whether a task's change is stored at all.
+        shared: the shared part.
+    """
+    base, tasks = change_of(shared), range(len(kept))
+    experts: dict[int, Delta] = {}
+    errors: dict[int, Tensor] = {}
+    if shared is None:
+        errors = dict(zip(tasks, context.energy[tensor.name]))
+    for together in tensor.together:
+        some = [task for task in together if kept[task]]
+        others = [task for task in together if not kept[task]]
+        if some:
+            differences = minus(tensor.differences(some), base)
+            made, lost = precision.dense(tensor.shape, differences)
+            experts.update(zip(some, made))
+            errors.update(zip(some, lost))
+        if others and shared is not None:
+            rest = minus(tensor.differences(others), base)
+            errors.update(zip(others, squared_norms(rest)))
+    return EncodedTensor(
+        tensor.name,
+        shared,
+        [experts.get(task) for task in tasks],
+        torch.stack([errors[task] for task in tasks]),
+    )
 
 
 def _shared_beside_dense(

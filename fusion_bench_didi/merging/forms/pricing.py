@@ -1,6 +1,4 @@
-"""Experts of known spectra in every precision, and what they cost at a multiplier (error per bit)."""
-
-from collections.abc import Sequence
+"""Experts of known spectra in every precision."""
 
 import torch
 from torch import Tensor
@@ -15,10 +13,10 @@ from ..context import MergeContext
 def in_all_precisions(
     context: MergeContext,
     name: str,
-    shared_rank: int,
     sigma: Tensor,
     tail_energy: Tensor,
     *,
+    shared_rank: int = 0,
     whole: bool = False,
 ) -> list[ExpertsCurve]:
     """Experts of known spectra beside a shared part of some rank, cheapest precision first.
@@ -40,7 +38,7 @@ def in_all_precisions(
         ExpertsCurve(
             shared_rank,
             rate(p),
-            p.name,
+            context.weights[name],
             sigma,
             tail_energy,
             full_rank(*context.sides(name)),
@@ -56,32 +54,6 @@ def as_dense(
 ) -> list[ExpertsCurve]:
     """Dense experts, or none, of (T,) squared norms, in every precision allowed."""
     nothing = torch.zeros(len(energy), 0)
-    return in_all_precisions(context, name, shared_rank, nothing, energy, whole=True)
-
-
-def least(
-    context: MergeContext,
-    name: str,
-    curves: Sequence[ExpertsCurve],
-    multiplier: float,
-) -> float:
-    """``error + multiplier * bits`` of the best of them."""
-    return min(cost(context, name, curve, multiplier) for curve in curves)
-
-
-def cheapest(
-    context: MergeContext,
-    name: str,
-    curves: Sequence[ExpertsCurve],
-    multiplier: float,
-) -> ExpertsCurve:
-    """The curve of least Lagrangian cost."""
-    return min(curves, key=lambda curve: cost(context, name, curve, multiplier))
-
-
-def cost(
-    context: MergeContext, name: str, curve: ExpertsCurve, multiplier: float
-) -> float:
-    """``error + multiplier * bits`` where that is least."""
-    lost, bits = curve.weighted(context.weights[name]).at(multiplier)
-    return lost + multiplier * bits
+    return in_all_precisions(
+        context, name, nothing, energy, shared_rank=shared_rank, whole=True
+    )

@@ -9,16 +9,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...allocation.curves import cheapest, cost, least
 from ...allocation.experts_curve import ExpertsCurve
 from ...lowrank.factored import inner, subtracting
-from ...lowrank.factors import Matrix, full_rank
+from ...lowrank.factors import Matrix
 from ...lowrank.overlap import mean_overlap
 from ...lowrank.row_blocks import materialize, minus, squared_norms
 from ...lowrank.svd import HalfSVD, half_svd, singular_values
 from .base import Choice, Look
-from .early_decision import WORTH, still_dense, weighted_energy
+from .early_decision import WORTH, still_dense
 from .experts import Experts, choices_of
-from .pricing import as_dense, cheapest, cost, in_all_precisions, least
+from .pricing import as_dense, in_all_precisions
 
 #: Sharing may pay where the mean holds this much more than that of unrelated tasks.
 WORTH_SHARING = 1.5
@@ -50,16 +51,15 @@ def _beside_low_rank(form: SharedMean, look: Look) -> Iterator[Choice]:
     if look.sample is not None and look.sample.alike < WORTH_A_LOOK:
         return
     context, name, weights = look.context, look.name, look.weights
-    row, multiplier = look.experts.spectra, look.guess.multiplier
-    curves = in_all_precisions(context, name, 0, row.sigma[1:], row.tail_energy[1:])
-    own = cheapest(context, name, curves, multiplier)
-    vectors, full = look.matrices, full_rank(*look.sides)
+    multiplier, vectors = look.guess.multiplier, look.matrices
+    curves = in_all_precisions(context, name, *look.experts.spectra.of_experts)
+    own = cheapest(curves, multiplier)
     q = own.sigma.shape[1]
     shared = context.static_merge(name, vectors)
     found = half_svd(shared, max_rank=q, name=name)
     ranks = [
         k
-        for k in _shared_ranks(found, own, full, weights, multiplier)
+        for k in _shared_ranks(found, own, multiplier)
         if mean_overlap(found.S.cpu(), own.sigma, weights, k) >= WORTH_SHARING
     ]
     if not ranks:
@@ -68,7 +68,7 @@ def _beside_low_rank(form: SharedMean, look: Look) -> Iterator[Choice]:
     alike = torch.stack([inner(tau, shared).cpu() for tau in vectors])
     first = int((alike / energy).masked_fill(energy == 0, -torch.inf).argmax())
     for k in ranks:
-        part = shared if k == full else found.factors(shared, k)
+        part = shared if k == own.full else found.factors(shared, k)
         left = subtracting(part)
         one = half_svd(left(vectors[first]), max_rank=q, name=name)
         beside = replace(
@@ -77,34 +77,33 @@ def _beside_low_rank(form: SharedMean, look: Look) -> Iterator[Choice]:
             shared_rank=k,
             sigma=one.S.cpu()[None],
             tail_energy=torch.tensor([one.tail_energy]),
+            weights=weights[first : first + 1],
         )
-        if _may_pay(own, beside, first, weights, multiplier):
+        if _may_pay(own, beside, first, multiplier):
             yield from _choices(form, look, k, part, found, map(left, vectors), q)
 
 
 def _beside_dense(form: SharedMean, look: Look) -> Iterator[Choice]:
     """As :func:`_beside_low_rank` for experts that are dense alone, and have no singular values; no expert is formed."""
-    context, name, weights = look.context, look.name, look.weights
-    multiplier, full = look.guess.multiplier, full_rank(*look.sides)
-    curves = as_dense(context, name, look.energy)
-    own = cheapest(context, name, curves, multiplier)
-    sample = look.sample
+    context, name, sample = look.context, look.name, look.sample
     if sample is None or sample.alike <= WORTH_SHARING:
         return
+    multiplier = look.guess.multiplier
+    own = cheapest(as_dense(context, name, look.energy), multiplier)
     # all of the mean at the price of one direction: no rank gains more
     most = torch.tensor([sample.alike / len(look.energy)])
     if not _worth_sharing(look, own, most):
         return
     shared = context.static_merge_of(name, look.differences)
     values = singular_values(shared).double().cpu()
-    energy = max(weighted_energy(context, name), 1e-300)
-    held = float(weights.sum()) * values.square().cumsum(0) / energy
+    energy = max(context.weighted_energy(name), 1e-300)
+    held = float(look.weights.sum()) * values.square().cumsum(0) / energy
     if not _worth_sharing(look, own, held):
         return
     q = look.bounds.initial_rank(name)
     found = half_svd(shared, max_rank=q, name=name)
-    for k in _shared_ranks(found, own, full, weights, multiplier):
-        part = shared if k == full else found.factors(shared, k)
+    for k in _shared_ranks(found, own, multiplier):
+        part = shared if k == own.full else found.factors(shared, k)
         rest = minus(look.differences, part)
         tail = squared_norms(rest).cpu()
         if not still_dense(look, rest, tail):
@@ -147,20 +146,13 @@ def _worth_sharing(look: Look, own: ExpertsCurve, held: Tensor) -> bool:
     for rank in {len(held)} | {2**i for i in range(len(held).bit_length() - 1)}:
         left = max(1 - float(held[rank - 1]), 0.0)
         options += as_dense(context, name, left * look.energy, shared_rank=rank)
-    gain = cost(context, name, own, multiplier) - least(
-        context, name, options, multiplier
-    )
-    lost = own.weighted(look.weights).at(multiplier)[0]
-    usual = look.guess.relative_error * weighted_energy(context, name)
-    return gain > WORTH * max(lost, usual)
+    gain = cost(own, multiplier) - least(options, multiplier)
+    usual = look.guess.relative_error * context.weighted_energy(name)
+    return gain > WORTH * max(own.at(multiplier)[0], usual)
 
 
 def _may_pay(
-    own: ExpertsCurve,
-    beside: ExpertsCurve,
-    task: int,
-    weights: Tensor,
-    multiplier: float,
+    own: ExpertsCurve, beside: ExpertsCurve, task: int, multiplier: float
 ) -> bool:
     """Whether sharing pays if every task gains, in parts of its energy, what one does.
 
@@ -169,22 +161,21 @@ def _may_pay(
         beside: of that task, with it.
     """
     one = slice(task, task + 1)
-    alone = replace(own, sigma=own.sigma[one], tail_energy=own.tail_energy[one])
-    (before, most), (after, bits) = (
-        curve.weighted(weights[one]).at(multiplier)
-        for curve in (alone, replace(beside, shared_rank=0))
+    alone = replace(
+        own,
+        sigma=own.sigma[one],
+        tail_energy=own.tail_energy[one],
+        weights=own.weights[one],
     )
-    gain = before + multiplier * most - (after + multiplier * bits)
-    energy = weights * (own.sigma.square().sum(1) + own.tail_energy)
+    gain = cost(alone, multiplier) - cost(replace(beside, shared_rank=0), multiplier)
+    energy = own.weights * (own.sigma.square().sum(1) + own.tail_energy)
     shared = own.rate.of(beside.shared_rank, own.full)
     return gain * float(energy.sum() / energy[task]) > multiplier * shared
 
 
-def _shared_ranks(
-    mean: HalfSVD, own: ExpertsCurve, full: int, weights: Tensor, multiplier: float
-) -> list[int]:
+def _shared_ranks(mean: HalfSVD, own: ExpertsCurve, multiplier: float) -> list[int]:
     """Ranks of a shared matrix that might pay at so much error per bit."""
-    q, rate = len(mean.S), own.rate
+    q, rate, weights = len(mean.S), own.rate, own.weights
     gain = weights.sum() * mean.S.cpu().square() / rate.per_rank
     # a shared component gains at most this much per bit; where it gains T multipliers, every expert would hold it too
     times = [1, len(weights)]
@@ -194,7 +185,7 @@ def _shared_ranks(
     if rate.most is not None:
         return sorted({min(k, rate.most) for k in ranks} - {0})
     most = min(q, rate.cap) if mean.tail_energy > 0 else rate.cap
-    return sorted({full if k >= most else k for k in ranks} - {0})
+    return sorted({own.full if k >= most else k for k in ranks} - {0})
 
 
 SHARED_MEAN = SharedMean()

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...allocation.curves import Curve
+from ...allocation.curves import least
 from ...allocation.tucker_curve import TuckerCurve
 from ...deltas.base import Delta
 from ...deltas.precision import Precision
 from ...deltas.sink import EncodedTensor
+from ...deltas.tucker import Bases
 from ...lowrank import svd
 from ...lowrank.factors import Matrix, energy_of
 from ...lowrank.overlap import subspace_overlap
@@ -73,8 +74,12 @@ class Tucker:
                 shape, found, weights, max_up=up, max_down=down
             )
             curves = _curves(most_kept, allowed, tasks, most)
-            multiplier, alone = look.guess.multiplier, _alone(look)
-            if _least(curves, multiplier) >= _least(alone, multiplier):
+            others = (
+                *EXPERTS.curves(context, name, look.experts),
+                *CODED.choices(look),
+            )
+            alone = least((one.curve for one in others), look.guess.multiplier)
+            if least(curves, look.guess.multiplier) >= alone:
                 return
         spaces = tucker_bases(
             look.matrices,
@@ -109,10 +114,10 @@ class Tucker:
                 sweeps=refining.sweeps,
                 tolerance=refining.tolerance,
             )
-        shared, experts, errors = encode_cores(
+        made = encode_cores(
             up, down, vectors, shape=tensor.shape, precision=decision.precision
         )
-        return EncodedTensor(name, shared, experts, errors)
+        return EncodedTensor(name, *made)
 
     def ranks(self, decision: Decision, tasks: int) -> list[int]:
         return [min(decision.point)] * (tasks + 1)
@@ -142,18 +147,6 @@ def _curves(
     return curves
 
 
-def _alone(look: Look) -> list[Curve]:
-    """Curves of experts that share nothing."""
-    choices = EXPERTS.curves(look.context, look.name, look.experts)
-    return [choice.curve for choice in (*choices, *CODED.choices(look))]
-
-
-def _least(curves: Sequence[Curve], multiplier: float) -> float:
-    """``error + multiplier * bits`` of the best of them."""
-    points = (curve.at(multiplier) for curve in curves)
-    return min(lost + multiplier * bits for lost, bits in points)
-
-
 def encode_cores(
     up: Tensor,
     down: Tensor,
@@ -173,12 +166,26 @@ def encode_cores(
     stored = zip(shared.bases(), (up, down))
     up, down = (whole.cpu() if kept is None else kept for kept, whole in stored)
     vectors = [tau.cpu() for tau in task_vectors]
+    kept = [bool(energy_of(tau) > 0) for tau in vectors]
+    fitted = cores(vectors, up, down)
+    return shared, *stored_cores(shared, fitted, vectors, kept, shape, precision)
+
+
+def stored_cores(
+    bases: Bases,
+    fitted: Tensor,
+    task_vectors: Sequence[Matrix],
+    kept: Sequence[bool],
+    shape: tuple[int, ...],
+    precision: Precision,
+) -> tuple[list[Delta | None], Tensor]:
+    """Quantized cores (T, p, q) of the tasks that keep theirs, and (T,) squared errors."""
     experts = [
-        precision.core(shape, core) if bool(energy_of(tau) > 0) else None
-        for tau, core in zip(vectors, cores(vectors, up, down))
+        precision.core(shape, core) if there else None
+        for core, there in zip(fitted, kept)
     ]
-    errors = [squared_error(shared, e, tau) for e, tau in zip(experts, vectors)]
-    return shared, experts, torch.stack(errors)
+    errors = [squared_error(bases, e, tau) for e, tau in zip(experts, task_vectors)]
+    return experts, torch.stack(errors)
 
 
 TUCKER = Tucker()

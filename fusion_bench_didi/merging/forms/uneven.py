@@ -5,7 +5,7 @@ beyond the Gaussian error, where that is no chance, is added to what every task 
 of shared parts whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -56,55 +56,57 @@ def dense_beyond_gaussian(
     seen = energy[:, some].sum(1).clamp(min=1e-300)
     times[:, len(first) :] = (energy[:, rest].sum(1) / seen)[:, None]
     whole = energy.sum(1)
-    found = []
-    for precision in precisions:
-        more = 0.0
-        if precision.dtype is None:
-            rounded = lost_by_row(stacked, precision.bits).view(len(terms), -1)
-            parts = (rounded * times).sum(1)[whole > 0] / whole[whole > 0]
-            lost, usual = float(parts.mean()), precision.rounding_dense
-            more = _beyond(lost, usual, EXPECTED_DENSE)
-        found.append(more)
-    return tuple(found)
+
+    def more(precision: Precision) -> float:
+        rounded = lost_by_row(stacked, precision.bits).view(len(terms), -1)
+        parts = (rounded * times).sum(1)[whole > 0] / whole[whole > 0]
+        return _beyond(float(parts.mean()), precision.rounding_dense, EXPECTED_DENSE)
+
+    return tuple(_of_codes(more, precisions))
 
 
 def beyond_gaussian(
     shared: Matrix, rank: int, precisions: Sequence[Precision]
 ) -> list[float]:
-    """Per precision, by how much more of the energy than expected rounding loses of a shared part.
-
-    Args:
-        shared: (m, n), factored below full rank.
-    """
+    """Per precision, by how much more of the energy than expected rounding loses of a shared part (m, n), factored below full rank."""
     shared, shape = shared.to("cpu"), tuple(shared.shape)
     energy = max(float(energy_of(shared)), 1e-300)
-    found = []
-    for precision in precisions:
-        lost = 0.0
-        if precision.dtype is None:
-            stored = encode_shared(shared, rank, shape=shape, precision=precision)
-            lost = float(squared_error(stored, None, shared)) / energy
-        whole = rank >= full_rank(*shape)
-        usual = precision.rounding_dense if whole else precision.rounding
-        found.append(_beyond(lost, usual))
-    return found
+
+    def more(precision: Precision) -> float:
+        stored = encode_shared(shared, rank, shape=shape, precision=precision)
+        lost = float(squared_error(stored, None, shared)) / energy
+        return _beyond(lost, _usual(precision, rank >= full_rank(*shape)))
+
+    return _of_codes(more, precisions)
 
 
 def columns_beyond_gaussian(
     up: Tensor, down: Tensor, precisions: Sequence[Precision]
 ) -> list[float]:
     """As :func:`beyond_gaussian`, of common bases (m, p) and (q, n)."""
-    shape, found = (len(up), down.shape[1]), []
-    for precision in precisions:
-        more = 0.0
-        if precision.dtype is None:
-            stored = precision.bases(shape, up.cpu(), down.cpu()).bases()
-            for kept, exact in zip(stored, (up.cpu(), down.cpu())):
-                if kept is not None:
-                    lost = float((kept - exact).square().sum() / exact.square().sum())
-                    more = max(more, _beyond(lost, precision.rounding_dense))
-        found.append(more)
-    return found
+    shape, exact = (len(up), down.shape[1]), (up.cpu(), down.cpu())
+
+    def more(precision: Precision) -> float:
+        pairs = zip(precision.bases(shape, *exact).bases(), exact)
+        lost = [
+            float((kept - whole).square().sum() / whole.square().sum())
+            for kept, whole in pairs
+            if kept is not None
+        ]
+        return max((_beyond(x, precision.rounding_dense) for x in lost), default=0.0)
+
+    return _of_codes(more, precisions)
+
+
+def _of_codes(
+    more: Callable[[Precision], float], precisions: Sequence[Precision]
+) -> list[float]:
+    """What is measured of integer codes; floating types lose what is expected."""
+    return [more(p) if p.dtype is None else 0.0 for p in precisions]
+
+
+def _usual(precision: Precision, whole: bool) -> float:
+    return precision.rounding_dense if whole else precision.rounding
 
 
 def _beyond(lost: float, usual: float, times: float = EXPECTED) -> float:
@@ -123,8 +125,7 @@ def at_its_price(
         more: the part of its energy that rounding loses beyond what is expected.
         energy: of the shared part.
     """
-    whole = curve.shared_rank >= curve.full
-    usual = precision.rounding_dense if whole else precision.rounding
+    usual = _usual(precision, curve.shared_rank >= curve.full)
     left = curve.sigma.double().square().sum(1) + curve.tail_energy
     counts = usual * energy > LITTLE * float(left.mean())
     lost = more + usual if counts else more

@@ -361,7 +361,7 @@ def test_a_task_that_another_thread_switches_meanwhile_spoils_nothing():
 def test_a_forward_beside_a_switch_is_no_writer_whenever_it_begins_and_ends(begin, end):
     """Threads that met between a write and the note of it spoiled the model for good."""
     net = nn.Linear(2, 2)
-    unwritten, turn = Unwritten(net), ExitStack()
+    unwritten, turn = Unwritten(net, {}), ExitStack()
     switch = [
         lambda: turn.enter_context(unwritten.switching()),
         lambda: net.weight.detach().mul_(2),

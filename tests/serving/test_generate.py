@@ -78,10 +78,9 @@ def merged_of(make: str, how: str = "layered"):
     models = pool_of(base, ("a", "b", "c"))
     for model in models.values():
         model.generation_config = copy.deepcopy(base.generation_config)
-    model = exact_model(models)
-    if how == "grouped":
-        model.mixed.network = None
-    elif make != "t5" and type(base.get_input_embeddings()) is nn.Embedding:
+    model = exact_model(models, how)
+    plain = type(base.get_input_embeddings()) is nn.Embedding
+    if plain and how == "layered" and make != "t5":
         assert model.mixed.network is not None
     return models, model
 

@@ -283,5 +283,6 @@ def mix_of(weights: Tensor) -> Mix:
 
 
 def over(rows: Tensor, like: Tensor) -> Tensor:
-    """(B, c) laid out to broadcast over (B, ..., c)."""
-    return rows.view(len(rows), *(1,) * (like.ndim - 2), -1)
+    """(B, *s) laid out to broadcast over (B, ..., *s)."""
+    between = (1,) * (like.ndim - rows.ndim)
+    return rows.view(len(rows), *between, *rows.shape[1:])

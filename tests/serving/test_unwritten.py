@@ -49,6 +49,16 @@ def models(request) -> dict[str, nn.Module]:
     return pool_of(rwkv(rescale_every=request.param))
 
 
+@pytest.fixture(scope="module", params=MAKERS)
+def made(request, models) -> DynamicModel:
+    return MAKERS[request.param](models)
+
+
+@pytest.fixture
+def model(made) -> DynamicModel:
+    return copy.deepcopy(made)
+
+
 @torch.no_grad()
 def logits(model: nn.Module, **task: Any) -> Tensor:
     return model(TOKENS, **task).logits
@@ -63,9 +73,7 @@ def near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_rwkv_forward_after_forward(models, make):
-    model = MAKERS[make](models)
+def test_rwkv_forward_after_forward(models, model):
     for task in ("a", "b", "b", "a"):
         model.set_task(task)
         near(logits(model), plain(models, task))
@@ -75,10 +83,9 @@ def test_rwkv_forward_after_forward(models, make):
     near(logits(model.backbone), plain(models, None))
 
 
-@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("before", [None, "a"])
-def test_rwkv_mixed_batches(models, make, before):
-    model, tasks = MAKERS[make](models), ["b", "a", "b", "a"]
+def test_rwkv_mixed_batches(models, model, before):
+    tasks = ["b", "a", "b", "a"]
     if before is not None:
         model.set_task(before)
         logits(model)
@@ -118,9 +125,7 @@ def test_rwkv_in_which_some_layers_are_no_tasks(models):
         near(logits(model), plain(some, task))
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_rwkv_as_plain_models(models, make):
-    model = MAKERS[make](models)
+def test_rwkv_as_plain_models(models, model):
     for ran in (None, "a", "b"):
         if ran:
             model.set_task(ran)

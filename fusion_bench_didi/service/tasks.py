@@ -13,9 +13,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def tasks_of(
-    model: DynamicModel,
-    rows: Sequence[Row],
-    inputs: Mapping[str, Tensor],
+    model: DynamicModel, rows: Sequence[Row], inputs: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """``task_ids``, or ``task_weights`` where some row has none.
 

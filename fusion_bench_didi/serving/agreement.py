@@ -27,10 +27,7 @@ def rounded_again(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def agree(
-    alone: Sequence[Any],
-    found: Any,
-    layout: Layout,
-    again: Sequence[Any] | None = None,
+    alone: Sequence[Any], found: Any, layout: Layout, again: Sequence[Any] | None = None
 ) -> bool:
     """Whether what single tasks give is what one pass of all of them gives, but for rounding.
 

@@ -185,8 +185,7 @@ def _with_labels(kind: str) -> tuple[nn.Module, dict]:
 
 @pytest.mark.parametrize("how", ["layered", "grouped"])
 @pytest.mark.parametrize(
-    "kind",
-    ["next token", "next token, tied", "given the text", "classes", "a number"],
+    "kind", ["next token", "next token, tied", "given the text", "classes", "a number"]
 )
 def test_a_loss_is_the_mean_over_all_samples(kind, how):
     base, given = _with_labels(kind)

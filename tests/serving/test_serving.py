@@ -24,12 +24,7 @@ from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.quantization.rounding import round_factors
 from fusion_bench_didi.serving import agreement
-from fusion_bench_didi.serving.banks import (
-    MatrixBank,
-    Serving,
-    laid_out,
-    side_by_side,
-)
+from fusion_bench_didi.serving.banks import MatrixBank, Serving, laid_out, side_by_side
 from fusion_bench_didi.serving.forward import MixedForward
 from fusion_bench_didi.serving.grouped_matmul import product_by_task
 from fusion_bench_didi.serving.making import bank_of

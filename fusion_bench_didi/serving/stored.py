@@ -316,9 +316,7 @@ class _Use:
         if not bank.serving.dense_above or longer:
             return False
         if task not in bank.ranks:
-            delta = bank.deltas[task]
-            own = isinstance(delta, OwnDelta)
-            product = None if own else delta.beyond_product(self._beside())
+            product = bank.deltas[task].beyond_product(self._beside())
             bank.ranks[task] = None if product is None else product.rank
         return bank.ranks[task] is not None
 

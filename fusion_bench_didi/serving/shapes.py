@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
 
 from ..task_vectors.ties import tied_names
 
@@ -164,7 +163,6 @@ _SIDES = {
     _NormBase: ("num_features",),
     nn.GroupNorm: ("num_channels",),
     nn.PReLU: ("num_parameters",),
-    Conv1D: ("nx", "nf"),
 }
 
 
@@ -173,7 +171,9 @@ def _sides(module: nn.Module, shape: Shape) -> Iterator[tuple[str, Any]]:
     for kind, names in _SIDES.items():
         if isinstance(module, kind):
             yield from zip(names, shape)
-    if isinstance(module, _ConvNd):
+    if type(module).__name__ == "Conv1D":  # transformers', of GPT-2, or a copy of it
+        yield from zip(("nx", "nf"), shape)
+    elif isinstance(module, _ConvNd):
         outer, inner = "out_channels", "in_channels"
         if module.transposed:
             outer, inner = inner, outer

@@ -37,8 +37,12 @@ GROUPED = {
 }
 
 
-def exact_model(models: Mapping[str, nn.Module]) -> DynamicModel:
-    """A pool's models as one: differences of parameters, and what else differs as tasks' own."""
+def exact_model(models: Mapping[str, nn.Module], how: str = "layered") -> DynamicModel:
+    """A pool's models as one: differences of parameters, and what else differs as tasks' own.
+
+    Args:
+        how: mixed batches are run; ``grouped`` by task, whatever the layers are.
+    """
     base = models[BASE]
     state = _tensors(base)
     experts: dict[str, dict[str, Any]] = {}
@@ -53,7 +57,10 @@ def exact_model(models: Mapping[str, nn.Module]) -> DynamicModel:
                 deltas[name] = DenseDelta(shape, value.double() - own.double())
             elif not plain and not (own.shape == value.shape and value.equal(own)):
                 deltas[name] = OwnDelta(shape, value.detach().clone())
-    return DynamicModel(copy.deepcopy(base), {}, experts, unit_bits=1).eval()
+    merged = DynamicModel(copy.deepcopy(base), {}, experts, unit_bits=1).eval()
+    if how == "grouped":
+        merged.mixed.network = None
+    return merged
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

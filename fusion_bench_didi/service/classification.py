@@ -23,7 +23,7 @@ from ..pools.carried import MULTI_LABEL, PADDING, REGRESSION
 from ..pools.task_settings import CONFIGURATION
 from .batching import Row
 from .limits import Limits, Refused
-from .tasks import answered, tasks_of
+from .tasks import answered, by_key, tasks_of
 
 #: Formats of images that are read.
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -117,10 +117,8 @@ class Classification:
         """
         if self.images:
             return Row(task, self._pixels(content))
-        encoded, most = (
-            self.processor(content, verbose=False),
-            self.limits.prompt_tokens,
-        )
+        encoded = self.processor(content, verbose=False)
+        most = self.limits.prompt_tokens
         places = getattr(self.model.backbone.config, "max_position_embeddings", most)
         # some models count positions from a later one, which only the tokenizer knows
         most = min(most, places, self.processor.model_max_length)
@@ -172,30 +170,26 @@ class Classification:
 
     def _classified(self, rows: Sequence[Row]) -> list[dict[str, float]]:
         first = next(self.model.backbone.parameters())
+        contents = [row.content for row in rows]
         if self.images:
-            pixels = torch.stack([row.content for row in rows])
+            pixels = torch.stack(contents)
             inputs = {"pixel_values": pixels.to(first.device, first.dtype)}
         else:
-            encoded = [row.content for row in rows]
-            inputs = self.processor.pad(encoded, return_tensors="pt")
-            inputs = {name: value.to(first.device) for name, value in inputs.items()}
+            inputs = self.processor.pad(contents, return_tensors="pt").to(first.device)
         asked = tasks_of(self.model, rows, inputs)
         tasks = asked.get("task_ids")
         if tasks is None:
             tasks = self._found(asked["task_weights"])
         if not self.apart:
-            output = self.model(**inputs, **asked)
-            return [
-                self._told(row, task) for row, task in zip(self._rows(output), tasks)
-            ]
-        found: dict[int, dict[str, float]] = {}
-        for task in dict.fromkeys(tasks):
-            here = [place for place, other in enumerate(tasks) if other == task]
-            some = {name: value[here] for name, value in inputs.items()}
-            output = self.model(**some, task_ids=[task] * len(here))
-            for place, row in zip(here, self._rows(output)):
-                found[place] = self._told(row, task)
-        return [found[place] for place in range(len(rows))]
+            found = self._rows(self.model(**inputs, **asked))
+            return list(map(self._told, found, tasks))
+
+        def run(places: list[int], task: str | None) -> list[dict[str, float]]:
+            some = {name: value[places] for name, value in inputs.items()}
+            output = self.model(**some, task_ids=[task] * len(places))
+            return [self._told(row, task) for row in self._rows(output)]
+
+        return by_key(range(len(rows)), tasks, run)
 
     def _found(self, weights: Tensor) -> list[str | None]:
         """The likeliest tasks; None where the router finds none.

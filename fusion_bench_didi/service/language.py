@@ -14,7 +14,7 @@ from ..models import DynamicModel
 from ..models.task_settings import generation_of
 from .batching import Row
 from .limits import Limits, Refused
-from .tasks import answered, tasks_of
+from .tasks import answered, by_key, tasks_of
 
 log = logging.getLogger(__name__)
 #: relative difference of two passes that rounding does not make
@@ -86,16 +86,9 @@ class Language:
 
     def _by_ends(self, rows: Sequence[Row]) -> list[Completion]:
         """Texts that end by the same tokens are one batch."""
-        ends = [self._ends_of(row.task) for row in rows]
-        found: dict[int, Completion] = {}
-        for common in dict.fromkeys(ends):
-            places = [place for place, of in enumerate(ends) if of == common]
-            some = self._continued([rows[place] for place in places], common)
-            found |= zip(places, some)
-        return [found[place] for place in range(len(rows))]
+        return by_key(rows, [self._ends_of(row.task) for row in rows], self._continued)
 
     def _continued(self, rows: Sequence[Row], ends: frozenset[int]) -> list[Completion]:
-        device = next(self.model.backbone.parameters()).device
         longest, pad = max(len(row.content) for row in rows), self._padding
         more = max(row.tokens for row in rows)
         of_one_length = all(len(row.content) == longest for row in rows)
@@ -107,10 +100,7 @@ class Language:
             return [self._continued([row], ends)[0] for row in rows]
         ids = [[pad] * (longest - len(r.content)) + r.content for r in rows]
         mask = [[0] * (longest - len(r.content)) + [1] * len(r.content) for r in rows]
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor(ids, device=device),
-            "attention_mask": torch.tensor(mask, device=device),
-        }
+        inputs = _inputs(ids, mask, self.model.backbone.device)
         found = self.model.generate(
             **inputs,
             **tasks_of(self.model, rows, inputs),
@@ -149,10 +139,8 @@ class Language:
     def _logits(self, ids: list[int], mask: list[int]) -> Tensor:
         """Of the two tokens after a prompt, by the base model."""
         backbone = self.model.backbone
-        device = next(backbone.parameters()).device
         found = backbone.generate(
-            input_ids=torch.tensor([ids], device=device),
-            attention_mask=torch.tensor([mask], device=device),
+            **_inputs([ids], [mask], backbone.device),
             max_new_tokens=2,
             min_new_tokens=2,
             do_sample=False,
@@ -176,3 +164,10 @@ class Language:
                 break
         text = self.tokenizer.decode(found, skip_special_tokens=True)
         return Completion(text, len(row.content), len(found), finish)
+
+
+def _inputs(
+    ids: list[list[int]], mask: list[list[int]], device: torch.device
+) -> dict[str, Tensor]:
+    pairs = {"input_ids": ids, "attention_mask": mask}
+    return {name: torch.tensor(rows, device=device) for name, rows in pairs.items()}

@@ -54,22 +54,22 @@ def open_runner(
     model.serving = Serving(memory_limit_gb=limits.memory_limit_gb)
     source = base or _beside(config["backbone"].get("source"), place)
     name = type(model.backbone).__name__
-    kind, options = _kind(model, name, heads), {"limits": limits}
+    kind = _kind(model, name, heads)
     if kind != "images" and (others := with_own_vocabulary(model)):
         raise SettingsError(
             f"{some(others)} have a vocabulary of their own, which the base model's tokenizer does not know. Serve the model "
             "without them (didi remove-task), and them as checkpoints (didi export --form plain)."
         )
+    images, directions = kind == "images", None
+    processor = _processor(AutoImageProcessor if images else AutoTokenizer, source)
     if kind == "language":
-        return Language(model, _processor(AutoTokenizer, source), limits)
-    if kind == "text":
-        return Classification(model, _processor(AutoTokenizer, source), images=False, **options)  # fmt: skip
+        return Language(model, processor, limits)
     if heads is not None:
         projected = "WithProjection" in name
         settings = model.backbone.config
         width = settings.projection_dim if projected else settings.hidden_size
-        options["heads"] = Heads.read(heads, model.tasks, width)
-    return Classification(model, _processor(AutoImageProcessor, source), images=True, **options)  # fmt: skip
+        directions = Heads.read(heads, model.tasks, width)
+    return Classification(model, processor, images=images, limits=limits, heads=directions)  # fmt: skip
 
 
 def _cast(backbone: nn.Module, dtype: torch.dtype) -> None:

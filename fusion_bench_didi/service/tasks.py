@@ -1,7 +1,7 @@
 """The tasks of a batch's rows, some of which the router finds."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from torch import Tensor
 from ..models import DynamicModel
 from .batching import Row
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 def tasks_of(
-    model: DynamicModel,
-    rows: Sequence[Row],
-    inputs: Mapping[str, Tensor],
+    model: DynamicModel, rows: Sequence[Row], inputs: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """``task_ids``, or ``task_weights`` where some row has none.
 
@@ -39,10 +39,21 @@ def answered(
 ) -> list[Any]:
     """Answers to rows, in one batch unless the router scales the shared part, which is whole under tasks that are named."""
     routed = [row.task is None for row in rows]
-    if len(set(routed)) == 1 or model.router.shared_scale == 1:
+    if not any(routed) or model.router.shared_scale == 1:
         return run(rows)
+    return by_key(rows, routed, lambda some, _: run(some))
+
+
+def by_key(
+    items: Sequence[Any], keys: Sequence[Key], run: Callable[[list, Key], Iterable[Any]]
+) -> list[Any]:
+    """Results of items, of which those of each key are run by themselves.
+
+    Args:
+        keys: one per item.
+    """
     found: dict[int, Any] = {}
-    for kind in (False, True):
-        places = [place for place, one in enumerate(routed) if one == kind]
-        found.update(zip(places, run([rows[place] for place in places])))
-    return [found[place] for place in range(len(rows))]
+    for key in dict.fromkeys(keys):
+        places = [place for place, other in enumerate(keys) if other == key]
+        found.update(zip(places, run([items[place] for place in places], key)))
+    return [found[place] for place in range(len(items))]

@@ -27,10 +27,7 @@ def rounded_again(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def agree(
-    alone: Sequence[Any],
-    found: Any,
-    layout: Layout,
-    again: Sequence[Any] | None = None,
+    alone: Sequence[Any], found: Any, layout: Layout, again: Sequence[Any] | None = None
 ) -> bool:
     """Whether what single tasks give is what one pass of all of them gives, but for rounding.
 
@@ -41,6 +38,8 @@ def agree(
     noisy = expected if again is None else [leaves(part) for part in again]
 
     def close(expected: Tensor, found: Tensor, noisy: Tensor) -> bool:
+        if not expected.is_floating_point() or expected.shape != found.shape:
+            return expected.shape == found.shape
         if again is None:
             return _close(expected, found)
         return _as_close(expected, found, noisy)
@@ -64,8 +63,6 @@ def agree(
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:
-    if not expected.is_floating_point() or expected.shape != found.shape:
-        return expected.shape == found.shape
     if not expected.numel():
         return True
     error = _difference(expected, found).abs()
@@ -76,8 +73,6 @@ def _close(expected: Tensor, found: Tensor) -> bool:
 
 def _as_close(expected: Tensor, found: Tensor, noisy: Tensor) -> bool:
     """Whether a result is no farther off than rounding the weights once more takes it, by :data:`ROUNDINGS`."""
-    if not expected.is_floating_point() or expected.shape != found.shape:
-        return expected.shape == found.shape
     off, rounding = (
         torch.linalg.vector_norm(_difference(expected, x).float())
         for x in (found, noisy)

@@ -176,7 +176,8 @@ class MatrixBank(Bank):
     def stacked(self) -> Tensor:
         """All matrices as one tensor (T + 1, n, m), which from now on is what the bank holds."""
         if self._stack is None:
-            whole = torch.stack([m + f @ b for m, f, b in self._parts()])
+            parts = zip(self.matrices, self.firsts, self.lasts)
+            whole = torch.stack([matrix + f @ b for matrix, f, b in parts])
             self.__init__(self.shape, whole[-1], list(whole[:-1]), turned=self.turned)
             self._stack = whole
         return self._stack
@@ -197,9 +198,6 @@ class MatrixBank(Bank):
     def held(self) -> bool:
         """Every task has a matrix of its own."""
         return len(self.dense) == self.tasks
-
-    def _parts(self):
-        return zip(self.matrices, self.firsts, self.lasts)
 
 
 def laid_out(matrix: Tensor, turned: bool) -> Tensor:

@@ -196,15 +196,11 @@ class Call:
     @property
     def given(self) -> dict[str, Any]:
         """All arguments by name."""
-        return dict(self._named())
+        return {**dict(self._positional()), **self.kwargs}
 
     def _positional(self) -> Iterator[tuple[str, Any]]:
         for i, value in enumerate(self.args):
             yield (self.names[i] if i < len(self.names) else f"argument {i + 1}"), value
-
-    def _named(self) -> Iterator[tuple[str, Any]]:
-        yield from self._positional()
-        yield from self.kwargs.items()
 
     def _rows(self, name: str, path: Path, leaf: Any, index: Tensor) -> Any:
         if isinstance(leaf, np.ndarray):
@@ -240,24 +236,6 @@ class Call:
             f"{name} ({found}) does not hold one row for each of the {self.size} samples, so that samples of several tasks cannot "
             "be told apart in it. Run the samples of each task by themselves."
         )
-
-
-def call_of(
-    backbone: nn.Module,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    method: str | None = None,
-) -> Call:
-    """A call of a backbone, with what its class tells of its arguments."""
-    function = backbone.forward if method is None else getattr(backbone, method)
-    return Call(
-        args,
-        kwargs,
-        method,
-        parameter_names(function),
-        getattr(backbone, "main_input_name", None),
-        tokens=media_tokens(backbone),
-    )
 
 
 def media_tokens(backbone: nn.Module) -> dict[str, int]:

@@ -11,6 +11,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ Pairs = Mapping[int, tuple[Any, Any]]
 #: what nn.Module keeps its own contents in
 _CONTENTS = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, tuple, dict, OrderedDict)
+#: what functions refer to beside their closure
+_OF_FUNCTIONS = ("__defaults__", "__kwdefaults__", "__dict__")
 _PLAIN = (bool, int, float, str, type(None), set)
 #: where classes come from whose functions know none of their instances
 _LIBRARIES = ("torch.", "transformers.", "builtins", "typing")
@@ -37,13 +40,9 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         DiDiError: if some function of the copy would still run the original.
     """
     memo = {} if memo is None else memo
-    originals = list(model.modules())
+    originals = [*model.modules(), *model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, memo)
-    pairs = {id(m): (m, memo[id(m)]) for m in originals if id(m) in memo}
-    for original in originals:
-        for _, tensor in (*original._parameters.items(), *original._buffers.items()):
-            if tensor is not None and id(tensor) in memo:
-                pairs[id(tensor)] = tensor, memo[id(tensor)]
+    pairs = {id(own): (own, memo[id(own)]) for own in originals if id(own) in memo}
     rebind(twin.modules(), pairs)
     _check(twin, pairs, "cannot be copied: the copy would still run the original")
     return twin
@@ -93,93 +92,75 @@ def _remapped(value: Any, done: dict[int, Any]) -> Any:
     """A value in which everything that is in ``done`` is replaced; the value itself where nothing is."""
     if id(value) in done:
         return done[id(value)]
-    if isinstance(value, types.MethodType):
-        return _remapped_method(value, done)
-    if isinstance(value, types.FunctionType):
-        return _remapped_function(value, done)
-    if isinstance(value, functools.partial):
-        parts = [value.func, *value.args, *value.keywords.values()]
-        func, *rest = (_remapped(part, done) for part in parts)
-        if all(new is old for new, old in zip((func, *rest), parts)):
-            return value
-        count = len(value.args)
-        made = type(value)(
-            func, *rest[:count], **dict(zip(value.keywords, rest[count:]))
-        )
-        made.__dict__.update({k: _remapped(v, done) for k, v in vars(value).items()})
-        return made
     if isinstance(value, weakref.ref):
         target = value()
         return weakref.ref(done[id(target)]) if id(target) in done else value
+    blank = None
+    if isinstance(value, types.FunctionType):
+        # what torch.compile made of a function is left out: it would run what it was compiled from
+        plain = getattr(value, "_torchdynamo_orig_callable", None)
+        if plain is not None:
+            other = _remapped(plain, done)
+            return value if other is plain else other
+        done[id(value)] = blank = _blank(value)  # functions may refer to themselves
+    parts = _parts(value) or {}
+    others = {key: _remapped(part, done) for key, part in parts.items()}
+    if all(others[k] is part or others[k] is blank for k, part in parts.items()):
+        if blank is not None:
+            done[id(value)] = value
+        return value
+    return _built(value, others, blank)
+
+
+def _parts(value: Any) -> dict[Any, Any] | None:
+    """What a value refers to; None for what is not looked into."""
+    if isinstance(value, types.MethodType):
+        return {"function": value.__func__, "owner": value.__self__}
+    if isinstance(value, functools.partial):
+        given = {"args": value.args, "keywords": value.keywords}
+        return {"function": value.func, **given, "attributes": vars(value)}
+    if isinstance(value, types.FunctionType):
+        held = {key: getattr(value, key) for key in _OF_FUNCTIONS}
+        for place, cell in enumerate(value.__closure__ or ()):
+            with suppress(ValueError):  # not filled yet
+                held[place] = cell.cell_contents
+        return held
     if type(value) in _CONTAINERS:
-        return _remapped_container(value, done)
-    return value
+        return dict(value if isinstance(value, dict) else enumerate(value))
+    return None
 
 
-def _remapped_method(
-    method: types.MethodType, done: dict[int, Any]
-) -> types.MethodType:
-    owner = _remapped(method.__self__, done)
-    function = _remapped(method.__func__, done)
-    if owner is method.__self__ and function is method.__func__:
-        return method
-    return types.MethodType(function, owner)
-
-
-def _remapped_function(function: types.FunctionType, done: dict[int, Any]) -> Any:
-    # what torch.compile made of a function is left out: it would run what it was compiled from
-    plain = getattr(function, "_torchdynamo_orig_callable", None)
-    if plain is not None:
-        other = _remapped(plain, done)
-        return function if other is plain else other
-    if not (
-        function.__closure__
-        or function.__defaults__
-        or function.__kwdefaults__
-        or vars(function)
-    ):
-        return function
-    cells = [types.CellType() for _ in function.__closure__ or ()]
-    made = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        tuple(cells) or None,
-    )
-    done[id(function)] = made  # functions may refer to themselves
-    changed = False
-    for old, new in zip(function.__closure__ or (), cells):
-        try:
-            held = old.cell_contents
-        except ValueError:  # not filled yet
-            continue
-        new.cell_contents = other = _remapped(held, done)
-        changed |= other is not held and other is not made
-    made.__defaults__ = _remapped(function.__defaults__, done)
-    made.__kwdefaults__ = _remapped(function.__kwdefaults__, done)
-    made.__dict__.update({k: _remapped(v, done) for k, v in vars(function).items()})
-    changed |= made.__defaults__ is not function.__defaults__
-    changed |= made.__kwdefaults__ is not function.__kwdefaults__
-    changed |= any(
-        vars(made)[key] is not value for key, value in vars(function).items()
-    )
-    if not changed:
-        done[id(function)] = function
-        return function
+def _blank(function: types.FunctionType) -> types.FunctionType:
+    """A function of the same code that refers to nothing yet."""
+    cells = tuple(types.CellType() for _ in function.__closure__ or ())
+    code, name = function.__code__, function.__name__
+    made = types.FunctionType(code, function.__globals__, name, None, cells or None)
     made.__qualname__, made.__module__ = function.__qualname__, function.__module__
     made.__doc__ = function.__doc__
     return made
 
 
-def _remapped_container(value: Any, done: dict[int, Any]) -> Any:
-    if isinstance(value, dict):
-        held = {key: _remapped(item, done) for key, item in value.items()}
-        same = all(held[key] is item for key, item in value.items())
-        return value if same else type(value)(held)
-    items = [_remapped(item, done) for item in value]
-    same = all(new is old for new, old in zip(items, value))
-    return value if same else type(value)(items)
+def _built(value: Any, parts: Mapping[Any, Any], blank: Any) -> Any:
+    """A value that refers to other parts.
+
+    Args:
+        blank: what becomes of a function.
+    """
+    if isinstance(value, types.MethodType):
+        return types.MethodType(parts["function"], parts["owner"])
+    if isinstance(value, functools.partial):
+        made = type(value)(parts["function"], *parts["args"], **parts["keywords"])
+        made.__dict__.update(parts["attributes"])
+        return made
+    if blank is None:
+        return type(value)(parts if isinstance(value, dict) else parts.values())
+    for place, cell in enumerate(blank.__closure__ or ()):
+        if place in parts:
+            cell.cell_contents = parts[place]
+    blank.__defaults__ = parts["__defaults__"]
+    blank.__kwdefaults__ = parts["__kwdefaults__"]
+    blank.__dict__.update(parts["__dict__"])
+    return blank
 
 
 def _held(module: nn.Module) -> list[tuple[str, Any]]:
@@ -221,34 +202,19 @@ def _referred(held: Iterable[Any]) -> Iterator[Any]:
         seen.add(id(value))
         if isinstance(value, (nn.Module, Tensor)):
             yield value
-        elif isinstance(value, types.MethodType):
-            yield from walk(value.__self__)
-            yield from walk(value.__func__)
+            return
+        parts = _parts(value)
+        if isinstance(value, weakref.ref):
+            parts = {"target": value()}
         elif isinstance(value, types.FunctionType):
-            yield from in_function(value)
-        elif isinstance(value, functools.partial):
-            for part in (value.func, *value.args, *value.keywords.values()):
-                yield from walk(part)
-        elif isinstance(value, weakref.ref):
-            yield from walk(value())
-        elif type(value) in _CONTAINERS:
-            for item in value.values() if isinstance(value, dict) else value:
-                yield from walk(item)
-        elif hasattr(value, "__wrapped__"):
-            yield from walk(value.__wrapped__)
-
-    def in_function(function: types.FunctionType) -> Iterator[Any]:
-        for cell in function.__closure__ or ():
-            try:
-                yield from walk(cell.cell_contents)
-            except ValueError:
-                continue
-        for part in (function.__defaults__, function.__kwdefaults__, vars(function)):
+            for name in _global_names(value.__code__):
+                part = value.__globals__.get(name)
+                if isinstance(part, (nn.Module, types.MethodType)):
+                    parts[name] = part
+        elif parts is None:
+            parts = {"wrapped": getattr(value, "__wrapped__", None)}
+        for part in parts.values():
             yield from walk(part)
-        for name in _global_names(function.__code__):
-            value = function.__globals__.get(name)
-            if isinstance(value, (nn.Module, types.MethodType)):
-                yield from walk(value)
 
     for value in held:
         yield from walk(value)
@@ -307,14 +273,9 @@ def _equal(left: nn.Module, right: nn.Module) -> bool:
 def _pairs(foreign: nn.Module, own: nn.Module) -> dict[int, tuple[Any, Any]]:
     """Modules, parameters and buffers of two models of one structure."""
     found: dict[int, tuple[Any, Any]] = {}
-    inside = dict(own.named_modules(remove_duplicate=False))
-    for name, module in foreign.named_modules(remove_duplicate=False):
-        twin = inside.get(name)
-        if twin is None:
-            continue
-        found[id(module)] = module, twin
-        for part in ("_parameters", "_buffers"):
-            for leaf, tensor in getattr(module, part).items():
-                if tensor is not None:
-                    found[id(tensor)] = tensor, getattr(twin, part).get(leaf)
+    for kind in ("named_modules", "named_parameters", "named_buffers"):
+        inside = dict(getattr(own, kind)(remove_duplicate=False))
+        for name, part in getattr(foreign, kind)(remove_duplicate=False):
+            if name in inside:
+                found[id(part)] = part, inside[name]
     return found

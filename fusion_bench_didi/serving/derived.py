@@ -68,8 +68,7 @@ class Derived:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     """Tensors of the module itself."""
-    held = (*module._parameters.values(), *module._buffers.values())
-    return [tensor for tensor in held if tensor is not None]
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _unset(module: nn.Module) -> dict[str, type]:

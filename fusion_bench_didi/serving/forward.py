@@ -16,10 +16,10 @@ Threads may share a mixed forward. Layered passes run side by side; what puts ot
 grouped passes do, waits for its turn.
 """
 
+import functools
 import logging
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -27,17 +27,16 @@ from torch import Tensor, nn
 
 from ..errors import DiDiError
 from .agreement import agree, rounded_again
-from .autocast import product_dtype
 from .banks import OwnBank
 from .caches import Caches, caches_of
-from .calls import Call, call_of, media_tokens, parameter_names
+from .calls import Call, media_tokens, parameter_names
 from .derived import Derived
 from .forward_only import forward_only
 from .held import Held
 from .in_place import Places
 from .layers import PerSampleLinear, UnsupportedShape
 from .making import AnyBank
-from .mixtures import ByTask, Mix, in_order, mix_of
+from .mixtures import ByTask, Mix, mix_of, product_dtype
 from .network import per_sample_network
 from .outputs import Layout, joined, reordered
 from .own_settings import OwnSettings
@@ -76,22 +75,18 @@ class MixedForward:
         banks: Mapping[str, AnyBank],
         tasks: Sequence[str],
         *,
-        shapes: Shapes | None = None,
-        derived: Derived | None = None,
-        unwritten: Unwritten | None = None,
-        lock: AbstractContextManager | None = None,
-        held: Held | None = None,
-        settings: OwnSettings | None = None,
+        shapes: Shapes,
+        derived: Derived,
+        unwritten: Unwritten,
+        lock: AbstractContextManager,
+        held: Held | None,
+        settings: OwnSettings,
     ):
         self.backbone, self.banks, self.tasks = backbone, dict(banks), list(tasks)
         self.count = len(self.tasks)
-        self.settings = OwnSettings(backbone) if settings is None else settings
-        self.shapes = Shapes(backbone) if shapes is None else shapes
-        self.lock = threading.RLock() if lock is None else lock
-        self.unwritten = Unwritten(backbone) if unwritten is None else unwritten
-        self.running = Running()
+        self.settings, self.shapes, self.lock = settings, shapes, lock
+        self.unwritten, self.running = unwritten, Running()
         watch_states(backbone)
-        derived = Derived(backbone) if derived is None else derived
         self.network = None
         if not derived.of_results:
             self.network = per_sample_network(backbone, self.banks, self.running)
@@ -139,11 +134,10 @@ class MixedForward:
         self, args: tuple, kwargs: Mapping[str, Any], method: str | None = None
     ) -> Call:
         """A call of the backbone's forward, or of another of its methods."""
+        names = self._names
         if method is not None:
-            return call_of(self.backbone, args, kwargs, method)
-        return Call(
-            args, kwargs, names=self._names, main=self._main, tokens=self._tokens
-        )
+            names = parameter_names(getattr(self.backbone, method))
+        return Call(args, kwargs, method, names, self._main, tokens=self._tokens)
 
     def mix(self, task_ids: Any, task_weights: Any, call: Call) -> Mix:
         """The mixture of a call's samples, from task ids or weights, whichever is not None.
@@ -202,33 +196,19 @@ class MixedForward:
     def layered(self, network: nn.Module, mix: Mix, call: Call) -> Any:
         """The whole batch at once, or on a CPU in pieces whose activations stay in its cache."""
         if torch.compiler.is_compiling():
-            with self.passing(mix):
-                output = self.on(network, call.picked(mix.order))
+            output = self.passed(network, mix, call.picked(mix.order))
             return reordered(output, mix.order, None)
         pieces, cpu = [mix], mix.order.device.type == "cpu"
         if cpu and self.learned(mix, call).separable and not caches_of(call):
             pieces = mix.pieces(self.limit)
-        if len(pieces) == 1 and in_order(mix):
-            with self.passing(mix):
-                return self.on(network, call)
-
-        def run(piece: Mix, call: Call) -> Any:
-            with self.passing(piece):
-                return self.on(network, call)
-
+        run = functools.partial(self.passed, network)
         return self._in_parts(mix, call, pieces, run)
 
     @torch.compiler.disable
     def grouped(self, mix: Mix, call: Call, *, watched: bool = False) -> Any:
         """One pass per distinct row of weights."""
-        pieces = list(mix.groups())
-        if len(pieces) == 1 and in_order(mix):
-            return self.alone(mix, call, watched=watched)
-
-        def run(piece: Mix, call: Call) -> Any:
-            return self.alone(piece, call, watched=watched)
-
-        return self._in_parts(mix, call, pieces, run)
+        run = functools.partial(self.alone, watched=watched)
+        return self._in_parts(mix, call, list(mix.groups()), run)
 
     def _in_parts(
         self,
@@ -238,6 +218,8 @@ class MixedForward:
         run: Callable[[Mix, Call], Any],
     ) -> Any:
         """The output of the batch as given, from runs of parts of it."""
+        if len(pieces) == 1 and mix.in_order:
+            return run(mix, call)
         layout = self.learned(mix, call)
         calls = [call.picked(piece.order) for piece in pieces]
         caches = Caches(call, calls)
@@ -257,13 +239,12 @@ class MixedForward:
             )
         return caches.filled(output, orders)
 
-    @contextmanager
-    def passing(self, mix: Mix) -> Iterator[None]:
-        """While the block runs, what this thread runs of the network is of these samples."""
+    def passed(self, network: nn.Module, mix: Mix, call: Call) -> Any:
+        """The output of the network of per-sample layers for a call of the samples of a mix, in its order."""
         outer = self.running.current
         self.running.current = Pass(mix)
         try:
-            yield
+            return self.on(network, call)
         finally:
             self.running.current = outer
 
@@ -274,7 +255,8 @@ class MixedForward:
         if torch.compiler.is_compiling():
             if not all(layout.usual for layout in self._layouts.values()):
                 return False  # of such outputs the graph could not put the samples back
-            return self.trusted or self._verify(mix, call)
+            if self.trusted:
+                return True
         return self._verify(mix, call)
 
     @torch.compiler.disable
@@ -303,23 +285,21 @@ class MixedForward:
         rows = torch.arange(len(tasks), device=self._device) % call.size
         probe, mix = call.picked(rows), ByTask.of(tasks, self.count)
         groups = list(mix.groups())
-        alone = [self.alone(group, probe.picked(group.order)) for group in groups]
-        network = self.network
+
+        def one_by_one(nudged: bool) -> list[Any]:
+            return [self.alone(g, probe.picked(g.order), nudged=nudged) for g in groups]
+
+        alone, network = one_by_one(nudged=False), self.network
         try:
-            with _largest_output(network) as largest, self.passing(mix):
-                found = self.on(network, probe.picked(mix.order))
+            with _largest_output(network) as largest:
+                found = self.passed(network, mix, probe.picked(mix.order))
         except (UnsupportedShape, RuntimeError) as reason:
             return reason
         self.limit = CACHE // max(largest)
         if agree(alone, found, layout):
             return None
-        if self._few_bits:
-            again = [
-                self.alone(group, probe.picked(group.order), nudged=True)
-                for group in groups
-            ]
-            if agree(alone, found, layout, again):
-                return None
+        if self._few_bits and agree(alone, found, layout, one_by_one(nudged=True)):
+            return None
         return "results differ from those of single tasks"
 
     @property
@@ -419,10 +399,8 @@ def _largest_output(network: nn.Module) -> Iterator[list[int]]:
     def see(_: nn.Module, args: tuple, y: Tensor) -> None:
         sizes.append(y.nbytes // len(y))
 
-    products = [m for m in network.modules() if isinstance(m, PerSampleLinear)]
-    handles = [module.register_forward_hook(see) for module in products]
-    try:
+    with ExitStack() as hooks:
+        for module in network.modules():
+            if isinstance(module, PerSampleLinear):
+                hooks.enter_context(module.register_forward_hook(see))
         yield sizes
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -31,25 +31,25 @@ def forward_only(function: Function) -> Function:
 
 
 def _check(backbone: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    found, way_out = "", ""
-    if _asks((args, kwargs)):
-        found = "an input"
-        way_out = "set one task at a time with set_task(...), through which they flow"
     if any(p.requires_grad for p in backbone.parameters()):
         found = "the backbone (requires_grad_(True))"
         way_out = (
             "take a task's plain model, materialize(...).requires_grad_(True): a task that is set is written into the backbone anew each "
             "time, and what was trained there is lost"
         )
-    if found:
-        raise DiDiError(
-            f"Gradients are asked of {found}, and batches of several tasks have none. Run it under torch.no_grad() where none is needed; "
-            f"to train, {way_out}."
-        )
+    elif _asks((args, kwargs)):
+        found = "an input"
+        way_out = "set one task at a time with set_task(...), through which they flow"
+    else:
+        return
+    raise DiDiError(
+        f"Gradients are asked of {found}, and batches of several tasks have none. Run it under torch.no_grad() where none is needed; "
+        f"to train, {way_out}."
+    )
 
 
 def _asks(value: Any) -> bool:
-    """Whether a tensor in nested containers requires a gradient."""
+    """Whether a tensor in nested containers requires a gradient; torch.compile traces this."""
     held = children(value)
     if held is None:
         return isinstance(value, Tensor) and value.requires_grad

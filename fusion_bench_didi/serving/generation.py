@@ -16,7 +16,7 @@ from ..errors import DiDiError
 from .calls import Call, parameter_names
 from .forward import MixedForward
 from .layers import UnsupportedShape
-from .mixtures import Mix, in_order
+from .mixtures import Mix
 from .outputs import reordered
 
 GENERATE = "generate"
@@ -65,22 +65,21 @@ def generate(forward: MixedForward, mix: Mix, call: Call) -> Any:
         DiDiError: for options that are asked row by row.
     """
     groups = list(mix.groups())
-    if len(groups) > 1:
-        for name in BY_ROW:
-            if call.given.get(name) is not None:
-                raise DiDiError(
-                    f"{name} is not for prompts of several tasks; generate for each task by itself."
-                )
+    asked = [name for name in BY_ROW if call.given.get(name) is not None]
+    if asked and len(groups) > 1:
+        raise DiDiError(
+            f"{asked[0]} is not for prompts of several tasks; generate for each task by itself."
+        )
     network = forward.network
     if network is not None and not mix.uniform:
         probe = forward.call((), prompt_of(forward, call))
         try:
             if forward.verify(mix, probe):
-                with forward.passing(mix):
-                    return _as_given(forward.on(network, _sorted(call, mix)), mix)
+                given = call if mix.in_order else call.picked(mix.order)
+                return _as_given(forward.passed(network, mix, given), mix)
         except UnsupportedShape as reason:
             forward.give_up(reason)
-    if len(groups) == 1 and in_order(mix):
+    if len(groups) == 1 and mix.in_order:
         return forward.alone(mix, call)
     parts = [forward.alone(group, call.picked(group.order)) for group in groups]
     if not all(isinstance(part, Tensor) for part in parts):
@@ -94,13 +93,9 @@ def generate(forward: MixedForward, mix: Mix, call: Call) -> Any:
     return reordered(torch.cat(rows), order, None)
 
 
-def _sorted(call: Call, mix: Mix) -> Call:
-    return call if in_order(mix) else call.picked(mix.order)
-
-
 def _as_given(output: Any, mix: Mix) -> Any:
     """Outputs of sorted prompts in the order of the prompts."""
-    if in_order(mix):
+    if mix.in_order:
         return output
     if getattr(output, "beam_indices", None) is not None:
         raise DiDiError(
@@ -115,12 +110,10 @@ def _padding(forward: MixedForward, call: Call) -> int:
     asked = call.given
     own = getattr(forward.backbone, "generation_config", None)
     settings = (asked, _settings(asked.get("generation_config")), _settings(own))
-    for key in ("pad_token_id", "eos_token_id"):
-        for held in settings:
-            value = held.get(key)
-            if value is not None:
-                return int(torch.as_tensor(value).flatten()[0])
-    return 0
+    keys = ("pad_token_id", "eos_token_id")
+    told = (held.get(key) for key in keys for held in settings)
+    found = next((value for value in told if value is not None), 0)
+    return int(torch.as_tensor(found).flatten()[0])
 
 
 def _settings(config: Any) -> dict[str, Any]:

@@ -46,11 +46,7 @@ class Held:
             self._asked.update(dict.fromkeys(tasks, self._batches))
 
     def get(
-        self,
-        name: Hashable,
-        task: int,
-        size: int,
-        make: Callable[[], Decoded],
+        self, name: Hashable, task: int, size: int, make: Callable[[], Decoded]
     ) -> Decoded | None:
         """A decoded tensor: held already, made if there is room for it, None if there is none.
 

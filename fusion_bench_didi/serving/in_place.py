@@ -83,9 +83,8 @@ def _copy_buffers(backbone: nn.Module) -> None:
     for module in backbone.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
-                if id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.clone()
-                module._buffers[leaf] = copies[id(buffer)]
+                copied = copies.setdefault(id(buffer), buffer.clone())
+                module._buffers[leaf] = copied
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:

@@ -96,9 +96,7 @@ class PerSampleLayerNorm(PerSample):
     def rows(self, leaf: str, mix: Mix, x: Tensor) -> Tensor | None:
         if leaf not in self.banks:
             return getattr(self, leaf)
-        rows = mix.rows(self.banks[leaf])
-        missing = x.ndim - rows.ndim
-        return rows.view(len(rows), *(1,) * missing, *rows.shape[1:])
+        return over(mix.rows(self.banks[leaf]), x)
 
 
 class PerSampleRMSNorm(PerSample):
@@ -106,7 +104,7 @@ class PerSampleRMSNorm(PerSample):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.mix_for(x).rows(self.banks["weight"])
-        self.running.current.weight = rows.view(len(x), *(1,) * (x.ndim - 2), -1)
+        self.running.current.weight = over(rows, x)
         return super().forward(x)
 
     @property

@@ -92,8 +92,6 @@ def _worthwhile_factors(
     delta: Delta, shared: Delta | None, serving: Serving
 ) -> LowRankFactors | None:
     """Factors of a task's change, where it is a product and costs less than the whole matrix."""
-    if isinstance(delta, OwnDelta):
-        return None
     factors = delta.beyond_product(shared)
     if factors is None or delta.numel < serving.small:
         return None

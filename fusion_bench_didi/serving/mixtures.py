@@ -6,13 +6,12 @@ a :meth:`lookup` of rows of a matrix; and the :meth:`value` of a bank where all 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Union
+from typing import Union
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .autocast import as_multiplied
 from .banks import Bank, MatrixBank, ValueBank
 from .grouped_matmul import product_by_task
 from .outputs import rows_of_samples
@@ -22,8 +21,49 @@ from .stored import Inputs, StoredBank, Vectors
 BLOCK = 2**22
 
 
+class _Batch:
+    """What both have.
+
+    Attributes:
+        order: (B,) where the samples are in the batch as given.
+        uniform: all are of equal weights over several tasks.
+    """
+
+    order: Tensor
+    uniform = False
+
+    @property
+    def size(self) -> int:
+        return len(self.order)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the samples are in the order in which they were given."""
+        return bool((self.order[1:] > self.order[:-1]).all())
+
+    def product(
+        self, x: Tensor, bank: MatrixBank | StoredBank, bias: ValueBank | None
+    ) -> Tensor:
+        """``x_i W_i + b_i`` for x (B, ..., n), cast as a plain layer would; (B, ..., m)."""
+        dtype = product_dtype(x.device)
+        if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(dtype)
+        if not isinstance(bank, StoredBank):
+            return self.of_matrices(x, bank, bias)
+        y = self.stored(Vectors(x, bank.turned), bank)
+        return y if bias is None else y.add_(over(self.rows(bias), y))
+
+
+def product_dtype(device: torch.device) -> torch.dtype | None:
+    """Type that ``torch.autocast`` casts products on a device to, or None where it does not; what is multiplied into a given
+    tensor it leaves as it is."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 @dataclass
-class ByTask:
+class ByTask(_Batch):
     """One task per sample; the batch is sorted so that equal tasks lie side by side.
 
     Args:
@@ -32,7 +72,6 @@ class ByTask:
         order: (B,) where the samples are in the batch as given.
     """
 
-    uniform: ClassVar[bool] = False
     tasks: Tensor
     counts: Tensor
     order: Tensor
@@ -49,10 +88,6 @@ class ByTask:
         numbers = torch.arange(count + 1, device=tasks.device)
         counts = (tasks[:, None] == numbers).sum(0).cpu()
         return cls(tasks, counts, order)
-
-    @property
-    def size(self) -> int:
-        return len(self.tasks)
 
     def like_first(self, count: int) -> "ByTask":
         """A mix of so many samples of the first one's task."""
@@ -112,14 +147,10 @@ class ByTask:
         """(B, R) weights of directions that belong to the tasks ``owner`` (R,)."""
         return self.tasks[:, None] == owner
 
-    def product(
-        self, x: Tensor, bank: MatrixBank | StoredBank, bias: ValueBank | None
+    def of_matrices(
+        self, x: Tensor, bank: MatrixBank, bias: ValueBank | None
     ) -> Tensor:
-        """``x_i W_i + b_i`` for x (B, ..., n); (B, ..., m)."""
-        x = as_multiplied(x)
-        if isinstance(bank, StoredBank):
-            y = self.stored(Vectors(x, bank.turned), bank)
-            return y if bias is None else y.add_(over(self.rows(bias), y))
+        """The :meth:`product` with matrices or factors that are at hand."""
         biases = None if bias is None else bias.values
         return product_by_task(x, self.tasks, self.counts, biases, bank)
 
@@ -134,7 +165,7 @@ class ByTask:
 
 
 @dataclass
-class ByWeight:
+class ByWeight(_Batch):
     """Weights over the tasks per sample.
 
     Args:
@@ -152,10 +183,6 @@ class ByWeight:
         order = torch.arange(len(weights), device=weights.device)
         uniform = bool((weights == weights[0]).all())
         return cls(weights, order, uniform)
-
-    @property
-    def size(self) -> int:
-        return len(self.weights)
 
     def like_first(self, count: int) -> "ByWeight":
         return ByWeight.of(self.weights[:1].expand(count, -1))
@@ -193,13 +220,9 @@ class ByWeight:
         changes = bank.values[:-1] - shared
         return shared + torch.tensordot(self.weights.to(shared), changes, 1)
 
-    def product(
-        self, x: Tensor, bank: MatrixBank | StoredBank, bias: ValueBank | None
+    def of_matrices(
+        self, x: Tensor, bank: MatrixBank, bias: ValueBank | None
     ) -> Tensor:
-        x = as_multiplied(x)
-        if isinstance(bank, StoredBank):
-            y = self.stored(Vectors(x, bank.turned), bank)
-            return y if bias is None else y.add_(over(self.rows(bias), y))
         weights = self.weights.to(x)
         if bank.dense:
             own = weights[:, bank.dense]
@@ -259,11 +282,7 @@ def mix_of(weights: Tensor) -> Mix:
     return ByWeight.of(weights)
 
 
-def in_order(mix: Mix) -> bool:
-    """Whether the samples are in the order in which they were given."""
-    return bool((mix.order[1:] > mix.order[:-1]).all())
-
-
 def over(rows: Tensor, like: Tensor) -> Tensor:
-    """(B, c) laid out to broadcast over (B, ..., c)."""
-    return rows.view(len(rows), *(1,) * (like.ndim - 2), -1)
+    """(B, *s) laid out to broadcast over (B, ..., *s)."""
+    between = (1,) * (like.ndim - rows.ndim)
+    return rows.view(len(rows), *between, *rows.shape[1:])

@@ -5,7 +5,7 @@ Changed linear layers that most architectures give one input are fused afterward
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .layers import (
 )
 from .making import AnyBank
 from .running import Running
-from .shadow import Change, Slot, shadowed, slots_of
+from .shadow import Slot, shadowed, slots_of
 from .stored import StoredBank
 
 #: bare parameters (n,) that broadcast in their module's forward, which then takes them per sample as (B, 1, n)
@@ -76,7 +76,7 @@ def per_sample_network(
     network = shadowed(
         backbone,
         {
-            module: _turned_into(forms[module], leaves, running)
+            module: partial(_turn, forms[module], leaves, running)
             for module, leaves in by_module.items()
         },
     )
@@ -97,13 +97,13 @@ def _for_each(slots: Sequence[Slot], bank: AnyBank) -> Iterator[AnyBank]:
         yield bank if other is None or is_turned(*slot) == bank.turned else other
 
 
-def _turned_into(form: type, banks: Mapping[str, AnyBank], running: Running) -> Change:
-    def change(twin: nn.Module) -> None:
-        twin.__dict__.update(banks=banks, running=running)
-        twin.__class__ = _combined(form, type(twin))
-        twin.prepare()
-
-    return change
+def _turn(
+    form: type, banks: Mapping[str, AnyBank], running: Running, twin: nn.Module
+) -> None:
+    """Turn a copy of a module into its per-sample form."""
+    twin.__dict__.update(banks=banks, running=running)
+    twin.__class__ = _combined(form, type(twin))
+    twin.prepare()
 
 
 @lru_cache(maxsize=None)

@@ -6,6 +6,7 @@ not grow must be equal in all parts, but for a loss, which is worked out anew wh
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -258,21 +259,15 @@ def _with_loss(
     """The loss of the batch, where that of every part is found to be a known function of its logits and labels."""
     (path, *others), found = losses, None
     labels = [arguments.get("labels") for arguments in given]
-    known = [isinstance(label, Tensor) for label in labels]
-    if not others and known and all(known):
+    if not others and labels and all(isinstance(label, Tensor) for label in labels):
         held = [leaves(part) for part in parts]
+        same = partial(torch.allclose, rtol=1e-4, equal_nan=True)
         for beside in _logits_beside(path, held[0]):
             pairs = [(h[beside].detach(), label) for h, label in zip(held, labels)]
             for formula in _fitting(*pairs[0]):
-                if all(
-                    torch.allclose(
-                        formula(*pair), h[path].float(), rtol=1e-4, equal_nan=True
-                    )
-                    for pair, h in zip(pairs, held)
-                ):
-                    truth = torch.cat(list(labels)).index_select(
-                        0, back.to(labels[0].device)
-                    )
+                made = (formula(*pair) for pair in pairs)
+                if all(same(loss, h[path].float()) for loss, h in zip(made, held)):
+                    truth = torch.cat(labels)[back.to(labels[0].device)]
                     found = formula(leaves(whole)[beside], truth).to(held[0][path])
     if found is None:
         raise DiDiError(

@@ -43,8 +43,8 @@ class OwnSettings:
     def __init__(
         self,
         backbone: nn.Module,
-        told: Sequence[Mapping[str, Any]] = (),
-        base: Callable[[], Mapping[str, Any]] = dict,
+        told: Sequence[Mapping[str, Any]],
+        base: Callable[[], Mapping[str, Any]],
     ):
         self._backbone, self._told, self._base = backbone, told, base
         self._names = {name for settings in told for name in settings}

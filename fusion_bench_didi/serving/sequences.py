@@ -6,7 +6,8 @@ only what such a layer is given tells.
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,29 +26,24 @@ Lengths = Mapping[str, list[list[int]]]
 def sequence_lengths(model: nn.Module) -> Iterator[Lengths]:
     """Yields a dictionary that fills with the lengths of what this thread gives to such layers of a model."""
     found: dict[str, list[list[int]]] = {}
-    handles, thread = [], threading.get_ident()
+    thread = threading.get_ident()
 
-    def watch(name: str, module: nn.Module, sequences: tuple[str, ...]) -> None:
-        @torch.compiler.disable
-        def see(_: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-            given = {**dict(zip(sequences, args)), **kwargs}
-            held = (given.get(key) for key in sequences)
-            if threading.get_ident() == thread:
-                found.setdefault(name, []).append(
-                    [_length(module, x) for x in held if isinstance(x, Tensor)]
-                )
+    @torch.compiler.disable
+    def see(name: str, keys: tuple[str, ...], module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:  # fmt: skip
+        given = {**dict(zip(keys, args)), **kwargs}
+        held = [x for key in keys if isinstance(x := given.get(key), Tensor)]
+        if threading.get_ident() == thread:
+            found.setdefault(name, []).append([_length(module, x) for x in held])
 
-        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
-
-    try:
+    with ExitStack() as hooks:
         for name, module in model.named_modules():
-            for kind, sequences in _SEQUENCES.items():
+            for kind, keys in _SEQUENCES.items():
                 if isinstance(module, kind):
-                    watch(name, module, sequences)
+                    hook = partial(see, name, keys)
+                    hooks.enter_context(
+                        module.register_forward_pre_hook(hook, with_kwargs=True)
+                    )
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _length(module: nn.Module, x: Tensor) -> int:

@@ -6,6 +6,7 @@ Their buffers are their own, so that what a forward writes never reaches the bac
 import inspect
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,10 +66,10 @@ def network_with(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Modul
         for module, leaf in slots[name]:
             by_module.setdefault(module, {})[leaf] = parameter
 
-    def change(leaves: dict[str, nn.Parameter]) -> Change:
-        return lambda twin: twin._parameters.update(leaves)
+    def change(leaves: dict[str, nn.Parameter], twin: nn.Module) -> None:
+        twin._parameters.update(leaves)
 
-    return shadowed(backbone, {m: change(leaves) for m, leaves in by_module.items()})
+    return shadowed(backbone, {m: partial(change, own) for m, own in by_module.items()})
 
 
 #: where transformers 5 has its hooks on states and attentions, and how it notes on a model that it registered them

@@ -154,15 +154,24 @@ def _within(row: int, shape: Shape) -> int | None:
     return row if row < shape[0] else None
 
 
+#: What kinds of modules call the sides of their weight.
+_SIDES = {
+    nn.Linear: ("out_features", "in_features"),
+    nn.Bilinear: ("out_features", "in1_features", "in2_features"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.EmbeddingBag: ("num_embeddings", "embedding_dim"),
+    _NormBase: ("num_features",),
+    nn.GroupNorm: ("num_channels",),
+    nn.PReLU: ("num_parameters",),
+}
+
+
 def _sides(module: nn.Module, shape: Shape) -> Iterator[tuple[str, Any]]:
     """Attributes that a module keeps of the shape of its weight."""
-    if isinstance(module, nn.Linear):
-        yield from zip(("out_features", "in_features"), shape)
-    elif isinstance(module, nn.Bilinear):
-        yield from zip(("out_features", "in1_features", "in2_features"), shape)
-    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        yield from zip(("num_embeddings", "embedding_dim"), shape)
-    elif type(module).__name__ == "Conv1D":  # transformers', of GPT-2
+    for kind, names in _SIDES.items():
+        if isinstance(module, kind):
+            yield from zip(names, shape)
+    if type(module).__name__ == "Conv1D":  # transformers', of GPT-2, or a copy of it
         yield from zip(("nx", "nf"), shape)
     elif isinstance(module, _ConvNd):
         outer, inner = "out_channels", "in_channels"
@@ -171,11 +180,5 @@ def _sides(module: nn.Module, shape: Shape) -> Iterator[tuple[str, Any]]:
         yield outer, shape[0]
         yield inner, shape[1] * module.groups
         yield "kernel_size", shape[2:]
-    elif isinstance(module, _NormBase):
-        yield "num_features", shape[0]
-    elif isinstance(module, nn.GroupNorm):
-        yield "num_channels", shape[0]
-    elif isinstance(module, nn.PReLU):
-        yield "num_parameters", shape[0]
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         yield "normalized_shape", shape

@@ -5,6 +5,7 @@ a task's change, or a block of rows of its matrix. :class:`~.held.Held` keeps so
 Letters: ``m`` and ``n`` the sides of the backbone's matrix as it lies, ``r`` rank, ``T`` tasks; task T is the shared model.
 """
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
@@ -180,16 +181,9 @@ class StoredBank(Bank):
 
     def transposed(self) -> "StoredBank":
         """The bank for a module that multiplies by the other side."""
-        return StoredBank(
-            self.name,
-            self.base,
-            self.shared,
-            self.deltas,
-            shared_scale=self.scale,
-            turned=not self.turned,
-            serving=self.serving,
-            held=self.held,
-        )
+        other = copy.copy(self)
+        other.turned = not self.turned
+        return other
 
     @without_autocast()
     def value(self, task: int) -> Tensor:
@@ -322,9 +316,7 @@ class _Use:
         if not bank.serving.dense_above or longer:
             return False
         if task not in bank.ranks:
-            delta = bank.deltas[task]
-            own = isinstance(delta, OwnDelta)
-            product = None if own else delta.beyond_product(self._beside())
+            product = bank.deltas[task].beyond_product(self._beside())
             bank.ranks[task] = None if product is None else product.rank
         return bank.ranks[task] is not None
 

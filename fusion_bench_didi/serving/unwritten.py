@@ -31,8 +31,8 @@ class Unwritten:
         kept: base values of what the merged model itself has overwritten, as they are at any time.
     """
 
-    def __init__(self, backbone: nn.Module, kept: dict[str, Tensor] | None = None):
-        self.backbone, self._kept = backbone, {} if kept is None else kept
+    def __init__(self, backbone: nn.Module, kept: dict[str, Tensor]):
+        self.backbone, self._kept = backbone, kept
         self._fault: str | None = None
         self._begun = self._ended = 0  # writes of the merged model itself
         self._lasting = WeakKeyDictionary[nn.Module, Parameters]()

@@ -373,13 +373,7 @@ def test_classes_are_called_as_their_task_calls_them(texts):
     runner = open_runner(texts, limits=LIMITS)
     names = {"0": "left", "1": "right", "2": "centre"}
     runner.model.info["labels"] = {"one": names}
-    rows = [
-        runner.row(
-            task,
-            "w1 w2",
-        )
-        for task in ("one", "two")
-    ]
+    rows = [runner.row(task, "w1 w2") for task in ("one", "two")]
     one, two = runner(rows)
     assert set(one) == set(names.values()) and set(two) == {"no", "yes", "perhaps"}
 

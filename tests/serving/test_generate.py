@@ -44,23 +44,13 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 def gemma() -> Gemma2ForCausalLM:
     """A head that is tied, norms that add one, windows and softcaps."""
-    config = Gemma2Config(
-        **GROUPED,
-        head_dim=8,
-        sliding_window=4,
-        vocab_size=64,
-    )
+    config = Gemma2Config(**GROUPED, head_dim=8, sliding_window=4, vocab_size=64)
     return seeded(lambda: Gemma2ForCausalLM(config))
 
 
 def qwen3() -> Qwen3ForCausalLM:
     """Norms on queries and keys, which are four-dimensional there."""
-    config = Qwen3Config(
-        **GROUPED,
-        head_dim=8,
-        vocab_size=64,
-        pad_token_id=0,
-    )
+    config = Qwen3Config(**GROUPED, head_dim=8, vocab_size=64, pad_token_id=0)
     return seeded(lambda: Qwen3ForCausalLM(config))
 
 
@@ -78,10 +68,9 @@ def merged_of(make: str, how: str = "layered"):
     models = pool_of(base, ("a", "b", "c"))
     for model in models.values():
         model.generation_config = copy.deepcopy(base.generation_config)
-    model = exact_model(models)
-    if how == "grouped":
-        model.mixed.network = None
-    elif make != "t5" and type(base.get_input_embeddings()) is nn.Embedding:
+    model = exact_model(models, how)
+    plain = type(base.get_input_embeddings()) is nn.Embedding
+    if plain and how == "layered" and make != "t5":
         assert model.mixed.network is not None
     return models, model
 

@@ -33,10 +33,8 @@ from fusion_bench_didi.errors import DiDiError
 @pytest.mark.parametrize("how", ["layered", "grouped"])
 def test_a_mixed_batch_leaves_tied_tensors_as_they_are(make, how):
     models = pool_of(make())
-    model = exact_model(models)
-    if how == "grouped":
-        model.mixed.network = None
-    elif make is not t5:
+    model = exact_model(models, how)
+    if how == "layered" and make is not t5:
         assert model.mixed.network is not None
     ids = tokens(4, 5)
     given = {"input_ids": ids}
@@ -119,9 +117,7 @@ def test_rotary_tables_that_grow_with_the_text_are_forgotten():
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     models = pool_of(llama(rope_scaling=scaling, max_position_embeddings=4))
     for how in ("layered", "grouped"):
-        model = exact_model(models)
-        if how == "grouped":
-            model.mixed.network = None
+        model = exact_model(models, how)
         short, long = tokens(2, 3), tokens(2, 9)
         plain = {t: copy.deepcopy(models[t]) for t in "ab"}
         before = state_of(model.backbone)
@@ -189,15 +185,12 @@ def _with_labels(kind: str) -> tuple[nn.Module, dict]:
 
 @pytest.mark.parametrize("how", ["layered", "grouped"])
 @pytest.mark.parametrize(
-    "kind",
-    ["next token", "next token, tied", "given the text", "classes", "a number"],
+    "kind", ["next token", "next token, tied", "given the text", "classes", "a number"]
 )
 def test_a_loss_is_the_mean_over_all_samples(kind, how):
     base, given = _with_labels(kind)
     models = pool_of(base)
-    model = exact_model(models)
-    if how == "grouped":
-        model.mixed.network = None
+    model = exact_model(models, how)
     for tasks in (["b", "a", "a", "b", "a"], ["a", "b", "b", "b", "b"], ["b"] * 5):
         expected = _loss_of(models, tasks, given)
         close(model(**given, task_ids=tasks).loss, expected)
@@ -221,11 +214,8 @@ class OddLoss(nn.Module):
 def test_a_loss_that_is_not_known_is_refused_where_groups_are_run():
     models = pool_of(seeded(OddLoss))
     model = exact_model(models)
-    x, labels, tasks = (
-        torch.randn(4, 4),
-        torch.tensor([0, 1, 2, 0]),
-        ["a", "b", "b", "a"],
-    )
+    x, labels = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
+    tasks = ["a", "b", "b", "a"]
     logits = torch.stack([models[t].last(x[i]) for i, t in enumerate(tasks)])
     expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
     close(model(x, labels=labels, task_ids=tasks)["loss"], expected)
@@ -256,11 +246,7 @@ class Balancing(nn.Module):
 @pytest.mark.parametrize(
     "always, asked, told",
     [
-        (
-            False,
-            ["output_router_logits"],
-            r"aux_loss is .*\(output_router_logits=True\)",
-        ),
+        (False, ["output_router_logits"], r"aux_loss is .*\(output_router_logits=True\)"),  # fmt: skip
         (False, ["labels", "output_router_logits"], r"loss and aux_loss are .*\(labels, output_router_logits=True\)"),  # fmt: skip
         (True, [], r"aux_loss is .*\(an argument, or a setting"),
         (True, ["labels"], r"loss and aux_loss are .*\(labels\)"),

@@ -168,9 +168,7 @@ def _given(size: int) -> dict:
 @pytest.mark.parametrize("how", ["layered", "grouped"])
 def test_samples_are_found_in_what_is_given(what, size, how):
     models = pool_of(seeded(Takes))
-    model = exact_model(models)
-    if how == "grouped":
-        model.mixed.network = None
+    model = exact_model(models, how)
     args, kwargs = _given(size)[what]
     ids = [i % 2 for i in range(size)]
     found = model(*args, **kwargs, task_ids=ids)
@@ -193,9 +191,7 @@ def test_a_call_that_tells_no_samples_is_refused(net):
 def test_masks_positions_and_numbers_of_logits_of_language_models(how, length):
     """Also where a batch is as long as its texts."""
     models = pool_of(llama())
-    model = exact_model(models)
-    if how == "grouped":
-        model.mixed.network = None
+    model = exact_model(models, how)
     ids, tasks = tokens(3, length), ["b", "a", "b"]
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
@@ -237,9 +233,7 @@ def qwen_vl() -> Qwen2VLForConditionalGeneration:
 @pytest.mark.parametrize("size", [2, 3])
 def test_positions_of_three_kinds_are_not_taken_for_samples(how, size):
     models = pool_of(qwen_vl())
-    model = exact_model(models)
-    if how == "grouped":
-        model.mixed.network = None
+    model = exact_model(models, how)
     ids, tasks = tokens(size, 4) % 50 + 3, ["b", "a", "b"][:size]
     positions = torch.arange(3 * size * 4).view(3, size, 4) % 7
     found = model(input_ids=ids, position_ids=positions, task_ids=tasks).logits
@@ -282,9 +276,7 @@ def llava() -> LlavaForConditionalGeneration:
 def test_as_many_images_as_samples_are_refused_where_they_are_not_one_each(how):
     """Also after batches of one each, and where every task has as many images as samples."""
     models = pool_of(llava())
-    model, tasks = exact_model(models), ["b", "a", "a", "b"]
-    if how == "grouped":
-        model.mixed.network = None
+    model, tasks = exact_model(models, how), ["b", "a", "a", "b"]
     pixels, texts = torch.randn(4, 3, 8, 8), tokens(4, 4) % 50 + 3
     one = texts.clone()
     one[:, 1] = 60
@@ -313,9 +305,7 @@ def test_memories_whose_samples_lie_second_are_those_of_the_samples(how, length)
         d_model=16, n_layer=2, n_head=2, d_inner=16, vocab_size=64, mem_len=4
     )
     models = pool_of(seeded(lambda: XLNetLMHeadModel(config)))
-    model, tasks = exact_model(models), ["b", "a", "b"]
-    if how == "grouped":
-        model.mixed.network = None
+    model, tasks = exact_model(models, how), ["b", "a", "b"]
     ids, mems = tokens(3, 4), [torch.randn(length, 3, 16) for _ in range(2)]
     found = model(input_ids=ids, mems=mems, use_mems=True, task_ids=tasks)
     for i, task in enumerate(tasks):

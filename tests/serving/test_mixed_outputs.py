@@ -41,9 +41,7 @@ CACHED = {"llama": llama, "qwen": qwen, "gpt2": gpt2, "t5": t5}
 )
 def test_decoding_with_a_cache_is_every_samples_own(make, kind, how):
     models = pool_of(CACHED[make]())
-    model = exact_model(models)
-    if how == "grouped":
-        model.mixed.network = None
+    model = exact_model(models, how)
     ids, steps = tokens(5, 4), [tokens(5, 1, seed=s) for s in (1, 2, 3)]
 
     def run(forward, rows: slice) -> list[torch.Tensor]:
@@ -95,9 +93,7 @@ def test_a_cache_is_split_where_its_batch_is_and_left_where_it_is_not(net):
 @pytest.mark.parametrize("how", ["layered", "grouped"])
 def test_states_and_attentions_of_all_layers_are_every_samples_own(how):
     models = pool_of(llama(attn_implementation="eager"))
-    model = exact_model(models)
-    if how == "grouped":
-        model.mixed.network = None
+    model = exact_model(models, how)
     ids, tasks = tokens(4, 3), ["b", "a", "a", "b"]
     options = {"output_hidden_states": True, "output_attentions": True}
     found = model(ids, task_ids=tasks, **options)
@@ -146,9 +142,7 @@ class Gives(nn.Module):
 
 def _beside(what: str, how: str):
     models = pool_of(seeded(lambda: Gives(what)))
-    model = exact_model(models)
-    if how == "grouped":
-        model.mixed.network = None
+    model = exact_model(models, how)
     x, tasks = torch.randn(4, 4), ["b", "a", "b", "b"]
     own = [models[t](x[i : i + 1])[1] for i, t in enumerate(tasks)]
     rows = torch.stack([models[t].last(x[i]) for i, t in enumerate(tasks)])

@@ -24,12 +24,7 @@ from fusion_bench_didi.lowrank.factors import LowRankFactors
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.quantization.rounding import round_factors
 from fusion_bench_didi.serving import agreement
-from fusion_bench_didi.serving.banks import (
-    MatrixBank,
-    Serving,
-    laid_out,
-    side_by_side,
-)
+from fusion_bench_didi.serving.banks import MatrixBank, Serving, laid_out, side_by_side
 from fusion_bench_didi.serving.forward import MixedForward
 from fusion_bench_didi.serving.grouped_matmul import product_by_task
 from fusion_bench_didi.serving.making import bank_of
@@ -239,6 +234,13 @@ def test_llama_runs_in_one_pass():
         torch.testing.assert_close(found[i : i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
+def close_to_each(model, x, ids, found):
+    """What each sample's own plain model gives."""
+    for i, task in enumerate(ids.tolist()):
+        alone = model.materialize(model.tasks[task])(x[i : i + 1])
+        torch.testing.assert_close(found[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
 class SeesThrough(nn.Module):
     """Uses a layer's weight without calling the layer, or hands it tokens first."""
 
@@ -265,9 +267,7 @@ def test_layers_that_are_used_otherwise_are_found_out(how, tokens, caplog):
     ids = torch.tensor([1, 0, 0, 1, 0, 1])
     found = model(x, task_ids=ids)
     assert model.mixed.network is None and "group by group" in caplog.text
-    for i, task in enumerate(ids.tolist()):
-        alone = model.materialize(model.tasks[task])(x[i : i + 1])
-        torch.testing.assert_close(found[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+    close_to_each(model, x, ids, found)
 
 
 class Attends(nn.Module):
@@ -295,10 +295,7 @@ def test_neighbors_that_multiply_together_give_what_they_give_alone(how, caplog)
     x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([1, 0, 0, 1, 0, 1])
     for _ in range(2):
-        found = model(x, task_ids=ids)
-        for i, task in enumerate(ids.tolist()):
-            alone = model.materialize(model.tasks[task])(x[i : i + 1])
-            torch.testing.assert_close(found[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+        close_to_each(model, x, ids, model(x, task_ids=ids))
     if how == "changed":
         assert model.mixed.network is None and "group by group" in caplog.text
     else:
@@ -328,9 +325,7 @@ def test_keys_and_values_multiply_together_where_the_query_is_held_as_factors():
     x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([1, 0, 0, 1, 0, 1])
     found = model(x, task_ids=ids)
-    for i, task in enumerate(ids.tolist()):
-        alone = model.materialize(model.tasks[task])(x[i : i + 1])
-        torch.testing.assert_close(found[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+    close_to_each(model, x, ids, found)
     network = model.mixed.network
     assert network.q_proj.fused is None and not network.q_proj.banks["weight"].held
     assert network.k_proj.fused is network.v_proj.fused is not None

@@ -49,6 +49,16 @@ def models(request) -> dict[str, nn.Module]:
     return pool_of(rwkv(rescale_every=request.param))
 
 
+@pytest.fixture(scope="module", params=MAKERS)
+def made(request, models) -> DynamicModel:
+    return MAKERS[request.param](models)
+
+
+@pytest.fixture
+def model(made) -> DynamicModel:
+    return copy.deepcopy(made)
+
+
 @torch.no_grad()
 def logits(model: nn.Module, **task: Any) -> Tensor:
     return model(TOKENS, **task).logits
@@ -63,9 +73,7 @@ def near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_rwkv_forward_after_forward(models, make):
-    model = MAKERS[make](models)
+def test_rwkv_forward_after_forward(models, model):
     for task in ("a", "b", "b", "a"):
         model.set_task(task)
         near(logits(model), plain(models, task))
@@ -75,10 +83,9 @@ def test_rwkv_forward_after_forward(models, make):
     near(logits(model.backbone), plain(models, None))
 
 
-@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("before", [None, "a"])
-def test_rwkv_mixed_batches(models, make, before):
-    model, tasks = MAKERS[make](models), ["b", "a", "b", "a"]
+def test_rwkv_mixed_batches(models, model, before):
+    tasks = ["b", "a", "b", "a"]
     if before is not None:
         model.set_task(before)
         logits(model)
@@ -118,9 +125,7 @@ def test_rwkv_in_which_some_layers_are_no_tasks(models):
         near(logits(model), plain(some, task))
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_rwkv_as_plain_models(models, make):
-    model = MAKERS[make](models)
+def test_rwkv_as_plain_models(models, model):
     for ran in (None, "a", "b"):
         if ran:
             model.set_task(ran)
@@ -361,7 +366,7 @@ def test_a_task_that_another_thread_switches_meanwhile_spoils_nothing():
 def test_a_forward_beside_a_switch_is_no_writer_whenever_it_begins_and_ends(begin, end):
     """Threads that met between a write and the note of it spoiled the model for good."""
     net = nn.Linear(2, 2)
-    unwritten, turn = Unwritten(net), ExitStack()
+    unwritten, turn = Unwritten(net, {}), ExitStack()
     switch = [
         lambda: turn.enter_context(unwritten.switching()),
         lambda: net.weight.detach().mul_(2),

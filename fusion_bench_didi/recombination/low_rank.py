@@ -14,8 +14,8 @@ from ..lowrank.decomposition import Decomposition, decompose
 from ..lowrank.factors import Spectrum
 from ..lowrank.static_merge import shared_matrix
 from ..lowrank.svd import spectrum
+from ..merging.context import loss_weights
 from ..merging.forms.experts import encode, truncate
-from ..merging.loss_weights import loss_weights
 from ..task_vectors.tensor import matrix_shape
 from .recent import Recent
 

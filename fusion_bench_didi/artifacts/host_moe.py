@@ -19,6 +19,7 @@ from fusion_bench.models.we_moe import WeightEnsemblingMoE
 from torch import Tensor, nn
 
 from ..checkpoint.fields import Field
+from ..checkpoint.parts import side
 from ..deltas.storage import StorageReport
 from ..errors import CheckpointMismatchError
 
@@ -70,12 +71,12 @@ class _Smile:
         if not isinstance(core, nn.Linear):
             return None
         m, n, count = core.out_features, core.in_features, facts["num_experts"]
-        rows = _side(tensors, "gate.weights", 0)
+        rows = side(tensors, "gate.weights", 0)
         if rows % count:
             return None
         found: dict[str, tuple[int, ...]] = {"gate.weights": (rows, n)}
         for expert in (f"experts.{i}" for i in range(min(count, len(tensors)))):
-            rank = _side(tensors, f"{expert}.u", 1)
+            rank = side(tensors, f"{expert}.u", 1)
             if facts["k"] > 0:
                 found |= {f"{expert}.u": (m, rank), f"{expert}.svh": (rank, n)}
             else:
@@ -291,12 +292,6 @@ def host_storage(
 
 def _mixtures(model: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
     return ((n, m) for n, m in model.named_modules() if isinstance(m, kind))
-
-
-def _side(tensors: Tensors, name: str, i: int) -> int:
-    """A side of a tensor; one that nothing has where there is none."""
-    shape = tensors[name].shape if name in tensors else ()
-    return shape[i] if i < len(shape) else -1
 
 
 def _bare(cls: type[nn.Module], **attributes: Any) -> nn.Module:

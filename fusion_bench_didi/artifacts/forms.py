@@ -187,45 +187,33 @@ def _read(
 
 @torch.no_grad()
 def _read_static(
-    directory: Path,
-    config: Config,
-    backbone: nn.Module,
-    named: Tensors,
-    spell: Spelling,
+    place: Path, config: Config, backbone: nn.Module, named: Tensors, spell: Spelling
 ) -> nn.Module:
-    for name, value in _read(directory, config["files"], spell, named).items():
+    for name, value in _read(place, config["files"], spell, named).items():
         named[name].copy_(value)
     return backbone
 
 
 def _read_individuals(
-    directory: Path,
-    config: Config,
-    backbone: nn.Module,
-    named: Tensors,
-    spell: Spelling,
+    place: Path, config: Config, backbone: nn.Module, named: Tensors, spell: Spelling
 ) -> dict[str, nn.Module]:
     weights, models = BackboneWeights(backbone), {}
     for entry in config["experts"]:
-        place, own = directory / entry["directory"], map(spell, entry.get("own", ()))
+        home, own = place / entry["directory"], map(spell, entry.get("own", ()))
         models[entry["task"]] = model = weights.copied()
-        found = _read(place, entry["files"], spell, named, [*own])
+        found = _read(home, entry["files"], spell, named, [*own])
         for name, value in found.items():
             weights.put(model, name, value)
     return models
 
 
 def _read_mixtures(
-    directory: Path,
-    config: Config,
-    backbone: nn.Module,
-    named: Tensors,
-    spell: Spelling,
+    place: Path, config: Config, backbone: nn.Module, named: Tensors, spell: Spelling
 ) -> nn.Module:
-    beyond, folded = _read(directory, config["files"], spell), {}
+    beyond, folded = _read(place, config["files"], spell), {}
     if "backbone_files" in config:
         files = config["backbone_files"]
-        folded = _read(directory / BACKBONE, files, spell, named)
+        folded = _read(place / BACKBONE, files, spell, named)
     mixtures = {spell(name): facts for name, facts in config["mixtures"].items()}
     parts = HostParts(config["kind"], mixtures, beyond, folded)
     check_mixtures(parts, backbone)

@@ -280,13 +280,13 @@ def host_storage(
     for key, value in parts.beyond.items():
         _, expert, rest = key.rpartition(f".{inside}.")
         if expert:
-            owned[int(rest.partition(".")[0])] += _bits(value)
+            owned[int(rest.partition(".")[0])] += 8 * value.nbytes
     return StorageReport(
         unit_bits=unit_bits,
         backbone_bits=unit_bits,
         shared_bits=0,
         expert_bits=dict(zip(tasks, owned)),
-        routing_bits=sum(map(_bits, parts.beyond.values())) - sum(owned),
+        routing_bits=sum(8 * v.nbytes for v in parts.beyond.values()) - sum(owned),
     )
 
 
@@ -300,7 +300,3 @@ def _bare(cls: type[nn.Module], **attributes: Any) -> nn.Module:
     nn.Module.__init__(module)
     vars(module).update(attributes)
     return module
-
-
-def _bits(value: Tensor) -> int:
-    return 8 * value.numel() * value.element_size()

@@ -3,7 +3,7 @@
 import difflib
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
@@ -82,8 +82,7 @@ def checked(cls: Class) -> Class:
         outermost = type(self).__init__ is __init__
         if outermost:
             check_keywords(cls, kwargs)
-            parameters = list(signature(construct).parameters.values())[1:]
-            names = [p.name for p in parameters if p.kind in _BY_PLACE]
+            names = [p.name for p in _parameters(construct) if p.kind in _BY_PLACE]
             _found({**dict(zip(names, args)), **kwargs}, _types(cls))
         construct(self, *args, **kwargs)
         if outermost:
@@ -99,15 +98,26 @@ def check_keywords(cls: type, given: Iterable[str]) -> None:
     Raises:
         SettingsError: naming one that is none, and the nearest that is.
     """
-    known: dict[str, None] = {}
-    for base in cls.__mro__[:-1]:
-        function = vars(base).get("__init__")
-        if isinstance(function, FunctionType):
-            parameters = list(signature(function).parameters.values())[1:]
-            known |= {p.name: None for p in parameters if p.kind not in _GATHERING}
+    known = {
+        p.name
+        for _, function in _constructors(cls)
+        for p in _parameters(function)
+        if p.kind not in _GATHERING
+    }
     for key in given:
         if key not in known and not key.startswith("_"):
             raise unknown_setting(cls.__name__, key, known)
+
+
+def _parameters(constructor: Callable[..., Any]) -> list[Parameter]:
+    return list(signature(constructor).parameters.values())[1:]
+
+
+def _constructors(cls: type) -> Iterator[tuple[type, Callable[..., Any]]]:
+    """The class and its bases with the ``__init__`` that each has of its own."""
+    for base in cls.__mro__:
+        if isinstance(function := vars(base).get("__init__"), FunctionType):
+            yield base, function
 
 
 def checked_options(
@@ -195,26 +205,25 @@ def not_at_default(cls: type, values: Mapping[str, Any]) -> list[str]:
 
 def _as_yaml(value: Any) -> Any:
     """Plain, without the difference of sequences, and of nothing to an empty list or mapping."""
-    plain = OmegaConf.to_container(value) if isinstance(value, Container) else value
+    plain = _plain(value)
     if isinstance(plain, (tuple, list, dict)):
         return (list(plain) if isinstance(plain, tuple) else plain) or None
     return plain
 
 
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if isinstance(value, Container) else value
+
+
 def _types(cls: type) -> dict[str, Any]:
     """Types of the arguments of a constructor and of those of its bases."""
     types: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        function = vars(base).get("__init__")
-        if isinstance(function, FunctionType) and not _of_host(base):
+    for base, function in reversed([*_constructors(cls)]):
+        if not f"{base.__module__}.".startswith(("fusion_bench.", "lightning.")):
             hints = get_type_hints(function, include_extras=True)
             known = signature(function).parameters
             types |= {name: hints[name] for name in known if name in hints}
     return types
-
-
-def _of_host(cls: type) -> bool:
-    return f"{cls.__module__}.".startswith(("fusion_bench.", "lightning."))
 
 
 def check_fields(instance: Any) -> None:
@@ -224,13 +233,10 @@ def check_fields(instance: Any) -> None:
 
 
 def _check(instance: Any, types: Mapping[str, Any]) -> None:
-    values = {
-        name: getattr(instance, name) for name in types if hasattr(instance, name)
-    }
+    values = {n: getattr(instance, n) for n in types if hasattr(instance, n)}
     for name, found in _found(values, types).items():
-        if type(found) in (bool, int, float, str) and type(found) is not type(
-            values[name]
-        ):
+        simple = type(found) in (bool, int, float, str)
+        if simple and type(found) is not type(values[name]):
             object.__setattr__(instance, name, found)
 
 
@@ -244,9 +250,8 @@ def _found(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any
     for name, value in values.items():
         if name not in types:
             continue
-        plain = OmegaConf.to_container(value) if isinstance(value, Container) else value
         try:
-            found = TypeAdapter(types[name]).validate_python(plain)
+            found = TypeAdapter(types[name]).validate_python(_plain(value))
         except ValidationError as error:
             what = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
             faults.append(f"{name}={value!r}: {what}.")
@@ -255,7 +260,6 @@ def _found(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any
             faults.append(f"{name}={value!r}: a number is expected.")
         kept[name] = found
     if faults:
-        raise SettingsError(
-            "\n  ".join(["Settings of another type or range:", *faults])
-        )
+        told = "\n  ".join(["Settings of another type or range:", *faults])
+        raise SettingsError(told)
     return kept

@@ -18,10 +18,11 @@ from ..errors import CheckpointMismatchError
 from ..models.weights import BackboneWeights
 from ..task_vectors.sources import ModuleSource
 from ..task_vectors.tower_names import Spelling
-from .host_moe import MIXTURES, HostParts, check_mixtures, put_together
+from .host_moe import MIXTURES, HostParts, Tensors, check_mixtures, put_together
 
 BACKBONE, EXPERTS = "backbone", "experts"
 Types = Mapping[str, torch.dtype]
+Config = Mapping[str, Any]
 
 
 def write_static(
@@ -30,8 +31,7 @@ def write_static(
     """Write the changed tensors of a static merge, once for all tasks."""
     state = tensors_of(model)
     _check_elsewhere(state, base, types, type(model).__name__)
-    chosen = {name: state[name].to(dtype) for name, dtype in types.items()}
-    return {"kind": "static", "files": write_tensors(place, chosen)}
+    return {"kind": "static", "files": _written(place, state, types)}
 
 
 def write_individuals(
@@ -49,9 +49,7 @@ def write_individuals(
         inside, state = Path(EXPERTS) / str(i), tensors_of(model)
         own = [n for n in types if n in state and state[n].shape != base[n].shape]
         _check_elsewhere(state, base, types, type(model).__name__, own)
-        (place / inside).mkdir(parents=True)
-        chosen = {name: state[name].to(dtype) for name, dtype in types.items()}
-        files = write_tensors(place / inside, chosen)
+        files = _written(place / inside, state, types)
         entry = {"task": task, "directory": str(inside), "files": files}
         entries.append({**entry, "own": own} if own else entry)
     return {"kind": "individuals", "experts": entries}
@@ -66,10 +64,14 @@ def write_mixtures(
     config: dict[str, Any] = {"kind": parts.kind, "mixtures": parts.mixtures}
     config["files"] = write_tensors(place, parts.beyond)
     if any(not torch.equal(state[name].to(base[name]), base[name]) for name in types):
-        (place / BACKBONE).mkdir()
-        chosen = {name: state[name].to(dtype) for name, dtype in types.items()}
-        config["backbone_files"] = write_tensors(place / BACKBONE, chosen)
+        config["backbone_files"] = _written(place / BACKBONE, state, types)
     return config
+
+
+def _written(place: Path, state: Mapping[str, Tensor], types: Types) -> dict[str, str]:
+    """Write tensors in their types to a directory, which is made; SHA-256 by file."""
+    place.mkdir(parents=True, exist_ok=True)
+    return write_tensors(place, {n: state[n].to(dtype) for n, dtype in types.items()})
 
 
 def _check_elsewhere(
@@ -126,7 +128,8 @@ def check_forms(config: Field, place: Path) -> None:
     Raises:
         CheckpointMismatchError: naming the field that does not, or what leads out of the directory.
     """
-    if config["kind"].one_of(READERS) == "individuals":
+    kind = config["kind"].one_of(READERS)
+    if kind == "individuals":
         tasks, names = set[str](), config["names"].texts()
         for expert in config["experts"].elements():
             task, directory = expert["task"].text(), expert["directory"]
@@ -142,9 +145,9 @@ def check_forms(config: Field, place: Path) -> None:
                 expert["own"].fail("some of names")
         return
     config["files"].files()
-    if config["kind"].value in MIXTURES:
+    if kind in MIXTURES:
         for _, facts in config["mixtures"].entries():
-            MIXTURES[config["kind"].value].check(facts)
+            MIXTURES[kind].check(facts)
         if "backbone_files" in config:
             inside(place, BACKBONE)
             config["backbone_files"].files()
@@ -154,14 +157,14 @@ def _read(
     directory: Path,
     files: Mapping[str, str],
     spell: Spelling,
-    shapes: Mapping[str, torch.Size] | None = None,
+    named: Tensors | None = None,
     own: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The tensors of files; those of ``shapes``, if given.
+    """The tensors of files, by the names and in the shapes of those given, if any are.
 
     Args:
         spell: names as the backbone has them.
-        own: tensors of which only the number of sides is as in ``shapes``.
+        own: tensors of which only the number of sides is as of those given.
 
     Raises:
         CheckpointMismatchError: if they are others.
@@ -169,7 +172,7 @@ def _read(
     handles = open_tensors(directory, files)
     found = {spell(name): read_header(file, name) for name, file in handles.items()}
     here = {name: header.shape for name, header in found.items()}
-    expected = {name: tuple(shape) for name, shape in (shapes or here).items()}
+    expected = {name: tuple(v.shape) for name, v in (named or found).items()}
     for name in own:
         if len(here.get(name, ())) == len(expected[name]):
             expected[name] = here[name]
@@ -184,44 +187,40 @@ def _read(
 
 @torch.no_grad()
 def _read_static(
-    directory: Path, config: Mapping[str, Any], backbone: nn.Module, spell: Spelling
+    place: Path, config: Config, backbone: nn.Module, named: Tensors, spell: Spelling
 ) -> nn.Module:
-    state = tensors_of(backbone)
-    shapes = {name: state[name].shape for name in config["names"]}
-    for name, value in _read(directory, config["files"], spell, shapes).items():
-        state[name].copy_(value)
+    for name, value in _read(place, config["files"], spell, named).items():
+        named[name].copy_(value)
     return backbone
 
 
 def _read_individuals(
-    directory: Path, config: Mapping[str, Any], backbone: nn.Module, spell: Spelling
+    place: Path, config: Config, backbone: nn.Module, named: Tensors, spell: Spelling
 ) -> dict[str, nn.Module]:
-    weights, state = BackboneWeights(backbone), tensors_of(backbone)
-    shapes, models = {name: state[name].shape for name in config["names"]}, {}
+    weights, models = BackboneWeights(backbone), {}
     for entry in config["experts"]:
-        place, own = directory / entry["directory"], map(spell, entry.get("own", ()))
+        home, own = place / entry["directory"], map(spell, entry.get("own", ()))
         models[entry["task"]] = model = weights.copied()
-        found = _read(place, entry["files"], spell, shapes, [*own])
+        found = _read(home, entry["files"], spell, named, [*own])
         for name, value in found.items():
             weights.put(model, name, value)
     return models
 
 
 def _read_mixtures(
-    directory: Path, config: Mapping[str, Any], backbone: nn.Module, spell: Spelling
+    place: Path, config: Config, backbone: nn.Module, named: Tensors, spell: Spelling
 ) -> nn.Module:
-    beyond, folded = _read(directory, config["files"], spell), {}
+    beyond, folded = _read(place, config["files"], spell), {}
     if "backbone_files" in config:
-        state = tensors_of(backbone)
-        shapes = {name: state[name].shape for name in config["names"]}
-        place, files = directory / BACKBONE, config["backbone_files"]
-        folded = _read(place, files, spell, shapes)
+        files = config["backbone_files"]
+        folded = _read(place / BACKBONE, files, spell, named)
     mixtures = {spell(name): facts for name, facts in config["mixtures"].items()}
     parts = HostParts(config["kind"], mixtures, beyond, folded)
     check_mixtures(parts, backbone)
     return put_together(parts, backbone)
 
 
+#: By kind: the model of a directory, its configuration, the base model, the tensors of that which were merged, and how it spells names.
 READERS = {
     "static": _read_static,
     "individuals": _read_individuals,

@@ -19,6 +19,7 @@ from fusion_bench.models.we_moe import WeightEnsemblingMoE
 from torch import Tensor, nn
 
 from ..checkpoint.fields import Field
+from ..checkpoint.parts import side
 from ..deltas.storage import StorageReport
 from ..errors import CheckpointMismatchError
 
@@ -70,12 +71,12 @@ class _Smile:
         if not isinstance(core, nn.Linear):
             return None
         m, n, count = core.out_features, core.in_features, facts["num_experts"]
-        rows = _side(tensors, "gate.weights", 0)
+        rows = side(tensors, "gate.weights", 0)
         if rows % count:
             return None
         found: dict[str, tuple[int, ...]] = {"gate.weights": (rows, n)}
         for expert in (f"experts.{i}" for i in range(min(count, len(tensors)))):
-            rank = _side(tensors, f"{expert}.u", 1)
+            rank = side(tensors, f"{expert}.u", 1)
             if facts["k"] > 0:
                 found |= {f"{expert}.u": (m, rank), f"{expert}.svh": (rank, n)}
             else:
@@ -279,24 +280,18 @@ def host_storage(
     for key, value in parts.beyond.items():
         _, expert, rest = key.rpartition(f".{inside}.")
         if expert:
-            owned[int(rest.partition(".")[0])] += _bits(value)
+            owned[int(rest.partition(".")[0])] += 8 * value.nbytes
     return StorageReport(
         unit_bits=unit_bits,
         backbone_bits=unit_bits,
         shared_bits=0,
         expert_bits=dict(zip(tasks, owned)),
-        routing_bits=sum(map(_bits, parts.beyond.values())) - sum(owned),
+        routing_bits=sum(8 * v.nbytes for v in parts.beyond.values()) - sum(owned),
     )
 
 
 def _mixtures(model: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
     return ((n, m) for n, m in model.named_modules() if isinstance(m, kind))
-
-
-def _side(tensors: Tensors, name: str, i: int) -> int:
-    """A side of a tensor; one that nothing has where there is none."""
-    shape = tensors[name].shape if name in tensors else ()
-    return shape[i] if i < len(shape) else -1
 
 
 def _bare(cls: type[nn.Module], **attributes: Any) -> nn.Module:
@@ -305,7 +300,3 @@ def _bare(cls: type[nn.Module], **attributes: Any) -> nn.Module:
     nn.Module.__init__(module)
     vars(module).update(attributes)
     return module
-
-
-def _bits(value: Tensor) -> int:
-    return 8 * value.numel() * value.element_size()

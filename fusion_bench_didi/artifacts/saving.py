@@ -139,20 +139,18 @@ def load(
     check_forms(fields, place)
     names = fields["names"].texts()
     backbones.check_entry(fields["backbone"])
-    backbone, fresh = backbones.resolved(config["backbone"], place, backbone)
-    entry, spell = backbones.spelled_as(backbone, config["backbone"], names)
+    found = backbones.opened(config["backbone"], place, backbone, names)
+    backbone, entry, spell, fresh = found
     names = [*map(spell, names)]
-    backbones.take_apart(entry, backbone)
     state = tensors_of(backbone)
-    lacking = [name for name in names if name not in state]
-    if lacking:
+    if lacking := [name for name in names if name not in state]:
         raise CheckpointMismatchError(
             f"The backbone ({type(backbone).__name__}) has no tensor {lacking[0]!r}, which {place} changes. Pass the base "
             "model of the merge."
         )
     named = {name: state[name] for name in names}
     backbones.check(place, entry, backbone, named, fresh=fresh)
-    return READERS[config["kind"]](place, {**config, "names": names}, backbone, spell)
+    return READERS[config["kind"]](place, config, backbone, named, spell)
 
 
 #: the name until now

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError, DiDiError, some, spelled
 from ..files import from_home
+from ..pools.entries import PLACE
 from ..task_vectors.digests import digests
 from ..task_vectors.live_models import check_values
 from ..task_vectors.sources import ModuleSource
@@ -145,18 +146,9 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def resolved(
+def _resolved(
     entry: Mapping[str, Any], directory: Path, given: nn.Module | str | Path | None
 ) -> tuple[nn.Module, frozenset[str]]:
-    """The base model given, or loaded from the place given, or from where the entry says.
-
-    Returns:
-        the model, and the names of tensors that its checkpoint does not hold.
-
-    Raises:
-        CheckpointMismatchError: if weights of the model given are not in memory, or not those of its checkpoint.
-        DiDiError: for what is neither, and for a merged model.
-    """
     if isinstance(given, ModulatedModel):
         raise DiDiError(
             "backbone is a merged model itself, expected the base model of the merge. Pass a copy of that model's own: "
@@ -169,28 +161,12 @@ def resolved(
     if isinstance(given, nn.Module):
         check_values(given, "The base model")
         return given, frozenset()
-    if given is None:
-        return load_backbone(entry, directory)
-    place, source = str(given), entry["source"]
-    if from_home(place).is_dir():
-        place = str(from_home(place).absolute())
-    if isinstance(source, Mapping):
-        place = {**source, "pretrained_model_name_or_path": place}
-    return load_backbone({**entry, "source": place}, directory)
-
-
-def load_backbone(
-    entry: Mapping[str, Any], directory: Path
-) -> tuple[nn.Module, frozenset[str]]:
-    """The base model that a saved configuration names, and the names of tensors that its checkpoint does not hold.
-
-    Args:
-        directory: of the saved model.
-
-    Raises:
-        DiDiError: if the entry tells no place to load it from, or loading it might run code.
-    """
     source = entry["source"]
+    if given is not None:
+        place = str(given)
+        if from_home(place).is_dir():
+            place = str(from_home(place).absolute())
+        source = {**source, PLACE: place} if isinstance(source, Mapping) else place
     if not source:
         raise DiDiError(
             f"The saved model does not say where its backbone ({entry['class']}) lies: it was merged from modules in memory. "
@@ -201,16 +177,39 @@ def load_backbone(
     )
 
 
-def spelled_as(
-    backbone: nn.Module, entry: Mapping[str, Any], names: Iterable[str] = ()
-) -> tuple[dict[str, Any], Spelling]:
-    """The entry with tensors named as the backbone of this transformers names them, and how it spells others.
+def opened(
+    entry: Mapping[str, Any],
+    directory: Path,
+    given: nn.Module | str | Path | None,
+    names: Iterable[str] = (),
+) -> tuple[nn.Module, dict[str, Any], Spelling, frozenset[str]]:
+    """The base model of a saved model: given, or loaded from the place given, or from where the entry says.
 
     Args:
+        directory: of the saved model, for relative paths.
         names: of tensors that the saved model changes.
+
+    Returns:
+        the model, in which tied tensors are apart as they were for the merge; the entry with tensors named as this transformers
+        names them; how it names others; and the names of tensors that the model's checkpoint does not hold.
+
+    Raises:
+        CheckpointMismatchError: if weights of the model given are not in memory, or not those of its checkpoint; if it lacks a
+            tensor that the merge took apart from others.
+        DiDiError: for what is neither, and for a merged model; if the entry tells no place, or loading it might run code.
     """
+    backbone, fresh = _resolved(entry, directory, given)
     spell = spelling({*names, *_named_in(entry)}, backbone)
-    return _respelled(entry, spell), spell
+    entry = _respelled(entry, spell)
+    apart = set(entry.get("untied", ())) - set(taken_apart(backbone))
+    known = dict(backbone.named_parameters(remove_duplicate=False))
+    if unknown := sorted(apart - set(known)):
+        raise CheckpointMismatchError(
+            f"The backbone ({type(backbone).__name__}) has no parameter {unknown[0]!r}, which the merge took apart from others. "
+            "Pass the base model of the merge."
+        )
+    untie(backbone, apart)
+    return backbone, entry, spell, fresh
 
 
 def spelled_beside(
@@ -226,25 +225,9 @@ def _named_in(entry: Mapping[str, Any]) -> set[str]:
 
 
 def _respelled(entry: Mapping[str, Any], spell: Spelling) -> dict[str, Any]:
-    told = {key: [*map(spell, entry[key])] for key in _LISTS if key in entry}
-    tensors = entry.get("tensors")
-    if not tensors:
-        return {**entry, **told}
-    named = {spell(name): digest for name, digest in tensors.items()}
-    return {**entry, **told, "tensors": named}
-
-
-def take_apart(entry: Mapping[str, Any], backbone: nn.Module) -> None:
-    """Tied tensors that were taken apart for the merge are taken apart.
-
-    Raises:
-        CheckpointMismatchError: if the backbone does not have them.
-    """
-    names = set(entry.get("untied", ())) - set(taken_apart(backbone))
-    known = dict(backbone.named_parameters(remove_duplicate=False))
-    if unknown := sorted(names - set(known)):
-        raise CheckpointMismatchError(
-            f"The backbone ({type(backbone).__name__}) has no parameter {unknown[0]!r}, which the merge took apart from others. "
-            "Pass the base model of the merge."
-        )
-    untie(backbone, names)
+    told: dict[str, Any] = {
+        key: [*map(spell, entry[key])] for key in _LISTS if key in entry
+    }
+    if tensors := entry.get("tensors"):
+        told["tensors"] = {spell(name): digest for name, digest in tensors.items()}
+    return {**entry, **told}

@@ -37,7 +37,7 @@ from .told import check_told
 
 #: what is written; all from 1 on are read
 FORMAT = 2
-#: of models some of whose tasks share what others do not
+#: of models some of whose tasks share what others do not: ``groups`` has by label their ``tasks``, and the ``tensors`` concerned
 GROUPED = 3
 
 
@@ -63,15 +63,6 @@ def entry_of(
         **({"without": without} if without else {}),
         **({} if group is None else {"group": group}),
     }
-
-
-def in_groups(groups: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a manifest, beside its deltas, if tasks are in groups.
-
-    Args:
-        groups: by label the ``tasks`` of a group, and the ``tensors`` of which they share something else than the others.
-    """
-    return {"groups": groups, "format": GROUPED}
 
 
 def _segment(name: str) -> str:

@@ -38,11 +38,11 @@ def local_directory(
         found = huggingface_hub.snapshot_download(
             str(place), revision=revision, token=token, ignore_patterns=list(_NEVER)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise FileNotFoundError(
-                f"{place} is no directory, and the hub cannot be asked for it. Mend the path or the name."
-            ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{place} is no directory, and the hub cannot be asked for it. Mend the path or the name."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
         raise DiDiError(
             f"{place} is neither a directory nor a repository that can be had from the hub ({type(error).__name__}: {error}). Mend "
             "the name, or log in: huggingface-cli login."

@@ -168,9 +168,7 @@ def read_lines(path: Path, of: str) -> dict[tuple[str, str], Line]:
                 told = json.loads(text)
                 if told[CHECKSUM] != checksum(told) or told["of"] != of:
                     continue
-                if "done" not in told:
-                    continue
-                stage, name = told["done"]
+                stage, name = told["done"]  # missing where something begins
                 content = told.get("content")
                 content = None if content is None else base64.b64decode(content)
                 where = told.get("file")
@@ -279,9 +277,8 @@ def _checked(head: Path, identity: Mapping[str, str]) -> str:
             f"{head.parent} is the journal of another release, or damaged. {way_out}"
         )
     was = before["of"]
-    differ = [key for key in (*was, *identity) if was.get(key) != identity.get(key)]
-    differ = list(dict.fromkeys(differ))
-    if differ:
+    keys = {**was, **identity}
+    if differ := [key for key in keys if was.get(key) != identity.get(key)]:
         told = "\n  ".join(
             f"{key.removeprefix('method.')}: {identity.get(key, 'not there')}, was {was.get(key, 'not there')}"
             for key in differ[:8]

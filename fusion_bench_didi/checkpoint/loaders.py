@@ -37,26 +37,26 @@ HOST_CLASSES = frozenset(
 #: The host's wrapper of OpenCLIP's image encoders.
 OPEN_CLIP = "fusion_bench.models.open_clip.modeling.ImageEncoder"
 #: Arguments of ``from_pretrained`` that a reference may hold, with their types.
-ARGUMENTS: Mapping[str, tuple[type, ...]] = {
-    "pretrained_model_name_or_path": (str,),
-    "dtype": (str,),
-    "torch_dtype": (str,),
-    "subfolder": (str,),
-    "revision": (str,),
-    "variant": (str,),
-    "attn_implementation": (str,),
-    "num_labels": (int,),
-    "problem_type": (str,),
-    "pad_token_id": (int,),
-    "bos_token_id": (int,),
-    "eos_token_id": (int,),
-    "add_pooling_layer": (bool,),
-    "output_attentions": (bool,),
-    "output_hidden_states": (bool,),
-    "return_dict": (bool,),
-    "tie_word_embeddings": (bool,),
-    "ignore_mismatched_sizes": (bool,),
-    "use_safetensors": (bool,),
+ARGUMENTS: Mapping[str, type] = {
+    "pretrained_model_name_or_path": str,
+    "dtype": str,
+    "torch_dtype": str,
+    "subfolder": str,
+    "revision": str,
+    "variant": str,
+    "attn_implementation": str,
+    "num_labels": int,
+    "problem_type": str,
+    "pad_token_id": int,
+    "bos_token_id": int,
+    "eos_token_id": int,
+    "add_pooling_layer": bool,
+    "output_attentions": bool,
+    "output_hidden_states": bool,
+    "return_dict": bool,
+    "tie_word_embeddings": bool,
+    "ignore_mismatched_sizes": bool,
+    "use_safetensors": bool,
 }
 #: Arguments that hold secrets.
 SECRETS = frozenset({"token", "use_auth_token", "proxies"})
@@ -79,13 +79,7 @@ IDLE = (
 )
 #: Others name kernels of the hub, which are code.
 ATTENTION = frozenset(
-    {
-        "eager",
-        "sdpa",
-        "flash_attention_2",
-        "flash_attention_3",
-        "flex_attention",
-    }
+    {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
 )
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -237,7 +231,7 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         if key in IGNORED or value is None or (key, value) in IDLE:
             continue
         computed = key in COMPUTED and _is_plain(value)
-        if not computed and type(value) not in ARGUMENTS.get(key, ()):
+        if not computed and type(value) is not ARGUMENTS.get(key):
             raise _refused(f"the argument {key}={value!r}", f"one of {list(ARGUMENTS)}")
         found[key] = value
     attention = found.get("attn_implementation", "eager")

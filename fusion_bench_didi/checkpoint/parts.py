@@ -76,7 +76,9 @@ class Entry:
 
 
 Found = Mapping[str, Header]
-Expected = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+#: types that a part may have, and its shape
+Part = tuple[tuple[str, ...], tuple[int, ...]]
+Expected = dict[str, Part]
 
 
 @dataclass(frozen=True)
@@ -96,26 +98,41 @@ class Form:
     pairs: tuple[tuple[str, ...], ...] = ()
 
 
-def _side(found: Found, part: str, i: int) -> int:
-    """A side of a part; one that nothing has where there is none."""
-    shape = found[part].shape
+def side(tensors: Mapping[str, Header | Tensor], name: str, i: int) -> int:
+    """A side of a tensor; one that nothing has where there is none."""
+    shape = tensors[name].shape if name in tensors else ()
     return shape[i] if i < len(shape) else -1
 
 
 def _rows(entry: Entry, found: Found, part: str) -> int:
     """Number of rows of a tensor that is stored by rows; a single column is one, or as many as it has entries, as in older files."""
-    column = math.prod(entry.shape[1:]) == 1 and _side(found, part, 0) == 1
+    column = math.prod(entry.shape[1:]) == 1 and side(found, part, 0) == 1
     return 1 if column or len(entry.shape) < 2 else entry.shape[0]
 
 
-def _codes(bits: int, *shape: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    if bits == 8:
-        return ("I8",), shape
-    return ("U8",), (packed_size(math.prod(shape), bits),)
+def _floats(*shape: int) -> Part:
+    return FLOATS, shape
+
+
+def _bytes(*shape: int) -> Part:
+    return ("U8",), shape
+
+
+def _stream(found: Found, part: str) -> Part:
+    """Bytes of any number, which is held against what they say where they are decoded."""
+    return _bytes(side(found, part, 0))
+
+
+def _packed(count: int, bits: int = 1) -> Part:
+    return _bytes(packed_size(count, bits))
+
+
+def _codes(bits: int, *shape: int) -> Part:
+    return (("I8",), shape) if bits == 8 else _packed(math.prod(shape), bits)
 
 
 def _dense(entry: Entry, found: Found) -> Expected:
-    return {"value": (FLOATS, entry.shape)}
+    return {"value": _floats(*entry.shape)}
 
 
 def _own(entry: Entry, found: Found) -> Expected:
@@ -123,127 +140,110 @@ def _own(entry: Entry, found: Found) -> Expected:
 
 
 def _low_rank(entry: Entry, found: Found) -> Expected:
-    (m, n), r = entry.sides, _side(found, "up", 1)
-    return {"up": (FLOATS, (m, r)), "down": (FLOATS, (r, n))}
+    (m, n), r = entry.sides, side(found, "up", 1)
+    return {"up": _floats(m, r), "down": _floats(r, n)}
 
 
 def _spectral(entry: Entry, found: Found) -> Expected:
-    r = _side(found, "up", 1)
-    return {**_low_rank(entry, found), "sigma": (FLOATS, (r,))}
+    return {**_low_rank(entry, found), "sigma": _floats(side(found, "up", 1))}
 
 
 def _rounded_low_rank(entry: Entry, found: Found) -> Expected:
-    (m, n), r, bits = entry.sides, _side(found, "scale", 0), entry.options["bits"]
-    scale = (FLOATS, (r,))
-    return {"up": _codes(bits, m, r), "down": _codes(bits, r, n), "scale": scale}
+    (m, n), r, bits = entry.sides, side(found, "scale", 0), entry.options["bits"]
+    up, down = _codes(bits, m, r), _codes(bits, r, n)
+    return {"up": up, "down": down, "scale": _floats(r)}
 
 
 def _rounded_dense(entry: Entry, found: Found) -> Expected:
     codes = _codes(entry.options["bits"], *entry.shape)
-    return {"codes": codes, "scale": (FLOATS, (_rows(entry, found, "scale"),))}
+    return {"codes": codes, "scale": _floats(_rows(entry, found, "scale"))}
 
 
 def _affine(entry: Entry, found: Found) -> Expected:
-    return {"codes": (("U8",), entry.shape), "ends": (FLOATS, (2,))}
+    return {"codes": _bytes(*entry.shape), "ends": _floats(2)}
 
 
 def _masked(entry: Entry, found: Found) -> Expected:
-    bitmap = (("U8",), (packed_size(entry.numel, 1),))
-    return {"mask": bitmap, "scale": (FLOATS, ())}
+    return {"mask": _packed(entry.numel), "scale": _floats()}
 
 
 def _signed(entry: Entry, found: Found) -> Expected:
-    return {"negative": (("U8",), (packed_size(entry.shape[-1], 1),))}
+    return {"negative": _packed(entry.shape[-1])}
 
 
 def _sparse(entry: Entry, found: Found) -> Expected:
-    count = _side(found, "values", 0)
-    where = (("I32",), (count,))
-    if found["where"].dtype == "U8":
-        where = (("U8",), (packed_size(entry.numel, 1),))
-    return {"where": where, "values": (FLOATS, (count,))}
+    count, mask = side(found, "values", 0), found["where"].dtype == "U8"
+    where = _packed(entry.numel) if mask else (("I32",), (count,))
+    return {"where": where, "values": _floats(count)}
 
 
 def _uniform(entry: Entry, found: Found) -> Expected:
     width = entry.options["width"]
-    types = ("U8",) if width in CODE_WIDTHS else ()
-    codes = (types, (packed_size(entry.numel, width),))
-    return {"codes": codes, "ends": (FLOATS, (2,))}
+    _, shape = _packed(entry.numel, width)
+    return {"codes": (_code_types(width), shape), "ends": _floats(2)}
+
+
+def _code_types(width: int) -> tuple[str, ...]:
+    return ("U8",) if width in CODE_WIDTHS else ()
 
 
 def _some_values(entry: Entry, found: Found) -> Expected:
     """Codes with ends or floats without, as the width says; of how many entries is told by positions alone."""
-    width, count = entry.options["width"], (_side(found, "values", 0),)
+    width, count = entry.options["width"], (side(found, "values", 0),)
     if "ends" in found:
-        codes = ("U8",) if width in CODE_WIDTHS else ()
-        return {"values": (codes, count), "ends": (FLOATS, (2,))}
+        return {"values": (_code_types(width), count), "ends": _floats(2)}
     return {"values": (_FLOATS_OF.get(width, ()), count)}
 
 
 def _scattered(entry: Entry, found: Found) -> Expected:
-    where = (("U8",), (_side(found, "where", 0),))
-    return {
-        "where": where,
-        "table": (("U16",), (2,)),
-        **_some_values(entry, found),
-    }
+    where, table = _stream(found, "where"), (("U16",), (2,))
+    return {"where": where, "table": table, **_some_values(entry, found)}
 
 
 def _lossless(entry: Entry, found: Found) -> Expected:
-    stream = (("U8",), (_side(found, "stream", 0),))
-    return {"stream": stream, "like": (FLOATS, (0,))}
+    return {"stream": _stream(found, "stream"), "like": _floats(0)}
 
 
 def _banded(entry: Entry, found: Found) -> Expected:
-    """Ranks tell the lengths, which are held against them where codes are decoded."""
-    up, down = ((("U8",), (_side(found, part, 0),)) for part in ("up", "down"))
-    scale = (FLOATS, (_side(found, "scale", 0),))
-    return {"up": up, "down": down, "scale": scale, "ranks": (("I32",), (len(BANDS),))}
+    parts = {part: _stream(found, part) for part in ("up", "down")}
+    scale, ranks = _floats(side(found, "scale", 0)), (("I32",), (len(BANDS),))
+    return {**parts, "scale": scale, "ranks": ranks}
 
 
 def _coded(entry: Entry, found: Found) -> Expected:
-    """How long streams are is held against their contents where they are decoded."""
-    return {**_stream(found), "classes": (("U8",), (_rows(entry, found, "classes"),))}
+    classes = _bytes(_rows(entry, found, "classes"))
+    return {"stream": _stream(found, "stream"), "step": _floats(1), "classes": classes}
 
 
 def _coded_low_rank(entry: Entry, found: Found) -> Expected:
-    r = (_side(found, "short", 0),)
-    return {**_stream(found), "short": (("U8",), r), "long": (("U8",), r)}
-
-
-def _stream(found: Found) -> Expected:
-    stream = (("U8",), (_side(found, "stream", 0),))
-    return {"stream": stream, "step": (FLOATS, (1,))}
+    lines = _stream(found, "short")
+    stream, step = _stream(found, "stream"), _floats(1)
+    return {"stream": stream, "step": step, "short": lines, "long": lines}
 
 
 def _bases(entry: Entry, found: Found) -> Expected:
     m, n = entry.sides
-    parts = {}
-    if "up" in found:
-        parts["up"] = (FLOATS, (m, _side(found, "up", 1)))
-    if "down" in found:
-        parts["down"] = (FLOATS, (_side(found, "down", 0), n))
-    return parts
+    up, down = _floats(m, side(found, "up", 1)), _floats(side(found, "down", 0), n)
+    return {k: part for k, part in (("up", up), ("down", down)) if k in found}
 
 
 def _rounded_bases(entry: Entry, found: Found) -> Expected:
     parts, bits = {}, entry.options["bits"]
     for part, width in zip(("up", "down"), entry.sides):
         if part in found:
-            rows = _side(found, f"{part}_scale", 0)
+            rows = side(found, f"{part}_scale", 0)
             parts[part] = _codes(bits, rows, width)
-            parts[f"{part}_scale"] = (FLOATS, (rows,))
+            parts[f"{part}_scale"] = _floats(rows)
     return parts
 
 
 def _core(entry: Entry, found: Found) -> Expected:
-    sides = (_side(found, "value", 0), _side(found, "value", 1))
-    return {"value": (FLOATS, sides)}
+    return {"value": _floats(side(found, "value", 0), side(found, "value", 1))}
 
 
 def _rounded_core(entry: Entry, found: Found) -> Expected:
-    p, q = _side(found, "scale", 0), entry.options["columns"]
-    return {"codes": _codes(entry.options["bits"], p, q), "scale": (FLOATS, (p,))}
+    p, q = side(found, "scale", 0), entry.options["columns"]
+    return {"codes": _codes(entry.options["bits"], p, q), "scale": _floats(p)}
 
 
 FORMS: dict[str, Form] = {

@@ -6,7 +6,7 @@ that several places hold is one object again.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -48,41 +48,40 @@ class Records:
         tensors: dict[str, Tensor] = {}
         objects: list[Any] = []
         seen: dict[int, Any] = {}
-        root = self._packed(value, tensors, objects, seen)
-        tree = json.dumps({"root": root, "objects": objects})
+
+        def inner(part: Any) -> Any:
+            if isinstance(part, _PLAIN):
+                return part
+            if id(part) in seen:
+                return seen[id(part)]
+            if isinstance(part, torch.dtype):
+                return {"dtype": str(part).removeprefix("torch.")}
+            if isinstance(part, (tuple, list)):
+                kind = "list" if isinstance(part, list) else "tuple"
+                return {kind: [*map(inner, part)]}
+            if isinstance(part, dict):
+                return {"dict": [[inner(k), inner(v)] for k, v in part.items()]}
+            if isinstance(part, Tensor):
+                found: Any = {"tensor": str(len(tensors))}
+                tensors[found["tensor"]] = independent(part).clone()
+            else:
+                objects.append([type(part).__name__, self._content(part, inner)])
+                found = {"object": len(objects) - 1}
+            seen[id(part)] = found
+            return found
+
+        tree = json.dumps({"root": inner(value), "objects": objects})
         return save(tensors, metadata={_TREE: tree})
 
-    def _packed(self, value: Any, tensors, objects, seen) -> Any:
-        def inner(part: Any) -> Any:
-            return self._packed(part, tensors, objects, seen)
-
-        if isinstance(value, _PLAIN):
-            return value
-        if id(value) in seen:
-            return seen[id(value)]
+    def _content(self, value: Any, inner: Callable[[Any], Any]) -> Any:
+        """What is recorded of an object."""
         name = type(value).__name__
-        if isinstance(value, Tensor):
-            found: Any = {"tensor": str(len(tensors))}
-            tensors[found["tensor"]] = independent(value).clone()
-        elif isinstance(value, torch.dtype):
-            return {"dtype": str(value).removeprefix("torch.")}
-        elif isinstance(value, (tuple, list)):
-            kind = "list" if isinstance(value, list) else "tuple"
-            return {kind: [inner(part) for part in value]}
-        elif isinstance(value, dict):
-            return {"dict": [[inner(k), inner(v)] for k, v in value.items()]}
-        elif self._classes.get(name) is type(value):
+        if self._classes.get(name) is type(value):
             fields = dataclasses.fields(value)
-            parts = {f.name: inner(getattr(value, f.name)) for f in fields}
-            objects.append([name, parts])
-            found = {"object": len(objects) - 1}
-        elif name in self._others and isinstance(value, self._others[name][0]):
-            objects.append([name, inner(self._others[name][1].plain(value))])
-            found = {"object": len(objects) - 1}
-        else:
-            raise TypeError(f"a {name} cannot be recorded")
-        seen[id(value)] = found
-        return found
+            return {f.name: inner(getattr(value, f.name)) for f in fields}
+        if name in self._others and isinstance(value, self._others[name][0]):
+            return inner(self._others[name][1].plain(value))
+        raise TypeError(f"a {name} cannot be recorded")
 
     def unpacked(self, content: bytes) -> Any:
         """The value that :meth:`packed` wrote."""

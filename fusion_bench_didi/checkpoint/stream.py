@@ -22,7 +22,7 @@ from ..deltas.grouped import apart
 from ..deltas.sink import EncodedTensor, Experts, Shared
 from ..distributed.ranks import ALONE, Ranks
 from ..files import file_digest
-from .deltas import entry_of, in_groups, read_deltas, written_by
+from .deltas import GROUPED, entry_of, read_deltas, written_by
 from .directory import write_json
 from .journal import ENCODED, Journal
 from .tensors import independent
@@ -108,23 +108,20 @@ class DeltaWriter:
         self, order: Sequence[str], ranks: Ranks = ALONE
     ) -> tuple[Shared, Experts]:
         """Put the pieces of all ranks together to shards, and map all of it; every rank writes some."""
-        found: dict[str, Piece] = {}
-        for some in ranks.gather(self._pieces):
-            found.update(some)
+        found = ranks.gathered(self._pieces)
         pieces = [found[name] for name in order if name in found]
         entries = [entry for piece in pieces for entry in piece.entries]
         if self._directory is None:
             files = {piece.file.name: piece.digest for piece in pieces if piece.file}
-            self.manifest = _manifest(self._tasks, entries, list(files), files)
+            self.manifest = _manifest(self._tasks, entries, files)
             return read_deltas(self._journal.path, self.manifest, verify=False)
         sizes = [piece.size for piece in pieces if piece.file]
         shards = _cut([p for p in pieces if p.file], sizes, SHARD_BYTES)
         names = _names(len(shards))
         mine = list(zip(names, shards))[ranks.rank :: ranks.size]
-        digests: dict[str, str] = {}
-        for some in ranks.gather({name: self._shard(name, s) for name, s in mine}):
-            digests.update(some)
-        self.manifest = _manifest(self._tasks, entries, names, digests)
+        digests = ranks.gathered({name: self._shard(name, s) for name, s in mine})
+        files = {name: digests[name] for name in names}
+        self.manifest = _manifest(self._tasks, entries, files)
         if ranks.leads:
             keys = [[key for piece in shard for key in piece.keys] for shard in shards]
             _write_index(self._directory, names, keys, sum(sizes))
@@ -167,8 +164,8 @@ def write_deltas(
         keys.append(list(tensors))
         digests[name] = _write(directory / name, tensors)
     _write_index(directory, names, keys, sum(sizes))
-    manifest = _manifest(list(experts), entries, names, digests)
-    return {**manifest, **(in_groups(groups) if groups else {})}
+    manifest = _manifest(list(experts), entries, digests)
+    return {**manifest, **({"groups": groups, "format": GROUPED} if groups else {})}
 
 
 def _listed(
@@ -212,9 +209,8 @@ def _names(count: int) -> list[str]:
 
 
 def _manifest(
-    tasks: list[str], entries: list, names: Sequence[str], digests: Mapping[str, str]
+    tasks: list[str], entries: list, files: Mapping[str, str]
 ) -> dict[str, Any]:
-    files = {name: digests[name] for name in names}
     return {"tasks": tasks, "deltas": entries, "files": files}
 
 

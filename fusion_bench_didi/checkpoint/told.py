@@ -1,6 +1,7 @@
 """What a manifest tells beside its weights: tasks, the account of storage, and facts of the merge, held against what reads them."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..pools.carried import CARRIED, fits
 from ..pools.task_settings import CONFIGURATION, GENERATION, LABELS
@@ -19,11 +20,7 @@ def check_told(manifest: Field) -> None:
 
 
 def check_of_task(info: Field) -> None:
-    """The same for facts of one task alone, as a library has them.
-
-    Raises:
-        CheckpointMismatchError: naming the first field that is not.
-    """
+    """The same for facts of one task alone, as a library has them."""
     _check_those(_OF_TASK, info)
 
 
@@ -34,21 +31,15 @@ def _check_those(checks: Mapping[str, Check], found: Field) -> None:
 
 
 def _by_name(check: Check) -> Check:
-    def checked(found: Field) -> None:
-        for _, one in found.entries():
-            check(one)
-
-    return checked
+    return lambda found: [check(one) for _, one in found.entries()]
 
 
-def _place(parent: Field) -> None:
-    if parent.value is not None:
-        parent.text()
+def _each(check: Check) -> Check:
+    return lambda found: [check(one) for one in found.elements()]
 
 
-def _budget(budget: Field) -> None:
-    if budget.value not in (None, "inf"):
-        budget.number()
+def _unless(*values: Any, check: Check) -> Check:
+    return lambda found: found.value in values or check(found)
 
 
 def _part(part: Field) -> None:
@@ -78,11 +69,6 @@ def _ranks(ranks: Field) -> None:
     _by_name(of_tensors)(ranks["experts"])
 
 
-def _edits(edits: Field) -> None:
-    for edit in edits.elements():
-        edit["operation"].text()
-
-
 def _info(info: Field) -> None:
     _check_those(_FACTS, info)
     if "energy_kept" in info:
@@ -90,8 +76,7 @@ def _info(info: Field) -> None:
         for _, kept in info["energy_kept"].entries():
             if len(kept.elements()) != len(tasks):
                 kept.fail(f"a number for each of {tasks}")
-            for part in kept.elements():
-                part.number()
+            _each(Field.number)(kept)
 
 
 def _account(storage: Field) -> None:
@@ -103,14 +88,9 @@ def _account(storage: Field) -> None:
         storage[key].number()
 
 
-def _experts(experts: Field) -> None:
-    for expert in experts.elements():
-        expert["task"].text()
-
-
 #: facts of a task's checkpoint
 _OF_TASK: dict[str, Check] = {
-    "parents": _place,
+    "parents": _unless(None, check=Field.text),
     "tensors": Field.mapping,
     LABELS: _labels,
     GENERATION: lambda told: list(told.entries()),
@@ -120,7 +100,7 @@ _FACTS: dict[str, Check] = {
     **{key: _by_name(check) for key, check in _OF_TASK.items()},
     "method": Field.text,
     "settings": Field.mapping,
-    "budget": _budget,
+    "budget": _unless(None, "inf", check=Field.number),
     "relative_error": _part,
     "relative_errors": _by_name(_part),
     "energies": _by_name(_part),
@@ -128,11 +108,11 @@ _FACTS: dict[str, Check] = {
     "precision": _by_name(Field.text),
     "forms": _by_name(Field.text),
     "energy_tasks": Field.texts,
-    "edits": _edits,
+    "edits": _each(lambda edit: edit["operation"].text()),
 }
 _PARTS: dict[str, Check] = {
     "tasks": Field.texts,
-    "experts": _experts,
+    "experts": _each(lambda expert: expert["task"].text()),
     "storage": _account,
     "info": _info,
     "router": lambda router: router["kind"].text(),

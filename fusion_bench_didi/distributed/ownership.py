@@ -3,11 +3,9 @@
 import heapq
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from .ranks import ALONE, Ranks
-
-Result = TypeVar("Result")
 
 
 def owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -72,13 +70,6 @@ class Crew:
         if self.ranks.size == 1:
             return list(names)
         return [name for name in names if self.owner[name] == self.ranks.rank]
-
-    def gathered(self, found: Mapping[str, Result]) -> dict[str, Result]:
-        """Results of all ranks, by name; called by all of them."""
-        together: dict[str, Result] = {}
-        for one in self.ranks.gather(dict(found)):
-            together.update(one)
-        return together
 
 
 SOLO = Crew()

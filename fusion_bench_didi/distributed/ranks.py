@@ -13,7 +13,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from ..errors import RankError, SettingsError
 
-Value = TypeVar("Value")
+Key, Value = TypeVar("Key"), TypeVar("Value")
 _GO_ON = "What is finished lies beside output_dir, if there is one: the same command goes on from there."
 
 #: Seconds for which a rank may be at one and the same tensor before others give up waiting for it, unless the environment says
@@ -79,6 +79,10 @@ class Ranks:
     def gather(self, value: Value) -> list[Value]:
         """The value of every rank, by rank; called by all of them. Those of others are copies."""
         return [value]
+
+    def gathered(self, found: Mapping[Key, Value]) -> dict[Key, Value]:
+        """Mappings of all ranks as one; called by all of them."""
+        return {key: one[key] for one in self.gather(dict(found)) for key in one}
 
     def from_first(self, value: Value) -> Value:
         """The value of rank 0."""

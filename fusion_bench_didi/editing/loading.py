@@ -67,10 +67,9 @@ def on_backbone(
         CheckpointMismatchError: if the backbone is another.
         DiDiError: if it cannot be loaded as data.
     """
-    backbone, fresh = backbones.resolved(entry, place, backbone)
-    entry, spell = backbones.spelled_as(backbone, entry, stored.touched)
+    found = backbones.opened(entry, place, backbone, stored.touched)
+    backbone, entry, spell, fresh = found
     stored = stored.spelled(spell)
-    backbones.take_apart(entry, backbone)
     model = DiDiModel(
         backbone,
         stored.shared,

@@ -53,8 +53,7 @@ class Stored:
                 "task. Edit what it was made of, and make it again."
             )
         return cls(
-            dict(model.shared.items()),
-            {t: dict(e.deltas.items()) for t, e in model.modulators.items()},
+            *model.stored,
             model.unit_bits,
             model.backbone_bits,
             model.info,

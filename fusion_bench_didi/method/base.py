@@ -36,6 +36,7 @@ from ..merging.finished import Finished
 from ..models import DynamicModel
 from ..models.overview import place_of
 from ..models.pool_saving import attach_saving, check_saving, saved_at
+from ..models.saving import write_config
 from ..options import (
     Aliases,
     FilePath,
@@ -321,7 +322,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             writer = DeltaWriter(target, tasks, journal)
             model = make(writer, journal)
             if target is not None and ranks.leads:
-                model.write_config(
+                write_config(
+                    model,
                     target,
                     {**writer.manifest, "tasks": model.tasks},
                     taken=task_vectors.base.digests,

@@ -6,9 +6,9 @@ so that a task's weights do not depend on what was switched on before.
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -179,12 +179,16 @@ class DynamicModel(ModulatedModel):
         return list(self.modulators.keys())
 
     @property
+    def stored(self) -> tuple[dict[str, Delta], dict[str, dict[str, Delta]]]:
+        """Deltas of the shared part by tensor name, and those of every task."""
+        experts = {t: dict(e.deltas.items()) for t, e in self.modulators.items()}
+        return dict(self.shared.items()), experts
+
+    @property
     def touched(self) -> list[str]:
         """Names of the tensors that the shared part or some expert changes."""
-        names = dict.fromkeys(self.shared)
-        for expert in self.modulators.values():
-            names.update(dict.fromkeys(expert.deltas))
-        return list(names)
+        shared, experts = self.stored
+        return list(dict.fromkeys(itertools.chain(shared, *experts.values())))
 
     def add_modulator(self, task_name: str, modulator: TaskExpert) -> None:
         """Hold one more task.
@@ -233,9 +237,8 @@ class DynamicModel(ModulatedModel):
         self._check_unrouted()
         self.unset_task()
         before = set(self.touched)
-        self.shared, self.modulators = NamedModules(shared), NamedModules()
-        for task, deltas in experts.items():
-            self.modulators[task] = TaskExpert(deltas)
+        made = {task: TaskExpert(deltas) for task, deltas in experts.items()}
+        self.shared, self.modulators = NamedModules(shared), NamedModules(made)
         device = next(self.backbone.parameters()).device
         self.shared.to(device)
         self.modulators.to(device)
@@ -296,7 +299,7 @@ class DynamicModel(ModulatedModel):
                 router would have to find the tasks of samples that go on from a cache.
         """
         if task_ids is not None or task_weights is not None:
-            if _exporting() and not self._was_mixed:
+            if _exporting() and not any(f.trusted for f in self._mixed.values()):
                 raise DiDiError(
                     "torch.export of a mixed batch needs one run of such a batch before, in which it is seen how to run it."
                 )
@@ -318,10 +321,6 @@ class DynamicModel(ModulatedModel):
         return self._weights.unwritten.run(
             self.backbone, lambda: function(*args, **kwargs)
         )
-
-    @property
-    def _was_mixed(self) -> bool:
-        return any(forward.trusted for forward in self._mixed.values())
 
     @property
     def mixed(self) -> MixedForward:
@@ -420,8 +419,7 @@ class DynamicModel(ModulatedModel):
     def storage(self) -> StorageReport:
         """Bits per part, task and tensor, and the ratios ``x_excl`` and ``x_incl``."""
         return account(
-            dict(self.shared.items()),
-            {t: dict(e.deltas.items()) for t, e in self.modulators.items()},
+            *self.stored,
             unit_bits=self.unit_bits,
             backbone_bits=self.backbone_bits,
             routing_bits=0 if self.router is None else self.router.bits,
@@ -543,38 +541,15 @@ class DynamicModel(ModulatedModel):
             message=commit_message,
         )
 
-    def described(self) -> dict[str, Any]:
-        """Facts about the model, JSON-plain: everything of the saved configuration that needs no file."""
-        return saving.described(self)
-
     def __repr__(self) -> str:
-        return overview(self.described())
+        return overview(saving.described(self))
 
     def _repr_html_(self) -> str:
-        return as_html(self.described())
-
-    def write_config(
-        self,
-        directory: Path,
-        parts: Mapping[str, Any],
-        *,
-        card: CardFacts = CardFacts(),
-        taken: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        """Write what stands beside the weights, which :meth:`write_parts` wrote and returned ``parts`` of.
-
-        Args:
-            taken: checksums of the base model's tensors that were taken before.
-        """
-        saving.write_config(self, directory, parts, card=card, taken=taken)
+        return as_html(saving.described(self))
 
     def write_parts(self, directory: Path) -> dict[str, Any]:
         """Write what is stored; returns what :meth:`from_parts` needs, JSON-plain, with ``tasks`` among it."""
-        return write_deltas(
-            directory,
-            dict(self.shared.items()),
-            {t: dict(e.deltas.items()) for t, e in self.modulators.items()},
-        )
+        return write_deltas(directory, *self.stored)
 
     @classmethod
     def from_pretrained(

@@ -1,15 +1,16 @@
 """What tasks add to a backbone: deltas by tensor name, one expert per task."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from fusion_bench.models.modulator import TaskModulator
-from torch import Tensor, nn
+from torch import nn
 
 from ..deltas.base import Delta
 from ..deltas.names import escaped, unescaped
 from ..lowrank.arithmetic import without_autocast
+from .interface import Merged
 
 Held = TypeVar("Held", bound=nn.Module)
 
@@ -66,19 +67,6 @@ class NamedModules(nn.Module, Generic[Held]):
         return list(zip(self.keys(), self.values()))
 
 
-class Switchable(Protocol):
-    """The interface that an expert needs of the model that it is put on."""
-
-    @property
-    def touched(self) -> list[str]: ...
-
-    def task_tensor(self, name: str, expert: "TaskExpert") -> Tensor: ...
-
-    def write(self, name: str, value: Tensor) -> None: ...
-
-    def restore(self) -> None: ...
-
-
 class TaskExpert(TaskModulator):
     """One task's deltas on top of the backbone and the shared part.
 
@@ -91,7 +79,7 @@ class TaskExpert(TaskModulator):
         self.deltas: NamedModules[Delta] = NamedModules(deltas)
 
     def apply(
-        self, modulated_model: Switchable | Callable[[nn.Module], None]
+        self, modulated_model: Merged | Callable[[nn.Module], None]
     ) -> "TaskExpert | None":
         """Write the task's weights into the live backbone, one pass over the touched tensors.
 
@@ -105,6 +93,6 @@ class TaskExpert(TaskModulator):
         return None
 
     @torch.no_grad()
-    def remove(self, modulated_model: Switchable) -> None:
+    def remove(self, modulated_model: Merged) -> None:
         """Remove the expert: restore the base model."""
         modulated_model.restore()

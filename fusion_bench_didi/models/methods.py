@@ -6,21 +6,18 @@ Attributes of the backbone are the merged model's too. What runs the network mus
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import DiDiError, UnknownTaskError
-from ..routers.base import RoutedModel, Router
-from ..serving.calls import Call
-from ..serving.forward import MixedForward
 from ..serving.forward_only import forward_only
 from ..serving.generation import GENERATE, generate, generation_of, prompt_of
-from ..serving.mixtures import Mix
 from ..serving.shadow import shallow
+from .interface import Merged
 from .task_settings import generation_for
 
 #: Where classes come from whose methods look at a model, or prepare it, and do not run it.
@@ -47,28 +44,7 @@ _CHANGING = (
 )
 
 
-class Called(RoutedModel, Protocol):
-    """The interface that calls need of a merged model."""
-
-    router: Router | None
-    info: Mapping[str, Any]
-
-    @property
-    def current_task(self) -> str | None: ...
-
-    @property
-    def mixed(self) -> MixedForward: ...
-
-    def mixed_for(self, task_weights: Any) -> MixedForward: ...
-
-    def run_alone(
-        self, function: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any: ...
-
-    def backbone_changed(self) -> None: ...
-
-
-def no_task(model: Called) -> UnknownTaskError:
+def no_task(model: Merged) -> UnknownTaskError:
     """The error for a model that is run without a task."""
     return UnknownTaskError(
         f"No task is set. Call set_task(...) with one of {model.tasks}, evaluate with a task-aware pool, or attach "
@@ -76,7 +52,7 @@ def no_task(model: Called) -> UnknownTaskError:
     )
 
 
-def attribute(model: Called, name: str, value: Any) -> Any:
+def attribute(model: Merged, name: str, value: Any) -> Any:
     """An attribute of the backbone as one of the merged model.
 
     Args:
@@ -94,7 +70,7 @@ def attribute(model: Called, name: str, value: Any) -> Any:
     return _method(model, name, value)
 
 
-def _changing(model: Called, value: Callable[..., Any]) -> Callable[..., Any]:
+def _changing(model: Merged, value: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(value)
     def method(*args: Any, **kwargs: Any) -> Any:
         found = value(*args, **kwargs)
@@ -118,7 +94,7 @@ def runs(backbone: nn.Module, name: str, value: Any) -> bool:
     return home is None or not f"{home.__module__}.".startswith(_LOOKING)
 
 
-def _guarded(model: Called, module: nn.Module) -> nn.Module:
+def _guarded(model: Merged, module: nn.Module) -> nn.Module:
     """A part of the backbone that is looked at as it is, and refuses to run while no task is set."""
 
     def refuse(*_: Any) -> None:
@@ -131,7 +107,7 @@ def _guarded(model: Called, module: nn.Module) -> nn.Module:
     return twin
 
 
-def _method(model: Called, name: str, value: Callable[..., Any]) -> Callable[..., Any]:
+def _method(model: Merged, name: str, value: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(value)
     def method(
         *args: Any, task_ids: Any = None, task_weights: Any = None, **kwargs: Any
@@ -139,27 +115,32 @@ def _method(model: Called, name: str, value: Callable[..., Any]) -> Callable[...
         if task_ids is not None or task_weights is not None:
             if name == GENERATE:
                 return _generated(model, args, kwargs, task_ids, task_weights)
-            return _mixed(model, name, args, kwargs, task_ids, task_weights)
+            return _mixed(model, args, kwargs, task_ids, task_weights, name=name)
         if model.current_task is not None:
             if name == GENERATE:
                 tasks = [model.current_task]
                 kwargs |= generation_for(model.info, tasks, model.backbone, kwargs)
             return model.run_alone(value, *args, **kwargs)
-        if model.router is not None:
-            return _routed(model, name, args, kwargs)
-        raise no_task(model)
+        if model.router is None:
+            raise no_task(model)
+        if name != GENERATE:
+            raise DiDiError(
+                f"{name} is no forward that a router could look at. Give task_ids, or set a task with set_task(...)."
+            )
+        return _generated(model, args, kwargs)
 
     return method
 
 
 @forward_only
 def _mixed(
-    model: Called,
-    name: str,
+    model: Merged,
     args: tuple,
     kwargs: dict,
     task_ids: Any,
     task_weights: Any,
+    *,
+    name: str,
 ) -> Any:
     forward = model.mixed_for(task_weights)
     call = forward.call(args, kwargs, name)
@@ -168,30 +149,19 @@ def _mixed(
 
 @torch.no_grad()
 def _generated(
-    model: Called, args: tuple, kwargs: dict, task_ids: Any, task_weights: Any
+    model: Merged,
+    args: tuple,
+    kwargs: dict,
+    task_ids: Any = None,
+    task_weights: Any = None,
 ) -> Any:
-    forward = model.mixed_for(task_weights)
+    """Continue prompts with the settings of generation of their tasks: those given, or those that the router finds."""
+    routed = task_ids is None and task_weights is None
+    forward = model.mixed if routed else model.mixed_for(task_weights)
     call = generation_of(forward, args, kwargs)
+    if routed:
+        task_weights = model.router.route(model, **prompt_of(forward, call))
     mix = forward.mix(task_ids, task_weights, call)
-    return _generated_from(model, forward, mix, call)
-
-
-@torch.no_grad()
-def _routed(model: Called, name: str, args: tuple, kwargs: dict) -> Any:
-    """By the tasks that the router finds in the prompts, or in what a forward would be given."""
-    if name != GENERATE:
-        raise DiDiError(
-            f"{name} is no forward that a router could look at. Give task_ids, or set a task with set_task(...)."
-        )
-    forward = model.mixed
-    call = generation_of(forward, args, kwargs)
-    weights = model.router.route(model, **prompt_of(forward, call))
-    mix = forward.mix(None, weights, call)
-    return _generated_from(model, forward, mix, call)
-
-
-def _generated_from(model: Called, forward: MixedForward, mix: Mix, call: Call) -> Any:
-    """Continue prompts with the settings of generation of their tasks."""
     names = [*model.tasks, None]
     tasks = [names[place] for place in mix.asked]
     settings = generation_for(model.info, tasks, model.backbone, call.kwargs)

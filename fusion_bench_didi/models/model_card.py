@@ -42,7 +42,8 @@ def model_card(config: Mapping[str, Any], facts: CardFacts = CardFacts()) -> str
         library_name="fusion-bench",
         tags=["model-merging", "didi-merging"],
     )
-    error = info.get("relative_error")
+    error, edits = info.get("relative_error"), info.get("edits") or ()
+    edits = [f"{e['operation']} {e.get('task', '')}".strip() for e in edits]
     lines = [
         "---",
         header.to_yaml(),
@@ -56,12 +57,10 @@ def model_card(config: Mapping[str, Any], facts: CardFacts = CardFacts()) -> str
         "",
         *_usage(config, source, facts.place),
         "",
+        *([f"Edited after the merge: {_line(', '.join(edits))}.", ""] if edits else []),
         "| part | size | in fine-tuned models |",
         "|---|---|---|",
     ]
-    if edits := info.get("edits"):
-        done = (f"{e['operation']} {e.get('task', '')}".strip() for e in edits)
-        lines.insert(-2, f"Edited after the merge: {_line(', '.join(done))}.\n")
     unit = storage["unit_bits"]
     rows = [("shared", storage["shared_bits"])]
     rows += [(f"expert {task}", bits) for task, bits in storage["expert_bits"].items()]

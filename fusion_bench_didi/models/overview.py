@@ -81,12 +81,11 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
     """Facts about the whole model, a line each."""
     info, storage = config.get("info", {}), config.get("storage")
     facts = {}
-    if info.get("budget") is not None:
+    if (budget := info.get("budget")) is not None:
         counted = info.get("settings", {}).get("budget", {})
         within = isinstance(counted, Mapping) and counted.get("include_backbone")
-        facts["budget"] = f"{float(info['budget']):g}" + (
-            ", the backbone counted" if within else " beyond the backbone"
-        )
+        where = ", the backbone counted" if within else " beyond the backbone"
+        facts["budget"] = f"{float(budget):g}{where}"
     if storage:
         facts["storage"] = storage_line(storage)
         facts["parts"] = _parts(storage)
@@ -98,14 +97,11 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
             counts = Counter(info[key].values()).most_common()
             told = ", ".join(f"{name} in {count}" for name, count in counts)
             facts[what] = f"{told} {of}"
-    if info.get("ranks"):
-        ranks = info["ranks"]
-        own = [k for ranks in ranks["experts"].values() for k in ranks.values()]
-        facts["ranks"] = (
-            f"shared {_spread(list(ranks['shared'].values()))}; experts {_spread(own)}"
-        )
-    if info.get("relative_error") is not None:
-        error = info["relative_error"]
+    if ranks := info.get("ranks"):
+        own = [k for of_task in ranks["experts"].values() for k in of_task.values()]
+        shared = list(ranks["shared"].values())
+        facts["ranks"] = f"shared {_spread(shared)}; experts {_spread(own)}"
+    if (error := info.get("relative_error")) is not None:
         facts["error"] = f"{error:.2g} of the task vectors' energy is not reproduced"
         if any(told.get("excluded") for told in info.get("tensors", {}).values()):
             facts["error"] += ", excluded tensors not counted"
@@ -119,20 +115,17 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
 def tasks_of(config: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and a row per task."""
     info, storage = config.get("info", {}), config.get("storage") or {}
-    bits, parents = storage.get("expert_bits", {}), info.get("parents", {})
-    errors = info.get("relative_errors", {})
     columns = {
-        "own": lambda task: readable(bits[task]) if task in bits else "–",
-        "error": lambda task: f"{errors[task]:.2g}" if task in errors else "–",
-        "fine-tuned model": lambda task: shortened(parents.get(task))
-        or "a model in memory",
+        "own": (storage.get("expert_bits"), readable, "–"),
+        "error": (info.get("relative_errors"), "{:.2g}".format, "–"),
+        "fine-tuned model": (info.get("parents"), shortened, "a model in memory"),
     }
-    known = {"own": bits, "error": errors, "fine-tuned model": parents}
-    columns = {head: cell for head, cell in columns.items() if known[head]}
-    rows = [
-        [task, *(str(cell(task)) for cell in columns.values())]
-        for task in names_of(config)
-    ]
+    columns = {head: column for head, column in columns.items() if column[0]}
+    rows = [[task] for task in names_of(config)]
+    for known, shown, otherwise in columns.values():
+        for row in rows:
+            cell = shown(known[row[0]]) if row[0] in known else None
+            row.append(cell or otherwise)
     return ["task", *columns], rows
 
 
@@ -156,23 +149,18 @@ def is_repository(source: str | None) -> bool:
 
 def _parts(storage: Mapping[str, Any]) -> str:
     own = list(storage["expert_bits"].values())
-    each = sorted({readable(min(own)), readable(max(own))}) if own else ["nothing"]
-    if len(each) == 2:
-        each = [readable(min(own)), readable(max(own))]
-    told = (
-        f"shared {readable(storage['shared_bits'])}, experts {' to '.join(each)} each"
-    )
+    sizes = dict.fromkeys(map(readable, (min(own), max(own)) if own else ()))
+    each = " to ".join(sizes) or "nothing"
+    told = f"shared {readable(storage['shared_bits'])}, experts {each} each"
     if storage.get("routing_bits"):
         told += f", router {readable(storage['routing_bits'])}"
     return told
 
 
 def _spread(ranks: Sequence[int]) -> str:
-    if not any(ranks):
-        return "none"
-    low, high = min(ranks), max(ranks)
+    low, high = min(ranks, default=0), max(ranks, default=0)
     if low == high:
-        return str(low)
+        return str(low or "none")
     return f"{low} to {high} (median {statistics.median(ranks):g})"
 
 

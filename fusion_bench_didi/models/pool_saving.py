@@ -27,26 +27,26 @@ def attach_saving(modelpool: Any, ranks: Ranks = ALONE) -> None:
 
     @functools.wraps(stock)
     def save_model(model: Any, path: str, *args: Any, **kwargs: Any) -> None:
-        if isinstance(model, DynamicModel):
-            overwrite = bool(kwargs.pop("overwrite", False))
-            named = [key for key, value in kwargs.items() if value]
-            if ignored := [*(repr(value) for value in args if value), *named]:
-                log.warning(
-                    "%s %s no effect on how a %s is saved.",
-                    ", ".join(ignored),
-                    "have" if len(ignored) > 1 else "has",
-                    type(model).__name__,
-                )
-            try:
-                if ranks.leads:
-                    with spelled_as(_as_save_kwargs):
-                        model.save_pretrained(path, overwrite=overwrite)
-            except BaseException as error:
-                ranks.fail(error)
-                raise
-            ranks.gather(None)  # it lies there for all
-        else:
+        if not isinstance(model, DynamicModel):
             stock(model, path, *args, **kwargs)
+            return
+        overwrite = bool(kwargs.pop("overwrite", False))
+        named = [key for key, value in kwargs.items() if value]
+        if ignored := [*(repr(value) for value in args if value), *named]:
+            log.warning(
+                "%s %s no effect on how a %s is saved.",
+                ", ".join(ignored),
+                "have" if len(ignored) > 1 else "has",
+                type(model).__name__,
+            )
+        try:
+            if ranks.leads:
+                with spelled_as(_as_save_kwargs):
+                    model.save_pretrained(path, overwrite=overwrite)
+        except BaseException as error:
+            ranks.fail(error)
+            raise
+        ranks.gather(None)  # it lies there for all
 
     modelpool.save_model = save_model
 

@@ -8,29 +8,28 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..checkpoint.hub import upload
+from .interface import Merged
 from .model_card import CardFacts
 from .overview import is_repository, place_of
-from .saving import Saved, save
+from .saving import save
 
 log = logging.getLogger(__name__)
 
 
 def push(
-    model: Saved,
+    model: Merged,
     repository: str,
     *,
     base_model: str | None,
     license: str,
     datasets: Sequence[str],
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    message: str,
+    **how: Any,
 ) -> str:
     """Save the merged model to a temporary directory and upload that; where the commit is to be seen.
 
     Args:
         base_model: repository of the base model, where the merge took it from a directory or from memory.
+        **how: as of :func:`~fusion_bench_didi.checkpoint.hub.upload`.
     """
     published = copy.copy(model)
     published.info = portable(model.info, base_model)
@@ -44,14 +43,7 @@ def push(
         directory = Path(place) / "model"
         card = CardFacts(repository, license, tuple(datasets))
         save(published, directory, overwrite=False, card=card)
-        return upload(
-            directory,
-            repository,
-            private=private,
-            token=token,
-            revision=revision,
-            message=message,
-        )
+        return upload(directory, repository, **how)
 
 
 def portable(info: Mapping[str, Any], base_model: str | None = None) -> dict[str, Any]:
@@ -72,8 +64,8 @@ def portable(info: Mapping[str, Any], base_model: str | None = None) -> dict[str
         settings["output_dir"] = PurePath(str(settings["output_dir"])).name
     found = {**info, "backbone": {**backbone, "source": source}}
     if "edits" in info:
+        edits = info["edits"]
         found["edits"] = [
-            {key: value for key, value in edit.items() if key != "directories"}
-            for edit in info["edits"]
+            {k: v for k, v in edit.items() if k != "directories"} for edit in edits
         ]
     return {**found, "parents": parents, "settings": settings}

@@ -1,11 +1,11 @@
 """Dynamic models as directories that refer to their backbone and hold everything else."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint import backbone as backbones
 from ..checkpoint.deltas import entries_of, read_config, versions, write_manifest
@@ -13,66 +13,22 @@ from ..checkpoint.directory import whole_directory
 from ..checkpoint.fields import Field, inside
 from ..checkpoint.hub import local_directory
 from ..checkpoint.ours import CONFIG
-from ..deltas.base import Delta
-from ..deltas.storage import StorageReport
 from ..errors import CheckpointMismatchError, DiDiError
 from ..routers.base import Router
 from ..routers.files import check_router, read_router, write_router
+from ..task_vectors.tower_names import Spelling
+from .interface import Merged
 from .model_card import CardFacts, model_card
 
 #: Classes of saved models, and the key under which their manifest says what is stored.
 CLASSES = {"DynamicModel": "deltas", "DiDiModel": "deltas", "RecombinedModel": "chains"}
 
 
-class Saved(Protocol):
-    """The interface that saving needs of a model: what is written, and by what it comes back."""
-
-    backbone: nn.Module
-    unit_bits: int
-    backbone_bits: int
-    info: dict[str, Any]
-    router: Router | None
-    shared: Mapping[str, Delta]
-    modulators: Mapping[str, Any]
-
-    @property
-    def storage(self) -> StorageReport: ...
-
-    @property
-    def touched(self) -> list[str]: ...
-
-    def base_tensors(self) -> dict[str, Tensor]: ...
-
-    def base_tensor(self, name: str) -> Tensor: ...
-
-    def attach_router(self, router: Router | None) -> Any: ...
-
-    def write_config(
-        self,
-        directory: Path,
-        parts: Mapping[str, Any],
-        *,
-        card: CardFacts = ...,
-        taken: Mapping[str, str] = ...,
-    ) -> None: ...
-
-    def write_parts(self, directory: Path) -> dict[str, Any]: ...
-
-    @classmethod
-    def from_parts(
-        cls,
-        directory: Path,
-        config: Mapping[str, Any],
-        backbone: nn.Module,
-        info: Mapping[str, Any],
-    ) -> "Saved": ...
-
-
-Model = TypeVar("Model", bound=Saved)
+Model = TypeVar("Model", bound=Merged)
 
 
 def save(
-    model: Saved,
+    model: Merged,
     directory: str | Path,
     *,
     overwrite: bool,
@@ -85,21 +41,21 @@ def save(
         DiDiError: if another run is writing to it, or it cannot be made.
     """
     with whole_directory(directory, overwrite=overwrite) as place:
-        model.write_config(place, model.write_parts(place), card=card)
+        write_config(model, place, model.write_parts(place), card=card)
 
 
 def write_config(
-    model: Saved,
+    model: Merged,
     directory: Path,
     parts: Mapping[str, Any],
     *,
     card: CardFacts = CardFacts(),
     taken: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write what stands beside the weights: configuration, router and model card.
+    """Write what stands beside the weights, which the model's ``write_parts`` wrote: configuration, router and model card.
 
     Args:
-        parts: what the model's ``write_parts`` returned.
+        parts: what ``write_parts`` returned.
         card: what its maker says.
         taken: checksums of the base model's tensors that were taken before.
     """
@@ -118,7 +74,7 @@ def write_config(
     write_manifest(directory / CONFIG, config)
 
 
-def described(model: Saved) -> dict[str, Any]:
+def described(model: Merged) -> dict[str, Any]:
     """Facts about a model, JSON-plain, without what only files know."""
     cls = type(model.backbone)
     known = {"class": f"{cls.__module__}.{cls.__qualname__}", "source": None}
@@ -147,9 +103,7 @@ def load(
     """Load a model that :func:`save` wrote.
 
     Args:
-        directory: or repository of the hub.
-        backbone: the base model, or where it lies; loaded from where the merge took it if None.
-        revision, token: of the repository.
+        directory, backbone, revision, token: as of :meth:`~.dynamic.DynamicModel.from_pretrained`.
 
     Raises:
         CheckpointMismatchError: for damaged files, another backbone than the one that was merged, or a model of another class.
@@ -159,12 +113,11 @@ def load(
     config = read_config(place)
     check_config(cls, place, config)
     cls = _class_of(cls, place, config)
-    backbone, fresh = backbones.resolved(config["backbone"], place, backbone)
-    config = _spelled_as(backbone, config)
-    entry = config["backbone"]
-    backbones.take_apart(entry, backbone)
+    names = (delta["tensor"] for delta in config.get("deltas", ()))
+    found = backbones.opened(config["backbone"], place, backbone, names)
+    backbone, entry, spell, fresh = found
     info = {**config["info"], "backbone": entry}
-    model = cls.from_parts(place, config, backbone, info)
+    model = cls.from_parts(place, _spelled(config, spell), backbone, info)
     check_shapes(model, place)
     tensors = model.base_tensors()
     backbones.check(place, entry, model.backbone, tensors, fresh=fresh)
@@ -173,13 +126,10 @@ def load(
     return model
 
 
-def _spelled_as(backbone: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+def _spelled(config: Mapping[str, Any], spell: Spelling) -> dict[str, Any]:
     """The configuration with tensors named as the backbone of this transformers names them."""
-    deltas = config.get("deltas", ())
-    names = (delta["tensor"] for delta in deltas)
-    entry, spell = backbones.spelled_as(backbone, config["backbone"], names)
-    told: dict[str, Any] = {"backbone": entry}
-    if deltas:
+    told: dict[str, Any] = {}
+    if deltas := config.get("deltas"):
         told["deltas"] = [{**d, "tensor": spell(d["tensor"])} for d in deltas]
     if "groups" in config:
         told["groups"] = {
@@ -216,7 +166,7 @@ def _other_class(
     )
 
 
-def _attach(model: Saved, router: Router, place: Path) -> None:
+def _attach(model: Merged, router: Router, place: Path) -> None:
     """Give the model its router, which may name layers or tensors that the backbone does not have."""
     try:
         for name, change in getattr(router, "anchor_changes", dict)().items():
@@ -261,23 +211,17 @@ def check_config(cls: type, place: Path, config: Mapping[str, Any]) -> None:
         check_router(fields["router"], tasks)
 
 
-def check_shapes(model: Saved, place: Path) -> None:
+def check_shapes(model: Merged, place: Path) -> None:
     """Check stored shapes against the backbone's tensors, before anything is worked out.
 
     Raises:
         CheckpointMismatchError: naming the tensor that is not, or that the backbone lacks.
     """
-    for name, delta in _deltas(model):
+    experts = (expert.deltas for expert in model.modulators.values())
+    for name, delta in (p for held in (model.shared, *experts) for p in held.items()):
         here = tuple(model.base_tensor(name).shape)
         if delta.kind != "own" and delta.shape != here:
             raise CheckpointMismatchError(
                 f"{place} changes {name} of shape {delta.shape}, the backbone ({type(model.backbone).__name__}) has it as "
                 f"{here}. Pass the base model of the merge, or copy the whole directory again."
             )
-
-
-def _deltas(model: Saved) -> Iterable[tuple[str, Delta]]:
-    """All that is stored, by the name of the tensor."""
-    yield from model.shared.items()
-    for expert in model.modulators.values():
-        yield from expert.deltas.items()

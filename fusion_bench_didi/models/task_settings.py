@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
 
-from fusion_bench.models.modulator import ModulatedModel
 from torch import nn
 from transformers import GenerationConfig
 
@@ -14,6 +13,7 @@ from ..pools.carried import MULTI_LABEL, PROBLEM
 from ..pools.task_settings import CONFIGURATION, GENERATION, LABELS
 from ..serving.own_settings import put
 from ..serving.shapes import ends_of
+from .interface import Merged
 
 #: settings of generation that change no text, and those of sampling alone
 _SAME_TEXT = {"pad_token_id", "bos_token_id", "use_cache", "return_dict_in_generate"}
@@ -39,22 +39,19 @@ def generation_of(
     return config
 
 
-def with_own_vocabulary(model: ModulatedModel) -> list[str]:
+def with_own_vocabulary(model: Merged) -> list[str]:
     """Tasks whose first or last layer has another number of rows than the base model's, so that its tokenizer is not theirs."""
-    ends = [end for end in ends_of(model.backbone) if hasattr(end, "weight")]
-    modules = list(model.backbone.named_modules(remove_duplicate=False))
-    own = {
-        f"{name}.weight": len(end.weight)
-        for end in ends
-        for name, module in modules
-        if module is end
+    ends = {id(end) for end in ends_of(model.backbone) if hasattr(end, "weight")}
+    rows = {
+        f"{name}.weight": len(module.weight)
+        for name, module in model.backbone.named_modules(remove_duplicate=False)
+        if id(module) in ends
     }
-    found = []
-    for task, expert in model.modulators.items():
-        deltas = ((expert.deltas.get(name), rows) for name, rows in own.items())
-        if any(delta is not None and delta.shape[0] != rows for delta, rows in deltas):
-            found.append(task)
-    return found
+    return [
+        task
+        for task, deltas in model.stored[1].items()
+        if any(deltas[n].shape[0] != rows[n] for n in deltas.keys() & rows)
+    ]
 
 
 def problem_of(
@@ -111,16 +108,13 @@ def generation_for(
         return {}
     tasks = list(tasks)
     told = [info[GENERATION].get(task, {}) for task in tasks]
-    keys = {key for one in told for key in one} - set(given) - _SAME_TEXT
+    keys = set().union(*told) - set(given) - _SAME_TEXT
     if given.get("do_sample") is False:
         keys -= _SAMPLING
     if "max_new_tokens" in given:
         keys -= {"max_length"}
-    unset = object()
-    differing = sorted(
-        key for key in keys if any(one.get(key, unset) != told[0].get(key, unset) for one in told)  # fmt: skip
-    )
-    if differing:
+    said = [{key: one.get(key, ...) for key in keys} for one in told]
+    if differing := sorted(k for k in keys if any(s[k] != said[0][k] for s in said)):
         raise DiDiError(
             f"The tasks of these prompts are generated from with other settings than one another ({', '.join(differing)}). Give "
             "them to generate for all, or a generation_config, or generate for each task by itself."
@@ -128,8 +122,8 @@ def generation_for(
     found = generation_of(info, tasks[0], backbone) if tasks else None
     if found is None:
         return {}
+    settings: dict[str, Any] = {"generation_config": found}
     # transformers 4 would put the base model's values in place of defaults
-    known = "use_model_defaults" in signature(backbone.generate).parameters
-    return {"generation_config": found} | (
-        {"use_model_defaults": False} if known else {}
-    )
+    if "use_model_defaults" in signature(backbone.generate).parameters:
+        settings["use_model_defaults"] = False
+    return settings

@@ -42,13 +42,8 @@ class BackboneWeights:
         self.unwritten.check()
         self._aliases = tied_names(backbone)
         self.tie(backbone)
-        self._shapes = {
-            name: tuple(tensor.shape)
-            for name, tensor in (
-                *backbone.named_parameters(),
-                *backbone.named_buffers(),
-            )
-        }
+        named = (*backbone.named_parameters(), *backbone.named_buffers())
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in named}
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "lock"}
@@ -96,10 +91,8 @@ class BackboneWeights:
         """Base values of what was overwritten, by every name that it has."""
         with self.lock:
             again = {n: f for n, f in self._aliases.items() if f in self._base}
-            return {
-                name: self.base(first)
-                for name, first in (*((n, n) for n in self._base), *again.items())
-            }
+            names = {name: name for name in self._base} | again
+            return {name: self.base(first) for name, first in names.items()}
 
     def base(self, name: str) -> Tensor:
         """The base value, whatever was written; in the live tensor's type and on its device.
@@ -139,9 +132,8 @@ class BackboneWeights:
         else:
             with torch.inference_mode(False), torch.no_grad():
                 other = torch.empty(shape, dtype=held.dtype, device=held.device)
-                held.data = other.copy_(
-                    value
-                )  # the same object: it may have several names
+                # the same object: it may have several names
+                held.data = other.copy_(value)
         if model is self.backbone:
             self._shapes[name] = shape
         if not as_stated:
@@ -176,6 +168,5 @@ class BackboneWeights:
 
 def _repeats(tensor: Tensor) -> bool:
     """Whether several entries lie in one place, as after ``expand``, so that they cannot be written."""
-    return any(
-        step == 0 and side > 1 for step, side in zip(tensor.stride(), tensor.shape)
-    )
+    sides = zip(tensor.stride(), tensor.shape)
+    return any(step == 0 and side > 1 for step, side in sides)

@@ -106,6 +106,6 @@ def spread(
     if crew.ranks.size == 1:
         yield from results()
         return
-    found = crew.gathered(dict(results()))
+    found = crew.ranks.gathered(dict(results()))
     for name in names:
         yield name, found.pop(name)

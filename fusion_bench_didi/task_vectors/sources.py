@@ -193,7 +193,7 @@ class ModuleSource(TensorSource):
         tensors = self._readable
         crew = Crew.of(ranks, {name: t.nbytes for name, t in tensors.items()})
         mine = {name: tensors[name] for name in crew.mine(tensors)}
-        found = crew.gathered(digests(mine))
+        found = ranks.gathered(digests(mine))
         self.check()
         self.digests = {name: found[name] for name in tensors}
 

@@ -15,15 +15,13 @@ from ..deltas.plain import OwnDelta
 from ..errors import DiDiError
 from ..lowrank.factors import LowRankFactors
 from ..models.dynamic import DynamicModel
+from ..task_vectors.lora_adapter import FILES, PREFIX
 from ..task_vectors.tensor import matrix_shape
 from .factors import fitted, in_eight_bits, norm
 from .modules import Refusal, Site, sites
 from .report import Carried
 from .settings import EIGHT_BITS, AdapterSettings
 
-#: Names in a PEFT file begin with it.
-_PREFIX = "base_model.model."
-_FILE = "adapter_model.safetensors"
 _OTHER_SHAPE = "of another shape or type than the base model's"
 _BY_PEFT_ALONE = "servers read adapters of linear layers alone; carry=all is for PEFT"
 _WHOLE_FOR_PEFT = "carry=all holds it whole, for PEFT"
@@ -85,9 +83,9 @@ class AdapterWriter:
         tensors = dict(content.whole)
         for site, factors in content.parts.values():
             for part, value in site.layout(factors).items():
-                tensors[f"{_PREFIX}{site.module}.{part}"] = value
+                tensors[f"{PREFIX}{site.module}.{part}"] = value
         tensors = {name: independent(tensors[name]) for name in sorted(tensors)}
-        save_file(tensors, place / _FILE, metadata={"format": "pt"})
+        save_file(tensors, place / FILES[0], metadata={"format": "pt"})
         return content.carried
 
     def _content(self, task: str) -> _Content:
@@ -168,13 +166,13 @@ class AdapterWriter:
         if _is_bias(name) and owner not in content.modules:
             layer = f"{owner}.base_layer" if owner in content.parts else owner
             content.biases = True
-            content.whole[f"{_PREFIX}{layer}.{leaf}"] = self._value(task, name)
+            content.whole[f"{PREFIX}{layer}.{leaf}"] = self._value(task, name)
             return Carried("whole")
         for module in tied or (owner,):
             content.modules.add(module)
             for other in self.under.get_submodule(module).state_dict():
                 same = name if tied and other == leaf else f"{module}.{other}"
-                content.whole[f"{_PREFIX}{module}.{other}"] = self._value(task, same)
+                content.whole[f"{PREFIX}{module}.{other}"] = self._value(task, same)
         return Carried("whole")
 
     def _all_share(self, name: str) -> bool:

@@ -85,15 +85,8 @@ def parts(inputs: Inputs, size: int) -> Iterator[tuple[tuple, dict[str, Tensor]]
 def _tokenized(modelpool: BaseModelPool, texts: list[str]) -> dict[str, Tensor]:
     tokenizer = modelpool.load_tokenizer()
     tokenizer.padding_side = "right"
-    return dict(
-        tokenizer(
-            texts,
-            truncation=True,
-            max_length=TOKENS,
-            padding=True,
-            return_tensors="pt",
-        )
-    )
+    how = {"truncation": True, "max_length": TOKENS, "padding": True}
+    return dict(tokenizer(texts, return_tensors="pt", **how))
 
 
 def _source(

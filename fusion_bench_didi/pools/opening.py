@@ -31,12 +31,11 @@ from .entries import (
     PLACE,
     TYPES,
     adapter_directory,
-    asked,
     configuration_of,
-    directory_of,
     eager,
     given_by,
     has_own_loader,
+    home_of,
     load_model,
 )
 from .file_layouts import computed_on_loading, rearranged
@@ -225,11 +224,18 @@ def open_pool(
     tuned, configurations, live = {}, {}, {}
     for name in modelpool.model_names:
         tuned[name] = adapter_source(modelpool, name, known, names)
-        if tuned[name] is None:
-            whole, configurations[name], model = _whole_source(modelpool, name, names)
-            if model is not None:
-                live[name] = model
-            tuned[name] = CastSource.over(aligned(whole, floating(base)), base)
+        if tuned[name] is not None:
+            continue
+        whole = _file_source(modelpool, name, names)
+        if whole is not None:
+            configurations[name] = configuration_of(modelpool, name)
+        else:
+            log.info("%s is read through the model that the pool loads.", name)
+            live[name] = model = load_model(modelpool, name)
+            configurations[name] = getattr(model, "config", None)
+            whole = Float8Source.over(ModuleSource(model, name))
+            whole = whole if names is None else tied_as(whole, names, model)
+        tuned[name] = CastSource.over(aligned(whole, floating(base)), base)
     vectors = TaskVectors(
         base,
         tuned,
@@ -341,22 +347,6 @@ def _adapter(
     return AdapterSource.of_directory(directory, label, known, turned, layout)
 
 
-def _whole_source(
-    modelpool: BaseModelPool, name: str, names: Names | None
-) -> tuple[TensorSource, Any, nn.Module | None]:
-    """A whole fine-tuned model, from its files or as the pool loads it; its configuration; and, where it was loaded, itself."""
-    found = _file_source(modelpool, name, names)
-    if found is not None:
-        return found, configuration_of(modelpool, name), None
-    log.info("%s is read through the model that the pool loads.", name)
-    model = load_model(modelpool, name)
-    loaded = ModuleSource(model, name)
-    source = Float8Source.over(loaded)
-    if names is not None:
-        source = tied_as(source, names, model)
-    return source, loaded.config, model
-
-
 def _file_source(
     modelpool: BaseModelPool, name: str, names: Names | None = None
 ) -> TensorSource | None:
@@ -366,17 +356,10 @@ def _file_source(
         return source
     if computed_on_loading(list(source.infos()), names.module):
         return None
-    _, weights = asked(modelpool, name)
-    place = directory_of(modelpool, name) / weights.subfolder
-    return as_loaded(source, names, place)
+    return as_loaded(source, names, home_of(modelpool, name)[0])
 
 
 def _opened(modelpool: BaseModelPool, name: str) -> TensorSource | None:
     """The weight files behind a pool entry, under their own names; None where only the host knows what it would read."""
-    if has_own_loader(modelpool):
-        return None
-    directory = directory_of(modelpool, name)
-    if directory is None:
-        return None
-    _, weights = asked(modelpool, name)
-    return open_weights(directory, name, weights)
+    home = None if has_own_loader(modelpool) else home_of(modelpool, name)
+    return home and open_weights(*home)

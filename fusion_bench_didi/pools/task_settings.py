@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from ..task_vectors.file_sources import read_settings
 from .carried import PROBLEM, carried
 from .configurations import as_class, plain
-from .entries import adapter_directory, asked, configuration_of, directory_of
+from .entries import adapter_directory, configuration_of, home_of
 
 #: kinds of settings, by which a merged model's facts have them of every task that has some
 TASK_SETTINGS = LABELS, GENERATION, CONFIGURATION = (
@@ -104,11 +104,10 @@ def _generation_config(
     entry = modelpool._models[name]
     if isinstance(entry, nn.Module):
         return getattr(entry, "generation_config", None)
-    directory, config = directory_of(modelpool, name), configuration_of(modelpool, name)
-    if directory is None or config is None:
+    home, config = home_of(modelpool, name), configuration_of(modelpool, name)
+    if home is None or config is None:
         return None
-    file = directory / asked(modelpool, name)[1].subfolder / FILE
-    if file.is_file():
+    if (file := home[0] / FILE).is_file():
         told = read_settings(file, name, "settings of generation")
         return GenerationConfig.from_dict(told)
     read = as_class(type(backbone.config), config)

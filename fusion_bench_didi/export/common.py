@@ -18,9 +18,11 @@ from ..checkpoint.deltas import versions, write_manifest
 from ..checkpoint.directory import check_target, whole_directory
 from ..checkpoint.fields import read_object
 from ..checkpoint.ours import CONFIG, Kind, held_by
-from ..errors import DiDiError, UnknownTaskError
+from ..editing.stored import check_known
+from ..errors import DiDiError
 from ..files import from_home
 from ..models.dynamic import DynamicModel
+from ..pools.entries import PLACE
 from ..task_vectors.lora_config import CONFIG as ADAPTER
 from .report import ExportReport
 
@@ -59,10 +61,7 @@ def asked_tasks(model: DynamicModel, tasks: Sequence[str] | str | None) -> list[
         DiDiError: for none.
     """
     asked = [tasks] if isinstance(tasks, str) else list(tasks or model.tasks)
-    if unknown := [task for task in asked if task not in model.tasks]:
-        raise UnknownTaskError(
-            f"The merged model holds no {', '.join(map(repr, unknown))}; it holds {model.tasks}."
-        )
+    check_known(asked, model.tasks, "The merged model")
     if not asked:
         raise DiDiError(
             "The merged model holds no task, so there is nothing to export."
@@ -100,12 +99,11 @@ def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
     """
     known: Any = model.info.get("backbone", {}).get("source")
     source: Any = str(given) if given is not None else known
-    if isinstance(source, Mapping):
-        place = source.get("pretrained_model_name_or_path")
-        revision = source.get("revision")
-        source = place if isinstance(place, str) else None
-        return {k: v for k, v in (("place", source), ("revision", revision)) if v}
-    return {"place": source} if isinstance(source, str) and source else {}
+    if not isinstance(source, Mapping):
+        source = {PLACE: source}
+    place, revision = source.get(PLACE), source.get("revision")
+    found = {"place": place if isinstance(place, str) else None, "revision": revision}
+    return {key: value for key, value in found.items() if value}
 
 
 def copy_companions(source: Mapping[str, str], directory: Path) -> str | None:
@@ -120,13 +118,8 @@ def copy_companions(source: Mapping[str, str], directory: Path) -> str | None:
     home = from_home(place)
     if not home.is_dir():
         try:
-            home = Path(
-                snapshot_download(
-                    place,
-                    revision=source.get("revision"),
-                    allow_patterns=list(COMPANIONS),
-                )
-            )
+            revision, files = source.get("revision"), list(COMPANIONS)
+            home = Path(snapshot_download(place, revision=revision, allow_patterns=files))  # fmt: skip
         except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
             return (
                 f"no tokenizer or processor was copied: {place} is no directory and cannot be fetched "

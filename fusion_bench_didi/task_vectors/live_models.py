@@ -27,14 +27,11 @@ def check_values(model: nn.Module, label: str) -> None:
         raise CheckpointMismatchError(
             f"{label} ({type(model).__name__}): {found}, whose values cannot be read and replaced. Give {way_out}."
         )
-    tensors = dict(model.named_parameters())
-    tensors |= {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in tensors}  # fmt: skip
-    absent = [n for n, t in tensors.items() if getattr(t, "is_meta", False)]
-    if absent:
+    tensors = {**model.state_dict(keep_vars=True), **dict(model.named_parameters())}
+    if absent := [n for n, t in tensors.items() if getattr(t, "is_meta", False)]:
         raise CheckpointMismatchError(
-            f"{label} ({type(model).__name__}) has {len(absent)} of {len(tensors)} weights not in memory: "
-            f"{some(absent)} are on the meta device, without values, as device_map leaves what it offloads to the disk "
-            "or the CPU. Give the model's directory, which is read tensor by tensor, or load it without device_map."
+            f"{label} ({type(model).__name__}) has {len(absent)} of {len(tensors)} weights not in memory: {some(absent)} are on the "
+            "meta device, where device_map leaves what it offloads. Give the model's directory, or load it without device_map."
         )
     check_undivided(model, label)
 
@@ -65,7 +62,6 @@ def check_undivided(model: nn.Module, label: str) -> None:
         every = getattr(getattr(module, "config", None), EVERY, None) or 0
         if getattr(module, DIVIDED, False) and every > 0:
             raise CheckpointMismatchError(
-                f"{label} ({type(module).__name__}) has divided weights of its layers in a forward ({DIVIDED}), so that they are not "
-                f"those of its checkpoint. Give the model's directory, or the model as it was loaded, with {EVERY}=0 in its "
-                "configuration if it is to run before the merge."
+                f"{label} ({type(module).__name__}) has divided weights of its layers in a forward ({DIVIDED}). Give the model's "
+                f"directory, or the model as it was loaded, with {EVERY}=0 in its configuration if it is to run before the merge."
             )

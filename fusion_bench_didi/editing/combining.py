@@ -38,14 +38,8 @@ from .stored import Stored
 
 #: Facts of one merge that are none of two.
 _OF_ONE = (
-    "budget",
-    "relative_error",
-    "energy_kept",
-    "energy_tasks",
-    "precision",
-    "forms",
-    "subspaces",
-    "seconds",
+    *("budget", "relative_error", "energy_kept", "energy_tasks"),
+    *("precision", "forms", "subspaces", "seconds"),
 )
 
 

@@ -17,6 +17,7 @@ from ..lowrank.factors import LowRankFactors
 from ..models.dynamic import DynamicModel
 from ..task_vectors.lora_adapter import FILES, PREFIX
 from ..task_vectors.tensor import matrix_shape
+from ..task_vectors.ties import tensor_of
 from .factors import fitted, in_eight_bits, norm
 from .modules import Refusal, Site, sites
 from .report import Carried
@@ -187,15 +188,10 @@ class AdapterWriter:
 
     def _value(self, task: str, name: str) -> Tensor:
         """A tensor as ``materialize`` has it, a copy: files hold no two names of one."""
-        value = base = self._tensor(name)
+        value = base = tensor_of(self.under, name).detach()
         if name in self.model.touched:
             value = self.model.task_tensor(name, self.model.modulators[task])
         return value.to(base.dtype, copy=True)
-
-    def _tensor(self, name: str) -> Tensor:
-        """A tensor of the model under the adapters."""
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self.under.get_submodule(owner), leaf).detach()
 
     def _wanted(self, task: str, name: str) -> tuple[Tensor | None, float]:
         """The change that the adapter has to add to a tensor, as a matrix, and the norm of the task's whole change.
@@ -204,7 +200,8 @@ class AdapterWriter:
         model's tensor the second is the norm of the first, which takes back what all tasks share.
         """
         expert, base = self.model.modulators[task], self.model.base_tensor(name)
-        value, under = self.model.task_tensor(name, expert), self._tensor(name)
+        value = self.model.task_tensor(name, expert)
+        under = tensor_of(self.under, name).detach()
         if value.shape != under.shape or not value.is_floating_point():
             return None, 0.0
         # what the base model's type rounds away is no change

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.deltas import versions, write_manifest
 from ..checkpoint.directory import check_target, whole_directory
@@ -22,7 +21,7 @@ from ..editing.stored import check_known
 from ..errors import DiDiError
 from ..files import from_home
 from ..models.dynamic import DynamicModel
-from ..pools.entries import PLACE
+from ..models.overview import place_of
 from ..task_vectors.lora_config import CONFIG as ADAPTER
 from .report import ExportReport
 
@@ -34,22 +33,11 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetens
 LONGEST = 200
 #: Files of tokenizers and processors, which are data.
 COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
-    "vocab.txt",
+    *("added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *("generation_config.json", "merges.txt", "preprocessor_config.json"),
+    *("processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json"),
+    *("spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("video_preprocessor_config.json", "vocab.json", "vocab.txt"),
 )
 
 
@@ -84,13 +72,6 @@ def base_model(model: DynamicModel) -> nn.Module:
     return model.materialize(model.tasks[0], as_base=model.touched)
 
 
-@torch.no_grad()
-def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Overwrite a parameter or buffer by a value of its shape."""
-    owner, _, leaf = name.rpartition(".")
-    getattr(module.get_submodule(owner), leaf).copy_(value)
-
-
 def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
     """Where the base model lies: repository or directory, and its revision where one was named.
 
@@ -98,11 +79,9 @@ def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
         given: takes the place of what the merged model remembers.
     """
     known: Any = model.info.get("backbone", {}).get("source")
-    source: Any = str(given) if given is not None else known
-    if not isinstance(source, Mapping):
-        source = {PLACE: source}
-    place, revision = source.get(PLACE), source.get("revision")
-    found = {"place": place if isinstance(place, str) else None, "revision": revision}
+    source = known if given is None else given
+    revision = source.get("revision") if isinstance(source, Mapping) else None
+    found = {"place": place_of(source), "revision": revision}
     return {key: value for key, value in found.items() if value}
 
 

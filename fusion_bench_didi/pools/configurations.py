@@ -149,10 +149,8 @@ def check_configurations(base: Any, tuned: Mapping[str, Any]) -> None:
     known = (Mapping, PretrainedConfig)
     if not isinstance(base, known):
         return
-    faults = []
-    for task, config in tuned.items():
-        if not isinstance(config, known):
-            continue
+    faults, told = [], {t: c for t, c in tuned.items() if isinstance(c, known)}
+    for task, config in told.items():
         kind, other = (plain(c).get("model_type") for c in (base, config))
         if kind and other and not _of_kind(plain(config), kind):
             log.warning("%s is a %s, run as a %s as the base model is.", task, other, kind)  # fmt: skip

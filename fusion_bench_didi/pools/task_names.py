@@ -94,12 +94,8 @@ def names_of(
 
 #: Where the host's pools keep their tasks, mappings or lists of names.
 TASKS = (
-    "test_dataloaders",
-    "_test_datasets",
-    "test_datasets",
-    "_tasks",
-    "_all_task_names",
-    "tasks",
+    *("test_dataloaders", "_test_datasets", "test_datasets"),
+    *("_tasks", "_all_task_names", "tasks"),
 )
 
 

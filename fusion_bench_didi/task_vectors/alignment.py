@@ -20,16 +20,8 @@ _MOST = 8
 
 #: Names of the last layers of classifiers: where their shapes differ, tasks have heads of their own.
 HEADS = (
-    "*classifier*",
-    "*qa_outputs*",
-    "*_head.*",
-    "score.*",
-    "*.score.*",
-    "head.*",
-    "*.head.*",
-    "heads.*",
-    "fc.*",
-    "*logits_proj*",
+    *("*classifier*", "*qa_outputs*", "*_head.*", "score.*", "*.score.*"),
+    *("head.*", "*.head.*", "heads.*", "fc.*", "*logits_proj*"),
 )
 
 

@@ -62,6 +62,7 @@ def check_undivided(model: nn.Module, label: str) -> None:
         every = getattr(getattr(module, "config", None), EVERY, None) or 0
         if getattr(module, DIVIDED, False) and every > 0:
             raise CheckpointMismatchError(
-                f"{label} ({type(module).__name__}) has divided weights of its layers in a forward ({DIVIDED}). Give the model's "
-                f"directory, or the model as it was loaded, with {EVERY}=0 in its configuration if it is to run before the merge."
+                f"{label} ({type(module).__name__}) has divided weights of its layers in a forward ({DIVIDED}), so that they are not "
+                f"those of its checkpoint. Give the model's directory, or the model as it was loaded, with {EVERY}=0 in its "
+                "configuration if it is to run before the merge."
             )

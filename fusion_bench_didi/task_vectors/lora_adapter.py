@@ -218,12 +218,11 @@ class AdapterSource(TensorSource):
         pairs = self._pairs.get(name), self._pairs.get(first)
         if None in pairs or pairs[0].scale != pairs[1].scale:
             return False
-        one, other = self._raw(name), self._raw(first)
+        one, other = map(self._raw, pairs)
         return all(half.equal(same) for half, same in zip(one, other))
 
-    def _raw(self, name: str) -> tuple[Tensor, Tensor]:
+    def _raw(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """The two factors of a matrix, (m, r) and (r, n), as they are stored; without their scale."""
-        pair = self._pairs[name]
         up, down = self._source.read(pair.b), self._source.read(pair.a)
         return (down.mT, up.mT) if pair.turned else (up, down)
 

@@ -18,41 +18,21 @@ CONFIG = "adapter_config.json"
 
 #: Variants of LoRA whose change of a weight is not ``scale * B A``, by the setting that turns them on.
 VARIANTS = (
-    "use_dora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "enable_lora",
-    "kasa_config",
-    "layer_replication",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
+    *("use_dora", "lora_bias", "alora_invocation_tokens", "arrow_config"),
+    *("enable_lora", "kasa_config", "layer_replication", "monteclora_config"),
+    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
 )
 
 #: Others that are turned on as variants are, and change nothing about a trained adapter.
 PLAIN = (
-    "corda_config",
-    "eva_config",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "runtime_config",
-    "use_rslora",
-    "velora_config",
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+    *("megatron_config", "runtime_config", "use_rslora", "velora_config"),
 )
 
 #: Kinds of adapters that learn inputs of the model, or of its layers, beside the weights.
 PROMPTS = (
-    "ADAPTION_PROMPT",
-    "CARTRIDGE",
-    "CPT",
-    "MULTITASK_PROMPT_TUNING",
-    "PREFIX_TUNING",
-    "PROMPT_TUNING",
-    "P_TUNING",
+    *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
+    *("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
 )
 
 #: Last parts of names by which PEFT knows the modules that ``ensure_weight_tying`` is about.
@@ -155,10 +135,7 @@ def variants(config: Mapping[str, Any]) -> list[str]:
     """Settings that make an adapter another one than plain LoRA: what was found, and what is expected."""
     kind = config.get("peft_type")
     if kind in PROMPTS:
-        return [
-            f"{CONFIG} has peft_type={kind!r}, which learns inputs and changes no weight, so that there is nothing to merge; leave "
-            "it out"
-        ]
+        return [f"{CONFIG} has peft_type={kind!r}, which learns inputs and changes no weight; leave it out"]  # fmt: skip
     if kind != "LORA":
         return [f"{CONFIG} has peft_type={kind!r}, expected 'LORA'"]
     found = [

@@ -54,7 +54,6 @@ class TaskVectors:
         fresh: tensors of the base model that its checkpoint does not hold, so that they have no value to differ from.
         ignored: tensors that the base checkpoint holds but the base model does not load (the text tower of a whole
             CLIPModel, say); fine-tuned checkpoints may hold them too.
-
         loaded: the base model's tensors are those that it has in memory, not just all of its checkpoint.
 
     Raises:
@@ -85,16 +84,8 @@ class TaskVectors:
             for task, s in self.tuned.items()
         }
         object.__setattr__(self, "_sources", sources)
-        check_alignment(
-            self.base,
-            sources,
-            exclude=self.exclude,
-            own=self.own,
-            fresh=self.fresh,
-            buffers=self.buffers,
-            ignored=self.ignored,
-            loaded=self.loaded,
-        )
+        keys = ("exclude", "own", "fresh", "buffers", "ignored", "loaded")
+        check_alignment(self.base, sources, **{key: getattr(self, key) for key in keys})
         stiff = [n for n, info in self.infos.items() if info.dtype in FLOAT8]
         if stiff:
             raise CheckpointMismatchError(

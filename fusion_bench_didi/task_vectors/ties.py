@@ -55,6 +55,12 @@ def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(owner), leaf
 
 
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer."""
+    owner, leaf = _place(module, name)
+    return getattr(owner, leaf)
+
+
 def tied_by_peft(module: nn.Module) -> bool:
     """Whether PEFT takes a model for one whose embeddings are tied."""
     config = getattr(module, "config", None)

@@ -22,9 +22,15 @@ from transformers.utils import cached_file
 from ..errors import DiDiError, spelled
 from ..files import from_home
 from ..pools.configurations import COMPUTED
-from ..pools.counts import check_counts, pairs
 from ..pools.entries import OF_MACHINE, PLACE
-from ..pools.weight_files import Weights, check_unmerged, index_files, open_weights
+from ..pools.weight_files import (
+    Weights,
+    check_counts,
+    check_unmerged,
+    index_files,
+    open_weights,
+    pairs,
+)
 from ..task_vectors.tower_names import fill
 
 #: Classes of the host that its model pools load by ``from_pretrained``.
@@ -116,7 +122,7 @@ def load(
         make = _loader(given.pop("_target_", f"{class_name}.from_pretrained"))
         arguments = _ready(_arguments(given), directory, dtype)
         if weights := _weights(arguments):
-            check_unmerged(*weights)
+            check_unmerged(*weights[:2])
             check_counts(*weights)
         model, found = make(**arguments, output_loading_info=True)
     except DiDiError:

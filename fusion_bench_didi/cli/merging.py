@@ -184,8 +184,7 @@ def _architecture(place: str) -> str | None:
     """
     from transformers import AutoConfig
 
-    from ..pools.counts import check_counts
-    from ..pools.weight_files import check_unmerged
+    from ..pools.weight_files import check_counts, check_unmerged
     from ..task_vectors.file_sources import read_settings
     from ..task_vectors.places import check_place, check_to_be_had
 

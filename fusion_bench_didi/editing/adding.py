@@ -147,8 +147,8 @@ def fitted(
     beside = replace(
         task_vectors, base=SharedBase(task_vectors.base, shared), tuned={task: source}
     )
-    products = {name: delta.product() for name, delta in shared.items()}
-    ranks = {name: found.rank for name, found in products.items() if found is not None}
+    products = ((name, delta.product()) for name, delta in shared.items())
+    ranks = {name: found.rank for name, found in products if found is not None}
     given = Given(
         stored.unit_bits,
         whole.energy,
@@ -183,15 +183,10 @@ def joined(
         if isinstance(delta, Core):
             ranks = {**ranks, tensor: min(delta.core().shape)}
     info = dict(stored.info)
-    info["parents"] = {**info.get("parents", {}), name: parent}
-    info["tensors"] = {**info.get("tensors", {}), name: dict(fit.tensors)}
-    for kind, told_by_task in own.items():
-        info[kind] = {**info.get(kind, {}), **told_by_task}
-    if "relative_errors" in info:
-        errors = {**info["relative_errors"], name: fit.relative_error}
-        info["relative_errors"] = errors
-    if "energies" in info:
-        info["energies"] = {**info["energies"], name: fit.energy}
+    facts = {"parents": {name: parent}, "tensors": {name: dict(fit.tensors)}, **own}
+    known = {"relative_errors": fit.relative_error, "energies": fit.energy}
+    facts |= {key: {name: value} for key, value in known.items() if key in info}
+    info |= {key: {**info.get(key, {}), **added} for key, added in facts.items()}
     if "ranks" in info:
         experts = {**info["ranks"]["experts"], name: dict(ranks)}
         info["ranks"] = {**info["ranks"], "experts": experts}
@@ -242,9 +237,7 @@ def check_name(name: str, tasks: list[str]) -> None:
         raise ModelPoolError(
             f"{name!r} is no name for a task, expected text that does not begin with an underscore."
         )
-    for task in tasks:
-        if normalized(task) == normalized(name):
-            raise ModelPoolError(
-                f"The merged model has a task {task!r} already, which {name!r} would mean too. Choose another name, or remove "
-                "that task first."
-            )
+    if twin := [task for task in tasks if normalized(task) == normalized(name)]:
+        raise ModelPoolError(
+            f"The merged model has a task {twin[0]!r} already, which {name!r} would mean too. Choose another name, or remove that."
+        )

@@ -5,6 +5,7 @@ for its tasks as a group (``deltas/grouped.py``), stored and held once.
 """
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,20 +32,14 @@ from .places import (
     edited_model,
     stored_of,
     target_of,
-    write,
+    written,
 )
 from .stored import Stored
 
 #: Facts of one merge that are none of two.
 _OF_ONE = (
-    "budget",
-    "relative_error",
-    "energy_kept",
-    "energy_tasks",
-    "precision",
-    "forms",
-    "subspaces",
-    "seconds",
+    *("budget", "relative_error", "energy_kept", "energy_tasks"),
+    *("precision", "forms", "subspaces", "seconds"),
 )
 
 
@@ -77,13 +72,14 @@ def combine(
         other = Stored.of(second)
         check_names(Stored.of(first), other)
         _check_backbones(first, second)
-        return edited_model(
-            first,
-            lambda stored: combined(stored, _copied(other)),
-            target,
-            overwrite,
-            drop_router,
-        )
+        # deltas of a model go where that model goes
+        shared, experts = copy.deepcopy((other.shared, other.experts))
+        other = replace(other, shared=shared, experts=experts)
+
+        def edit(stored: Stored) -> Stored:
+            return combined(stored, other)
+
+        return edited_model(first, edit, target, overwrite, drop_router)
     if any(live):
         raise SettingsError(
             "A model in memory and a directory are given. Load the directory, or save the model, and give two of a kind."
@@ -100,16 +96,7 @@ def combine(
     after = combined(before, other.spelled(spell)).of_directories(*places)
     digests = {**beside["tensors"], **entry["tensors"]}
     config = {**configs[0], "backbone": {**entry, "tensors": digests}}
-    write(target, after, config, overwrite=overwrite)
-    return Edited(
-        before.storage, after.storage, None, from_home(target), after.info["edits"][-1]
-    )
-
-
-def _copied(stored: Stored) -> Stored:
-    """The same with deltas of its own, as those of a model go where that model goes."""
-    shared, experts = copy.deepcopy((stored.shared, stored.experts))
-    return replace(stored, shared=shared, experts=experts)
+    return written(target, before, after, config, overwrite)
 
 
 @own_arithmetic()
@@ -158,8 +145,7 @@ def _beside(
     found = dict(deltas)
     for name, delta in deltas.items():
         if isinstance(delta, GroupedDelta):
-            parts = delta.shape, label, delta.common, delta.inner
-            found[name] = GroupedDelta(*parts)
+            found[name] = GroupedDelta(delta.shape, label, delta.common, delta.inner)
     for name in apart:
         delta, common = deltas.get(name), shared.get(name)
         if isinstance(delta, (OwnDelta, GroupedDelta)):
@@ -171,11 +157,10 @@ def _beside(
 
 def _labels(first: Stored, second: Stored) -> dict[str, str]:
     """Labels of groups for the tasks of the second model, none of which the first has; tasks of one group stay in one."""
-    taken, counts = set(groups_of(first.experts)), iter(range(1, 10**9))
-    fresh = (str(i) for i in counts if str(i) not in taken)
-    of_second = groups_of(second.experts)
+    taken = groups_of(first.experts)
+    fresh = (str(i) for i in itertools.count(1) if str(i) not in taken)
     labels = dict.fromkeys(second.tasks, next(fresh))
-    for group in of_second.values():
+    for group in groups_of(second.experts).values():
         labels |= dict.fromkeys(group["tasks"], next(fresh))
     return labels
 
@@ -185,15 +170,11 @@ def same(one: Delta | None, other: Delta | None) -> bool:
     """Whether two deltas are stored alike, to the bit."""
     if one is None or other is None:
         return one is other
+    forms = [(d.kind, d.shape, d.options(), d.tensors().keys()) for d in (one, other)]
     mine, theirs = one.tensors(), other.tensors()
-    return (
-        (one.kind, one.shape, one.options())
-        == (other.kind, other.shape, other.options())
-        and mine.keys() == theirs.keys()
-        and all(
-            mine[part].dtype == value.dtype and mine[part].equal(value)
-            for part, value in theirs.items()
-        )
+    return forms[0] == forms[1] and all(
+        mine[part].dtype == value.dtype and mine[part].equal(value)
+        for part, value in theirs.items()
     )
 
 
@@ -204,11 +185,8 @@ def check_names(first: Stored, second: Stored) -> None:
         DiDiError: naming those that are.
     """
     known = {normalized(task): task for task in first.tasks}
-    both = [
-        f"{known[normalized(task)]!r} and {task!r}"
-        for task in second.tasks
-        if normalized(task) in known
-    ]
+    twins = [(known.get(normalized(task)), task) for task in second.tasks]
+    both = [f"{one!r} and {other!r}" for one, other in twins if one is not None]
     if both:
         raise DiDiError(
             f"Both models have tasks of one name: {', '.join(both)}. Remove them from one of the models first."
@@ -250,12 +228,11 @@ def _check_backbones(first: DynamicModel, second: DynamicModel) -> None:
     mine, theirs = map(_base_of, (first, second))
     replaced = _replaced(first) & _replaced(second)
     there = sorted((mine.keys() | theirs.keys()) - replaced)
+    both = mine.keys() & theirs.keys()
     differ = [
         name
         for name in there
-        if name not in mine
-        or name not in theirs
-        or mine[name].shape != theirs[name].shape
+        if name not in both
         or not mine[name].cpu().equal(theirs[name].to(mine[name].dtype).cpu())
     ]
     if differ:

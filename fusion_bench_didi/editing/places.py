@@ -75,11 +75,8 @@ def in_place(
     if "router" in config and not keeps_tasks:
         check_router_goes(drop_router, str(source))
     after = edit(before).of_directories(source)
-    router = config.get("router") if keeps_tasks else None
-    write(target, after, config, overwrite=overwrite, router_of=router and source)
-    return Edited(
-        before.storage, after.storage, None, from_home(target), after.info["edits"][-1]
-    )
+    router_of = source if keeps_tasks and config.get("router") else None
+    return written(target, before, after, config, overwrite, router_of)
 
 
 def edited_model(
@@ -97,25 +94,16 @@ def edited_model(
     after = edit(before)
     router = model.router if keep_router else None
     model.attach_router(None)
-    take(model, after)
+    model.hold(after.shared, after.experts)
+    model.info = dict(after.info)
+    model.unit_bits, model.backbone_bits = after.unit_bits, after.backbone_bits
     if router is not None:
         model.attach_router(router)
-    if target is not None:
-        model.save_pretrained(target, overwrite=overwrite)
-    return Edited(
-        before.storage,
-        model.storage,
-        model,
-        None if target is None else from_home(target),
-        after.info["edits"][-1],
-    )
-
-
-def take(model: DynamicModel, stored: Stored) -> None:
-    """Make a model hold what is stored."""
-    model.hold(stored.shared, stored.experts)
-    model.info = dict(stored.info)
-    model.unit_bits, model.backbone_bits = stored.unit_bits, stored.backbone_bits
+    place = None if target is None else from_home(target)
+    if place is not None:
+        model.save_pretrained(place, overwrite=overwrite)
+    last = after.info["edits"][-1]
+    return Edited(before.storage, model.storage, model, place, last)
 
 
 def target_of(
@@ -142,15 +130,13 @@ def target_of(
     return target
 
 
-def stored_of(directory: Path, config: Mapping[str, Any] | None = None) -> Stored:
+def stored_of(directory: Path, config: Mapping[str, Any]) -> Stored:
     """The stored part of a saved model; its backbone is not needed.
 
     Raises:
-        FileNotFoundError: if there is none.
         CheckpointMismatchError: for damaged files, or a model that is no deltas per task.
         DiDiError: for a directory of format 1.
     """
-    config = read_config(directory) if config is None else config
     check_config(DynamicModel, directory, config)
     if "fingerprint" in config["backbone"]:
         raise DiDiError(
@@ -172,20 +158,22 @@ def stored_of(directory: Path, config: Mapping[str, Any] | None = None) -> Store
     )
 
 
-def write(
+def written(
     target: str | Path,
+    before: Stored,
     stored: Stored,
     config: Mapping[str, Any],
-    *,
     overwrite: bool,
     router_of: Path | None = None,
-) -> None:
+) -> Edited:
     """Write a model whose backbone is not at hand; the directory appears whole or not at all.
 
     Args:
+        before: what it was.
         config: of a saved model of the same backbone.
         router_of: directory whose router is kept; ``config`` is its configuration.
     """
+    storage, last = stored.storage, stored.info["edits"][-1]
     with whole_directory(target, overwrite=overwrite) as place:
         parts = write_deltas(place, stored.shared, stored.experts)
         new = {
@@ -193,7 +181,7 @@ def write(
             "unit_bits": stored.unit_bits,
             "backbone_bits": stored.backbone_bits,
             "backbone": config["backbone"],
-            "storage": stored.storage.as_dict(),
+            "storage": storage.as_dict(),
             "info": {k: v for k, v in stored.info.items() if k != "backbone"},
             "versions": versions(),
             **parts,
@@ -204,6 +192,7 @@ def write(
                 shutil.copyfile(router_of / ROUTER_FILE, place / ROUTER_FILE)
         (place / "README.md").write_text(model_card(new))
         write_manifest(place / CONFIG, new)
+    return Edited(before.storage, storage, None, from_home(target), last)
 
 
 def check_router_goes(drop_router: bool, what: str) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
 from ..errors import BudgetError
 from ..lowrank.arithmetic import own_arithmetic
@@ -85,8 +84,8 @@ def rescaled(
     total, before = budget.bits(stored.unit_bits), stored.storage
     if total >= before.excl_bits:
         raise BudgetError(
-            f"budget={budget.ratio} is no smaller than what the model takes, {before.x_excl:.6g}. Nothing is gained by storing "
-            "it anew; more than it holds can only come of the checkpoints."
+            f"budget={budget.ratio} is no smaller than what the model takes, {before.x_excl:.6g}. Give less; more can only come of the "
+            "checkpoints."
         )
     own = {
         task: {n: d for n, d in deltas.items() if isinstance(d, OwnDelta)}
@@ -159,21 +158,17 @@ def _fullest(
 
 def decoded(stored: Stored) -> TaskVectors:
     """Stored deltas as task vectors on a base model of zeros; tensors of a task's own are left out."""
-    deltas = [*stored.shared.items()]
-    for expert in stored.experts.values():
-        deltas += [(n, d) for n, d in expert.items() if not isinstance(d, OwnDelta)]
-    infos = {name: TensorInfo(delta.shape, stored.dtype) for name, delta in deltas}
-    return TaskVectors(
-        Zeros(infos),
-        {
-            task: DecodedExpert(task, _changes(expert), stored.shared, infos)
-            for task, expert in stored.experts.items()
-        },
-    )
-
-
-def _changes(expert: Mapping[str, Delta]) -> dict[str, Delta]:
-    return {n: d for n, d in expert.items() if not isinstance(d, OwnDelta)}
+    experts = {
+        task: {n: d for n, d in expert.items() if not isinstance(d, OwnDelta)}
+        for task, expert in stored.experts.items()
+    }
+    infos = {
+        name: TensorInfo(delta.shape, stored.dtype)
+        for deltas in (stored.shared, *experts.values())
+        for name, delta in deltas.items()
+    }
+    tuned = {t: DecodedExpert(t, e, stored.shared, infos) for t, e in experts.items()}
+    return TaskVectors(Zeros(infos), tuned)
 
 
 def _parts(stored: Stored) -> dict[str, Tensor]:
@@ -181,18 +176,18 @@ def _parts(stored: Stored) -> dict[str, Tensor]:
 
     Errors are weighed by the size of whole task vectors, as they were.
     """
-    order = stored.info.get("energy_tasks", [])
-    return {
-        name: torch.tensor(
-            [_told_part(kept, order, task) for task in sorted(stored.tasks)]
-        ).double()
-        for name, kept in stored.info.get("energy_kept", {}).items()
-    }
+    found = {}
+    for name in stored.info.get("energy_kept", {}):
+        kept = [_kept(stored.info, name, task) for task in sorted(stored.tasks)]
+        found[name] = torch.tensor([k if k > _TOLD else 1.0 for k in kept]).double()
+    return found
 
 
-def _told_part(kept: list[float], order: list[str], task: str) -> float:
-    part = kept[order.index(task)] if task in order else 1.0
-    return part if part > _TOLD else 1.0
+def _kept(info: Mapping[str, Any], name: str, task: str) -> float:
+    """The part of a task vector's energy that is stored of a tensor; 1 where it is not known."""
+    order, kept = info.get("energy_tasks", []), info.get("energy_kept", {})
+    known = name in kept and task in order
+    return kept[name][order.index(task)] if known else 1.0
 
 
 def _at_most(first: float, again: float) -> float:
@@ -212,17 +207,14 @@ def _told_anew(
     first, again = info.get("relative_error"), facts.pop("relative_error")
     tensors, errors = facts.pop("tensors"), facts.pop("relative_errors")
     del facts["energies"]  # of what was stored
-    order, kept = info.get("energy_tasks", []), info.get("energy_kept", {})
     facts["energy_kept"] = {
         name: [
-            part
-            * (kept[name][order.index(task)] if _knows(kept, order, name, task) else 1)
+            part * _kept(info, name, task)
             for part, task in zip(parts, facts["energy_tasks"])
         ]
         for name, parts in facts["energy_kept"].items()
     }
-    found |= facts
-    found |= {"budget": budget.ratio, "settings": asdict(settings)}
+    found |= {**facts, "budget": budget.ratio, "settings": asdict(settings)}
     if first is not None:
         found["relative_error"] = _at_most(first, again)
     known = info.get("relative_errors", {})
@@ -240,7 +232,3 @@ def _told_anew(
         for task, told in tensors.items()
     }
     return found
-
-
-def _knows(kept: Mapping[str, Any], order: list[str], name: str, task: str) -> bool:
-    return name in kept and task in order

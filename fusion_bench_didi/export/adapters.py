@@ -15,15 +15,14 @@ from ..deltas.plain import OwnDelta
 from ..errors import DiDiError
 from ..lowrank.factors import LowRankFactors
 from ..models.dynamic import DynamicModel
+from ..task_vectors.lora_adapter import FILES, PREFIX
 from ..task_vectors.tensor import matrix_shape
+from ..task_vectors.ties import tensor_of
 from .factors import fitted, in_eight_bits, norm
 from .modules import Refusal, Site, sites
 from .report import Carried
 from .settings import EIGHT_BITS, AdapterSettings
 
-#: Names in a PEFT file begin with it.
-_PREFIX = "base_model.model."
-_FILE = "adapter_model.safetensors"
 _OTHER_SHAPE = "of another shape or type than the base model's"
 _BY_PEFT_ALONE = "servers read adapters of linear layers alone; carry=all is for PEFT"
 _WHOLE_FOR_PEFT = "carry=all holds it whole, for PEFT"
@@ -85,24 +84,21 @@ class AdapterWriter:
         tensors = dict(content.whole)
         for site, factors in content.parts.values():
             for part, value in site.layout(factors).items():
-                tensors[f"{_PREFIX}{site.module}.{part}"] = value
+                tensors[f"{PREFIX}{site.module}.{part}"] = value
         tensors = {name: independent(tensors[name]) for name in sorted(tensors)}
-        save_file(tensors, place / _FILE, metadata={"format": "pt"})
+        save_file(tensors, place / FILES[0], metadata={"format": "pt"})
         return content.carried
 
     def _content(self, task: str) -> _Content:
         content, rest = _Content(), []
         for name in self.model.touched:
             site = self.sites.get(name)
-            if site is None or (
-                self.settings.carry == "linear" and site.kind != "linear"
-            ):
-                rest.append(name)
-            else:
+            if site and (self.settings.carry == "all" or site.kind == "linear"):
                 content.carried[name] = self._factors(task, name, site, content)
-        for name in sorted(
-            rest, key=_is_bias
-        ):  # modules that are whole hold their biases
+            else:
+                rest.append(name)
+        # modules that are whole hold their biases
+        for name in sorted(rest, key=_is_bias):
             content.carried[name] = self._whole(task, name, content)
         if self.settings.pad_rank and content.parts:
             rank = max(factors.rank for _, factors in content.parts.values())
@@ -135,28 +131,21 @@ class AdapterWriter:
             return Carried("left out", 1.0, why=_OTHER_SHAPE)
         if not bool(wanted.any()):
             return Carried("base")
-        found = fitted(
-            wanted,
-            self._product(task, name),
-            max_rank=self.settings.limit,
-            dtype=self.dtype,
-        )
-        if found.factors.rank:
+        product, limit = self._product(task, name), self.settings.limit
+        found = fitted(wanted, product, max_rank=limit, dtype=self.dtype)
+        if rank := found.factors.rank:
             content.parts[site.module] = site, found.factors
         error = found.lost / size if size else 0.0
-        rank = found.factors.rank
-        return Carried(
-            "factors", error, rank, f"cut to rank {rank}" if found.cut else ""
-        )
+        why = f"cut to rank {rank}" if found.cut else ""
+        return Carried("factors", error, rank, why)
 
     def _whole(self, task: str, name: str, content: _Content) -> Carried:
         """Add a tensor that has no factors, where PEFT carries it; nothing where it does not."""
         wanted, size = self._wanted(task, name)
-        if wanted is not None and not bool(wanted.any()):
-            return Carried("base")
-        lost = 1.0 if wanted is None or not size else norm(wanted) / size
         if wanted is None:
-            return Carried("left out", lost, why=_OTHER_SHAPE)
+            return Carried("left out", 1.0, why=_OTHER_SHAPE)
+        if not bool(wanted.any()):
+            return Carried("base")
         owner, _, leaf = name.rpartition(".")
         tied = self.refused.get(name, Refusal("")).together
         if why := self._why_not(name):
@@ -164,17 +153,18 @@ class AdapterWriter:
                 why += "; with shared=fold the base model has it"
             if self.settings.shared == "fold" and name in self.model.shared:
                 why += "; what tasks share stays in it"
+            lost = norm(wanted) / size if size else 1.0
             return Carried("left out", lost, why=why)
         if _is_bias(name) and owner not in content.modules:
             layer = f"{owner}.base_layer" if owner in content.parts else owner
             content.biases = True
-            content.whole[f"{_PREFIX}{layer}.{leaf}"] = self._value(task, name)
+            content.whole[f"{PREFIX}{layer}.{leaf}"] = self._value(task, name)
             return Carried("whole")
         for module in tied or (owner,):
             content.modules.add(module)
             for other in self.under.get_submodule(module).state_dict():
                 same = name if tied and other == leaf else f"{module}.{other}"
-                content.whole[f"{_PREFIX}{module}.{other}"] = self._value(task, same)
+                content.whole[f"{PREFIX}{module}.{other}"] = self._value(task, same)
         return Carried("whole")
 
     def _all_share(self, name: str) -> bool:
@@ -198,15 +188,10 @@ class AdapterWriter:
 
     def _value(self, task: str, name: str) -> Tensor:
         """A tensor as ``materialize`` has it, a copy: files hold no two names of one."""
-        value = base = self._tensor(name)
+        value = base = tensor_of(self.under, name).detach()
         if name in self.model.touched:
             value = self.model.task_tensor(name, self.model.modulators[task])
         return value.to(base.dtype, copy=True)
-
-    def _tensor(self, name: str) -> Tensor:
-        """A tensor of the model under the adapters."""
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self.under.get_submodule(owner), leaf).detach()
 
     def _wanted(self, task: str, name: str) -> tuple[Tensor | None, float]:
         """The change that the adapter has to add to a tensor, as a matrix, and the norm of the task's whole change.
@@ -215,7 +200,8 @@ class AdapterWriter:
         model's tensor the second is the norm of the first, which takes back what all tasks share.
         """
         expert, base = self.model.modulators[task], self.model.base_tensor(name)
-        value, under = self.model.task_tensor(name, expert), self._tensor(name)
+        value = self.model.task_tensor(name, expert)
+        under = tensor_of(self.under, name).detach()
         if value.shape != under.shape or not value.is_floating_point():
             return None, 0.0
         # what the base model's type rounds away is no change
@@ -245,35 +231,28 @@ class AdapterWriter:
         ranks = {name: content.parts[name][1].rank for name in modules}
         rank = max(ranks.values())
         # PEFT's class for them takes text first; models that take images run in its plain one
-        generates = (
-            hasattr(self.under, "prepare_inputs_for_generation")
-            and getattr(self.under, "main_input_name", "input_ids") == "input_ids"
-        )
-        encoder = getattr(
-            getattr(self.under, "config", None), "is_encoder_decoder", False
-        )
-        turned = any(
-            type(self.under.get_submodule(name)).__name__ == "Conv1D"
-            for name in modules
-        )
+        under, main = self.under, getattr(self.under, "main_input_name", "input_ids")
+        generates = hasattr(under, "prepare_inputs_for_generation")
+        encoder = getattr(getattr(under, "config", None), "is_encoder_decoder", False)
+        causal = generates and main == "input_ids" and not encoder
+        kinds = {type(under.get_submodule(name)).__name__ for name in modules}
         config = LoraConfig(
             r=rank,
             lora_alpha=rank * content.scale,
-            target_modules=list(modules),
+            target_modules=modules,
             rank_pattern=ranks,
             alpha_pattern={name: r * content.scale for name, r in ranks.items()},
-            fan_in_fan_out=turned,
+            fan_in_fan_out="Conv1D" in kinds,
             lora_dropout=0.0,
             bias="all" if content.biases else "none",
             modules_to_save=sorted(content.modules) or None,
-            task_type=TaskType.CAUSAL_LM if generates and not encoder else None,
+            task_type=TaskType.CAUSAL_LM if causal else None,
             base_model_name_or_path=source.get("place"),
             revision=source.get("revision"),
             inference_mode=True,
         )
-        config.target_modules = sorted(
-            modules
-        )  # of a set, each run writes another file
+        # of a set, each run writes another file
+        config.target_modules = sorted(modules)
         return config
 
 
@@ -283,8 +262,6 @@ def _is_bias(name: str) -> bool:
 
 def _padded(factors: LowRankFactors, rank: int) -> LowRankFactors:
     """A product of factors padded by zero directions to a rank."""
-    extra = rank - factors.rank
-    pad = nn.functional.pad
-    return LowRankFactors(
-        pad(factors.up, (0, extra)), pad(factors.down, (0, 0, 0, extra))
-    )
+    extra, pad = rank - factors.rank, nn.functional.pad
+    up, down = pad(factors.up, (0, extra)), pad(factors.down, (0, 0, 0, extra))
+    return LowRankFactors(up, down)

@@ -1,6 +1,6 @@
 """Exports held against ``materialize``: weight by weight, and the outputs of one made-up batch where there are any."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -218,14 +218,12 @@ def check_runs(found: nn.Module, inputs: Mapping[str, Any], what: str) -> float:
     Raises:
         DiDiError: if it does not.
     """
-    inputs = {
-        name: (
-            value.float()
-            if isinstance(value, Tensor) and value.is_floating_point()
-            else value
-        )
+    floats = {
+        name: value.float()
         for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
     }
+    inputs = {**inputs, **floats}
     here, failure = _tried(found, inputs)
     config = getattr(found.get_base_model(), "config", None)
     tied = getattr(config, TIED, None)
@@ -236,12 +234,12 @@ def check_runs(found: nn.Module, inputs: Mapping[str, Any], what: str) -> float:
     there, other = _tried(merged, inputs)
     if failure or other:  # of a model that is not for this type
         return 0.0
-    if (off := max(map(_most, _off(here, there)), default=0.0)) > SAME:
+    if (off := _most(_off(here, there))) > SAME:
         raise DiDiError(
             f"{what}: most of some output is off by {off:.2g} of the largest, though all weights are right, because PEFT does not put "
             f"it on as the model computes; it was not kept. {_WAYS_OUT}"
         )
-    return max(map(_most, _off(left, there)), default=0.0)
+    return _most(_off(left, there))
 
 
 @torch.no_grad()
@@ -265,19 +263,17 @@ def _off(here: Sequence[Tensor], there: Sequence[Tensor]) -> Iterator[Tensor]:
         yield off / size if size else off
 
 
-def _most(off: Tensor) -> float:
-    """What half of the entries are off by at most."""
-    return float(off.median())
+def _most(off: Iterable[Tensor]) -> float:
+    """What half of the entries of every output are off by at most."""
+    return max((float(one.median()) for one in off), default=0.0)
 
 
 def _floats(output: Any) -> Iterator[Tensor]:
     """Floating-point tensors of an output, those that hold something."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _floats(value)
-    elif isinstance(output, (tuple, list)):
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
         for value in output:
             yield from _floats(value)
+    elif isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+        yield output

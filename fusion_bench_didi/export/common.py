@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.deltas import versions, write_manifest
 from ..checkpoint.directory import check_target, whole_directory
 from ..checkpoint.fields import read_object
 from ..checkpoint.ours import CONFIG, Kind, held_by
-from ..errors import DiDiError, UnknownTaskError
+from ..editing.stored import check_known
+from ..errors import DiDiError
 from ..files import from_home
 from ..models.dynamic import DynamicModel
+from ..models.overview import place_of
 from ..task_vectors.lora_config import CONFIG as ADAPTER
 from .report import ExportReport
 
@@ -32,22 +33,11 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetens
 LONGEST = 200
 #: Files of tokenizers and processors, which are data.
 COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
-    "vocab.txt",
+    *("added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *("generation_config.json", "merges.txt", "preprocessor_config.json"),
+    *("processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json"),
+    *("spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("video_preprocessor_config.json", "vocab.json", "vocab.txt"),
 )
 
 
@@ -59,10 +49,7 @@ def asked_tasks(model: DynamicModel, tasks: Sequence[str] | str | None) -> list[
         DiDiError: for none.
     """
     asked = [tasks] if isinstance(tasks, str) else list(tasks or model.tasks)
-    if unknown := [task for task in asked if task not in model.tasks]:
-        raise UnknownTaskError(
-            f"The merged model holds no {', '.join(map(repr, unknown))}; it holds {model.tasks}."
-        )
+    check_known(asked, model.tasks, "The merged model")
     if not asked:
         raise DiDiError(
             "The merged model holds no task, so there is nothing to export."
@@ -85,13 +72,6 @@ def base_model(model: DynamicModel) -> nn.Module:
     return model.materialize(model.tasks[0], as_base=model.touched)
 
 
-@torch.no_grad()
-def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Overwrite a parameter or buffer by a value of its shape."""
-    owner, _, leaf = name.rpartition(".")
-    getattr(module.get_submodule(owner), leaf).copy_(value)
-
-
 def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
     """Where the base model lies: repository or directory, and its revision where one was named.
 
@@ -99,13 +79,10 @@ def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
         given: takes the place of what the merged model remembers.
     """
     known: Any = model.info.get("backbone", {}).get("source")
-    source: Any = str(given) if given is not None else known
-    if isinstance(source, Mapping):
-        place = source.get("pretrained_model_name_or_path")
-        revision = source.get("revision")
-        source = place if isinstance(place, str) else None
-        return {k: v for k, v in (("place", source), ("revision", revision)) if v}
-    return {"place": source} if isinstance(source, str) and source else {}
+    source = known if given is None else given
+    revision = source.get("revision") if isinstance(source, Mapping) else None
+    found = {"place": place_of(source), "revision": revision}
+    return {key: value for key, value in found.items() if value}
 
 
 def copy_companions(source: Mapping[str, str], directory: Path) -> str | None:
@@ -120,13 +97,8 @@ def copy_companions(source: Mapping[str, str], directory: Path) -> str | None:
     home = from_home(place)
     if not home.is_dir():
         try:
-            home = Path(
-                snapshot_download(
-                    place,
-                    revision=source.get("revision"),
-                    allow_patterns=list(COMPANIONS),
-                )
-            )
+            revision, files = source.get("revision"), list(COMPANIONS)
+            home = Path(snapshot_download(place, revision=revision, allow_patterns=files))  # fmt: skip
         except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
             return (
                 f"no tokenizer or processor was copied: {place} is no directory and cannot be fetched "

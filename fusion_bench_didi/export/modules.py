@@ -5,7 +5,7 @@ A weight is changed by ``up @ down`` as the merged model has it: (m, r) and (r, 
 
 import dis
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,7 +47,10 @@ class Refusal:
 
 def sites(model: nn.Module) -> tuple[dict[str, Site], dict[str, Refusal]]:
     """The weights that take an adapter, by tensor name, and those of the same layers that do not."""
-    owners, asked = _owners(model), _asked(model)
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    asked = _asked(model)
     inside = {
         f"{name}.{child}"
         for name, module in model.named_modules()
@@ -73,9 +76,7 @@ def sites(model: nn.Module) -> tuple[dict[str, Site], dict[str, Refusal]]:
         ):
             refused[tensor] = Refusal(why, (name,))
         elif name in inside:
-            refused[tensor] = Refusal(
-                "in fused attention, which does not run its output layer's forward"
-            )
+            refused[tensor] = Refusal("in fused attention, which does not run its output layer's forward")  # fmt: skip
         else:
             found[tensor] = Site(name, *layout)
     return found, refused
@@ -88,15 +89,12 @@ def _refused_by_peft(model: nn.Module, name: str) -> str:
 
     # spelled so, and older releases have none; it does not look at the tuner
     check = getattr(BaseTuner, "_check_target_module_compatiblity", None)
-    leaf = name.rpartition(".")[2]
+    leaf, kind = name.rpartition(".")[2], type(model).__name__
     try:
         if check is not None:
             check(None, LoraConfig(), model, leaf)
     except ValueError:
-        kind = type(model).__name__
-        return (
-            f"PEFT refuses factors of {leaf} in {kind}, which does not run its forward"
-        )
+        return f"PEFT refuses factors of {leaf} in {kind}, which does not run its forward"  # fmt: skip
     return ""
 
 
@@ -111,9 +109,7 @@ def _computed_otherwise(module: nn.Module) -> str:
     for plain in (nn.Linear, nn.Embedding):
         if isinstance(module, plain) and kind.forward is not plain.forward:
             if not _scaled_by_peft(module):
-                return (
-                    f"a {kind.__name__}, which PEFT takes for a plain {plain.__name__}"
-                )
+                return f"a {kind.__name__}, which PEFT takes for a plain {plain.__name__}"  # fmt: skip
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "an embedding with max_norm, by which PEFT bounds factors"
     return ""
@@ -142,14 +138,6 @@ def _asked(model: nn.Module) -> set[str]:
             if owner.opname == read.opname == "LOAD_ATTR" and read.argval in _TOLD:
                 found.add(owner.argval)
     return found
-
-
-def _owners(model: nn.Module) -> Mapping[int, set[str]]:
-    """Names of every parameter, by its identity."""
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    return names
 
 
 def _layout(

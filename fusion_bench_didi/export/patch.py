@@ -93,11 +93,11 @@ def _write(
 ) -> dict[str, Carried]:
     found: dict[str, Tensor] = {}
     carried: dict[str, Carried] = {}
-    changed, entries = 0, 0
+    changed, entries = 0, sum(after[name].numel() for name in sums)
     for name in sorted(sums):
         part, count = _difference(name, before[name], after[name])
         found |= part
-        changed, entries = changed + count, entries + after[name].numel()
+        changed += count
         how = "base" if not part else "whole" if name in part else "sparse"
         carried[name] = Carried(how)
     names = [name for name, one in carried.items() if one.how != "base"]

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..models.dynamic import DynamicModel
 from ..pools.entries import BASE
+from ..task_vectors.ties import tensor_of
 from .adapters import AdapterWriter
 from .checks import SAME, TIED, check_close, check_runs, outputs_differ, trial
 from .common import (
@@ -22,7 +24,6 @@ from .common import (
     base_model,
     export_directory,
     folder,
-    put,
     source_of,
     weight_bytes,
     write_report,
@@ -73,9 +74,7 @@ def to_peft(
             sizes[BASE] = weight_bytes(place / BASE)
             source = {"place": str(final / BASE)}
         elif not source:
-            notes.append(
-                "the adapters name no base model: it was in memory. Name its directory or repository (base)."
-            )
+            notes.append("the adapters name no base model: it was in memory. Name its directory or repository (base).")  # fmt: skip
         for task in asked:
             home = place / folder(task)
             tensors[task] = writer.write(task, home, source)
@@ -92,9 +91,7 @@ def to_peft(
                 off = check_runs(applied(under, home).float(), given, what)
                 worst = max(worst, off)
         for why, some in untried.items():
-            notes.append(
-                f"outputs of {', '.join(some)} were not compared, weights were: {why}."
-            )
+            notes.append(f"outputs of {', '.join(some)} were not compared, weights were: {why}.")  # fmt: skip
         if worst > SAME:
             notes.append(
                 f"merge_and_unload() of PEFT sets {TIED} to false, by which outputs of this model change, by {worst:.2g} of the largest and "
@@ -120,9 +117,10 @@ def applied(base: nn.Module, adapter: Path) -> nn.Module:
         return PeftModel.from_pretrained(copy.deepcopy(base), adapter).eval()
 
 
+@torch.no_grad()
 def _folded(model: DynamicModel) -> nn.Module:
     """The base model with what all tasks share added, in its own type."""
     folded = base_model(model)
     for name, shared in model.shared.items():
-        put(folded, name, shared.applied(model.base_tensor(name)))
+        tensor_of(folded, name).copy_(shared.applied(model.base_tensor(name)))
     return folded

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -64,14 +64,9 @@ def to_plain(
             check_equal(read_again(home, whole), whole, f"The checkpoint of {task}")
             sizes[task] = weight_bytes(home)
             notes |= {note: None} if note else {}
-        carried = {n: Carried("whole") for n in model.touched}
-        report = ExportReport(
-            "plain",
-            str(final),
-            {task: carried for task in asked},
-            sizes,
-            notes=tuple(notes),
-        )
+        carried = dict.fromkeys(model.touched, Carried("whole"))
+        tensors = dict.fromkeys(asked, carried)
+        report = ExportReport("plain", str(final), tensors, sizes, notes=tuple(notes))
         return write_report(place, report)
 
 
@@ -112,6 +107,5 @@ def read_all(place: Path) -> dict[str, Tensor]:
     """Every tensor of the safetensors files in a directory."""
     found: dict[str, Tensor] = {}
     for file in sorted(place.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}
+        found |= load_file(file)
     return found

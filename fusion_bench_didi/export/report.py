@@ -77,9 +77,8 @@ class ExportReport:
         found: dict[tuple[str, str], dict[str, float]] = {}
         for tensors in self.lossy.values():
             for name, one in tensors.items():
-                losses, kind = found.setdefault((one.how, one.why), {}), of_all_layers(
-                    name
-                )
+                losses = found.setdefault((one.how, one.why), {})
+                kind = of_all_layers(name)
                 losses[kind] = max(losses.get(kind, 0.0), one.error)
         return found
 

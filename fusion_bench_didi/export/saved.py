@@ -55,24 +55,17 @@ def export(
         )
     adapters = AdapterSettings(**settings)
     check_target(out, overwrite=overwrite, kind=EXPORT)
-    model = _loaded(directory, base)
-    if base is None:
-        place = source_of(model, None).get("place")
-        beside = Path(directory) / place if place else None
-        base = (
-            beside if beside and not Path(place).is_dir() and beside.is_dir() else None
-        )
-    common: dict[str, Any] = {"tasks": tasks, "base": base, "overwrite": overwrite}
-    if form == "peft":
-        return to_peft(model, out, settings=adapters, **common)
-    return (to_plain if form == "plain" else to_patch)(model, out, **common)
-
-
-def _loaded(directory: str | Path, base: str | Path | None) -> DynamicModel:
     model = load(directory, base)
     if not isinstance(model, DynamicModel):
         raise DiDiError(
             f"{directory} is no backbone with an expert per task, which is what can be exported. Merge by a method that makes one, "
             "such as didi."
         )
-    return model
+    place = source_of(model, base).get("place")
+    if base is None and place and not Path(place).is_dir():
+        beside = Path(directory) / place
+        base = beside if beside.is_dir() else None
+    common: dict[str, Any] = {"tasks": tasks, "base": base, "overwrite": overwrite}
+    if form == "peft":
+        return to_peft(model, out, settings=adapters, **common)
+    return (to_plain if form == "plain" else to_patch)(model, out, **common)

@@ -149,10 +149,8 @@ def check_configurations(base: Any, tuned: Mapping[str, Any]) -> None:
     known = (Mapping, PretrainedConfig)
     if not isinstance(base, known):
         return
-    faults = []
-    for task, config in tuned.items():
-        if not isinstance(config, known):
-            continue
+    faults, told = [], {t: c for t, c in tuned.items() if isinstance(c, known)}
+    for task, config in told.items():
         kind, other = (plain(c).get("model_type") for c in (base, config))
         if kind and other and not _of_kind(plain(config), kind):
             log.warning("%s is a %s, run as a %s as the base model is.", task, other, kind)  # fmt: skip
@@ -169,8 +167,8 @@ def check_configurations(base: Any, tuned: Mapping[str, Any]) -> None:
             "Fine-tuned models compute something else with their weights than the base model, under which all tasks run (base "
             "model's != fine-tuned model's):\n  "
             + "\n  ".join(faults)
-            + "\nTake these models out of the pool. One that may run as the base model does can be given the base model's "
-            "value, or the base model theirs: beside its place in modelpool.models, in its config.json, or in the module's config."
+            + "\nTake these models out of the pool, or give one that may run as the base model does its value: beside its place in "
+            "modelpool.models, in its config.json, or in the module's config."
         )
 
 
@@ -257,10 +255,8 @@ def _matters(key: str, value: Any, config: Mapping[str, Any]) -> bool:
         return _family(config) in _BY_FAMILY[key]
     if key.endswith("max_position_embeddings"):
         return _kind(config.get("rope_scaling")) in _BY_LENGTH
-    return key == "pad_token_id" and value is not None and _reads_padding(config)
-
-
-def _reads_padding(config: Mapping[str, Any]) -> bool:
+    if key != "pad_token_id" or value is None:
+        return False
     heads = config.get("architectures") or ()
     of_texts = any(str(head).endswith(_OF_TEXTS) for head in heads)
     return of_texts or _family(config) in _POSITIONS_BY_PADDING

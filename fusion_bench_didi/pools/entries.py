@@ -20,8 +20,7 @@ from ..task_vectors.places import check_place
 from ..task_vectors.tower_names import fill, is_tower
 from .carried import CARRIED
 from .configurations import COMPUTED
-from .counts import check_counts
-from .weight_files import Weights, check_unmerged, open_weights
+from .weight_files import Weights, check_counts, check_unmerged, open_weights
 
 BASE = "_pretrained_"
 PLACE, TARGET = "pretrained_model_name_or_path", "_target_"
@@ -46,10 +45,9 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
         modelpool = copy.copy(modelpool)
         modelpool.enable_lazy_loading = False
         modelpool._models = {**modelpool._models, name: whole}
-    if directory := directory_of(modelpool, name):
-        _, weights = asked(modelpool, name)
-        check_unmerged(directory, name, weights)
-        check_counts(directory, name, weights)
+    if home := home_of(modelpool, name):
+        check_unmerged(*home[:2])
+        check_counts(*home)
     try:
         if name == BASE:
             model = modelpool.load_pretrained_model()
@@ -68,8 +66,8 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
             "Give an entry with a _target_ that loads one."
         )
     check_values(model, repr(name))
-    if is_tower(model) and (directory := directory_of(modelpool, name)):
-        fill(model, open_weights(directory, name, asked(modelpool, name)[1]))
+    if home and is_tower(model):
+        fill(model, open_weights(*home))
     return model
 
 
@@ -87,10 +85,20 @@ def adapter_directory(modelpool: BaseModelPool, name: str) -> Path | None:
     return directory if directory and (directory / CONFIG).is_file() else None
 
 
-def directory_of(modelpool: BaseModelPool, name: str) -> Path | None:
-    repo, weights = asked(modelpool, name)
-    if weights is None:
+def home_of(modelpool: BaseModelPool, name: str) -> tuple[Path, str, Weights] | None:
+    """Where weights and settings of an entry lie, its name, and which weights are asked for; None where only the host knows."""
+    directory = directory_of(modelpool, name)
+    if directory is None:
         return None
+    _, inside, weights = asked(modelpool, name)
+    return directory / inside, name, weights
+
+
+def directory_of(modelpool: BaseModelPool, name: str) -> Path | None:
+    found = asked(modelpool, name)
+    if found is None:
+        return None
+    repo, *_ = found
     if not repo or not isinstance(repo, (str, os.PathLike)):
         raise ModelPoolError(
             f"{name!r} has {PLACE}={repo!r}, expected a directory or a name on the hub. Mend its entry in the pool."
@@ -171,30 +179,21 @@ def configuration_of(modelpool: BaseModelPool, name: str) -> Any:
     entry = modelpool._models[name]
     if isinstance(entry, nn.Module):
         return getattr(entry, "config", None)
-    directory = directory_of(modelpool, name)
-    if directory is None:
+    home = home_of(modelpool, name)
+    if home is None or not (file := home[0] / "config.json").is_file():
         return None
-    file = directory / asked(modelpool, name)[1].subfolder / "config.json"
-    if not file.is_file():
-        return None
-    check_counts(directory, name, asked(modelpool, name)[1])
+    check_counts(*home)
     arguments = _arguments(modelpool, name)
     added = {key: value for key, value in arguments.items() if key in _CONFIGURED}
     return read_settings(file, name, "a model's configuration") | added
 
 
-def asked(modelpool: BaseModelPool, name: str) -> tuple[str | None, Weights | None]:
-    """Repository and weights of an entry; None for both where only the host knows."""
+def asked(modelpool: BaseModelPool, name: str) -> tuple[Any, str, Weights] | None:
+    """Repository of an entry, the folder in it, and which weights; None where only the host knows."""
     entry = _arguments(modelpool, name)
-    if entry is None:
-        return None, None
-    target = str(entry.get(TARGET, ".from_pretrained"))
-    other = set(entry) - _HARMLESS - _KNOWN - _CONFIGURED
-    if not target.endswith(".from_pretrained") or other:
-        return None, None
-    weights = Weights(
-        entry.get("variant"),
-        entry.get("use_safetensors"),
-        entry.get("subfolder") or "",
-    )
-    return entry.get(PLACE), weights
+    if entry is None or set(entry) - _HARMLESS - _KNOWN - _CONFIGURED:
+        return None
+    if not str(entry.get(TARGET, ".from_pretrained")).endswith(".from_pretrained"):
+        return None
+    weights = Weights(entry.get("variant"), entry.get("use_safetensors"))
+    return entry.get(PLACE), entry.get("subfolder") or "", weights

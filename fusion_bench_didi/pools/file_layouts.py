@@ -15,23 +15,29 @@ except ImportError:  # transformers 4
     get_model_conversion_mapping = None
 
 
-def loaded_names(found: Sequence[str], model: PreTrainedModel) -> dict[str, str]:
+def loaded_names(found: Sequence[str], model: object) -> dict[str, str]:
     """Name in memory by name in a file; names that the rules say nothing about stay as they are.
 
     Of a model with a head, of which this one is the part below it, the head's names are left out.
     """
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in found}
     if get_model_conversion_mapping is not None:
         return _by_transformers_5(found, model)[0]
     prefix = model.base_model_prefix
     has = bool(prefix) and any(name.startswith(prefix) for name in found)
     expects = bool(prefix) and hasattr(model, prefix)
-    layout = getattr(type(model), "_checkpoint_conversion_mapping", None) or None
-    rename = model._get_key_renaming_mapping
+    rename, layout = model._get_key_renaming_mapping, _older_layout(model)
     try:
         return rename(found, layout, has and not expects, expects and not has)
     except ValueError:
         # what transformers calls corrupted is told by the names that are missing
         return {name: name for name in found}
+
+
+def _older_layout(model: PreTrainedModel) -> dict[str, str] | None:
+    """The names that transformers 4 knows of files from before a class was rearranged, as patterns; None for others."""
+    return getattr(type(model), "_checkpoint_conversion_mapping", None) or None
 
 
 def rearranged(found: Sequence[str], model: object) -> dict[str, str]:
@@ -42,7 +48,7 @@ def rearranged(found: Sequence[str], model: object) -> dict[str, str]:
     if get_model_conversion_mapping is not None:
         names, computed = _by_transformers_5(found, model)
         return {old: new for old, new in names.items() if old not in computed}
-    layout = getattr(type(model), "_checkpoint_conversion_mapping", None)
+    layout = _older_layout(model)
     return model._get_key_renaming_mapping(found, layout) if layout else {}
 
 
@@ -52,7 +58,7 @@ def holds_other_names(model: object) -> bool:
         return False
     if get_model_conversion_mapping is not None:
         return bool(get_model_conversion_mapping(model, add_legacy=False))
-    return bool(getattr(type(model), "_checkpoint_conversion_mapping", None))
+    return bool(_older_layout(model))
 
 
 def computed_on_loading(found: Sequence[str], model: object) -> list[str]:

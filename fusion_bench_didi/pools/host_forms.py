@@ -52,17 +52,13 @@ def as_pool(modelpool: Any) -> BaseModelPool:
         raise ModelPoolError(
             f"Entries of modelpool.models have no value: {unknown}. Give them one."
         )
-    entries = modelpool._models
-    if any(isinstance(e, nn.Module) and hasattr(e, _COMPILED) for e in entries.values()):  # fmt: skip
-        entries = {n: getattr(e, _COMPILED, e) for n, e in entries.items()}
-        modelpool._models = entries
+    entries = dict(modelpool._models.items())
     names = {cls.__name__ for cls in type(modelpool).__mro__}
     kind = next((k for k in CLASSES if k in names), None)
-    if kind is not None:
-        found = {name: _completed(entry, kind) for name, entry in entries.items()}
-        if any(entry is not entries[name] for name, entry in found.items()):
-            keeps = isinstance(entries, DictConfig)
-            modelpool._models = OmegaConf.create(found) if keeps else found
+    found = {name: _completed(entry, kind) for name, entry in entries.items()}
+    if any(entry is not entries[name] for name, entry in found.items()):
+        keeps = isinstance(modelpool._models, DictConfig)
+        modelpool._models = OmegaConf.create(found) if keeps else found
     return modelpool
 
 
@@ -91,14 +87,24 @@ def _unknown(modelpool: BaseModelPool, name: Any) -> str:
     return ""
 
 
-def _completed(entry: Any, kind: str) -> Any:
+def _completed(entry: Any, kind: str | None) -> Any:
+    """An entry with the class of its pool, or without what ``torch.compile`` put around it."""
+    if isinstance(entry, nn.Module):
+        return getattr(entry, _COMPILED, entry)
+    if kind is None:
+        return entry
     target = {TARGET: f"transformers.{CLASSES[kind]}.from_pretrained"}
     if isinstance(entry, str) and kind not in _TAKE_STRINGS:
         return {**target, PLACE: entry}
-    mapping = isinstance(entry, _MAPPINGS)
-    if mapping and TARGET not in entry and PLACE in entry:
+    if isinstance(entry, _MAPPINGS) and TARGET not in entry and PLACE in entry:
         return {**target, **entry}
     return entry
+
+
+def same_class(cls: type, *bases: type) -> type:
+    """A class of other bases that is called as another one."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, bases, names)
 
 
 class _Listed(BaseModelPool):
@@ -112,10 +118,8 @@ def _with_mapping(modelpool: Any) -> BaseModelPool:
     """A pool of the host's first version that is one of today's too."""
     cls = type(modelpool)
     if not isinstance(modelpool, BaseModelPool):
-        live = getattr(modelpool, "model_dict", None)
-        entries = live or _listed(modelpool)
-        same = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        modelpool.__class__ = type(cls.__name__, (cls, _Listed), same)
+        entries = getattr(modelpool, "model_dict", None) or _listed(modelpool)
+        modelpool.__class__ = same_class(cls, cls, _Listed)
         modelpool._models = entries
     return modelpool
 

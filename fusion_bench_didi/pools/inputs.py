@@ -64,7 +64,11 @@ def load_inputs(
     first = rows[0]
     if isinstance(first, Mapping) and isinstance(first.get(_TEXT), str):
         return _tokenized(modelpool, [rows[i][_TEXT] for i in chosen])
-    dataset = ImageClassificationDataset(rows, _processor(modelpool))
+    if callable(getattr(modelpool, "load_processor", None)):
+        processor = modelpool.load_processor()
+    else:
+        processor = getattr(modelpool, "test_processor", None)
+    dataset = ImageClassificationDataset(rows, processor)
     return torch.stack([dataset[i][0] for i in chosen])
 
 
@@ -85,15 +89,8 @@ def parts(inputs: Inputs, size: int) -> Iterator[tuple[tuple, dict[str, Tensor]]
 def _tokenized(modelpool: BaseModelPool, texts: list[str]) -> dict[str, Tensor]:
     tokenizer = modelpool.load_tokenizer()
     tokenizer.padding_side = "right"
-    return dict(
-        tokenizer(
-            texts,
-            truncation=True,
-            max_length=TOKENS,
-            padding=True,
-            return_tensors="pt",
-        )
-    )
+    how = {"truncation": True, "max_length": TOKENS, "padding": True}
+    return dict(tokenizer(texts, return_tensors="pt", **how))
 
 
 def _source(
@@ -108,9 +105,3 @@ def _source(
         if task in names:
             return load, names[task]
     return None
-
-
-def _processor(modelpool: BaseModelPool) -> Any:
-    if callable(getattr(modelpool, "load_processor", None)):
-        return modelpool.load_processor()
-    return getattr(modelpool, "test_processor", None)

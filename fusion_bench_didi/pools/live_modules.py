@@ -5,6 +5,7 @@ Models of transformers say it in their configurations, see ``configurations.py``
 
 import logging
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ _ONLY_TRAINED = (
 
 
 def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
-    """
+    """Fine-tuned modules must compute what the base model's do.
+
     Args:
         tuned: by task, modules in memory.
 
@@ -46,11 +48,12 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
         CheckpointMismatchError: listing what tasks would lose: other classes, settings, replaced functions, and buffers that no
             state dict holds.
     """
+    matched = {task: _matched(base, module) for task, module in tuned.items()}
     faults = [
         f"{task}: {fault}"
-        for task, module in tuned.items()
-        if not (_configured(base) and _configured(module))
-        for fault in _differing(*_matched(base, module))
+        for task, pair in matched.items()
+        if not (_configured(base) and _configured(tuned[task]))
+        for fault in _differing(*pair)
     ]
     if faults:
         raise CheckpointMismatchError(
@@ -60,21 +63,16 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
             + "\nGive the base model what they have in common, let what differs be tensors (register_buffer, nn.Parameter), which each "
             "task keeps, or take these models out of the pool."
         )
-    for task, module in tuned.items():
-        if hooked := _hooked(*_matched(base, module)):
+    for task, pair in matched.items():
+        if hooked := _hooked(*pair):
             log.warning("%s has hooks on %s, which the base model has not, and no task will have.", task, ", ".join(hooked[:4]))  # fmt: skip
 
 
 def _matched(base: nn.Module, tuned: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The two, or what one of them is wrapped in or part of (DataParallel, averages of weights, a tower of a whole model)."""
-    if type(base) is not type(tuned):
-        for module in tuned.modules():
-            if type(module) is type(base):
-                return base, module
-        for module in base.modules():
-            if type(module) is type(tuned):
-                return module, tuned
-    return base, tuned
+    inside = ((base, m) for m in tuned.modules() if type(m) is type(base))
+    around = ((m, tuned) for m in base.modules() if type(m) is type(tuned))
+    return next(chain(inside, around), (base, tuned))
 
 
 def _configured(module: nn.Module) -> bool:
@@ -99,12 +97,9 @@ def _differing(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
             if name not in known and _acts(module) and not module.state_dict():
                 yield f"{name} ({_class(module)}) is in the {which} model only"
     for name, here, there in _pairs(base, tuned):
-        shown = name or "the model"
-        if (
-            _class(here) != _class(there)
-            and type(here).forward is not type(there).forward
-        ):
-            yield f"{shown} is {_class(here)} != {_class(there)}"
+        shown, kinds = name or "the model", (_class(here), _class(there))
+        if kinds[0] != kinds[1] and type(here).forward is not type(there).forward:
+            yield "{} is {} != {}".format(shown, *kinds)
             continue
         if _replaced(here) != _replaced(there):
             yield f"{shown} has a forward of its own in one of them only"
@@ -112,17 +107,16 @@ def _differing(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
         for key in sorted(mine.keys() & theirs.keys()):
             if mine[key] != theirs[key]:
                 yield f"{shown}: {key} {mine[key]!r} != {theirs[key]!r}"
-        for leaf in sorted(
-            here._non_persistent_buffers_set & there._non_persistent_buffers_set
-        ):
+        unsaved = here._non_persistent_buffers_set & there._non_persistent_buffers_set
+        for leaf in sorted(unsaved):
             if not _same(here._buffers.get(leaf), there._buffers.get(leaf)):
                 yield f"{shown}: the buffer {leaf}, which is in no state dict, is another"
 
 
 def _acts(module: nn.Module) -> bool:
     """Whether a module without tensors may do something once a model is trained."""
-    idle = isinstance(module, nn.Identity) or "drop" in type(module).__name__.lower()
-    return not idle
+    name = type(module).__name__.lower()
+    return not isinstance(module, nn.Identity) and "drop" not in name
 
 
 def _class(module: nn.Module) -> str:
@@ -141,21 +135,23 @@ def _replaced(module: nn.Module) -> Any:
 def _settings(module: nn.Module) -> dict[str, Any]:
     """Settings of a module that its outputs may depend on; nan is itself."""
     library = type(module).__module__.startswith(_LIBRARY)
-    found = {}
-    for key, value in vars(module).items():
-        if key.startswith("_") or not _plain(value):
-            continue
+
+    def counts(key: str, value: Any) -> bool:
         if library:
-            counts = key not in _SIZES | _TRAINING
-        else:
-            trained = any(
-                part in key.lower().split("_") or key.lower().startswith(part)
-                for part in _ONLY_TRAINED
-            )
-            counts = key in COMPUTED or (type(value) is float and not trained)
-        if counts:
-            found[key] = repr(value) if value != value else value
-    return found
+            return key not in _SIZES | _TRAINING
+        return key in COMPUTED or (type(value) is float and not _trained(key.lower()))
+
+    return {
+        key: repr(value) if value != value else value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and _plain(value) and counts(key, value)
+    }
+
+
+def _trained(key: str) -> bool:
+    """Whether a number of that name matters to training alone."""
+    words = key.split("_")
+    return any(part in words or key.startswith(part) for part in _ONLY_TRAINED)
 
 
 def _plain(value: Any) -> bool:

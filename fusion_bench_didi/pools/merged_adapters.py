@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import CheckpointMismatchError
 from ..task_vectors.alignment import check_alignment
 from .entries import adapter_directory
+from .host_forms import same_class
 from .names_in_memory import Names
 from .opening import adapter_source, base_of, load_backbone, untie_for
 
@@ -21,8 +22,7 @@ def adapted(modelpool: BaseModelPool) -> BaseModelPool:
     names = [n for n in modelpool.model_names if adapter_directory(modelpool, n)]
     cls = type(modelpool)
     if names and not issubclass(cls, _Adapted):
-        same = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        modelpool.__class__ = type(cls.__name__, (_Adapted, cls), same)
+        modelpool.__class__ = same_class(cls, _Adapted, cls)
     return modelpool
 
 
@@ -49,14 +49,12 @@ def tuned_model(modelpool: BaseModelPool, name: str) -> nn.Module:
     source = adapter_source(modelpool, name, known, Names.of(model))
     check_alignment(base, {name: source}, ignored=ignored)
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for tensor in source.infos():
-        if tensor in live:
-            value = source.applied(tensor, live[tensor])
-            if value.shape != live[tensor].shape:
-                raise CheckpointMismatchError(
-                    f"{name}: {tensor} is {tuple(value.shape)}, the base model has {tuple(live[tensor].shape)}, and whole models of "
-                    "several sizes are not merged by this method. Take one that keeps such tensors per task, as didi does, or leave "
-                    "this adapter out."
-                )
-            live[tensor].copy_(value)
+    for tensor in sorted(source.infos().keys() & live.keys()):
+        value, place = source.applied(tensor, live[tensor]), live[tensor]
+        if value.shape != place.shape:
+            raise CheckpointMismatchError(
+                f"{name}: {tensor} is {tuple(value.shape)}, the base model has {tuple(place.shape)}, and whole models of several sizes "
+                "are not merged by this method. Take one that keeps such tensors per task, as didi does, or leave this adapter out."
+            )
+        place.copy_(value)
     return model

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from ..errors import CheckpointMismatchError
 from ..task_vectors.file_sources import read_settings
 from ..task_vectors.renaming import RenamedSource, renaming
-from ..task_vectors.sources import TensorInfo, TensorSource
+from ..task_vectors.sources import TensorInfo, TensorSource, described
 from ..task_vectors.ties import tied_names
 from .file_layouts import loaded_names
 
@@ -37,12 +37,12 @@ class Names:
     @classmethod
     def of(cls, module: nn.Module) -> "Names":
         aliases = tied_names(module)
-        infos = {
-            name: TensorInfo(tuple(tensor.shape), tensor.dtype)
+        tensors = {
+            name: tensor
             for name, tensor in module.state_dict().items()
             if name not in aliases and isinstance(tensor, Tensor)
         }
-        return cls(module, infos, aliases)
+        return cls(module, described(tensors), aliases)
 
 
 def as_loaded(source: TensorSource, names: Names, directory: Path) -> TensorSource:
@@ -117,14 +117,8 @@ def apart(source: TensorSource, names: Names) -> set[str]:
 
 def _mapped(found: list[str], names: Names) -> dict[str, str]:
     """Name in memory by name in the file; what the class does not load is left out."""
-    loaded = _loaded(found, names)
+    loaded = loaded_names(found, names.module)
     return _by_prefix(found, loaded, names) or loaded
-
-
-def _loaded(found: list[str], names: Names) -> dict[str, str]:
-    if isinstance(names.module, PreTrainedModel):
-        return loaded_names(found, names.module)
-    return {name: name for name in found}
 
 
 def _by_prefix(
@@ -149,7 +143,8 @@ def check_read(source: TensorSource, names: Names) -> None:
         CheckpointMismatchError: naming a tensor that was not read.
     """
     state, found = names.module.state_dict(), list(source.infos())
-    for old, new in _by_prefix(found, _loaded(found, names), names).items():
+    loaded = loaded_names(found, names.module)
+    for old, new in _by_prefix(found, loaded, names).items():
         if new not in state:
             continue
         stored, value = source.read(old), state[new]

@@ -31,12 +31,11 @@ from .entries import (
     PLACE,
     TYPES,
     adapter_directory,
-    asked,
     configuration_of,
-    directory_of,
     eager,
     given_by,
     has_own_loader,
+    home_of,
     load_model,
 )
 from .file_layouts import computed_on_loading, rearranged
@@ -70,8 +69,7 @@ def check_pool(modelpool: BaseModelPool) -> None:
         )
     if not modelpool.has_pretrained:
         raise ModelPoolError(
-            f"The pool has no base model: no {BASE!r} among {modelpool.all_model_names}. "
-            f"Task vectors are differences to it; add modelpool.models.{BASE}."
+            f"The pool has no base model: no {BASE!r} among {modelpool.all_model_names}. Add modelpool.models.{BASE}."
         )
     for name, entry in modelpool._models.items():
         if isinstance(entry, ModulatedModel):
@@ -111,8 +109,7 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
     entry = load_model(modelpool, BASE)
     if isinstance(entry, nn.parallel.DistributedDataParallel):
         raise ModelPoolError(
-            f"The base model {BASE!r} is wrapped in DistributedDataParallel, which cannot be copied with frozen weights. Give what it "
-            "wraps, its module."
+            f"The base model {BASE!r} is wrapped in DistributedDataParallel, which cannot be copied. Give its module."
         )
     if not isinstance(modelpool._models[BASE], nn.Module):
         if source := _opened(modelpool, BASE):
@@ -132,11 +129,9 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
 def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:
     """Reference by which the base model is found again: its class, where the pool took it from, and what was not there."""
     cls, fresh = type(backbone), _fresh(modelpool, Names.of(backbone))
-    return {
-        "class": f"{cls.__module__}.{cls.__qualname__}",
-        "source": backbone_source(modelpool),
-        **({} if fresh is None else {"fresh": sorted(fresh)}),
-    }
+    name, source = f"{cls.__module__}.{cls.__qualname__}", backbone_source(modelpool)
+    told = {} if fresh is None else {"fresh": sorted(fresh)}
+    return {"class": name, "source": source, **told}
 
 
 def backbone_source(modelpool: BaseModelPool) -> str | dict | None:
@@ -163,12 +158,10 @@ def _written(value: Any, key: str) -> Any:
     """The argument of an entry as JSON has it: types, devices and paths by their names."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, torch.device):
-        return str(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value).removeprefix("torch.")
     if isinstance(value, (list, tuple)):
         return [_written(one, key) for one in value]
     if isinstance(value, (Mapping, DictConfig)):
@@ -225,17 +218,23 @@ def open_pool(
     tuned, configurations, live = {}, {}, {}
     for name in modelpool.model_names:
         tuned[name] = adapter_source(modelpool, name, known, names)
-        if tuned[name] is None:
-            whole, configurations[name], model = _whole_source(modelpool, name, names)
-            if model is not None:
-                live[name] = model
-            tuned[name] = CastSource.over(aligned(whole, floating(base)), base)
+        if tuned[name] is not None:
+            continue
+        whole = _file_source(modelpool, name, names)
+        if whole is not None:
+            configurations[name] = configuration_of(modelpool, name)
+        else:
+            log.info("%s is read through the model that the pool loads.", name)
+            live[name] = model = load_model(modelpool, name)
+            configurations[name] = getattr(model, "config", None)
+            whole = Float8Source.over(ModuleSource(model, name))
+            whole = whole if names is None else tied_as(whole, names, model)
+        tuned[name] = CastSource.over(aligned(whole, floating(base)), base)
+    patterns = {"exclude": exclude, "as_vectors": as_vectors, "own": own}
     vectors = TaskVectors(
         base,
         tuned,
-        exclude=tuple(exclude),
-        as_vectors=tuple(as_vectors),
-        own=tuple(own),
+        **{key: tuple(value) for key, value in patterns.items()},
         buffers=buffers,
         fresh=fresh,
         ignored=ignored,
@@ -264,8 +263,7 @@ def needed_apart(
     for task in tasks if names.aliases else ():
         if directory := adapter_directory(modelpool, task):
             tied = {alias: names.infos[name] for alias, name in names.aliases.items()}
-            known = {**names.infos, **tied}
-            adapter = _adapter(directory, task, known, backbone)
+            adapter = _adapter(directory, task, {**names.infos, **tied}, backbone)
             found |= adapter.apart(names.aliases, tied_by_peft(backbone))
         elif isinstance(modelpool._models[task], nn.Module):
             found |= apart(ModuleSource(load_model(modelpool, task), task), names)
@@ -341,22 +339,6 @@ def _adapter(
     return AdapterSource.of_directory(directory, label, known, turned, layout)
 
 
-def _whole_source(
-    modelpool: BaseModelPool, name: str, names: Names | None
-) -> tuple[TensorSource, Any, nn.Module | None]:
-    """A whole fine-tuned model, from its files or as the pool loads it; its configuration; and, where it was loaded, itself."""
-    found = _file_source(modelpool, name, names)
-    if found is not None:
-        return found, configuration_of(modelpool, name), None
-    log.info("%s is read through the model that the pool loads.", name)
-    model = load_model(modelpool, name)
-    loaded = ModuleSource(model, name)
-    source = Float8Source.over(loaded)
-    if names is not None:
-        source = tied_as(source, names, model)
-    return source, loaded.config, model
-
-
 def _file_source(
     modelpool: BaseModelPool, name: str, names: Names | None = None
 ) -> TensorSource | None:
@@ -366,17 +348,10 @@ def _file_source(
         return source
     if computed_on_loading(list(source.infos()), names.module):
         return None
-    _, weights = asked(modelpool, name)
-    place = directory_of(modelpool, name) / weights.subfolder
-    return as_loaded(source, names, place)
+    return as_loaded(source, names, home_of(modelpool, name)[0])
 
 
 def _opened(modelpool: BaseModelPool, name: str) -> TensorSource | None:
     """The weight files behind a pool entry, under their own names; None where only the host knows what it would read."""
-    if has_own_loader(modelpool):
-        return None
-    directory = directory_of(modelpool, name)
-    if directory is None:
-        return None
-    _, weights = asked(modelpool, name)
-    return open_weights(directory, name, weights)
+    home = None if has_own_loader(modelpool) else home_of(modelpool, name)
+    return home and open_weights(*home)

@@ -24,18 +24,17 @@ def tell_of_other_bases(
     modelpool: BaseModelPool, tuned: Mapping[str, TensorSource]
 ) -> None:
     """Warn of adapters that name another base model."""
-    place, weights = asked(modelpool, BASE)
-    if not place:
+    base = asked(modelpool, BASE)
+    if base is None or not base[0]:
         return
-    place = os.fspath(place)
+    place, inside = os.fspath(base[0]), base[1]
     named = {
         task: source.trained_on
         for task, source in tuned.items()
         if isinstance(source, AdapterSource) and isinstance(source.trained_on, str)
     }
     same = {
-        name: not name or same_model(name, place, weights.subfolder)
-        for name in {*named.values()}
+        name: not name or same_model(name, place, inside) for name in {*named.values()}
     }
     if other := [f"{task} on {name}" for task, name in named.items() if not same[name]]:
         log.warning(

@@ -26,17 +26,24 @@ def resolve_task(
         UnknownTaskError: naming what was asked for and what there is.
     """
     known = list(known)
-    if aliases and name in aliases:
-        name = aliases[name]
+    found = _meant(name, known, aliases)
+    if found is None:
+        raise UnknownTaskError(
+            f"Task {name!r} is not in the merged model, which holds {known}. "
+            f"Map it with {spelled('task_aliases', '{pool_name: model_name}')}, or take it out of the task pool."
+        )
+    return found
+
+
+def _meant(
+    name: str, known: Collection[str], aliases: Mapping[str, str] | None = None
+) -> str | None:
+    """The known task that a name means; None if there is none, or more than one."""
+    name = (aliases or {}).get(name, name)
     if name in known:
         return name
     same = [task for task in known if normalized(task) == normalized(name)]
-    if len(same) == 1:
-        return same[0]
-    raise UnknownTaskError(
-        f"Task {name!r} is not in the merged model, which holds {known}. "
-        f"Map it with {spelled('task_aliases', '{pool_name: model_name}')}, or take it out of the task pool."
-    )
+    return same[0] if len(same) == 1 else None
 
 
 def check_tasks(
@@ -48,13 +55,7 @@ def check_tasks(
         UnknownTaskError: naming both lists.
     """
     asked, known = list(asked), list(known)
-    unknown = []
-    for name in asked:
-        try:
-            resolve_task(name, known, aliases)
-        except UnknownTaskError:
-            unknown.append(name)
-    if unknown:
+    if unknown := [name for name in asked if _meant(name, known, aliases) is None]:
         raise UnknownTaskError(
             f"The task pool has tasks that no merged model covers: {unknown}. Task pool: {asked}; models: {known}. "
             f"Map names with {spelled('task_aliases', '{pool_name: model_name}')}, or take these tasks out of the task pool."
@@ -67,13 +68,8 @@ def check_aliases(aliases: Mapping[str, str] | None, known: Iterable[str]) -> No
     Raises:
         UnknownTaskError: naming those that do not.
     """
-    known, unknown = list(known), {}
-    for name, model in (aliases or {}).items():
-        try:
-            resolve_task(model, known)
-        except UnknownTaskError:
-            unknown[name] = model
-    if unknown:
+    known, aliases = list(known), aliases or {}
+    if unknown := {n: m for n, m in aliases.items() if _meant(m, known) is None}:
         raise UnknownTaskError(
             f"{spelled('task_aliases', str(unknown))} names no model of the pool, which has {known}. Map task pool names to model names."
         )
@@ -91,21 +87,15 @@ def names_of(
     """
     models, found = list(models), {}
     for name in given:
-        try:
-            found.setdefault(resolve_task(name, models, aliases), name)
-        except UnknownTaskError:
-            continue
+        found.setdefault(_meant(name, models, aliases), name)
+    found.pop(None, None)
     return found
 
 
 #: Where the host's pools keep their tasks, mappings or lists of names.
 TASKS = (
-    "test_dataloaders",
-    "_test_datasets",
-    "test_datasets",
-    "_tasks",
-    "_all_task_names",
-    "tasks",
+    *("test_dataloaders", "_test_datasets", "test_datasets"),
+    *("_tasks", "_all_task_names", "tasks"),
 )
 
 
@@ -113,10 +103,8 @@ def pool_tasks(taskpool: Any) -> list[str]:
     """The names of the tasks that a host pool will evaluate; empty if it does not tell."""
     for attribute in TASKS[1:]:
         value = getattr(taskpool, attribute, None)
-        if isinstance(value, str):
-            return value.split(",")
-        if isinstance(value, (list, tuple, ListConfig)) or hasattr(value, "keys"):
-            return [str(name) for name in value]
+        if isinstance(value, (str, list, tuple, ListConfig)) or hasattr(value, "keys"):
+            return _names(value)
     return []
 
 

@@ -10,14 +10,11 @@ from transformers import GenerationConfig, PretrainedConfig
 from ..task_vectors.file_sources import read_settings
 from .carried import PROBLEM, carried
 from .configurations import as_class, plain
-from .entries import adapter_directory, asked, configuration_of, directory_of
+from .entries import adapter_directory, configuration_of, home_of
 
 #: kinds of settings, by which a merged model's facts have them of every task that has some
-TASK_SETTINGS = LABELS, GENERATION, CONFIGURATION = (
-    "labels",
-    "generation",
-    "configuration",
-)
+LABELS, GENERATION, CONFIGURATION = "labels", "generation", "configuration"
+TASK_SETTINGS = (LABELS, GENERATION, CONFIGURATION)
 FILE = "generation_config.json"
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -34,11 +31,7 @@ def task_settings(
     Raises:
         CheckpointMismatchError: for a file of settings that cannot be read.
     """
-    kinds = {
-        LABELS: _labels,
-        GENERATION: _generation,
-        CONFIGURATION: _configuration,
-    }
+    kinds = dict(zip(TASK_SETTINGS, (_labels, _generation, _configuration)))
     found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
     for name in modelpool.model_names:
         if adapter_directory(modelpool, name):
@@ -104,11 +97,10 @@ def _generation_config(
     entry = modelpool._models[name]
     if isinstance(entry, nn.Module):
         return getattr(entry, "generation_config", None)
-    directory, config = directory_of(modelpool, name), configuration_of(modelpool, name)
-    if directory is None or config is None:
+    home, config = home_of(modelpool, name), configuration_of(modelpool, name)
+    if home is None or config is None:
         return None
-    file = directory / asked(modelpool, name)[1].subfolder / FILE
-    if file.is_file():
+    if (file := home[0] / FILE).is_file():
         told = read_settings(file, name, "settings of generation")
         return GenerationConfig.from_dict(told)
     read = as_class(type(backbone.config), config)
@@ -120,9 +112,6 @@ def _generation_config(
 def _values(config: GenerationConfig) -> Iterator[tuple[str, Any]]:
     for key, value in config.to_dict().items():
         each = value if isinstance(value, list) else [value]
-        if (
-            key[0] != "_"
-            and key != "transformers_version"
-            and all(isinstance(one, _PLAIN) for one in each)
-        ):
+        told = key[0] != "_" and key != "transformers_version"
+        if told and all(isinstance(one, _PLAIN) for one in each):
             yield key, value

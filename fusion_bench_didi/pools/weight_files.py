@@ -1,6 +1,7 @@
 """The weight files that the host's ``from_pretrained`` would read of a directory, in its order of preference."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,28 @@ from ..task_vectors.float8 import Float8Source
 from ..task_vectors.renaming import RenamedSource
 from ..task_vectors.sources import TensorSource
 
+#: The host's order of preference: stem and ending of names, the reader, and the ``use_safetensors`` that rules them out.
+_KINDS = (
+    ("model", "safetensors", SafetensorsSource, False),
+    ("pytorch_model", "bin", PickleSource, True),
+)
+#: Settings that say how often something with weights is made; transformers makes them one by one.
+_COUNTS = re.compile(r"(?!max_)\w*(layers?|experts|depth)")
+#: So many are made in seconds, whatever the weights hold.
+_FEW = 1000
+
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights of a repository are asked for.
+    """Which weights of a directory are asked for.
 
     Args:
         variant: ``fp16`` for ``model.fp16.safetensors``.
         use_safetensors: True or False allow only safetensors or only pickles.
-        subfolder: of the repository.
     """
 
     variant: str | None = None
     use_safetensors: bool | None = None
-    subfolder: str = ""
 
 
 def open_weights(
@@ -40,15 +49,22 @@ def open_weights(
         CheckpointMismatchError: for a broken file or index.
         ModelPoolError: for a merged model.
     """
-    check_unmerged(directory, label, weights)
-    home = directory / weights.subfolder
-    config = _configuration(home, label)
-    elsewhere = config.get("transformers_weights")
-    source = None if elsewhere else _found(home, label, weights)
-    return None if source is None else Float8Source.over(source)
+    check_unmerged(directory, label)
+    if _configuration(directory, label).get("transformers_weights"):
+        return None
+    for stem, ending, kind, ruled_out_by in _KINDS:
+        if weights.use_safetensors is ruled_out_by:
+            continue
+        names = _named(stem, ending, weights.variant)
+        single, index = (directory / name for name in names)
+        if single.exists():
+            return Float8Source.over(kind([single], label))
+        if index.exists():
+            return Float8Source.over(_sharded(kind, index, label))
+    return None
 
 
-def check_unmerged(directory: Path, label: str, weights: Weights = Weights()) -> None:
+def check_unmerged(directory: Path, label: str) -> None:
     """What is to be merged, or stands under a merge, must be a model, and no merged one of this package.
 
     Args:
@@ -58,45 +74,64 @@ def check_unmerged(directory: Path, label: str, weights: Weights = Weights()) ->
         ModelPoolError: if it is merged.
         CheckpointMismatchError: if the configuration is no JSON.
     """
-    home = directory / weights.subfolder
-    if is_marked(_configuration(home, label)):
+    if is_marked(_configuration(directory, label)):
         raise ModelPoolError(
-            f"{label}: {home} is a merged model of this package, which holds changes of a base model and no model of its own. "
-            f"Write a task of it as a checkpoint first (didi export {home} OUT --form plain, or "
+            f"{label}: {directory} is a merged model of this package, which holds changes of a base model and no model of its own. "
+            f"Write a task of it as a checkpoint first (didi export {directory} OUT --form plain, or "
             "materialize(task).save_pretrained(OUT) in Python), or give what it was merged from."
         )
 
 
-def _configuration(home: Path, label: str) -> Mapping[str, Any]:
+def check_counts(directory: Path, label: str, weights: Weights = Weights()) -> None:
+    """A configuration asks for no more layers than there are tensors beside it.
+
+    Args:
+        label: of the model, for messages.
+        weights: that are asked for.
+
+    Raises:
+        CheckpointMismatchError: naming file and setting; if the configuration is no JSON.
+    """
+    asked = {
+        key: value
+        for key, value in pairs(_configuration(directory, label))
+        if _COUNTS.fullmatch(key) and type(value) is int and value > _FEW
+    }
+    source = open_weights(directory, label, weights) if asked else None
+    if source is None:
+        return
+    for key, value in asked.items():
+        if value > len(source.infos()):
+            raise CheckpointMismatchError(
+                f"{label}: {directory / 'config.json'} says {key}={value}, while the weights beside it are {len(source.infos())} "
+                "tensors. Mend the configuration, or download it again."
+            )
+
+
+def pairs(value: Any) -> Iterator[tuple[str, Any]]:
+    """All keys of nested objects, with their values."""
+    left = [value]  # of any depth
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            yield from value.items()
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def _configuration(directory: Path, label: str) -> Mapping[str, Any]:
     """What a configuration says, if there is one."""
-    file = home / "config.json"
+    file = directory / "config.json"
     if not file.is_file():
         return {}
     found = read_json(file, label, "the configuration of a model")
     return found if isinstance(found, Mapping) else {}
 
 
-def _found(directory: Path, label: str, weights: Weights) -> TensorSource | None:
-    single, index = _named("model", "safetensors", weights.variant)
-    if weights.use_safetensors is not False:
-        if (directory / single).exists():
-            return SafetensorsSource([directory / single], label)
-        if (directory / index).exists():
-            return _sharded(SafetensorsSource, directory / index, label)
-    single, index = _named("pytorch_model", "bin", weights.variant)
-    if weights.use_safetensors is not True:
-        if (directory / single).exists():
-            return PickleSource([directory / single], label)
-        if (directory / index).exists():
-            return _sharded(PickleSource, directory / index, label)
-    return None
-
-
-def index_files(variant: str | None = None) -> tuple[str, str]:
+def index_files(variant: str | None = None) -> list[str]:
     """Names of the indices of shards."""
-    stems = ("model", "safetensors"), ("pytorch_model", "bin")
-    first, second = (_named(*stem, variant)[1] for stem in stems)
-    return first, second
+    return [_named(stem, ending, variant)[1] for stem, ending, *_ in _KINDS]
 
 
 def _named(stem: str, ending: str, variant: str | None) -> tuple[str, str]:

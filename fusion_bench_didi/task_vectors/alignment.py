@@ -20,16 +20,8 @@ _MOST = 8
 
 #: Names of the last layers of classifiers: where their shapes differ, tasks have heads of their own.
 HEADS = (
-    "*classifier*",
-    "*qa_outputs*",
-    "*_head.*",
-    "score.*",
-    "*.score.*",
-    "head.*",
-    "*.head.*",
-    "heads.*",
-    "fc.*",
-    "*logits_proj*",
+    *("*classifier*", "*qa_outputs*", "*_head.*", "score.*", "*.score.*"),
+    *("head.*", "*.head.*", "heads.*", "fc.*", "*logits_proj*"),
 )
 
 
@@ -77,34 +69,28 @@ def check_alignment(
     expected = {n for n in reference if n in held or (loaded and n not in fresh)}
     expected = {n for n in expected if not matches(n, exclude)}
     keepable, placeless = False, set[str]()
+    fitting = {
+        n: i
+        for n, i in base.infos().items()
+        if i.floating or (loaded and n not in buffers)
+    }
     for task, found in infos.items():
         missing = expected - set(found)
         if task in adapters:
             missing &= fresh
-        found = {
-            n: i
-            for n, i in found.items()
-            if not matches(n, exclude) and n not in ignored
-        }
-        foreign = {n for n in found if n not in base.infos()}
+        left_out = ignored | {n for n in found if matches(n, exclude)}
+        found = {n: i for n, i in found.items() if n not in left_out}
+        foreign = set(found) - set(base.infos())
         kept = {n for n in foreign if matches(n, own)}
         if loaded:  # headers alone do not tell all that the base model has
             placeless |= kept - buffers
             kept &= buffers
         foreign -= kept
-        fitting = {
-            n: i
-            for n, i in base.infos().items()
-            if i.floating or (loaded and n not in buffers)
-        }
         misfits = [*_misfits(found, fitting, own, fresh)]
-        if misfits:
-            left = [*_misfits(found, fitting, ("*",), fresh)]
-            keepable |= len(misfits) > len(left)
+        keepable |= len(misfits) > len([*_misfits(found, fitting, ("*",), fresh)])
         told = _faults_of_names(missing, foreign, _alike(misfits))
         faults += [f"{task}: {fault}" for fault in told]
-    faults += _on_random_tensors(adapters, exclude, fresh)
-    faults += _on_other_sizes(adapters, reference, exclude, (*own, *HEADS))
+    faults += _without_value(adapters, reference, exclude, own, fresh)
     faults += _left_out(infos, reference, exclude, fresh)
     if faults:
         way_out = _unwrapped(base, tuned)
@@ -162,31 +148,25 @@ def _faults_of_names(
         yield f"and {len(misfits) - _MOST} more kinds of tensors"
 
 
-def _on_random_tensors(
-    adapters: Mapping[str, TensorSource], exclude: Iterable[str], fresh: frozenset[str]
-) -> Iterator[str]:
-    """Factors of adapters that belong to a tensor without a base value."""
-    for task, source in adapters.items():
-        for name in sorted(fresh & set(source.infos())):
-            if source.rank(name) is not None and not matches(name, exclude):
-                yield (
-                    f"{task}: {name} is changed by an adapter's factors, and the base model's is random at every load; give a base "
-                    "model whose files hold it, or adapters that hold it whole (modules_to_save)"
-                )
-
-
-def _on_other_sizes(
+def _without_value(
     adapters: Mapping[str, TensorSource],
     reference: Infos,
     exclude: Iterable[str],
     own: Iterable[str],
+    fresh: frozenset[str],
 ) -> Iterator[str]:
-    """Factors of adapters that belong to a tensor of another size, whose value is not there."""
+    """Factors of adapters that belong to a tensor whose value is nowhere: the base model's is random, or of another size."""
     for task, source in adapters.items():
         for name, info in source.infos().items():
-            kept = matches(name, own) and not matches(name, exclude)
+            if source.rank(name) is None or matches(name, exclude):
+                continue
             want = reference.get(name, info).shape
-            if kept and info.shape != want and source.rank(name) is not None:
+            if name in fresh:
+                yield (
+                    f"{task}: {name} is changed by an adapter's factors, and the base model's is random at every load; give a base "
+                    "model whose files hold it, or adapters that hold it whole (modules_to_save)"
+                )
+            elif info.shape != want and matches(name, (*own, *HEADS)):
                 yield (
                     f"{task}: {name} is {info.shape}, the base model has {want}, and the adapter does not hold the value that its "
                     "factors change; save it with save_embedding_layers=True"

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointMismatchError
-from .sources import TensorInfo, TensorSource, described, fault_of
+from .sources import TensorInfo, TensorSource, described, faults_of
 from .watched import Watched
 
 #: Files are mapped anew after so many bytes read from a model.
@@ -86,11 +86,9 @@ class SafetensorsSource(FilesSource):
             self._watched.opened(file)
             handle = self._open[file] = self._mapped(file)
             for name in handle.keys():
-                view = handle.get_slice(name)
-                self._files[name] = file
-                self._infos[name] = TensorInfo(
-                    tuple(view.get_shape()), _READ.get(view.get_dtype())
-                )
+                view, self._files[name] = handle.get_slice(name), file
+                shape, dtype = tuple(view.get_shape()), _READ.get(view.get_dtype())
+                self._infos[name] = TensorInfo(shape, dtype)
 
     def read(self, name: str) -> Tensor:
         file = self._files[name]
@@ -124,16 +122,14 @@ class PickleSource(FilesSource):
     def __init__(self, files: Sequence[Path], label: str):
         super().__init__(label)
         self._tensors: dict[str, Tensor] = {}
-        unused: dict[str, str] = {}
+        self.unused = {}
         for file in files:
             self._watched.opened(file)
             tensors, beside = _state_dict(file, label)
-            for name, value in tensors.items():
-                self._tensors[name], self._files[name] = value, file
-            unused.update(dict.fromkeys(beside, "beside the state dict's tensors"))
-        self.unused = unused
-        self._infos = described(self._tensors)
-        self.faults = {n: f for n, t in self._tensors.items() if (f := fault_of(t))}
+            self._tensors |= tensors
+            self._files |= dict.fromkeys(tensors, file)
+            self.unused |= dict.fromkeys(beside, "beside the state dict's tensors")
+        self._infos, self.faults = described(self._tensors), faults_of(self._tensors)
 
     def read(self, name: str) -> Tensor:
         self._watched.check(self._files[name])
@@ -148,30 +144,26 @@ def _state_dict(file: Path, label: str) -> tuple[dict[str, Tensor], list[str]]:
     Returns:
         tensors by name; names of other values that hold some.
     """
-    way_out = "Save the model's state dict as safetensors."
+
+    def refused(fault: str) -> CheckpointMismatchError:
+        way_out = "Save the model's state dict as safetensors."
+        return CheckpointMismatchError(f"{label}: {file} {fault}. {way_out}")
+
     try:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # of the format before torch 1.6, which cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a broken archive
-        raise CheckpointMismatchError(
-            f"{label}: {file} cannot be read as a weights-only checkpoint ({error}). {way_out}"
-        ) from error
+        raise refused(f"cannot be read as a weights-only checkpoint ({error})") from error  # fmt: skip
     if not isinstance(state, Mapping):
-        raise CheckpointMismatchError(
-            f"{label}: {file} holds a {type(state).__name__}, expected a state dict (tensors by name). {way_out}"
-        )
+        raise refused(f"holds a {type(state).__name__}, expected a state dict")
     nested = [k for k, v in state.items() if isinstance(v, Mapping) and v]
     tensors = {k: v.detach() for k, v in state.items() if isinstance(v, Tensor)}
     if nested and not tensors:
-        raise CheckpointMismatchError(
-            f"{label}: {file} holds dictionaries {nested[:4]}, expected tensors by name. {way_out}"
-        )
+        raise refused(f"holds dictionaries {nested[:4]}, expected tensors by name")
     if strange := [k for k in tensors if not isinstance(k, str)]:
-        raise CheckpointMismatchError(
-            f"{label}: {file} holds {strange[:4]}, expected tensors by name. {way_out}"
-        )
+        raise refused(f"holds {strange[:4]}, expected tensors by name")
     return tensors, [str(k) for k, v in state.items() if k not in tensors and _deep(v)]
 
 

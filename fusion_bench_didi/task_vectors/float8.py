@@ -66,16 +66,16 @@ class Float8Source(WrappedSource):
 
 
 def _check(source: TensorSource, name: str, scale: str) -> None:
-    shape, scales = source.infos()[name].shape, source.infos()[scale].shape
-    if not source.infos()[scale].floating:
-        kind = source.infos()[scale].dtype or "a type that torch does not have"
+    shape, info = source.infos()[name].shape, source.infos()[scale]
+    if not info.floating:
+        kind = info.dtype or "a type that torch does not have"
         raise CheckpointMismatchError(
             f"{source.label}: {scale} beside {name} is of {kind}, expected floating point: whole numbers may stand for exponents. "
             "Save the model in bfloat16."
         )
-    if _block(shape, scales) is None:
+    if _block(shape, info.shape) is None:
         raise CheckpointMismatchError(
-            f"{source.label}: {scale} is {scales} beside {name} of {shape}, expected one scale, one per row, or one per block. "
+            f"{source.label}: {scale} is {info.shape} beside {name} of {shape}, expected one scale, one per row, or one per block. "
             "Save the model in bfloat16."
         )
 

@@ -27,14 +27,11 @@ def check_values(model: nn.Module, label: str) -> None:
         raise CheckpointMismatchError(
             f"{label} ({type(model).__name__}): {found}, whose values cannot be read and replaced. Give {way_out}."
         )
-    tensors = dict(model.named_parameters())
-    tensors |= {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in tensors}  # fmt: skip
-    absent = [n for n, t in tensors.items() if getattr(t, "is_meta", False)]
-    if absent:
+    tensors = {**model.state_dict(keep_vars=True), **dict(model.named_parameters())}
+    if absent := [n for n, t in tensors.items() if getattr(t, "is_meta", False)]:
         raise CheckpointMismatchError(
-            f"{label} ({type(model).__name__}) has {len(absent)} of {len(tensors)} weights not in memory: "
-            f"{some(absent)} are on the meta device, without values, as device_map leaves what it offloads to the disk "
-            "or the CPU. Give the model's directory, which is read tensor by tensor, or load it without device_map."
+            f"{label} ({type(model).__name__}) has {len(absent)} of {len(tensors)} weights not in memory: {some(absent)} are on the "
+            "meta device, where device_map leaves what it offloads. Give the model's directory, or load it without device_map."
         )
     check_undivided(model, label)
 

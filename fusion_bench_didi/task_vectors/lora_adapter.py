@@ -27,7 +27,7 @@ from .watched import Watched
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 #: What PEFT puts around the names of the base model.
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
 _PAIR = re.compile(r".+\.lora_(?:([AB])\.weight|(embedding_[AB]))")
 
@@ -122,10 +122,8 @@ class AdapterSource(TensorSource):
             raise CheckpointMismatchError(
                 f"{label}: {directory} has {CONFIG} but neither {FILES[0]} nor {FILES[1]}. Download or write it again."
             )
-        if file.suffix == ".bin":
-            source: TensorSource = PickleSource([file], label)
-        else:
-            source = SafetensorsSource([file], label)
+        kind = PickleSource if file.suffix == ".bin" else SafetensorsSource
+        source = kind([file], label)
         source.watched.opened(directory / CONFIG)
         return cls(source, read_config(directory, label), base, fan_in_first, layout)
 
@@ -173,12 +171,9 @@ class AdapterSource(TensorSource):
 
     def applied(self, name: str, base: Tensor) -> Tensor:
         """The fine-tuned value of a tensor whose value in the base model is ``base``; sums in the base model's type."""
-        rank = self.rank(name)
-        if rank is None:
-            return self.read(name)
-        if not rank:
-            return base
-        return self._sum(base, self._pairs[name])
+        if name in self._pairs:
+            return self._sum(base, self._pairs[name])
+        return self.read(name) if name in self._whole else base
 
     def apart(self, tied: Mapping[str, str], tying: bool = True) -> set[str]:
         """Tied names of the base model that differ from the others with this adapter: PEFT changes a tensor by one name only.
@@ -223,12 +218,11 @@ class AdapterSource(TensorSource):
         pairs = self._pairs.get(name), self._pairs.get(first)
         if None in pairs or pairs[0].scale != pairs[1].scale:
             return False
-        one, other = self._raw(name), self._raw(first)
+        one, other = map(self._raw, pairs)
         return all(half.equal(same) for half, same in zip(one, other))
 
-    def _raw(self, name: str) -> tuple[Tensor, Tensor]:
+    def _raw(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """The two factors of a matrix, (m, r) and (r, n), as they are stored; without their scale."""
-        pair = self._pairs[name]
         up, down = self._source.read(pair.b), self._source.read(pair.a)
         return (down.mT, up.mT) if pair.turned else (up, down)
 
@@ -238,7 +232,7 @@ class AdapterSource(TensorSource):
         whole: dict[str, str] = {}
         beside: dict[str, str] = {}
         for key in sorted(self._source.infos()):
-            name = key.removeprefix(_PREFIX)
+            name = key.removeprefix(PREFIX)
             owner, lora, _ = name.partition(".lora_")
             if ".original_module." in name:
                 beside[key] = "the base model's value beside the one that was trained"
@@ -273,17 +267,17 @@ class AdapterSource(TensorSource):
                 self._whole[name] = whole[old]
                 self._infos[name] = self._source.infos()[whole[old]]
             else:
-                self._add(name, old.removesuffix(".weight"), halves[old])
+                module = old.removesuffix(".weight")
+                if fault := self._added(name, module, halves[old]):
+                    self.faults[name] = fault
                 if old in changed and not self._grown(name, changed[old]):
                     beside[changed[old]] = "the base model's value beside its pair"
         self.unused = {**self._source.unused, **beside}
 
     def _are_one(self, key: str, other: str) -> bool:
         """Whether two tensors of the file are equal, as the biases of a trained module are with ``bias="all"``."""
-        infos = self._source.infos()
-        if infos[key] != infos[other]:
-            return False
-        return self._source.read(key).equal(self._source.read(other))
+        infos, read = self._source.infos(), self._source.read
+        return infos[key] == infos[other] and read(key).equal(read(other))
 
     def _renamed(self, names: Iterable[str]) -> dict[str, str]:
         """Names as above by those of the base model; what has no such name keeps its own."""
@@ -302,43 +296,34 @@ class AdapterSource(TensorSource):
         old = [name for name in names if name not in self._base]
         return {n: new for n, new in self._layout(old).items() if new != n}
 
-    def _add(self, name: str, module: str, keys: Mapping[str, str]) -> None:
-        """Take a pair, or note what is wrong with it."""
+    def _added(self, name: str, module: str, keys: Mapping[str, str]) -> str | None:
+        """Take a pair, or tell what is wrong with it."""
         embedding = {*keys} == {"embedding_A", "embedding_B"}
         if not embedding and {*keys} != {"A", "B"}:
-            alone = len(keys) == 1
-            self.faults[name] = (
-                f"{', '.join(keys.values())} {'stands' if alone else 'stand'} alone, expected lora_A.weight and lora_B.weight, or "
-                "lora_embedding_A and lora_embedding_B"
+            stand = "stands" if len(keys) == 1 else "stand"
+            return (
+                f"{', '.join(keys.values())} {stand} alone, expected lora_A.weight and lora_B.weight, or lora_embedding_A and "
+                "lora_embedding_B"
             )
-            return
         down, up = (keys[half] for half in sorted(keys))
         a, b = (self._source.infos()[key] for key in (down, up))
         if not a.floating or not b.floating:
-            self.faults[name] = (
+            return (
                 f"{down} is of {a.dtype} and {up} of {b.dtype}, expected floating point"
             )
-            return
         rank, scale = settings = self._settings.of_module(module)
         later = self._later.get(f"{module}.weight", "").removesuffix(".weight")
         if later and self._settings.of_module(later) != settings:
-            self.faults[name] = (
+            return (
                 f"{down} has rank and scale {settings} by the patterns of {CONFIG}, and {self._settings.of_module(later)} as "
                 f"{later}, the name that the base model's class has for {module} now; expected patterns that mean both alike"
             )
-            return
         ones = (1,) * (len(b.shape) - 2)  # a convolution's kernel is all in lora_A
         if a.shape[:1] != (rank,) or b.shape[1:] != (rank, *ones):
-            self.faults[name] = (
-                f"{down} is {a.shape} and {up} {b.shape}, expected rank {rank} of {CONFIG}"
-            )
-            return
+            return f"{down} is {a.shape} and {up} {b.shape}, expected rank {rank} of {CONFIG}"
         shape, want = (b.shape[0], *a.shape[1:]), self._base.get(name)
         if want is not None and not want.floating:
-            self.faults[name] = (
-                f"{down} changes {name}, which the base model has in {want.dtype}, expected floating point"
-            )
-            return
+            return f"{down} changes {name}, which the base model has in {want.dtype}, expected floating point"
         turned = embedding or (
             want is not None and self._turned(name, shape, want.shape)
         )
@@ -346,6 +331,7 @@ class AdapterSource(TensorSource):
         # the fine-tuned model would be saved in the base model's type
         self._infos[name] = TensorInfo(shape, (want or a).dtype)
         self._pairs[name] = Pair(down, up, rank, scale, turned)
+        return None
 
     def _grown(self, name: str, key: str) -> bool:
         """Take the value beside a pair where the base model has another size, as of a vocabulary that has grown; whether it is."""

@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,41 +18,21 @@ CONFIG = "adapter_config.json"
 
 #: Variants of LoRA whose change of a weight is not ``scale * B A``, by the setting that turns them on.
 VARIANTS = (
-    "use_dora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "enable_lora",
-    "kasa_config",
-    "layer_replication",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
+    *("use_dora", "lora_bias", "alora_invocation_tokens", "arrow_config"),
+    *("enable_lora", "kasa_config", "layer_replication", "monteclora_config"),
+    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
 )
 
 #: Others that are turned on as variants are, and change nothing about a trained adapter.
 PLAIN = (
-    "corda_config",
-    "eva_config",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "runtime_config",
-    "use_rslora",
-    "velora_config",
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+    *("megatron_config", "runtime_config", "use_rslora", "velora_config"),
 )
 
 #: Kinds of adapters that learn inputs of the model, or of its layers, beside the weights.
 PROMPTS = (
-    "ADAPTION_PROMPT",
-    "CARTRIDGE",
-    "CPT",
-    "MULTITASK_PROMPT_TUNING",
-    "PREFIX_TUNING",
-    "PROMPT_TUNING",
-    "P_TUNING",
+    *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
+    *("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
 )
 
 #: Last parts of names by which PEFT knows the modules that ``ensure_weight_tying`` is about.
@@ -69,7 +49,7 @@ _LONGEST_PATTERN = 1000
 _MOST_REPETITIONS = 10**4
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoraSettings:
     """The arithmetic of a plain LoRA adapter: ``W + scale * B A``.
 
@@ -88,9 +68,9 @@ class LoraSettings:
     alphas: Mapping[str, float] | None = None
     fan_in_first: bool = False
     label: str = ""
-    _patience: "Patience" = field(
-        default_factory=lambda: Patience(MATCH_SECONDS), repr=False, compare=False
-    )
+
+    def __post_init__(self):
+        self._left = MATCH_SECONDS  # for slow patterns
 
     @classmethod
     def of(cls, config: Mapping[str, Any], label: str = "") -> "LoraSettings":
@@ -107,14 +87,11 @@ class LoraSettings:
     def rank_of(self, module: str) -> int:
         return self._matched(self.ranks, module, self.rank)
 
-    def scale_of(self, module: str) -> float:
-        rank = self.rank_of(module)
-        alpha = self._matched(self.alphas, module, self.alpha)
-        return alpha / (math.sqrt(rank) if self.root else rank)
-
     def of_module(self, module: str) -> tuple[int, float]:
         """Rank and scale."""
-        return self.rank_of(module), self.scale_of(module)
+        rank = self.rank_of(module)
+        alpha = self._matched(self.alphas, module, self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.root else rank)
 
     def targets_embedding(self, config: Mapping[str, Any]) -> bool:
         """Whether PEFT finds, by their names, an embedding or a head among the modules that the adapter changes."""
@@ -130,35 +107,19 @@ class LoraSettings:
         self, patterns: Mapping[str, Any] | None, module: str, default: Any
     ) -> Any:
         for pattern, value in (patterns or {}).items():
+            started, limit = time.perf_counter(), max(self._left, _SLOW)
             try:
-                if self._patience.matches(pattern, module):
-                    return value
+                found = _end_of_name(pattern).match(module, timeout=limit)
             except TimeoutError as error:
                 raise CheckpointMismatchError(
                     f"{self.label}: matching {pattern!r} of {CONFIG} with {module!r}, and what was slow before, takes more than "
-                    f"{MATCH_SECONDS} s, so that nobody knows whether it ends. Write a pattern without nested repetitions, or leave "
-                    "the adapter out."
+                    f"{MATCH_SECONDS} s. Write a pattern without nested repetitions, or leave the adapter out."
                 ) from error
+            took = time.perf_counter() - started
+            self._left -= took if took > _SLOW else 0
+            if found:
+                return value
         return default
-
-
-@dataclass
-class Patience:
-    """Seconds that are left for slow patterns."""
-
-    left: float
-
-    def matches(self, pattern: str, module: str) -> bool:
-        """Whether a pattern matches the end of a module's name.
-
-        Raises:
-            TimeoutError: if no seconds are left.
-        """
-        started = time.perf_counter()
-        found = _end_of_name(pattern).match(module, timeout=max(self.left, _SLOW))
-        took = time.perf_counter() - started
-        self.left -= took if took > _SLOW else 0
-        return found is not None
 
 
 def read_config(directory: Path, label: str) -> dict[str, Any]:
@@ -174,10 +135,7 @@ def variants(config: Mapping[str, Any]) -> list[str]:
     """Settings that make an adapter another one than plain LoRA: what was found, and what is expected."""
     kind = config.get("peft_type")
     if kind in PROMPTS:
-        return [
-            f"{CONFIG} has peft_type={kind!r}, which learns inputs and changes no weight, so that there is nothing to merge; leave "
-            "it out"
-        ]
+        return [f"{CONFIG} has peft_type={kind!r}, which learns inputs and changes no weight; leave it out"]  # fmt: skip
     if kind != "LORA":
         return [f"{CONFIG} has peft_type={kind!r}, expected 'LORA'"]
     found = [

@@ -54,7 +54,6 @@ class TaskVectors:
         fresh: tensors of the base model that its checkpoint does not hold, so that they have no value to differ from.
         ignored: tensors that the base checkpoint holds but the base model does not load (the text tower of a whole
             CLIPModel, say); fine-tuned checkpoints may hold them too.
-
         loaded: the base model's tensors are those that it has in memory, not just all of its checkpoint.
 
     Raises:
@@ -85,16 +84,8 @@ class TaskVectors:
             for task, s in self.tuned.items()
         }
         object.__setattr__(self, "_sources", sources)
-        check_alignment(
-            self.base,
-            sources,
-            exclude=self.exclude,
-            own=self.own,
-            fresh=self.fresh,
-            buffers=self.buffers,
-            ignored=self.ignored,
-            loaded=self.loaded,
-        )
+        keys = ("exclude", "own", "fresh", "buffers", "ignored", "loaded")
+        check_alignment(self.base, sources, **{key: getattr(self, key) for key in keys})
         stiff = [n for n, info in self.infos.items() if info.dtype in FLOAT8]
         if stiff:
             raise CheckpointMismatchError(
@@ -110,7 +101,6 @@ class TaskVectors:
                     raise SettingsError(
                         f"{key}: no tensor matches {pattern!r}; there are names like {some(known)}."
                     )
-
                 if key != "exclude" and (why := self._useless(key, pattern)):
                     raise SettingsError(
                         f"{key}: {pattern!r} does nothing, since it matches nothing but {why}. Take it out, or name other tensors."
@@ -162,9 +152,7 @@ class TaskVectors:
         for name in sorted(self._held - set(self.ignored)):
             if matches(name, self.exclude):
                 continue
-            infos = [
-                s.infos()[name] for s in self._sources.values() if name in s.infos()
-            ]
+            infos = self.own_by_task(name)
             other = name not in base or any(i.shape != base[name].shape for i in infos)
             special = name in self.fresh or name in self.buffers
             if other or special or not base[name].floating or matches(name, self.own):
@@ -234,7 +222,7 @@ class TaskVectors:
         return [n for n in self._sources[task].infos() if matches(n, self.exclude)]
 
     def own_by_task(self, name: str) -> list[TensorInfo]:
-        """Header of a tensor in every task that keeps its own."""
+        """Header of a tensor in every task that holds it."""
         held = (source.infos().get(name) for source in self._sources.values())
         return [info for info in held if info is not None]
 
@@ -262,8 +250,7 @@ class TaskVectors:
 
     def tuned_dtype(self, name: str) -> torch.dtype:
         """The type in which fine-tuned checkpoints store a tensor; one that holds them all where they differ."""
-        held = (source.infos().get(name) for source in self._sources.values())
-        types = {info.dtype for info in held if info is not None and info.floating}
+        types = {info.dtype for info in self.own_by_task(name) if info.floating}
         if not types:
             return self.infos[name].dtype
         return functools.reduce(torch.promote_types, sorted(types, key=str))
@@ -281,9 +268,8 @@ class TaskVectors:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes to be read of every tensor, merged or a task's own, of all models; of adapters, those of what they change."""
-        found = {
-            n: info.bits // 8 * (1 + len(self.tuned)) for n, info in self.infos.items()
-        }
+        models = 1 + len(self.tuned)
+        found = {n: info.bits // 8 * models for n, info in self.infos.items()}
         for name in self.own_infos:
             found[name] = sum(info.bits // 8 for info in self.own_by_task(name))
         return found

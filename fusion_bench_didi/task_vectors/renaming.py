@@ -28,11 +28,8 @@ class RenamedSource(WrappedSource):
         infos = source.infos()
         super().__init__(source, {new: infos[old] for new, old in names.items()})
         self.unused = {**source.unused, **unused}
-        self.faults = {
-            new: source.faults[old]
-            for new, old in names.items()
-            if old in source.faults
-        }
+        faults = source.faults
+        self.faults = {new: faults[old] for new, old in names.items() if old in faults}
         self._names = names
 
     def read(self, name: str) -> Tensor:
@@ -71,9 +68,7 @@ def renaming(found: Iterable[str], reference: Iterable[str]) -> dict[str, str]:
         if name.endswith(f".{end}")
     }
     for prefix in sorted(prefixes):
-        dropped = {
-            name.removeprefix(prefix): name for name in found if name.startswith(prefix)
-        }
+        dropped = {n.removeprefix(prefix): n for n in found if n.startswith(prefix)}
         added = {prefix + name: name for name in found}
         best = max(best, dropped, added, key=meeting)
     return best

@@ -15,6 +15,7 @@ from ..lowrank.row_blocks import row_norms, squared_norms
 from .loop import spread
 from .parallel import workers_for
 from .reader import TaskVectors
+from .sources import TensorInfo
 from .tensor import ChangedTensor
 
 #: Squared norms that float32 can calculate with: above, sums of squares overflow; below, per entry, squares underflow, and
@@ -95,11 +96,8 @@ def scan(
 
     for name, bad in spread(crew, "scan", kept, task_vectors.own_infos, workers=1):
         own[name] = tuple(count is not None for count in bad)
-        faults += [
-            f"{task}: {name} ({count} entries)"
-            for task, count in zip(tasks, bad)
-            if count
-        ]
+        counts = zip(tasks, bad)
+        faults += [f"{task}: {name} ({n} entries)" for task, n in counts if n]
     if faults:
         raise NonFiniteError(
             "Some checkpoints hold NaN, infinity or changes beyond what float32 can square:\n  "
@@ -125,15 +123,12 @@ def _check_something_changed(task_vectors: TaskVectors, found: Scan) -> None:
     if found.changed or found.changed_own:
         return
     tasks = task_vectors.tasks
-    left_out = any(map(task_vectors.excluded, tasks))
-    way_out = (
-        f"Give fewer patterns in {spelled('exclude')}, which leaves tensors out"
-        if left_out
-        else "Check that the pool does not load the base weights for every task"
-    )
+    nearly = ", but for less than any weight notices" if found.negligible else ""
+    way_out = "Check that the pool does not load the base weights for every task"
+    if any(map(task_vectors.excluded, tasks)):
+        way_out = f"Give fewer patterns in {spelled('exclude')}, which leaves tensors out"  # fmt: skip
     raise ModelPoolError(
-        f"All task vectors are zero: {', '.join(tasks)} equal the base model in every tensor that is "
-        f"merged{', but for less than any weight notices' if found.negligible else ''}. {way_out}."
+        f"All task vectors are zero: {', '.join(tasks)} equal the base model in every tensor that is merged{nearly}. {way_out}."
     )
 
 
@@ -156,12 +151,10 @@ def account_of(
         few = [name for name, found in scan.negligible.items() if found[t]]
         left = [n for n in changed if n not in shared and n not in experts[task]]
         own = [name for name, kept in scan.own.items() if kept[t]]
+        tensors, other = len(scan.energy) + len(scan.own), [*changed, *few, *own]
         account[task] = {
             "merged": len(changed) - len(left),
-            "equal to the base model": len(scan.energy)
-            - len(changed)
-            - len(few)
-            + sum(not kept[t] for kept in scan.own.values()),
+            "equal to the base model": tensors - len(other),
             "kept as the task has them": own,
             "left as in the base model": sorted(left + few),
             "excluded": task_vectors.excluded(task),
@@ -204,10 +197,8 @@ def _non_finite(task_vectors: TaskVectors, name: str, energy: Tensor) -> list[st
         return [f"the base model {task_vectors.base.label}: {name}"]
     for t, task in enumerate(task_vectors.tasks):
         factors = tensor.factors(t)
-        if factors is None:
-            read, where = [tensor.tuned(t)], ""
-        else:
-            read, where = [factors.up, factors.down], " of lora_A and lora_B"
+        where = "" if factors is None else " of lora_A and lora_B"
+        read = (factors.up, factors.down) if factors else (tensor.tuned(t),)
         bad = sum(int((~part.float().isfinite()).sum()) for part in read)
         if bad:
             faults.append(f"{task}: {name} ({bad} entries{where})")
@@ -223,12 +214,10 @@ def model_bits(task_vectors: TaskVectors, scan: Scan) -> dict[str, int]:
 
     Of tensors that are of another size in every task, the average.
     """
-    bits = {
-        name: 8
-        * task_vectors.infos[name].numel
-        * task_vectors.tuned_dtype(name).itemsize
-        for name in scan.changed
-    }
+    bits = {}
+    for name in scan.changed:
+        dtype = task_vectors.tuned_dtype(name)
+        bits[name] = TensorInfo(task_vectors.infos[name].shape, dtype).bits
     for name in scan.changed_own:
         found = [info.bits for info in task_vectors.own_by_task(name)]
         bits[name] = sum(found) // len(found)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.ownership import Crew
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import ALONE, Ranks
 from ..lowrank.factors import LowRankFactors
 from .digests import digests
 from .ties import tied_names
@@ -162,8 +162,7 @@ class ModuleSource(TensorSource):
             for name, tensor in (*module.named_parameters(), *module.named_buffers())
             if name in state and name not in second
         }
-        self._infos = described(self._tensors)
-        self.faults = {n: f for n, t in self._tensors.items() if (f := fault_of(t))}
+        self._infos, self.faults = described(self._tensors), faults_of(self._tensors)
         self.extra = {
             name: pickle.dumps(value)
             for name, value in state.items()
@@ -183,23 +182,18 @@ class ModuleSource(TensorSource):
 
     @functools.cached_property
     def digests(self) -> Mapping[str, str]:
-        self.check()
-        found = digests(self._readable)
-        self.check()
-        return found
+        return self._digests(ALONE)
 
     def take_digests(self, ranks: Ranks) -> None:
-        self.check()
-        tensors = self._readable
-        crew = Crew.of(ranks, {name: t.nbytes for name, t in tensors.items()})
-        mine = {name: tensors[name] for name in crew.mine(tensors)}
-        found = ranks.gathered(digests(mine))
-        self.check()
-        self.digests = {name: found[name] for name in tensors}
+        self.digests = self._digests(ranks)
 
-    @property
-    def _readable(self) -> dict[str, Tensor]:
-        return {n: t for n, t in self._tensors.items() if n not in self.faults}
+    def _digests(self, ranks: Ranks) -> dict[str, str]:
+        self.check()
+        tensors = {n: t for n, t in self._tensors.items() if n not in self.faults}
+        crew = Crew.of(ranks, {name: t.nbytes for name, t in tensors.items()})
+        found = ranks.gathered(digests({n: tensors[n] for n in crew.mine(tensors)}))
+        self.check()
+        return {name: found[name] for name in tensors}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -220,12 +214,14 @@ def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def fault_of(tensor: Tensor) -> str | None:
-    """Why the values of a tensor cannot be read."""
-    if tensor.is_meta:
-        return "is without values (on the meta device, as in a model that is loaded in part)"
-    if tensor.is_nested:
-        return "is a nested tensor, expected one of plain rows"
-    if tensor.layout != torch.strided:
-        return f"is of layout {tensor.layout}, expected a dense tensor"
-    return None
+def faults_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Why the values of some tensors in memory cannot be read."""
+    faults = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            faults[name] = "is without values (on the meta device, as in a model that is loaded in part)"  # fmt: skip
+        elif tensor.is_nested:
+            faults[name] = "is a nested tensor, expected one of plain rows"
+        elif tensor.layout != torch.strided:
+            faults[name] = f"is of layout {tensor.layout}, expected a dense tensor"
+    return faults

@@ -55,6 +55,12 @@ def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(owner), leaf
 
 
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer."""
+    owner, leaf = _place(module, name)
+    return getattr(owner, leaf)
+
+
 def tied_by_peft(module: nn.Module) -> bool:
     """Whether PEFT takes a model for one whose embeddings are tied."""
     config = getattr(module, "config", None)
@@ -77,7 +83,8 @@ def untie(module: nn.Module, names: Iterable[str]) -> None:
         return
     settings = _configurations(module)
     # a flag that is off already stays as it is
-    off = settings and not any(_ties(part) for part in settings)
+    flags = [bool(getattr(part, "tie_word_embeddings", True)) for part in settings]
+    off = settings and not any(flags)
     if not off and _mentions(type(module).forward, "tie_word_embeddings"):
         raise CheckpointMismatchError(
             f"The fine-tuned models need {', '.join(names)} apart from the tensors to which {type(module).__name__} ties them, and "
@@ -116,10 +123,6 @@ def _configurations(module: nn.Module) -> list[Any]:
     config = getattr(module, "config", None)
     found = (config, getattr(config, "get_text_config", lambda: None)())
     return [part for part in found if part is not None]
-
-
-def _ties(config: Any) -> bool:
-    return bool(getattr(config, "tie_word_embeddings", True))
 
 
 def _mentions(function: Callable, name: str) -> bool:

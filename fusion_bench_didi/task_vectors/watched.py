@@ -26,12 +26,11 @@ class Watched:
     @property
     def identity(self) -> dict[str, str]:
         """Size and dates of every file, by its path; that of the last change of any kind cannot be set back."""
-        return {
-            os.path.join(
-                os.path.realpath(file.parent), file.name
-            ): f"{stamp[2]} bytes of {stamp[3] / 1e9:.6f}, changed {stamp[4] / 1e9:.6f}"
-            for file, stamp in self._seen.items()
-        }
+        found = {}
+        for file, (_, _, size, written, changed) in self._seen.items():
+            place = os.path.join(os.path.realpath(file.parent), file.name)
+            found[place] = f"{size} bytes of {written / 1e9:.6f}, changed {changed / 1e9:.6f}"  # fmt: skip
+        return found
 
     def check_all(self) -> None:
         """Check all files."""
@@ -42,8 +41,7 @@ class Watched:
         """Check that a file is still the one that was opened, of the same size and date."""
         if self._stamp(file) != self._seen[file]:
             raise CheckpointMismatchError(
-                f"{self._label}: {file} changed while it was read; what was read so far is of no use. Start again once nothing "
-                "writes to it."
+                f"{self._label}: {file} changed while it was read. Start again once nothing writes to it."
             )
 
     def _stamp(self, file: Path) -> tuple:

@@ -486,7 +486,7 @@ def test_factors_in_eight_bits_lose_their_rounding_whatever_their_size(size, tmp
 
 def test_refusals(tmp_path):
     model = low_rank(llama())
-    with pytest.raises(UnknownTaskError, match="no 'moon'; it holds .'task 0'"):
+    with pytest.raises(UnknownTaskError, match="no task .'moon'., only .'task 0'"):
         to_peft(model, tmp_path / "out", tasks="moon")
     with pytest.raises(SettingsError, match="max_rank=600 with pad_rank"):
         AdapterSettings(max_rank=600, pad_rank=True)

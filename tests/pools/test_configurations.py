@@ -342,6 +342,6 @@ def test_layers_that_no_weights_are_for_are_not_built(tmp_path, name, how):
 
 
 def test_many_layers_that_weights_are_for_are_built(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusion_bench_didi.pools.counts._FEW", 0)
+    monkeypatch.setattr("fusion_bench_didi.pools.weight_files._FEW", 0)
     places = written(models_of(llama), tmp_path)
     assert didi(CausalLMPool(places, tokenizer=None), budget=0.5).tasks == ["a", "b"]

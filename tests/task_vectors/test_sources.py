@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fusion_bench_didi.distributed.ranks import ALONE
+from fusion_bench_didi.editing.sources import BesideShared, SharedBase
 from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.task_vectors import sources
 from fusion_bench_didi.task_vectors.cast import CastSource
@@ -18,9 +19,11 @@ from fusion_bench_didi.task_vectors.renaming import RenamedSource
 from fusion_bench_didi.task_vectors.sources import ModuleSource, WrappedSource
 
 WRAPPERS = {
+    BesideShared: lambda source: BesideShared(source, source, {}),
     CastSource: lambda source: CastSource(source, {"a": torch.bfloat16}),
     Float8Source: Float8Source,
     RenamedSource: lambda source: RenamedSource(source, {"b": "a"}),
+    SharedBase: lambda source: SharedBase(source, {}),
 }
 KINDS = {".safetensors": (SafetensorsSource, save_file), ".bin": (PickleSource, torch.save)}  # fmt: skip
 

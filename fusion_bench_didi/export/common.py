@@ -31,13 +31,25 @@ MANIFEST = "export.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetensors")
 #: Bytes of a file's name, with room for an ending.
 LONGEST = 200
-#: Files of tokenizers and processors, which are data.
-COMPANIONS = (
-    *("added_tokens.json", "chat_template.jinja", "chat_template.json"),
-    *("generation_config.json", "merges.txt", "preprocessor_config.json"),
-    *("processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json"),
-    *("spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
-    *("video_preprocessor_config.json", "vocab.json", "vocab.txt"),
+#: Files of tokenizers, of how they lay out conversations, of processors and of generation, which are data.
+_TOKENIZER = frozenset(
+    {
+        *("added_tokens.json", "merges.txt", "sentencepiece.bpe.model"),
+        *("special_tokens_map.json", "spiece.model", "tokenizer.json"),
+        *("tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    }
+)
+_TEMPLATE = frozenset({"chat_template.jinja", "chat_template.json"})
+_PROCESSOR = frozenset(
+    f"{kind}_config.json"
+    for kind in ("preprocessor", "processor", "video_preprocessor")
+)
+COMPANIONS = _TOKENIZER | _TEMPLATE | _PROCESSOR | {"generation_config.json"}
+#: Where a task's checkpoint has some of the first, none of the second are taken of the base model.
+_TOGETHER = (
+    (_TOKENIZER, _TOKENIZER | _TEMPLATE),
+    (_TEMPLATE, _TEMPLATE),
+    (_PROCESSOR, _PROCESSOR),
 )
 
 
@@ -85,30 +97,61 @@ def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def copy_companions(source: Mapping[str, str], directory: Path) -> str | None:
-    """Put tokenizer, processor and generation settings of the base model beside a checkpoint.
+def copy_companions(
+    source: Mapping[str, str], directory: Path, own: str | None = None
+) -> str | None:
+    """Put tokenizer, processor and generation settings beside a checkpoint: those of its own fine-tuned model; where that has none,
+    the base model's.
+
+    Args:
+        source: where the base model lies, as by :func:`source_of`; empty if nothing is to be taken from there.
+        own: where the fine-tuned model lies.
 
     Returns:
-        why there are none, if there are none.
+        what could not be had, if anything.
     """
     place = source.get("place")
+    of_base = _companions(place, source.get("revision"))
+    tuned = _companions(own)
+    found = dict(of_base or {})
+    for some, instead in _TOGETHER:
+        if tuned and some & tuned.keys():
+            found = {name: file for name, file in found.items() if name not in instead}
+    found |= tuned or {}
+    for name, file in found.items():
+        if not (directory / name).exists():
+            shutil.copyfile(file, directory / name)
+    away = next((p for p, f in ((own, tuned), (place, of_base)) if p and f is None), "")
+    fault = f"{away} is no directory and cannot be fetched"
+    if found:
+        return (
+            f"tokenizer and processor are the base model's: {fault}."
+            if away == own
+            else None
+        )
+    if away:
+        return (
+            f"no tokenizer or processor was copied: {fault}. Name another one (base)."
+        )
+    if place or own:
+        return f"{place or own} holds no tokenizer or processor to copy."
+    return "no tokenizer or processor was copied: the model was in memory. Name the base model's directory or repository (base), or copy them."
+
+
+def _companions(
+    place: str | None, revision: str | None = None
+) -> dict[str, Path] | None:
+    """Files that lie beside the weights of a model, by name; None if they cannot be read."""
     if place is None:
-        return "no tokenizer or processor was copied: the model was in memory. Name the base model's directory or repository (base), or copy them."
+        return None
     home = from_home(place)
     if not home.is_dir():
+        files = sorted(COMPANIONS)
         try:
-            revision, files = source.get("revision"), list(COMPANIONS)
             home = Path(snapshot_download(place, revision=revision, allow_patterns=files))  # fmt: skip
-        except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            return (
-                f"no tokenizer or processor was copied: {place} is no directory and cannot be fetched "
-                f"({type(error).__name__}). Name another one (base)."
-            )
-    found = [home / name for name in COMPANIONS if (home / name).is_file()]
-    for file in found:
-        if not (directory / file.name).exists():
-            shutil.copyfile(file, directory / file.name)
-    return None if found else f"{place} holds no tokenizer or processor to copy."
+        except (HFValidationError, LocalEntryNotFoundError, OSError):
+            return None
+    return {n: home / n for n in COMPANIONS if (home / n).is_file()}
 
 
 def _others(directory: Path) -> list[str]:

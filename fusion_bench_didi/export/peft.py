@@ -22,6 +22,7 @@ from .checks import SAME, TIED, check_close, check_runs, outputs_differ, trial
 from .common import (
     asked_tasks,
     base_model,
+    copy_companions,
     export_directory,
     folder,
     source_of,
@@ -69,7 +70,8 @@ def to_peft(
     sizes, notes, worst = {}, [], 0.0
     with export_directory(directory, overwrite=overwrite) as (place, final):
         if fold:
-            note = write_checkpoint(under, place / BASE, source)
+            write_checkpoint(under, place / BASE)
+            note = copy_companions(source, place / BASE)
             notes += [note] if note else []
             sizes[BASE] = weight_bytes(place / BASE)
             source = {"place": str(final / BASE)}

@@ -39,8 +39,8 @@ def to_plain(
 
     Args:
         tasks: all if None.
-        base: where the base model's tokenizer and processor lie; where the merge took it from if None. A task with a
-            vocabulary of its own has those of its checkpoint.
+        base: where the base model's tokenizer and processor lie, for tasks whose checkpoints have none; where the merge took it
+            from if None.
         max_shard_size: of a file with weights, as ``5GB``.
 
     Raises:
@@ -54,13 +54,11 @@ def to_plain(
     with export_directory(directory, overwrite=overwrite) as (place, final):
         sizes = {}
         for task in asked:
-            whole = model.materialize(task)
-            home = place / folder(task)
-            of = source
-            if task in others:  # whose tokenizer is its checkpoint's
-                parent = parents.get(task)
-                of = {"place": parent} if isinstance(parent, str) else {}
-            note = write_checkpoint(whole, home, of, max_shard_size=max_shard_size)
+            whole, home = model.materialize(task), place / folder(task)
+            write_checkpoint(whole, home, max_shard_size=max_shard_size)
+            # a base model's tokenizer has other tokens than a task with a vocabulary of its own
+            of = {} if task in others else source
+            note = copy_companions(of, home, parents.get(task))
             check_equal(read_again(home, whole), whole, f"The checkpoint of {task}")
             sizes[task] = weight_bytes(home)
             notes |= {note: None} if note else {}
@@ -71,19 +69,14 @@ def to_plain(
 
 
 def write_checkpoint(
-    model: nn.Module,
-    place: Path,
-    source: Mapping[str, str],
-    *,
-    max_shard_size: str = "5GB",
-) -> str | None:
-    """Write weights, configuration and what belongs to them; why there is no tokenizer, if there is none."""
+    model: nn.Module, place: Path, *, max_shard_size: str = "5GB"
+) -> None:
+    """Write weights and configuration."""
     place.mkdir()
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(place, max_shard_size=max_shard_size)
     else:
         write_tensors(place, untied(model))
-    return copy_companions(source, place)
 
 
 def untied(model: nn.Module) -> dict[str, Tensor]:

@@ -448,9 +448,13 @@ def _shared_parts() -> dict:
     own = LowRankDelta((6, 5), draw(6, 1), draw(1, 5))
     bases = RoundedBasesDelta.of((6, 5), draw(6, 3), draw(2, 5), 8)
     return {
-        "added": (shared, "factors", own),
-        "masked": (shared, "factors", MaskedDelta.of(draw(6, 5) > 0, 0.7)),
-        "sparse": (shared, "factors", SparseDelta.of(torch.eye(6, 5), torch.float32)),
+        "added": (shared, "scaled_product", own),
+        "masked": (shared, "scaled_product", MaskedDelta.of(draw(6, 5) > 0, 0.7)),
+        "sparse": (
+            shared,
+            "scaled_product",
+            SparseDelta.of(torch.eye(6, 5), torch.float32),
+        ),
         "core": (bases, "bases", CoreDelta((6, 5), draw(3, 2))),
     }
 
@@ -461,9 +465,9 @@ def test_the_shared_part_of_a_tensor_is_decoded_once(form, turned, monkeypatch):
     shared, decoding, delta = _shared_parts()[form]
     decode, times = getattr(shared, decoding), []
 
-    def counted():
+    def counted(*given):
         times.append(decoding)
-        return decode()
+        return decode(*given)
 
     base, deltas = torch.ones(6, 5), [delta, None, delta, delta]
     expected = [

@@ -37,7 +37,7 @@ def test_small_changes_of_large_weights_are_exact():
 
 def test_a_task_takes_nothing_from_what_the_base_model_holds():
     """Not the bits of its weights that float32 does not have."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.manual_seed(0)
     models = {BASE: nn.Linear(20, 30, bias=False, dtype=torch.float64)}
     for task in "ab":
         models[task] = nn.Linear(20, 30, bias=False, dtype=torch.float64)

@@ -149,6 +149,15 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def _resolved(
     entry: Mapping[str, Any], directory: Path, given: nn.Module | str | Path | None
 ) -> tuple[nn.Module, frozenset[str]]:
+    """The base model given, or loaded from the place given, or from where the entry says.
+
+    Returns:
+        the model, and the names of tensors that its checkpoint does not hold.
+
+    Raises:
+        CheckpointMismatchError: if weights of the model given are not in memory, or not those of its checkpoint.
+        DiDiError: for what is neither, and for a merged model; if the entry tells no place, or loading it might run code.
+    """
     if isinstance(given, ModulatedModel):
         raise DiDiError(
             "backbone is a merged model itself, expected the base model of the merge. Pass a copy of that model's own: "

@@ -47,31 +47,41 @@ class Records:
         """A record as the bytes of a safetensors file."""
         tensors: dict[str, Tensor] = {}
         objects: list[Any] = []
-        seen: dict[int, Any] = {}
+        root = self._packed(value, tensors, objects, {})
+        tree = json.dumps({"root": root, "objects": objects})
+        return save(tensors, metadata={_TREE: tree})
+
+    def _packed(
+        self,
+        part: Any,
+        tensors: dict[str, Tensor],
+        objects: list[Any],
+        seen: dict[int, Any],
+    ) -> Any:
+        """A part of the tree; a method, as a closure that calls itself would hold the tensors until garbage is looked for."""
 
         def inner(part: Any) -> Any:
-            if isinstance(part, _PLAIN):
-                return part
-            if id(part) in seen:
-                return seen[id(part)]
-            if isinstance(part, torch.dtype):
-                return {"dtype": str(part).removeprefix("torch.")}
-            if isinstance(part, (tuple, list)):
-                kind = "list" if isinstance(part, list) else "tuple"
-                return {kind: [*map(inner, part)]}
-            if isinstance(part, dict):
-                return {"dict": [[inner(k), inner(v)] for k, v in part.items()]}
-            if isinstance(part, Tensor):
-                found: Any = {"tensor": str(len(tensors))}
-                tensors[found["tensor"]] = independent(part).clone()
-            else:
-                objects.append([type(part).__name__, self._content(part, inner)])
-                found = {"object": len(objects) - 1}
-            seen[id(part)] = found
-            return found
+            return self._packed(part, tensors, objects, seen)
 
-        tree = json.dumps({"root": inner(value), "objects": objects})
-        return save(tensors, metadata={_TREE: tree})
+        if isinstance(part, _PLAIN):
+            return part
+        if id(part) in seen:
+            return seen[id(part)]
+        if isinstance(part, torch.dtype):
+            return {"dtype": str(part).removeprefix("torch.")}
+        if isinstance(part, (tuple, list)):
+            kind = "list" if isinstance(part, list) else "tuple"
+            return {kind: [*map(inner, part)]}
+        if isinstance(part, dict):
+            return {"dict": [[inner(k), inner(v)] for k, v in part.items()]}
+        if isinstance(part, Tensor):
+            found: Any = {"tensor": str(len(tensors))}
+            tensors[found["tensor"]] = independent(part).clone()
+        else:
+            objects.append([type(part).__name__, self._content(part, inner)])
+            found = {"object": len(objects) - 1}
+        seen[id(part)] = found
+        return found
 
     def _content(self, value: Any, inner: Callable[[Any], Any]) -> Any:
         """What is recorded of an object."""
@@ -91,18 +101,7 @@ class Records:
         made: list[Any] = []
 
         def inner(part: Any) -> Any:
-            if isinstance(part, _PLAIN):
-                return part
-            ((kind, held),) = part.items()
-            if kind == "tensor":
-                return tensors[held]
-            if kind == "dtype":
-                return getattr(torch, held)
-            if kind == "object":
-                return made[held]
-            if kind == "dict":
-                return {inner(k): inner(v) for k, v in held}
-            return {"tuple": tuple, "list": list}[kind](map(inner, held))
+            return _unpacked(part, tensors, made)
 
         for name, parts in tree["objects"]:
             if name in self._others:
@@ -111,3 +110,25 @@ class Records:
                 fields = {key: inner(part) for key, part in parts.items()}
                 made.append(self._classes[name](**fields))
         return inner(tree["root"])
+
+
+def _unpacked(part: Any, tensors: Mapping[str, Tensor], made: list[Any]) -> Any:
+    """What a part of the tree stands for.
+
+    Args:
+        made: objects that came before.
+    """
+    if isinstance(part, _PLAIN):
+        return part
+    ((kind, held),) = part.items()
+    if kind == "tensor":
+        return tensors[held]
+    if kind == "dtype":
+        return getattr(torch, held)
+    if kind == "object":
+        return made[held]
+    if kind == "dict":
+        pairs = ([_unpacked(p, tensors, made) for p in pair] for pair in held)
+        return dict(pairs)
+    parts = (_unpacked(p, tensors, made) for p in held)
+    return {"tuple": tuple, "list": list}[kind](parts)

@@ -20,7 +20,11 @@ def check_told(manifest: Field) -> None:
 
 
 def check_of_task(info: Field) -> None:
-    """The same for facts of one task alone, as a library has them."""
+    """The same for facts of one task alone, as a library has them.
+
+    Raises:
+        CheckpointMismatchError: naming the first field that is not.
+    """
     _check_those(_OF_TASK, info)
 
 

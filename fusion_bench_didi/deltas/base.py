@@ -7,7 +7,7 @@ tasks share (None where there is none): most forms add their own to what that on
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, signature
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -54,6 +54,7 @@ class Delta(nn.Module):
     #: whole numbers that files know beside the tensors, by the attribute that holds each
     numbers: ClassVar[Mapping[str, str]] = MappingProxyType({})
     _given: ClassVar[Signature]
+    __signature__: ClassVar[Signature]
     #: whether it changes anything by itself, rather than being what others are written in
     adds: ClassVar[bool] = True
 
@@ -61,15 +62,20 @@ class Delta(nn.Module):
         super().__init_subclass__(**kwargs)
         if "kind" in vars(cls):
             KINDS[cls.kind] = cls
-        names = (*cls.parts, *cls.numbers)
+        names = ("shape", *cls.parts, *cls.numbers)
         cls._given = Signature(
             [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         )
+        own = cls.__init__ is not Delta.__init__
+        cls.__signature__ = signature(cls.__init__.__get__(cls)) if own else cls._given
 
     def __init__(self, shape: tuple[int, ...], *given: Any, **named: Any):
         super().__init__()
         self.shape = tuple(shape)
-        values = self._given.bind(*given, **named).arguments
+        try:
+            values = self._given.bind(shape, *given, **named).arguments
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}") from None
         for name, attribute in self.numbers.items():
             setattr(self, attribute, values[name])
         for name in self.parts:

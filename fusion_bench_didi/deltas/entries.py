@@ -16,11 +16,14 @@ from .base import Delta
 CODE_WIDTHS = (1, 2, 3, 4, 8)
 
 
-def between_ends(value: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The nearest codes from the smallest to the largest value, of the same shape, and (2,) the ends."""
-    ends = torch.stack(torch.aminmax(value.float()))
+def between_ends(
+    value: Tensor, width: int, ends: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The nearest codes, of the same shape, and (2,) the ends: the smallest and the largest value where none are given."""
+    if ends is None:
+        ends = torch.stack(torch.aminmax(value.float()))
     step = (ends[1] - ends[0]) / (2**width - 1)
-    codes = torch.zeros_like(value) if step == 0 else (value - ends[0]) / step
+    codes = (value - ends[0]) / step if step > 0 else torch.zeros_like(value)
     return codes.round().clamp(0, 2**width - 1).to(torch.int16), ends
 
 

@@ -104,7 +104,7 @@ class AffineDelta(Delta):
             clip: fraction of the entries that may lie beyond each end; 0 keeps the whole range.
         """
         value = value.detach().float().cpu()
-        codes, ends = between_ends(value.clamp(*shrunk_range(value, clip)), 8)
+        codes, ends = between_ends(value, 8, torch.stack(shrunk_range(value, clip)))
         return cls(tuple(value.shape), codes.to(torch.uint8), ends)
 
     def own(self) -> Tensor:

@@ -72,12 +72,11 @@ def combine(
         other = Stored.of(second)
         check_names(Stored.of(first), other)
         _check_backbones(first, second)
-        # deltas of a model go where that model goes
-        shared, experts = copy.deepcopy((other.shared, other.experts))
-        other = replace(other, shared=shared, experts=experts)
 
         def edit(stored: Stored) -> Stored:
-            return combined(stored, other)
+            # deltas of a model go where that model goes
+            shared, experts = copy.deepcopy((other.shared, other.experts))
+            return combined(stored, replace(other, shared=shared, experts=experts))
 
         return edited_model(first, edit, target, overwrite, drop_router)
     if any(live):

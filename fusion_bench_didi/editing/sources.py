@@ -1,7 +1,6 @@
 """Sources of tensors that merging reads in place of checkpoints: a base model with a shared part, and stored deltas."""
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -106,8 +105,8 @@ class DecodedExpert(Zeros):
         super().__init__(infos)
         self.label, self._deltas, self._shared = task, deltas, shared
         self._ranks: dict[str, int | None] = {}
-        # of the last tensor: ranks and factors are asked for one after the other
-        self.factors = lru_cache(maxsize=1)(self._product)
+        #: the last one that was decoded: ranks and factors are asked for one after the other
+        self._last: tuple[str, LowRankFactors | None] | None = None
 
     def rank(self, name: str) -> int | None:
         if name not in self._ranks:
@@ -116,6 +115,12 @@ class DecodedExpert(Zeros):
             few = product is not None and product.rank * (m + n) <= m * n
             self._ranks[name] = product.rank if few and len(shape) > 1 else None
         return self._ranks[name]
+
+    def factors(self, name: str) -> LowRankFactors | None:
+        last = self._last
+        if last is None or last[0] != name:
+            self._last = last = name, self._decoded(name)
+        return last[1]
 
     @torch.no_grad()
     def read(self, name: str) -> Tensor:
@@ -128,7 +133,7 @@ class DecodedExpert(Zeros):
         return base + self.read(name)
 
     @torch.no_grad()
-    def _product(self, name: str) -> LowRankFactors | None:
+    def _decoded(self, name: str) -> LowRankFactors | None:
         own, shared = self._deltas.get(name), self._shared.get(name)
         if own is not None:
             return own.product(shared)

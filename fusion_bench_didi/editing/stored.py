@@ -53,7 +53,7 @@ class Stored:
                 "task. Edit what it was made of, and make it again."
             )
         return cls(
-            *model.stored,
+            *model._stored,
             model.unit_bits,
             model.backbone_bits,
             model.info,
@@ -109,18 +109,22 @@ class Stored:
         return replace(self, info={**self.info, "edits": [*edits, last]})
 
 
-def check_known(asked: Iterable[str], there: Iterable[str], place: str | Path) -> None:
+def check_known(
+    asked: Iterable[str], there: Iterable[str], place: str | Path, *, most: int = 8
+) -> None:
     """Check that tasks are there.
 
     Args:
         place: that is asked, for the message.
+        most: so many of those that are there are named.
 
     Raises:
         UnknownTaskError: naming those that are not.
     """
     there = list(there)
     if unknown := [task for task in asked if task not in there]:
-        some = f"{there[:8]} and {len(there) - 8} more" if len(there) > 8 else there
+        left = len(there) - most
+        some = f"{there[:most]} and {left} more" if left > 0 else there
         raise UnknownTaskError(f"{place} holds no task {unknown}, only {some}.")
 
 

@@ -61,7 +61,7 @@ def asked_tasks(model: DynamicModel, tasks: Sequence[str] | str | None) -> list[
         DiDiError: for none.
     """
     asked = [tasks] if isinstance(tasks, str) else list(tasks or model.tasks)
-    check_known(asked, model.tasks, "The merged model")
+    check_known(asked, model.tasks, "The merged model", most=len(model.tasks))
     if not asked:
         raise DiDiError(
             "The merged model holds no task, so there is nothing to export."

@@ -64,7 +64,7 @@ def shared_matrix(
 
 def _weighted_sum(matrices: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
     total: Matrix | None = None
-    for matrix, weight in zip(matrices, weights):
+    for matrix, weight in zip(matrices, weights, strict=True):
         if isinstance(total, Tensor):
             total.add_(as_dense(matrix), alpha=weight)
         else:

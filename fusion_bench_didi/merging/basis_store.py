@@ -46,10 +46,11 @@ class BasisStore:
         if fits:
             kept = KeptBases(bases, None)
             kept._released = weakref.finalize(kept, self._give_back, size)
+        elif self._journal is not None:
+            return KeptBases(None, self._written(bases))
         else:
-            kept = KeptBases(None, file := self._written(bases))
-            if self._journal is not None:
-                return kept
+            file = self._written(bases)
+            kept = KeptBases(None, file)
             kept._released = weakref.finalize(kept, file.unlink, missing_ok=True)
         # at the end of the process there is nothing to give back
         kept._released.atexit = False

@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -179,7 +180,7 @@ class DynamicModel(ModulatedModel):
         return list(self.modulators.keys())
 
     @property
-    def stored(self) -> tuple[dict[str, Delta], dict[str, dict[str, Delta]]]:
+    def _stored(self) -> tuple[dict[str, Delta], dict[str, dict[str, Delta]]]:
         """Deltas of the shared part by tensor name, and those of every task."""
         experts = {t: dict(e.deltas.items()) for t, e in self.modulators.items()}
         return dict(self.shared.items()), experts
@@ -187,7 +188,7 @@ class DynamicModel(ModulatedModel):
     @property
     def touched(self) -> list[str]:
         """Names of the tensors that the shared part or some expert changes."""
-        shared, experts = self.stored
+        shared, experts = self._stored
         return list(dict.fromkeys(itertools.chain(shared, *experts.values())))
 
     def add_modulator(self, task_name: str, modulator: TaskExpert) -> None:
@@ -419,7 +420,7 @@ class DynamicModel(ModulatedModel):
     def storage(self) -> StorageReport:
         """Bits per part, task and tensor, and the ratios ``x_excl`` and ``x_incl``."""
         return account(
-            *self.stored,
+            *self._stored,
             unit_bits=self.unit_bits,
             backbone_bits=self.backbone_bits,
             routing_bits=0 if self.router is None else self.router.bits,
@@ -541,15 +542,34 @@ class DynamicModel(ModulatedModel):
             message=commit_message,
         )
 
+    def described(self) -> dict[str, Any]:
+        """Facts about the model, JSON-plain: everything of the saved configuration that needs no file."""
+        return saving.described(self)
+
     def __repr__(self) -> str:
-        return overview(saving.described(self))
+        return overview(self.described())
 
     def _repr_html_(self) -> str:
-        return as_html(saving.described(self))
+        return as_html(self.described())
+
+    def write_config(
+        self,
+        directory: Path,
+        parts: Mapping[str, Any],
+        *,
+        card: CardFacts = CardFacts(),
+        taken: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Write what stands beside the weights, which :meth:`write_parts` wrote and returned ``parts`` of.
+
+        Args:
+            taken: checksums of the base model's tensors that were taken before.
+        """
+        saving.write_config(self, directory, parts, card=card, taken=taken)
 
     def write_parts(self, directory: Path) -> dict[str, Any]:
         """Write what is stored; returns what :meth:`from_parts` needs, JSON-plain, with ``tasks`` among it."""
-        return write_deltas(directory, *self.stored)
+        return write_deltas(directory, *self._stored)
 
     @classmethod
     def from_pretrained(

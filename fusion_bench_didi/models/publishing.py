@@ -23,13 +23,16 @@ def push(
     base_model: str | None,
     license: str,
     datasets: Sequence[str],
-    **how: Any,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    message: str,
 ) -> str:
     """Save the merged model to a temporary directory and upload that; where the commit is to be seen.
 
     Args:
         base_model: repository of the base model, where the merge took it from a directory or from memory.
-        **how: as of :func:`~fusion_bench_didi.checkpoint.hub.upload`.
+        private, token, revision, message: as of :func:`~fusion_bench_didi.checkpoint.hub.upload`.
     """
     published = copy.copy(model)
     published.info = portable(model.info, base_model)
@@ -43,7 +46,14 @@ def push(
         directory = Path(place) / "model"
         card = CardFacts(repository, license, tuple(datasets))
         save(published, directory, overwrite=False, card=card)
-        return upload(directory, repository, **how)
+        return upload(
+            directory,
+            repository,
+            private=private,
+            token=token,
+            revision=revision,
+            message=message,
+        )
 
 
 def portable(info: Mapping[str, Any], base_model: str | None = None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def save(
         DiDiError: if another run is writing to it, or it cannot be made.
     """
     with whole_directory(directory, overwrite=overwrite) as place:
-        write_config(model, place, model.write_parts(place), card=card)
+        model.write_config(place, model.write_parts(place), card=card)
 
 
 def write_config(

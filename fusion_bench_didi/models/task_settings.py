@@ -49,7 +49,7 @@ def with_own_vocabulary(model: Merged) -> list[str]:
     }
     return [
         task
-        for task, deltas in model.stored[1].items()
+        for task, deltas in model._stored[1].items()
         if any(deltas[n].shape[0] != rows[n] for n in deltas.keys() & rows)
     ]
 

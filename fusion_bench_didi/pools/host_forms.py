@@ -57,7 +57,8 @@ def as_pool(modelpool: Any) -> BaseModelPool:
     kind = next((k for k in CLASSES if k in names), None)
     found = {name: _completed(entry, kind) for name, entry in entries.items()}
     if any(entry is not entries[name] for name, entry in found.items()):
-        keeps = isinstance(modelpool._models, DictConfig)
+        live = any(isinstance(entry, nn.Module) for entry in found.values())
+        keeps = isinstance(modelpool._models, DictConfig) and not live
         modelpool._models = OmegaConf.create(found) if keeps else found
     return modelpool
 

@@ -29,7 +29,7 @@ def resolve_task(
     found = _meant(name, known, aliases)
     if found is None:
         raise UnknownTaskError(
-            f"Task {name!r} is not in the merged model, which holds {known}. "
+            f"Task {(aliases or {}).get(name, name)!r} is not in the merged model, which holds {known}. "
             f"Map it with {spelled('task_aliases', '{pool_name: model_name}')}, or take it out of the task pool."
         )
     return found

@@ -1,4 +1,7 @@
-"""The weight files that the host's ``from_pretrained`` would read of a directory, in its order of preference."""
+"""The weight files that the host's ``from_pretrained`` would read of a directory, in its order of preference.
+
+Whether a configuration asks for more layers than there are tensors in them is checked too.
+"""
 
 import re
 from collections.abc import Iterator, Mapping

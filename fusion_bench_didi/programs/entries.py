@@ -66,7 +66,9 @@ class Entry:
         try:
             check_fields(self)
         except SettingsError as error:
-            raise ComparisonError(f"entries.{self.key}: {one_line(error)}") from error
+            _, *faults = str(error).splitlines()
+            told = (f"entries.{self.key}.{fault.strip()}" for fault in faults)
+            raise ComparisonError("\n  ".join(told)) from error
 
 
 #: Bytes of a key: names of files may have 255, and some is appended.

@@ -150,7 +150,7 @@ class Router(nn.Module):
         if self.head == "none":
             return self.plain_scores(features)
         tensors = self.stored(_HEAD)
-        if not tensors:
+        if "mean" not in tensors:
             raise DiDiError(
                 f"The head of this {self.kind} router was never fitted. Fit it to inputs of every task "
                 "(method.routed.fit_router_to, or method=didi/routed of the host), or take one that needs no data: subspace."
@@ -161,7 +161,7 @@ class Router(nn.Module):
                 f"The head of this {self.kind} router was fitted to {known} features, and {given} are given: its layers are others "
                 "now. Fit it again."
             )
-        return head_scores(features, tensors)
+        return head_scores(self.head, features, tensors)
 
     def forward(self, features: Tensor) -> Tensor:
         """Weights over tasks of a batch, (B, T)."""

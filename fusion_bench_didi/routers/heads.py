@@ -93,11 +93,11 @@ def fit_head(
     return {"mean": mean, "scale": scale, **found}
 
 
-def head_scores(features: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+def head_scores(head: str, features: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     """(N, T) scores of features (N, F) by the tensors of :func:`fit_head`."""
     x = (features - tensors["mean"]) / tensors["scale"]
     x = F.linear(x, tensors["weight"], tensors["bias"])
-    if "out_weight" in tensors:
+    if head == "mlp":
         x = F.linear(F.gelu(x), tensors["out_weight"], tensors["out_bias"])
     return x
 

@@ -59,7 +59,8 @@ class RepresentationRouter(Router):
     """
 
     kind = "representation"
-    own_options = ("layers", "pooling", "distance", "normalization", "prefer", "merged_weight", "merged_shared", "total_mass")  # fmt: skip
+    own_options = ("layers", "pooling", "distance", "normalization", "prefer")
+    own_options += ("merged_weight", "merged_shared", "total_mass")
 
     def __init__(
         self,
@@ -103,14 +104,14 @@ class RepresentationRouter(Router):
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         """Distances of a batch's representations to each expert's, (B, L T)."""
         merged = self.merged_states(model, args, kwargs)
-        rows = torch.eye(len(self.tasks))
-        experts = [self.states(model, row, args, kwargs) for row in rows]
-        columns = [
-            distance(ours, theirs, self.distance)
-            for ours, by_task in zip(merged, zip(*experts))  # layer by layer
-            for theirs in by_task
-        ]
-        return torch.stack(columns, 1).float()
+        columns = []
+        for row in torch.eye(len(self.tasks)):
+            expert = self.states(model, row, args, kwargs)
+            columns.append(
+                [distance(m, e, self.distance) for m, e in zip(merged, expert)]
+            )
+        by_layer = (torch.stack(layer, 1) for layer in zip(*columns))  # L of (B, T)
+        return torch.cat(list(by_layer), 1).float()
 
     def merged_states(
         self, model: RoutedModel, args: tuple, kwargs: dict

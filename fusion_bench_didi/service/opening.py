@@ -61,14 +61,14 @@ def open_runner(
             "without them (didi remove-task), and them as checkpoints (didi export --form plain)."
         )
     images, directions = kind == "images", None
-    processor = _processor(AutoImageProcessor if images else AutoTokenizer, source)
-    if kind == "language":
-        return Language(model, processor, limits)
     if heads is not None:
         projected = "WithProjection" in name
         settings = model.backbone.config
         width = settings.projection_dim if projected else settings.hidden_size
         directions = Heads.read(heads, model.tasks, width)
+    processor = _processor(AutoImageProcessor if images else AutoTokenizer, source)
+    if kind == "language":
+        return Language(model, processor, limits)
     return Classification(model, processor, images=images, limits=limits, heads=directions)  # fmt: skip
 
 

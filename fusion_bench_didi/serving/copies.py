@@ -40,9 +40,16 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         DiDiError: if some function of the copy would still run the original.
     """
     memo = {} if memo is None else memo
-    originals = [*model.modules(), *model.parameters(), *model.buffers()]
+    originals: list[Any] = [*model.modules()]
+    # what modules hold, whatever their own methods would list
+    for held in [vars(module) for module in originals]:
+        originals += [*held["_parameters"].values(), *held["_buffers"].values()]
     twin = copy.deepcopy(model, memo)
-    pairs = {id(own): (own, memo[id(own)]) for own in originals if id(own) in memo}
+    pairs = {
+        id(own): (own, memo[id(own)])
+        for own in originals
+        if own is not None and id(own) in memo
+    }
     rebind(twin.modules(), pairs)
     _check(twin, pairs, "cannot be copied: the copy would still run the original")
     return twin
@@ -102,14 +109,22 @@ def _remapped(value: Any, done: dict[int, Any]) -> Any:
         if plain is not None:
             other = _remapped(plain, done)
             return value if other is plain else other
-        done[id(value)] = blank = _blank(value)  # functions may refer to themselves
+        blank = _blank(value)
     parts = _parts(value) or {}
+    # what leads back to itself becomes the new function; of other kinds it stays the old one, which is found and refused
+    done[id(value)] = value if blank is None else blank
     others = {key: _remapped(part, done) for key, part in parts.items()}
-    if all(others[k] is part or others[k] is blank for k, part in parts.items()):
-        if blank is not None:
-            done[id(value)] = value
-        return value
-    return _built(value, others, blank)
+    if blank is None:
+        del done[id(value)]
+    alike = (
+        others[key] is part or (blank is not None and others[key] is blank)
+        for key, part in parts.items()
+    )
+    if not all(alike):
+        return _built(value, others, blank)
+    if blank is not None:
+        done[id(value)] = value
+    return value
 
 
 def _parts(value: Any) -> dict[Any, Any] | None:

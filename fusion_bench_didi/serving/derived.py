@@ -68,7 +68,8 @@ class Derived:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     """Tensors of the module itself."""
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    held = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in held if tensor is not None]
 
 
 def _unset(module: nn.Module) -> dict[str, type]:

@@ -83,8 +83,9 @@ def _copy_buffers(backbone: nn.Module) -> None:
     for module in backbone.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
-                copied = copies.setdefault(id(buffer), buffer.clone())
-                module._buffers[leaf] = copied
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.clone()
+                module._buffers[leaf] = copies[id(buffer)]
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:

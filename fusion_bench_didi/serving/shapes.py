@@ -171,6 +171,7 @@ def _sides(module: nn.Module, shape: Shape) -> Iterator[tuple[str, Any]]:
     for kind, names in _SIDES.items():
         if isinstance(module, kind):
             yield from zip(names, shape)
+            return
     if type(module).__name__ == "Conv1D":  # transformers', of GPT-2, or a copy of it
         yield from zip(("nx", "nf"), shape)
     elif isinstance(module, _ConvNd):

@@ -157,7 +157,7 @@ def _without_value(
 ) -> Iterator[str]:
     """Factors of adapters that belong to a tensor whose value is nowhere: the base model's is random, or of another size."""
     for task, source in adapters.items():
-        for name, info in source.infos().items():
+        for name, info in sorted(source.infos().items()):
             if source.rank(name) is None or matches(name, exclude):
                 continue
             want = reference.get(name, info).shape
@@ -166,7 +166,7 @@ def _without_value(
                     f"{task}: {name} is changed by an adapter's factors, and the base model's is random at every load; give a base "
                     "model whose files hold it, or adapters that hold it whole (modules_to_save)"
                 )
-            elif info.shape != want and matches(name, (*own, *HEADS)):
+            if info.shape != want and matches(name, (*own, *HEADS)):
                 yield (
                     f"{task}: {name} is {info.shape}, the base model has {want}, and the adapter does not hold the value that its "
                     "factors change; save it with save_embedding_layers=True"

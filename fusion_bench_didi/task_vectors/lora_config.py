@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ _LONGEST_PATTERN = 1000
 _MOST_REPETITIONS = 10**4
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraSettings:
     """The arithmetic of a plain LoRA adapter: ``W + scale * B A``.
 
@@ -68,9 +68,9 @@ class LoraSettings:
     alphas: Mapping[str, float] | None = None
     fan_in_first: bool = False
     label: str = ""
-
-    def __post_init__(self):
-        self._left = MATCH_SECONDS  # for slow patterns
+    _left: list[float] = field(  # seconds for slow patterns
+        default_factory=lambda: [MATCH_SECONDS], init=False, repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, config: Mapping[str, Any], label: str = "") -> "LoraSettings":
@@ -107,7 +107,7 @@ class LoraSettings:
         self, patterns: Mapping[str, Any] | None, module: str, default: Any
     ) -> Any:
         for pattern, value in (patterns or {}).items():
-            started, limit = time.perf_counter(), max(self._left, _SLOW)
+            started, limit = time.perf_counter(), max(self._left[0], _SLOW)
             try:
                 found = _end_of_name(pattern).match(module, timeout=limit)
             except TimeoutError as error:
@@ -116,7 +116,7 @@ class LoraSettings:
                     f"{MATCH_SECONDS} s. Write a pattern without nested repetitions, or leave the adapter out."
                 ) from error
             took = time.perf_counter() - started
-            self._left -= took if took > _SLOW else 0
+            self._left[0] -= took if took > _SLOW else 0
             if found:
                 return value
         return default

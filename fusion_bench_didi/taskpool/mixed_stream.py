@@ -60,11 +60,11 @@ class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
         model = self.fabric.to_device(model).eval()
         heads = self._heads(tasks)
         dynamic, ids = dynamic_model_in(model), None
-        routes_anew(dynamic)
         if dynamic is not None:
             known, aliases = list(dynamic.modulators.keys()), aliases_of(self)
             found = [resolve_task(task, known, aliases) for task in tasks]
             ids = torch.tensor([known.index(name) for name in found])
+        routes_anew(dynamic)
         hits = torch.zeros(len(tasks))
         counts, seconds, confusion = hits.clone(), 0.0, None
         for images, labels, owners in self._stream(tasks):

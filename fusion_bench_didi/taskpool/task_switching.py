@@ -221,9 +221,9 @@ def _reporting(evaluate, tasks: list[str], aliases):
     @functools.wraps(evaluate)
     def wrapper(model, *args, **kwargs):
         dynamic = dynamic_model_in(model)
-        routed = routes_anew(dynamic)
         if dynamic is not None:
             check_tasks(tasks, dynamic.modulators, aliases)
+        routed = routes_anew(dynamic)
         hook = _hook_of(evaluate.__self__)
         try:
             if hook is not None:

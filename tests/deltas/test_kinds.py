@@ -1,6 +1,7 @@
 """Stored forms: what each does to a tensor, and what it costs."""
 
 from collections.abc import Iterator
+from inspect import signature
 
 import pytest
 import torch
@@ -167,6 +168,18 @@ def _coded(shape: tuple[int, int]) -> Iterator[Delta]:
     _, values, vectors = torch.linalg.svd(_random(*shape).mT, full_matrices=False)
     made = code_product(_random(*shape), vectors.mT[:, :2], values[:2], 0.2, 300.0)
     yield CodedLowRankDelta.of(shape, made)
+
+
+def test_what_a_form_is_made_of_is_shown_and_told():
+    assert [*signature(RoundedDenseDelta).parameters] == ["shape", "codes", "scale", "bits"]  # fmt: skip
+    with pytest.raises(TypeError, match="DenseDelta: missing .*'value'"):
+        DenseDelta((2, 3))
+
+    class Own(DenseDelta):
+        def __init__(self, shape, value, more=1):
+            super().__init__(shape, value)
+
+    assert [*signature(Own).parameters] == ["shape", "value", "more"]
 
 
 def test_every_form_of_an_expert_is_tried():

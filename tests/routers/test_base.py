@@ -109,6 +109,14 @@ def test_one_sample_does_not_spread():
     assert router.scores(normal(3, 6)).isfinite().all()
 
 
+def test_a_head_may_be_fitted_after_another():
+    router = fitted("mlp", "mlp", epochs=1)
+    router.head = "discriminant"
+    router.fit(normal(9, 6), LABELS)
+    expected, features = fitted("mlp", "discriminant"), normal(5, 6, seed=1)
+    assert router.scores(features).equal(expected.scores(features))
+
+
 def test_a_head_is_for_the_features_it_was_fitted_to():
     with pytest.raises(DiDiError, match="fitted to 6 features, and 7 are given"):
         fitted("mlp", "mlp", epochs=1)(normal(2, 7))

@@ -151,7 +151,7 @@ def test_heads_learn_separable_tasks(head):
     noise = torch.randn(180, 8, generator=torch.Generator().manual_seed(0))
     features = noise + 4 * torch.eye(8)[labels]
     tensors = fit_head(head, features, labels)
-    found = head_scores(features, tensors).argmax(1)
+    found = head_scores(head, features, tensors).argmax(1)
     assert (found == labels).float().mean() > 0.95
 
 

@@ -356,3 +356,41 @@ def test_plain_models_are_copied_as_ever():
     one = model.materialize("a")
     assert vars(one).keys() == vars(models["a"]).keys()
     assert model.materialize("a")(X).equal(one(X))
+
+
+class ListsNothing(nn.Module):
+    """Lists fewer parameters than it holds, as models do that freeze some."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("table", torch.ones(2))
+        self.register_parameter("bias", None)
+
+    def parameters(self):
+        return iter(())
+
+    buffers = parameters
+
+    def forward(self, x):
+        return self.scale(x)
+
+
+@pytest.mark.parametrize("name", ["weight", "table"])
+def test_tensors_that_a_model_does_not_list_are_rebound_too(name):
+    model = ListsNothing()
+    own = getattr(model, name)
+    model.scale = lambda x: own * x
+    twin = deep_copy(model)
+    getattr(twin, name).data.fill_(3)
+    assert twin(torch.ones(2)).tolist() == [3, 3]
+    assert model(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_a_partial_that_refers_to_itself_is_copied():
+    model = nn.Linear(2, 2)
+    model.scale = functools.partial(torch.mul, model.weight)
+    model.scale.itself = model.scale
+    twin = deep_copy(model)
+    assert twin.scale.args[0] is twin.weight
+    assert twin.scale.itself is twin.scale

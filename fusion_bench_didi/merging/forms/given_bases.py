@@ -12,8 +12,8 @@ from ...lowrank.factored import as_dense
 from ...lowrank.factors import energy_of
 from ...lowrank.tucker import cores
 from ..context import MergeContext
+from ..reconstruction import squared_error
 from .base import Choice, Decision, Look
-from .tucker import stored_cores
 
 
 class GivenBases:
@@ -41,13 +41,16 @@ class GivenBases:
 
     def encode(self, context: MergeContext, decision: Decision) -> EncodedTensor:
         name, bases = decision.name, context.given.bases[decision.name]
-        tensor, kept = context.tensor(name), decision.point
-        vectors = [as_dense(tau).cpu() for tau in tensor.matrices()]
-        fitted = cores(vectors, *_sides(bases))
-        made = stored_cores(
-            bases, fitted, vectors, kept, tensor.shape, decision.precision
-        )
-        return EncodedTensor(name, None, *made)
+        tensor, (up, down) = context.tensor(name), _sides(bases)
+        experts, errors = [], []
+        for tau, kept in zip(tensor.matrices(), decision.point):
+            tau, delta = as_dense(tau).cpu(), None
+            if kept:
+                (core,) = cores([tau], up, down)
+                delta = decision.precision.core(tensor.shape, core)
+            experts.append(delta)
+            errors.append(squared_error(bases, delta, tau))
+        return EncodedTensor(name, None, experts, torch.stack(errors))
 
     def ranks(self, decision: Decision, tasks: int) -> list[int]:
         """1 where there is a core, whose rank is that of its bases."""

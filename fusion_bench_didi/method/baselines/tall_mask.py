@@ -86,8 +86,9 @@ class TallMaskMerging(DynamicMethod):
         """The TIES merge of one tensor, after one pass for the thresholds and one for the majority sign."""
         device, tasks, found = self.fabric.device, len(task_vectors.tasks), []
         for task in range(tasks):
-            entries = [self.read(task_vectors, name, task).flatten() for name in names]
-            found.append(trim_threshold(torch.cat(entries).abs(), self.ties_keep))
+            read = (self.read(task_vectors, name, task) for name in names)
+            sizes = torch.cat([entries.flatten().abs() for entries in read])
+            found.append(trim_threshold(sizes, self.ties_keep))
             progress("trimming", task, tasks)
         thresholds, votes = torch.tensor(found, device=device), 0.0
         for i, name in enumerate(names):

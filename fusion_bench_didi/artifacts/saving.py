@@ -82,7 +82,7 @@ def save_artifact(
         base: the base model, as the pool gives it.
         types: tensors that some task changed and the data type that the account has them in, the checkpoints' own; none
             for the base model itself.
-        known: where the base model lies, from :func:`.opening.backbone_reference`; without it the base model has to be
+        known: where the base model lies, from :func:`~fusion_bench_didi.pools.opening.backbone_reference`; without it the base model has to be
             given again to load the artifact.
 
     Raises:

@@ -39,7 +39,7 @@ def describe(
         tensors: base values of what the saved model changes.
         known: what the merge knew of the backbone: its ``source``, and ``fresh``, names of tensors that its checkpoint does
             not hold, so that they are others every time it is loaded, if that could be told; see
-            :func:`.opening.backbone_reference`.
+            :func:`~fusion_bench_didi.pools.opening.backbone_reference`.
         replaced: names of tensors that every task has as its own, so that the base model's values do not matter.
         taken: checksums of base values that were taken before, which are not taken again.
     """

@@ -54,11 +54,11 @@ class DynamicModel(ModulatedModel):
         experts: deltas per task.
         unit_bits: size of one fine-tuned model, the unit of the storage account.
         info: JSON-plain facts that are saved with the model (method, settings, ranks, ...).
-        backbone_bits: see :class:`~.storage.StorageReport`; ``unit_bits`` if None.
+        backbone_bits: see :class:`~fusion_bench_didi.deltas.storage.StorageReport`; ``unit_bits`` if None.
 
     Attributes:
         router: finds the tasks of a batch for which none is given; see :meth:`attach_router`.
-        serving: how mixed batches trade memory for time, a :class:`~.banks.Serving`; may be set at any time.
+        serving: how mixed batches trade memory for time, a :class:`~fusion_bench_didi.serving.banks.Serving`; may be set at any time.
 
     Threads may run mixed batches at the same time. A task that is set is everyone's: models that are switched are not for
     several threads.

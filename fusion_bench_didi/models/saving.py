@@ -107,7 +107,7 @@ def load(
 
     Raises:
         CheckpointMismatchError: for damaged files, another backbone than the one that was merged, or a model of another class.
-        DiDiError: if the backbone cannot be loaded as data, see :mod:`.checkpoint.loaders`.
+        DiDiError: if the backbone cannot be loaded as data, see :mod:`fusion_bench_didi.checkpoint.loaders`.
     """
     place = local_directory(directory, revision=revision, token=token)
     config = read_config(place)

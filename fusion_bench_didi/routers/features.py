@@ -54,7 +54,7 @@ class OracleRouter(Router):
     kind = "oracle"
 
     def tell(self, task_ids: Any) -> None:
-        """Tell the oracle the tasks of the next batch, see :func:`~.requests.task_numbers`."""
+        """Tell the oracle the tasks of the next batch, see :func:`~fusion_bench_didi.serving.requests.task_numbers`."""
         self.told = task_numbers(task_ids, self.tasks)
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:

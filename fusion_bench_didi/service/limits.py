@@ -31,7 +31,8 @@ class Limits:
         prompt_tokens: of one prompt or text.
         pixels: of an image as it is sent.
         wait_ms: for other requests before a batch begins that is not full.
-        memory_limit_gb: of decoded tensors that are held for the next batch, see :class:`~.banks.Serving`; None for all.
+        memory_limit_gb: of decoded tensors that are held for the next batch, see
+            :class:`~fusion_bench_didi.serving.banks.Serving`; None for all.
     """
 
     body_kb: PositiveCount = 1024

@@ -146,7 +146,7 @@ def broadcast_form(leaf: str) -> type:
 
 
 def is_turned(module: nn.Module, leaf: str) -> bool | None:
-    """How :func:`~.banks.bank_of` lays a tensor out for the module that owns it."""
+    """How :func:`~.making.bank_of` lays a tensor out for the module that owns it."""
     if getattr(module, leaf).ndim < 2:
         return None
     return isinstance(module, (nn.Linear, nn.Conv2d))

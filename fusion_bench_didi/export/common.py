@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from huggingface_hub import snapshot_download
@@ -51,6 +51,8 @@ _TOGETHER = (
     (_TEMPLATE, _TEMPLATE),
     (_PROCESSOR, _PROCESSOR),
 )
+
+_AWAY = "is no directory and cannot be fetched"
 
 
 def asked_tasks(model: DynamicModel, tasks: Sequence[str] | str | None) -> list[str]:
@@ -97,61 +99,59 @@ def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def copy_companions(
-    source: Mapping[str, str], directory: Path, own: str | None = None
-) -> str | None:
-    """Put tokenizer, processor and generation settings beside a checkpoint: those of its own fine-tuned model; where that has none,
-    the base model's.
+class Companions(NamedTuple):
+    """Files beside the weights of a model: its tokenizer, processor and generation settings.
 
     Args:
-        source: where the base model lies, as by :func:`source_of`; empty if nothing is to be taken from there.
-        own: where the fine-tuned model lies.
+        place: of the model; None if it was in memory.
+        files: by name; None if they cannot be read.
+    """
+
+    place: str | None
+    files: Mapping[str, Path] | None
+
+
+def companions_at(place: str | None = None, revision: str | None = None) -> Companions:
+    """Those of a directory, or of a repository of the hub, of which nothing else is fetched."""
+    if place is None:
+        return Companions(None, None)
+    home = from_home(place)
+    if not home.is_dir():
+        names = sorted(COMPANIONS)
+        try:
+            home = Path(snapshot_download(place, revision=revision, allow_patterns=names))  # fmt: skip
+        except (HFValidationError, LocalEntryNotFoundError, OSError):
+            return Companions(place, None)
+    found = {name: home / name for name in sorted(COMPANIONS)}
+    return Companions(place, {n: file for n, file in found.items() if file.is_file()})
+
+
+def copy_companions(
+    directory: Path, of_base: Companions, own: Companions = Companions(None, None)
+) -> str | None:
+    """Put files beside a checkpoint: those of its own fine-tuned model, and of what that has none the base model's.
 
     Returns:
         what could not be had, if anything.
     """
-    place = source.get("place")
-    of_base = _companions(place, source.get("revision"))
-    tuned = _companions(own)
-    found = dict(of_base or {})
+    tuned, found = own.files or {}, dict(of_base.files or {})
     for some, instead in _TOGETHER:
-        if tuned and some & tuned.keys():
+        if some & tuned.keys():
             found = {name: file for name, file in found.items() if name not in instead}
-    found |= tuned or {}
+    found |= tuned
     for name, file in found.items():
         if not (directory / name).exists():
             shutil.copyfile(file, directory / name)
-    away = next((p for p, f in ((own, tuned), (place, of_base)) if p and f is None), "")
-    fault = f"{away} is no directory and cannot be fetched"
+    away = [at.place for at in (own, of_base) if at.place and at.files is None]
     if found:
-        return (
-            f"tokenizer and processor are the base model's: {fault}."
-            if away == own
-            else None
-        )
-    if away:
-        return (
-            f"no tokenizer or processor was copied: {fault}. Name another one (base)."
-        )
-    if place or own:
-        return f"{place or own} holds no tokenizer or processor to copy."
-    return "no tokenizer or processor was copied: the model was in memory. Name the base model's directory or repository (base), or copy them."
-
-
-def _companions(
-    place: str | None, revision: str | None = None
-) -> dict[str, Path] | None:
-    """Files that lie beside the weights of a model, by name; None if they cannot be read."""
-    if place is None:
-        return None
-    home = from_home(place)
-    if not home.is_dir():
-        files = sorted(COMPANIONS)
-        try:
-            home = Path(snapshot_download(place, revision=revision, allow_patterns=files))  # fmt: skip
-        except (HFValidationError, LocalEntryNotFoundError, OSError):
+        if own.place not in away:
             return None
-    return {n: home / n for n in COMPANIONS if (home / n).is_file()}
+        return f"tokenizer and processor are the base model's: {own.place} {_AWAY}."
+    if away:
+        return f"no tokenizer or processor was copied: {away[0]} {_AWAY}. Name another one (base)."
+    if place := of_base.place or own.place:
+        return f"{place} holds no tokenizer or processor to copy."
+    return "no tokenizer or processor was copied: the model was in memory. Name the base model's directory or repository (base), or copy them."
 
 
 def _others(directory: Path) -> list[str]:

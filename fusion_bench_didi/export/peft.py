@@ -22,6 +22,7 @@ from .checks import SAME, TIED, check_close, check_runs, outputs_differ, trial
 from .common import (
     asked_tasks,
     base_model,
+    companions_at,
     copy_companions,
     export_directory,
     folder,
@@ -71,7 +72,7 @@ def to_peft(
     with export_directory(directory, overwrite=overwrite) as (place, final):
         if fold:
             write_checkpoint(under, place / BASE)
-            note = copy_companions(source, place / BASE)
+            note = copy_companions(place / BASE, companions_at(**source))
             notes += [note] if note else []
             sizes[BASE] = weight_bytes(place / BASE)
             source = {"place": str(final / BASE)}

@@ -14,6 +14,7 @@ from ..task_vectors.ties import tied_names
 from .checks import check_equal
 from .common import (
     asked_tasks,
+    companions_at,
     copy_companions,
     export_directory,
     folder,
@@ -47,7 +48,7 @@ def to_plain(
         UnknownTaskError: for tasks that the model does not hold.
         FileExistsError: if the directory exists and ``overwrite`` is false, or it is no export, or other weights lie in it.
     """
-    asked, source = asked_tasks(model, tasks), source_of(model, base)
+    asked, of_base = asked_tasks(model, tasks), companions_at(**source_of(model, base))
     others = with_own_vocabulary(model)
     parents = model.info.get("parents", {})
     notes: dict[str, None] = {}
@@ -57,8 +58,8 @@ def to_plain(
             whole, home = model.materialize(task), place / folder(task)
             write_checkpoint(whole, home, max_shard_size=max_shard_size)
             # a base model's tokenizer has other tokens than a task with a vocabulary of its own
-            of = {} if task in others else source
-            note = copy_companions(of, home, parents.get(task))
+            base_files = companions_at() if task in others else of_base
+            note = copy_companions(home, base_files, companions_at(parents.get(task)))
             check_equal(read_again(home, whole), whole, f"The checkpoint of {task}")
             sizes[task] = weight_bytes(home)
             notes |= {note: None} if note else {}

@@ -36,7 +36,6 @@ from ..merging.finished import Finished
 from ..models import DynamicModel
 from ..models.overview import place_of
 from ..models.pool_saving import attach_saving, check_saving, saved_at
-from ..models.saving import write_config
 from ..options import (
     Aliases,
     FilePath,
@@ -322,8 +321,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             writer = DeltaWriter(target, tasks, journal)
             model = make(writer, journal)
             if target is not None and ranks.leads:
-                write_config(
-                    model,
+                model.write_config(
                     target,
                     {**writer.manifest, "tasks": model.tasks},
                     taken=task_vectors.base.digests,

@@ -28,7 +28,6 @@ from fusion_bench_didi.errors import DiDiError
 from fusion_bench_didi.merging import pipeline
 from fusion_bench_didi.merging.basis_store import BasisStore
 from fusion_bench_didi.method.didi import DiDiMerging
-from fusion_bench_didi.models.saving import write_config
 
 # --- kills --------------------------------------------------------------------
 
@@ -86,7 +85,7 @@ def _write_slowly(target: Path, mark: str, started, go, results) -> None:
             started.set()
             go.wait(60)
             model = small(mark=mark)
-            write_config(model, place, model.write_parts(place))
+            model.write_config(place, model.write_parts(place))
         results.put((mark, None))
     except (DiDiError, FileExistsError) as error:
         results.put((mark, f"{type(error).__name__}: {error}"))
@@ -139,7 +138,7 @@ def test_what_comes_to_be_meanwhile_is_not_replaced(tmp_path, kind, overwrite):
     fine = overwrite and kind in ("ours", "empty")
     expected = contextlib.nullcontext() if fine else pytest.raises(FileExistsError)
     with expected as caught, whole_directory(target, overwrite=overwrite) as place:
-        write_config(ours, place, ours.write_parts(place))
+        ours.write_config(place, ours.write_parts(place))
         if kind == "ours":
             os.rename(tmp_path / "other", target)
         elif kind == "file":
@@ -167,7 +166,7 @@ def test_a_result_whose_place_cannot_be_had_is_kept(tmp_path, monkeypatch, movab
     target, ours = tmp_path / "m", small(mark="new")
     with pytest.raises(FileExistsError) as caught:
         with whole_directory(target) as place:
-            write_config(ours, place, ours.write_parts(place))
+            ours.write_config(place, ours.write_parts(place))
             target.mkdir()
             monkeypatch.setattr(directories, "check_target", fail(DiDiError("rights")))
             if not movable:
@@ -187,7 +186,7 @@ def test_a_target_that_goes_meanwhile_is_written(tmp_path):
     target, model = tmp_path / "m", small(mark="new")
     small(mark="old").save_pretrained(target)
     with whole_directory(target, overwrite=True) as place:
-        write_config(model, place, model.write_parts(place))
+        model.write_config(place, model.write_parts(place))
         shutil.rmtree(target)
     assert marked(target) == "new"
 

@@ -32,7 +32,6 @@ from fusion_bench_didi.method.baselines.tsv_c import TSVCompression
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.models.pool_saving import attach_saving, check_saving
-from fusion_bench_didi.models.saving import write_config
 from fusion_bench_didi.recombination import search
 from fusion_bench_didi.recombination.evolution import SearchSettings
 from fusion_bench_didi.recombination.library import (
@@ -304,7 +303,7 @@ def test_a_relative_target_stays_where_it_was_meant(tmp_path, monkeypatch):
     model = small(mark="new")
     with whole_directory("deep/m") as place:
         os.chdir(tmp_path / "there")
-        write_config(model, place, model.write_parts(place))
+        model.write_config(place, model.write_parts(place))
     assert marked(tmp_path / "here" / "deep" / "m") == "new"
     assert listing(tmp_path / "there") == []
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -137,6 +137,15 @@ def test_models_are_edited_and_exported(merged, tiny_clip_dir, tmp_path):
         run("remove-task", merged, "dtd", "-o", tmp_path / "none")
 
 
+def test_two_merged_models_become_one(merged, tiny_clip_dir, tmp_path):
+    base, new = tiny_clip_dir / BASE, tiny_clip_dir / "eurosat"
+    pair = (f"other={tiny_clip_dir / 'mnist'}", new)
+    run("merge", base, *pair, "-o", tmp_path / "b", *QUICK, "--budget", 0.5)
+    run("combine", merged, tmp_path / "b", "-o", tmp_path / "all")
+    tasks = fusion_bench_didi.load(tmp_path / "all").tasks
+    assert tasks == ["mnist", "svhn", "other", "eurosat"]
+
+
 def test_other_methods_merge_too(tiny_clip_dir, tmp_path):
     places = [tiny_clip_dir / name for name in (BASE, "mnist", "svhn")]
     run("merge", *places, "-o", tmp_path / "emr", "--method", "didi/emr")

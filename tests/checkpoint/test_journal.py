@@ -1,9 +1,11 @@
 """A merge that was cut off goes on: to the bytes of an unbroken one, without doing again what is finished, and only if it is the same."""
 
+import gc
 import json
 import os
 import signal
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from test_golden import clip, decaying, layers, within_spaces
 from benchmarks.processes import on_ranks
 from fusion_bench_didi.allocation.curves import PerTaskCurve
 from fusion_bench_didi.checkpoint import directory
+from fusion_bench_didi.checkpoint import records as checkpoint_records
 from fusion_bench_didi.checkpoint.fields import CHECKSUM, sealed
 from fusion_bench_didi.checkpoint.journal import (
     Journal,
@@ -591,6 +594,23 @@ def test_records_come_back_as_they_were():
     assert torch.equal(again[3][0].error, curve.error) and again[3][0].shared == 7
     with pytest.raises(TypeError, match="a Path|PosixPath"):
         records.packed(Path("x"))
+
+
+def test_records_keep_nothing_that_they_packed(monkeypatch):
+    """A walk that referred to itself held copies of all tensors until garbage was looked for."""
+    kept: list[weakref.ref] = []
+
+    def save(tensors, **_) -> bytes:
+        kept.extend(map(weakref.ref, tensors.values()))
+        return b""
+
+    monkeypatch.setattr(checkpoint_records, "save", save)
+    gc.disable()
+    try:
+        Records().packed({"a": [torch.ones(3)]})
+        assert [ref() for ref in kept] == [None]
+    finally:
+        gc.enable()
 
 
 def test_records_build_nothing_else():

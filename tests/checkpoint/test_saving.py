@@ -305,8 +305,14 @@ def flipped(content: bytes, place: int) -> bytes:
     [
         (lambda content: content[:-100], "is not a whole safetensors file"),
         (lambda content: struct.pack("<Q", 2**40) + content[8:], "is not a whole safe"),
-        (lambda content: flipped(content, -1), "was altered after it was written.*SHA-256"),
-        (lambda content: flipped(content, -4000), "was altered after it was written.*SHA-256"),
+        (
+            lambda content: flipped(content, -1),
+            "was altered after it was written.*SHA-256",
+        ),
+        (
+            lambda content: flipped(content, -4000),
+            "was altered after it was written.*SHA-256",
+        ),
         (lambda content: None, "is missing; config.json lists it"),
     ],
 )

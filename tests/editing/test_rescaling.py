@@ -1,8 +1,10 @@
 """Laws of smaller budgets: no byte beyond them, no less error than the optimum and hardly more, never more than the bound."""
 
 import copy
+import gc
 import math
 import re
+import weakref
 
 import pytest
 from helpers import BASE, didi, floats, normal
@@ -182,3 +184,16 @@ def test_codes_of_codes_use_the_budget(monkeypatch, before, after):
         found.append((one.storage.x_excl, distance(one, models)))
     (once, more), (used, lost) = found
     assert once < 0.85 * after and used > 1.1 * once and lost < 0.95 * more
+
+
+def test_what_was_before_is_not_kept():
+    """Readers of old experts referred to themselves, and kept them beside the new ones until garbage was looked for."""
+    model = didi(linears(), budget=1.0)
+    old = [weakref.ref(d) for e in model.modulators.values() for d in e.deltas.values()]
+    gc.collect()
+    gc.disable()
+    try:
+        rescale(model, budget=0.3)
+        assert old and not any(ref() is not None for ref in old)
+    finally:
+        gc.enable()

@@ -256,6 +256,23 @@ def test_dense_and_low_rank_deltas_apply_shared_and_own_change():
     assert view.value.untyped_storage().nbytes() == 8
 
 
+def test_attributes_of_a_backbone_are_those_of_the_model():
+    base = nn.Sequential(nn.Linear(2, 2))
+    base.stored = "on disk"
+    assert DynamicModel(base, {}, {"a": {}}, unit_bits=1).stored == "on disk"
+
+
+def test_a_subclass_may_write_more_into_its_configuration(model, tmp_path):
+    class Told(type(model)):
+        def write_config(self, directory, parts, **options):
+            (directory / "told.txt").write_text("here")
+            super().write_config(directory, parts, **options)
+
+    model.__class__ = Told
+    model.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "told.txt").read_text() == "here"
+
+
 def test_attributes_of_an_openclip_encoder_are_found():
     model = didi(family(OpenClipLike()), budget=0.9)
     assert model.train_preprocess is None and model.val_preprocess is None

@@ -27,6 +27,14 @@ def test_pools_of_modules_of_the_first_version():
     assert didi(as_pool(listed), budget=0.5).tasks == ["model_0", "model_1"]
 
 
+def test_modules_within_a_configuration_are_taken():
+    """Of a pool that has to be changed: what ``torch.compile`` wrapped is unwrapped, which no configuration can hold."""
+    models = {name: torch.compile(m) for name, m in pool_of(llama()).items()}
+    pool = BaseModelPool({})
+    pool._models = OmegaConf.create(models, flags={"allow_objects": True})
+    assert didi(as_pool(pool), budget=0.5).tasks == ["a", "b"]
+
+
 def test_a_pool_of_the_first_version_saves_what_was_merged(tmp_path):
     old = DictModelPool(pool_of(llama()))
     model = DiDiMerging(budget=0.5).run(old)

@@ -24,5 +24,7 @@ def test_exact_name_comes_first_and_the_map_reaches_the_rest():
         UnknownTaskError, match=r"'cars196' .* holds \['dtd'\].*aliases"
     ):
         resolve_task("cars196", ["dtd"])
+    with pytest.raises(UnknownTaskError, match="'dtdd' "):  # what the map says
+        resolve_task("textures", ["dtd"], {"textures": "dtdd"})
     with pytest.raises(UnknownTaskError, match=r"\['b', 'c'\]. Task pool: \['a', 'b'"):
         check_tasks(["a", "b", "c"], ["a"])

@@ -4,6 +4,7 @@ import base64
 import inspect
 import io
 import json
+import shutil
 import socket
 import sys
 import threading
@@ -43,7 +44,7 @@ from transformers import (
 
 from fusion_bench_didi.cli import didi
 from fusion_bench_didi.deltas.plain import LowRankDelta, OwnDelta
-from fusion_bench_didi.errors import CheckpointMismatchError, SettingsError
+from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError, SettingsError
 from fusion_bench_didi.models.dynamic import DynamicModel
 from fusion_bench_didi.routers.base import Router
 from fusion_bench_didi.service.batching import Batcher, Row
@@ -514,6 +515,14 @@ class AsTimms:
         return self.processor(**sides, return_tensors=return_tensors)
 
     __call__ = preprocess
+
+
+def test_heads_are_read_before_a_processor_is_looked_for(images, tmp_path):
+    """A typo is told at once, not after what has to be fetched."""
+    base = shutil.copytree(images.parent / "base", tmp_path / "base")
+    (base / "preprocessor_config.json").unlink()
+    with pytest.raises((DiDiError, OSError), match="nowhere"):
+        open_runner(images, base=str(base), heads=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorFast, AsTimms])

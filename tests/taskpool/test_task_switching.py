@@ -25,6 +25,7 @@ from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.method.routed import RoutedMethod
 from fusion_bench_didi.pools.task_names import pool_tasks
 from fusion_bench_didi.programs.scoring import Scorer
+from fusion_bench_didi.routers.features import OracleRouter
 from fusion_bench_didi.taskpool import attach
 from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskPool
 from fusion_bench_didi.taskpool.openclip_vision import (
@@ -524,3 +525,18 @@ def test_a_pool_that_reports_no_task_by_itself_is_named():
     with pytest.raises(DiDiError, match="asked for 'mnist' alone it does not report"):
         attach(pool)
         pool.evaluate(didi(models, budget=3))
+
+
+@needs_us
+def test_a_refused_evaluation_leaves_a_routed_model_as_it_was():
+    """Its task was unset and its counts forgotten before the names were checked."""
+    model = didi(family(OpenClipLike(), ("a", "b")), budget=0.5)
+    model.attach_router(OracleRouter(model.tasks)).set_task("b")
+    model.router.samples = 7
+    asked = SimpleNamespace(_test_datasets={"a": 1, "zzz": 2})
+    asked.evaluate_single_task = lambda task_name, model: {"accuracy": 1.0}
+    asked.evaluate = lambda model: {}
+    attach(asked)
+    with pytest.raises(UnknownTaskError, match="zzz"):
+        asked.evaluate(model)
+    assert (model.current_task, model.router.samples) == ("b", 7)

@@ -27,7 +27,7 @@ from ..merging.results import MergeResult
 from ..merging.settings import Budget, MergeSettings
 from ..models.dynamic import DynamicModel
 from ..options import Patterns, as_patterns
-from ..pools.entries import BASE
+from ..pools.entries import BASE, origin_of
 from ..pools.opening import needed_apart, open_pool
 from ..pools.task_names import normalized
 from ..pools.task_settings import task_settings
@@ -91,8 +91,7 @@ def add_task(
     def edit(stored: Stored) -> Stored:
         start = time.perf_counter()
         fit = fitted(stored, vectors, settings, device=device)
-        parent = str(checkpoint) if isinstance(checkpoint, (str, Path)) else None
-        added = joined(stored, name, fit, parent, own)
+        added = joined(stored, name, fit, origin_of(pool, name), own)
         return added.edited(
             "add",
             task=name,

@@ -1,16 +1,13 @@
 """What all exports begin and end with: tasks, the base model, where it lies, and the directory."""
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
 from ..checkpoint.deltas import versions, write_manifest
@@ -19,10 +16,10 @@ from ..checkpoint.fields import read_object
 from ..checkpoint.ours import CONFIG, Kind, held_by
 from ..editing.stored import check_known
 from ..errors import DiDiError
-from ..files import from_home
 from ..models.dynamic import DynamicModel
 from ..models.overview import place_of
 from ..task_vectors.lora_config import CONFIG as ADAPTER
+from .companions import COMPANIONS, TEMPLATES
 from .report import ExportReport
 
 #: The file that says what an exported directory holds.
@@ -31,28 +28,6 @@ MANIFEST = "export.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetensors")
 #: Bytes of a file's name, with room for an ending.
 LONGEST = 200
-#: Files of tokenizers, of how they lay out conversations, of processors and of generation, which are data.
-_TOKENIZER = frozenset(
-    {
-        *("added_tokens.json", "merges.txt", "sentencepiece.bpe.model"),
-        *("special_tokens_map.json", "spiece.model", "tokenizer.json"),
-        *("tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
-    }
-)
-_TEMPLATE = frozenset({"chat_template.jinja", "chat_template.json"})
-_PROCESSOR = frozenset(
-    f"{kind}_config.json"
-    for kind in ("preprocessor", "processor", "video_preprocessor")
-)
-COMPANIONS = _TOKENIZER | _TEMPLATE | _PROCESSOR | {"generation_config.json"}
-#: Where a task's checkpoint has some of the first, none of the second are taken of the base model.
-_TOGETHER = (
-    (_TOKENIZER, _TOKENIZER | _TEMPLATE),
-    (_TEMPLATE, _TEMPLATE),
-    (_PROCESSOR, _PROCESSOR),
-)
-
-_AWAY = "is no directory and cannot be fetched"
 
 
 def asked_tasks(model: DynamicModel, tasks: Sequence[str] | str | None) -> list[str]:
@@ -99,61 +74,6 @@ def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-class Companions(NamedTuple):
-    """Files beside the weights of a model: its tokenizer, processor and generation settings.
-
-    Args:
-        place: of the model; None if it was in memory.
-        files: by name; None if they cannot be read.
-    """
-
-    place: str | None
-    files: Mapping[str, Path] | None
-
-
-def companions_at(place: str | None = None, revision: str | None = None) -> Companions:
-    """Those of a directory, or of a repository of the hub, of which nothing else is fetched."""
-    if place is None:
-        return Companions(None, None)
-    home = from_home(place)
-    if not home.is_dir():
-        names = sorted(COMPANIONS)
-        try:
-            home = Path(snapshot_download(place, revision=revision, allow_patterns=names))  # fmt: skip
-        except (HFValidationError, LocalEntryNotFoundError, OSError):
-            return Companions(place, None)
-    found = {name: home / name for name in sorted(COMPANIONS)}
-    return Companions(place, {n: file for n, file in found.items() if file.is_file()})
-
-
-def copy_companions(
-    directory: Path, of_base: Companions, own: Companions = Companions(None, None)
-) -> str | None:
-    """Put files beside a checkpoint: those of its own fine-tuned model, and of what that has none the base model's.
-
-    Returns:
-        what could not be had, if anything.
-    """
-    tuned, found = own.files or {}, dict(of_base.files or {})
-    for some, instead in _TOGETHER:
-        if some & tuned.keys():
-            found = {name: file for name, file in found.items() if name not in instead}
-    found |= tuned
-    for name, file in found.items():
-        if not (directory / name).exists():
-            shutil.copyfile(file, directory / name)
-    away = [at.place for at in (own, of_base) if at.place and at.files is None]
-    if found:
-        if own.place not in away:
-            return None
-        return f"tokenizer and processor are the base model's: {own.place} {_AWAY}."
-    if away:
-        return f"no tokenizer or processor was copied: {away[0]} {_AWAY}. Name another one (base)."
-    if place := of_base.place or own.place:
-        return f"{place} holds no tokenizer or processor to copy."
-    return "no tokenizer or processor was copied: the model was in memory. Name the base model's directory or repository (base), or copy them."
-
-
 def _others(directory: Path) -> list[str]:
     """Names of weights and directories within an export that are no part of it."""
     if not (held := list(held_by(directory))):
@@ -166,7 +86,8 @@ def _others(directory: Path) -> list[str]:
         return [p.name for p in held if p.is_dir() or p.name not in files]
     found = [p for p in held if not p.is_dir() or p.name not in parts]
     for home in set(held) - set(found):
-        found += [p for p in held_by(home) if not _WEIGHTS.fullmatch(p.name)]
+        others = (p for p in held_by(home) if p.name != TEMPLATES)
+        found += [p for p in others if not _WEIGHTS.fullmatch(p.name)]
     return [str(path.relative_to(directory)) for path in found]
 
 

@@ -22,14 +22,13 @@ from .checks import SAME, TIED, check_close, check_runs, outputs_differ, trial
 from .common import (
     asked_tasks,
     base_model,
-    companions_at,
-    copy_companions,
     export_directory,
     folder,
     source_of,
     weight_bytes,
     write_report,
 )
+from .companions import companions_at, copy_companions
 from .plain import write_checkpoint
 from .report import Carried, ExportReport
 from .settings import EIGHT_BITS, AdapterSettings

@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.tensors import write_tensors
+from ..errors import some
 from ..models.dynamic import DynamicModel
 from ..models.task_settings import with_own_vocabulary
 from ..task_vectors.ties import tied_names
 from .checks import check_equal
 from .common import (
     asked_tasks,
-    companions_at,
-    copy_companions,
     export_directory,
     folder,
     source_of,
     weight_bytes,
     write_report,
 )
+from .companions import companions_at, companions_of, copy_companions
 from .report import Carried, ExportReport
 
 
@@ -46,26 +46,28 @@ def to_plain(
 
     Raises:
         UnknownTaskError: for tasks that the model does not hold.
+        DiDiError: for a tokenizer's file that goes while it is read.
         FileExistsError: if the directory exists and ``overwrite`` is false, or it is no export, or other weights lie in it.
     """
     asked, of_base = asked_tasks(model, tasks), companions_at(**source_of(model, base))
     others = with_own_vocabulary(model)
     parents = model.info.get("parents", {})
-    notes: dict[str, None] = {}
+    notes: dict[str, list[str]] = {}
     with export_directory(directory, overwrite=overwrite) as (place, final):
         sizes = {}
         for task in asked:
             whole, home = model.materialize(task), place / folder(task)
             write_checkpoint(whole, home, max_shard_size=max_shard_size)
-            # a base model's tokenizer has other tokens than a task with a vocabulary of its own
-            base_files = companions_at() if task in others else of_base
-            note = copy_companions(home, base_files, companions_at(parents.get(task)))
+            own, other = companions_of(parents.get(task)), task in others
+            note = copy_companions(home, of_base, own, own_vocabulary=other)
             check_equal(read_again(home, whole), whole, f"The checkpoint of {task}")
             sizes[task] = weight_bytes(home)
-            notes |= {note: None} if note else {}
+            if note:
+                notes.setdefault(note, []).append(task)
         carried = dict.fromkeys(model.touched, Carried("whole"))
         tensors = dict.fromkeys(asked, carried)
-        report = ExportReport("plain", str(final), tensors, sizes, notes=tuple(notes))
+        told = tuple(f"{some(of)}: {note}" for note, of in notes.items())
+        report = ExportReport("plain", str(final), tensors, sizes, notes=told)
         return write_report(place, report)
 
 

@@ -34,7 +34,6 @@ from ..lowrank.factored import as_dense
 from ..merging.encoding import encode_own
 from ..merging.finished import Finished
 from ..models import DynamicModel
-from ..models.overview import place_of
 from ..models.pool_saving import attach_saving, check_saving, saved_at
 from ..options import (
     Aliases,
@@ -44,6 +43,7 @@ from ..options import (
     check_arguments,
     unknown_setting,
 )
+from ..pools.entries import origin_of
 from ..pools.host_forms import as_pool
 from ..pools.merged_adapters import adapted
 from ..pools.opening import (
@@ -244,9 +244,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         return {
             "method": self.title,
             "settings": self.told_settings(),
-            "parents": {
-                n: place_of(modelpool._models[n]) for n in modelpool.model_names
-            },
+            "parents": {n: origin_of(modelpool, n) for n in modelpool.model_names},
             **task_settings(modelpool, backbone),
             "backbone": reference,
             **({"unused_of_base": unused} if unused else {}),

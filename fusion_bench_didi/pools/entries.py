@@ -5,6 +5,7 @@ import functools
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.utils.modelscope import resolve_repo_path
@@ -75,6 +76,22 @@ def has_own_loader(modelpool: BaseModelPool) -> bool:
     """Whether a pool loads models by a method of its user's: what it makes of their files, no file tells."""
     loader = vars(modelpool).get("load_model") or type(modelpool).load_model
     return loader.__module__.partition(".")[0] not in _PACKAGES
+
+
+def origin_of(modelpool: BaseModelPool, name: str) -> str | None:
+    """Where the model of an entry lies, as it can be found from anywhere: an absolute directory, or a repository of the hub, with
+    revision and folder where some are asked for (``user/name@revision/folder``); None for a model in memory.
+    """
+    given = _arguments(modelpool, name) or {}
+    place, folder = given.get(PLACE), str(given.get("subfolder") or "")
+    if not isinstance(place, (str, os.PathLike)):
+        return None
+    if (local := from_home(place)).is_dir():
+        return str(local.absolute() / folder)
+    if not (folder or given.get("revision")):
+        return os.fspath(place)
+    revision = quote(str(given.get("revision") or "main"), safe="")
+    return f"{os.fspath(place)}@{revision}/{folder}".rstrip("/")
 
 
 def adapter_directory(modelpool: BaseModelPool, name: str) -> Path | None:

@@ -52,62 +52,6 @@ def test_tokenizer_and_generation_config_come_along(tmp_path):
     assert not (tmp_path / "out/svhn").exists()
 
 
-#: files of the base model, of a fine-tuned one, and which of them its checkpoint has
-COMPANIONS = {
-    "a conversation's layout of its own": (
-        {"tokenizer.json": "base", "tokenizer_config.json": "base"},
-        {"tokenizer.json": "own", "tokenizer_config.json": "own"},
-        {"tokenizer.json": "own", "tokenizer_config.json": "own"},
-    ),
-    "no layout, though the base model has one": (
-        {"tokenizer_config.json": "base", "chat_template.jinja": "base"},
-        {"tokenizer_config.json": "own"},
-        {"tokenizer_config.json": "own"},
-    ),
-    "a layout alone": (
-        {"tokenizer.json": "base", "chat_template.jinja": "base"},
-        {"chat_template.jinja": "own"},
-        {"tokenizer.json": "base", "chat_template.jinja": "own"},
-    ),
-    "no second vocabulary of another tokenizer": (
-        {"vocab.json": "base", "merges.txt": "base", "processor_config.json": "base"},
-        {"tokenizer.json": "own"},
-        {"tokenizer.json": "own", "processor_config.json": "base"},
-    ),
-    "nothing": ({"vocab.txt": "base"}, {}, {"vocab.txt": "base"}),
-    "all, beside a base model without": ({}, {"spiece.model": "own"}, {"spiece.model": "own"}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", COMPANIONS)
-def test_a_tokenizer_is_that_of_the_tasks_checkpoint(case, tmp_path):
-    """An instruction-tuned model whose layout of conversations was the base model's, which has none, answers nonsense."""
-    of_base, of_task, wanted = COMPANIONS[case]
-    for name, files in {"base": of_base, "tuned": of_task}.items():
-        (tmp_path / name).mkdir()
-        for file, text in files.items():
-            (tmp_path / name / file).write_text(text)
-    model = didi(family(llama()), budget=0.5)
-    model.info["parents"] = {"mnist": str(tmp_path / "tuned"), "svhn": None}
-    report = to_plain(model, tmp_path / "out", base=tmp_path / "base")
-    made = {p.name: p.read_text() for p in (tmp_path / "out/mnist").glob("*.*")
-            if p.name in {*of_base, *of_task}}  # fmt: skip
-    assert made == wanted
-    others = {p.name for p in (tmp_path / "out/svhn").iterdir()}
-    assert of_base.keys() <= others and not any("mnist" in n for n in report.notes)
-
-
-def test_a_tokenizer_that_is_out_of_reach_is_told(tmp_path):
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base/tokenizer.json").write_text("{}")
-    model = didi(family(llama()), budget=0.5)
-    model.info["parents"] = {"mnist": str(tmp_path / "gone")}
-    report = to_plain(model, tmp_path / "out", tasks="mnist", base=tmp_path / "base")
-    (note,) = report.notes
-    assert "are the base model's" in note and str(tmp_path / "gone") in note
-    assert (tmp_path / "out/mnist/tokenizer.json").exists()
-
-
 def test_a_model_in_memory_has_no_tokenizer_which_is_said(tmp_path):
     report = to_plain(didi(family(llama()), budget=0.5), tmp_path / "out")
     assert "no tokenizer" in report.notes[0] and "no tokenizer" in str(report)

@@ -1,5 +1,6 @@
 """What a merge would do, from headers alone."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -27,7 +28,9 @@ def describe(
     inventory = take_inventory(task_vectors, settings)
     left = matrix_budget(inventory, settings)
     read = readable(_read_bits(task_vectors, inventory))
-    held = inventory.unit_bits if streamed else 2 * inventory.unit_bits + left
+    modules = len(task_vectors.tasks) + (settings.shared != "none")
+    most = min(left, modules * inventory.unit_bits)  # every module whole
+    held = inventory.unit_bits if streamed else 2 * inventory.unit_bits + most
     peak = readable(held + _working_bits(task_vectors, inventory, settings))
     return "\n".join(
         [
@@ -52,11 +55,15 @@ def _facts(
     fixed = {"vectors": inventory.vector_bits, "own tensors": inventory.own_bits}
     taken = [f"{readable(bits)} of {what}" for what, bits in fixed.items() if bits]
     after = f" after {' and '.join(taken)}" if taken else ""
+    limit = (
+        "without a limit"
+        if settings.budget.ratio == math.inf
+        else f"is at most {readable(whole)} beyond the backbone and leaves {readable(left)} for {sharing}"
+    )
     return [
         f"{len(tasks)} tasks: {', '.join(tasks)}",
         counts,
-        f"one fine-tuned model is {readable(inventory.unit_bits)}; budget {settings.budget.ratio:g} is at most {readable(whole)} beyond "
-        f"the backbone and leaves {readable(left)} for {sharing}{after}",
+        f"one fine-tuned model is {readable(inventory.unit_bits)}; budget {settings.budget.ratio:g} {limit}{after}",
         "Headers do not tell what changed, so every tensor counts: the merge never takes more than the budget says here, and what "
         "does not change leaves more for the matrices.",
     ]

@@ -48,6 +48,18 @@ def test_dry_run_of_a_merge_into_a_directory_predicts_less_memory(
     assert not (tmp_path / "merged").exists() and peaks[1] <= peaks[0]
 
 
+@pytest.mark.parametrize("budget", [1e6, "inf"])
+def test_no_more_memory_is_predicted_than_every_module_takes_whole(
+    pool, capsys, budget
+):
+    """However large the budget is, or endless."""
+    didi(pool, budget=float(budget), dry_run=True)
+    told = capsys.readouterr().out
+    amount, unit = told.split()[-2:]
+    assert unit in ("kB", "MB") and float(amount) < 1000
+    assert ("without a limit" in told) == (budget == "inf")
+
+
 def test_dry_run_works_on_live_models(tiny_clip, capsys):
     models = copy.deepcopy(tiny_clip.pool_models())
     assert didi(models, budget=1.4, dry_run=True) is None

@@ -83,7 +83,7 @@ def checked(cls: Class) -> Class:
         if outermost:
             check_keywords(cls, kwargs)
             names = [p.name for p in _parameters(construct) if p.kind in _BY_PLACE]
-            _found({**dict(zip(names, args)), **kwargs}, _types(cls))
+            _found({**dict(zip(names, args)), **kwargs}, _of_constructors(cls))
         construct(self, *args, **kwargs)
         if outermost:
             check_arguments(self)
@@ -136,7 +136,7 @@ def checked_options(
     for key in given:
         if key not in known:
             raise unknown_setting(owner, key, known)
-    return _found(given, get_type_hints(function, include_extras=True))
+    return _found(given, _of_function(function))
 
 
 def as_patterns(value: Patterns) -> tuple[str, ...]:
@@ -173,7 +173,7 @@ def check_arguments(instance: Any) -> None:
     Raises:
         SettingsError: naming every value that is not of its type or not in its range.
     """
-    _check(instance, _types(type(instance)))
+    _check(instance, _of_constructors(type(instance)))
 
 
 def refuse_idle(instance: Any, idle: Mapping[str, str]) -> None:
@@ -215,32 +215,57 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if isinstance(value, Container) else value
 
 
-def _types(cls: type) -> dict[str, Any]:
-    """Types of the arguments of a constructor and of those of its bases."""
+class _Types(dict[str, TypeAdapter]):
+    """What validates values by their names, each made once, when it is first needed: making one takes longer than a hundred values.
+
+    Args:
+        hints: the types.
+    """
+
+    def __init__(self, hints: Mapping[str, Any]):
+        self.hints = hints
+
+    def __missing__(self, name: str) -> TypeAdapter:
+        return self.setdefault(name, TypeAdapter(self.hints[name]))
+
+
+@functools.cache
+def _of_function(function: Callable[..., Any]) -> _Types:
+    return _Types(get_type_hints(function, include_extras=True))
+
+
+@functools.cache
+def _of_fields(cls: type) -> _Types:
+    hints = get_type_hints(cls, include_extras=True)
+    return _Types({field.name: hints[field.name] for field in fields(cls)})
+
+
+@functools.cache
+def _of_constructors(cls: type) -> _Types:
+    """Of the arguments of a constructor and of those of its bases."""
     types: dict[str, Any] = {}
     for base, function in reversed([*_constructors(cls)]):
         if not f"{base.__module__}.".startswith(("fusion_bench.", "lightning.")):
             hints = get_type_hints(function, include_extras=True)
             known = signature(function).parameters
             types |= {name: hints[name] for name in known if name in hints}
-    return types
+    return _Types(types)
 
 
 def check_fields(instance: Any) -> None:
     """:func:`check_arguments` for the fields of a dataclass, frozen ones too."""
-    hints = get_type_hints(type(instance), include_extras=True)
-    _check(instance, {field.name: hints[field.name] for field in fields(instance)})
+    _check(instance, _of_fields(type(instance)))
 
 
-def _check(instance: Any, types: Mapping[str, Any]) -> None:
-    values = {n: getattr(instance, n) for n in types if hasattr(instance, n)}
+def _check(instance: Any, types: _Types) -> None:
+    values = {n: getattr(instance, n) for n in types.hints if hasattr(instance, n)}
     for name, found in _found(values, types).items():
         simple = type(found) in (bool, int, float, str)
         if simple and type(found) is not type(values[name]):
             object.__setattr__(instance, name, found)
 
 
-def _found(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+def _found(values: Mapping[str, Any], types: _Types) -> dict[str, Any]:
     """Values as their types have them.
 
     Raises:
@@ -248,10 +273,10 @@ def _found(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any
     """
     faults, kept = [], {}
     for name, value in values.items():
-        if name not in types:
+        if name not in types.hints:
             continue
         try:
-            found = TypeAdapter(types[name]).validate_python(_plain(value))
+            found = types[name].validate_python(_plain(value))
         except ValidationError as error:
             what = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
             faults.append(f"{name}={value!r}: {what}.")

@@ -261,7 +261,8 @@ def fitted(fit: Mapping[str, int], smallest_side: int) -> dict[str, int]:
 
 
 def _compose(name: str, parts: Mapping[str, str]) -> DictConfig:
-    overrides = [f"method={name}"]
+    # pools are the program's, and composing those of the host's example would take longest
+    overrides = [f"method={name}", "~modelpool", "~taskpool"]
     overrides += [f"method@method.{key}={value}" for key, value in parts.items()]
     if GlobalHydra.instance().is_initialized():  # run by the command line
         config = compose(_ROOT, overrides=overrides)

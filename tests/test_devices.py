@@ -17,13 +17,14 @@ from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.quantization.dead_zone import encode, quantize
 from fusion_bench_didi.task_vectors import loop, scan
 
-#: What takes longest, and goes the ways of others.
+#: What takes longest, and goes the ways of others; rows along a trellis are held below.
 SLOW = (
     "MERGE, proxy",
     "default",
     "large matrices, whole",
     "output_dir",
     "subspaces",
+    "trellis",
     "uniform",
 )
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -32,13 +33,19 @@ from fusion_bench_didi.method.merge import MERGE
 from fusion_bench_didi.models.dynamic import DiDiModel
 
 
-@pytest.fixture
-def saved(tiny_clip_dir: Path, tmp_path: Path) -> Path:
-    """A merge that refers to a base model on disk."""
+@pytest.fixture(scope="module")
+def merged_once(tiny_clip_dir: Path, tmp_path_factory) -> Path:
     names = [p.name for p in tiny_clip_dir.iterdir()]
     pool = CLIPVisionModelPool({name: str(tiny_clip_dir / name) for name in names})
-    didi(pool, budget=0.9).save_pretrained(tmp_path / "merged")
-    return tmp_path / "merged"
+    place = tmp_path_factory.mktemp("once") / "merged"
+    didi(pool, budget=0.9).save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def saved(merged_once: Path, tmp_path: Path) -> Path:
+    """A merge that refers to a base model on disk."""
+    return shutil.copytree(merged_once, tmp_path / "merged")
 
 
 @pytest.fixture

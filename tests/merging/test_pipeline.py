@@ -259,7 +259,9 @@ def test_budget_counts_the_bits_that_are_stored(tiny_clip, factor_dtype):
 @pytest.mark.parametrize("factor_dtype", ["int8", "int4", "int3", "int2", "auto"])
 def test_budget_is_never_exceeded_with_few_bits(tiny_clip, factor_dtype, ratio):
     choice = {"budget": ratio, "factor_dtype": factor_dtype, "vectors": "shared"}
-    for allocation in ("learned", "greedy", "uniform"):
+    # learning takes longest and ends in the steps of the others
+    ways = ("learned", "greedy", "uniform") if ratio == 0.3 else ("greedy", "uniform")
+    for allocation in ways:
         some = {}
         if allocation == "uniform" and factor_dtype != "auto":
             some["residual"] = "full"

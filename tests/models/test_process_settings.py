@@ -56,13 +56,18 @@ def models() -> dict:
     return family(clip_tower(), TASKS)
 
 
-@pytest.mark.parametrize("settings", MERGES.values(), ids=MERGES)
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_settings_of_the_process_change_nothing(setting, settings, models, tmp_path):
-    plain = didi(models, **settings)
-    expected = {task: floats(plain.materialize(task)) for task in TASKS}
+@pytest.fixture(scope="module", params=MERGES.values(), ids=MERGES)
+def plain(request, models):
+    """Settings of a merge, its tasks' weights, images, and the answer to them."""
+    model = didi(models, **request.param)
+    expected = {task: floats(model.materialize(task)) for task in TASKS}
     images = torch.randn(4, 3, 16, 16)
-    answer = plain(images, task_ids=[0, 1, 1, 0])[0]
+    return request.param, expected, images, model(images, task_ids=[0, 1, 1, 0])[0]
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_the_process_change_nothing(setting, plain, models, tmp_path):
+    settings, expected, images, answer = plain
     with setting():
         didi(models, **settings, output_dir=str(tmp_path / "merged"))
         backbone = copy.deepcopy(models[BASE])

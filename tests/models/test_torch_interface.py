@@ -93,13 +93,17 @@ MADE = {
 ROUNDED = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
 
 
-@pytest.mark.parametrize("cast", CASTS)
-@pytest.mark.parametrize("form", MADE)
-def test_what_is_stored_keeps_its_types_when_a_model_is_cast(form, cast):
+@pytest.fixture(scope="module", params=MADE)
+def made(request):
     # of 1e-5: scales of products of codes are below the smallest number of float16
     base = llama()
     tuned = {task: fine_tuned(base, i, scale=1e-5) for i, task in enumerate("ab", 1)}
-    model = MADE[form]().run(BaseModelPool({BASE: base, **tuned}))
+    return MADE[request.param]().run(BaseModelPool({BASE: base, **tuned}))
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_what_is_stored_keeps_its_types_when_a_model_is_cast(made, cast):
+    model = copy.deepcopy(made)
     before, stored = model.storage, model.state_dict()
     want = {task: logits(model.materialize(task)).double() for task in "ab"}
     shown = CASTS[cast](copy.deepcopy(model))

@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from fusion_bench.utils import import_object
-from hydra import compose
+from fusion_bench.utils.hydra_utils import get_default_config_path
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError
@@ -260,14 +262,16 @@ def fitted(fit: Mapping[str, int], smallest_side: int) -> dict[str, int]:
     return {key: max(1, round(value * scale)) for key, value in ranks.items()}
 
 
+def _hydra() -> AbstractContextManager[Any]:
+    """Hydra with the host's configuration, whose own start looks up by which line of the program it is called."""
+    return initialize_config_dir(get_default_config_path(), version_base=None)
+
+
 def _compose(name: str, parts: Mapping[str, str]) -> DictConfig:
     # pools are the program's, and composing those of the host's example would take longest
     overrides = [f"method={name}", "~modelpool", "~taskpool"]
     overrides += [f"method@method.{key}={value}" for key, value in parts.items()]
-    if GlobalHydra.instance().is_initialized():  # run by the command line
+    begun = GlobalHydra.instance().is_initialized()  # by the command line
+    with nullcontext() if begun else _hydra():
         config = compose(_ROOT, overrides=overrides)
-    else:
-        from fusion_bench.utils.hydra_utils import initialize_hydra_config
-
-        config = initialize_hydra_config(_ROOT, overrides)
     return OmegaConf.create(OmegaConf.to_container(config.method, resolve=True))

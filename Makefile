@@ -9,7 +9,8 @@
 # for all cores.
 VENV ?= .venv
 PYTHON ?= python3
-PYTEST_ARGS ?= --numprocesses auto --dist loadfile
+# Files in their order: by their number of tests the longest would come last, and one processor would wait.
+PYTEST_ARGS ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
 VENV5 ?= .venv-transformers5
 VENVF ?= .venv-figures
 

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from torch import nn
 
+from ..checkpoint.companions import COMPANIONS, TEMPLATES
 from ..checkpoint.deltas import versions, write_manifest
 from ..checkpoint.directory import check_target, whole_directory
 from ..checkpoint.fields import read_object
@@ -19,7 +20,6 @@ from ..errors import DiDiError
 from ..models.dynamic import DynamicModel
 from ..models.overview import place_of
 from ..task_vectors.lora_config import CONFIG as ADAPTER
-from .companions import COMPANIONS, TEMPLATES
 from .report import ExportReport
 
 #: The file that says what an exported directory holds.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.companions import companions_at, copy_companions
 from ..models.dynamic import DynamicModel
 from ..pools.entries import BASE
 from ..task_vectors.ties import tensor_of
@@ -28,7 +29,6 @@ from .common import (
     weight_bytes,
     write_report,
 )
-from .companions import companions_at, copy_companions
 from .plain import write_checkpoint
 from .report import Carried, ExportReport
 from .settings import EIGHT_BITS, AdapterSettings

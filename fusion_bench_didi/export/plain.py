@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.companions import companions_at, companions_of, copy_companions
 from ..checkpoint.tensors import write_tensors
 from ..errors import some
 from ..models.dynamic import DynamicModel
@@ -21,7 +22,6 @@ from .common import (
     weight_bytes,
     write_report,
 )
-from .companions import companions_at, companions_of, copy_companions
 from .report import Carried, ExportReport
 
 

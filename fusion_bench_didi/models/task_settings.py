@@ -1,6 +1,7 @@
 """Names of classes, and settings of losses and of generation, that tasks have of their own, of which the base model has others."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
@@ -41,17 +42,38 @@ def generation_of(
 
 def with_own_vocabulary(model: Merged) -> list[str]:
     """Tasks whose first or last layer has another number of rows than the base model's, so that its tokenizer is not theirs."""
-    ends = {id(end) for end in ends_of(model.backbone) if hasattr(end, "weight")}
-    rows = {
-        f"{name}.weight": len(module.weight)
-        for name, module in model.backbone.named_modules(remove_duplicate=False)
-        if id(module) in ends
-    }
+    rows = _rows_of_ends(model, nn.Module)
     return [
         task
         for task, deltas in model._stored[1].items()
         if any(deltas[n].shape[0] != rows[n] for n in deltas.keys() & rows)
     ]
+
+
+def known_tokens(model: Merged) -> dict[str | None, float]:
+    """How many tokens the first layer of each task knows, and under None that of the base model; infinity where it is no table."""
+    rows = _rows_of_ends(model, nn.Embedding)
+    base = min(rows.values(), default=math.inf)
+    own = {
+        task: min((deltas[n].shape[0] for n in deltas.keys() & rows), default=base)
+        for task, deltas in model._stored[1].items()
+    }
+    return {None: base, **own}
+
+
+def _rows_of_ends(model: Merged, kind: type[nn.Module]) -> dict[str, int]:
+    """Rows of the weights of first and last layers, under every name that they have.
+
+    Args:
+        kind: of layers.
+    """
+    layers = [end for end in ends_of(model.backbone) if isinstance(end, kind)]
+    ends = {id(layer) for layer in layers if hasattr(layer, "weight")}
+    return {
+        f"{name}.weight": len(module.weight)
+        for name, module in model.backbone.named_modules(remove_duplicate=False)
+        if id(module) in ends
+    }
 
 
 def problem_of(

@@ -10,10 +10,11 @@ from helpers import BASE, didi, family
 from huggingface_hub.errors import LocalEntryNotFoundError
 from omegaconf import OmegaConf
 
+from fusion_bench_didi.checkpoint import companions
+from fusion_bench_didi.checkpoint.companions import companions_at, companions_of
 from fusion_bench_didi.editing import add_task
 from fusion_bench_didi.errors import DiDiError
-from fusion_bench_didi.export import companions, to_plain
-from fusion_bench_didi.export.companions import companions_at, companions_of
+from fusion_bench_didi.export import to_plain
 from fusion_bench_didi.models.publishing import portable
 from fusion_bench_didi.pools.entries import origin_of
 

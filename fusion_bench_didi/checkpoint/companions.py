@@ -86,6 +86,33 @@ def companions_of(origin: str | None) -> Companions:
     return _fetched(origin, repository, unquote(revision) or None, folder)
 
 
+def companions_for(
+    of_base: Companions,
+    own: Companions = Companions(),
+    *,
+    own_vocabulary: bool = False,
+) -> Companions:
+    """Those of a task: of its own fine-tuned model, and of what kinds that has none the base model's.
+
+    Args:
+        own_vocabulary: the tokens are others than the base model's, so that nothing is taken from its tokenizer.
+
+    Returns:
+        the files, the place of the fine-tuned model, and why its own are not among them, if they cannot be had.
+    """
+    tuned, fault = dict(own.files), own.fault
+    kinds = {kind_of(name) for name in tuned}
+    if "tokenizer" in kinds and not tuned.keys() & {*_VOCABULARY}:
+        tuned = {n: file for n, file in tuned.items() if kind_of(n) != "tokenizer"}
+        kinds.discard("tokenizer")
+        fault = "has a tokenizer without a vocabulary"
+    left = set().union(*(_INSTEAD[kind] for kind in kinds))
+    if own_vocabulary:
+        left |= _INSTEAD["tokenizer"]
+    base = {n: file for n, file in of_base.files.items() if kind_of(n) not in left}
+    return Companions(own.place, {**base, **tuned}, fault)
+
+
 def copy_companions(
     directory: Path,
     of_base: Companions,
@@ -93,10 +120,7 @@ def copy_companions(
     *,
     own_vocabulary: bool = False,
 ) -> str | None:
-    """Put files beside a checkpoint: those of its own fine-tuned model, and of what kinds that has none the base model's.
-
-    Args:
-        own_vocabulary: the tokens are others than the base model's, so that nothing is taken from its tokenizer.
+    """Put files beside a checkpoint, those of :func:`companions_for`.
 
     Returns:
         what could not be had, if anything.
@@ -104,25 +128,16 @@ def copy_companions(
     Raises:
         DiDiError: for a file that cannot be read after all.
     """
-    tuned, fault = dict(own.files), own.fault
-    kinds = {_kind(name) for name in tuned}
-    if "tokenizer" in kinds and not tuned.keys() & {*_VOCABULARY}:
-        tuned = {n: file for n, file in tuned.items() if _kind(n) != "tokenizer"}
-        kinds.discard("tokenizer")
-        fault = "has a tokenizer without a vocabulary"
-    left = set().union(*(_INSTEAD[kind] for kind in kinds))
-    if own_vocabulary:
-        left |= _INSTEAD["tokenizer"]
-    base = {n: file for n, file in of_base.files.items() if _kind(n) not in left}
-    for name, file in {**base, **tuned}.items():
+    place, files, fault = companions_for(of_base, own, own_vocabulary=own_vocabulary)
+    for name, file in files.items():
         _copy(file, directory / name)
-    if any(_kind(name) != "generation" for name in (*base, *tuned)):
+    if any(kind_of(name) != "generation" for name in files):
         if not fault:
             return None
-        return f"the tokenizer, or the processor, is not the fine-tuned model's own: {own.place} {fault}."
+        return f"the tokenizer, or the processor, is not the fine-tuned model's own: {place} {fault}."
     why = [
         f"{place} {fault or 'holds none'}"
-        for place, fault in ((own.place, fault), (of_base.place, of_base.fault))
+        for place, fault in ((place, fault), (of_base.place, of_base.fault))
         if place
     ]
     told = "; ".join(why) or "the model was in memory"
@@ -134,7 +149,8 @@ def copy_companions(
     return f"no tokenizer or processor was copied: {told}. {way}"
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """What a file is for: tokenizer, template, processor or generation."""
     return "template" if name.startswith(f"{TEMPLATES}/") else _KINDS[name]
 
 

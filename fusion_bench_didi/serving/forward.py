@@ -20,6 +20,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from .making import AnyBank
 from .mixtures import ByTask, Mix, mix_of, product_dtype
 from .network import per_sample_network
 from .outputs import Layout, joined, reordered
-from .own_settings import OwnSettings
+from .own_settings import OwnSettings, put
 from .requests import checked_weights, task_numbers
 from .running import Pass, Running
 from .sequences import check_lengths, sequence_lengths
@@ -171,9 +172,19 @@ class MixedForward:
         """Whether layered passes were found to be right."""
         return any(self._agreeing.values())
 
-    def with_tensors(self, tensors: Mapping[str, Tensor], call: Call) -> Any:
-        """The backbone's output with other tensors in place of its own, one thread at a time."""
+    def with_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        call: Call,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Any:
+        """The backbone's output with other tensors in place of its own, one thread at a time.
+
+        Args:
+            settings: that come before those which follow from the tensors' shapes; the caller puts back what was there.
+        """
         with self.lock, self._places.holding(tensors):
+            put(self.backbone, settings)
             return self.unwritten.run(
                 self.backbone, lambda: call.on(self.backbone), lasting=False
             )
@@ -363,8 +374,8 @@ class MixedForward:
         if nudged:
             dtype = product_dtype(self._device)
             tensors = {n: rounded_again(value, dtype) for n, value in tensors.items()}
-        with self.lock, self.settings.of(piece.asked, call):
-            return self.with_tensors(tensors, call)
+        with self.lock, self.settings.of(piece.asked, call) as own:
+            return self.with_tensors(tensors, call, own)
 
     def on(self, network: nn.Module, call: Call) -> Any:
         """The output of a mirrored network, in the backbone's mode."""

@@ -54,9 +54,10 @@ class OwnSettings:
         return any(self._reads(name, call) for name in self._names)
 
     @contextmanager
-    def of(self, tasks: Sequence[int], call: Call) -> Iterator[None]:
-        """While the block runs, what the call reads is as tasks have it that all have the same; else as the base model."""
-        own, base = {}, self._base()
+    def of(self, tasks: Sequence[int], call: Call) -> Iterator[Mapping[str, Any]]:
+        """While the block runs, what the call reads is as tasks have it that all have the same, which is given; else as the base
+        model."""
+        own, others, base = {}, {}, self._base()
         told = [self._told[task] if task < len(self._told) else {} for task in tasks]
         for name in self._names:
             if self._reads(name, call):
@@ -64,10 +65,10 @@ class OwnSettings:
                 if values and values[0] is not _UNSET and all(v == values[0] for v in values):  # fmt: skip
                     own[name] = values[0]
                 elif name in base:
-                    own[name] = base[name]
-        before = put(self._backbone, own)
+                    others[name] = base[name]
+        before = put(self._backbone, {**others, **own})
         try:
-            yield
+            yield own
         finally:
             put(self._backbone, before)
 

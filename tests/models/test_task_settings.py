@@ -12,6 +12,7 @@ from transformers import (
     BartConfig,
     BartForSequenceClassification,
     LlamaConfig,
+    LlamaForSequenceClassification,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     T5Config,
@@ -411,6 +412,20 @@ def test_vocabularies_of_their_own_are_known(tmp_path):
     to_plain(model, tmp_path / "out", base=there)
     found = {t: (tmp_path / "out" / t / "tokenizer.json").read_text() for t in "ab"}
     assert found == {"a": '"of the task"', "b": '"of the base model"'}
+
+
+@torch.no_grad()
+def test_a_vocabulary_of_its_own_is_padded_as_its_task_says():
+    """In mixed batches too, where what the base model pads by took its place."""
+    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)  # fmt: skip
+    base = seeded(lambda: LlamaForSequenceClassification(config))
+    own = {"model.embed_tokens.weight": OwnDelta((70, 16), normal(70, 16))}
+    told = {"configuration": {"own": {"pad_token_id": 69}}}
+    model = DiDiModel(base, {}, {"own": own, "other": {}}, unit_bits=1, info=told)
+    ids = torch.tensor([[1, 2, 3, 69, 69], [4, 5, 6, 7, 8]])
+    expected = model.materialize("own").eval()(ids).logits
+    assert model.eval()(ids, task_ids=["own"] * 2).logits.equal(expected)
+    assert base.config.pad_token_id == 0
 
 
 def test_labels_of_no_task_are_the_base_models():

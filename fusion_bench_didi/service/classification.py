@@ -16,14 +16,14 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointMismatchError, SettingsError
+from ..errors import CheckpointMismatchError, SettingsError, some
 from ..models import DynamicModel
-from ..models.task_settings import labels_of, problem_of
+from ..models.task_settings import known_tokens, labels_of, problem_of
 from ..pools.carried import MULTI_LABEL, PADDING, REGRESSION
 from ..pools.task_settings import CONFIGURATION
 from .batching import Row
 from .limits import Limits, Refused
-from .tasks import answered, by_key, tasks_of
+from .tasks import answered, by_key, check_tokens, tasks_of
 
 #: Formats of images that are read.
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -81,33 +81,34 @@ class Classification:
 
     Args:
         model: on its device.
-        processor: a tokenizer, or an image processor, of its base model.
+        processors: tokenizers, or image processors, by task, the base model's by None.
         images: what it is given.
         limits: of inputs.
         heads: None where the model has its own.
 
     Raises:
-        SettingsError: for a router that mixes tasks whose heads are of other shapes, and a tokenizer that cannot pad.
+        SettingsError: for a router that mixes tasks whose heads are of other shapes, and tokenizers that cannot pad.
     """
 
     def __init__(
         self,
         model: DynamicModel,
-        processor: Any,
+        processors: Mapping[str | None, Any],
         *,
         images: bool,
         limits: Limits,
         heads: Heads | None = None,
     ):
-        self.model, self.processor, self.limits = model, processor, limits
+        self.model, self.processors, self.limits = model, processors, limits
         self.images, self.heads = images, heads
         if model.router is not None and not model.router.hard and self.apart:
             raise SettingsError(
                 "The router mixes tasks (hard=false), whose heads are of other shapes. Attach one with hard=true to the model that "
                 "is served."
             )
+        self.known = known_tokens(model)
         if not images:
-            _let_pad(model, processor)
+            _let_pad(model, processors, self.known)
 
     def row(self, task: str | None, content: str) -> Row:
         """One text, or one image in base64.
@@ -116,22 +117,25 @@ class Classification:
             Refused: 400 for what cannot be read or is too long.
         """
         if self.images:
-            return Row(task, self._pixels(content))
-        encoded = self.processor(content, verbose=False)
+            return Row(task, self._pixels(task, content))
+        tokenizer = self.processors[task]
+        encoded = tokenizer(content, verbose=False)
         most = self.limits.prompt_tokens
         places = getattr(self.model.backbone.config, "max_position_embeddings", most)
         # some models count positions from a later one, which only the tokenizer knows
-        most = min(most, places, self.processor.model_max_length)
+        most = min(most, places, tokenizer.model_max_length)
         count = len(encoded["input_ids"])
         if not 0 < count <= most:
             raise Refused(400, f"A text is of {count} tokens, expected 1 to {most}.")
+        check_tokens(tokenizer, encoded["input_ids"], self.known[task])
         return Row(task, dict(encoded))
 
-    def _pixels(self, content: str) -> Tensor:
+    def _pixels(self, task: str | None, content: str) -> Tensor:
+        processor = self.processors[task]
         try:
             data = base64.b64decode(content, validate=True)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if self._as_resized(*image.size) > self.limits.pixels:
+                if _as_resized(processor, *image.size) > self.limits.pixels:
                     raise Refused(
                         400,
                         f"An image is of {image.width} x {image.height} pixels, at most {self.limits.pixels} are read, also once it "
@@ -146,27 +150,20 @@ class Classification:
                 400,
                 f"An image cannot be read: expected base64 of {', '.join(FORMATS)}.",
             ) from None
-        return self._processed(pixels)["pixel_values"][0]
-
-    def _processed(self, image: Image.Image) -> Any:
-        """The processor's answer; it is told which side is of the colors, which it would take one of 1 or 3 pixels for."""
-        takes = inspect.signature(self.processor.preprocess).parameters.values()
-        if not any(p.name == _LAYOUT or p.kind is p.VAR_KEYWORD for p in takes):
-            return self.processor(image, return_tensors="pt")  # timm's, of no layout
-        told = {_LAYOUT: "channels_last", "return_tensors": "pt"}
-        return self.processor(np.array(image), **told)
-
-    def _as_resized(self, width: int, height: int) -> float:
-        """Pixels of an image as sent, or as the processor makes it by its shorter side, whichever are more."""
-        size = getattr(self.processor, "size", None) or {}
-        edge = size.get("shortest_edge") if hasattr(size, "get") else None
-        longer, shorter = max(width, height), max(min(width, height), 1)
-        return max(width * height, (edge or 0) ** 2 * longer / shorter)
+        return _processed(processor, pixels)["pixel_values"][0]
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, float]]:
         """Probabilities by label, largest first; values as they are of tasks of regression."""
-        return answered(self.model, rows, self._classified)
+        return answered(self.model, rows, self._by_kind)
+
+    def _by_kind(self, rows: Sequence[Row]) -> list[dict[str, float]]:
+        """Images of one size, and texts of one tokenizer, are one batch."""
+        kinds = [
+            row.content.shape if self.images else id(self.processors[row.task])
+            for row in rows
+        ]
+        return by_key(rows, kinds, lambda some, _: self._classified(some))
 
     def _classified(self, rows: Sequence[Row]) -> list[dict[str, float]]:
         first = next(self.model.backbone.parameters())
@@ -175,7 +172,8 @@ class Classification:
             pixels = torch.stack(contents)
             inputs = {"pixel_values": pixels.to(first.device, first.dtype)}
         else:
-            inputs = self.processor.pad(contents, return_tensors="pt").to(first.device)
+            tokenizer = self.processors[rows[0].task]
+            inputs = tokenizer.pad(contents, return_tensors="pt").to(first.device)
         asked = tasks_of(self.model, rows, inputs)
         tasks = asked.get("task_ids")
         if tasks is None:
@@ -229,23 +227,53 @@ class Classification:
         return _sorted(scores, [names[i] for i in range(len(row))])
 
 
-def _let_pad(model: DynamicModel, tokenizer: Any) -> None:
-    """Texts of several lengths are one batch: the model is told what pads them, by which some find the last token, whatever
-    padded those that tasks were fine-tuned on.
+def _processed(processor: Any, image: Image.Image) -> Any:
+    """A processor's answer; it is told which side is of the colors, which it would take one of 1 or 3 pixels for."""
+    takes = inspect.signature(processor.preprocess).parameters.values()
+    if not any(p.name == _LAYOUT or p.kind is p.VAR_KEYWORD for p in takes):
+        return processor(image, return_tensors="pt")  # timm's, of no layout
+    told = {_LAYOUT: "channels_last", "return_tensors": "pt"}
+    return processor(np.array(image), **told)
+
+
+def _as_resized(processor: Any, width: int, height: int) -> float:
+    """Pixels of an image as sent, or as a processor makes it by its shorter side, whichever are more."""
+    size = getattr(processor, "size", None) or {}
+    edge = size.get("shortest_edge") if hasattr(size, "get") else None
+    longer, shorter = max(width, height), max(min(width, height), 1)
+    return max(width * height, (edge or 0) ** 2 * longer / shorter)
+
+
+def _let_pad(
+    model: DynamicModel,
+    tokenizers: Mapping[str | None, Any],
+    known: Mapping[str | None, float],
+) -> None:
+    """Texts of several lengths are one batch: the model is told what pads those of each task, by which some find the last token,
+    whatever padded those that it was fine-tuned on.
+
+    Args:
+        known: how many tokens the model knows, by task.
 
     Raises:
-        SettingsError: if the tokenizer has no such token.
+        SettingsError: if a tokenizer has no such token that the model knows.
     """
-    if tokenizer.pad_token is None:
+    pads = {task: tokenizer.pad_token_id for task, tokenizer in tokenizers.items()}
+    without = [task for task, pad in pads.items() if pad is None or pad >= known[task]]
+    if without:
+        whose = some(task or "the base model" for task in without)
         raise SettingsError(
-            "The tokenizer has no pad_token, so that texts of several lengths are no batch. Name one in the tokenizer_config.json "
-            "beside the base model."
+            f"The tokenizer of {whose} has no pad_token that the model knows, so that texts of several lengths are no batch. Name one "
+            "in the tokenizer_config.json beside it."
         )
-    config = model.backbone.config
-    if getattr(config, PADDING, None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    for told in model.info.get(CONFIGURATION, {}).values():
-        told.pop(PADDING, None)
+    usual = next(iter(pads.values()))
+    model.backbone.config.pad_token_id = usual
+    told = model.info.setdefault(CONFIGURATION, {})
+    for task in model.tasks:
+        own = told.setdefault(task, {})
+        own.pop(PADDING, None)
+        if pads[task] != usual:
+            own[PADDING] = pads[task]
 
 
 def _vectors(output: Any) -> Tensor:

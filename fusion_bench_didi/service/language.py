@@ -1,7 +1,7 @@
 """Prompts continued greedily, each by its own task, in one batch."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..models import DynamicModel
-from ..models.task_settings import generation_of
+from ..models.task_settings import generation_of, known_tokens
 from .batching import Row
 from .limits import Limits, Refused
-from .tasks import answered, by_key, tasks_of
+from .tasks import answered, by_key, check_tokens, tasks_of
 
 log = logging.getLogger(__name__)
 #: relative difference of two passes that rounding does not make
@@ -42,15 +42,18 @@ class Language:
 
     Args:
         model: on its device.
-        tokenizer: of its base model.
+        tokenizers: by task, the base model's by None.
         limits: of prompts.
     """
 
     def __init__(
-        self, model: DynamicModel, tokenizer: PreTrainedTokenizerBase, limits: Limits
+        self,
+        model: DynamicModel,
+        tokenizers: Mapping[str | None, PreTrainedTokenizerBase],
+        limits: Limits,
     ):
-        self.model, self.tokenizer, self.limits = model, tokenizer, limits
-        self.ends = self._ends_of(None)
+        self.model, self.tokenizers, self.limits = model, tokenizers, limits
+        self.known = known_tokens(model)
         places = getattr(model.backbone.config, "max_position_embeddings", None)
         self.places = places or limits.prompt_tokens + limits.tokens
 
@@ -60,14 +63,21 @@ class Language:
         Raises:
             Refused: 400 for prompts that are empty or too long.
         """
-        ids = self.tokenizer(prompt, verbose=False)["input_ids"]
-        most = min(self.limits.prompt_tokens, self.places - tokens)
+        return self._row(task, self.tokenizers[task](prompt, verbose=False), tokens)
+
+    def _row(
+        self, task: str | None, encoded: Mapping[str, Any], tokens: int | None
+    ) -> Row:
+        ids, least = encoded["input_ids"], tokens or 1
+        most = min(self.limits.prompt_tokens, self.places - least)
         if not 0 < len(ids) <= most:
             raise Refused(
                 400,
-                f"A prompt is of {len(ids)} tokens, expected 1 to {most} before {tokens} more.",
+                f"A prompt is of {len(ids)} tokens, expected 1 to {most} before {least} more.",
             )
-        return Row(task, ids, tokens)
+        check_tokens(self.tokenizers[task], ids, self.known[task])
+        room = min(self.limits.tokens, self.places - len(ids))
+        return Row(task, ids, tokens or room)
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> list[Completion]:
@@ -81,7 +91,7 @@ class Language:
         backbone = self.model.backbone
         own = generation_of(self.model.info, task, backbone)
         ends = (own or backbone.generation_config).eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
+        ends = self.tokenizers[task].eos_token_id if ends is None else ends
         return frozenset([ends] if isinstance(ends, int) else ends or ())
 
     def _by_ends(self, rows: Sequence[Row]) -> list[Completion]:
@@ -151,10 +161,13 @@ class Language:
         )
         return torch.stack(found.logits).float()
 
-    @property
+    @cached_property
     def _padding(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return next(iter(self.ends), 0) if pad is None else pad
+        """A token that every vocabulary has: one that pads, else one that ends a text, else the first."""
+        pads = [tokenizer.pad_token_id for tokenizer in self.tokenizers.values()]
+        known = min(self.known.values())
+        asked = (*pads, *self._ends_of(None))
+        return next((one for one in asked if one is not None and one < known), 0)
 
     def _told(self, row: Row, ends: frozenset[int], found: list[int]) -> Completion:
         found, finish = found[: row.tokens], "length"
@@ -162,7 +175,7 @@ class Language:
             if token in ends:
                 found, finish = found[:place], "stop"
                 break
-        text = self.tokenizer.decode(found, skip_special_tokens=True)
+        text = self.tokenizers[row.task].decode(found, skip_special_tokens=True)
         return Completion(text, len(row.content), len(found), finish)
 
 

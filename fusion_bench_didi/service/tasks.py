@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..models import DynamicModel
 from .batching import Row
+from .limits import Refused
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -32,6 +33,21 @@ def tasks_of(
         if row.task is not None:
             weights[place, tasks.index(row.task)] = 1
     return {"task_weights": weights}
+
+
+def check_tokens(tokenizer: Any, ids: Sequence[int], known: float) -> None:
+    """Whether a model has rows for tokens; its tokenizer may know more of them.
+
+    Args:
+        known: tokens that the model has rows for.
+
+    Raises:
+        Refused: 400, with the first one that it has none for.
+    """
+    beyond = next((token for token in ids if token >= known), None)
+    if beyond is not None:
+        word = tokenizer.convert_ids_to_tokens(beyond)
+        raise Refused(400, f"The model knows no token {word!r}; leave it out.")
 
 
 def answered(

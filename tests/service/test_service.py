@@ -2,7 +2,6 @@
 
 import base64
 import inspect
-import io
 import json
 import shutil
 import socket
@@ -17,9 +16,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import normal
-from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from served import (
+    LIMITS,
+    SIZES,
+    TASKS,
+    Second,
+    alone,
+    client,
+    png,
+    prompts,
+    saved,
+    words,
+)
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -36,54 +45,18 @@ from transformers import (
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    PreTrainedTokenizerFast,
     RwkvConfig,
     RwkvForCausalLM,
     pipeline,
 )
 
 from fusion_bench_didi.cli import didi
-from fusion_bench_didi.deltas.plain import LowRankDelta, OwnDelta
+from fusion_bench_didi.deltas.plain import OwnDelta
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError, SettingsError
 from fusion_bench_didi.models.dynamic import DynamicModel
-from fusion_bench_didi.routers.base import Router
 from fusion_bench_didi.service.batching import Batcher, Row
 from fusion_bench_didi.service.limits import Limits, Refused
 from fusion_bench_didi.service.opening import open_runner
-
-WORDS = [f"w{i}" for i in range(60)]
-TASKS = ("one", "two", "three")
-
-
-def saved(backbone: torch.nn.Module, processor, place: Path) -> Path:
-    """A merged model of three tasks beside its base."""
-    base = place / "base"
-    backbone.save_pretrained(base)
-    processor.save_pretrained(base)
-    backbone = type(backbone).from_pretrained(base)
-    experts = {
-        task: {
-            n: LowRankDelta(tuple(p.shape), normal(len(p), 2, seed=t), normal(2, p[0].numel(), seed=9 + t) / 9)  # fmt: skip
-            for n, p in backbone.named_parameters()
-            if p.ndim == 2 and "embed" not in n
-        }
-        for t, task in enumerate(TASKS)
-    }
-    known = {"backbone": {"source": str(base)}}
-    model = DynamicModel(backbone, {}, experts, unit_bits=10**6, info=known)
-    model.save_pretrained(place / "merged")
-    return place / "merged"
-
-
-def words() -> PreTrainedTokenizerFast:
-    names = ["[PAD]", "[UNK]", "[EOS]", *WORDS]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, "[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-
-
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +88,6 @@ def images(tmp_path_factory) -> Path:
     return merged
 
 
-class Second(Router):
-    """Every sample is of the second task."""
-
-    name = "second"
-
-    def route(self, model, *args, input_ids, **kwargs) -> torch.Tensor:
-        return torch.eye(3)[1].expand(len(input_ids), -1)
-
-    def bind(self, model) -> None: ...
-
-
-LIMITS = Limits(body_kb=2, batch=4, queue=6, tokens=8, prompt_tokens=12, pixels=10_000)
-
-
 @pytest.fixture(scope="module")
 def runner(language):
     found = open_runner(language, limits=LIMITS)
@@ -136,29 +95,10 @@ def runner(language):
     return found
 
 
-def client(runner, limits=LIMITS):
-    pytest.importorskip("fastapi", reason="needs the extra fusion-bench-didi[serve]")
-    testing = pytest.importorskip("starlette.testclient", reason="needs httpx")
-    from fusion_bench_didi.service.app import make_app
-
-    return testing.TestClient(make_app(runner, limits), raise_server_exceptions=False)
-
-
 @pytest.fixture(scope="module")
 def ask(runner):
     with client(runner) as found:
         yield found
-
-
-def prompts(count: int) -> list[str]:
-    return [" ".join(WORDS[i : i + 2 + i % 5]) for i in range(count)]
-
-
-def alone(runner, task: str, prompt: str, tokens: int) -> str:
-    ids = torch.tensor([runner.tokenizer(prompt)["input_ids"]])
-    model = runner.model.materialize(task).eval()
-    out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return runner.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_models_are_tasks(ask):
@@ -313,8 +253,8 @@ def test_every_token_that_ends_a_text_ends_it(language):
     runner.model.generate = generate
     for of_config, of_tokenizer in ((end, 2), ([2, end], 2), (None, end)):
         runner.model.backbone.generation_config.eos_token_id = of_config
-        runner.tokenizer.eos_token_id = of_tokenizer
-        made = type(runner)(runner.model, runner.tokenizer, LIMITS)
+        runner.tokenizers["one"].eos_token_id = of_tokenizer
+        made = type(runner)(runner.model, runner.tokenizers, LIMITS)
         (answer,) = made([row])
         assert (answer.finish, answer.text, lengths[-1]) == ("stop", "", 1)
 
@@ -415,7 +355,7 @@ def test_errors_inside_are_not_told(language, monkeypatch):
 @pytest.mark.parametrize("limit", [None, 0])
 def test_texts_are_classified(texts, limit):
     runner = open_runner(texts, limits=Limits(memory_limit_gb=limit))
-    ids = runner.processor(prompts(3), padding=True, return_tensors="pt")
+    ids = runner.processors["one"](prompts(3), padding=True, return_tensors="pt")
     with client(runner) as ask:
         for task in TASKS:
             body = {"model": task, "input": prompts(3)}
@@ -462,21 +402,15 @@ def test_answers_are_those_of_the_problem_that_a_task_is(texts):
                 expert.deltas["classifier.weight"] = OwnDelta((1, 32), normal(1, 32, seed=1))  # fmt: skip
                 expert.deltas["classifier.bias"] = OwnDelta((1,), torch.ones(1))
         for one in told:
-            runner = type(runner)(runner.model, runner.processor, images=False, limits=LIMITS)  # fmt: skip
+            runner = type(runner)(runner.model, runner.processors, images=False, limits=LIMITS)  # fmt: skip
             runner.model.info["configuration"] = {"one": one}
             runner.model.backbone_changed()
             (found,) = runner([runner.row("one", "w1 w2")])
             plain = runner.model.materialize("one").eval()
-            asked = pipeline("text-classification", model=plain, tokenizer=runner.processor, top_k=None)  # fmt: skip
+            asked = pipeline("text-classification", model=plain, tokenizer=runner.processors["one"], top_k=None)  # fmt: skip
             (answers,) = asked(["w1 w2"])
             assert found == pytest.approx({a["label"]: a["score"] for a in answers}, abs=1e-5)  # fmt: skip
             assert list(found) == sorted(found, key=found.get, reverse=True)
-
-
-def png(width: int, height: int | None = None) -> str:
-    data, size = io.BytesIO(), (width, height or width)
-    Image.new("RGB", size, (9, 99, 199)).save(data, "PNG")
-    return base64.b64encode(data.getvalue()).decode()
 
 
 def test_images_are_classified_by_heads(images):
@@ -485,7 +419,7 @@ def test_images_are_classified_by_heads(images):
         for task in TASKS:
             body = {"model": task, "image": png(40)}
             (one,) = ask.post("/v1/classify", json=body).json()["data"]
-            pixels = runner._pixels(png(40))[None]
+            pixels = runner._pixels(task, png(40))[None]
             with torch.no_grad():
                 plain = runner.model.materialize(task).eval()(pixels).pooler_output[0]
             shares = (runner.heads.directions[task] @ plain).softmax(0).tolist()
@@ -529,10 +463,10 @@ def test_heads_are_read_before_a_processor_is_looked_for(images, tmp_path):
 @pytest.mark.parametrize("sides", [(1, 1), (3, 3), (8, 1), (8, 3), (1, 8), (3, 8)])
 def test_sides_of_few_pixels_are_not_taken_for_the_colors(images, kind, sides):
     runner = open_runner(images, heads=images.parent / "heads")
-    runner.processor = kind(
+    runner.processors["one"] = kind(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
-    assert runner._pixels(png(*sides)).allclose(runner._pixels(png(40)))
+    assert runner._pixels("one", png(*sides)).allclose(runner._pixels("one", png(40)))
 
 
 def test_inputs_that_the_router_finds_no_task_for(images, texts):
@@ -560,7 +494,7 @@ def test_inputs_that_the_router_finds_no_task_for(images, texts):
             deltas["classifier.bias"] = OwnDelta((5,), torch.zeros(5))
             vars(runner).pop("apart")
         (found,) = runner([runner.row(None, "w1 w2")])
-        ids = runner.processor(["w1 w2"], return_tensors="pt")
+        ids = runner.processors["one"](["w1 w2"], return_tensors="pt")
         with torch.no_grad():
             expected = runner.model(**ids, task_ids=[None]).logits.softmax(1).max()
         assert max(found.values()) == pytest.approx(float(expected), abs=1e-5)
@@ -571,7 +505,7 @@ def test_a_router_that_mixes_heads_of_other_shapes_is_refused(texts):
     runner.model.modulators["one"].deltas["classifier.weight"] = OwnDelta((5, 32), normal(5, 32))  # fmt: skip
     runner.model.router = Second(list(TASKS), hard=False)
     with pytest.raises(SettingsError, match="hard=true"):
-        type(runner)(runner.model, runner.processor, images=False, limits=LIMITS)
+        type(runner)(runner.model, runner.processors, images=False, limits=LIMITS)
 
 
 @pytest.mark.parametrize("pads", [True, False])
@@ -593,7 +527,7 @@ def test_decoders_are_told_what_pads_texts(tmp_path, pads):
     runner = open_runner(place)
     rows = [runner.row(TASKS[i % 3], text) for i, text in enumerate(prompts(4))]
     for row, text, found in zip(rows, prompts(4), runner(rows)):
-        ids = runner.processor([text], return_tensors="pt")["input_ids"]
+        ids = runner.processors["one"]([text], return_tensors="pt")["input_ids"]
         with torch.no_grad():
             plain = runner.model.materialize(row.task).eval()(ids).logits[0]
         assert sorted(found.values()) == pytest.approx(sorted(plain.softmax(0).tolist()), abs=1e-5)  # fmt: skip

@@ -17,12 +17,19 @@ from .batching import Batcher, Row
 from .classification import Classification
 from .language import Completion, Language
 from .limits import Limits, Refused
-from .messages import ASKED, ClassifyRequest, CompletionRequest, faults, listed
+from .messages import (
+    ASKED,
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    faults,
+    listed,
+)
 from .opening import Runner
 
 #: The model's name for tasks that the router finds.
 ROUTED = "routed"
-#: That a prompt is continued by if nothing is said, as OpenAI's.
+#: That a prompt is continued by if nothing is said, as OpenAI's; a conversation by as many as are allowed and have room.
 TOKENS = 16
 Scope = MutableMapping[str, Any]
 #: So many times the bytes allowed are read, and dropped, for the caller to hear that there are too many.
@@ -46,8 +53,13 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
     for kind in (Refused, DiDiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _told)
 
+    def bounded(tokens: int | None) -> int | None:
+        if tokens and tokens > limits.tokens:
+            raise Refused(400, f"{tokens} tokens are asked for, at most {limits.tokens}.")  # fmt: skip
+        return tokens
+
     async def answers(
-        name: str, asked: list[str], row: Callable[[str | None, str], Row]
+        name: str, asked: Sequence[Any], row: Callable[[str | None, Any], Row]
     ) -> list[Any]:
         if len(asked) > (most := min(limits.batch, limits.queue)):
             raise Refused(400, f"{len(asked)} inputs in one request, at most {most}.")
@@ -80,15 +92,26 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
 
         @app.post("/v1/completions")
         async def completions(asked: CompletionRequest) -> dict[str, Any]:
-            tokens = asked.max_tokens or min(TOKENS, limits.tokens)
-            if tokens > limits.tokens:
-                raise Refused(400, f"max_tokens={tokens}, at most {limits.tokens}.")
+            tokens = bounded(asked.max_tokens) or min(TOKENS, limits.tokens)
             found = await answers(
                 asked.model,
                 listed(asked.prompt),
                 lambda task, text: runner.row(task, text, tokens),
             )
-            return _as_completion(asked.model, found)
+            choices = [{"text": one.text} for one in found]
+            return _as_openai("text_completion", "cmpl", asked.model, found, choices)
+
+        @app.post("/v1/chat/completions")
+        async def chat(asked: ChatRequest) -> dict[str, Any]:
+            tokens = bounded(asked.tokens)
+            found = await answers(
+                asked.model,
+                [asked.messages],
+                lambda task, messages: runner.turn(task, messages, tokens),
+            )
+            said = [{"role": "assistant", "content": one.text} for one in found]
+            choices = [{"message": message} for message in said]
+            return _as_openai("chat.completion", "chatcmpl", asked.model, found, choices)  # fmt: skip
 
     if isinstance(runner, Classification):
 
@@ -111,23 +134,29 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
     return app
 
 
-def _as_completion(name: str, found: Sequence[Completion]) -> dict[str, Any]:
-    """The answer in OpenAI's form."""
+def _as_openai(
+    kind: str,
+    start: str,
+    name: str,
+    found: Sequence[Completion],
+    choices: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """The answer in OpenAI's form.
+
+    Args:
+        start: of its identifier.
+        choices: what is said in each, by the key that it has there.
+    """
     before = sum(one.prompt_tokens for one in found)
     after = sum(one.tokens for one in found)
     return {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
+        "id": f"{start}-{uuid.uuid4().hex}",
+        "object": kind,
         "created": int(time.time()),
         "model": name,
         "choices": [
-            {
-                "index": place,
-                "text": one.text,
-                "finish_reason": one.finish,
-                "logprobs": None,
-            }
-            for place, one in enumerate(found)
+            {"index": i, **choice, "finish_reason": one.finish, "logprobs": None}
+            for i, (choice, one) in enumerate(zip(choices, found))
         ],
         "usage": {
             "prompt_tokens": before,

@@ -1,4 +1,4 @@
-"""Prompts continued greedily, each by its own task, in one batch."""
+"""Prompts and conversations continued greedily, each by its own task, in one batch."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from ..models import DynamicModel
 from ..models.task_settings import generation_of, known_tokens
 from .batching import Row
 from .limits import Limits, Refused
+from .messages import Message
 from .tasks import answered, by_key, check_tokens, tasks_of
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,32 @@ class Language:
             Refused: 400 for prompts that are empty or too long.
         """
         return self._row(task, self.tokenizers[task](prompt, verbose=False), tokens)
+
+    def turn(
+        self, task: str | None, messages: Sequence[Message], tokens: int | None
+    ) -> Row:
+        """A conversation, to be continued by the next message, as a row of a batch.
+
+        Args:
+            tokens: at most; as many as are allowed and have room if None.
+
+        Raises:
+            Refused: 400 for conversations that are too long, and that the task's tokenizer has no layout for.
+        """
+        tokenizer = self.tokenizers[task]
+        if not tokenizer.chat_template:
+            raise Refused(400, "The model's tokenizer has no layout of conversations (chat_template); send a prompt to /v1/completions.")  # fmt: skip
+        try:
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # of any type, for a layout is a program
+            raise Refused(
+                400, f"The model's layout of conversations refuses these: {error}"
+            ) from error
+        # its first token is there already, where the layout has it
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+        return self._row(task, encoded, tokens)
 
     def _row(
         self, task: str | None, encoded: Mapping[str, Any], tokens: int | None

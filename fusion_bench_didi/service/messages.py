@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
@@ -17,7 +17,51 @@ SHOWN = 40
 ZERO = Annotated[float, Field(ge=0, le=0, strict=False)]
 ONE = Annotated[int, Field(ge=1, le=1)]
 TEXTS = "a text, or a list of them, none of them empty"
+COUNT = "a whole number, 1 or more"
+#: A role and what it says.
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant")
+MESSAGE = f"an object of role ({', '.join(ROLES)}) and content"
 GREEDY = "left out: answers are greedy, one for each prompt"
+
+
+def messages_of(given: list[Any]) -> list[Message]:
+    """Messages as layouts of conversations take them; parts of one are its lines.
+
+    Raises:
+        ValueError: for what is no message of text, by its place.
+    """
+    return [_message(f"messages[{place}]", one) for place, one in enumerate(given)]
+
+
+def _message(name: str, given: Any) -> Message:
+    if not isinstance(given, dict) or given.keys() != {"role", "content"}:
+        raise _unexpected(name, given, MESSAGE)
+    role, content = given["role"], given["content"]
+    if role not in ROLES:
+        raise _unexpected(f"{name}.role", role, f"one of {', '.join(ROLES)}")
+    if _is_text(content):
+        return {"role": role, "content": content}
+    if not isinstance(content, list):
+        raise _unexpected(f"{name}.content", content, "a text, or a list of parts")
+    for place, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) else None
+        if part != {"type": "text", "text": text} or not _is_text(text):
+            expected = '{"type": "text", "text": ...}: texts alone are read'
+            raise _unexpected(f"{name}.content[{place}]", part, expected)
+    return {"role": role, "content": "\n".join(part["text"] for part in content)}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text of whole characters, which JSON can hold halves of."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _unexpected(name: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{name} is {_shown(value)}; expected {expected}.")
+
+
+Messages = Annotated[list[Any], Field(min_length=1), AfterValidator(messages_of)]
 
 
 class Asked(BaseModel):
@@ -28,16 +72,39 @@ class Asked(BaseModel):
     user: str | None = Field(None, description="the caller's name, which is ignored")
 
 
-class CompletionRequest(Asked):
-    """A request for completions as OpenAI's; answers are greedy, and what would change that is refused."""
+class Continued(Asked):
+    """Fields of what is continued: answers are greedy, and what would change that is refused."""
 
-    prompt: Texts = Field(description=TEXTS)
-    max_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
+    max_tokens: int | None = Field(None, ge=1, description=COUNT)
     temperature: ZERO = Field(0.0, description=f"0, or {GREEDY}")
     n: ONE = Field(1, description=f"1, or {GREEDY}")
     stream: Literal[False] = Field(
         False, description="false, or left out: answers are sent whole"
     )
+
+
+class CompletionRequest(Continued):
+    """A request for completions, as OpenAI's."""
+
+    prompt: Texts = Field(description=TEXTS)
+
+
+class ChatRequest(Continued):
+    """A request for the next message of a conversation, as OpenAI's."""
+
+    messages: Messages = Field(description=f"a list of messages, each {MESSAGE}")
+    max_completion_tokens: int | None = Field(None, ge=1, description=COUNT)
+
+    @property
+    def tokens(self) -> int | None:
+        """At most, however that is called."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @model_validator(mode="after")
+    def one(self) -> "ChatRequest":
+        if self.max_tokens and self.max_completion_tokens:
+            raise ValueError("Give either max_completion_tokens, or max_tokens.")
+        return self
 
 
 class ClassifyRequest(Asked):
@@ -56,7 +123,11 @@ class ClassifyRequest(Asked):
 
 
 #: By the path that they are sent to.
-ASKED = {"/v1/completions": CompletionRequest, "/v1/classify": ClassifyRequest}
+ASKED = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/classify": ClassifyRequest,
+}
 
 
 def listed(value: str | list[str]) -> list[str]:
@@ -85,7 +156,9 @@ def _fault(error: Mapping[str, Any], body: Any, asked: type[Asked]) -> str:
     expected = fields[name].description
     if kind == "missing":
         return f"{name} is missing; expected {expected}."
-    found = json.dumps(body[name])
-    if len(found) > SHOWN:
-        found = f"{found[:SHOWN]}..."
-    return f"{name} is {found}; expected {expected}."
+    return str(_unexpected(name, body[name], str(expected)))
+
+
+def _shown(value: Any) -> str:
+    found = json.dumps(value)
+    return found if len(found) <= SHOWN else f"{found[:SHOWN]}..."

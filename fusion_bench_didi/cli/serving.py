@@ -20,9 +20,11 @@ from . import options
 def serve(
     directory: str, host: str, port: int, settings: tuple[str, ...], **given: Any
 ) -> None:
-    """Answer HTTP requests with a merged model: /v1/models, and /v1/completions or /v1/classify, a model name per task.
+    """Answer HTTP requests with a merged model: /v1/models, and /v1/completions and /v1/chat/completions, or /v1/classify, a model
+    name per task.
 
-    Requests of several tasks run in one batch. Settings are limits: body_kb, batch, queue, tokens, prompt_tokens, pixels, wait_ms
+    Requests of several tasks run in one batch. A task's own tokenizer or image processor makes its inputs, where its checkpoint
+    still lies where the merge found it and has one; else the base model's. Settings are limits: body_kb, batch, queue, tokens, prompt_tokens, pixels, wait_ms
     and memory_limit_gb, of decoded tensors beside backbone and stored.
 
     \b

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from ..errors import DiDiError
-from ..files import from_home
+from ..files import file_digest, from_home
 from ..task_vectors.places import is_name
 
 #: A directory with more layouts of conversations.
@@ -111,6 +111,22 @@ def companions_for(
         left |= _INSTEAD["tokenizer"]
     base = {n: file for n, file in of_base.files.items() if kind_of(n) not in left}
     return Companions(own.place, {**base, **tuned}, fault)
+
+
+def unlike(found: Companions, of_base: Companions) -> Companions:
+    """What a task needs beside files of the base model: those of kinds that go together, if some of them are others."""
+    files = {
+        name: file
+        for kinds in ({"tokenizer", "template"}, {"processor"}, {"generation"})
+        if _contents(found, kinds) != _contents(of_base, kinds)
+        for name, file in found.files.items()
+        if kind_of(name) in kinds
+    }
+    return found._replace(files=files)
+
+
+def _contents(found: Companions, kinds: Set[str]) -> dict[str, str]:
+    return {n: file_digest(f) for n, f in found.files.items() if kind_of(n) in kinds}
 
 
 def copy_companions(

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.companions import companions_at, copy_companions
+from ..checkpoint.companions import (
+    Companions,
+    companions_at,
+    companions_for,
+    companions_of,
+    copy_companions,
+    unlike,
+)
 from ..models.dynamic import DynamicModel
 from ..pools.entries import BASE
 from ..task_vectors.ties import tensor_of
@@ -44,7 +51,8 @@ def to_peft(
     inputs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write an adapter per task, ``directory/TASK``, and with ``shared=fold`` its base model, ``directory/_pretrained_``.
+    """Write an adapter per task, ``directory/TASK``, and with ``shared=fold`` its base model, ``directory/_pretrained_``. A task whose
+    own checkpoint has another tokenizer or processor than the base model has it beside its adapter.
 
     PEFT reads each adapter back; merged into the base model it gives the weights of ``materialize`` but for what the report
     says, and applied to it the outputs that the report compares.
@@ -60,18 +68,20 @@ def to_peft(
         FileExistsError: if the directory exists and ``overwrite`` is false, or it is no export, or other weights lie in it.
     """
     asked, source = asked_tasks(model, tasks), source_of(model, base)
-    before = base_model(model)
+    before, of_base = base_model(model), companions_at(**source)
+    parents = model.info.get("parents", {})
     fold = settings.shared == "fold"
     under = _folded(model) if fold else before
     writer = AdapterWriter(model, settings, before, under)
     tensors: dict[str, dict[str, Carried]] = {}
     differ: dict[str, float | None] = {}
     untried: dict[str, list[str]] = {}
+    unfound: dict[str, list[str]] = {}
     sizes, notes, worst = {}, [], 0.0
     with export_directory(directory, overwrite=overwrite) as (place, final):
         if fold:
             write_checkpoint(under, place / BASE)
-            note = copy_companions(place / BASE, companions_at(**source))
+            note = copy_companions(place / BASE, of_base)
             notes += [note] if note else []
             sizes[BASE] = weight_bytes(place / BASE)
             source = {"place": str(final / BASE)}
@@ -80,6 +90,8 @@ def to_peft(
         for task in asked:
             home = place / folder(task)
             tensors[task] = writer.write(task, home, source)
+            if why := _copy_own(home, of_base, companions_of(parents.get(task))):
+                unfound.setdefault(why, []).append(task)
             sizes[task] = weight_bytes(home)
             wanted, found = model.materialize(task), applied(under, home)
             given, what = trial(found, wanted, inputs), f"The adapter of {task}"
@@ -94,6 +106,8 @@ def to_peft(
                 worst = max(worst, off)
         for why, some in untried.items():
             notes.append(f"outputs of {', '.join(some)} were not compared, weights were: {why}.")  # fmt: skip
+        for why, some in unfound.items():
+            notes.append(f"{', '.join(some)}: no tokenizer or processor of its own was copied: {why}.")  # fmt: skip
         if worst > SAME:
             notes.append(
                 f"merge_and_unload() of PEFT sets {TIED} to false, by which outputs of this model change, by {worst:.2g} of the largest and "
@@ -107,6 +121,13 @@ def to_peft(
             )
         report = ExportReport("peft", str(final), tensors, sizes, differ, tuple(notes))
         return write_report(place, report)
+
+
+def _copy_own(home: Path, of_base: Companions, own: Companions) -> str:
+    """Put beside an adapter what the base model's tokenizer or processor does not do for it; why not, if it cannot be had."""
+    found = companions_for(of_base, own)
+    copy_companions(home, Companions(), unlike(found, of_base))
+    return f"{found.place} {found.fault}" if found.fault else ""
 
 
 def applied(base: nn.Module, adapter: Path) -> nn.Module:

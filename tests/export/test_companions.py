@@ -14,7 +14,7 @@ from fusion_bench_didi.checkpoint import companions
 from fusion_bench_didi.checkpoint.companions import companions_at, companions_of
 from fusion_bench_didi.editing import add_task
 from fusion_bench_didi.errors import DiDiError
-from fusion_bench_didi.export import to_plain
+from fusion_bench_didi.export import to_peft, to_plain
 from fusion_bench_didi.models.publishing import portable
 from fusion_bench_didi.pools.entries import origin_of
 
@@ -63,19 +63,20 @@ def written(place: Path, files: dict[str, str]) -> Path:
     return place
 
 
-def exported(tmp_path, of_base, own: Path | str | None, **options):
+def exported(tmp_path, of_base, own: Path | str | None, *, export=to_plain, **options):
     """The report of an export of one task, and its checkpoint's files of this kind."""
     model = didi(family(llama()), budget=0.5)
     model.info["parents"] = {"mnist": own and str(own)}
     options = {"base": written(tmp_path / "base", of_base), **options}
-    report = to_plain(model, tmp_path / "out", tasks="mnist", overwrite=True, **options)
+    report = export(model, tmp_path / "out", tasks="mnist", overwrite=True, **options)
     home = tmp_path / "out/mnist"
     made = {
         name: (home / name).read_text()
         for name in (str(p.relative_to(home)) for p in home.rglob("*") if p.is_file())
         if name in companions.COMPANIONS or name.endswith(".jinja")
     }
-    made.pop("generation_config.json", None)
+    if export is to_plain:
+        made.pop("generation_config.json", None)
     return report, made
 
 
@@ -139,6 +140,60 @@ def test_a_file_that_goes_meanwhile_is_an_error_that_names_it(tmp_path, monkeypa
     with pytest.raises(DiDiError, match="vocab.txt cannot be read .*without its task"):
         exported(tmp_path, {"vocab.txt": "base"}, None)
     assert not (tmp_path / "out").exists()
+
+
+# --- beside adapters ----------------------------------------------------------------
+
+BESIDE = {
+    "the base model's": (
+        {"tokenizer.json": "base", "preprocessor_config.json": "base"},
+        {},
+    ),
+    "a tokenizer of its own": (
+        {"tokenizer.json": "own", "preprocessor_config.json": "base"},
+        {"tokenizer.json": "own"},
+    ),
+    "a layout alone, which no tokenizer is read without": (
+        {"chat_template.jinja": "own"},
+        {"tokenizer.json": "base", "chat_template.jinja": "own"},
+    ),
+    "one setting of it": (
+        {"tokenizer.json": "base", "tokenizer_config.json": "own"},
+        {"tokenizer.json": "base", "tokenizer_config.json": "own"},
+    ),
+    "a processor": (
+        {"preprocessor_config.json": "own"},
+        {"preprocessor_config.json": "own"},
+    ),
+    "ends of texts": (
+        {"generation_config.json": "own"},
+        {"generation_config.json": "own"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_adapters_come_with_what_is_not_the_base_models(case, tmp_path):
+    """A task's adapter was read with the base model's tokenizer, without a word."""
+    files, expected = BESIDE[case]
+    of_base = {"tokenizer.json": "base", "preprocessor_config.json": "base"}
+    report, made = exported(
+        tmp_path, of_base, written(tmp_path / "tuned", files), export=to_peft
+    )
+    assert made == expected and not report.notes
+
+
+@pytest.mark.parametrize("told", DAMAGED)
+def test_what_an_adapter_cannot_come_with_is_told(told, tmp_path):
+    DAMAGED[told](tmp_path / "tuned")
+    report, made = exported(
+        tmp_path, {"vocab.txt": "base"}, tmp_path / "tuned", export=to_peft
+    )
+    (note,) = report.notes
+    assert (
+        note.startswith("mnist: ") and told in note and str(tmp_path / "tuned") in note
+    )
+    assert not made
 
 
 # --- where they are looked for ------------------------------------------------------

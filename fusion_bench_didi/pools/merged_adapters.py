@@ -41,12 +41,12 @@ def tuned_model(modelpool: BaseModelPool, name: str) -> nn.Module:
     """The base model with an adapter put in.
 
     Raises:
-        CheckpointMismatchError: if the adapter is none of this base model, not a plain LoRA, or of tensors of other sizes.
+        CheckpointMismatchError: if the adapter is none of this base model, neither LoRA nor DoRA, or of tensors of other sizes.
     """
     model = load_backbone(modelpool)
     untie_for(modelpool, model, [name])
     base, known, ignored = base_of(modelpool, model)
-    source = adapter_source(modelpool, name, known, Names.of(model))
+    source = adapter_source(modelpool, name, base, known, Names.of(model))
     check_alignment(base, {name: source}, ignored=ignored)
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for tensor in sorted(source.infos().keys() & live.keys()):

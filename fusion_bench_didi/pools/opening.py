@@ -19,12 +19,19 @@ from ..errors import ModelPoolError
 from ..task_vectors.alignment import floating
 from ..task_vectors.cast import CastSource
 from ..task_vectors.float8 import Float8Source
-from ..task_vectors.lora_adapter import AdapterSource, fan_in_first
+from ..task_vectors.lora_adapter import AdapterSource, Values, fan_in_first
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.renaming import aligned
 from ..task_vectors.sources import ModuleSource, TensorInfo, TensorSource
-from ..task_vectors.ties import taken_apart, tie, tied_by_peft, tied_names, untie
+from ..task_vectors.ties import (
+    taken_apart,
+    tensor_of,
+    tie,
+    tied_by_peft,
+    tied_names,
+    untie,
+)
 from .configurations import check_configurations
 from .entries import (
     BASE,
@@ -217,7 +224,7 @@ def open_pool(
         fresh = _fresh(modelpool, names) or frozenset()
     tuned, configurations, live = {}, {}, {}
     for name in modelpool.model_names:
-        tuned[name] = adapter_source(modelpool, name, known, names)
+        tuned[name] = adapter_source(modelpool, name, base, known, names)
         if tuned[name] is not None:
             continue
         whole = _file_source(modelpool, name, names)
@@ -263,7 +270,8 @@ def needed_apart(
     for task in tasks if names.aliases else ():
         if directory := adapter_directory(modelpool, task):
             tied = {alias: names.infos[name] for alias, name in names.aliases.items()}
-            adapter = _adapter(directory, task, {**names.infos, **tied}, backbone)
+            known, values = {**names.infos, **tied}, partial(tensor_of, backbone)
+            adapter = _adapter(directory, task, known, backbone, values)
             found |= adapter.apart(names.aliases, tied_by_peft(backbone))
         elif isinstance(modelpool._models[task], nn.Module):
             found |= apart(ModuleSource(load_model(modelpool, task), task), names)
@@ -312,31 +320,37 @@ def _refuse_adapter(modelpool: BaseModelPool) -> None:
 def adapter_source(
     modelpool: BaseModelPool,
     name: str,
+    base: TensorSource,
     known: Mapping[str, TensorInfo],
     names: Names | None = None,
 ) -> AdapterSource | None:
     """The adapter behind a pool entry, or None if it is something else.
 
     Args:
-        known: the base model's tensors.
+        base: the base model, of whose values DoRA takes some.
+        known: its tensors as the checkpoint stores them.
         names: the base model in memory, where it is known.
     """
     directory = adapter_directory(modelpool, name)
     if directory is None:
         return None
     if names is None:
-        return AdapterSource.of_directory(directory, name, known)
-    source = _adapter(directory, name, known, names.module)
+        return AdapterSource.of_directory(directory, name, known, values=base.read)
+    source = _adapter(directory, name, known, names.module, base.read)
     source.leave_out_copies(names.aliases)
     return source
 
 
 def _adapter(
-    directory: Path, label: str, known: Mapping[str, TensorInfo], backbone: nn.Module
+    directory: Path,
+    label: str,
+    known: Mapping[str, TensorInfo],
+    backbone: nn.Module,
+    values: Values,
 ) -> AdapterSource:
     """An adapter of a base model in memory."""
     turned, layout = fan_in_first(backbone), partial(rearranged, model=backbone)
-    return AdapterSource.of_directory(directory, label, known, turned, layout)
+    return AdapterSource.of_directory(directory, label, known, turned, layout, values)
 
 
 def _file_source(

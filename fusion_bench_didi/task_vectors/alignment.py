@@ -158,7 +158,7 @@ def _without_value(
     """Factors of adapters that belong to a tensor whose value is nowhere: the base model's is random, or of another size."""
     for task, source in adapters.items():
         for name, info in sorted(source.infos().items()):
-            if source.rank(name) is None or matches(name, exclude):
+            if not source.rests_on_base(name) or matches(name, exclude):
                 continue
             want = reference.get(name, info).shape
             if name in fresh:

@@ -4,6 +4,9 @@ An adapter is a directory with ``adapter_config.json`` and ``adapter_model.safet
 Two tensors ``lora_A`` (r, ...) and ``lora_B`` (m, r) of a module change its weight by ``scale * B A``, which is never
 multiplied out here; biases and ``modules_to_save`` are there as a whole. Everything else is as in the base model.
 
+With ``use_dora`` there is ``lora_magnitude_vector`` (m) beside them, the norms that the m rows of ``W + scale * B A`` get. What
+that changes is not of low rank, so that such a weight is given by its value, which takes the base model's.
+
 ``B A`` has the layout of ``nn.Linear``, (out, in). It is transposed for weights that are (in, out), as those of
 transformers' ``Conv1D`` and of embeddings, whose pair is called ``lora_embedding_A`` (r, entries) and ``lora_embedding_B``
 (width, r); for a convolution it is (out, in * kh * kw), which is how a convolution is viewed anyway.
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError
@@ -29,25 +33,33 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 #: What PEFT puts around the names of the base model.
 PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
-_PAIR = re.compile(r".+\.lora_(?:([AB])\.weight|(embedding_[AB]))")
+_PAIR = re.compile(
+    r".+\.lora_(?:([AB])\.weight|(embedding_[AB])|(magnitude_vector)(?:\.weight)?)"
+)
+_MAGNITUDE = "magnitude_vector"
 
 #: Names of the base model by names in a file, as far as the model's class has given tensors others since.
 Layout = Callable[[Sequence[str]], Mapping[str, str]]
 
+#: The base model's values by name.
+Values = Callable[[str], Tensor]
+
 #: For the end of the error that lists what is wrong with adapters.
 WAY_OUT = (
-    "An adapter that changes weights and cannot be read as plain LoRA can be put into its base model with peft "
+    "An adapter that changes weights and cannot be read as LoRA or DoRA can be put into its base model with peft "
     "(merge_and_unload) and saved as a whole model."
 )
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two tensors that change one weight.
+    """The two tensors that change one weight, and with DoRA a third.
 
     Args:
         a, b: their names in the file, of ``lora_A`` and ``lora_B``.
         turned: the weight is (in, out), ``(scale * B A)^T``.
+        magnitude: name in the file of the norms of the changed weight's rows, of its columns where it is turned; None
+            without DoRA.
     """
 
     a: str
@@ -55,6 +67,7 @@ class Pair:
     rank: int
     scale: float
     turned: bool
+    magnitude: str | None = None
 
 
 class AdapterSource(TensorSource):
@@ -67,6 +80,7 @@ class AdapterSource(TensorSource):
         fan_in_first: names of weights that are (in, out); None where the modules are not known, shapes and configuration
             then tell.
         layout: of the base model's class, for adapters from before it was rearranged.
+        values: of the base model, without which DoRA is a fault; read one at a time, when they are asked for.
     """
 
     partial = True
@@ -78,6 +92,7 @@ class AdapterSource(TensorSource):
         base: Mapping[str, TensorInfo],
         fan_in_first: frozenset[str] | None = None,
         layout: Layout | None = None,
+        values: Values | None = None,
     ):
         self.label = source.label
         #: What cannot be merged, by name of the base model's tensor, or "" where it is about the whole adapter.
@@ -85,6 +100,7 @@ class AdapterSource(TensorSource):
         self._source, self._base = source, base
         self._settings = LoraSettings.of(config, source.label)
         self._fan_in_first, self._layout = fan_in_first, layout
+        self._values = values
         self._pairs: dict[str, Pair] = {}
         self._whole: dict[str, str] = {}
         #: Pairs that change a tensor which is held whole beside them.
@@ -111,6 +127,7 @@ class AdapterSource(TensorSource):
         base: Mapping[str, TensorInfo],
         fan_in_first: frozenset[str] | None = None,
         layout: Layout | None = None,
+        values: Values | None = None,
     ) -> "AdapterSource":
         """The adapter in a directory.
 
@@ -125,7 +142,8 @@ class AdapterSource(TensorSource):
         kind = PickleSource if file.suffix == ".bin" else SafetensorsSource
         source = kind([file], label)
         source.watched.opened(directory / CONFIG)
-        return cls(source, read_config(directory, label), base, fan_in_first, layout)
+        config = read_config(directory, label)
+        return cls(source, config, base, fan_in_first, layout, values)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """The tensors that it changes."""
@@ -142,20 +160,31 @@ class AdapterSource(TensorSource):
         return self._source.watched
 
     def read(self, name: str) -> Tensor:
-        """The fine-tuned value of a tensor that it holds whole."""
+        """The fine-tuned value of a tensor that it holds whole, or changes by DoRA."""
+        if name in self._pairs:
+            value = self._sum(self._values(name).float(), self._pairs[name])
+            return value.to(self._infos[name].dtype)
         value = self._source.read(self._whole[name])
         if name not in self._on_own:
             return value
         return self._sum(value, self._on_own[name]).to(self._infos[name].dtype)
 
     def rank(self, name: str) -> int | None:
-        """Rank of the change of a tensor: 0 for none, None where the adapter holds the tensor whole."""
-        if name in self._pairs:
-            return self._pairs[name].rank
-        return None if name in self._whole else 0
+        """Rank of the change of a tensor: 0 for none, None where the adapter holds the tensor whole, or changes it by DoRA."""
+        if name in self._whole or self._by_dora(name):
+            return None
+        return self._pairs[name].rank if name in self._pairs else 0
+
+    def _by_dora(self, name: str) -> bool:
+        """Whether a pair with magnitudes changes the base model's value."""
+        return name in self._pairs and self._pairs[name].magnitude is not None
+
+    def rests_on_base(self, name: str) -> bool:
+        """Whether it holds a pair for the base model's value, and no value."""
+        return name in self._pairs
 
     def factors(self, name: str) -> LowRankFactors:
-        """Its change of a matrix in float32, ``(m, r) (r, n)``; not for tensors that it holds whole."""
+        """Its change of a matrix in float32, ``(m, r) (r, n)``; not for tensors whose :meth:`rank` is None."""
         return self._product(self._pairs[name])
 
     def _product(self, pair: Pair) -> LowRankFactors:
@@ -166,8 +195,13 @@ class AdapterSource(TensorSource):
         return product.mT if pair.turned else product
 
     def _sum(self, base: Tensor, pair: Pair) -> Tensor:
+        """What a pair makes of a value, in that one's type."""
         change = self._product(pair).to(base.device).dense()
-        return (base.float() + change.view(base.shape)).to(base.dtype)
+        total = base.float() + change.view(base.shape)
+        if pair.magnitude is not None:
+            lengths = self._source.read(pair.magnitude).to(total)
+            total *= stretch(total, lengths, axis=1 if pair.turned else 0)
+        return total.to(base.dtype)
 
     def applied(self, name: str, base: Tensor) -> Tensor:
         """The fine-tuned value of a tensor whose value in the base model is ``base``; sums in the base model's type."""
@@ -192,8 +226,8 @@ class AdapterSource(TensorSource):
 
     def _kept_tied(self, name: str, first: str, by_name: bool) -> bool:
         """Whether ``ensure_weight_tying`` has tied two names: both are in the file then, or PEFT knows the head by its name, which it
-        looks for at the top of a model only."""
-        if not self._ties:
+        looks for at the top of a model only; DoRA gives either norms of its own."""
+        if not self._ties or self._by_dora(name) or self._by_dora(first):
             return False
         at_top = "." not in name.removesuffix(".weight")
         return by_name and at_top or self._is_copy(name, first)
@@ -216,7 +250,7 @@ class AdapterSource(TensorSource):
         if {name, first} <= set(self._whole):
             return self.read(name).equal(self.read(first))
         pairs = self._pairs.get(name), self._pairs.get(first)
-        if None in pairs or pairs[0].scale != pairs[1].scale:
+        if None in pairs or pairs[0].scale != pairs[1].scale or self._by_dora(name):
             return False
         one, other = map(self._raw, pairs)
         return all(half.equal(same) for half, same in zip(one, other))
@@ -252,11 +286,17 @@ class AdapterSource(TensorSource):
                     "nn.Linear, Conv1D or a convolution",
                 )
             elif found := _PAIR.fullmatch(name):
-                halves.setdefault(f"{owner}.weight", {})[found[1] or found[2]] = key
+                half = next(filter(None, found.groups()))
+                other = halves.setdefault(f"{owner}.weight", {}).setdefault(half, key)
+                if other != key:
+                    self.faults.setdefault(
+                        f"{owner}.weight",
+                        f"{other} and {key} are both lora_{half}, expected one of them",
+                    )
             else:
                 self.faults.setdefault(
                     f"{owner}.weight",
-                    f"{key} is not of plain LoRA, expected lora_A.weight and lora_B.weight",
+                    f"{key} is of neither LoRA nor DoRA, expected lora_A.weight and lora_B.weight",
                 )
         for name in self.faults:
             halves.pop(name, None)
@@ -298,14 +338,15 @@ class AdapterSource(TensorSource):
 
     def _added(self, name: str, module: str, keys: Mapping[str, str]) -> str | None:
         """Take a pair, or tell what is wrong with it."""
-        embedding = {*keys} == {"embedding_A", "embedding_B"}
-        if not embedding and {*keys} != {"A", "B"}:
+        halves = sorted({*keys} - {_MAGNITUDE})
+        embedding = halves == ["embedding_A", "embedding_B"]
+        if not embedding and halves != ["A", "B"]:
             stand = "stands" if len(keys) == 1 else "stand"
             return (
                 f"{', '.join(keys.values())} {stand} alone, expected lora_A.weight and lora_B.weight, or lora_embedding_A and "
                 "lora_embedding_B"
             )
-        down, up = (keys[half] for half in sorted(keys))
+        down, up = (keys[half] for half in halves)
         a, b = (self._source.infos()[key] for key in (down, up))
         if not a.floating or not b.floating:
             return (
@@ -321,6 +362,8 @@ class AdapterSource(TensorSource):
         ones = (1,) * (len(b.shape) - 2)  # a convolution's kernel is all in lora_A
         if a.shape[:1] != (rank,) or b.shape[1:] != (rank, *ones):
             return f"{down} is {a.shape} and {up} {b.shape}, expected rank {rank} of {CONFIG}"
+        if fault := self._fault_of_magnitude(keys.get(_MAGNITUDE), up):
+            return fault
         shape, want = (b.shape[0], *a.shape[1:]), self._base.get(name)
         if want is not None and not want.floating:
             return f"{down} changes {name}, which the base model has in {want.dtype}, expected floating point"
@@ -330,7 +373,28 @@ class AdapterSource(TensorSource):
         shape = shape[::-1] if turned else shape
         # the fine-tuned model would be saved in the base model's type
         self._infos[name] = TensorInfo(shape, (want or a).dtype)
-        self._pairs[name] = Pair(down, up, rank, scale, turned)
+        self._pairs[name] = Pair(down, up, rank, scale, turned, keys.get(_MAGNITUDE))
+        return None
+
+    def _fault_of_magnitude(self, key: str | None, up: str) -> str | None:
+        """What is wrong with the magnitudes that DoRA has beside a pair.
+
+        Args:
+            key, up: names in the file, of the magnitudes, if there are any, and of ``lora_B``.
+        """
+        if key is None:
+            if not self._settings.dora:
+                return None
+            return f"{up} has no lora_magnitude_vector beside it, expected one with use_dora of {CONFIG}"
+        if not self._settings.dora:
+            return f"{key} is a magnitude of DoRA, expected none of it, or use_dora in {CONFIG}"
+        if self._values is None:
+            return f"{key} gives the base model's rows other norms, expected a base model whose values are read"
+        info = self._source.infos()[key]
+        rows, _, *kernel = self._source.infos()[up].shape
+        want = (1, rows, *kernel) if kernel else (rows,)
+        if not info.floating or info.shape != want:
+            return f"{key} is {info.shape} in {info.dtype}, expected {want} in floating point"
         return None
 
     def _grown(self, name: str, key: str) -> bool:
@@ -352,6 +416,17 @@ class AdapterSource(TensorSource):
         if self._fan_in_first is None:
             return self._settings.fan_in_first
         return name in self._fan_in_first
+
+
+def stretch(weight: Tensor, lengths: Tensor, axis: int) -> Tensor:
+    """Factors that give the slices of a weight along an axis other norms, with a dimension of 1 for each other axis.
+
+    Args:
+        lengths: the norms, as many as there are slices, in any shape.
+    """
+    rest = [other for other in range(weight.dim()) if other != axis]
+    norms = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)
+    return lengths.view(norms.shape) / norms
 
 
 def fan_in_first(model: nn.Module) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""What ``adapter_config.json`` tells of a LoRA adapter: rank and scale per module, and whether it is a plain one."""
+"""What ``adapter_config.json`` tells of a LoRA adapter: rank and scale per module, and whether it is one that is read."""
 
 import math
 import re
@@ -16,17 +16,18 @@ from .file_sources import read_settings
 
 CONFIG = "adapter_config.json"
 
-#: Variants of LoRA whose change of a weight is not ``scale * B A``, by the setting that turns them on.
+#: Variants of LoRA whose change of a weight is neither ``scale * B A`` nor DoRA's, by the setting that turns them on.
 VARIANTS = (
-    *("use_dora", "lora_bias", "alora_invocation_tokens", "arrow_config"),
+    *("lora_bias", "alora_invocation_tokens", "arrow_config"),
     *("enable_lora", "kasa_config", "layer_replication", "monteclora_config"),
     *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
 )
 
-#: Others that are turned on as variants are, and change nothing about a trained adapter.
+#: Others that are turned on as variants are, and are read, or change nothing about a trained adapter.
 PLAIN = (
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
-    *("megatron_config", "runtime_config", "use_rslora", "velora_config"),
+    *("megatron_config", "runtime_config", "use_dora", "use_rslora"),
+    *("velora_config",),
 )
 
 #: Kinds of adapters that learn inputs of the model, or of its layers, beside the weights.
@@ -51,13 +52,14 @@ _MOST_REPETITIONS = 10**4
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The arithmetic of a plain LoRA adapter: ``W + scale * B A``.
+    """The arithmetic of a LoRA adapter: ``W + scale * B A``, whose rows DoRA gives other norms.
 
     Args:
         rank, alpha: of a module that no pattern names.
         root: scale is ``alpha / sqrt(rank)`` (rank-stabilised LoRA) and not ``alpha / rank``.
         ranks, alphas: by pattern, a regular expression for the end of a module's name; the first that matches counts.
         fan_in_first: weights are (in, out), as in GPT-2, where their shape does not tell.
+        dora: rows have norms of their own (``use_dora``).
         label: of the adapter, for messages.
     """
 
@@ -67,6 +69,7 @@ class LoraSettings:
     ranks: Mapping[str, int] | None = None
     alphas: Mapping[str, float] | None = None
     fan_in_first: bool = False
+    dora: bool = False
     label: str = ""
     _left: list[float] = field(  # seconds for slow patterns
         default_factory=lambda: [MATCH_SECONDS], init=False, repr=False, compare=False
@@ -81,6 +84,7 @@ class LoraSettings:
             ranks=config.get("rank_pattern"),
             alphas=config.get("alpha_pattern"),
             fan_in_first=bool(config.get("fan_in_fan_out")),
+            dora=bool(config.get("use_dora")),
             label=label,
         )
 
@@ -132,14 +136,14 @@ def read_config(directory: Path, label: str) -> dict[str, Any]:
 
 
 def variants(config: Mapping[str, Any]) -> list[str]:
-    """Settings that make an adapter another one than plain LoRA: what was found, and what is expected."""
+    """Settings that make an adapter another one than LoRA or DoRA: what was found, and what is expected."""
     kind = config.get("peft_type")
     if kind in PROMPTS:
         return [f"{CONFIG} has peft_type={kind!r}, which learns inputs and changes no weight; leave it out"]  # fmt: skip
     if kind != "LORA":
         return [f"{CONFIG} has peft_type={kind!r}, expected 'LORA'"]
     found = [
-        f"{CONFIG} has {name}={value!r}, expected none of it (plain LoRA)"
+        f"{CONFIG} has {name}={value!r}, expected none of it (LoRA or DoRA)"
         for name, value in config.items()
         if value and (name in VARIANTS or _turns_on(name) and name not in PLAIN)
     ]
@@ -161,7 +165,7 @@ def _malformed(config: Mapping[str, Any]) -> list[str]:
     """Settings of the arithmetic that are none: what was found, and what is expected."""
     found = [
         f"{CONFIG} has {key}={value!r}, expected true or false"
-        for key in ("use_rslora", "fan_in_fan_out", "ensure_weight_tying")
+        for key in ("use_rslora", "use_dora", "fan_in_fan_out", "ensure_weight_tying")
         if not isinstance(value := config.get(key) or False, bool)
     ]
     for key, patterns, fits, expected in (

@@ -103,6 +103,10 @@ class TensorSource(ABC):
         """Rank of a change that is given as factors: 0 for no change, None where the tensor is given by its value."""
         return None
 
+    def rests_on_base(self, name: str) -> bool:
+        """Whether the value of a tensor is the base model's with a change, so that it is nowhere without that."""
+        return self.rank(name) is not None
+
     def factors(self, name: str) -> LowRankFactors:
         """The change of a matrix that :meth:`rank` is of, (m, r) (r, n) in float32."""
         raise KeyError(name)

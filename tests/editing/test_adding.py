@@ -179,6 +179,25 @@ def test_an_adapter_stays_factored_beside_what_is_shared(models, settings, tmp_p
         torch.testing.assert_close(value, expected[name], atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2]], ids=str)
+def test_an_adapter_with_dora_changes_the_base_model_and_not_what_is_shared(
+    models, settings, tmp_path
+):
+    peft = pytest.importorskip("peft")
+    model = three(models, **settings)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], use_dora=True)
+    adapted = peft.get_peft_model(copy.deepcopy(models[BASE]), config)
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if "magnitude" in name:
+                value *= 1.5
+    adapted.save_pretrained(tmp_path / "adapter")
+    add_task(model, tmp_path / "adapter", "lora", budget=3.0)
+    expected = floats(adapted.merge_and_unload())
+    for name, value in floats(model.materialize("lora")).items():
+        torch.testing.assert_close(value, expected[name], atol=2e-3, rtol=0)
+
+
 def test_heads_of_a_tasks_own_come_and_go():
     base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
     models = {BASE: base, **{t: fine_tuned(base, s) for s, t in enumerate("ab", 1)}}

@@ -67,7 +67,7 @@ def gpt2(tied: bool = True) -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-#: What PEFT can do to a model, by model.
+#: What PEFT can do to a model, by model, as factors.
 KINDS: dict[str, tuple[Any, dict]] = {
     "llama": (llama, {"target_modules": [*ATTENTION, "up_proj"], "lora_alpha": 3}),
     "llama, patterns and root": (
@@ -125,11 +125,38 @@ KINDS: dict[str, tuple[Any, dict]] = {
     ),
 }
 
+#: What gives rows other norms, so that no change is one of factors.
+DORA: dict[str, tuple[Any, dict]] = {
+    "llama, dora, patterns and root": (
+        llama,
+        {
+            "target_modules": [*ATTENTION, "embed_tokens"],
+            "rank_pattern": {"v_proj": 2},
+            "alpha_pattern": {"layers.1.self_attn.v_proj": 9, "embed.*": 0.05},
+            "use_rslora": True,
+            "use_dora": True,
+            "modules_to_save": ["norm"],
+        },
+    ),
+    "gpt2, dora": (
+        gpt2,
+        {
+            "target_modules": ["c_attn", "c_proj"],
+            "fan_in_fan_out": True,
+            "use_dora": True,
+        },
+    ),
+    "clip, dora": (
+        clip,
+        {"target_modules": ["v_proj", "patch_embedding"], "use_dora": True},
+    ),
+}
 
-@pytest.fixture(scope="session", params=KINDS)
+
+@pytest.fixture(scope="session", params=[*KINDS, *DORA])
 def kind(request, tmp_path_factory):
     """A directory of adapters, and the whole models."""
-    make, config = KINDS[request.param]
+    make, config = {**KINDS, **DORA}[request.param]
     directory = tmp_path_factory.mktemp("adapters")
     return directory, family(directory, make, **config)
 
@@ -146,14 +173,18 @@ def test_a_matrix_of_adapters_can_be_kept_as_each_task_has_it(tmp_path):
         assert torch.allclose(kept, right, atol=1e-6)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("held", [True, False])
-def test_factors_of_a_grown_vocabulary_change_the_value_beside_them(tmp_path, held):
+def test_factors_of_a_grown_vocabulary_change_the_value_beside_them(
+    tmp_path, held, dora
+):
     """PEFT writes that too; where it is not there, the base model's is of another size."""
     models = family(tmp_path, llama, tasks=("plain",), target_modules=ATTENTION)
     grown = copy.deepcopy(models[BASE])
     grown.resize_token_embeddings(44)
     targets = ["embed_tokens", "lm_head"]
-    whole = write_adapter(grown, tmp_path / "grown", 5, target_modules=targets)
+    config = {"target_modules": targets, "use_dora": dora}
+    whole = write_adapter(grown, tmp_path / "grown", 5, **config)
     if not held:
 
         def forget(tensors: dict) -> None:
@@ -173,7 +204,8 @@ def test_factors_of_a_grown_vocabulary_change_the_value_beside_them(tmp_path, he
     assert not told["not taken from the checkpoint"]
 
 
-def test_a_head_that_no_file_holds_is_not_changed_by_factors(tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_head_that_no_file_holds_is_not_changed_by_factors(tmp_path, dora):
     """It is random at every load: what the adapter was trained on is not there."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     whole = BertForSequenceClassification(
@@ -181,7 +213,8 @@ def test_a_head_that_no_file_holds_is_not_changed_by_factors(tmp_path):
     )
     whole.bert.save_pretrained(tmp_path / BASE)
     for task in "ab":
-        config = LoraConfig(r=2, target_modules=["query", "classifier"])
+        targets = ["query", "classifier"]
+        config = LoraConfig(r=2, target_modules=targets, use_dora=dora)
         get_peft_model(copy.deepcopy(whole), config).save_pretrained(tmp_path / task)
     target = "transformers.BertForSequenceClassification.from_pretrained"
     pool = {
@@ -201,6 +234,7 @@ def test_every_task_comes_back_whatever_peft_did(kind):
     assert_close(model, models)
 
 
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
 @pytest.mark.parametrize("allocation", ["uniform", "greedy"])
 @pytest.mark.parametrize("shared", ["mean", "ties"])
 def test_presets_store_every_adapter_exactly_and_no_more(kind, shared, allocation):

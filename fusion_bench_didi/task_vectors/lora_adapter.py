@@ -14,7 +14,7 @@ transformers' ``Conv1D`` and of embeddings, whose pair is called ``lora_embeddin
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ class Pair:
     rank: int
     scale: float
     turned: bool
-    magnitude: str | None = None
+    magnitude: str | None = field(default=None, repr=False)  # :attr:`identity` stays
 
 
 class AdapterSource(TensorSource):

@@ -270,6 +270,6 @@ def test_a_merge_that_goes_on_is_of_the_same_base_model_and_adapter(doras):
     with torch.no_grad():
         other.get_parameter(f"{QUERY}weight")[0, 0] += 1
     assert open_pool(pool, other).identity != identity
-    before = opened(directory / "svhn", models[BASE]).identity["configuration"]
+    before = opened(directory / "svhn", models[BASE]).identity
     change_tensors(directory / "svhn", spelled_out)
-    assert opened(directory / "svhn", models[BASE]).identity["configuration"] != before
+    assert opened(directory / "svhn", models[BASE]).identity != before

@@ -23,6 +23,7 @@ from ..checkpoint.companions import (
     unlike,
 )
 from ..models.dynamic import DynamicModel
+from ..models.task_settings import with_own_vocabulary
 from ..pools.entries import BASE
 from ..task_vectors.ties import tensor_of
 from .adapters import AdapterWriter
@@ -69,7 +70,7 @@ def to_peft(
     """
     asked, source = asked_tasks(model, tasks), source_of(model, base)
     before, of_base = base_model(model), companions_at(**source)
-    parents = model.info.get("parents", {})
+    parents, grown = model.info.get("parents", {}), with_own_vocabulary(model)
     fold = settings.shared == "fold"
     under = _folded(model) if fold else before
     writer = AdapterWriter(model, settings, before, under)
@@ -90,7 +91,9 @@ def to_peft(
         for task in asked:
             home = place / folder(task)
             tensors[task] = writer.write(task, home, source)
-            if why := _copy_own(home, of_base, companions_of(parents.get(task))):
+            if task in grown:
+                notes.append(f"{task} has a vocabulary of its own, which no adapter carries: its adapter alone is not its model; export it as a plain checkpoint.")  # fmt: skip
+            elif why := _copy_own(home, of_base, companions_of(parents.get(task))):
                 unfound.setdefault(why, []).append(task)
             sizes[task] = weight_bytes(home)
             wanted, found = model.materialize(task), applied(under, home)

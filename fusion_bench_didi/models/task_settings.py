@@ -111,6 +111,13 @@ def settle(plain: nn.Module, info: Mapping[str, Any], task: str) -> None:
         plain.generation_config = generation
 
 
+def greedy_settings(info: Mapping[str, Any], task: str | None) -> dict[str, Any]:
+    """A task's settings of generation, other than the base model's, that change what is written greedily, ends and length aside."""
+    others = {*_SAME_TEXT, *_SAMPLING, "do_sample", "eos_token_id", "max_length"}
+    told = info.get(GENERATION, {}).get(task, {})
+    return {key: value for key, value in told.items() if key not in others}
+
+
 def generation_for(
     info: Mapping[str, Any],
     tasks: Iterable[str | None],

@@ -107,8 +107,10 @@ class Classification:
                 "is served."
             )
         self.known = known_tokens(model)
+        #: Tokens that pad texts here and are words to the checkpoints, by task.
+        self.padding: dict[str | None, int] = {}
         if not images:
-            _let_pad(model, processors, self.known)
+            self.padding = _let_pad(model, processors, self.known)
 
     def row(self, task: str | None, content: str) -> Row:
         """One text, or one image in base64.
@@ -128,6 +130,8 @@ class Classification:
         if not 0 < count <= most:
             raise Refused(400, f"A text is of {count} tokens, expected 1 to {most}.")
         check_tokens(tokenizer, encoded["input_ids"], self.known[task])
+        if encoded["input_ids"][-1] == self.padding.get(task):
+            raise Refused(400, f"A text ends in {tokenizer.pad_token!r}, which is what pads texts here; leave it out.")  # fmt: skip
         return Row(task, dict(encoded))
 
     def _pixels(self, task: str | None, content: str) -> Tensor:
@@ -248,15 +252,19 @@ def _let_pad(
     model: DynamicModel,
     tokenizers: Mapping[str | None, Any],
     known: Mapping[str | None, float],
-) -> None:
+) -> dict[str | None, int]:
     """Texts of several lengths are one batch: the model is told what pads those of each task, by which some find the last token,
     whatever padded those that it was fine-tuned on.
 
     Args:
         known: how many tokens the model knows, by task.
 
+    Returns:
+        what pads texts of tasks whose checkpoints are padded by another token, or by none.
+
     Raises:
-        SettingsError: if a tokenizer has no such token that the model knows.
+        SettingsError: if a tokenizer has no such token that the model knows, or ends every text in it where its checkpoint is padded
+            by another.
     """
     pads = {task: tokenizer.pad_token_id for task, tokenizer in tokenizers.items()}
     without = [task for task, pad in pads.items() if pad is None or pad >= known[task]]
@@ -266,14 +274,24 @@ def _let_pad(
             f"The tokenizer of {whose} has no pad_token that the model knows, so that texts of several lengths are no batch. Name one "
             "in the tokenizer_config.json beside it."
         )
-    usual = next(iter(pads.values()))
-    model.backbone.config.pad_token_id = usual
+    usual, config = next(iter(pads.values())), model.backbone.config
+    before = getattr(config, PADDING, None)
+    config.pad_token_id = usual
     told = model.info.setdefault(CONFIGURATION, {})
+    others = {None: pads[None]} if None in pads and pads[None] != before else {}
     for task in model.tasks:
         own = told.setdefault(task, {})
-        own.pop(PADDING, None)
+        if own.pop(PADDING, before) != pads[task]:
+            others[task] = pads[task]
         if pads[task] != usual:
             own[PADDING] = pads[task]
+    for task, pad in others.items():
+        if tokenizers[task]("a")["input_ids"][-1:] == [pad]:
+            raise SettingsError(
+                f"The tokenizer of {task or 'the base model'} ends every text in {tokenizers[task].pad_token!r}, which also pads texts, "
+                "and its model's configuration does not say so (pad_token_id). Name another pad_token in its tokenizer_config.json."
+            )
+    return others
 
 
 def _vectors(output: Any) -> Tensor:

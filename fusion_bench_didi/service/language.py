@@ -1,5 +1,6 @@
 """Prompts and conversations continued greedily, each by its own task, in one batch."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..models import DynamicModel
-from ..models.task_settings import generation_of, known_tokens
+from ..models.task_settings import (
+    generation_for,
+    generation_of,
+    greedy_settings,
+    known_tokens,
+)
 from .batching import Row
+from .layouts import laid_out
 from .limits import Limits, Refused
 from .messages import Message
 from .tasks import answered, by_key, check_tokens, tasks_of
@@ -20,6 +27,17 @@ from .tasks import answered, by_key, check_tokens, tasks_of
 log = logging.getLogger(__name__)
 #: relative difference of two passes that rounding does not make
 _ROUNDING = 0.1
+#: Settings of generation that read a prompt, or count its tokens, with what pads it; and their values that do nothing.
+_READ_PADDING = {
+    "repetition_penalty": (None, 1, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "exponential_decay_length_penalty": (None,),
+    "bad_words_ids": (None, []),
+    "sequence_bias": (None, {}),
+}
 
 
 @dataclass(frozen=True)
@@ -81,15 +99,13 @@ class Language:
         if not tokenizer.chat_template:
             raise Refused(400, "The model's tokenizer has no layout of conversations (chat_template); send a prompt to /v1/completions.")  # fmt: skip
         try:
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+            text = laid_out(tokenizer, messages)
+            # its first token is there already, where the layout has it
+            encoded = tokenizer(text, add_special_tokens=False, verbose=False)
         except Exception as error:  # of any type, for a layout is a program
             raise Refused(
                 400, f"The model's layout of conversations refuses these: {error}"
             ) from error
-        # its first token is there already, where the layout has it
-        encoded = tokenizer(text, add_special_tokens=False, verbose=False)
         return self._row(task, encoded, tokens)
 
     def _row(
@@ -108,7 +124,7 @@ class Language:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> list[Completion]:
-        return answered(self.model, rows, self._by_ends)
+        return answered(self.model, rows, self._by_settings)
 
     def _ends_of(self, task: str | None) -> frozenset[int]:
         """Tokens that end a text of a task: by its settings of generation, the base model's, or the tokenizer; of any task where
@@ -121,23 +137,28 @@ class Language:
         ends = self.tokenizers[task].eos_token_id if ends is None else ends
         return frozenset([ends] if isinstance(ends, int) else ends or ())
 
-    def _by_ends(self, rows: Sequence[Row]) -> list[Completion]:
-        """Texts that end by the same tokens are one batch."""
-        return by_key(rows, [self._ends_of(row.task) for row in rows], self._continued)
+    def _by_settings(self, rows: Sequence[Row]) -> list[Completion]:
+        """Texts that end by the same tokens, and are written by the same settings, are one batch; what the router finds the task of is
+        written by the base model's."""
+        info = self.model.info
+        told = [json.dumps(greedy_settings(info, r.task), sort_keys=True) for r in rows]
+        keys = [(self._ends_of(row.task), one) for row, one in zip(rows, told)]
+        return by_key(rows, keys, lambda some, key: self._continued(some, key[0]))
 
     def _continued(self, rows: Sequence[Row], ends: frozenset[int]) -> list[Completion]:
         longest, pad = max(len(row.content) for row in rows), self._padding
-        more = max(row.tokens for row in rows)
-        of_one_length = all(len(row.content) == longest for row in rows)
+        more, backbone = max(row.tokens for row in rows), self.model.backbone
+        settings = {"generation_config": backbone.generation_config}
+        settings |= generation_for(self.model.info, [rows[0].task], backbone, {})
         if len(rows) > 1 and (
             # each has room by itself, a short prompt that goes on for long beside a long one has not
             longest + more > self.places
-            or not (of_one_length or self.skips_padding)
+            or not self._are_one_batch(rows, settings["generation_config"])
         ):
             return [self._continued([row], ends)[0] for row in rows]
         ids = [[pad] * (longest - len(r.content)) + r.content for r in rows]
         mask = [[0] * (longest - len(r.content)) + [1] * len(r.content) for r in rows]
-        inputs = _inputs(ids, mask, self.model.backbone.device)
+        inputs = _inputs(ids, mask, backbone.device)
         found = self.model.generate(
             **inputs,
             **tasks_of(self.model, rows, inputs),
@@ -146,12 +167,23 @@ class Language:
             num_beams=1,
             pad_token_id=pad,
             eos_token_id=sorted(ends) or None,
-            generation_config=self.model.backbone.generation_config,
+            **settings,
         )
         return [
             self._told(row, ends, out[longest:].tolist())
             for row, out in zip(rows, found)
         ]
+
+    def _are_one_batch(self, rows: Sequence[Row], config: GenerationConfig) -> bool:
+        """Whether each is continued as by itself beside the others."""
+        lengths = {len(row.content) for row in rows}
+        if config.forced_eos_token_id is not None and len({r.tokens for r in rows}) > 1:
+            return False  # it comes where the longest has to end
+        reads = any(
+            getattr(config, name, None) not in idle
+            for name, idle in _READ_PADDING.items()
+        )
+        return len(lengths) == 1 or (self.skips_padding and not reads)
 
     @cached_property
     def skips_padding(self) -> bool:

@@ -35,9 +35,13 @@ def messages_of(given: list[Any]) -> list[Message]:
 
 
 def _message(name: str, given: Any) -> Message:
+    if isinstance(given, dict):  # as clients send back what they were answered
+        given = {k: v for k, v in given.items() if v is not None or k == "content"}
     if not isinstance(given, dict) or given.keys() != {"role", "content"}:
         raise _unexpected(name, given, MESSAGE)
     role, content = given["role"], given["content"]
+    if role == "developer":  # OpenAI's later name
+        role = "system"
     if role not in ROLES:
         raise _unexpected(f"{name}.role", role, f"one of {', '.join(ROLES)}")
     if _is_text(content):
@@ -64,10 +68,35 @@ def _unexpected(name: str, value: Any, expected: str) -> ValueError:
 Messages = Annotated[list[Any], Field(min_length=1), AfterValidator(messages_of)]
 
 
+#: Fields of OpenAI's with values that change no answer, which clients send.
+_IDLE = {
+    "top_p": "1",
+    "presence_penalty": "0",
+    "frequency_penalty": "0",
+    "best_of": "1",
+    "stop": "[]",
+    "logprobs": "false",
+    "echo": "false",
+    "response_format": '{"type": "text"}',
+}
+
+
 class Asked(BaseModel):
-    """Fields that all requests have."""
+    """Fields that all requests have; null is as good as left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_idle(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {
+            key: value
+            for key, value in body.items()
+            if value is not None and _IDLE.get(key) not in _spellings(value)
+        }
+
     model: str = Field(description="a name that /v1/models lists")
     user: str | None = Field(None, description="the caller's name, which is ignored")
 
@@ -128,6 +157,12 @@ ASKED = {
     "/v1/chat/completions": ChatRequest,
     "/v1/classify": ClassifyRequest,
 }
+
+
+def _spellings(value: Any) -> tuple[str, ...]:
+    """A value as JSON; a whole number also where it is written with a point."""
+    whole = isinstance(value, float) and value.is_integer()
+    return (json.dumps(value), *([str(int(value))] if whole else []))
 
 
 def listed(value: str | list[str]) -> list[str]:

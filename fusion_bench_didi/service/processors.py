@@ -1,6 +1,7 @@
 """What makes inputs of texts or images: a task's own tokenizer or image processor where its checkpoint has another than the base model."""
 
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from functools import cache
@@ -54,7 +55,8 @@ def processors_of(
     own, faults = _own(model, auto, companions_at(where, revision), others)
     if missing := others & faults.keys():
         told = some(f"{task}: {faults[task]}" for task in missing)
-        raise _unknown(missing, f"and their own is not found ({told}). Put it there")
+        way = "Put it where a path is told" if any(os.sep in faults[t] for t in missing) else "Merge them from directories or repositories"  # fmt: skip
+        raise _unknown(missing, f"and their own is not found ({told}). {way}")
     if faults:
         log.warning(
             "The base model's %s stands in for that of %s. Mend that and start again, if theirs is another.",

@@ -196,6 +196,20 @@ def test_what_an_adapter_cannot_come_with_is_told(told, tmp_path):
     assert not made
 
 
+def test_no_tokenizer_lies_beside_an_adapter_that_does_not_know_its_tokens(tmp_path):
+    base = llama()
+    models = family(base, ("a", "b"))
+    models["b"].resize_token_embeddings(base.config.vocab_size + 8)
+    settings = {"budget": 2.0, "own": ["*embed_tokens*", "*lm_head*"]}
+    model = didi(models, **settings)
+    tuned = written(tmp_path / "tuned", {"tokenizer.json": "own"})
+    model.info["parents"] = {"a": None, "b": str(tuned)}
+    report = to_peft(model, tmp_path / "out")
+    told = [note for note in report.notes if "vocabulary of its own" in note]
+    assert len(told) == 1 and told[0].startswith("b ")
+    assert not (tmp_path / "out/b/tokenizer.json").exists()
+
+
 # --- where they are looked for ------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Conversations: the next message, as the task's layout and plain model give it, and a reason for what is refused."""
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from served import LIMITS, SIZES, alone, client, saved, words
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fusion_bench_didi.service import layouts
+from fusion_bench_didi.service.limits import Refused
 from fusion_bench_didi.service.opening import open_runner
 
 PATH = "/v1/chat/completions"
@@ -161,6 +164,43 @@ def test_a_layout_of_its_own_goes_with_the_base_models_tokenizer(tmp_path):
 def test_missing_fields_are_named(ask):
     told = ask.post(PATH, json={}).json()["error"]["message"]
     assert "model is missing" in told and "messages is missing" in told
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stop": None, "tools": None, "seed": None, "stream": None, "temperature": None},
+        {"top_p": 1, "presence_penalty": 0.0, "stop": [], "logprobs": False, "n": None},
+        {"top_p": 1.0, "response_format": {"type": "text"}, "stream_options": None},
+        {"messages": [{**TALK[0], "role": "developer", "name": None}, *({**m, "refusal": None} for m in TALK[1:])]},
+    ],
+)  # fmt: skip
+def test_fields_that_change_nothing_are_taken(ask, runner, change):
+    """Clients send what they have no value for as null, and messages as they were answered."""
+    body = {"model": "one", "messages": TALK, "max_tokens": 4, **change}
+    found = ask.post(PATH, json=body).json()
+    assert found["choices"][0]["message"]["content"] == said(runner, TALK, 4)
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x"
+
+
+@pytest.mark.parametrize(
+    "layout, told",
+    [
+        (LOOP, "it takes longer than 0.2 s"),
+        ("{{ 'w1 ' * 2000000 }}", "a text of 6000000 letters"),
+        ("{{ '\ud800' }}", "refuses these"),
+    ],
+)
+def test_layouts_are_bounded(runner, monkeypatch, layout, told):
+    """One that loops held its thread for ever, and the service at its end."""
+    monkeypatch.setattr(layouts.laid_out, "__kwdefaults__", {"seconds": 0.2})
+    monkeypatch.setattr(runner.tokenizers["one"], "chat_template", layout)
+    trace = sys.gettrace()
+    with pytest.raises(Refused, match=told):
+        runner.turn("one", TALK, 2)
+    assert sys.gettrace() is trace
 
 
 def test_layouts_reach_nothing_of_this_machine(tmp_path):

@@ -21,6 +21,7 @@ from served import (  # fmt: skip
     saved,
     words,
 )
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -346,3 +347,66 @@ def test_images_are_processed_by_the_tasks_own_processor(tmp_path, caplog):
     shutil.rmtree(tmp_path / "two")
     open_runner(place)
     assert "The base model's image processor stands in for that of two" in caplog.text
+
+
+# --- what tasks are written by ------------------------------------------------------
+
+PENALTY = {"repetition_penalty": 1.9}
+
+
+@pytest.mark.parametrize(
+    "of_base, of_one", [({}, PENALTY), (PENALTY, {"repetition_penalty": 1.0})]
+)
+def test_texts_are_written_by_the_settings_of_their_task(tmp_path, of_base, of_one):
+    """The base model's were everybody's."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=63, eos_token_id=2, **SIZES))
+    model.generation_config.update(**of_base)
+    place = saved(model, words(), tmp_path, generation={"one": of_one})
+    runner = open_runner(place, limits=LIMITS)
+    rows = [(task, text) for task in ("one", "two") for text in prompts(3)]
+    found = runner([runner.row(task, text, 8) for task, text in rows])
+    texts = [answer.text for answer in found]
+    assert texts == [alone(runner, task, text, 8) for task, text in rows]
+    of_two = [alone(runner, "one", text, 8) for _, text in rows[:3]]
+    runner.model.info["generation"] = {}
+    assert of_two != [alone(runner, "one", text, 8) for _, text in rows[:3]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [PENALTY, {"no_repeat_ngram_size": 1}, {"min_length": 9}, {"forced_eos_token_id": 2}],
+)  # fmt: skip
+def test_what_pads_a_prompt_is_neither_penalized_nor_counted(tmp_path, settings):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=63, eos_token_id=5, **SIZES))
+    model.generation_config.update(**settings)
+    with torch.no_grad():
+        model.lm_head.weight[5] *= 50  # the likeliest, or the least likely
+    tokenizer = words()
+    tokenizer.pad_token = "w2"  # what ends a text, too
+    runner = open_runner(saved(model, tokenizer, tmp_path), limits=LIMITS)
+    rows = [runner.row("one", text, 2 + i) for i, text in enumerate(prompts(9))]
+    asked = [runner([row])[0] for row in rows]
+    assert runner(rows) == asked
+
+
+def test_a_last_token_that_pads_texts_is_not_taken_for_padding(tmp_path):
+    """A text's end was taken from the model, which looks for the last token that is no padding, and another class was answered."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=63, pad_token_id=None, **SIZES)
+    tokenizer = words()
+    tokenizer.pad_token = "[EOS]"
+    place = saved(LlamaForSequenceClassification(config), tokenizer, tmp_path)
+    runner = open_runner(place, limits=LIMITS)
+    assert runner.row("one", "w1 w2").content["input_ids"] == [4, 5]
+    with pytest.raises(Refused, match="ends in '.EOS.', which is what pads texts"):
+        runner.row("one", "w1 [EOS]")
+    ended = TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 2)])
+    tokenizer._tokenizer.post_processor = ended
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(SettingsError, match="ends every text in '.EOS.'"):
+        open_runner(place, limits=LIMITS)
+    again = BertConfig(vocab_size=63, pad_token_id=0, **SIZES)
+    place = saved(BertForSequenceClassification(again), words(), tmp_path / "bert")
+    assert open_runner(place, limits=LIMITS).row("one", "w1 [PAD]")

@@ -1,5 +1,6 @@
 """Tokenizers, processors and settings of generation that lie beside weights, and whose of them a checkpoint is given."""
 
+import filecmp
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Set
@@ -12,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from ..errors import DiDiError
-from ..files import file_digest, from_home
+from ..files import from_home
 from ..task_vectors.places import is_name
 
 #: A directory with more layouts of conversations.
@@ -118,15 +119,23 @@ def unlike(found: Companions, of_base: Companions) -> Companions:
     files = {
         name: file
         for kinds in ({"tokenizer", "template"}, {"processor"}, {"generation"})
-        if _contents(found, kinds) != _contents(of_base, kinds)
-        for name, file in found.files.items()
-        if kind_of(name) in kinds
+        if not _same(of_kinds(found, kinds).files, of_kinds(of_base, kinds).files)
+        for name, file in of_kinds(found, kinds).files.items()
     }
     return found._replace(files=files)
 
 
-def _contents(found: Companions, kinds: Set[str]) -> dict[str, str]:
-    return {n: file_digest(f) for n, f in found.files.items() if kind_of(n) in kinds}
+def of_kinds(found: Companions, kinds: Set[str]) -> Companions:
+    """Those that are for some uses alone."""
+    return found._replace(
+        files={n: file for n, file in found.files.items() if kind_of(n) in kinds}
+    )
+
+
+def _same(files: Mapping[str, Path], others: Mapping[str, Path]) -> bool:
+    return files.keys() == others.keys() and all(
+        filecmp.cmp(file, others[name], shallow=False) for name, file in files.items()
+    )
 
 
 def copy_companions(
@@ -145,8 +154,7 @@ def copy_companions(
         DiDiError: for a file that cannot be read after all.
     """
     place, files, fault = companions_for(of_base, own, own_vocabulary=own_vocabulary)
-    for name, file in files.items():
-        _copy(file, directory / name)
+    copy_files(directory, files)
     if any(kind_of(name) != "generation" for name in files):
         if not fault:
             return None
@@ -170,16 +178,23 @@ def kind_of(name: str) -> str:
     return "template" if name.startswith(f"{TEMPLATES}/") else _KINDS[name]
 
 
-def _copy(source: Path, target: Path) -> None:
-    if target.exists():
-        return
-    target.parent.mkdir(exist_ok=True)
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise DiDiError(
-            f"{source} cannot be read ({type(error).__name__}). Mend it, or export without its task."
-        ) from error
+def copy_files(directory: Path, files: Mapping[str, Path]) -> None:
+    """Put files into a directory, by their names in it, but where there is one already.
+
+    Raises:
+        DiDiError: for a file that cannot be read.
+    """
+    for name, source in files.items():
+        target = directory / name
+        if target.exists():
+            continue
+        target.parent.mkdir(exist_ok=True)
+        try:
+            shutil.copyfile(source, target)
+        except OSError as error:
+            raise DiDiError(
+                f"{source} cannot be read ({type(error).__name__}). Mend it, or go on without its task."
+            ) from error
 
 
 def _fetched(

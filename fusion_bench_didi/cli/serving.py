@@ -24,8 +24,8 @@ def serve(
     name per task.
 
     Requests of several tasks run in one batch. A task's own tokenizer or image processor makes its inputs, where its checkpoint
-    still lies where the merge found it and has one; else the base model's. Settings are limits: body_kb, batch, queue, tokens, prompt_tokens, pixels, wait_ms
-    and memory_limit_gb, of decoded tensors beside backbone and stored.
+    still lies where the merge found it and has one; else the base model's. Settings are limits: body_kb, batch, queue, tokens,
+    prompt_tokens, pixels, wait_ms and memory_limit_gb, of decoded tensors beside backbone and stored.
 
     \b
     Examples:

@@ -20,6 +20,7 @@ from ..checkpoint.companions import (
     companions_for,
     companions_of,
     copy_companions,
+    copy_files,
     unlike,
 )
 from ..models.dynamic import DynamicModel
@@ -129,7 +130,7 @@ def to_peft(
 def _copy_own(home: Path, of_base: Companions, own: Companions) -> str:
     """Put beside an adapter what the base model's tokenizer or processor does not do for it; why not, if it cannot be had."""
     found = companions_for(of_base, own)
-    copy_companions(home, Companions(), unlike(found, of_base))
+    copy_files(home, unlike(found, of_base).files)
     return f"{found.place} {found.fault}" if found.fault else ""
 
 

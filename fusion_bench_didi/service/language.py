@@ -183,7 +183,7 @@ class Language:
             getattr(config, name, None) not in idle
             for name, idle in _READ_PADDING.items()
         )
-        return len(lengths) == 1 or (self.skips_padding and not reads)
+        return len(lengths) == 1 or (not reads and self.skips_padding)
 
     @cached_property
     def skips_padding(self) -> bool:

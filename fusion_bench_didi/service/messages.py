@@ -68,7 +68,7 @@ def _unexpected(name: str, value: Any, expected: str) -> ValueError:
 Messages = Annotated[list[Any], Field(min_length=1), AfterValidator(messages_of)]
 
 
-#: Fields of OpenAI's with values that change no answer, which clients send.
+#: Fields of OpenAI's with values that change no text, as JSON, which clients send.
 _IDLE = {
     "top_p": "1",
     "presence_penalty": "0",
@@ -88,14 +88,10 @@ class Asked(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def without_idle(cls, body: Any) -> Any:
+    def without_null(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        return {
-            key: value
-            for key, value in body.items()
-            if value is not None and _IDLE.get(key) not in _spellings(value)
-        }
+        return {key: value for key, value in body.items() if value is not None}
 
     model: str = Field(description="a name that /v1/models lists")
     user: str | None = Field(None, description="the caller's name, which is ignored")
@@ -103,6 +99,14 @@ class Asked(BaseModel):
 
 class Continued(Asked):
     """Fields of what is continued: answers are greedy, and what would change that is refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_idle(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        idle = {key for key in body.keys() & _IDLE if _IDLE[key] in _spellings(body[key])}  # fmt: skip
+        return {key: value for key, value in body.items() if key not in idle}
 
     max_tokens: int | None = Field(None, ge=1, description=COUNT)
     temperature: ZERO = Field(0.0, description=f"0, or {GREEDY}")

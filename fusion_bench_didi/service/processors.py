@@ -1,8 +1,6 @@
 """What makes inputs of texts or images: a task's own tokenizer or image processor where its checkpoint has another than the base model."""
 
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -16,7 +14,8 @@ from ..checkpoint.companions import (
     companions_at,
     companions_for,
     companions_of,
-    kind_of,
+    copy_files,
+    of_kinds,
 )
 from ..errors import CheckpointMismatchError, SettingsError, some
 from ..files import file_digest
@@ -55,8 +54,7 @@ def processors_of(
     own, faults = _own(model, auto, companions_at(where, revision), others)
     if missing := others & faults.keys():
         told = some(f"{task}: {faults[task]}" for task in missing)
-        way = "Put it where a path is told" if any(os.sep in faults[t] for t in missing) else "Merge them from directories or repositories"  # fmt: skip
-        raise _unknown(missing, f"and their own is not found ({told}). {way}")
+        raise _unknown(missing, f"and their own is not found ({told}). Bring it back, or merge them anew from where it lies")  # fmt: skip
     if faults:
         log.warning(
             "The base model's %s stands in for that of %s. Mend that and start again, if theirs is another.",
@@ -85,7 +83,7 @@ def _own(
         others: tasks for which the base model's is none.
     """
     parents, config = model.info.get("parents", {}), model.backbone.config
-    of_base = _for(auto, of_base)
+    of_base = of_kinds(of_base, _KINDS[auto])
     digest = cache(file_digest)  # the base model's files are many tasks'
 
     def contents(files: Mapping[str, Path]) -> frozenset[tuple[str, str]]:
@@ -96,7 +94,7 @@ def _own(
     own: dict[str, Any] = {}
     faults: dict[str, str] = {}
     for task in model.tasks:
-        its = _for(auto, companions_of(parents.get(task)))
+        its = of_kinds(companions_of(parents.get(task)), _KINDS[auto])
         place, files, fault = companions_for(of_base, its, own_vocabulary=task in others)  # fmt: skip
         if task in others and not (files or fault):
             fault = "holds none" if place else "the model was in memory"
@@ -113,19 +111,11 @@ def _own(
     return own, faults
 
 
-def _for(auto: Any, found: Companions) -> Companions:
-    """Without what is of other kinds."""
-    files = {n: f for n, f in found.files.items() if kind_of(n) in _KINDS[auto]}
-    return found._replace(files=files)
-
-
 def _read_files(auto: Any, files: Mapping[str, Path], config: PretrainedConfig) -> Any:
     """Of files of several places, beside the configuration by which some are told apart."""
     with TemporaryDirectory() as place:
         config.to_json_file(Path(place, "config.json"))
-        for name, file in files.items():
-            Path(place, name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, Path(place, name))
+        copy_files(Path(place), files)
         return _read(auto, place)
 
 

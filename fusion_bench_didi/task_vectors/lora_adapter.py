@@ -67,7 +67,9 @@ class Pair:
     rank: int
     scale: float
     turned: bool
-    magnitude: str | None = field(default=None, repr=False)  # :attr:`identity` stays
+    magnitude: str | None = field(
+        default=None, repr=False
+    )  # so that identities of plain LoRA are those of earlier releases
 
 
 class AdapterSource(TensorSource):

@@ -4,16 +4,19 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from served import LIMITS, SIZES, alone, client, saved, words
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fusion_bench_didi.service import layouts
+from fusion_bench_didi.service import language, layouts
 from fusion_bench_didi.service.limits import Refused
+from fusion_bench_didi.service.messages import ClassifyRequest
 from fusion_bench_didi.service.opening import open_runner
 
 PATH = "/v1/chat/completions"
@@ -195,7 +198,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 )
 def test_layouts_are_bounded(runner, monkeypatch, layout, told):
     """One that loops held its thread for ever, and the service at its end."""
-    monkeypatch.setattr(layouts.laid_out, "__kwdefaults__", {"seconds": 0.2})
+    monkeypatch.setattr(language, "laid_out", partial(layouts.laid_out, seconds=0.2))
     monkeypatch.setattr(runner.tokenizers["one"], "chat_template", layout)
     trace = sys.gettrace()
     with pytest.raises(Refused, match=told):
@@ -213,3 +216,10 @@ def test_layouts_reach_nothing_of_this_machine(tmp_path):
     with client(open_runner(place, limits=LIMITS)) as ask:
         answer = ask.post(PATH, json={"model": "one", "messages": TALK})
         assert answer.status_code == 400 and "unsafe" in answer.json()["error"]["message"]  # fmt: skip
+
+
+def test_what_is_of_texts_is_refused_where_classes_are_asked_for():
+    given = {"model": "one", "input": "w1"}
+    assert ClassifyRequest(**given, user=None).input == "w1"
+    with pytest.raises(ValidationError, match="top_p"):
+        ClassifyRequest(**given, top_p=1)

@@ -44,7 +44,7 @@ PAPER = {
 
 
 def clip() -> dict[str, nn.Module]:
-    from conftest import build_tiny_clip
+    from tiny_clip import build_tiny_clip
 
     return build_tiny_clip().pool_models()
 

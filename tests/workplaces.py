@@ -11,7 +11,7 @@ from helpers import pictures, write_clip
 from omegaconf import OmegaConf
 
 if TYPE_CHECKING:
-    from conftest import TinyClip
+    from tiny_clip import TinyClip
 
 TASKS = ("mnist", "svhn", "eurosat")
 

@@ -2,9 +2,9 @@
 
 import pytest
 from commands import run, run_whole
-from conftest import build_tiny_clip
 from fusion_bench.modelpool import CLIPVisionModelPool
 from helpers import BASE, didi
+from tiny_clip import build_tiny_clip
 
 from fusion_bench_didi.editing import AdapterLibrary
 from fusion_bench_didi.models import DiDiModel

@@ -27,6 +27,8 @@ from .tasks import answered, by_key, check_tokens, tasks_of
 
 #: Formats of images that are read.
 FORMATS = ("PNG", "JPEG", "WEBP")
+#: By which processors are tried.
+_ANY_IMAGE = Image.new("RGB", (48, 40))
 #: Argument of image processors, the order of an image's sides.
 _LAYOUT = "input_data_format"
 
@@ -87,7 +89,8 @@ class Classification:
         heads: None where the model has its own.
 
     Raises:
-        SettingsError: for a router that mixes tasks whose heads are of other shapes, and tokenizers that cannot pad.
+        SettingsError: for a router that mixes tasks whose heads are of other shapes, tokenizers that cannot pad, and image
+            processors whose images the model does not take.
     """
 
     def __init__(
@@ -109,8 +112,30 @@ class Classification:
         self.known = known_tokens(model)
         #: Tokens that pad texts here and are words to the checkpoints, by task.
         self.padding: dict[str | None, int] = {}
-        if not images:
+        if images:
+            self._check_sizes()
+        else:
             self.padding = _let_pad(model, processors, self.known)
+
+    def _check_sizes(self) -> None:
+        """What each processor makes of an image is one that the model takes.
+
+        Raises:
+            SettingsError: for a task's that is not.
+        """
+        tried = set[int]()
+        for task, processor in self.processors.items():
+            if id(processor) in tried:
+                continue
+            tried.add(id(processor))
+            try:
+                pixels = _processed(processor, _ANY_IMAGE)["pixel_values"]
+                self([Row(task or self.model.tasks[0], pixels[0])])
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise SettingsError(
+                    f"What the image processor of {task or 'the base model'} makes of an image is none that the model takes ({error}). "
+                    "Mend the preprocessor_config.json beside its checkpoint."
+                ) from error
 
     def row(self, task: str | None, content: str) -> Row:
         """One text, or one image in base64.

@@ -33,6 +33,8 @@ from transformers import (
     LlamaForSequenceClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessor,
 )
 
@@ -347,6 +349,21 @@ def test_images_are_processed_by_the_tasks_own_processor(tmp_path, caplog):
     shutil.rmtree(tmp_path / "two")
     open_runner(place)
     assert "The base model's image processor stands in for that of two" in caplog.text
+
+
+@pytest.mark.parametrize("whose", ["two", "the base model"])
+def test_a_processor_whose_images_the_tower_does_not_take_is_an_error_at_the_start(tmp_path, whose):  # fmt: skip
+    """The first request would be answered by an error of the model's."""
+    right, other = (
+        ViTImageProcessor(size={"height": side, "width": side}) for side in (32, 48)
+    )
+    config = ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)  # fmt: skip
+    its = {"base": right, "beside": {"two": other}}
+    if whose != "two":
+        its = {"base": other, "beside": {"two": right}}
+    place = with_own(tmp_path, ViTForImageClassification(config), its["base"], its["beside"])  # fmt: skip
+    with pytest.raises(SettingsError, match=f"image processor of {whose} makes"):
+        open_runner(place)
 
 
 # --- what tasks are written by ------------------------------------------------------

@@ -17,6 +17,7 @@ from ..checkpoint.fields import read_object
 from ..checkpoint.ours import CONFIG, Kind, held_by
 from ..editing.stored import check_known
 from ..errors import DiDiError
+from ..files import from_home
 from ..models.dynamic import DynamicModel
 from ..models.overview import place_of
 from ..task_vectors.lora_config import CONFIG as ADAPTER
@@ -62,7 +63,8 @@ def base_model(model: DynamicModel) -> nn.Module:
 
 
 def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
-    """Where the base model lies: repository or directory, and its revision where one was named.
+    """Where the base model lies: repository or directory, from the root so that it is found from elsewhere, and its revision where
+    one was named.
 
     Args:
         given: takes the place of what the merged model remembers.
@@ -70,7 +72,10 @@ def source_of(model: DynamicModel, given: str | Path | None) -> dict[str, str]:
     known: Any = model.info.get("backbone", {}).get("source")
     source = known if given is None else given
     revision = source.get("revision") if isinstance(source, Mapping) else None
-    found = {"place": place_of(source), "revision": revision}
+    place = place_of(source)
+    if place and (local := from_home(place)).is_dir():
+        place = str(local.absolute())
+    found = {"place": place, "revision": revision}
     return {key: value for key, value in found.items() if value}
 
 

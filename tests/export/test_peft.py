@@ -89,6 +89,19 @@ def test_folded_adapters_hold_the_experts_alone(tmp_path):
     assert max(report.outputs.values()) < 1e-5
 
 
+def test_a_base_model_beside_the_command_is_found_from_elsewhere(tmp_path, monkeypatch):
+    """Its name stood in the adapters as it was given, and servers run in other directories."""
+    monkeypatch.chdir(tmp_path)
+    model = low_rank(llama())
+    model.backbone.save_pretrained("base")
+    to_peft(model, "out", base="base")
+    config = json.loads((tmp_path / "out/task%200/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    to_peft(model, "other", base="user/base")
+    config = json.loads((tmp_path / "other/task%200/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "user/base"
+
+
 def test_norms_that_all_share_are_folded_and_otherwise_pointed_to(tmp_path):
     name = "model.norm.weight"
     model = low_rank(llama())

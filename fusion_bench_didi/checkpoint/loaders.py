@@ -64,6 +64,8 @@ ARGUMENTS: Mapping[str, type] = {
     "ignore_mismatched_sizes": bool,
     "use_safetensors": bool,
 }
+#: Classes of a head, for each of which there is made room before anything of it is read.
+MOST_LABELS = 2**20
 #: Arguments that hold secrets.
 SECRETS = frozenset({"token", "use_auth_token", "proxies"})
 #: Arguments that do not change what is loaded, or are of the machine that merged.
@@ -245,6 +247,8 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         raise _refused(
             f"attn_implementation={attention!r}", f"one of {sorted(ATTENTION)}"
         )
+    if (count := found.get("num_labels", 0)) > MOST_LABELS:
+        raise _refused(f"num_labels={count}", f"{MOST_LABELS} at most")
     if PLACE not in found:
         raise _refused("no place", f"a {PLACE}")
     return found

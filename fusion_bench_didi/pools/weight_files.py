@@ -1,8 +1,9 @@
 """The weight files that the host's ``from_pretrained`` would read of a directory, in its order of preference.
 
-Whether a configuration asks for more layers than there are tensors in them is checked too.
+Whether a configuration asks for more layers than there are tensors in them, or for more classes, is checked too.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _KINDS = (
 _COUNTS = re.compile(r"(?!max_)\w*(layers?|experts|depth)")
 #: So many are made in seconds, whatever the weights hold.
 _FEW = 1000
+#: The classes of a head, each of which gets a name; so many get theirs in a second.
+_LABELS, _MANY_LABELS = "num_labels", 2**17
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def check_unmerged(directory: Path, label: str) -> None:
 
 
 def check_counts(directory: Path, label: str, weights: Weights = Weights()) -> None:
-    """A configuration asks for no more layers than there are tensors beside it.
+    """A configuration asks for no more layers than there are tensors beside it, nor for many more classes than any of them has rows.
 
     Args:
         label: of the model, for messages.
@@ -98,17 +101,29 @@ def check_counts(directory: Path, label: str, weights: Weights = Weights()) -> N
     asked = {
         key: value
         for key, value in pairs(_configuration(directory, label))
-        if _COUNTS.fullmatch(key) and type(value) is int and value > _FEW
+        if type(value) is int and value > _most(key)
     }
     source = open_weights(directory, label, weights) if asked else None
     if source is None:
         return
+    shapes = [info.shape for info in source.infos().values()]
     for key, value in asked.items():
-        if value > len(source.infos()):
+        found, what = len(shapes), f"are {len(shapes)} tensors"
+        if key == _LABELS:
+            found = max((shape[0] for shape in shapes if shape), default=0)
+            what = f"have {found} rows at most"
+        if value > found:
             raise CheckpointMismatchError(
-                f"{label}: {directory / 'config.json'} says {key}={value}, while the weights beside it are {len(source.infos())} "
-                "tensors. Mend the configuration, or download it again."
+                f"{label}: {directory / 'config.json'} says {key}={value}, while the weights beside it {what}. Mend the "
+                "configuration, or download it again."
             )
+
+
+def _most(key: str) -> float:
+    """Up to which value a setting is nobody's concern here."""
+    if key == _LABELS:
+        return _MANY_LABELS
+    return _FEW if _COUNTS.fullmatch(key) else math.inf
 
 
 def pairs(value: Any) -> Iterator[tuple[str, Any]]:

@@ -164,7 +164,16 @@ def _state_dict(file: Path, label: str) -> tuple[dict[str, Tensor], list[str]]:
         raise refused(f"holds dictionaries {nested[:4]}, expected tensors by name")
     if strange := [k for k in tensors if not isinstance(k, str)]:
         raise refused(f"holds {strange[:4]}, expected tensors by name")
+    if large := [k for k, v in tensors.items() if _is_spread(v)]:
+        raise refused(f"holds fewer values of {large[:4]} than their shapes say")
     return tensors, [str(k) for k, v in state.items() if k not in tensors and _deep(v)]
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    """Whether values stand for several entries each (``expand``), so that a small file would take any room in memory."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    return tensor.nbytes > tensor.untyped_storage().nbytes()
 
 
 def _deep(value: Any) -> bool:

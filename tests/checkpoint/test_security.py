@@ -95,6 +95,11 @@ TARGETS = {
         "pretrained_model_name_or_path": "x/y",
         "attn_implementation": "evil/kernel",
     },
+    "more classes than there is room for": {
+        "_target_": "transformers.ViTForImageClassification.from_pretrained",
+        "pretrained_model_name_or_path": "x/y",
+        "num_labels": 10**9,
+    },
     "no model": {
         "_target_": "transformers.AutoTokenizer.from_pretrained",
         "pretrained_model_name_or_path": "x/y",

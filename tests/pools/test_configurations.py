@@ -327,14 +327,13 @@ def test_models_that_the_host_takes_for_special_are_named(caplog):
 
 @pytest.mark.parametrize("name", [BASE, "a"])
 @pytest.mark.parametrize("how", ["pool", "command"])
-def test_layers_that_no_weights_are_for_are_not_built(tmp_path, name, how):
-    """transformers would build them, or list their types, one by one."""
+@pytest.mark.parametrize("setting", ["num_hidden_layers", "num_labels"])
+def test_layers_that_no_weights_are_for_are_not_built(tmp_path, name, how, setting):
+    """transformers would build them, list their types, or name them, one by one."""
     places = written(models_of(llama), tmp_path)
     file = tmp_path / name / "config.json"
-    file.write_text(
-        json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 10**9})
-    )
-    with pytest.raises(CheckpointMismatchError, match=f"{file} says num_hidden_layers"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), setting: 10**9}))
+    with pytest.raises(CheckpointMismatchError, match=f"{file} says {setting}="):
         if how == "pool":
             didi(CausalLMPool(places, tokenizer=None), budget=0.5)
         else:
@@ -342,6 +341,7 @@ def test_layers_that_no_weights_are_for_are_not_built(tmp_path, name, how):
 
 
 def test_many_layers_that_weights_are_for_are_built(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusion_bench_didi.pools.weight_files._FEW", 0)
+    for most in ("_FEW", "_MANY_LABELS"):
+        monkeypatch.setattr(f"fusion_bench_didi.pools.weight_files.{most}", 0)
     places = written(models_of(llama), tmp_path)
     assert didi(CausalLMPool(places, tokenizer=None), budget=0.5).tasks == ["a", "b"]

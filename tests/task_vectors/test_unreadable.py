@@ -16,6 +16,7 @@ from fusion_bench_didi.errors import (
     SettingsError,
 )
 from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.task_vectors.file_sources import PickleSource
 
 
 class Net(nn.Module):
@@ -113,6 +114,15 @@ def test_live_fine_tuned_models_in_float8():
     pool["a"].body.weight = nn.Parameter(value, requires_grad=False)
     found = didi(pool, budget=1e9).materialize("a").body.weight
     torch.testing.assert_close(found, value.float(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [3, 10**12])
+def test_a_pickle_whose_values_stand_for_several_entries(tmp_path, rows):
+    """A kilobyte, which took gigabytes where it was merged."""
+    file, wide = tmp_path / "model.bin", torch.zeros(2, 1)[:1].expand(rows, 4)
+    torch.save({"weight": torch.zeros(2, 3)[:1].T, "head.weight": wide}, file)
+    with pytest.raises(CheckpointMismatchError, match="holds fewer values of .'head.weight'. than"):  # fmt: skip
+        PickleSource([file], "svhn")
 
 
 def test_tensors_within_other_values_of_a_pickle(tmp_path):

@@ -50,7 +50,7 @@ from .live_modules import check_modules
 from .names_in_memory import Names, apart, as_loaded, check_read, tied_as
 from .other_bases import tell_of_other_bases
 from .task_names import normalized
-from .weight_files import open_weights
+from .weight_files import check_counts, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -368,4 +368,7 @@ def _file_source(
 def _opened(modelpool: BaseModelPool, name: str) -> TensorSource | None:
     """The weight files behind a pool entry, under their own names; None where only the host knows what it would read."""
     home = None if has_own_loader(modelpool) else home_of(modelpool, name)
-    return home and open_weights(*home)
+    if home is None:
+        return None
+    check_counts(*home)  # before a class reads the configuration
+    return open_weights(*home)

@@ -173,6 +173,12 @@ class Call:
         kwargs = {name: rows(name, value) for name, value in self.kwargs.items()}
         return replace(self, args=tuple(args), kwargs=kwargs)
 
+    def with_others(self, values: Mapping[str, Any]) -> "Call":
+        """The call with other values of arguments that are given, by name."""
+        args = (values.get(name, value) for name, value in self._positional())
+        kwargs = {name: values.get(name, value) for name, value in self.kwargs.items()}
+        return replace(self, args=tuple(args), kwargs=kwargs)
+
     def undivided(self, error: Exception) -> DiDiError:
         """What to say where the model takes all samples, and some of them not."""
         tensors = ((name, first_tensor(value)) for name, value in self.given.items())

@@ -12,21 +12,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import DiDiError
+from ..errors import DiDiError, some
 from .calls import Call, parameter_names
 from .forward import MixedForward
 from .layers import UnsupportedShape
 from .mixtures import Mix
-from .outputs import reordered
+from .outputs import reordered, rows_of_samples
 
 GENERATE = "generate"
 #: What is asked row by row of the batch, whose rows are sorted here.
 BY_ROW = ("prefix_allowed_tokens_fn", "streamer", "assistant_model")
+#: Lists of what is asked about all rows in every step.
+EVERY_STEP = ("logits_processor", "stopping_criteria")
+#: Of those, what transformers has that does the same to a row wherever it stands.
+_BY_ITSELF = frozenset(
+    "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor TemperatureLogitsWarper RepetitionPenaltyLogitsProcessor "
+    "TopPLogitsWarper TopKLogitsWarper MinPLogitsWarper TypicalLogitsWarper EpsilonLogitsWarper EtaLogitsWarper "
+    "NoRepeatNGramLogitsProcessor SequenceBiasLogitsProcessor NoBadWordsLogitsProcessor ForcedBOSTokenLogitsProcessor "
+    "ForcedEOSTokenLogitsProcessor InfNanRemoveLogitsProcessor ExponentialDecayLengthPenalty LogitNormalization "
+    "SuppressTokensAtBeginLogitsProcessor SuppressTokensLogitsProcessor WatermarkLogitsProcessor "
+    "MaxLengthCriteria MaxTimeCriteria StopStringCriteria EosTokenCriteria".split()
+)
 #: Arguments of ``generate`` that are no samples beside the settings.
 OTHERS = (
+    *EVERY_STEP,
     "generation_config",
-    "logits_processor",
-    "stopping_criteria",
     "stop_strings",
     "tokenizer",
     "use_model_defaults",
@@ -75,12 +85,17 @@ def generate(forward: MixedForward, mix: Mix, call: Call) -> Any:
         probe = forward.call((), prompt_of(forward, call))
         try:
             if forward.verify(mix, probe):
-                given = call if mix.in_order else call.picked(mix.order)
+                given = call if mix.in_order else _sorted(call, mix.order)
                 return _as_given(forward.passed(network, mix, given), mix)
         except UnsupportedShape as reason:
             forward.give_up(reason)
     if len(groups) == 1 and mix.in_order:
         return forward.alone(mix, call)
+    if by_place := {kind for held in _by_place(call).values() for kind in held}:
+        raise DiDiError(
+            f"Prompts of several tasks are continued task by task with this model, and {some(by_place)} may go by the place of a prompt "
+            "among all of them; generate for each task by itself."
+        )
     parts = [forward.alone(group, call.picked(group.order)) for group in groups]
     if not all(isinstance(part, Tensor) for part in parts):
         raise DiDiError(
@@ -91,6 +106,59 @@ def generate(forward: MixedForward, mix: Mix, call: Call) -> Any:
     rows = [F.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts]
     order = torch.cat([group.order for group in groups])
     return reordered(torch.cat(rows), order, None)
+
+
+def _by_place(call: Call) -> dict[str, list[str]]:
+    """What may do to a row what it would not do elsewhere in the batch, by argument."""
+    return {
+        name: [type(one).__name__ for one in given if not _is_by_itself(one)]
+        for name in EVERY_STEP
+        if (given := call.given.get(name))
+    }
+
+
+def _is_by_itself(one: Any) -> bool:
+    kind = type(one)
+    ours = kind.__module__.startswith("transformers.generation.")
+    return ours and kind.__name__ in _BY_ITSELF
+
+
+def _sorted(call: Call, order: Tensor) -> Call:
+    """The call with its prompts sorted, while what is asked in every step goes on seeing them as they were given."""
+    others = {
+        name: type(given)(
+            one if _is_by_itself(one) else _AsGiven(one, order) for one in given
+        )
+        for name in EVERY_STEP
+        if (given := call.given.get(name))
+    }
+    return call.picked(order).with_others(others)
+
+
+class _AsGiven:
+    """A logits processor, or a criterion for stopping, of prompts that are sorted: it sees their rows, and answers, in the order in
+    which they were given.
+
+    Args:
+        order: (B,) where the sorted prompts are in the batch as given; each has one row or, of several beams, several.
+    """
+
+    def __init__(self, inner: Any, order: Tensor):
+        self._inner, self._order, self._back = inner, order, order.argsort()
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        rows = len(input_ids)
+
+        def moved(value: Any, order: Tensor) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(moved(one, order) for one in value)
+            if not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
+                return value
+            index = rows_of_samples(order, rows // len(order))
+            return value.index_select(0, index.to(value.device))
+
+        given = (moved(value, self._back) for value in (input_ids, scores))
+        return moved(self._inner(*given), self._order)
 
 
 def _as_given(output: Any, mix: Mix) -> Any:

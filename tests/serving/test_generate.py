@@ -27,12 +27,15 @@ from transformers import (
     BertForMaskedLM,
     CLIPConfig,
     CLIPModel,
+    EncoderRepetitionPenaltyLogitsProcessor,
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
+    LogitsProcessorList,
     Qwen3Config,
     Qwen3ForCausalLM,
     StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
 )
 
 from fusion_bench_didi.errors import DiDiError, UnknownTaskError
@@ -231,6 +234,61 @@ def test_what_is_asked_row_by_row_is_refused_for_several_tasks(how):
     model.generate(**given, task_ids=["b", "b"], **options)
     with pytest.raises(DiDiError, match="3 task_ids for a batch of 2 samples"):
         model.generate(**given, task_ids=["b", "a", "a"], **GREEDY)
+
+
+class ByPlace:
+    """A processor, or a criterion, that does another thing to every row."""
+
+    def __init__(self, *, ends: bool, beams: int = 1):
+        self.ends, self.beams = ends, beams
+
+    def __call__(self, ids, scores):
+        places = torch.arange(len(ids)) // self.beams
+        if self.ends:
+            return ids.shape[1] >= 5 + places
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter(1, 20 + places[:, None], 0.0)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_is_asked_in_every_step_sees_prompts_as_they_were_given(beams):
+    """It saw them sorted by task, and texts were another request's."""
+    _, model = merged_of("llama")
+    given, tasks = prompts(left=True, lengths=(4,) * 4), ["b", "a", "b", "a"]
+    options = {**GREEDY, "num_beams": beams, "eos_token_id": 63, "pad_token_id": 0}
+    own = LogitsProcessorList([ByPlace(ends=False, beams=beams)])
+    found = model.generate(**given, task_ids=tasks, logits_processor=own, **options)
+    assert found[:, -1].tolist() == [20, 21, 22, 23]
+    if beams > 1:
+        return
+    ends = StoppingCriteriaList([ByPlace(ends=True)])
+    found = model.generate(**given, task_ids=tasks, stopping_criteria=ends, **options)
+    assert (found[:, 4:] != 0).sum(1).tolist() == [1, 2, 3, 4]
+    penalty = LogitsProcessorList([EncoderRepetitionPenaltyLogitsProcessor(1e6, given["input_ids"])])  # fmt: skip
+    found = model.generate(given["input_ids"], None, penalty, task_ids=tasks, attention_mask=given["attention_mask"], **options)  # fmt: skip
+    for row, task in enumerate(tasks):
+        model.set_task(task)
+        alone = {name: value[[row]] for name, value in given.items()}
+        penalty = LogitsProcessorList([EncoderRepetitionPenaltyLogitsProcessor(1e6, alone["input_ids"])])  # fmt: skip
+        right = model.generate(**alone, logits_processor=penalty, **options)
+        assert found[row].tolist() == right[0].tolist()
+
+
+def test_what_is_asked_in_every_step_is_refused_task_by_task_where_it_may_go_by_place():
+    """A row of some of the prompts has another place there; what does the same to every row stays."""
+    _, model = merged_of("t5")
+    given, tasks = prompts(left=False, lengths=(4, 4, 4)), ["b", "a", "b"]
+    for name, kind, ends in (
+        ("logits_processor", LogitsProcessorList, False),
+        ("stopping_criteria", StoppingCriteriaList, True),
+    ):
+        own = {name: kind([ByPlace(ends=ends)])}
+        with pytest.raises(DiDiError, match="task by task with this model, and ByPlace"):  # fmt: skip
+            model.generate(**given, task_ids=tasks, **own, **GREEDY)
+        model.generate(**given, task_ids=["b"] * 3, **own, **GREEDY)
+    usual = LogitsProcessorList([SuppressTokensLogitsProcessor([7])])
+    found = model.generate(**given, task_ids=tasks, logits_processor=usual, **GREEDY)
+    assert not (found == 7).any()
 
 
 def test_generating_of_few_factors_and_in_threads():

@@ -12,6 +12,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from ..lowrank.factors import LowRankFactors
+from ..task_vectors.peft_layers import as_plain, computed_otherwise
 
 #: Part of a PEFT file's name of a tensor -> tensor.
 Parts = dict[str, Tensor]
@@ -101,25 +102,9 @@ def _refused_by_peft(model: nn.Module, name: str) -> str:
 def _computed_otherwise(module: nn.Module) -> str:
     """Why factors that PEFT puts on a module do not change its weight alone; empty where they do."""
     kind = type(module)
-    if isinstance(module, nn.Conv2d):
-        if kind is not nn.Conv2d:
-            return f"a {kind.__name__}, which PEFT takes for a plain Conv2d"
-        if module.padding_mode != "zeros" or set(module.dilation) != {1}:
-            return "a convolution with dilation or a mode of padding, which PEFT leaves out of factors"
-    for plain in (nn.Linear, nn.Embedding):
-        if isinstance(module, plain) and kind.forward is not plain.forward:
-            if not _scaled_by_peft(module):
-                return f"a {kind.__name__}, which PEFT takes for a plain {plain.__name__}"  # fmt: skip
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "an embedding with max_norm, by which PEFT bounds factors"
-    return ""
-
-
-def _scaled_by_peft(module: nn.Module) -> bool:
-    """Whether a module is an embedding with a scale that PEFT, if it is recent, applies to factors too."""
-    from peft.tuners.lora.layer import LoraLayer
-
-    return hasattr(module, "embed_scale") and hasattr(LoraLayer, "_get_embed_scale")
+    if isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward:
+        return as_plain(kind, nn.Linear)
+    return computed_otherwise(module)
 
 
 def _asked_of(name: str, module: nn.Module, asked: set[str]) -> str:

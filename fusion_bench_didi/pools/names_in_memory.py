@@ -53,7 +53,7 @@ def as_loaded(source: TensorSource, names: Names, directory: Path) -> TensorSour
     Args:
         directory: of the checkpoint, whose configuration tells whether its head is tied.
     """
-    label, mapped = source.label, _mapped(list(source.infos()), names)
+    label, mapped = source.label, _mapped(source, names)
     kind = type(names.module).__name__
     meant: dict[str, list[str]] = {}
     unused: dict[str, str] = {}
@@ -103,7 +103,7 @@ def tied_as(source: TensorSource, names: Names, model: nn.Module) -> TensorSourc
 
 def apart(source: TensorSource, names: Names) -> set[str]:
     """Tensors that the model ties to others and that differ from these in a whole checkpoint, which need not hold the first."""
-    mapped = _mapped(list(source.infos()), names)
+    mapped = _mapped(source, names)
     back = {new: old for old, new in mapped.items()}
     tied: dict[str, list[str]] = {}
     for name, first in names.aliases.items():
@@ -115,21 +115,22 @@ def apart(source: TensorSource, names: Names) -> set[str]:
     return found
 
 
-def _mapped(found: list[str], names: Names) -> dict[str, str]:
+def _mapped(source: TensorSource, names: Names) -> dict[str, str]:
     """Name in memory by name in the file; what the class does not load is left out."""
-    loaded = loaded_names(found, names.module)
-    return _by_prefix(found, loaded, names) or loaded
+    loaded = loaded_names(list(source.infos()), names.module)
+    return _by_prefix(source, loaded, names) or loaded
 
 
 def _by_prefix(
-    found: list[str], loaded: Mapping[str, str], names: Names
+    source: TensorSource, loaded: Mapping[str, str], names: Names
 ) -> dict[str, str]:
     """Name in memory by name in the file, where a prefix put on or taken off explains more names than the class would load."""
     wanted = {*names.infos, *names.aliases}
     there = wanted & set(loaded.values())
     if there == wanted:
         return {}
-    mapped = {old: new for new, old in renaming(found, wanted).items()}
+    found = renaming(source.infos(), wanted, source.label)
+    mapped = {old: new for new, old in found.items()}
     return mapped if len(wanted & {*mapped.values()}) > len(there) else {}
 
 
@@ -142,9 +143,9 @@ def check_read(source: TensorSource, names: Names) -> None:
     Raises:
         CheckpointMismatchError: naming a tensor that was not read.
     """
-    state, found = names.module.state_dict(), list(source.infos())
-    loaded = loaded_names(found, names.module)
-    for old, new in _by_prefix(found, loaded, names).items():
+    state = names.module.state_dict()
+    loaded = loaded_names(list(source.infos()), names.module)
+    for old, new in _by_prefix(source, loaded, names).items():
         if new not in state:
             continue
         stored, value = source.read(old), state[new]

@@ -19,8 +19,9 @@ from ..errors import ModelPoolError
 from ..task_vectors.alignment import floating
 from ..task_vectors.cast import CastSource
 from ..task_vectors.float8 import Float8Source
-from ..task_vectors.lora_adapter import AdapterSource, Values, fan_in_first
+from ..task_vectors.lora_adapter import AdapterSource, Values
 from ..task_vectors.lora_config import CONFIG
+from ..task_vectors.peft_layers import computed_otherwise, fan_in_first
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.renaming import aligned
 from ..task_vectors.sources import ModuleSource, TensorInfo, TensorSource
@@ -350,7 +351,17 @@ def _adapter(
 ) -> AdapterSource:
     """An adapter of a base model in memory."""
     turned, layout = fan_in_first(backbone), partial(rearranged, model=backbone)
-    return AdapterSource.of_directory(directory, label, known, turned, layout, values)
+    unlike = partial(_unlike_peft, backbone)
+    return AdapterSource.of_directory(directory, label, known, turned, layout, values, unlike)  # fmt: skip
+
+
+def _unlike_peft(backbone: nn.Module, weight: str) -> str:
+    """Why PEFT computes something else with factors of a weight than with the changed weight; empty where it does not."""
+    try:
+        module = backbone.get_submodule(weight.rpartition(".")[0])
+    except AttributeError:  # no module of this base model
+        return ""
+    return computed_otherwise(module)
 
 
 def _file_source(

@@ -12,13 +12,14 @@ transformers' ``Conv1D`` and of embeddings, whose pair is called ``lora_embeddin
 (width, r); for a convolution it is (out, in * kh * kw), which is how a convolution is viewed anyway.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointMismatchError
 from ..lowrank.factors import LowRankFactors
@@ -83,6 +84,8 @@ class AdapterSource(TensorSource):
             then tell.
         layout: of the base model's class, for adapters from before it was rearranged.
         values: of the base model, without which DoRA is a fault; read one at a time, when they are asked for.
+        unlike: by the name of a weight, why PEFT computes something else with factors of it than with the changed weight, empty
+            where it does not.
     """
 
     partial = True
@@ -95,6 +98,7 @@ class AdapterSource(TensorSource):
         fan_in_first: frozenset[str] | None = None,
         layout: Layout | None = None,
         values: Values | None = None,
+        unlike: Callable[[str], str] = lambda _: "",
     ):
         self.label = source.label
         #: What cannot be merged, by name of the base model's tensor, or "" where it is about the whole adapter.
@@ -102,7 +106,7 @@ class AdapterSource(TensorSource):
         self._source, self._base = source, base
         self._settings = LoraSettings.of(config, source.label)
         self._fan_in_first, self._layout = fan_in_first, layout
-        self._values = values
+        self._values, self._unlike = values, unlike
         self._pairs: dict[str, Pair] = {}
         self._whole: dict[str, str] = {}
         #: Pairs that change a tensor which is held whole beside them.
@@ -116,6 +120,7 @@ class AdapterSource(TensorSource):
             self.faults[""] = "it holds no tensors, expected lora_A and lora_B"
         else:
             self._sort()
+            self._check_complete(config)
         self._ties = bool(config.get("ensure_weight_tying"))
         self._ties_by_name = self._ties and self._settings.targets_embedding(config)
         #: The base model that it was trained on, as PEFT calls it.
@@ -130,6 +135,7 @@ class AdapterSource(TensorSource):
         fan_in_first: frozenset[str] | None = None,
         layout: Layout | None = None,
         values: Values | None = None,
+        unlike: Callable[[str], str] = lambda _: "",
     ) -> "AdapterSource":
         """The adapter in a directory.
 
@@ -145,7 +151,7 @@ class AdapterSource(TensorSource):
         source = kind([file], label)
         source.watched.opened(directory / CONFIG)
         config = read_config(directory, label)
-        return cls(source, config, base, fan_in_first, layout, values)
+        return cls(source, config, base, fan_in_first, layout, values, unlike)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """The tensors that it changes."""
@@ -304,7 +310,7 @@ class AdapterSource(TensorSource):
             halves.pop(name, None)
         # of a targeted embedding or head
         changed = {name: whole.pop(name) for name in set(halves) & set(whole)}
-        for name, old in self._renamed((*halves, *whole)).items():
+        for name, old in self._renamed(halves, whole).items():
             if old in whole:
                 self._whole[name] = whole[old]
                 self._infos[name] = self._source.infos()[whole[old]]
@@ -312,7 +318,7 @@ class AdapterSource(TensorSource):
                 module = old.removesuffix(".weight")
                 if fault := self._added(name, module, halves[old]):
                     self.faults[name] = fault
-                if old in changed and not self._grown(name, changed[old]):
+                if old in changed and not self._is_another(name, changed[old]):
                     beside[changed[old]] = "the base model's value beside its pair"
         self.unused = {**self._source.unused, **beside}
 
@@ -321,15 +327,36 @@ class AdapterSource(TensorSource):
         infos, read = self._source.infos(), self._source.read
         return infos[key] == infos[other] and read(key).equal(read(other))
 
-    def _renamed(self, names: Iterable[str]) -> dict[str, str]:
-        """Names as above by those of the base model; what has no such name keeps its own."""
-        names = list(names)
+    def _renamed(
+        self, halves: Mapping[str, Mapping[str, str]], whole: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Names as above by those of the base model; what has no such name keeps its own.
+
+        Args:
+            halves, whole: tensors of the file, by those names.
+        """
+        names = [*halves, *whole]
         self._later = self._rearranged(names)
         placed: dict[str, str] = {}
         for name in sorted(names, key=self._later.__contains__):
             placed.setdefault(self._later.get(name, name), name)
-        known = {n: placed[old] for n, old in renaming(placed, self._base).items()}
+
+        def alike(old: str, new: str) -> bool:
+            keys = halves.get(placed[old]) or {"": whole[placed[old]]}
+            return self._numel(keys) == self._base[new].numel
+
+        known = renaming(placed, self._base, self.label, alike)
+        known = {new: placed[old] for new, old in known.items()}
         return known | {name: name for name in names if name not in known.values()}
+
+    def _numel(self, keys: Mapping[str, str]) -> int:
+        """Entries of what a pair changes, or of a whole tensor; magnitudes, and what stands alone, are none of a pair."""
+        infos = self._source.infos()
+        shapes = [infos[key].shape for half, key in keys.items() if half != _MAGNITUDE]
+        if len(shapes) != 2:
+            return math.prod(shapes[0]) if shapes else 0
+        a, b = shapes
+        return math.prod((*b[:1], *a[1:]))
 
     def _rearranged(self, names: Iterable[str]) -> Mapping[str, str]:
         """What the base model's class calls tensors that adapters of its older layout have under other names."""
@@ -349,13 +376,20 @@ class AdapterSource(TensorSource):
                 "lora_embedding_B"
             )
         down, up = (keys[half] for half in halves)
+        later = self._later.get(f"{module}.weight", "").removesuffix(".weight")
+        if not any(map(self._settings.targets, filter(None, (module, later)))):
+            return (
+                f"{down} is of a module that {CONFIG} leaves out (target_modules, exclude_modules, layers_to_transform), and so does "
+                "PEFT; expected one of those that it names"
+            )
+        if why := self._unlike(name):
+            return f"{down} changes {why}, so that the adapter computes something else than the changed weight would"
         a, b = (self._source.infos()[key] for key in (down, up))
         if not a.floating or not b.floating:
             return (
                 f"{down} is of {a.dtype} and {up} of {b.dtype}, expected floating point"
             )
         rank, scale = settings = self._settings.of_module(module)
-        later = self._later.get(f"{module}.weight", "").removesuffix(".weight")
         if later and self._settings.of_module(later) != settings:
             return (
                 f"{down} has rank and scale {settings} by the patterns of {CONFIG}, and {self._settings.of_module(later)} as "
@@ -399,15 +433,34 @@ class AdapterSource(TensorSource):
             return f"{key} is {info.shape} in {info.dtype}, expected {want} in floating point"
         return None
 
-    def _grown(self, name: str, key: str) -> bool:
-        """Take the value beside a pair where the base model has another size, as of a vocabulary that has grown; whether it is."""
+    def _is_another(self, name: str, key: str) -> bool:
+        """Take the value beside a pair where it is not the base model's, as of a vocabulary that has grown or rows that were set before
+        the training; whether it is another."""
         info, want = self._infos.get(name), self._base.get(name)
-        if info is None or want is None or info.shape == want.shape:
+        if info is None or want is None or self._source.infos()[key].shape != info.shape:  # fmt: skip
             return False
-        if self._source.infos()[key].shape != info.shape:
+        if info.shape == want.shape and self._is_base_value(name, key):
             return False
         self._whole[name], self._on_own[name] = key, self._pairs.pop(name)
         return True
+
+    def _is_base_value(self, name: str, key: str) -> bool:
+        """Whether a tensor of the file is the base model's, in the narrower of their types; so it is where that one is not read."""
+        if self._values is None:
+            return True
+        one, other = self._source.read(key), self._values(name).cpu()
+        narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        return one.to(narrow).equal(other.to(narrow))
+
+    def _check_complete(self, config: Mapping) -> None:
+        """What the configuration says that the file holds is there; PEFT would leave it at the base model's, or not load the adapter."""
+        if config.get("target_modules") and not any(map(_PAIR.fullmatch, self._source.infos())):  # fmt: skip
+            self.faults.setdefault("", f"it holds no lora_A and lora_B, expected those of target_modules of {CONFIG}")  # fmt: skip
+        held = {*self._infos, *self.faults}
+        for module in config.get("modules_to_save") or ():
+            under = sorted(n for n in self._base if f".{module}." in f".{n}")
+            if under and held.isdisjoint(under):
+                self.faults[under[0]] = f"it holds no tensor of {module}, expected it by modules_to_save of {CONFIG}"  # fmt: skip
 
     def _turned(self, name: str, shape: tuple, want: tuple) -> bool:
         """Whether the base model's weight is (in, out); ``shape`` is (out, in)."""
@@ -429,14 +482,3 @@ def stretch(weight: Tensor, lengths: Tensor, axis: int) -> Tensor:
     rest = [other for other in range(weight.dim()) if other != axis]
     norms = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)
     return lengths.view(norms.shape) / norms
-
-
-def fan_in_first(model: nn.Module) -> frozenset[str]:
-    """The weights that are (in, out), those of transformers' ``Conv1D``."""
-    from transformers.pytorch_utils import Conv1D
-
-    return frozenset(
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, Conv1D)
-    )

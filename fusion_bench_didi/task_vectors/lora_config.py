@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -60,6 +60,10 @@ class LoraSettings:
         ranks, alphas: by pattern, a regular expression for the end of a module's name; the first that matches counts.
         fan_in_first: weights are (in, out), as in GPT-2, where their shape does not tell.
         dora: rows have norms of their own (``use_dora``).
+        ties: a change of an embedding is one of the head that is tied to it (``ensure_weight_tying``).
+        modules: what is changed, ``target_modules``: ends of names, or a regular expression for a whole one; all if None.
+        left_out: of those, ``exclude_modules``.
+        layers: of those, ``layers_to_transform``: numbers that stand in their names, after one of ``before``; all if None.
         label: of the adapter, for messages.
     """
 
@@ -70,6 +74,11 @@ class LoraSettings:
     alphas: Mapping[str, float] | None = None
     fan_in_first: bool = False
     dora: bool = False
+    ties: bool = False
+    modules: str | Sequence[str] | None = None
+    left_out: str | Sequence[str] = ()
+    layers: Sequence[int] | None = None
+    before: Sequence[str] = ()
     label: str = ""
     _left: list[float] = field(  # seconds for slow patterns
         default_factory=lambda: [MATCH_SECONDS], init=False, repr=False, compare=False
@@ -85,6 +94,11 @@ class LoraSettings:
             alphas=config.get("alpha_pattern"),
             fan_in_first=bool(config.get("fan_in_fan_out")),
             dora=bool(config.get("use_dora")),
+            ties=bool(config.get("ensure_weight_tying")),
+            modules=config.get("target_modules"),
+            left_out=config.get("exclude_modules") or (),
+            layers=_as_list(config.get("layers_to_transform")) or None,
+            before=_as_list(config.get("layers_pattern") or ()),
             label=label,
         )
 
@@ -107,23 +121,52 @@ class LoraSettings:
             return False
         return any(self._matched({targets: True}, name, False) for name in EMBEDDINGS)
 
+    def targets(self, module: str) -> bool:
+        """Whether PEFT puts its factors on a module of this name, or may put them where it ties modules that are not named."""
+        if self.ties:
+            return True
+        if self._is_of(self.left_out, module):
+            return False
+        if self.modules is None or self.modules == "all-linear":
+            return True
+        if not self._is_of(self.modules, module):
+            return False
+        by_end = not isinstance(self.modules, str) and module not in self.modules
+        if not by_end or self.layers is None:
+            return True
+        starts = [rf"(?:.*?\.)?(?:{name})" for name in self.before] or [r".*?\.[^.]*"]
+        # of several numbers in a name PEFT has taken the last one, and takes the first one
+        starts += [start.replace(".*?", ".*") for start in starts]
+        found = (self._match(_start_of_name, start, module) for start in starts)
+        return any(one and int(one[1]) in self.layers for one in found)
+
+    def _is_of(self, names: str | Sequence[str], module: str) -> bool:
+        """Whether a module is among those with such ends, or wholly of a pattern."""
+        if isinstance(names, str):
+            return self._match(_whole_name, names, module) is not None
+        return module in names or module.endswith(tuple(f".{name}" for name in names))
+
     def _matched(
         self, patterns: Mapping[str, Any] | None, module: str, default: Any
     ) -> Any:
         for pattern, value in (patterns or {}).items():
-            started, limit = time.perf_counter(), max(self._left[0], _SLOW)
-            try:
-                found = _end_of_name(pattern).match(module, timeout=limit)
-            except TimeoutError as error:
-                raise CheckpointMismatchError(
-                    f"{self.label}: matching {pattern!r} of {CONFIG} with {module!r}, and what was slow before, takes more than "
-                    f"{MATCH_SECONDS} s. Write a pattern without nested repetitions, or leave the adapter out."
-                ) from error
-            took = time.perf_counter() - started
-            self._left[0] -= took if took > _SLOW else 0
-            if found:
+            if self._match(_end_of_name, pattern, module):
                 return value
         return default
+
+    def _match(self, compiled: Callable[[str], Any], pattern: str, module: str) -> Any:
+        """The match of a name with what a pattern is compiled to."""
+        started, limit = time.perf_counter(), max(self._left[0], _SLOW)
+        try:
+            found = compiled(pattern).match(module, timeout=limit)
+        except TimeoutError as error:
+            raise CheckpointMismatchError(
+                f"{self.label}: matching {pattern!r} of {CONFIG} with {module!r}, and what was slow before, takes more than "
+                f"{MATCH_SECONDS} s. Write a pattern without nested repetitions, or leave the adapter out."
+            ) from error
+        took = time.perf_counter() - started
+        self._left[0] -= took if took > _SLOW else 0
+        return found
 
 
 def read_config(directory: Path, label: str) -> dict[str, Any]:
@@ -153,7 +196,7 @@ def variants(config: Mapping[str, Any]) -> list[str]:
             f"{CONFIG} has init_lora_weights={start!r}, expected one that leaves the base model as it is "
             f"({', '.join(STARTS)})"
         )
-    return found + _malformed(config)
+    return found + _malformed(config) + [*_malformed_places(config)]
 
 
 def _turns_on(name: str) -> bool:
@@ -213,6 +256,37 @@ def _fault_of(pattern: str) -> str | None:
     except (re.error, regex.error, OverflowError, RecursionError) as error:
         return str(error)
     return None
+
+
+def _malformed_places(config: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of what is changed that are none: what was found, and what is expected."""
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):  # fmt: skip
+        value = config.get(key) or []
+        one = isinstance(value, str) and key != "modules_to_save"
+        if not one and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):  # fmt: skip
+            yield f"{CONFIG} has {key}={value!r}, expected names"
+        elif one or key == "layers_pattern":
+            for fault in filter(None, map(_fault_of, _as_list(value))):
+                yield f"{CONFIG} has {key}={value!r}, expected a regular expression ({fault})"
+    layers = config.get("layers_to_transform")
+    if not all(type(layer) is int for layer in _as_list(layers) or ()):
+        yield f"{CONFIG} has layers_to_transform={layers!r}, expected whole numbers"
+
+
+def _as_list(value: Any) -> Any:
+    """One value as a list of it; none, and several, as they are."""
+    return value if value is None or isinstance(value, (list, tuple)) else [value]
+
+
+@cache
+def _whole_name(pattern: str) -> Any:
+    return regex.compile(rf"(?:{pattern})\Z", regex.V0)
+
+
+@cache
+def _start_of_name(pattern: str) -> Any:
+    """What stands before the number of a layer."""
+    return regex.compile(rf"{pattern}\.(\d+)\.", regex.V0)
 
 
 @cache

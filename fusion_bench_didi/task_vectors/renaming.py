@@ -1,11 +1,12 @@
 """The same tensors under other names: those of the base model, with a prefix added or dropped."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from torch import Tensor
 
-from .sources import TensorSource, WrappedSource
+from ..errors import CheckpointMismatchError
+from .sources import TensorInfo, TensorSource, WrappedSource
 
 #: Names that are looked for at the ends of others.
 _ENDS = 8
@@ -36,39 +37,78 @@ class RenamedSource(WrappedSource):
         return self._source.read(self._names[name])
 
 
-def aligned(source: TensorSource, reference: Iterable[str]) -> TensorSource:
-    """The source under the reference's names, if a prefix added or dropped makes more of them meet."""
+def aligned(source: TensorSource, reference: Mapping[str, TensorInfo]) -> TensorSource:
+    """The source under the reference's names, if a prefix added or dropped makes more of them meet.
+
+    Raises:
+        CheckpointMismatchError: as :func:`renaming`.
+    """
     found = source.infos()
-    names = renaming(found, reference)
+
+    def alike(old: str, new: str) -> bool:
+        return found[old].shape == reference[new].shape
+
+    names = renaming(found, reference, source.label, alike)
     if all(new == old for new, old in names.items()) and len(names) == len(found):
         return source
     dropped = set(found) - set(names.values())
     return RenamedSource(source, names, dict.fromkeys(dropped, "of another part"))
 
 
-def renaming(found: Iterable[str], reference: Iterable[str]) -> dict[str, str]:
+def renaming(
+    found: Iterable[str],
+    reference: Iterable[str],
+    label: str,
+    alike: Callable[[str, str], bool] = lambda old, new: True,
+) -> dict[str, str]:
     """The names found, by what the reference calls them: with the prefix added or dropped that makes most of them meet.
 
     transformers writes ``vision_model.`` in front of a CLIP tower's names in some versions and not in others; a
     checkpoint of a whole CLIPModel also holds the text tower.
+
+    Args:
+        label: of what holds the names found, for messages.
+        alike: whether a tensor found could be one of the reference, by their names; of prefixes that make as many meet, the one counts
+            that makes more alike meet.
+
+    Raises:
+        CheckpointMismatchError: if several do equally well with different tensors.
     """
     found, wanted = list(found), set(reference)
 
-    def meeting(names: Mapping[str, str]) -> int:
-        return len(wanted & set(names))
+    def meeting(names: Mapping[str, str]) -> dict[str, str]:
+        return {new: old for new, old in names.items() if new in wanted}
 
-    best = {name: name for name in found}
-    if meeting(best) == min(len(wanted), len(found)):
-        return best
-    prefixes = {name.split(".", 1)[0] + "." for name in (*found, *sorted(wanted))}
-    prefixes |= {  # of layers deep within a model
+    same = {name: name for name in found}
+    there = len(meeting(same))
+    if there == min(len(wanted), len(found)):
+        return same
+    ways = []
+    for prefix in sorted(_prefixes(found, wanted)):
+        dropped = {n.removeprefix(prefix): n for n in found if n.startswith(prefix)}
+        added = {prefix + name: name for name in found}
+        ways += [(meeting(names), names) for names in (dropped, added)]
+    ways = [(met, names) for met, names in ways if len(met) > there]
+    if not ways:
+        return same
+    fits = [(len(m), sum(alike(old, new) for new, old in m.items())) for m, _ in ways]
+    best = [way for way, fit in zip(ways, fits) if fit == max(fits)]
+    (met, names), *others = best
+    if rivals := [its for its, _ in others if its != met]:
+        one, other = next(iter(met)), next(iter(rivals[0]))
+        raise CheckpointMismatchError(
+            f"{label}: its tensors fit {one} and {other} of the base model, and what goes with either, alike. Save them under the names "
+            "that they have in the whole model (of an adapter: train it on that one), or give that part as the base model."
+        )
+    return names
+
+
+def _prefixes(found: Sequence[str], wanted: Collection[str]) -> set[str]:
+    """What may stand in front of names on one side and not on the other."""
+    firsts = {name.split(".", 1)[0] + "." for name in (*found, *wanted)}
+    return firsts | {  # of layers deep within a model
         name.removesuffix(end)
         for end in sorted(wanted)[:_ENDS]
         for name in found
         if name.endswith(f".{end}")
     }
-    for prefix in sorted(prefixes):
-        dropped = {n.removeprefix(prefix): n for n in found if n.startswith(prefix)}
-        added = {prefix + name: name for name in found}
-        best = max(best, dropped, added, key=meeting)
-    return best

@@ -1,5 +1,6 @@
 """Adapters are read as PEFT reads them, and their faults are named."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusion_bench.modelpool import BaseModelPool
 from helpers import BASE, OpenClipLike, Payload, didi
 from lora_families import (
     ATTENTION,
@@ -18,8 +20,12 @@ from lora_families import (
     llama,
     llamas,
     pool_of,
+    write_adapter,
 )
+from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM, SiglipConfig, SiglipModel
 
 from fusion_bench_didi.errors import (
     CheckpointMismatchError,
@@ -292,15 +298,117 @@ def test_a_base_model_of_whole_numbers_takes_no_change(llamas, dtype, shape):
     assert QUERY not in source.infos()
 
 
-@pytest.mark.parametrize("kind", ["original_module", "base_layer"])
+@pytest.mark.parametrize("kind", ["original_module", "base_layer", "base_layer in few bits"])  # fmt: skip
 def test_values_of_the_base_model_in_an_adapter_are_told_of(llamas, kind):
-    """They are not read, so that it is not known whether they are this base model's."""
+    """PEFT runs nothing of the former; the latter is compared."""
+    directory, models, pool = llamas
+    key, value = "base_model.model.lm_head.original_module.weight", torch.ones(40, 32)
+    if kind != "original_module":
+        name = "model.layers.0.self_attn.q_proj.weight"
+        key, value = f"{PAIR}base_layer.weight", models[BASE].get_parameter(name).data
+        value = value.bfloat16() if "few" in kind else value
+    change_tensors(directory / "svhn", lambda tensors: tensors.update({key: value}))
+    model = didi(pool, budget=4.0)
+    told = model.info["tensors"]["svhn"]["not taken from the checkpoint"]
+    assert "base model's value beside" in told[key]
+    assert_close(model, models)
+
+
+def test_a_value_beside_a_pair_that_is_not_the_base_models_is_taken(tmp_path):
+    """PEFT saves it with embeddings, and loads it again; it was left out, whatever it said."""
+    models = family(tmp_path, llama, ("a",), target_modules=ATTENTION)
+    other = copy.deepcopy(models[BASE])
+    with torch.no_grad():  # rows in reserve, as of new special tokens
+        other.get_input_embeddings().weight[36:] += 1.0
+    targets = ["embed_tokens", "q_proj"]
+    models["b"] = write_adapter(other, tmp_path / "b", 5, target_modules=targets)
+    found = PeftModel.from_pretrained(copy.deepcopy(models[BASE]), tmp_path / "b")
+    model = didi(pool_of(tmp_path, models[BASE], ("a", "b")), budget=50)
+    assert_close(model, {**models, "b": found.merge_and_unload()})
+    assert_close(model, models)
+
+
+@pytest.mark.parametrize(
+    "missing, told",
+    [
+        ("lm_head", "it holds no tensor of lm_head, expected it by modules_to_save"),
+        ("lora_", "it holds no lora_A and lora_B, expected those of target_modules"),
+    ],
+)
+def test_an_adapter_that_lacks_what_its_configuration_names_is_refused(
+    tmp_path, missing, told
+):
+    """PEFT does not load it, or leaves the base model as it is."""
+    config = {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "score"]}
+    models = family(tmp_path, llama, **config)
+
+    def forget(tensors: dict) -> None:
+        for key in [key for key in tensors if missing in key]:
+            del tensors[key]
+
+    change_tensors(tmp_path / "svhn", forget)
+    with pytest.raises(CheckpointMismatchError, match=f"svhn: {told}"):
+        didi(pool_of(tmp_path, models[BASE]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["v_proj"]},
+        {"target_modules": r".*v_proj"},
+        {"exclude_modules": ["q_proj"]},
+        {"exclude_modules": r"model\.layers\..*q_proj"},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+    ],
+    ids=str,
+)
+def test_pairs_that_the_configuration_leaves_out_are_refused(llamas, config):
+    """So does PEFT leave them out."""
     directory, _, pool = llamas
-    module = {"original_module": "base_model.model.lm_head.", "base_layer": PAIR}[kind]
-    key = f"{module}{kind}.weight"
-    change_tensors(directory / "svhn", lambda t: t.update({key: torch.ones(32, 32)}))
-    told = didi(pool, budget=1.4).info["tensors"]["svhn"]
-    assert "base model's value beside" in told["not taken from the checkpoint"][key]
+    change_config(directory / "svhn", **config)
+    with pytest.raises(CheckpointMismatchError, match="svhn: .*of a module that adapter_config.json leaves out") as caught:  # fmt: skip
+        didi(pool)
+    assert "mnist" not in str(caught.value)
+    name = "*layers.1*" if "layers_to_transform" in config else "*q_proj*"
+    assert didi(pool, exclude=[name]).tasks == list(TASKS)
+
+
+def places() -> nn.Module:
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "word_embed_proj_dim": 16}
+    return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, vocab_size=40, max_position_embeddings=16))  # fmt: skip
+
+
+def test_factors_of_a_layer_that_peft_runs_otherwise_are_refused(tmp_path):
+    """Positions of OPT are counted from 2, and those of PEFT's factors from 0."""
+    models = family(tmp_path, places, target_modules=["embed_positions"])
+    with pytest.raises(CheckpointMismatchError, match="a OPTLearnedPositionalEmbedding, which PEFT takes for a plain Emb"):  # fmt: skip
+        didi(pool_of(tmp_path, models[BASE]))
+
+
+def towers(width: int) -> nn.Module:
+    sizes = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"hidden_size": 16, "vocab_size": 40, "max_position_embeddings": 8}
+    image = {"hidden_size": width, "image_size": 8, "patch_size": 4}
+    return SiglipModel(SiglipConfig(text_config={**sizes, **text, "projection_size": width}, vision_config={**sizes, **image}))  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [16, 24])
+def test_an_adapter_of_one_of_two_towers_goes_where_it_fits_or_is_refused(tmp_path, width):  # fmt: skip
+    """It went into the first of two that are alike, which was another than it was trained on."""
+    models = {BASE: towers(width).eval()}
+    for seed, task in enumerate(TASKS):
+        models[task] = copy.deepcopy(models[BASE])
+        place, tower = tmp_path / task, models[BASE].vision_model
+        models[task].vision_model = write_adapter(tower, place, seed, target_modules=ATTENTION)  # fmt: skip
+    models[BASE].save_pretrained(tmp_path / BASE)
+    kind = {"_target_": "transformers.SiglipModel.from_pretrained"}
+    pool = BaseModelPool({name: {**kind, "pretrained_model_name_or_path": str(tmp_path / name)} for name in models})  # fmt: skip
+    if width == 16:
+        with pytest.raises(CheckpointMismatchError, match=r"mnist: its tensors fit text_model\..* and vision_model\..* alike"):  # fmt: skip
+            didi(pool)
+    else:
+        assert_close(didi(pool, budget=50), models)
 
 
 @pytest.mark.parametrize("more, dtype", [(1, torch.float32), (0, torch.float16)])

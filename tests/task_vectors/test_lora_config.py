@@ -5,6 +5,7 @@ import time
 import pytest
 from fuzz import limits
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from fusion_bench_didi.errors import CheckpointMismatchError
 from fusion_bench_didi.task_vectors import lora_config
@@ -85,12 +86,50 @@ def test_patterns_that_take_memory_are_refused_before_they_do(pattern):
         {"use_what_comes_next": True},
         {"what_comes_next_config": {"rank": 2}},
         {"enable_lora": [True, False, True]},
+        {"target_modules": [3]},
+        {"target_modules": "(q_proj"},
+        {"exclude_modules": {"q_proj": 1}},
+        {"layers_to_transform": ["0"]},
+        {"layers_pattern": ["layers", "h("]},
+        {"modules_to_save": "lm_head"},
     ],
     ids=lambda change: str(change)[:40],
 )
 def test_settings_of_adapters_that_are_none_are_faults(change):
     (fault,) = variants({"peft_type": "LORA", "r": 8, "lora_alpha": 16, **change})
     assert next(iter(change)) in fault and "expected" in fault
+
+
+NAMES = (
+    *("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"),
+    *("model.layers.1.mlp.up_proj", "q_proj", "lm_head", "other_q_proj"),
+    *("blocks.1.q_proj", "model.layers.11.self_attn.q_proj", "model.embed_tokens"),
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["model.layers.1.mlp.up_proj", "embed_tokens"]},
+        {"target_modules": r".*\.(q|up)_proj"},
+        {"target_modules": "q_proj|lm_head"},
+        {"target_modules": ["q_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+        {"target_modules": ["q_proj"], "exclude_modules": r".*\.1\..*"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 11]},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "blocks"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_modules_are_targeted_as_peft_finds_them(config):
+    settings = LoraSettings.of(LoraConfig(**config).to_dict())
+    for name in NAMES:
+        found = check_target_module_exists(LoraConfig(**config), name)
+        found = bool(found) and type(found).__name__ != "_ExcludedModule"
+        assert settings.targets(name) is found, name
 
 
 def test_every_setting_of_peft_is_known():

@@ -14,6 +14,8 @@ PYTEST_ARGS ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
 VENV5 ?= .venv-transformers5
 VENVF ?= .venv-figures
 
+# Modules are compiled when they are imported: pip would compile all of them, a minute of one core.
+PIP_ARGS := --quiet --disable-pip-version-check --no-compile
 BIN := $(VENV)/bin
 # Written after an install that succeeded, older than setup.cfg when the dependencies may have changed.
 INSTALLED := $(VENV)/.fusion_bench_didi-installed
@@ -36,8 +38,8 @@ lint: $(INSTALLED_TEST)
 
 test-transformers5:
 	test -x $(VENV5)/bin/python || $(PYTHON) -m venv $(VENV5)
-	$(VENV5)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	$(VENV5)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'transformers>=5'
+	$(VENV5)/bin/python -m pip install $(PIP_ARGS) --editable '.[test]'
+	$(VENV5)/bin/python -m pip install $(PIP_ARGS) --upgrade 'transformers>=5'
 	PYTEST_ARGS="$(PYTEST_ARGS)" $(VENV5)/bin/python -m benchmarks.transformers_page
 
 site: $(INSTALLED_DOCS)
@@ -45,7 +47,7 @@ site: $(INSTALLED_DOCS)
 
 figures:
 	test -x $(VENVF)/bin/python || $(PYTHON) -m venv $(VENVF)
-	$(VENVF)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,figures]'
+	$(VENVF)/bin/python -m pip install $(PIP_ARGS) --editable '.[test,figures]'
 	$(VENVF)/bin/python -m benchmarks.figures $(FIGURES)
 
 format: $(INSTALLED_TEST)
@@ -64,15 +66,15 @@ $(BIN)/python:
 # The interpreter is an order-only prerequisite: its date says nothing about our dependencies.
 $(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV): a few minutes the first time, mostly for torch."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable .
 	@touch $@
 
 $(INSTALLED_TEST): setup.cfg pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV): a few minutes the first time, mostly for torch."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[test]'
 	@touch $(INSTALLED) $@
 
 $(INSTALLED_DOCS): setup.cfg pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV): a few minutes the first time, mostly for torch."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[docs]'
 	@touch $(INSTALLED) $@

@@ -15,6 +15,7 @@ from ..deltas.plain import OwnDelta
 from ..errors import DiDiError
 from ..lowrank.factors import LowRankFactors
 from ..models.dynamic import DynamicModel
+from ..task_vectors.layers import is_conv1d
 from ..task_vectors.lora_adapter import FILES, PREFIX
 from ..task_vectors.tensor import matrix_shape
 from ..task_vectors.ties import tensor_of
@@ -235,14 +236,13 @@ class AdapterWriter:
         generates = hasattr(under, "prepare_inputs_for_generation")
         encoder = getattr(getattr(under, "config", None), "is_encoder_decoder", False)
         causal = generates and main == "input_ids" and not encoder
-        kinds = {type(under.get_submodule(name)).__name__ for name in modules}
         config = LoraConfig(
             r=rank,
             lora_alpha=rank * content.scale,
             target_modules=modules,
             rank_pattern=ranks,
             alpha_pattern={name: r * content.scale for name, r in ranks.items()},
-            fan_in_fan_out="Conv1D" in kinds,
+            fan_in_fan_out=any(map(is_conv1d, map(under.get_submodule, modules))),
             lora_dropout=0.0,
             bias="all" if content.biases else "none",
             modules_to_save=sorted(content.modules) or None,

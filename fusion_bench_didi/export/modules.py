@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from ..lowrank.factors import LowRankFactors
-from ..task_vectors.peft_layers import as_plain, computed_otherwise
+from ..task_vectors.layers import as_plain, computed_otherwise, is_conv1d
 
 #: Part of a PEFT file's name of a tensor -> tensor.
 Parts = dict[str, Tensor]
@@ -130,7 +130,7 @@ def _layout(
 ) -> tuple[str, Callable[[LowRankFactors], Parts]] | None:
     if isinstance(module, nn.Linear):
         return "linear", _linear
-    if type(module).__name__ == "Conv1D":  # transformers', of GPT-2
+    if is_conv1d(module):
         return "linear", lambda factors: _linear(factors.mT)
     if isinstance(module, nn.Embedding):
         return "embedding", _embedding

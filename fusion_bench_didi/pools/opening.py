@@ -19,9 +19,9 @@ from ..errors import ModelPoolError
 from ..task_vectors.alignment import floating
 from ..task_vectors.cast import CastSource
 from ..task_vectors.float8 import Float8Source
+from ..task_vectors.layers import computed_otherwise, fan_in_first
 from ..task_vectors.lora_adapter import AdapterSource, Values
 from ..task_vectors.lora_config import CONFIG
-from ..task_vectors.peft_layers import computed_otherwise, fan_in_first
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.renaming import aligned
 from ..task_vectors.sources import ModuleSource, TensorInfo, TensorSource

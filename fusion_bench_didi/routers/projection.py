@@ -24,6 +24,7 @@ from ..errors import SettingsError, some
 from ..lowrank.svd import spectrum
 from ..options import PositiveCount, checked
 from ..serving.layers import apart, patches
+from ..task_vectors.layers import is_conv1d
 from .base import RoutedModel, Router
 from .capture import blocks, layer_names, record, squarable, token_mask
 
@@ -147,7 +148,7 @@ class ProjectionRouter(Router):
         for task in model.tasks:
             change = model.task_tensor(weight, model.modulators[task]) - base
             change = change.flatten(1)
-            if type(module).__name__ == "Conv1D":
+            if is_conv1d(module):
                 change = change.mT
             count = min(self.directions, *change.shape)
             found = spectrum(change, max_rank=count, name=weight)
@@ -213,6 +214,4 @@ def _holds_alike(part: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     plain_conv = isinstance(module, nn.Conv2d) and module.groups == 1
-    return (
-        isinstance(module, nn.Linear) or plain_conv or type(module).__name__ == "Conv1D"
-    )
+    return isinstance(module, nn.Linear) or plain_conv or is_conv1d(module)

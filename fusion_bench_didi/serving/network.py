@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..task_vectors.layers import is_conv1d
 from .banks import MatrixBank, OwnBank, ValueBank, side_by_side
 from .fused_linears import FusedLinears
 from .layers import (
@@ -46,7 +47,7 @@ def form_of(module: nn.Module, leaves: Mapping[str, Any]) -> type | None:
         return broadcast_form(leaf)
     if not set(leaves) <= {"weight", "bias"}:
         return None
-    if kind is nn.Linear or kind.__name__ == "Conv1D":
+    if kind is nn.Linear or is_conv1d(module):
         return PerSampleLinear
     if kind is nn.Conv2d and apart(module):
         return PerSamplePatchConv

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ..task_vectors.layers import is_conv1d
 from ..task_vectors.ties import tied_names
 
 Shape = tuple[int, ...]
@@ -172,7 +173,7 @@ def _sides(module: nn.Module, shape: Shape) -> Iterator[tuple[str, Any]]:
         if isinstance(module, kind):
             yield from zip(names, shape)
             return
-    if type(module).__name__ == "Conv1D":  # transformers', of GPT-2, or a copy of it
+    if is_conv1d(module):
         yield from zip(("nx", "nf"), shape)
     elif isinstance(module, _ConvNd):
         outer, inner = "out_channels", "in_channels"

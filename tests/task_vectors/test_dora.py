@@ -26,8 +26,8 @@ from fusion_bench_didi.errors import CheckpointMismatchError, NonFiniteError
 from fusion_bench_didi.pools.merged_adapters import adapted
 from fusion_bench_didi.pools.opening import open_pool
 from fusion_bench_didi.task_vectors.file_sources import SafetensorsSource
+from fusion_bench_didi.task_vectors.layers import fan_in_first
 from fusion_bench_didi.task_vectors.lora_adapter import AdapterSource
-from fusion_bench_didi.task_vectors.peft_layers import fan_in_first
 from fusion_bench_didi.task_vectors.sources import ModuleSource
 
 # PEFT on what it saves beside the adapter, and on layouts that it corrects itself.

@@ -1,4 +1,4 @@
-"""What PEFT's layers compute of the modules that they are put around, where that is not a change of the weight alone."""
+"""Which way the weight of a layer lies, and what PEFT's layers compute of those that they are put around."""
 
 from torch import nn
 
@@ -31,12 +31,12 @@ def _scaled_by_peft(module: nn.Module) -> bool:
     return hasattr(module, "embed_scale") and hasattr(LoraLayer, "_get_embed_scale")
 
 
-def fan_in_first(model: nn.Module) -> frozenset[str]:
-    """The weights that are (in, out), those of transformers' ``Conv1D``."""
-    from transformers.pytorch_utils import Conv1D
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is a linear layer whose weight is (in, out): transformers' ``Conv1D``, of GPT-2, or a copy of it."""
+    return type(module).__name__ == "Conv1D"
 
-    return frozenset(
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, Conv1D)
-    )
+
+def fan_in_first(model: nn.Module) -> frozenset[str]:
+    """Names of the weights that are (in, out)."""
+    named = model.named_modules()
+    return frozenset(f"{name}.weight" for name, module in named if is_conv1d(module))

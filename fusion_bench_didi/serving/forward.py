@@ -263,12 +263,12 @@ class MixedForward:
         """At the first call of a kind: see whether the two ways agree; whether the layered way can be used."""
         if self.network is None:
             return False
-        if torch.compiler.is_compiling():
-            if not all(layout.usual for layout in self._layouts.values()):
-                return False  # of such outputs the graph could not put the samples back
-            if self.trusted:
-                return True
-        return self._verify(mix, call)
+        if not torch.compiler.is_compiling():
+            return self._verify(mix, call)
+        if not self.trusted and not self._verify(mix, call):
+            return False
+        # of other outputs the graph could not put the samples back
+        return all(layout.usual for layout in self._layouts.values())
 
     @torch.compiler.disable
     def _verify(self, mix: Mix, call: Call) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .outputs import Layout
-from .trees import leaves
+from .trees import Path, leaves
 
 #: relative; a wrong layer order is off by far more, rounding of float32 by far less
 AGREEMENT = 1e-3
@@ -34,8 +34,9 @@ def agree(
     Args:
         again: what single tasks give with weights that are rounded once more, as the measure of rounding.
     """
-    expected, compared = [leaves(part) for part in alone], 0
-    noisy = expected if again is None else [leaves(part) for part in again]
+    lists, compared = layout.lists, 0
+    expected = [leaves(part, lists) for part in alone]
+    noisy = expected if again is None else [leaves(part, lists) for part in again]
 
     def close(expected: Tensor, found: Tensor, noisy: Tensor) -> bool:
         if not expected.is_floating_point() or expected.shape != found.shape:
@@ -44,7 +45,18 @@ def agree(
             return _close(expected, found)
         return _as_close(expected, found, noisy)
 
-    for path, value in leaves(found).items():
+    for path, value in leaves(found, lists).items():
+        if path in lists:
+            one, other = (
+                _items([part.get(path) for part in of]) for of in (expected, noisy)
+            )
+            items, compared = leaves(value), compared + 1
+            if not one.keys() == other.keys() == items.keys():
+                return False
+            held = [at for at, item in items.items() if isinstance(item, Tensor)]
+            if not all(close(one[at], items[at], other[at]) for at in held):
+                return False
+            continue
         sides = layout.sides.get(path)
         if not isinstance(value, Tensor) or sides is None or len(sides) > 1:
             continue
@@ -60,6 +72,12 @@ def agree(
             if not all(close(p, value, other) for p, other in zip(parts, others)):
                 return False
     return compared > 0
+
+
+def _items(lists: Sequence[Any]) -> dict[Path, Any]:
+    """Leaves of lists, one after another."""
+    held = [one for one in lists if isinstance(one, (tuple, list))]
+    return leaves([item for one in held for item in one])
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Outputs of parts of a batch as the output of the batch: every sample's own rows, or an error.
 
-How an output is laid out is learned from runs of two and of three samples: sides that grow with them are the samples. What does
-not grow must be equal in all parts, but for a loss, which is worked out anew where it is known how.
+How an output is laid out is learned from runs of two and of three samples: sides that grow with them are the samples, and items of
+lists that do (features of images in LLaVA of transformers 5). What does not grow must be equal in all parts, but for a loss, which is
+worked out anew where it is known how.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DiDiError
-from .trees import Differing, Path, counts_samples, holds_tensors, leaves, mapped, place
+from .trees import (
+    Differing,
+    Path,
+    children,
+    counts_samples,
+    holds_tensors,
+    leaves,
+    mapped,
+    place,
+)
 
 #: the sides of a tensor that are the samples, with how many rows each has there; None where it is neither of all samples
 #: together nor of each
@@ -28,21 +38,24 @@ class Layout:
     Args:
         sides: by path, for every tensor; also for numbers that grow with the samples, as None.
         usual: whether samples are where they are taken to be if nothing was learned.
+        lists: paths of lists of one item for each sample.
     """
 
     sides: Mapping[Path, Sides]
     usual: bool = True
+    lists: frozenset[Path] = frozenset()
 
     @classmethod
     def of(cls, two: Any, three: Any) -> "Layout":
-        """From the outputs for two and for three samples.
+        """From the outputs for two samples, and for these two and the first again.
 
         Raises:
             DiDiError: if their structures differ.
         """
         sides: dict[Path, Sides] = {}
-        usual = True
-        found, other = leaves(two), leaves(three)
+        lists = frozenset(_growing(two, three))
+        usual = not lists
+        found, other = leaves(two, lists), leaves(three, lists)
         if found.keys() != other.keys():
             raise DiDiError(
                 "The output's structure depends on the number of samples; run the samples of each task by themselves."
@@ -54,7 +67,7 @@ class Layout:
             elif isinstance(value, (int, float)) and value != other[path]:
                 if not counts_samples(path):
                     sides[path] = None
-        return cls(sides, usual)
+        return cls(sides, usual, lists)
 
     @property
     def separable(self) -> bool:
@@ -67,9 +80,32 @@ class Layout:
         """Whether the layout is known of all tensors of an output."""
         return all(
             path in self.sides
-            for path, v in leaves(output).items()
+            for path, v in leaves(output, self.lists).items()
             if isinstance(v, Tensor)
         )
+
+
+def _growing(two: Any, three: Any, path: Path = ()) -> Iterator[Path]:
+    """Paths of the lists of one item for each sample, of a form that is the sample's own wherever it is in the batch."""
+    first, other = children(two), children(three)
+    if first is None or other is None:
+        return
+    lists = isinstance(two, (tuple, list)) and type(two) is type(three)
+    if lists and (len(first), len(other)) == (2, 3):
+        if all(map(_alike, three, (*two, two[0]))):
+            yield path
+        return
+    for key in first.keys() & other.keys():
+        yield from _growing(first[key], other[key], (*path, key))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two things have the same structure, and their tensors the same shapes."""
+    shapes = (
+        {path: getattr(leaf, "shape", None) for path, leaf in leaves(value).items()}
+        for value in (one, other)
+    )
+    return next(shapes) == next(shapes)
 
 
 def _sides(two: tuple[int, ...], three: tuple[int, ...]) -> Sides:
@@ -102,8 +138,11 @@ def reordered(output: Any, order: Tensor, layout: Layout | None) -> Any:
         DiDiError: for what cannot be told apart by sample.
     """
     size, back = len(order), order.argsort()
+    lists = layout.lists if layout is not None else ()
 
     def leaf(path: Path, value: Any) -> Any:
+        if path in lists:
+            return _picked(path, [value], [order], back)
         if not isinstance(value, Tensor):
             return _checked(path, value, layout)
         sides = _as_usual(value, size) if layout is None else layout.sides.get(path)
@@ -115,7 +154,7 @@ def reordered(output: Any, order: Tensor, layout: Layout | None) -> Any:
             )
         return value
 
-    return mapped(leaf, output)
+    return mapped(leaf, output, closed=lists)
 
 
 def joined(
@@ -140,6 +179,8 @@ def joined(
     losses: list[Path] = []
 
     def leaf(path: Path, *values: Any) -> Any:
+        if path in layout.lists:
+            return _picked(path, values, orders, back)
         if all(isinstance(value, Tensor) for value in values):
             sides = layout.sides.get(path)
             if sides is None or len(sides) > 1:
@@ -163,7 +204,7 @@ def joined(
         return first
 
     try:
-        whole = mapped(leaf, *parts)
+        whole = mapped(leaf, *parts, closed=layout.lists)
     except Differing as what:
         raise DiDiError(
             f"The outputs for {' and for '.join(names(i) for i in range(len(parts)))} differ in structure: {what}. Run the samples "
@@ -191,6 +232,20 @@ def _side_by_side(
             )
     whole = torch.cat(list(values), at)
     return whole.index_select(at, rows_of_samples(back, rows).to(whole.device))
+
+
+def _picked(
+    path: Path, lists: Sequence[Any], orders: Sequence[Tensor], back: Tensor
+) -> Sequence[Any]:
+    """Lists of one item for each sample as one, in another order."""
+    for one, order in zip(lists, orders):
+        if not isinstance(one, (tuple, list)) or len(one) != len(order):
+            raise DiDiError(
+                f"{place(path)} holds one thing for each of several samples, and something else for {len(order)}; run the samples of "
+                "each task by themselves."
+            )
+    items = [item for one in lists for item in one]
+    return type(lists[0])(items[i] for i in back.tolist())
 
 
 def rows_of_samples(index: Tensor, rows: int) -> Tensor:

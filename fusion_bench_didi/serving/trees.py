@@ -6,7 +6,7 @@ transformers and of its architectures, with their layers. All else is a leaf.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,7 +61,11 @@ def rebuilt(value: Any, held: Mapping[Any, Any], *, fresh: bool = False) -> Any:
 
 
 def mapped(
-    leaf: Callable[..., Any], *values: Any, path: Path = (), fresh: bool = False
+    leaf: Callable[..., Any],
+    *values: Any,
+    path: Path = (),
+    fresh: bool = False,
+    closed: Collection[Path] = (),
 ) -> Any:
     """The container of ``leaf(path, *leaves)`` over containers that are alike; the first one itself where all of it is the same.
 
@@ -70,11 +74,12 @@ def mapped(
     Args:
         leaf: of the path and one leaf of each value.
         *values: the first one is what the result is built like.
+        closed: where containers are that are taken for leaves.
 
     Raises:
         Differing: where they are not alike.
     """
-    opened = [children(value) for value in values]
+    opened = [None if path in closed else children(value) for value in values]
     first = opened[0]
     if first is None:
         if any(other is not None for other in opened):
@@ -84,16 +89,22 @@ def mapped(
         raise Differing(f"{place(path)} holds different things")
     fresh = fresh or is_cache(values[0]) or is_own_cache(values[0])
     held = {
-        key: mapped(leaf, *(o[key] for o in opened), path=(*path, key), fresh=fresh)
+        key: mapped(
+            leaf,
+            *(o[key] for o in opened),
+            path=(*path, key),
+            fresh=fresh,
+            closed=closed,
+        )
         for key in first
     }
     return rebuilt(values[0], held, fresh=fresh)
 
 
-def leaves(value: Any) -> dict[Path, Any]:
-    """Leaves of nested containers, by path."""
+def leaves(value: Any, closed: Collection[Path] = ()) -> dict[Path, Any]:
+    """Leaves of nested containers, by path; also the containers at the paths that are not to be opened."""
     found: dict[Path, Any] = {}
-    mapped(lambda path, leaf: found.setdefault(path, leaf), value)
+    mapped(lambda path, leaf: found.setdefault(path, leaf), value, closed=closed)
     return found
 
 

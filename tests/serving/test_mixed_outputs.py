@@ -133,7 +133,10 @@ class Gives(nn.Module):
             "a sum": lambda: y.sum(0),
             "its words": lambda: self.words,
             "similarities": lambda: y @ y.mT,
+            "a list": lambda: list(y),
+            "a list of lengths": lambda: [{"over": row[row > 0]} for row in y],
             "a ragged list": lambda: [row[: 1 + i] for i, row in enumerate(y)],
+            "a list of several": lambda: [*y] if len(y) > 1 else [],
             "some rows": lambda: y[y[:, 0] > -9][1:],
             "an object": lambda: SimpleNamespace(y=y),
         }
@@ -171,9 +174,28 @@ def test_samples_that_are_the_second_side_are_found(how):
 
 
 @pytest.mark.parametrize("how", ["layered", "grouped"])
+@pytest.mark.parametrize("what", ["a list", "a list of lengths"])
+def test_lists_of_one_item_for_each_sample_are_sorted_back(what, how):
+    model, run, own, _ = _beside(what, how)
+    found = run()
+    assert len(found) == len(own)
+    for value, (expected,) in zip(found, own):
+        close(*((v if what == "a list" else v["over"]) for v in (value, expected)))
+    assert model.mixed.trusted == (how == "layered")
+
+
+@pytest.mark.parametrize("how", ["layered", "grouped"])
 @pytest.mark.parametrize(
     "what",
-    ["the size", "a sum", "its words", "a ragged list", "some rows", "an object"],
+    [
+        "the size",
+        "a sum",
+        "its words",
+        "a ragged list",
+        "a list of several",
+        "some rows",
+        "an object",
+    ],
 )
 def test_what_is_of_no_sample_is_refused(what, how):
     model, run, *_ = _beside(what, how)
@@ -327,13 +349,18 @@ class Lengthwise(nn.Module):
         return self.last(x)[None], self.last(x).mT
 
 
-def test_compiled_outputs_whose_samples_lie_on_another_side_equal_eager():
-    models = pool_of(seeded(Lengthwise))
+@pytest.mark.parametrize("make", [Lengthwise, lambda: Gives("a list")])
+@pytest.mark.parametrize("first", [True, False], ids=["at once", "later"])
+def test_compiled_outputs_whose_samples_lie_on_another_side_equal_eager(make, first):
+    """Also where nothing was run before that told where they lie."""
+    models = pool_of(seeded(make))
     model, x = exact_model(models), torch.randn(4, 4)
+    other = exact_model(models) if first else model
     for ids in ([1, 0, 1, 0], [0, 1, 1, 0]):
-        expected = model(x, task_ids=ids)
+        expected = other(x, task_ids=ids)
         found = torch.compile(model, backend="eager")(x, task_ids=ids)
-        assert all(map(torch.equal, found, expected))
+        for one, value in zip(found, expected, strict=True):
+            assert all(map(torch.equal, one, value))
 
 
 class Spread(nn.Module):

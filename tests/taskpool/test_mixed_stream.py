@@ -7,7 +7,7 @@ import torch
 from fusion_bench.method.emr_merging.emr_merging import EMRMerging as HostEMR
 from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.taskpool import CLIPVisionModelTaskPool
-from helpers import didi, pictures
+from helpers import PLAIN, didi, pictures, quick
 
 from fusion_bench_didi.method import DiDiMerging
 from fusion_bench_didi.routers.features import OracleRouter
@@ -85,7 +85,8 @@ def test_aliases_of_pool_and_method_add_up(tiny_clip, pool, kind, place):
     of_pool = {"pool": aliases, "method": None, "both": first}[place]
     of_method = {"pool": None, "method": aliases, "both": second}[place]
     tasks = pool(kind, task_aliases=of_pool)
-    method = DiDiMerging(budget=0.7, task_aliases=of_method)
+    settings = quick(PLAIN)  # those of what it is compared with
+    method = DiDiMerging(budget=0.7, task_aliases=of_method, **settings)
     method._program = SimpleNamespace(taskpool=tasks)
     model = method.run(BaseModelPool(models))
     expected = didi(tiny_clip.pool_models(), budget=0.7)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact_models import seeded
-from helpers import TRANSFORMERS, didi
+from helpers import TOWER, TRANSFORMERS, didi
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from saved_checkpoints import (
@@ -61,8 +61,12 @@ def change_config(directory: Path, **values) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def llava(tied: bool = False) -> nn.Module:
-    """A model that ties its head by the configuration of its text, whatever its own says."""
+def llava(tied: bool = False, whole: bool | None = None) -> nn.Module:
+    """A model that ties its head by the configuration of its text, whatever its own says; with transformers 5, where one of them does.
+
+    Args:
+        whole: what its own configuration says; the other thing if None.
+    """
     vision = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -77,7 +81,7 @@ def llava(tied: bool = False) -> nn.Module:
         vision_config=vision,
         text_config=text,
         vision_feature_layer=-1,
-        tie_word_embeddings=not tied,
+        tie_word_embeddings=not tied if whole is None else whole,
     )
     return seeded(lambda: LlavaForConditionalGeneration(config))
 
@@ -149,7 +153,7 @@ def before_rearranged(tensors: dict) -> dict:
     found = {}
     for name, value in tensors.items():
         name = name.replace("model.model.language_model.", "model.language_model.model.")  # fmt: skip
-        name = name.replace("model.model.vision_tower.", "model.vision_tower.")
+        name = name.replace(f"model.model.vision_tower.{TOWER}", "model.vision_tower.vision_model.")  # fmt: skip
         name = name.replace("model.model.multi_modal_projector.", "model.multi_modal_projector.")  # fmt: skip
         found[name.replace("model.lm_head.", "model.language_model.lm_head.")] = value
     assert not found.keys() & tensors.keys()
@@ -167,13 +171,14 @@ def before_rearranged(tensors: dict) -> dict:
     ids=["all towers", "one tower", "head and whole ones", "patterns of ends"],
 )
 def test_adapters_from_before_a_class_was_rearranged(tmp_path, settings):
-    """PEFT maps their names as transformers maps those of whole checkpoints."""
-    base = llava()
-    write_adapters(tmp_path, base, settings, before_rearranged)
+    """PEFT maps their names as transformers maps those of whole checkpoints; of modules that are saved whole, it does not with 5."""
+    base = llava(whole=False)  # PEFT would add to the embedding what is the head's
+    trained = write_adapters(tmp_path, base, settings, before_rearranged)
     merged = didi(pool_of(tmp_path, LlavaForConditionalGeneration), budget=1e9)
-    for task in "ab":
-        whole = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / task)
-        whole, found = whole.merge_and_unload().state_dict(), merged.materialize(task)
+    for task, model in trained.items():
+        if TRANSFORMERS < 5 or "modules_to_save" not in settings:
+            model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / task)
+        whole, found = model.merge_and_unload().state_dict(), merged.materialize(task)
         for name, value in found.state_dict().items():
             torch.testing.assert_close(value, whole[name], atol=1e-5, rtol=1e-5)
 

@@ -261,7 +261,8 @@ def test_configurations_of_exports_say_what_the_checkpoints_do(form, tmp_path):
     for task in ("t0", "t1"):
         config = LlamaConfig.from_pretrained(tmp_path / "out" / task)
         for key in OF_WRITERS:
-            assert getattr(config, key) == getattr(models[task].config, key)
+            told, own = (getattr(c, key, None) for c in (config, models[task].config))
+            assert told == own
 
 
 def test_settings_of_an_entry_are_its_models_too(tmp_path):
@@ -333,7 +334,7 @@ def test_what_forwards_read_of_configurations_is_the_tasks(make, tmp_path):
         found = model(**inputs, task_ids=["t1", "t0"]).logits
         for row, task in enumerate(("t1", "t0")):
             torch.testing.assert_close(found[row], expected[task].logits[row], rtol=1e-3, atol=1e-4)  # fmt: skip
-    assert model.backbone.config.decoder_start_token_id != 9
+    assert getattr(model.backbone.config, "decoder_start_token_id", None) != 9
 
 
 def written(model, prompt, **options) -> list[list[int]]:

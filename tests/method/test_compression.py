@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fusion_bench_didi import method as methods
 from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.method.baselines import compression
+from fusion_bench_didi.method.baselines.bitdelta import BitDelta
 from fusion_bench_didi.method.baselines.compression import DeltaCompression
 from fusion_bench_didi.models.dynamic import DynamicModel
 
@@ -131,6 +132,23 @@ def test_which_tensors_are_compressed(tiny_clip, tensors):
         wanted = {"linear": is_linear(name, value), "all": True}
         chosen = wanted.get(tensors, value.ndim > 1)
         assert (deltas.get(name).kind == "uniform") == chosen, name
+
+
+def test_a_method_without_the_settings_of_all_of_them_is_told_how_to_have_them():
+    class Bare(BitDelta):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+
+    class Undeclared(DeltaCompression):
+        def __init__(self, **kwargs):
+            super().__init__(tensors="linear", others="checkpoint", **kwargs)
+
+        def delta(self, name, task, tau):
+            return None
+
+    assert Bare(others="bfloat16").others == "bfloat16"
+    with pytest.raises(SettingsError, match="not take others, tensors, .*@auto_reg"):
+        Undeclared()
 
 
 def test_a_choice_that_there_is_not_is_refused():

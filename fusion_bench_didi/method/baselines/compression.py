@@ -3,7 +3,7 @@
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from torch import Tensor
 from ...deltas.base import Delta
 from ...deltas.plain import DenseDelta
 from ...deltas.sink import EncodedTensor
+from ...errors import SettingsError, some
 from ...options import refuse_idle
 from ...task_vectors.loop import Progress
 from ...task_vectors.reader import TaskVectors
@@ -41,10 +42,21 @@ class DeltaCompression(DynamicMethod):
     """Base of methods that compress each task vector for itself, tensor by tensor; nothing is shared.
 
     Subclasses take ``tensors`` and ``others``, and say how one tensor of one task is stored.
+
+    Raises:
+        SettingsError: for a subclass whose constructor does not take these two.
     """
 
     tensors: Compressed
     others: Others
+
+    def __init__(self, **kwargs: Any):
+        if missing := {"tensors", "others"}.difference(self._config_mapping.values()):
+            raise SettingsError(
+                f"{type(self).__name__} does not take {some(missing)}, which every DeltaCompression has. Make them arguments of its "
+                "constructor, which @auto_register_config before the class turns into its settings."
+            )
+        super().__init__(**kwargs)
 
     @abstractmethod
     def delta(self, name: str, task: str, tau: Tensor) -> Delta | None:

@@ -54,6 +54,8 @@ def compare(
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
+    from ..programs.entries import searched
+
     keys = [one.partition("=")[0].lstrip("+~") for one in overrides]
     for option, stands_for in _STANDS_FOR.items():
         if options.given(option):
@@ -65,10 +67,13 @@ def compare(
         "seed": seed,
     }
     try:
-        config = initialize_hydra_config("didi_compare", list(overrides))
+        config = initialize_hydra_config(
+            "didi_compare", list(overrides), return_hydra_config=True
+        )
     except (HydraException, OmegaConfBaseException) as error:
         raise _not_composed(error) from None
     with open_dict(config):
+        places = config.pop("hydra").searchpath
         for key in here.keys() - set(keys):
             OmegaConf.update(config, key, here[key])
         if only:
@@ -91,7 +96,8 @@ def compare(
     except OmegaConfBaseException as error:
         raise _not_composed(error) from None
     options.silence_host()
-    instantiate(config).run()
+    with searched(places):
+        instantiate(config).run()
 
 
 def _not_composed(error: Exception) -> click.BadParameter:

@@ -23,7 +23,15 @@ from ..checkpoint.directory import check_target
 from ..errors import some
 from ..files import from_home
 from ..report.comparison import REFERENCES
-from .entries import Entry, completed, declared, one_line, parts_of, refuse
+from .entries import (
+    Entry,
+    completed,
+    declared,
+    one_line,
+    parts_of,
+    refuse,
+    search_path,
+)
 
 
 def checked(
@@ -111,6 +119,8 @@ def _told(key: str, error: Exception) -> str:
         known = _method_names()
         close = get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"There are {some(known, 12)}."
+        if "." in name:
+            hint += f" A class is given as method: {{_target_: {name}}}."
         return f"{where}: there is no method {name}. {hint}"
     text = one_line(error)
     if text.startswith(where):
@@ -129,7 +139,8 @@ def _method_names() -> list[str]:
 
 def _named(loader: ConfigLoader, group: str) -> Iterator[str]:
     """Names of the configurations of a group and of those within it, as they are after ``method=``."""
-    for name in loader.get_group_options(group, ObjectType.CONFIG):
+    searched = {"overrides": search_path()}
+    for name in loader.get_group_options(group, ObjectType.CONFIG, **searched):
         yield f"{group}/{name}".partition("/")[2]
-    for name in loader.get_group_options(group, ObjectType.GROUP):
+    for name in loader.get_group_options(group, ObjectType.GROUP, **searched):
         yield from _named(loader, f"{group}/{name}")

@@ -1,8 +1,10 @@
 """What a comparison is asked to run: one entry per row, read and checked before anything runs."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -12,6 +14,7 @@ from fusion_bench.utils import import_object
 from fusion_bench.utils.hydra_utils import get_default_config_path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError
 
@@ -262,6 +265,28 @@ def fitted(fit: Mapping[str, int], smallest_side: int) -> dict[str, int]:
     return {key: max(1, round(value * scale)) for key, value in ranks.items()}
 
 
+#: Folders that are searched for configurations beside the host's and the plugins', where no Hydra program runs that knows its own.
+_SEARCHED: ContextVar[Sequence[str]] = ContextVar("searched", default=())
+
+
+@contextmanager
+def searched(places: Sequence[str]) -> Iterator[None]:
+    """While the block runs, methods are looked for in these places too, as of ``hydra.searchpath``."""
+    earlier = _SEARCHED.set(places)
+    try:
+        yield
+    finally:
+        _SEARCHED.reset(earlier)
+
+
+def search_path() -> list[str]:
+    """The override by which a composition finds the configurations that the run itself finds; none where it was given no place."""
+    places = _SEARCHED.get()
+    if not places and HydraConfig.initialized():
+        places = HydraConfig.get().searchpath
+    return [f"hydra.searchpath={json.dumps([*places])}"] if places else []
+
+
 def _hydra() -> AbstractContextManager[Any]:
     """Hydra with the host's configuration, whose own start looks up by which line of the program it is called."""
     return initialize_config_dir(get_default_config_path(), version_base=None)
@@ -271,6 +296,7 @@ def _compose(name: str, parts: Mapping[str, str]) -> DictConfig:
     # pools are the program's, and composing those of the host's example would take longest
     overrides = [f"method={name}", "~modelpool", "~taskpool"]
     overrides += [f"method@method.{key}={value}" for key, value in parts.items()]
+    overrides += search_path()
     begun = GlobalHydra.instance().is_initialized()  # by the command line
     with nullcontext() if begun else _hydra():
         config = compose(_ROOT, overrides=overrides)

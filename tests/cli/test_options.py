@@ -155,6 +155,19 @@ def test_an_override_counts_where_no_option_says_otherwise(demo_suite, tmp_path)
     assert not (place / "comparison.html").exists()
 
 
+def test_a_comparison_searches_where_its_overrides_say(demo_suite, tmp_path):
+    """A method of the user's own is a row by its name."""
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    own = "_target_: fusion_bench_didi.method.EMRMerging\n"
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text(own)
+    told = run(
+        *("compare", "-o", tmp_path / "out", *small(demo_suite), "dry_run=true"),
+        *(f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "--only", "mine"),
+        "+entries.mine={method: mine, group: dynamic}",
+    )
+    assert "Nothing is known to fail of mine" in told
+
+
 @pytest.mark.parametrize("device", ["cuda", "nowhere", "meta", "cuda:99"])
 @pytest.mark.parametrize("command", ["merge", "add-task", "rescale", "serve"])
 def test_a_device_that_is_not_to_be_had_is_told(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from helpers import demo_pools
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from fusion_bench_didi.checkpoint.fields import sealed
@@ -29,6 +30,7 @@ from fusion_bench_didi.programs.entries import (
     composed,
     fitted,
     read_entries,
+    searched,
 )
 from fusion_bench_didi.programs.results import retention
 from fusion_bench_didi.programs.rows import RowStore, differences
@@ -470,6 +472,7 @@ KNOWN_TO_FAIL = [
     ({"method": "simple_averag"}, "no method simple_averag. Did you mean simple_av"),
     ({"method": "didi/emrr"}, "no method didi/emrr. Did you mean didi/emr?"),
     ({"method": "nothing_like_it"}, r"no method nothing_like_it. There are .* more"),
+    ({"method": "mine.Signs"}, r"method: {_target_: mine.Signs}"),
     ({"method": "didi/routed", "choose": {"base_method": "didi/mm"}}, "method didi/mm"),
     (
         {"overrides": {"budgt": 1}},
@@ -494,6 +497,37 @@ KNOWN_TO_FAIL = [
     ({"fit_to_side": {"budget": 1}}, "fit_to_side has no at"),
     ({"fit_to_side": {"at": 8, "k": 1}}, "fit_to_side sets k"),
 ]
+
+
+@pytest.fixture
+def own_place(tmp_path) -> str:
+    """A place of configurations that holds a method ``halved``."""
+    file = tmp_path / 'it\'s "mine"' / "method" / "halved.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("_target_: fusion_bench_didi.method.DiDiMerging\nbudget: 0.5\n")
+    return f"file://{file.parents[1]}"
+
+
+HALVED = Entry("halved", "halved", "halved", "dynamic")
+
+
+def test_methods_are_found_where_the_run_searches(own_place, monkeypatch):
+    """That of Hydra's own program, as of ``fusion_bench``."""
+    path = [f"hydra.searchpath={json.dumps([own_place])}"]
+    run = initialize_hydra_config("didi_compare", path, return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", run)
+    assert composed(HALVED)["budget"] == 0.5
+
+
+def test_methods_are_found_where_the_caller_searches(cache, own_place, tmp_path):
+    entry = {"method": "halvd", "group": "dynamic"}
+    with searched([own_place]):
+        assert composed(HALVED)["budget"] == 0.5
+        with pytest.raises(ComparisonError, match="halvd. Did you mean halved?"):
+            compare(cache, tmp_path / "run", entries={"x": entry}, dry_run=True)
+    with pytest.raises(ComparisonError, match="no method halved. There are"):
+        entry = {"method": "halved", "group": "dynamic"}
+        compare(cache, tmp_path / "run", entries={"x": entry}, dry_run=True)
 
 
 def test_what_is_known_to_fail_is_told_together_before_anything_is_read(

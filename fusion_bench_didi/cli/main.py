@@ -22,7 +22,8 @@ Examples:
   didi serve merged                                 answer HTTP requests, a model name per task
   didi settings didi                                every setting of a method, explained
 
-The same from Python: fusion_bench_didi.merge, load, DiDiMerging; with task pools: fusion_bench method=didi ...
+The same from Python: fusion_bench_didi.DiDiMerging(budget=0.5).run({"_pretrained_": base, "mnist": a, "svhn": b}) on models, and
+fusion_bench_didi.load("merged"); with task pools: fusion_bench method=didi ...
 """
 
 

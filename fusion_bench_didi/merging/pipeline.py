@@ -7,12 +7,13 @@ the pool changes a bit of the result. Of several processes each does this for th
 knows all curves, so that all decide alike.
 """
 
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,6 +107,31 @@ class Plan:
         )
 
 
+P = ParamSpec("P")
+Found = TypeVar("Found")
+
+
+def _of_task_vectors(function: Callable[P, Found]) -> Callable[P, Found]:
+    """A function whose first argument are task vectors, and that says what merges models where it is given these.
+
+    Raises:
+        SettingsError: from the function, for anything else.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Found:
+        for first in (*args[:1], *(kwargs[k] for k in ["task_vectors"] if k in kwargs)):
+            if not isinstance(first, TaskVectors):
+                raise SettingsError(
+                    f"{function.__name__} takes TaskVectors and MergeSettings, and {type(first).__name__} is given. Models are merged by "
+                    'DiDiMerging(budget=1.4).run({"_pretrained_": base, "mnist": model, "svhn": other}).'
+                )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_of_task_vectors
 def plan(
     task_vectors: TaskVectors,
     settings: MergeSettings,
@@ -254,6 +280,7 @@ def _allocated(
     return decisions, spent
 
 
+@_of_task_vectors
 def merge(
     task_vectors: TaskVectors,
     settings: MergeSettings,

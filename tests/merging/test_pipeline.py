@@ -19,8 +19,9 @@ from merged_tasks import assert_task_weights, gpt2, pool
 from safetensors.torch import load_file
 
 from fusion_bench_didi.deltas.plain import LowRankDelta
+from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.lowrank.decomposition import Coupling
-from fusion_bench_didi.merging.pipeline import merge
+from fusion_bench_didi.merging.pipeline import merge, plan
 from fusion_bench_didi.merging.settings import Budget
 
 
@@ -76,6 +77,16 @@ def test_budget_is_kept_and_used_up(make, choice, ratio, include_backbone):
     assert 0 <= rest < max(per_rank)
     counted = result.storage.x_incl if include_backbone else result.storage.x_excl
     assert counted <= budget.ratio
+
+
+@pytest.mark.parametrize("function", [merge, plan])
+def test_models_are_not_task_vectors(function, tiny_clip):
+    with pytest.raises(SettingsError, match="CLIPVisionModel is given. .*DiDiMerging"):
+        function(tiny_clip.base, tiny_clip.tuned, budget=0.5)
+    with pytest.raises(SettingsError, match="dict is given. .*DiDiMerging"):
+        function(task_vectors=tiny_clip.tuned)
+    with pytest.raises(TypeError):
+        function()
 
 
 def test_ranks_and_errors_are_those_of_what_is_stored(tiny_clip):

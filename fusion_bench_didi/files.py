@@ -23,10 +23,14 @@ def from_home(place: str | Path) -> Path:
     """A place whose ``~`` or ``~user`` stands for a home directory.
 
     Raises:
-        DiDiError: for that of a user whom the system does not know.
+        DiDiError: for that of a user whom the system does not know, and for what is no place, as a model in memory.
     """
     try:
         return Path(place).expanduser()
+    except TypeError as error:
+        raise DiDiError(
+            f"A directory or the name of a repository is expected, and {type(place).__name__} is given."
+        ) from error
     except RuntimeError as error:
         raise DiDiError(
             f"{place} begins with the home directory of a user whom this system does not know. Write the whole path."

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from ..artifacts.saving import load
 from ..checkpoint.directory import check_target
 from ..errors import DiDiError, SettingsError
@@ -40,10 +42,15 @@ def export(
         settings: of :class:`~.settings.AdapterSettings`, for ``form=peft``.
 
     Raises:
-        SettingsError: for settings that there are not, and for those of another form.
+        SettingsError: for settings that there are not, for those of another form, and for a model in memory.
         DiDiError: if what lies there is no dynamic model, or cannot be exported.
         FileExistsError: if ``out`` exists and ``overwrite`` is false, or it is no export, or other weights lie in it.
     """
+    if isinstance(directory, nn.Module):
+        raise SettingsError(
+            f"export takes the directory of a saved merged model, and {type(directory).__name__} is given. Give it to to_peft, to_plain "
+            "or to_patch, or the directory that it was saved in."
+        )
     if form not in get_args(Form):
         raise SettingsError(
             f"form={form!r} is none of {', '.join(get_args(Form))}. Choose one of them."

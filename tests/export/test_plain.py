@@ -18,7 +18,9 @@ from transformers import (
     MarianMTModel,
 )
 
+from fusion_bench_didi import load
 from fusion_bench_didi.deltas.plain import DenseDelta
+from fusion_bench_didi.errors import DiDiError, SettingsError
 from fusion_bench_didi.export import export, to_patch, to_peft, to_plain
 from fusion_bench_didi.models.dynamic import DiDiModel
 
@@ -36,6 +38,15 @@ def test_a_checkpoint_is_materialize_bit_for_bit(make, dtype, tmp_path):
     for name, value in found.state_dict().items():
         assert torch.equal(value, wanted[name]), name
     assert set(report.bytes) == {"mnist", "svhn"}
+
+
+def test_a_model_is_no_directory_of_one(tmp_path):
+    model = didi(family(llama()), budget=0.5)
+    with pytest.raises(SettingsError, match="DiDiModel is given. .*to_plain"):
+        export(model, tmp_path / "out", form="plain")
+    with pytest.raises(DiDiError, match="directory .* expected, and DiDiModel is"):
+        load(model)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokenizer_and_generation_config_come_along(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..report.units import readable
-from .overview import is_repository, place_of
+from .overview import is_repository, place_of, told_edit
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def model_card(config: Mapping[str, Any], facts: CardFacts = CardFacts()) -> str
         tags=["model-merging", "didi-merging"],
     )
     error, edits = info.get("relative_error"), info.get("edits") or ()
-    edits = [f"{e['operation']} {e.get('task', '')}".strip() for e in edits]
+    edits = [told_edit(edit) for edit in edits]
     lines = [
         "---",
         header.to_yaml(),

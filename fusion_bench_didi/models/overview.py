@@ -86,6 +86,8 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
         within = isinstance(counted, Mapping) and counted.get("include_backbone")
         where = ", the backbone counted" if within else " beyond the backbone"
         facts["budget"] = f"{float(budget):g}{where}"
+        if info.get("edits") and info["edits"][-1]["operation"] != "rescale":
+            facts["budget"] += ", before it was edited"
     if storage:
         facts["storage"] = storage_line(storage)
         facts["parts"] = _parts(storage)
@@ -105,11 +107,18 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
         facts["error"] = f"{error:.2g} of the task vectors' energy is not reproduced"
         if any(told.get("excluded") for told in info.get("tensors", {}).values()):
             facts["error"] += ", excluded tensors not counted"
+    if edits := info.get("edits"):
+        facts["edited"] = ", ".join(map(told_edit, edits))
     if router := config.get("router"):
         facts["router"] = router["kind"]
     if version := config.get("versions", {}).get("fusion-bench-didi"):
         facts["written"] = f"by fusion_bench_didi {version}"
     return facts
+
+
+def told_edit(edit: Mapping[str, Any]) -> str:
+    """An edit after the merge: what was done, with which task if with one."""
+    return f"{edit['operation']} {edit.get('task', '')}".strip()
 
 
 def tasks_of(config: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

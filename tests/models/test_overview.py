@@ -6,9 +6,9 @@ import pytest
 from helpers import didi
 
 from fusion_bench_didi.checkpoint.deltas import read_config
-from fusion_bench_didi.editing import add_task
+from fusion_bench_didi.editing import add_task, remove_task, rescale
 from fusion_bench_didi.models.dynamic import DiDiModel
-from fusion_bench_didi.models.overview import overview
+from fusion_bench_didi.models.overview import facts_of, overview
 
 
 @pytest.fixture
@@ -63,6 +63,21 @@ def test_notebooks_get_a_table_without_markup_of_names(merged):
     merged.info["parents"] = {task: "<script>" for task in merged.tasks}
     page = merged._repr_html_()
     assert page.count("<tr>") >= 6 and "<script>" not in page
+
+
+def test_a_budget_is_told_with_the_edits_since(tiny_clip):
+    models = tiny_clip.pool_models()
+    model = didi({n: models[n] for n in list(models)[:3]}, budget=1.2)
+    assert "edited" not in facts_of(model.described())
+    add_task(model, models["eurosat"], "eurosat", budget=0.2)
+    remove_task(model, "svhn")
+    told = facts_of(model.described())
+    assert told["budget"] == "1.2 beyond the backbone, before it was edited"
+    assert told["edited"] == "add eurosat, remove svhn"
+    rescale(model, budget=0.3)
+    told = facts_of(model.described())
+    assert told["budget"] == "0.3 beyond the backbone"
+    assert told["edited"] == "add eurosat, remove svhn, rescale"
 
 
 def test_no_budget_at_all_is_told_of_directories_too(tiny_clip, tmp_path):

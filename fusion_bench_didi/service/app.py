@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from ..errors import DiDiError
@@ -58,13 +59,16 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
             raise Refused(400, f"{tokens} tokens are asked for, at most {limits.tokens}.")  # fmt: skip
         return tokens
 
+    def check_model(name: str) -> None:
+        """Before all else: what is right of the rest depends on it, or the caller means another service."""
+        if name not in names:
+            raise Refused(404, f"The model {name!r} does not exist; there are {names}.")
+
     async def answers(
         name: str, asked: Sequence[Any], row: Callable[[str | None, Any], Row]
     ) -> list[Any]:
         if len(asked) > (most := min(limits.batch, limits.queue)):
             raise Refused(400, f"{len(asked)} inputs in one request, at most {most}.")
-        if name not in names:
-            raise Refused(404, f"The model {name!r} does not exist; there are {names}.")
         task = None if name == ROUTED and ROUTED not in model.tasks else name
         rows = await asyncio.to_thread(lambda: [row(task, one) for one in asked])
         waiting = app.state.batcher.submit(rows)
@@ -92,6 +96,7 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
 
         @app.post("/v1/completions")
         async def completions(asked: CompletionRequest) -> dict[str, Any]:
+            check_model(asked.model)
             tokens = bounded(asked.max_tokens) or min(TOKENS, limits.tokens)
             found = await answers(
                 asked.model,
@@ -103,6 +108,7 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
 
         @app.post("/v1/chat/completions")
         async def chat(asked: ChatRequest) -> dict[str, Any]:
+            check_model(asked.model)
             tokens = bounded(asked.tokens)
             found = await answers(
                 asked.model,
@@ -117,6 +123,7 @@ def make_app(runner: Runner, limits: Limits = Limits()) -> FastAPI:
 
         @app.post("/v1/classify")
         async def classify(asked: ClassifyRequest) -> dict[str, Any]:
+            check_model(asked.model)
             given = asked.image if runner.images else asked.input
             if given is None:
                 key = "image (base64)" if runner.images else "input (texts)"
@@ -176,10 +183,15 @@ def _told(request: Request | None, error: Exception) -> JSONResponse:
         status, reason = 400, faults(
             error.errors(), error.body, ASKED[request.url.path]
         )
+        if isinstance(error.body, bytes):  # which nobody has read
+            reason = "The body is not sent as JSON; send the header content-type: application/json."
     elif isinstance(error, HTTPException):
         status, reason = error.status_code, str(error.detail)
         if status == 400:  # the host's, of bodies that are no text
             reason = "The body is not JSON in UTF-8."
+        elif status in (404, 405):
+            asked = f"{request.method} {request.url.path}"
+            reason = f"There is no {asked}; this model answers {_answered(request)}."
     elif isinstance(error, DiDiError):
         status, reason = 500, str(error)
     else:
@@ -187,6 +199,12 @@ def _told(request: Request | None, error: Exception) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
     body = {"error": {"message": reason, "type": kind, "code": status}}
     return JSONResponse(body, status, headers)
+
+
+def _answered(request: Request) -> str:
+    """What may be asked of the application, methods and paths."""
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
+    return ", ".join(f"{' '.join(route.methods)} {route.path}" for route in routes)
 
 
 class BodyLimit:

@@ -166,6 +166,41 @@ def test_bad_requests_are_told_why(ask, status, told, change):
     assert ask.post("/v1/completions", json=GOOD).status_code == 200
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain"])
+def test_bodies_that_are_sent_as_something_else_are_told_what_as(ask, kind):
+    """As curl sends them where no header is given."""
+    body = json.dumps(GOOD).encode()
+    answer = ask.post("/v1/completions", content=body, headers={"content-type": kind})
+    assert answer.status_code == 400
+    told = answer.json()["error"]["message"]
+    assert told.endswith("send the header content-type: application/json.")
+
+
+def test_other_paths_are_told_which_there_are(ask):
+    paths = (
+        "GET /health, GET /v1/models, POST /v1/completions, POST /v1/chat/completions."
+    )
+    for method, path, status in (
+        ("POST", "/v1/classify", 404),
+        ("GET", "/v1/completions", 405),
+    ):
+        answer = ask.request(method, path)
+        assert answer.status_code == status
+        told = answer.json()["error"]["message"]
+        assert told == f"There is no {method} {path}; this model answers {paths}"
+
+
+def test_a_model_that_there_is_not_is_told_first(ask, texts):
+    change = {"model": "four", "max_tokens": 9, "prompt": ["w1"] * 5}
+    found = ask.post("/v1/completions", json={**GOOD, **change})
+    assert found.status_code == 404 and "'four' does not exist" in found.text
+    with client(open_runner(texts, limits=LIMITS)) as other:
+        found = other.post("/v1/classify", json={"model": "four", "image": "aa"})
+        assert found.status_code == 404 and "'four' does not exist" in found.text
+        found = other.post("/v1/classify", json={"model": "one", "image": "aa"})
+        assert found.status_code == 400 and "classifies input" in found.text
+
+
 def test_bodies_that_are_no_json_or_of_no_told_length(ask):
     kind = {"content-type": "application/json"}
     path = "/v1/completions"
@@ -178,7 +213,7 @@ def test_bodies_that_are_no_json_or_of_no_told_length(ask):
     for body in (b"{", b"[1]", b'"x"', b""):
         assert told(body).startswith("The body is not a JSON object; send one with")
     assert told(b"\x80\x04N.") == "The body is not JSON in UTF-8."
-    assert "as application/json" in told(b"\x80\x04N.", {})
+    assert "content-type: application/json" in told(b"\x80\x04N.", {})
     both = told(b"{}")
     assert "model is missing" in both and "prompt is missing" in both
 

@@ -85,7 +85,9 @@ def push(
     Example:
       didi push merged me/clip-eight-tasks --base-model openai/clip-vit-base-patch32 --license mit
     """
+    from ..checkpoint.hub import check_upload
     from ..models import DynamicModel
 
+    check_upload(repository)  # before a model is read for nothing
     model = DynamicModel.from_pretrained(directory, base)
     click.echo(model.push_to_hub(repository, private=private or None, **given))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..checkpoint.hub import upload
+from ..checkpoint.hub import repository_for, upload
 from .interface import Merged
 from .model_card import CardFacts
 from .overview import is_repository, place_of
@@ -30,10 +30,17 @@ def push(
 ) -> str:
     """Save the merged model to a temporary directory and upload that; where the commit is to be seen.
 
+    The repository is made first, so that one that may not be written to is told before files are.
+
     Args:
         base_model: repository of the base model, where the merge took it from a directory or from memory.
-        private, token, revision, message: as of :func:`~fusion_bench_didi.checkpoint.hub.upload`.
+        private, token: as of :func:`~fusion_bench_didi.checkpoint.hub.repository_for`.
+        revision, message: as of :func:`~fusion_bench_didi.checkpoint.hub.upload`.
+
+    Raises:
+        DiDiError: if the hub refuses or cannot be asked.
     """
+    name = repository_for(repository, private=private, token=token)
     published = copy.copy(model)
     published.info = portable(model.info, base_model)
     source = place_of(published.info.get("backbone", {}).get("source"))
@@ -48,8 +55,7 @@ def push(
         save(published, directory, overwrite=False, card=card)
         return upload(
             directory,
-            repository,
-            private=private,
+            name,
             token=token,
             revision=revision,
             message=message,

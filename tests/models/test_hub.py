@@ -10,14 +10,16 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from commands import run
 from fusion_bench.modelpool import CLIPVisionModelPool
 from helpers import didi, floats, same_bits
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 
 import fusion_bench_didi
 from fusion_bench_didi.editing import rescale
 from fusion_bench_didi.errors import DiDiError
+from fusion_bench_didi.models import publishing
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.models.overview import is_repository
 from fusion_bench_didi.models.publishing import portable
@@ -57,6 +59,7 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Hub:
     stub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "HfApi", stub)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stub.snapshot_download)
     return stub
@@ -122,6 +125,50 @@ def test_a_base_model_that_no_reader_can_find_is_said(hub, merged, caplog):
     assert ("branch", "try") in hub.calls
     with pytest.raises(DiDiError, match="does not say where its backbone"):
         DiDiModel.from_pretrained("me/merged")
+
+
+def refusal(status: int) -> HfHubHTTPError:
+    response = SimpleNamespace(headers={}, request=None, status_code=status)
+    return HfHubHTTPError(f"{status} Client Error.\n\nMore of it.", response=response)
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (refusal(401), r"me/m cannot .*\(HfHubHTTPError: 401 .*hf auth login.$"),
+        (refusal(403), r"hf auth login.$"),
+        (refusal(500), r"\(HfHubHTTPError: 500 .*Mend the name or the connection"),
+        (ConnectionError(), r"\(ConnectionError\). Mend the name or the connection"),
+    ],
+)
+def test_a_repository_that_may_not_be_written_to_is_told_before_files_are_made(
+    hub, merged, monkeypatch, error, told
+):
+    def create_repo(*_, **__):
+        raise error
+
+    monkeypatch.setattr(hub, "create_repo", create_repo)
+    monkeypatch.setattr(publishing, "save", lambda *_, **__: 1 / 0)
+    with pytest.raises(DiDiError, match=told):
+        merged.push_to_hub("me/m")
+
+
+def test_an_upload_that_breaks_off_is_told_in_a_line(hub, merged, monkeypatch):
+    def upload_folder(**_):
+        raise refusal(403)
+
+    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    with pytest.raises(DiDiError, match="me/m cannot be written to.*hf auth login"):
+        merged.push_to_hub("me/m")
+
+
+def test_what_cannot_be_uploaded_is_told_before_a_model_is_read(hub, monkeypatch):
+    with pytest.raises(DiDiError, match="no name that a repository can have"):
+        run("push", "nowhere", "me/a b")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DiDiError, match="HF_HUB_OFFLINE is set. Unset it"):
+        run("push", "nowhere", "me/m")
+    assert not hub.calls
 
 
 def test_a_repository_that_is_not_there_is_said(hub):

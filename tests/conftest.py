@@ -37,7 +37,8 @@ LEVELS: dict[str | None, int] = {}
 
 def pytest_collection_finish() -> None:
     """What was imported and collected stays to the end: no test looks through half a million objects for garbage."""
-    for name in (None, "fusion_bench_didi"):
+    libraries = ("lightning", "lightning.fabric", "lightning.pytorch")
+    for name in (None, "fusion_bench_didi", *libraries):
         LEVELS[name] = logging.getLogger(name).level
     gc.collect()
     gc.freeze()

@@ -1,8 +1,10 @@
 """``didi merge`` and ``didi settings``."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import click
 from ..errors import CheckpointMismatchError, DiDiError, SettingsError, spelled
 from ..files import as_text, from_home
 from . import options
+
+#: Loggers with levels of their own, which count for nothing what all others were told.
+_LIGHTNING = ("lightning", "lightning.fabric", "lightning.pytorch")
 
 
 @click.command(no_args_is_help=True)
@@ -83,7 +88,9 @@ def merge(
         fabric.launch()
     made._fabric_instance = fabric
     start = time.perf_counter()
-    model = made.run(adapted(pool))  # the host's methods merge whole models
+    heard = nullcontext() if made.config.get("dry_run") else options.host_unheard()
+    with heard:
+        model = made.run(adapted(pool))  # the host's methods merge whole models
     if model is None or not fabric.is_global_zero:
         return
     if not made.config.get("output_dir"):
@@ -96,6 +103,9 @@ def merge(
 def _fabric(device: str, devices: int | None) -> tuple[Any, int]:
     """The host's engine, on the processes that ``torchrun`` started or on so many that it starts itself; how many there are."""
     import lightning
+
+    for name in _LIGHTNING:  # which say twice what processes there are
+        logging.getLogger(name).setLevel(logging.getLogger().level)
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
     nodes = 1

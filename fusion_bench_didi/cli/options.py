@@ -1,6 +1,9 @@
 """Options that several commands have."""
 
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import click
@@ -126,6 +129,24 @@ def silence_host() -> None:
     from fusion_bench.utils import instantiate_utils
 
     instantiate_utils.set_print_function_call_permeanent(False)
+
+
+@contextmanager
+def host_unheard() -> Iterator[None]:
+    """While the block runs, what the host's methods print is dropped, unless what is logged is asked for; bars are shown."""
+    if click.get_current_context().find_root().params["verbose"]:
+        yield
+        return
+    import rich
+
+    console = rich.get_console()
+    before = console.__dict__
+    rich.reconfigure(file=sys.stdout)  # bars stay where they are seen
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        console.__dict__ = before
 
 
 def given(name: str) -> bool:

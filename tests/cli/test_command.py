@@ -212,6 +212,7 @@ def test_processes_write_what_one_writes(merged, tiny_clip_dir, tmp_path, start,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("merged in") == 1
+    assert "distributed" not in done.stdout + done.stderr
     written, alone = (d / "model.safetensors" for d in (tmp_path / "two", merged))
     assert written.read_bytes() == alone.read_bytes()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 import pytest
+import rich
 import torch
 from commands import run
 from helpers import BASE
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 import fusion_bench_didi
+from fusion_bench_didi.cli import didi, options
 from fusion_bench_didi.errors import CheckpointMismatchError, ModelPoolError
 
 TASKS = ("mnist", "svhn")
@@ -38,6 +40,26 @@ def test_models_keep_the_type_of_their_checkpoints(
         out = tmp_path / "plain" / "svhn"
     found = load_file(out / "model.safetensors").values()
     assert {v.dtype for v in found if v.is_floating_point()} == {dtype}
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "didi/se_merging"])
+def test_what_the_hosts_methods_print_is_left_out(
+    tiny_clip_dir, tmp_path, capfd, method
+):
+    line = ["merge", *places(tiny_clip_dir), "--method", method, "-o"]
+    told = run(*line, tmp_path / "m") + "".join(capfd.readouterr())
+    assert "Profiler" not in told and "load model" not in told
+    assert "merged in" in told
+    assert "Profiler Report" in run("-v", *line, tmp_path / "loud")
+
+
+def test_bars_are_shown_while_the_host_is_unheard(capsys):
+    with didi.make_context("didi", ["merge"]):
+        with options.host_unheard():
+            print("the host's")
+            rich.get_console().print("a bar's")
+        print("afterwards")
+    assert capsys.readouterr().out.split("\n") == ["a bar's", "afterwards", ""]
 
 
 @pytest.mark.parametrize("first", ["didi/emr", "simple_average"])

@@ -10,7 +10,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "serving.md"
 TARGETS = {"one task": 1.0, "mixed": 1.3, "routed": 1.5}
 #: what of a ratio of 1.00 is noise
 NOISE = 0.03
-TEXT = """# Serving: a batch of several tasks against the plain model
+TEXT = """# Benchmark: a batch of several tasks beside the plain model
 
 `python -m benchmarks.serving` merges DiDi-M (1.40, eight tasks) and times a batch of 64 images: under one task that is set,
 with a task per image ("mixed"), and with tasks found by the projection router ("routed"). All ratios are to the plain model

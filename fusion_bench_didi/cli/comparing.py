@@ -40,13 +40,14 @@ def compare(
 ) -> None:
     """Run many methods on one suite, and print one table of accuracy and storage.
 
-    A run that was stopped goes on where it was. OVERRIDES are those of fusion_bench --config-name didi_compare, which is
-    the same: modelpool=... taskpool=...
+    A run that was stopped goes on where it was; restart=true forgets the rows that lie there. OVERRIDES are those of
+    fusion_bench --config-name didi_compare, which is the same: modelpool=... taskpool=...
 
     \b
     Examples:
       didi compare -o outputs/demo --only pretrained,individuals,didi_140,emr
       didi compare -o outputs/mine --suite ./suite
+      didi compare -o outputs/demo --tasks digits,signs restart=true
     """
     from fusion_bench.utils import instantiate
     from fusion_bench.utils.hydra_utils import initialize_hydra_config

@@ -3,8 +3,9 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
     """The host's pool of directories, every model in the type that its checkpoint says.
 
     Raises:
-        click.BadParameter: for two tasks of one name, and for a name that is no task's.
+        click.BadParameter: for two tasks of one name, for a name that is no task's, and for a class that transformers lacks.
     """
     from fusion_bench.modelpool import BaseModelPool
 
@@ -152,10 +153,29 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
                 f"two models are called {task!r}; give TASK=MODEL.", param_hint="models"
             )
         places[task] = as_text(place)
+    if model_class is not None:
+        _check_class(model_class)
     name = model_class or _class_of(places)
     load = {"_target_": f"transformers.{name}.from_pretrained", TYPE: "auto"}
     key = "pretrained_model_name_or_path"
     return BaseModelPool({n: {**load, key: place} for n, place in places.items()})
+
+
+def _check_class(name: str) -> None:
+    """A class must be one of transformers.
+
+    Raises:
+        click.BadParameter: naming the nearest that is.
+    """
+    import transformers
+
+    if hasattr(transformers, name):
+        return
+    close = get_close_matches(name, dir(transformers), n=1)
+    hint = f"Did you mean {close[0]}?" if close else "Leave it out for the models' own."
+    raise click.BadParameter(
+        f"transformers has no class {name}. {hint}", param_hint="--model-class"
+    )
 
 
 def _class_of(places: dict[str, str]) -> str:
@@ -227,12 +247,13 @@ def _method(name: str, given: dict[str, Any], out: str, overwrite: bool) -> Any:
     from hydra.errors import ConfigCompositionException, MissingConfigException
     from omegaconf import OmegaConf
 
+    from ..programs.checks import method_names
     from ..programs.entries import Entry, composed
 
     try:
         config = composed(Entry(name, name, name, "dynamic"))
     except (MissingConfigException, ConfigCompositionException):
-        raise _no_method(name) from None
+        raise _no_method(name, method_names()) from None
     _check_keys(name, given, config)
     merged = OmegaConf.merge(config, given)
     if "output_dir" in config and not merged.get("dry_run"):
@@ -270,10 +291,18 @@ def _methods() -> dict[str, Path]:
     }
 
 
-def _no_method(name: str) -> click.UsageError:
+def _no_method(name: str, known: Iterable[str]) -> click.UsageError:
+    """The error for a method that there is not.
+
+    Args:
+        known: those that may have been meant, also by the last part of their names alone; the ones of this package are told if none was.
+    """
     from ..options import nearest
 
-    return click.UsageError(f"There is no method {name}. {nearest(name, _methods())}")
+    parts = {one.rpartition("/")[2]: one for one in known}
+    close = get_close_matches(name.rpartition("/")[2].lower(), parts, n=1)
+    hint = f"Did you mean {parts[close[0]]}?" if close else nearest(name, _methods())
+    return click.UsageError(f"There is no method {name}. {hint}")
 
 
 def _save(model: Any, out: str, method: str, *, overwrite: bool) -> None:
@@ -312,4 +341,4 @@ def settings(method: str | None) -> None:
     elif method in names:
         click.echo(names[method].read_text().rstrip())
     else:
-        raise _no_method(method)
+        raise _no_method(method, names)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..report.units import storage_line
 from .base import Delta
 from .grouped import commons
 
@@ -44,6 +45,9 @@ class StorageReport:
     def __post_init__(self):
         if self.unit_bits <= 0:
             raise ValueError(f"unit_bits must be positive, got {self.unit_bits}.")
+
+    def __repr__(self) -> str:
+        return f"<StorageReport: {storage_line(self.as_dict())}>"
 
     @property
     def excl_bits(self) -> int:

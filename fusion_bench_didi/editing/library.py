@@ -76,6 +76,9 @@ class AdapterLibrary:
         ):
             self._entry()
 
+    def __repr__(self) -> str:
+        return f"AdapterLibrary({str(self.place)!r}) of {len(self.tasks)} tasks"
+
     def __contains__(self, task: str) -> bool:
         return isinstance(task, str) and (self._of_task(task) / CONFIG).is_file()
 

@@ -19,7 +19,9 @@ from ..errors import DiDiError, SettingsError, spelled
 from ..files import from_home
 from ..models.dynamic import DynamicModel
 from ..models.model_card import model_card
+from ..models.overview import told_edit
 from ..models.saving import check_config
+from ..report.units import storage_line
 from ..routers.files import FILE as ROUTER_FILE
 from .stored import Stored
 
@@ -42,6 +44,10 @@ class Edited:
     model: DynamicModel | None
     directory: Path | None
     facts: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        where = f", in {self.directory}" if self.directory else ""
+        return f"<Edited: {told_edit(self.facts)}{where}; {storage_line(self.after.as_dict())}>"
 
 
 def in_place(

@@ -361,6 +361,11 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 "Nothing is stored for %s, so that they are the base model: give more budget, or let the method take more tensors.",
                 ", ".join(empty),
             )
+        if same := _equal_to_base(model):
+            log.warning(
+                "No tensor of %s differs from the base model. Was another checkpoint meant?",
+                ", ".join(same),
+            )
         if self.taskpool is not None:
             attach(self.taskpool, known=model.tasks, aliases=self.task_aliases)
         attach_saving(modelpool, self.processes)
@@ -499,6 +504,16 @@ def _without_anything(model: DynamicModel) -> list[str]:
         and not told["merged"]
         and not told["kept as the task has them"]
     ]
+
+
+def _equal_to_base(model: DynamicModel) -> list[str]:
+    """Tasks whose checkpoints are the base model, as far as nothing of them was left out."""
+    differing = (
+        *("merged", "kept as the task has them", "left as in the base model"),
+        "excluded",
+    )
+    tensors = model.info.get("tensors", {}).items()
+    return [task for task, told in tensors if not any(told[key] for key in differing)]
 
 
 def _deprecated(what: str) -> None:

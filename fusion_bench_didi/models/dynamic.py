@@ -397,7 +397,7 @@ class DynamicModel(ModulatedModel):
         A task that is set by hand still comes first.
 
         Args:
-            router: or its name, ``subspace`` and ``representation`` need no data; others are to be fitted.
+            router: or its name, ``projection`` and ``representation`` need no data; others are to be fitted.
             options: of the router that is named.
 
         Raises:

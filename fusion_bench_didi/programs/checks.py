@@ -116,7 +116,7 @@ def _told(key: str, error: Exception) -> str:
     where = f"entries.{key}"
     if isinstance(error, MissingConfigException):
         name = (error.missing_cfg_file or "").removeprefix("method/")
-        known = _method_names()
+        known = method_names()
         close = get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"There are {some(known, 12)}."
         if "." in name:
@@ -129,7 +129,7 @@ def _told(key: str, error: Exception) -> str:
     return f"{where}: {text}" if known else f"{where}: {type(error).__name__}: {text}"
 
 
-def _method_names() -> list[str]:
+def method_names() -> list[str]:
     """The methods that there are, the host's and all plugins'."""
     running = GlobalHydra.instance().is_initialized()
     place = get_default_config_path()

@@ -63,8 +63,9 @@ class Comparison:
             if not isinstance(data, dict) or not {"tasks", "rows"} <= data.keys():
                 raise ValueError("it has no tasks and rows")
         except (OSError, ValueError, RecursionError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or error
             raise DiDiError(
-                f"{file} is no comparison ({error}). Give a directory that didi_compare wrote, or run it again."
+                f"{file} is no comparison ({why}). Give a directory that didi_compare wrote, or run it again."
             ) from error
         return cls({**data, "rows": [_checked(row) for row in data["rows"]]})
 

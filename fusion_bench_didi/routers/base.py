@@ -153,7 +153,7 @@ class Router(nn.Module):
         if "mean" not in tensors:
             raise DiDiError(
                 f"The head of this {self.kind} router was never fitted. Fit it to inputs of every task "
-                "(method.routed.fit_router_to, or method=didi/routed of the host), or take one that needs no data: subspace."
+                "(method.routed.fit_router_to, or method=didi/routed of the host), or take one that needs no data: projection."
             )
         given, known = features.shape[1], len(tensors["mean"])
         if given != known:

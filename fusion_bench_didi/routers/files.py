@@ -24,7 +24,7 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-#: ``subspace`` and ``projection`` are one: by the experts' subspaces. ``representation``: by how far each expert is from the merged
+#: ``projection``, which may be called ``subspace`` too: by the experts' subspaces. ``representation``: by how far each expert is from the merged
 #: model. ``mlp``: a small network that is fitted. ``oracle``: is told. ``none``: no router.
 RouterName = Literal[
     "subspace", "projection", "representation", "mlp", "oracle", "none"

@@ -259,7 +259,7 @@ def test_faults_are_found_before_anything_is_read(merged, tiny_clip_dir, tmp_pat
 def test_a_comparison_is_that_of_its_configuration(tmp_path):
     with pytest.raises(ComparisonError, match="no entry 'nothing'. There are .*emr"):
         run("compare", "-o", tmp_path / "c", "--only", "nothing", "--suite", tmp_path)
-    with pytest.raises(DiDiError, match="is no comparison"):
+    with pytest.raises(DiDiError, match="is no comparison .No such file or dir"):
         run("report", tmp_path)
 
 

@@ -193,6 +193,29 @@ def test_a_method_that_there_is_not_is_told_with_those_that_there_are(
         run(*merge, "-o", tmp_path / "out", "--method", name)
 
 
+@pytest.mark.parametrize(
+    "name, meant",
+    [("emr", "didi/emr"), ("TSV-C", "didi/tsv_c"), ("didi/randez", "didi/randes")],
+)
+def test_a_method_may_be_meant_by_the_last_part_of_its_name(
+    merge, tmp_path, name, meant
+):
+    for line in (["settings", name], [*merge, "-o", tmp_path / "o", "--method", name]):
+        with pytest.raises(click.UsageError, match=f"Did you mean {meant}?"):
+            run(*line)
+    with pytest.raises(click.UsageError, match="Did you mean task_arithmetic?"):
+        run(*merge, "-o", tmp_path / "o", "--method", "task_aritmetic")
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [("CLIPVisionModell", "Did you mean CLIPVisionModel?"), ("Xyz0", "Leave it out")],
+)
+def test_a_class_that_there_is_not_is_told(merge, tmp_path, name, told):
+    with pytest.raises(click.BadParameter, match=f"no class {name}. {told}"):
+        run(*merge, "-o", tmp_path / "o", "--model-class", name)
+
+
 @pytest.mark.parametrize("form", ["peft", "plain"])
 def test_a_setting_that_adapters_do_not_have_is_told(merged, tmp_path, form):
     line = ["export", merged, tmp_path / "out", "--form", form]

@@ -57,6 +57,17 @@ def test_tasks_of_many_merges_come_back_as_they_were(tmp_path):
     assert one.excl_bits == one.shared_bits + library.bits("d")
 
 
+def test_what_notebooks_show_of_it_is_a_line(tmp_path):
+    both = combine(model_of("dense", 0, "ab"), model_of("dense", 50, "c"))
+    library = AdapterLibrary(tmp_path / "library")
+    library.add(both.model)
+    assert repr(library) == f"AdapterLibrary('{tmp_path / 'library'}') of 3 tasks"
+    told = repr(both)
+    assert told.startswith("<Edited: combine; ") and "of keeping all 3 models" in told
+    assert len(told.splitlines()) == 1 and len(told) < 200
+    assert repr(both.after).startswith("<StorageReport: ")
+
+
 def test_one_task_is_read_without_the_others(tmp_path):
     models = linears()
     model = didi(models, budget=0.1, shared="subspaces", factor_dtype="int4")

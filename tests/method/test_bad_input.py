@@ -22,6 +22,7 @@ from fusion_bench_didi.errors import (
 )
 from fusion_bench_didi.lowrank import svd
 from fusion_bench_didi.method.baselines.delta_come import DeltaCoMe
+from fusion_bench_didi.method.baselines.emr import EMRMerging
 from fusion_bench_didi.method.didi import DiDiMerging
 
 FIRST = f"{TOWER}encoder.layers.0.mlp.fc1.weight"
@@ -114,6 +115,18 @@ def test_a_merge_that_stores_nothing_says_so(tiny_clip, caplog):
         DiDiMerging(budget=1e-6).run(tiny_clip.pool_models())
     DeltaCoMe(bits=0.01).run(tiny_clip.pool_models())
     assert "Nothing is stored for eurosat, mnist, svhn" in caplog.text
+
+
+@pytest.mark.parametrize("method", [DiDiMerging, EMRMerging])
+def test_a_model_that_is_the_base_itself_is_told(tiny_clip, caplog, method):
+    models = {**tiny_clip.pool_models(), "svhn": tiny_clip.base}
+    model = method().run(models)
+    assert "No tensor of svhn differs from the base model" in caplog.text
+    assert model.tasks == list(tiny_clip.tasks)
+    caplog.clear()
+    method(exclude=["*layers*"]).run(models)
+    method().run(tiny_clip.pool_models())
+    assert "No tensor of" not in caplog.text
 
 
 # --- checkpoints that do not line up --------------------------------------------

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -514,7 +515,11 @@ HALVED = Entry("halved", "halved", "halved", "dynamic")
 def test_methods_are_found_where_the_run_searches(own_place, monkeypatch):
     """That of Hydra's own program, as of ``fusion_bench``."""
     path = [f"hydra.searchpath={json.dumps([own_place])}"]
-    run = initialize_hydra_config("didi_compare", path, return_hydra_config=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error"
+        )  # our own configurations are where they are said to be
+        run = initialize_hydra_config("didi_compare", path, return_hydra_config=True)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", run)
     assert composed(HALVED)["budget"] == 0.5
 

@@ -1,0 +1,1 @@
+"""Configurations for Hydra, which takes a package without this file for one that is not there, and warns of it."""

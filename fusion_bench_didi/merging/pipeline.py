@@ -7,13 +7,12 @@ the pool changes a bit of the result. Of several processes each does this for th
 knows all curves, so that all decide alike.
 """
 
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,31 +106,6 @@ class Plan:
         )
 
 
-P = ParamSpec("P")
-Found = TypeVar("Found")
-
-
-def _of_task_vectors(function: Callable[P, Found]) -> Callable[P, Found]:
-    """A function whose first argument are task vectors, and that says what merges models where it is given these.
-
-    Raises:
-        SettingsError: from the function, for anything else.
-    """
-
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> Found:
-        for first in (*args[:1], *(kwargs[k] for k in ["task_vectors"] if k in kwargs)):
-            if not isinstance(first, TaskVectors):
-                raise SettingsError(
-                    f"{function.__name__} takes TaskVectors and MergeSettings, and {type(first).__name__} is given. Models are merged by "
-                    'DiDiMerging(budget=1.4).run({"_pretrained_": base, "mnist": model, "svhn": other}).'
-                )
-        return function(*args, **kwargs)
-
-    return checked
-
-
-@_of_task_vectors
 def plan(
     task_vectors: TaskVectors,
     settings: MergeSettings,
@@ -143,6 +117,11 @@ def plan(
     journal: Journal | None = None,
 ) -> Plan:
     """Scan, look, choose and allocate; arguments and errors as of :func:`merge`."""
+    if not isinstance(task_vectors, TaskVectors):
+        raise SettingsError(
+            f"TaskVectors and MergeSettings are expected, and {type(task_vectors).__name__} is given. Models are merged by "
+            'DiDiMerging(budget=1.4).run({"_pretrained_": base, "mnist": model, "svhn": other}).'
+        )
     seconds: dict[str, float] = {}
     task_vectors = task_vectors.ordered(sorted(task_vectors.tasks))
     joint = settings.joint or bool(given and given.bases)
@@ -280,7 +259,6 @@ def _allocated(
     return decisions, spent
 
 
-@_of_task_vectors
 def merge(
     task_vectors: TaskVectors,
     settings: MergeSettings,
@@ -305,6 +283,7 @@ def merge(
         journal: what earlier runs finished, which is not done again; a sink that writes has it too.
 
     Raises:
+        SettingsError: for models in place of task vectors.
         NonFiniteError, ModelPoolError: from the first read.
         BudgetError: if the vectors alone exceed the budget, or nothing fits into it.
     """

@@ -82,11 +82,9 @@ def test_budget_is_kept_and_used_up(make, choice, ratio, include_backbone):
 @pytest.mark.parametrize("function", [merge, plan])
 def test_models_are_not_task_vectors(function, tiny_clip):
     with pytest.raises(SettingsError, match="CLIPVisionModel is given. .*DiDiMerging"):
-        function(tiny_clip.base, tiny_clip.tuned, budget=0.5)
+        function(tiny_clip.base, tiny_clip.tuned)
     with pytest.raises(SettingsError, match="dict is given. .*DiDiMerging"):
-        function(task_vectors=tiny_clip.tuned)
-    with pytest.raises(TypeError):
-        function()
+        function(task_vectors=tiny_clip.tuned, settings=merge_settings(0.6))
 
 
 def test_ranks_and_errors_are_those_of_what_is_stored(tiny_clip):

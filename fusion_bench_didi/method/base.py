@@ -296,6 +296,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         What is finished lies in a journal beside it, or beside where the program will save it, until the model lies there.
         """
         tasks, ranks = task_vectors.tasks, self.processes
+        self._check_alike(task_vectors, ranks)
         place = ranks.from_first(self._place())
         if place is None:
             return make(InMemory(tasks), None)
@@ -326,6 +327,31 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 )
         return model
 
+    def _check_alike(self, task_vectors: TaskVectors, ranks: Ranks) -> None:
+        """Every process was given the same: each works on a part, and what one stores, another's settings or inputs would not.
+
+        Raises:
+            SettingsError: naming what differs; on all of them.
+        """
+        if ranks.size == 1:
+            return
+        settings = {**self._told_identity(), "method.output_dir": repr(self.output_dir)}
+        found = ranks.gather((settings, task_vectors.glimpses))
+        for rank, (those, contents) in enumerate(found):
+            differ = [
+                f"{key.removeprefix('method.')} is {those[key]} and {value}"
+                for key, value in found[0][0].items()
+                if those.get(key, value) != value
+            ]
+            first = found[0][1]
+            others = [n for n in {**first, **contents} if first.get(n) != contents.get(n)]  # fmt: skip
+            differ += [f"the content of {name} is another" for name in others]
+            if differ:
+                raise SettingsError(
+                    f"Rank {rank} was given something else to merge than rank 0: {some(differ)}. Give all processes the same command, "
+                    "and the same checkpoints where they lie on several machines."
+                )
+
     def _place(self) -> Path | None:
         """Where the model will lie, written by this method or by the program."""
         path = self.output_dir
@@ -335,22 +361,22 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
     def identity(self, task_vectors: TaskVectors) -> dict[str, str]:
         """Method, settings, inputs and versions, which a merge that was cut off must share with the one that goes on."""
+        kernels = (
+            f"{self.fabric.device.type}, {torch.backends.cpu.get_cpu_capability()}"
+        )
+        told = {**self._told_identity(), **task_vectors.identity}
+        return {**told, "kernels": kernels}
+
+    def _told_identity(self) -> dict[str, str]:
+        """Method, settings and versions."""
         config = OmegaConf.to_container(self.config, resolve=True)
         settings = {
             f"method.{key}": repr(value)
             for key, value in config.items()
             if key[0] != "_" and key not in RUNNING
         }
-        kernels = (
-            f"{self.fabric.device.type}, {torch.backends.cpu.get_cpu_capability()}"
-        )
-        return {
-            "method": type(self).__name__,
-            **settings,
-            **task_vectors.identity,
-            **{f"version of {name}": told for name, told in versions().items()},
-            "kernels": kernels,
-        }
+        known = {f"version of {name}": told for name, told in versions().items()}
+        return {"method": type(self).__name__, **settings, **known}
 
     def connect(self, model: DynamicModel, modelpool: BaseModelPool) -> DynamicModel:
         """Make the program's task pool tell the model its task, and the model pool save it in its own form."""

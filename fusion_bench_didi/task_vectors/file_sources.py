@@ -60,6 +60,9 @@ class FilesSource(TensorSource):
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
+    def _glimpsed(self) -> list[str]:
+        return self._watched.glimpses
+
     @property
     def identity(self) -> dict[str, str]:
         return self._watched.identity

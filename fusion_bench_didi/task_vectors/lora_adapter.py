@@ -163,6 +163,9 @@ class AdapterSource(TensorSource):
         pairs = digest_of(repr(pairs).encode())
         return {**self._source.identity, "configuration": pairs}
 
+    def _glimpsed(self) -> tuple[str, str]:
+        return self._source.glimpse(), self.identity["configuration"]
+
     @property
     def watched(self) -> Watched | None:
         return self._source.watched

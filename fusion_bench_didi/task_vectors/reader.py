@@ -184,6 +184,11 @@ class TaskVectors:
             for model, file, told in found
         }
 
+    @property
+    def glimpses(self) -> dict[str, str]:
+        """By model a checksum of headers and of some of its content."""
+        return {model: source.glimpse() for model, source in self._named.items()}
+
     def take_digests(self, ranks: Ranks) -> None:
         """Have the ranks share the work of :attr:`identity`; called by all of them."""
         for source in (self.base, *self._sources.values()):

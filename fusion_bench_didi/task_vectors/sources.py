@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ from .watched import Watched
 
 #: What torch calls the state of a module that is none of its tensors.
 EXTRA_STATE = "_extra_state"
+
+
+#: Values of a live tensor that are looked at by a glimpse.
+GLIMPSED = 64
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,16 @@ class TensorSource(ABC):
     def identity(self) -> dict[str, str]:
         """What tells these tensors from others of the same headers, by file, as far as files tell; values of live models."""
         return {"": digest_of(repr(sorted(self.infos().items())).encode())}
+
+    def glimpse(self) -> str:
+        """A checksum of headers and of some of the content, taken at once, by which processes that each read a part see whether they
+        read the same."""
+        content = sorted(self.infos().items()), self._glimpsed()
+        return digest_of(repr(content).encode())
+
+    def _glimpsed(self) -> Any:
+        """What the checksum is of beside the headers."""
+        return None
 
     @property
     def digests(self) -> Mapping[str, str]:
@@ -136,6 +151,9 @@ class WrappedSource(TensorSource):
     def identity(self) -> dict[str, str]:
         return self._source.identity
 
+    def _glimpsed(self) -> str:
+        return self._source.glimpse()
+
     def take_digests(self, ranks: Ranks) -> None:
         self._source.take_digests(ranks)
 
@@ -183,6 +201,11 @@ class ModuleSource(TensorSource):
     @property
     def watched(self) -> Watched | None:
         return None if self._loaded_from is None else self._loaded_from.watched
+
+    def _glimpsed(self) -> list[tuple[str, str]]:
+        tensors = {n: t.reshape(-1) for n, t in self._tensors.items() if n not in self.faults}  # fmt: skip
+        some = {n: t[:: max(1, t.numel() // GLIMPSED)] for n, t in tensors.items()}
+        return sorted(digests(some).items())
 
     @functools.cached_property
     def digests(self) -> Mapping[str, str]:

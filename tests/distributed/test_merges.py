@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from fusion_bench.modelpool import BaseModelPool
 from helpers import BASE, didi, floats, same_bits
 from test_golden import adapters, clip, convolution, decaying, layers
+from torch import nn
 
 from benchmarks.processes import on_ranks
 from fusion_bench_didi.checkpoint import stream
@@ -182,3 +184,54 @@ def test_no_thread_is_within_torch_when_a_process_ends(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["ended", "ended"]
+
+
+def _stale(inputs: Path) -> None:
+    """Pools of two processes, of which the second finds another checkpoint under a task's name."""
+    pools = [adapters(inputs / f"of {rank}") for rank in range(2)]
+    one, other, *_ = pools[1].model_names
+    file = "adapter_model.safetensors"
+    content = (inputs / "of 1" / other / file).read_bytes()
+    (inputs / "of 1" / one / file).write_bytes(content)
+
+
+def _other_values(rank: int) -> dict[str, nn.Module]:
+    models = layers(decaying)
+    with torch.no_grad():
+        next(models[sorted(models)[-1]].parameters()).view(-1)[0] += rank
+    return models
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (
+            lambda _, rank: (clip(), {"budget": 0.5 + 0.1 * rank}),
+            "budget is 0.6 and 0.5",
+        ),
+        (lambda _, rank: (clip(), {"exclude": ["*bias"] * rank}), "exclude is "),
+        (lambda _, rank: (_other_values(rank), {}), "the content of .* is another"),
+        (
+            lambda inputs, rank: (adapters(inputs / f"of {rank}"), {}),
+            "the content of .* is another",
+        ),
+    ],
+    ids=["budget", "patterns", "values", "files"],
+)
+@pytest.mark.parametrize("where", ["written", "in memory"])
+def test_processes_that_were_given_different_things_are_refused(tmp_path, given, told, where):  # fmt: skip
+    """They were merged into a model that nobody asked for, some of its matrices of either."""
+    _stale(tmp_path)
+
+    def merges(rank: int) -> str:
+        pool, settings = given(tmp_path, rank)
+        to = {"output_dir": str(tmp_path / "out")} if where == "written" else {}
+        try:
+            didi(pool, **{"budget": 0.5, **settings}, **to)
+        except SettingsError as error:
+            return str(error)
+        return ""
+
+    for found in on_ranks(2, merges):
+        assert re.search(f"Rank 1 was given something else .*{told}", found)
+    assert not (tmp_path / "out").exists()

@@ -8,9 +8,11 @@ from typing import Any
 
 from fusion_bench.models.modulator import ModulatedModel
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ..errors import CheckpointMismatchError, DiDiError, some, spelled
 from ..files import from_home
+from ..pools.configurations import computing
 from ..pools.entries import PLACE
 from ..task_vectors.digests import digests
 from ..task_vectors.live_models import check_values
@@ -50,7 +52,7 @@ def describe(
     covered = {**_untouched(backbone, {*tensors, *replaced}), **tensors}
     covered = {n: v for n, v in covered.items() if n not in fresh}
     new = digests({n: v for n, v in covered.items() if n not in taken})
-    apart = taken_apart(backbone)
+    apart, computes = taken_apart(backbone), _computing(backbone)
     return {
         "class": known.get("class") or f"{cls.__module__}.{cls.__qualname__}",
         "source": loaders.described(known.get("source")),
@@ -58,6 +60,7 @@ def describe(
         "tensors": {n: taken[n] if n in taken else new[n] for n in covered},
         **({"fresh": fresh} if "fresh" in known else {}),
         **({"untied": apart} if apart else {}),
+        **({} if computes is None else {"computes": computes}),
     }
 
 
@@ -83,6 +86,8 @@ def check_entry(entry: Field) -> None:
     for key in ("fresh", "untied"):
         if key in entry:
             entry[key].texts()
+    if "computes" in entry:
+        entry["computes"].mapping()
 
 
 def check(
@@ -102,7 +107,7 @@ def check(
             merge could not know.
 
     Raises:
-        CheckpointMismatchError: if it is another one, in any value.
+        CheckpointMismatchError: if it is another one, in any value or in what is computed with them.
     """
     if "fingerprint" in entry:  # format 1
         differ = [] if fingerprint(tensors) == entry["fingerprint"] else ["its weights"]
@@ -113,12 +118,36 @@ def check(
         differ = [n for n, d in expected.items() if found.get(n) != d]
         if "fresh" not in entry:
             differ = [n for n in differ if n not in fresh]
+        else:  # more layers than those of the merge, at random values
+            known = {*entry["fresh"], *expected, *tensors}
+            differ += [n for n, _ in backbone.named_parameters() if n in fresh and n not in known]  # fmt: skip
     if differ:
         raise CheckpointMismatchError(
             f"The backbone given is not the one that {directory} was merged from ({entry['class']} from {entry['source']}, in "
             f"{entry.get('dtype') or 'its own type'}): its weights differ ({some(differ, 3)}). Pass the base model "
             "of the merge, in the type that it was merged in."
         )
+    if differ := computed_otherwise(entry, {"computes": _computing(backbone)}):
+        raise CheckpointMismatchError(
+            f"The backbone given computes something else with its weights than the one that {directory} was merged from (of the merge != "
+            f"given): {some(differ)}. Pass the base model of the merge, with the config.json that it had."
+        )
+
+
+def computed_otherwise(entry: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Settings by which two backbones compute something else, as far as both entries tell of them, each with both values."""
+    here, there = (one.get("computes") or {} for one in (entry, other))
+    return [
+        f"{name}: {value!r} != {there[name]!r}"
+        for name, value in here.items()
+        if name in there and there[name] != value
+    ]
+
+
+def _computing(backbone: nn.Module) -> dict[str, Any] | None:
+    """What outputs depend on beside the weights; None for a model that does not say."""
+    config = getattr(backbone, "config", None)
+    return computing(config) if isinstance(config, PretrainedConfig) else None
 
 
 def _untouched(backbone: nn.Module, touched: Collection[str]) -> dict[str, Tensor]:

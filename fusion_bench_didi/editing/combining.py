@@ -198,7 +198,7 @@ def check_entries(
     """Two saved models must be of one base model, by the digests of its tensors, and in one data type.
 
     Raises:
-        CheckpointMismatchError: naming tensors that differ, or the types.
+        CheckpointMismatchError: naming tensors or settings that differ, or the types.
     """
     mine, theirs = one.get("tensors", {}), other.get("tensors", {})
     both = mine.keys() & theirs.keys()
@@ -211,6 +211,8 @@ def check_entries(
         elif not both:
             what = "no tensor of one has the name of one of the other"
         raise _other_base(what, *names)
+    if otherwise := backbones.computed_otherwise(one, other):
+        raise _other_base(f"it computes something else ({some(otherwise)})", *names)
     _check_types(one.get("dtype"), other.get("dtype"), *names)
 
 

@@ -1,5 +1,6 @@
 """What models compute beside their weights: where a fine-tuned model says something else than the base model, no merge is its."""
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -193,6 +194,24 @@ def differing(
         for name, value in here.items()
         if name in there and _listed(there[name]) != _listed(value)
     ]
+
+
+def computing(config: Configuration) -> dict[str, Any]:
+    """The settings that outputs depend on, by name, as JSON holds them; special tokens, which users set, are none of them."""
+    found = {
+        name: _listed(value)
+        for name, value, known in _settings(plain(config))
+        if known and not name.endswith("_token_id")
+    }
+    return {name: value for name, value in found.items() if _is_json(value)}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def plain(config: Configuration) -> Mapping[str, Any]:

@@ -161,3 +161,29 @@ def test_tensors_that_a_base_model_has_lost_are_not_drawn_at_random(base, name):
     del tensors[f"transformer.{name}"]
     save_file(tensors, file, metadata={"format": "pt"})
     refused(base, f"its weights differ .*{name}")
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"n_head": 1}, "computes something else .*n_head: 2 != 1"),
+        ({"layer_norm_epsilon": 0.1}, "computes something else .*layer_norm_epsilon"),
+        ({"activation_function": "relu"}, "computes something else .*activation_fu"),
+        ({"n_layer": 2}, "its weights differ"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["its own", "given"])
+def test_a_base_model_of_equal_weights_that_computes_something_else_is_refused(
+    base, tmp_path, change, told, where
+):
+    """It was loaded, with a layer at random values where there was one more."""
+    given = shutil.copytree(base, tmp_path / "other") if where == "given" else base
+    configure(given, **change)
+    with pytest.raises(CheckpointMismatchError, match=told):
+        DiDiModel.from_pretrained(base.parent, None if given == base else given)
+
+
+def test_settings_that_change_no_output_may_differ(base):
+    configure(base, attn_pdrop=0.3, use_cache=False, pad_token_id=1, transformers_version="1")  # fmt: skip
+    DiDiModel.from_pretrained(base.parent)

@@ -21,6 +21,7 @@ from fusion_bench_didi.editing import (
     remove_task,
     rescale,
 )
+from fusion_bench_didi.editing.combining import check_entries
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError, SettingsError
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.routers.files import make_router
@@ -171,6 +172,16 @@ def test_base_models_in_two_types_do_not_go_together(where, wide_first, tmp_path
             combine(*places, output_dir=tmp_path / "both")
         else:
             combine(*models)
+
+
+def test_base_models_that_compute_something_else_do_not_go_together():
+    entry = {"class": "Net", "tensors": {"weight": "1"}, "computes": {"eps": 1e-5}}
+    check_entries(entry, {**entry, "computes": {"other": 1}}, names="ab")
+    other = {**entry, "computes": {"eps": 1e-6}}
+    with pytest.raises(
+        CheckpointMismatchError, match="something else .*1e-05 != 1e-06"
+    ):
+        check_entries(entry, other, names="ab")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -48,6 +48,10 @@ E8M0 = getattr(torch, "float8_e8m0fnu", None)
 _READ = {**_DTYPES, "F8_E8M0": E8M0}
 
 
+#: Bytes by which the tensors of a pickle may say that they are larger than what is stored of them.
+SPREAD_BYTES = 2**24
+
+
 class FilesSource(TensorSource):
     """Tensors in files that are watched."""
 
@@ -173,10 +177,10 @@ def _state_dict(file: Path, label: str) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _is_spread(tensor: Tensor) -> bool:
-    """Whether values stand for several entries each (``expand``), so that a small file would take any room in memory."""
+    """Whether values stand for so many entries each (``expand``) that a small file would take any room in memory."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         return False
-    return tensor.nbytes > tensor.untyped_storage().nbytes()
+    return tensor.nbytes > tensor.untyped_storage().nbytes() + SPREAD_BYTES
 
 
 def _deep(value: Any) -> bool:

@@ -234,8 +234,8 @@ def open_pool(
         else:
             log.info("%s is read through the model that the pool loads.", name)
             live[name] = model = load_model(modelpool, name)
-            configurations[name] = getattr(model, "config", None)
-            whole = Float8Source.over(ModuleSource(model, name))
+            configurations[name] = config = getattr(model, "config", None)
+            whole = Float8Source.over(ModuleSource(model, name), config)
             whole = whole if names is None else tied_as(whole, names, model)
         tuned[name] = CastSource.over(aligned(whole, floating(base)), base)
     patterns = {"exclude": exclude, "as_vectors": as_vectors, "own": own}

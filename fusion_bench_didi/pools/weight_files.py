@@ -56,7 +56,8 @@ def open_weights(
         ModelPoolError: for a merged model.
     """
     check_unmerged(directory, label)
-    if _configuration(directory, label).get("transformers_weights"):
+    config = _configuration(directory, label)
+    if config.get("transformers_weights"):
         return None
     for stem, ending, kind, ruled_out_by in _KINDS:
         if weights.use_safetensors is ruled_out_by:
@@ -64,9 +65,9 @@ def open_weights(
         names = _named(stem, ending, weights.variant)
         single, index = (directory / name for name in names)
         if single.exists():
-            return Float8Source.over(kind([single], label))
+            return Float8Source.over(kind([single], label), config)
         if index.exists():
-            return Float8Source.over(_sharded(kind, index, label))
+            return Float8Source.over(_sharded(kind, index, label), config)
     return None
 
 

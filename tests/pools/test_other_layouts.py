@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from exact_models import seeded
+from fusion_bench.modelpool import BaseModelPool
 from helpers import TRANSFORMERS, didi
 from safetensors.torch import load_file, save_file
 from saved_checkpoints import (
@@ -216,6 +217,45 @@ def test_float8_whose_scales_are_powers_of_two_is_read(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     found, want = vectors.tensor(name).tuned(0).float(), models["a"].state_dict()[name]
     assert 0 < float((found - want).norm() / want.norm()) < 0.1
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+@pytest.mark.parametrize(
+    "scale, message",
+    [
+        ((), "up_proj.weight is float8 without a scale.*quant_method=fp8"),
+        ((4, 2), r"expected \(\d, \d\): .*weight_block_size=\[12, 12\]"),
+    ],
+    ids=["no scale", "other blocks"],
+)
+def test_float8_is_held_against_config_json(tmp_path, scale, message, in_shards):
+    family(tmp_path, llama(False))
+    name, place = "model.layers.0.mlp.up_proj.weight", tmp_path / "a"
+    tensors = load_file(place / "model.safetensors")
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    if scale:
+        tensors[name + "_scale_inv"] = torch.ones(scale)
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    if in_shards:
+        (place / "model.safetensors").rename(place / "all.safetensors")
+        index = {"weight_map": dict.fromkeys(tensors, "all.safetensors")}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((place / "config.json").read_text())
+    told = {"quant_method": "fp8", "weight_block_size": [12, 12]}
+    config["quantization_config"] = told
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointMismatchError, match=message):
+        didi(pool_of(tmp_path, transformers.LlamaForCausalLM))
+
+
+def test_float8_of_a_live_model_is_held_against_its_configuration(tmp_path):
+    models = family(tmp_path, llama(False))
+    weight = models["a"].model.layers[0].mlp.up_proj.weight
+    weight.requires_grad_(False).data = weight.data.to(torch.float8_e4m3fn)
+    models["a"].config.quantization_config = {"quant_method": "fbgemm_fp8"}
+    pool = BaseModelPool({"_pretrained_": models.pop("base"), **models})
+    with pytest.raises(CheckpointMismatchError, match="up_proj.weight is float8 without a scale"):  # fmt: skip
+        didi(pool)
 
 
 # --- files --------------------------------------------------------------------

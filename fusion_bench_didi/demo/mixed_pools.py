@@ -8,9 +8,9 @@ from .pools import DemoCLIPVisionModelTaskPool
 
 @checked
 class MixedDemoTaskPool(
-    MixedStreamCLIPVisionModelTaskPool, DemoCLIPVisionModelTaskPool
+    DemoCLIPVisionModelTaskPool, MixedStreamCLIPVisionModelTaskPool
 ):
-    """The demo suite's images, shuffled over tasks. Arguments of both classes."""
+    """The demo suite's images, shuffled over tasks. Arguments of both classes; ``seed`` is of the suite and of the order."""
 
     _config_mapping = (
         DemoCLIPVisionModelTaskPool._config_mapping

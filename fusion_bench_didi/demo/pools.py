@@ -3,12 +3,17 @@
 These are the pools of a suite in a folder (:mod:`.folder_pools`), with a suite that is made where it is missing.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
+from ..errors import SettingsError
 from ..options import Seed, checked
 from .folder_pools import FolderCLIPVisionModelPool, FolderCLIPVisionModelTaskPool
 from .suite import Size, build_suite
+
+#: The settings that decide which suite it is.
+_OF_SUITE = ("seed", "cache_dir", "size")
 
 
 class _DemoSuite:
@@ -28,7 +33,7 @@ class _DemoSuite:
     @staticmethod
     def mapping(pool: type) -> Any:
         """The folder pool's keys, without ``root``."""
-        own = {key: key for key in ("seed", "cache_dir", "size")}
+        own = {key: key for key in _OF_SUITE}
         kept = {k: v for k, v in pool._config_mapping.items() if k != "root"}
         return type(pool._config_mapping)(kept | own)
 
@@ -54,6 +59,45 @@ class DemoCLIPVisionModelTaskPool(_DemoSuite, FolderCLIPVisionModelTaskPool):
     Args:
         seed, cache_dir, size: as for :class:`DemoCLIPVisionModelPool`.
         **kwargs: those of :class:`.folder_pools.FolderCLIPVisionModelTaskPool`, except ``root``.
+
+    Raises:
+        SettingsError: when a program takes it, if the program's model pool is of another suite.
     """
 
     _config_mapping = _DemoSuite.mapping(FolderCLIPVisionModelTaskPool)
+    _taken_by: Any = None
+
+    @property
+    def _program(self) -> Any:
+        """The program that evaluates by this pool; it has its model pool by then, and no method has run."""
+        return self._taken_by
+
+    @_program.setter
+    def _program(self, program: Any) -> None:
+        _check_same_suite(getattr(program, "modelpool", None), self)
+        self._taken_by = program
+
+
+def _check_same_suite(modelpool: Any, taskpool: DemoCLIPVisionModelTaskPool) -> None:
+    """Models must be evaluated on the pictures of their own suite; a model pool of anything else is its user's concern.
+
+    Raises:
+        SettingsError: naming the settings that differ.
+    """
+    if not isinstance(modelpool, _DemoSuite):
+        return
+    places = [os.path.realpath(pool.root) for pool in (modelpool, taskpool)]
+    if places[0] == places[1]:
+        return
+    pairs = {
+        key: (getattr(modelpool, key), getattr(taskpool, key)) for key in _OF_SUITE
+    }
+    told = " and ".join(
+        f"modelpool.{key}={one} with taskpool.{key}={other}"
+        for key, (one, other) in pairs.items()
+        if one != other
+    )
+    raise SettingsError(
+        f"{told}: the models would be evaluated on the pictures of another suite, {places[1]} instead of {places[0]}. Give both pools "
+        "the same seed, cache_dir and size."
+    )

@@ -10,14 +10,16 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from fusion_bench.programs import FabricModelFusionProgram
 from fusion_bench.tasks.clip_classification import (
     CLIPTemplateFactory,
     get_classnames_and_templates,
 )
-from helpers import REPOSITORY
+from helpers import REPOSITORY, demo_pools
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
@@ -26,12 +28,14 @@ from fusion_bench_didi import demo
 from fusion_bench_didi.demo import __main__ as command
 from fusion_bench_didi.demo import suite as suite_module
 from fusion_bench_didi.demo.drawing import SIDE
+from fusion_bench_didi.demo.mixed_pools import MixedDemoTaskPool
 from fusion_bench_didi.demo.pools import (
     DemoCLIPVisionModelPool,
     DemoCLIPVisionModelTaskPool,
 )
 from fusion_bench_didi.demo.tasks import EXTRAS, TASKS, task_pictures
 from fusion_bench_didi.demo.towers import pixel_values
+from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.programs.entries import declared, read_entries
 from fusion_bench_didi.report.terminal import table
 
@@ -177,6 +181,46 @@ def test_pools_from_their_yaml(cache):
     assert modelpool.config.seed == 0 and modelpool.config.size == "tiny"
     report = taskpool.evaluate(modelpool.load_model("shapes"))
     assert 0 <= report["shapes"]["accuracy"] <= 1
+
+
+def program(cache: Path, **of_taskpool: object) -> FabricModelFusionProgram:
+    """The host's, with a method of its own; settings of the task pool beside those of the model pool."""
+    pools = demo_pools(cache)
+    pools["taskpool"] |= of_taskpool
+    method = {"_target_": "fusion_bench.method.SimpleAverageAlgorithm"}
+    made = {k: OmegaConf.create(v) for k, v in {"method": method, **pools}.items()}
+    return FabricModelFusionProgram(**made, print_config=False)
+
+
+MIXED = {"_target_": "fusion_bench_didi.demo.mixed_pools.MixedDemoTaskPool"}
+
+
+@pytest.mark.parametrize("kind", [{}, MIXED], ids=["task by task", "mixed"])
+@pytest.mark.parametrize("key", ["seed", "cache_dir"])
+def test_pools_of_two_suites_are_refused_before_a_merge(
+    suite, cache, tmp_path, monkeypatch, kind, key
+):
+    """By whatever method, the host's too."""
+    merge = "fusion_bench.method.SimpleAverageAlgorithm.run"
+    monkeypatch.setattr(merge, lambda *_: pytest.fail("It was merged."))
+    there, here = {"seed": (0, 1), "cache_dir": (cache, tmp_path)}[key]
+    message = f"modelpool.{key}={there} with taskpool.{key}={here}: "
+    with pytest.raises(SettingsError, match=message):
+        program(cache, **kind, **{key: str(here) if key == "cache_dir" else here}).run()
+
+
+@pytest.mark.parametrize("kind", [{}, MIXED], ids=["task by task", "mixed"])
+def test_one_suite_by_two_paths_is_one(suite, cache, tmp_path, kind):
+    (tmp_path / "link").symlink_to(cache)
+    report = program(cache, **kind, cache_dir=str(tmp_path / "link")).run()["report"]
+    assert {*TINY} < {*report}
+
+
+def test_the_seed_of_a_mixed_stream_is_its_suites(suite, cache):
+    other = MixedDemoTaskPool(cache_dir=cache, size="tiny", seed=1)
+    assert other.seed == 1 and Path(other.root) == demo.build_suite(cache, 1, size="tiny")  # fmt: skip
+    same = MixedDemoTaskPool(cache_dir=cache, size="tiny", stream_batch_size=7)
+    assert Path(same.root) == suite and same.stream_batch_size == 7
 
 
 def test_unknown_task_is_refused(suite, cache):

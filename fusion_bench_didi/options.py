@@ -257,6 +257,15 @@ def check_fields(instance: Any) -> None:
     _check(instance, _of_fields(type(instance)))
 
 
+def check_values(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Hold values that are no arguments of a class against types by the same names.
+
+    Raises:
+        SettingsError: naming every one that is not of its type or not in its range.
+    """
+    _found(values, _Types(types))
+
+
 def _check(instance: Any, types: _Types) -> None:
     values = {n: getattr(instance, n) for n in types.hints if hasattr(instance, n)}
     for name, found in _found(values, types).items():

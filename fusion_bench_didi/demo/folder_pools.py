@@ -23,6 +23,7 @@ from transformers import CLIPModel
 from ..errors import SettingsError, spelled
 from ..files import from_home
 from ..options import FilePath, checked
+from ..taskpool.loading import check_loading
 from .registry import register_suite_tasks
 from .tasks import Split
 
@@ -131,6 +132,7 @@ class FolderCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
             "processor": str(folder / "clip"),
         }
         super().__init__(**(given | kwargs))
+        check_loading(self)
         self.root, self.tasks = root, tasks
         self.split, self.decode_once = split, decode_once
 

@@ -19,6 +19,7 @@ from ..models.dynamic import DynamicModel
 from ..options import Aliases, PositiveCount, Seed, checked
 from ..pools.task_names import resolve_task
 from ..routers.features import OracleRouter
+from .loading import check_loading
 from .task_switching import aliases_of, dynamic_model_in, routes_anew, told_of
 
 
@@ -45,6 +46,7 @@ class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        check_loading(self)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, name: str | None = None, **_: Any) -> dict:

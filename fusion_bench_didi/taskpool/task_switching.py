@@ -27,6 +27,7 @@ from ..pools.task_names import (
     resolve_task,
 )
 from .lm_eval_harness import is_harness, task_by_task
+from .loading import check_loading
 from .over_ranks import combined, evaluated
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class TaskAware:
 
     def __init__(self, *args: Any, task_aliases: Aliases = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        check_loading(self)
         attach(self, aliases=task_aliases)
 
 

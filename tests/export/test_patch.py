@@ -7,6 +7,7 @@ import torch
 from exact_models import gpt2, llama, qwen, t5
 from helpers import didi, family
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fusion_bench_didi.deltas.plain import DenseDelta, OwnDelta
 from fusion_bench_didi.errors import CheckpointMismatchError
@@ -107,7 +108,12 @@ def test_base_models_in_another_type_are_told(dtype, tmp_path):
 
 def test_the_base_model_is_looked_at_once_for_all_tasks(tmp_path, monkeypatch):
     looked, digests = [], patch.digests
-    monkeypatch.setattr(patch, "digests", lambda t: looked.append(t) or digests(t))
+
+    def look(tensors):
+        looked.extend(name for name in tensors if name == model.touched[0])
+        return digests(tensors)
+
+    monkeypatch.setattr(patch, "digests", look)
     model = sparse_model(0.1)
     (deltas,) = (dict(e.deltas.items()) for e in model.modulators.values())
     model.hold({}, {task: deltas for task in "abc"})
@@ -125,3 +131,98 @@ def test_heads_of_another_shape_are_whole(tmp_path):
     assert report.tensors["a"]["lm_head.weight"].how == "whole"
     found = apply(tmp_path / "out/a.safetensors", dict(llama().state_dict()))
     assert found["lm_head.weight"].shape == (50, 32)
+    name, state = "lm_head.weight", dict(llama().state_dict())
+    assert patched(tmp_path / "out/a.safetensors", state)[name].shape == (50, 32)
+    with pytest.raises(CheckpointMismatchError, match=rf"{name} has the shape \(50"):
+        patched(written(tmp_path, {}, {"own": "[]"}), state)
+
+
+def written(place, parts, header):
+    """The patch ``place/out/a.safetensors`` with other parts and another header; what is None is left out."""
+    file = place / "out/a.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        header = {**opened.metadata(), **header}
+    kept = {k: v for k, v in {**load_file(file), **parts}.items() if v is not None}
+    told = {key: value for key, value in header.items() if value is not None}
+    save_file(kept, place / "other.safetensors", metadata=told)
+    return place / "other.safetensors"
+
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+INDICES, VALUES = f"{NAME}.indices", f"{NAME}.values"
+#: Parts in place of three indices and values, of which None is left out, and what is said.
+DAMAGES = {
+    "shape": ({NAME: torch.ones(5, 32).bfloat16()}, r"has the shape \(5, 32\)"),
+    "type": ({NAME: torch.ones(48, 32).half()}, "in torch.float16, and the tensor"),
+    "gone": ({}, r"holds \[\], expected"),
+    "no indices": ({VALUES: torch.ones(3)}, r"holds \['.*values'\], expected"),
+    "no values": ({INDICES: torch.arange(3)}, r"holds \['.*indices'\], expected"),
+    "both forms": (
+        {NAME: torch.ones(48, 32), INDICES: torch.arange(3), VALUES: torch.ones(3)},
+        "expected",
+    ),
+    "more": (
+        {NAME: torch.ones(48, 32).bfloat16(), "zz": torch.ones(1)},
+        "zz is of none of changed_params",
+    ),
+    "one value": (
+        {INDICES: torch.arange(3), VALUES: torch.ones(1).bfloat16()},
+        r"values has the shape \(1,\), its indices \(3,\)",
+    ),
+    "fewer values": (
+        {INDICES: torch.arange(3), VALUES: torch.ones(2).bfloat16()},
+        r"values has the shape \(2,\), its indices \(3,\)",
+    ),
+}
+#: Indices, and what is said.
+POSITIONS = {
+    "negative": (torch.tensor([-5, 1, 2]), "from -5 to 2"),
+    "beyond": (torch.tensor([0, 1, 1536]), "from 0 to 1536, .* has 1536 entries"),
+    "repeated": (torch.tensor([1, 1, 2]), "do not ascend"),
+    "unordered": (torch.tensor([2, 1, 3]), "do not ascend"),
+    "floats": (torch.tensor([0.0, 1.0, 2.0]), "is torch.float32 with 1"),
+    "bools": (torch.tensor([True, False, True]), "is torch.bool with 1"),
+    "a matrix": (torch.tensor([[0, 1, 2]]), "is torch.int64 with 2"),
+}
+
+
+@pytest.mark.parametrize("digest", [True, False])
+@pytest.mark.parametrize("how", [*DAMAGES, *POSITIONS])
+def test_parts_that_are_not_as_they_were_written_are_told(how, digest, tmp_path):
+    """With the digest of other parts or none, the tensor is named."""
+    model = sparse_model(0.1)
+    to_patch(model, tmp_path / "out")
+    if how in DAMAGES:
+        parts, said = DAMAGES[how]
+    else:
+        index, said = POSITIONS[how]
+        parts = {INDICES: index, VALUES: torch.ones(index.shape).bfloat16()}
+    header = {} if digest else {"digest": None}
+    file = written(tmp_path, {INDICES: None, VALUES: None, **parts}, header)
+    with pytest.raises(CheckpointMismatchError, match=said) as caught:
+        patched(file, dict(llama().bfloat16().state_dict()))
+    assert str(file) in str(caught.value) and "xport it again" in str(caught.value)
+    assert how == "more" or NAME in str(caught.value)
+
+
+def test_values_that_flipped_are_told_by_the_digest(tmp_path):
+    model = sparse_model(0.1)
+    to_patch(model, tmp_path / "out")
+    state = dict(llama().bfloat16().state_dict())
+    values = load_file(tmp_path / "out/a.safetensors")[VALUES]
+    values[3] += 1
+    file = written(tmp_path, {VALUES: values}, {})
+    with pytest.raises(CheckpointMismatchError, match="not those of the digest"):
+        patched(file, state)
+    file = written(tmp_path, {}, {"digest": None, "own": None})
+    found = patched(file, state)[NAME]
+    assert torch.equal(found, model.materialize("a").get_parameter(NAME))
+
+
+@pytest.mark.parametrize("value", ["5", "[[1]]", "[1]", '{"a": 1}', "null", "[" * 10**5])  # fmt: skip
+@pytest.mark.parametrize("key", ["changed_params", "own", "tied"])
+def test_headers_that_are_no_lists_of_texts_are_told(key, value, tmp_path):
+    to_patch(sparse_model(0.1), tmp_path / "out")
+    file = written(tmp_path, {}, {key: value})
+    with pytest.raises(CheckpointMismatchError, match="is no patch .*xport it again"):
+        patched(file, dict(llama().bfloat16().state_dict()))

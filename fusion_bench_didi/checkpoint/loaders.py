@@ -25,6 +25,7 @@ from ..pools.configurations import COMPUTED
 from ..pools.entries import OF_MACHINE, PLACE
 from ..pools.weight_files import (
     Weights,
+    check_configured,
     check_counts,
     check_unmerged,
     index_files,
@@ -126,6 +127,8 @@ def load(
         if weights := _weights(arguments):
             check_unmerged(*weights[:2])
             check_counts(*weights)
+        inside = arguments.get("subfolder", "")
+        check_configured(Path(arguments[PLACE]), inside, "the backbone")
         model, found = make(**arguments, output_loading_info=True)
     except DiDiError:
         raise

@@ -21,7 +21,13 @@ from ..task_vectors.places import check_place
 from ..task_vectors.tower_names import fill, is_tower
 from .carried import CARRIED
 from .configurations import COMPUTED
-from .weight_files import Weights, check_counts, check_unmerged, open_weights
+from .weight_files import (
+    Weights,
+    check_configured,
+    check_counts,
+    check_unmerged,
+    open_weights,
+)
 
 BASE = "_pretrained_"
 PLACE, TARGET = "pretrained_model_name_or_path", "_target_"
@@ -34,7 +40,7 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
     """A model as the pool gives it, whole: a pool that would load it lazily is asked for all of it.
 
     Raises:
-        ModelPoolError: if it gives something else than a model.
+        ModelPoolError: if it gives something else than a model, or its directory has no configuration.
         CheckpointMismatchError: if its weights are not in memory, or not those of its checkpoint.
     """
     entry = modelpool._models[name]
@@ -46,6 +52,7 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
         modelpool = copy.copy(modelpool)
         modelpool.enable_lazy_loading = False
         modelpool._models = {**modelpool._models, name: whole}
+    check_instantiable(modelpool, name)
     if home := home_of(modelpool, name):
         check_unmerged(*home[:2])
         check_counts(*home)
@@ -70,6 +77,21 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
     if home and is_tower(model):
         fill(model, open_weights(*home))
     return model
+
+
+def check_instantiable(modelpool: BaseModelPool, name: str) -> None:
+    """The directory of an entry that a class of transformers loads holds a configuration; what others load is theirs to check.
+
+    Raises:
+        ModelPoolError: if it holds none.
+    """
+    entry = _arguments(modelpool, name)
+    if entry is None or has_own_loader(modelpool) or _ELSEWHERE & entry.keys():
+        return
+    place, target = entry.get(PLACE), str(entry.get(TARGET, _LIBRARY))
+    known = target.partition(".")[0] == _LIBRARY
+    if known and isinstance(place, (str, os.PathLike)):
+        check_configured(from_home(place), entry.get("subfolder") or "", name)
 
 
 def has_own_loader(modelpool: BaseModelPool) -> bool:
@@ -160,6 +182,10 @@ _HARMLESS = OF_MACHINE | {
 }
 #: Those that are understood here.
 _KNOWN = {"variant", "use_safetensors", "subfolder"}
+#: Whose classes read config.json; those of entries that name none are of it too.
+_LIBRARY = "transformers"
+#: Those that say where a configuration comes from in place of config.json.
+_ELSEWHERE = {"adapter_kwargs", "config", "gguf_file"}
 #: Those that ``from_pretrained`` puts into the configuration.
 _CONFIGURED = COMPUTED | CARRIED
 

@@ -39,6 +39,7 @@ from .entries import (
     PLACE,
     TYPES,
     adapter_directory,
+    check_instantiable,
     configuration_of,
     eager,
     given_by,
@@ -293,10 +294,11 @@ def base_of(
         the source; all tensors as the checkpoint stores them; the names of those that the model does not load.
 
     Raises:
-        ModelPoolError: if it is an adapter.
+        ModelPoolError: if it is an adapter, or its directory has no configuration.
     """
     _refuse_adapter(modelpool)
     if backbone is None:
+        check_instantiable(modelpool, BASE)
         stored = _file_source(modelpool, BASE)
         base = stored or ModuleSource(load_model(modelpool, BASE), BASE)
     else:

@@ -1,6 +1,7 @@
 """The weight files that the host's ``from_pretrained`` would read of a directory, in its order of preference.
 
-Whether a configuration asks for more layers than there are tensors in them, or for more classes, is checked too.
+Whether there is a configuration, and whether it asks for more layers than there are tensors in them, or for more classes, is
+checked too.
 """
 
 import math
@@ -14,6 +15,7 @@ from ..errors import CheckpointMismatchError, ModelPoolError
 from ..files import is_marked
 from ..task_vectors.file_sources import PickleSource, SafetensorsSource, read_json
 from ..task_vectors.float8 import Float8Source
+from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.renaming import RenamedSource
 from ..task_vectors.sources import TensorSource
 
@@ -86,6 +88,26 @@ def check_unmerged(directory: Path, label: str) -> None:
             f"{label}: {directory} is a merged model of this package, which holds changes of a base model and no model of its own. "
             f"Write a task of it as a checkpoint first (didi export {directory} OUT --form plain, or "
             "materialize(task).save_pretrained(OUT) in Python), or give what it was merged from."
+        )
+
+
+def check_configured(place: Path, inside: str, label: str) -> None:
+    """A directory, or a folder in it, of which a class of transformers is to make a model holds a configuration, or is an adapter.
+
+    Otherwise transformers makes a model of the class's default settings, which may have billions of parameters.
+
+    Args:
+        label: of the model, for messages.
+
+    Raises:
+        ModelPoolError: if it is neither.
+    """
+    home = place / inside
+    told = (home / "config.json").is_file() or (place / CONFIG).is_file()
+    if place.is_dir() and not told:
+        raise ModelPoolError(
+            f"{label}: {home} has no config.json, which says what model its weights are of. Download or write it again, or give the "
+            "directory that holds it."
         )
 
 

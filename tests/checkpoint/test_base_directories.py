@@ -12,7 +12,7 @@ from hostile_directories import MARK, Bomb, merged_language_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fusion_bench_didi.checkpoint import loaders
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
@@ -146,6 +146,32 @@ def test_weights_of_open_clip_are_a_file(monkeypatch, tmp_path, put):
     source = {"model_name": "ViT-B-32", "state_dict_path": str(tmp_path / "base.pt")}
     with pytest.raises(DiDiError, match="base.pt is no file"):
         loaders.load(loaders.OPEN_CLIP, source, directory=tmp_path)
+
+
+@pytest.mark.parametrize("how", ["its own", "another"])
+def test_a_base_model_without_a_configuration_is_not_made_of_default_settings(
+    base, monkeypatch, how
+):
+    """transformers would, of any size, before it misses what the weights lack."""
+    (base / "config.json").unlink()
+    monkeypatch.setattr(GPT2LMHeadModel, "__init__", None)
+    given = {} if how == "its own" else {"backbone": base}
+    with pytest.raises(DiDiError, match=f"the backbone: {base} has no config.json"):
+        DiDiModel.from_pretrained(base.parent, **given)
+
+
+def test_the_configuration_may_lie_in_a_subfolder(base):
+    inside = base / "inside"
+    inside.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        os.rename(base / file, inside / file)
+    source = {loaders.PLACE: str(base), "subfolder": "inside"}
+    class_name = "transformers.GPT2LMHeadModel"
+    found, fresh = loaders.load(class_name, source, directory=base.parent)
+    assert isinstance(found, GPT2LMHeadModel) and not fresh
+    (inside / "config.json").unlink()
+    with pytest.raises(DiDiError, match=f"{inside} has no config.json"):
+        loaders.load(class_name, source, directory=base.parent)
 
 
 # --- nothing random -----------------------------------------------------------

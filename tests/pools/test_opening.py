@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fusion_bench_didi import load
 from fusion_bench_didi.checkpoint.deltas import read_config
 from fusion_bench_didi.errors import ModelPoolError
 from fusion_bench_didi.method import DiDiMerging, EMRMerging
+from fusion_bench_didi.pools.entries import check_instantiable, load_model
 
 
 def test_files_are_read_without_instantiating_fine_tuned_models(
@@ -162,3 +165,55 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(
     monkeypatch.setattr(pool, "load_pretrained_model", None)
     with pytest.raises(ModelPoolError, match="generation_config of GenerationConfig"):
         method().run(pool)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_base_model_without_a_configuration_is_refused(pool, dry_run, tmp_path):
+    """transformers makes a model of its class's default settings of such a directory, of any size."""
+    entries = dict(pool._models)
+    shutil.copytree(entries[BASE], tmp_path / BASE)
+    (tmp_path / BASE / "config.json").unlink()
+    pool._models = {**entries, BASE: str(tmp_path / BASE)}
+    with pytest.raises(ModelPoolError, match=f"{tmp_path / BASE} has no config.json"):
+        DiDiMerging(dry_run=dry_run).run(pool)
+
+
+def test_tasks_without_a_configuration_are_read_and_not_instantiated(
+    tiny_clip_dir, tiny_clip, tmp_path
+):
+    shutil.copytree(tiny_clip_dir, tmp_path / "models")
+    place = tmp_path / "models" / "svhn"
+    (place / "config.json").unlink()
+    found = clip_pool(tmp_path / "models")
+    assert_task_weights(didi(found, budget=float("inf")), tiny_clip.tuned, atol=1e-6)
+    with pytest.raises(ModelPoolError, match=f"svhn: {place} has no config.json"):
+        load_model(found, "svhn")
+
+
+#: What an entry says beside its place, and files there -> whether a class of transformers would be made of default settings.
+UNCONFIGURED = {
+    "a class of transformers": ({}, (), True),
+    "one that is told more": ({"max_position_embeddings": 8}, (), True),
+    "a folder": ({"subfolder": "inside"}, ("config.json",), True),
+    "a folder that has one": ({"subfolder": "inside"}, ("inside/config.json",), False),
+    "a configuration of its own": ({"config": "elsewhere"}, (), False),
+    "GGUF": ({"gguf_file": "model.gguf"}, (), False),
+    "an adapter": ({}, ("adapter_config.json",), False),
+    "the host's class": ({"_target_": "fusion_bench.X.from_pretrained"}, (), False),
+    "PEFT's": ({"_target_": "peft.AutoPeftModel.from_pretrained"}, (), False),
+    "a name on the hub": ({"pretrained_model_name_or_path": "user/name"}, (), False),
+}
+
+
+@pytest.mark.parametrize("what", UNCONFIGURED)
+def test_directories_that_need_a_configuration(what, tmp_path):
+    given, files, refused = UNCONFIGURED[what]
+    (tmp_path / "inside").mkdir()
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    target = "transformers.CLIPVisionModel.from_pretrained"
+    entry = {"_target_": target, "pretrained_model_name_or_path": str(tmp_path)}
+    pool = BaseModelPool({BASE: {**entry, **given}})
+    expected = pytest.raises(ModelPoolError, match="has no config.json")
+    with expected if refused else nullcontext():
+        check_instantiable(pool, BASE)

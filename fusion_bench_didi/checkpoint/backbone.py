@@ -140,8 +140,14 @@ def computed_otherwise(entry: Mapping[str, Any], other: Mapping[str, Any]) -> li
     return [
         f"{name}: {value!r} != {there[name]!r}"
         for name, value in here.items()
-        if name in there and there[name] != value
+        if name in there and not _as_good(there[name], value)
     ]
+
+
+def _as_good(one: Any, other: Any) -> bool:
+    """Whether two values mean the same: releases of transformers differ in what stands for none, and in lists that they fill in."""
+    filled_in = None in (one, other) and list in map(type, (one, other))
+    return one == other or not (one or other) or filled_in
 
 
 def _computing(backbone: nn.Module) -> dict[str, Any] | None:

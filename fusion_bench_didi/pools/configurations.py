@@ -197,11 +197,12 @@ def differing(
 
 
 def computing(config: Configuration) -> dict[str, Any]:
-    """The settings that outputs depend on, by name, as JSON holds them; special tokens, which users set, are none of them."""
+    """The settings that outputs depend on, by name, as JSON holds them; special tokens, which users set, are none of them, and whether
+    tensors are tied, which these tell, is none."""
     found = {
         name: _listed(value)
         for name, value, known in _settings(plain(config))
-        if known and not name.endswith("_token_id")
+        if known and not name.endswith(("_token_id", "tie_word_embeddings"))
     }
     return {name: value for name, value in found.items() if _is_json(value)}
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fusion_bench_didi.checkpoint import loaders
+from fusion_bench_didi.checkpoint.backbone import computed_otherwise
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.service.opening import open_runner
@@ -213,3 +214,13 @@ def test_a_base_model_of_equal_weights_that_computes_something_else_is_refused(
 def test_settings_that_change_no_output_may_differ(base):
     configure(base, attn_pdrop=0.3, use_cache=False, pad_token_id=1, transformers_version="1")  # fmt: skip
     DiDiModel.from_pretrained(base.parent)
+
+
+def test_what_releases_of_transformers_write_otherwise_is_no_difference():
+    """Of 379 kinds of models that both 4 and 5 know, three had such settings."""
+    one = {"layer_types": None, "sliding_window": 0, "rope_theta": 10000}
+    other = {"layer_types": ["full"], "sliding_window": None, "rope_theta": 10000.0}
+    assert computed_otherwise({"computes": one}, {"computes": other}) == []
+    changed = {**other, "sliding_window": 8}
+    assert computed_otherwise({"computes": one}, {"computes": changed}) == ["sliding_window: 0 != 8"]  # fmt: skip
+    assert computed_otherwise({}, {"computes": other}) == []  # of earlier releases

@@ -297,7 +297,9 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """
         tasks, ranks = task_vectors.tasks, self.processes
         self._check_alike(task_vectors, ranks)
-        place = ranks.from_first(self._place())
+        place, *others = ranks.gather(self._place())
+        if ignored := {str(one) for one in others if one not in (place, None)}:
+            log.warning("All processes write to %s, the output of rank 0, and none to %s.", place, some(ignored))  # fmt: skip
         if place is None:
             return make(InMemory(tasks), None)
         with ExitStack() as stack:
@@ -335,8 +337,7 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """
         if ranks.size == 1:
             return
-        settings = {**self._told_identity(), "method.output_dir": repr(self.output_dir)}
-        found = ranks.gather((settings, task_vectors.glimpses))
+        found = ranks.gather((self._told_identity(), task_vectors.glimpses))
         for rank, (those, contents) in enumerate(found):
             differ = [
                 f"{key.removeprefix('method.')} is {those[key]} and {value}"

@@ -1,6 +1,7 @@
 """Several processes write the bytes that one process writes, and each ends with the whole model."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -235,3 +236,19 @@ def test_processes_that_were_given_different_things_are_refused(tmp_path, given,
     for found in on_ranks(2, merges):
         assert re.search(f"Rank 1 was given something else .*{told}", found)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_another_process_names_is_not_written_and_said_to_be(tmp_path):
+    """Names with the time in them differ."""
+
+    def merges(rank: int) -> list[str]:
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("fusion_bench_didi").addHandler(handler)
+        didi(clip(), budget=0.5, output_dir=str(tmp_path / f"out {rank}"))
+        return [text for text in said if "the output of rank 0" in text]
+
+    for said in on_ranks(2, merges):
+        assert len(said) == 1 and "out 0, the" in said[0] and "out 1" in said[0]
+    assert (tmp_path / "out 0").exists() and not (tmp_path / "out 1").exists()

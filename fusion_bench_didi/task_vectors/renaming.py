@@ -92,9 +92,10 @@ def renaming(
     if not ways:
         return same
     fits = [(len(m), sum(alike(old, new) for new, old in m.items())) for m, _ in ways]
-    best = [way for way, fit in zip(ways, fits) if fit == max(fits)]
-    (met, names), *others = best
-    if rivals := [its for its, _ in others if its != met]:
+    most = max(fits)
+    (met, names), *others = [way for way, fit in zip(ways, fits) if fit == most]
+    rivals = [its for its, _ in others if its != met]
+    if rivals and most[0] == most[1]:  # else it is another model, as will be told
         one, other = next(iter(met)), next(iter(rivals[0]))
         raise CheckpointMismatchError(
             f"{label}: its tensors fit {one} and {other} of the base model, and what goes with either, alike. Save them under the names "

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from ..errors import CheckpointMismatchError, DiDiError, some, spelled
 from ..files import from_home
-from ..pools.configurations import computing
+from ..pools.configurations import computing, unequal
 from ..pools.entries import PLACE
 from ..task_vectors.digests import digests
 from ..task_vectors.live_models import check_values
@@ -127,21 +127,19 @@ def check(
             f"{entry.get('dtype') or 'its own type'}): its weights differ ({some(differ, 3)}). Pass the base model "
             "of the merge, in the type that it was merged in."
         )
-    if differ := computed_otherwise(entry, {"computes": _computing(backbone)}):
+    if differ := differing_computation(entry, {"computes": _computing(backbone)}):
         raise CheckpointMismatchError(
             f"The backbone given computes something else with its weights than the one that {directory} was merged from (of the merge != "
             f"given): {some(differ)}. Pass the base model of the merge, with the config.json that it had."
         )
 
 
-def computed_otherwise(entry: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing_computation(
+    entry: Mapping[str, Any], other: Mapping[str, Any]
+) -> list[str]:
     """Settings by which two backbones compute something else, as far as both entries tell of them, each with both values."""
     here, there = (one.get("computes") or {} for one in (entry, other))
-    return [
-        f"{name}: {value!r} != {there[name]!r}"
-        for name, value in here.items()
-        if name in there and not _as_good(there[name], value)
-    ]
+    return unequal(here, there, _as_good)
 
 
 def _as_good(one: Any, other: Any) -> bool:

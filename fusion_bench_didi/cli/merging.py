@@ -104,11 +104,10 @@ def merge(
 def _fabric(device: str, devices: int | None) -> tuple[Any, int]:
     """The host's engine, on the processes that ``torchrun`` started or on so many that it starts itself; how many there are."""
     import lightning
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
     for name in _LIGHTNING:  # which say twice what processes there are
         logging.getLogger(name).setLevel(logging.getLogger().level)
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
-
     nodes = 1
     if TorchElasticEnvironment.detect():
         here = int(os.environ["LOCAL_WORLD_SIZE"])

@@ -211,7 +211,7 @@ def check_entries(
         elif not both:
             what = "no tensor of one has the name of one of the other"
         raise _other_base(what, *names)
-    if otherwise := backbones.computed_otherwise(one, other):
+    if otherwise := backbones.differing_computation(one, other):
         raise _other_base(f"it computes something else ({some(otherwise)})", *names)
     _check_types(one.get("dtype"), other.get("dtype"), *names)
 

@@ -337,16 +337,19 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """
         if ranks.size == 1:
             return
-        found = ranks.gather((self._told_identity(), task_vectors.glimpses))
-        for rank, (those, contents) in enumerate(found):
+        here = self._told_identity(), task_vectors.glimpses
+        (settings, contents), *others = ranks.gather(here)
+        for rank, (its_settings, its_contents) in enumerate(others, 1):
             differ = [
-                f"{key.removeprefix('method.')} is {those[key]} and {value}"
-                for key, value in found[0][0].items()
-                if those.get(key, value) != value
+                f"{key.removeprefix('method.')} is {its_settings[key]} and {value}"
+                for key, value in settings.items()
+                if its_settings.get(key, value) != value
             ]
-            first = found[0][1]
-            others = [n for n in {**first, **contents} if first.get(n) != contents.get(n)]  # fmt: skip
-            differ += [f"the content of {name} is another" for name in others]
+            differ += [
+                f"the content of {name} is another"
+                for name in {**contents, **its_contents}
+                if contents.get(name) != its_contents.get(name)
+            ]
             if differ:
                 raise SettingsError(
                     f"Rank {rank} was given something else to merge than rank 0: {some(differ)}. Give all processes the same command, "

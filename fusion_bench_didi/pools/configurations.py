@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
@@ -189,10 +189,19 @@ def differing(
         {name: value for name, value, known in _settings(plain(c)) if known != unclear}
         for c in (base, tuned)
     )
+    return unequal(here, there, lambda one, other: _listed(one) == _listed(other))
+
+
+def unequal(
+    here: Mapping[str, Any],
+    there: Mapping[str, Any],
+    same: Callable[[Any, Any], bool],
+) -> list[str]:
+    """Settings of two models that are not the same, as ``name: one's != other's``; what one of them leaves out is not compared."""
     return [
         f"{name}: {value!r} != {there[name]!r}"
         for name, value in here.items()
-        if name in there and _listed(there[name]) != _listed(value)
+        if name in there and not same(value, there[name])
     ]
 
 

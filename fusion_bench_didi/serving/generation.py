@@ -91,7 +91,7 @@ def generate(forward: MixedForward, mix: Mix, call: Call) -> Any:
             forward.give_up(reason)
     if len(groups) == 1 and mix.in_order:
         return forward.alone(mix, call)
-    if by_place := {kind for held in _by_place(call).values() for kind in held}:
+    if by_place := _by_place(call):
         raise DiDiError(
             f"Prompts of several tasks are continued task by task with this model, and {some(by_place)} may go by the place of a prompt "
             "among all of them; generate for each task by itself."
@@ -108,13 +108,10 @@ def generate(forward: MixedForward, mix: Mix, call: Call) -> Any:
     return reordered(torch.cat(rows), order, None)
 
 
-def _by_place(call: Call) -> dict[str, list[str]]:
-    """What may do to a row what it would not do elsewhere in the batch, by argument."""
-    return {
-        name: [type(one).__name__ for one in given if not _is_by_itself(one)]
-        for name in EVERY_STEP
-        if (given := call.given.get(name))
-    }
+def _by_place(call: Call) -> set[str]:
+    """Classes of what may do to a row what it would not do elsewhere in the batch."""
+    asked = (one for name in EVERY_STEP for one in call.given.get(name) or ())
+    return {type(one).__name__ for one in asked if not _is_by_itself(one)}
 
 
 def _is_by_itself(one: Any) -> bool:

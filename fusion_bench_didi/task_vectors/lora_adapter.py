@@ -121,8 +121,8 @@ class AdapterSource(TensorSource):
         else:
             self._sort()
             self._check_complete(config)
-        self._ties = bool(config.get("ensure_weight_tying"))
-        self._ties_by_name = self._ties and self._settings.targets_embedding(config)
+        ties = self._settings.ties
+        self._ties_by_name = ties and self._settings.targets_embedding(config)
         #: The base model that it was trained on, as PEFT calls it.
         self.trained_on = config.get("base_model_name_or_path")
 
@@ -238,7 +238,7 @@ class AdapterSource(TensorSource):
     def _kept_tied(self, name: str, first: str, by_name: bool) -> bool:
         """Whether ``ensure_weight_tying`` has tied two names: both are in the file then, or PEFT knows the head by its name, which it
         looks for at the top of a model only; DoRA gives either norms of its own."""
-        if not self._ties or self._by_dora(name) or self._by_dora(first):
+        if not self._settings.ties or self._by_dora(name) or self._by_dora(first):
             return False
         at_top = "." not in name.removesuffix(".weight")
         return by_name and at_top or self._is_copy(name, first)
@@ -250,7 +250,7 @@ class AdapterSource(TensorSource):
             tied: other names of tensors that the base model ties -> their first name.
         """
         for name, first in tied.items():
-            if self._ties and self._is_copy(name, first):
+            if self._settings.ties and self._is_copy(name, first):
                 del self._infos[name]
                 self._whole.pop(name, None)
                 self._pairs.pop(name, None)

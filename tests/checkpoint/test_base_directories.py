@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fusion_bench_didi.checkpoint import loaders
-from fusion_bench_didi.checkpoint.backbone import computed_otherwise
+from fusion_bench_didi.checkpoint.backbone import differing_computation
 from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.service.opening import open_runner
@@ -220,7 +220,7 @@ def test_what_releases_of_transformers_write_otherwise_is_no_difference():
     """Of 379 kinds of models that both 4 and 5 know, three had such settings."""
     one = {"layer_types": None, "sliding_window": 0, "rope_theta": 10000}
     other = {"layer_types": ["full"], "sliding_window": None, "rope_theta": 10000.0}
-    assert computed_otherwise({"computes": one}, {"computes": other}) == []
+    assert differing_computation({"computes": one}, {"computes": other}) == []
     changed = {**other, "sliding_window": 8}
-    assert computed_otherwise({"computes": one}, {"computes": changed}) == ["sliding_window: 0 != 8"]  # fmt: skip
-    assert computed_otherwise({}, {"computes": other}) == []  # of earlier releases
+    assert differing_computation({"computes": one}, {"computes": changed}) == ["sliding_window: 0 != 8"]  # fmt: skip
+    assert differing_computation({}, {"computes": other}) == []  # of earlier releases

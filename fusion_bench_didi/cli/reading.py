@@ -1,7 +1,6 @@
 """``didi inspect`` and ``didi verify``."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +113,14 @@ def finite(model: Any) -> int:
     """
     from ..errors import NonFiniteError
     from ..models import DynamicModel
+    from ..task_vectors.live_models import all_tensors
 
     models = model if isinstance(model, dict) else {"the model": model}
-    weights = ((name, key, v) for name, one in models.items() for key, v in _state(one))
+    weights = (
+        (owner, name, value)
+        for owner, one in models.items()
+        for name, value in all_tensors(one).items()
+    )
     tasks = len(models)
     if isinstance(model, DynamicModel):
         weights = (
@@ -136,15 +140,10 @@ def finite(model: Any) -> int:
 def strange_in_base(model: Any) -> list[str]:
     """Saved tensors of the base model that no task changes, as where they were excluded, and that hold NaN or infinity."""
     from ..models import DynamicModel
+    from ..task_vectors.live_models import all_tensors
 
     if not isinstance(model, DynamicModel):
         return []
     saved = model.backbone.state_dict().keys() - set(model.touched)
-    found = _state(model.backbone)
+    found = all_tensors(model.backbone).items()
     return [n for n, v in found if n in saved and not v.isfinite().all()]
-
-
-def _state(module: Any) -> Iterator[tuple[str, Any]]:
-    """Parameters and buffers, by name."""
-    yield from module.named_parameters()
-    yield from module.named_buffers()

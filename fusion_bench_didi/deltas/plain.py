@@ -13,6 +13,13 @@ class DenseDelta(Delta):
     kind = "dense"
     parts = shaped = ("value",)
 
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], value: Tensor, dtype: torch.dtype
+    ) -> "DenseDelta":
+        """The change in a floating type, where files are written from."""
+        return cls(shape, value.to(dtype).cpu())
+
     def own(self) -> Tensor:
         return self.value.float()
 

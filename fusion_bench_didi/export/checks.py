@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DiDiError
+from ..task_vectors.live_models import all_tensors
 from .report import Carried
 
 #: Units of rounding that the arithmetic of a reader may differ by from ours.
@@ -22,8 +23,7 @@ _WAYS_OUT = "Export as plain or patch, or with carry=linear in place of carry=al
 
 def state(module: nn.Module) -> dict[str, Tensor]:
     """All tensors of a model, those that it does not save too."""
-    named = (*module.named_parameters(), *module.named_buffers())
-    return {name: value.detach() for name, value in named}
+    return {name: value.detach() for name, value in all_tensors(module).items()}
 
 
 def check_equal(found: Mapping[str, Tensor], wanted: nn.Module, what: str) -> None:

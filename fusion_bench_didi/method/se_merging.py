@@ -33,6 +33,7 @@ from ..options import (
     refuse_idle,
 )
 from ..routers.representation import RepresentationRouter
+from ..task_vectors.live_models import all_tensors
 from ..task_vectors.scan import model_bits, scan
 from .base import PoolMethod
 from .didi import DiDiMerging
@@ -271,7 +272,7 @@ def as_multiple(
     Returns:
         ((a, c), None), or ((1, 0), the change of every tensor).
     """
-    state = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
+    state = all_tensors(merged)
     changes: dict[str, Tensor] = {}
     gram = torch.zeros(3, 3, dtype=torch.float64)  # of shared, experts, merged
     experts, own = list(model.modulators.values()), set(owned(model))

@@ -13,6 +13,7 @@ from ..serving.derived import Derived
 from ..serving.shadow import unwatched
 from ..serving.shapes import Shapes
 from ..serving.unwritten import Unwritten
+from ..task_vectors.live_models import all_tensors
 from ..task_vectors.ties import tie, tied_names
 
 
@@ -42,7 +43,7 @@ class BackboneWeights:
         self.unwritten.check()
         self._aliases = tied_names(backbone)
         self.tie(backbone)
-        named = (*backbone.named_parameters(), *backbone.named_buffers())
+        named = all_tensors(backbone).items()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in named}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import CheckpointMismatchError
 from ..task_vectors.alignment import check_alignment
+from ..task_vectors.live_models import all_tensors
 from .entries import adapter_directory
 from .host_forms import same_class
 from .names_in_memory import Names
@@ -48,7 +49,7 @@ def tuned_model(modelpool: BaseModelPool, name: str) -> nn.Module:
     base, known, ignored = base_of(modelpool, model)
     source = adapter_source(modelpool, name, base, known, Names.of(model))
     check_alignment(base, {name: source}, ignored=ignored)
-    live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    live = all_tensors(model)
     for tensor in sorted(source.infos().keys() & live.keys()):
         value, place = source.applied(tensor, live[tensor]), live[tensor]
         if value.shape != place.shape:

@@ -13,6 +13,11 @@ DIVIDED, EVERY = "layers_are_rescaled", "rescale_every"
 _PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
+def all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, each once under the first of its names; those that are not saved too."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def check_values(model: nn.Module, label: str) -> None:
     """A live model must hold the values of its weights.
 

@@ -76,14 +76,14 @@ class HeapTrimmer:
     def __init__(self, processes: int = 1):
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._growth, self._held = GROWTH // processes, 0
+        self._process = psutil.Process()
 
     def __call__(self) -> None:
-        if self._trim and _held() > self._held + self._growth:
+        if self._trim and self._resident() > self._held + self._growth:
             self._trim(0)
-            self._held = _held()
+            self._held = self._resident()
 
-
-def _held() -> int:
-    """Bytes that are resident and of no file."""
-    found = psutil.Process().memory_info()
-    return found.rss - getattr(found, "shared", 0)
+    def _resident(self) -> int:
+        """Bytes that are resident and of no file."""
+        found = self._process.memory_info()
+        return found.rss - getattr(found, "shared", 0)

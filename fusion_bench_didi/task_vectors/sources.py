@@ -20,6 +20,7 @@ from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks
 from ..lowrank.factors import LowRankFactors
 from .digests import digests
+from .live_models import all_tensors
 from .ties import tied_names
 from .watched import Watched
 
@@ -181,7 +182,7 @@ class ModuleSource(TensorSource):
         state, second = module.state_dict(keep_vars=True), tied_names(module)
         self._tensors = {
             name: tensor.detach()
-            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+            for name, tensor in all_tensors(module).items()
             if name in state and name not in second
         }
         self._infos, self.faults = described(self._tensors), faults_of(self._tensors)

@@ -23,6 +23,7 @@ from ...options import (
 )
 from ...pools.entries import load_model
 from ...pools.inputs import Inputs, load_inputs, parts, require_inputs
+from ...task_vectors.live_models import all_tensors
 from ...task_vectors.reader import TaskVectors
 from ..base import PoolMethod
 
@@ -102,10 +103,7 @@ class CATMerging(PoolMethod):
                 for task in self.track(tasks, "layer inputs")
             ]
         with self.profile("trim"):
-            live = {
-                **dict(backbone.named_parameters()),
-                **dict(backbone.named_buffers()),
-            }
+            live = all_tensors(backbone)
             for name in self.track(names, "trimming"):
                 value = live[name]
                 change = self._merged(task_vectors, name, inputs)

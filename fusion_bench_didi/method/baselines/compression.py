@@ -103,7 +103,7 @@ class DeltaCompression(DynamicMethod):
         def stored(task: str, tau: Tensor) -> Delta | None:
             if compressed:
                 return self.delta(name, task, tau)
-            return DenseDelta(shape, tau.to(dtype).cpu())
+            return DenseDelta.of(shape, tau, dtype)
 
         pairs = zip(self.tasks, tensor.stacked())
         experts = [stored(task, tau) if tau.any() else None for task, tau in pairs]

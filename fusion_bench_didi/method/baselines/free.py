@@ -113,10 +113,10 @@ class FreeMerging(DynamicMethod):
             ]
             pairs = zip(kept, filtered)
             factors = [compensation(sparse, v, self.keep) for sparse, v in pairs]
-        shared = self._merged(filtered).view(tensor.shape).to(dtype).cpu()
+        shared = self._merged(filtered).view(tensor.shape)
         return EncodedTensor(
             tensor.name,
-            DenseDelta(tensor.shape, shared),
+            DenseDelta.of(tensor.shape, shared, dtype),
             self._experts(kept, factors, dtype),
         )
 
@@ -134,7 +134,7 @@ class FreeMerging(DynamicMethod):
             kept = [released_top(tau, self.keep) for tau in vectors]
             experts = self._experts(kept, self._factors, dtype)
         return EncodedTensor(
-            tensor.name, DenseDelta(tensor.shape, shared.to(dtype).cpu()), experts
+            tensor.name, DenseDelta.of(tensor.shape, shared, dtype), experts
         )
 
     def _experts(

@@ -48,5 +48,5 @@ class RanDeS(DynamicMethod):
             experts = [SignedDelta.of(shape, one) for one in signs]
             vectors = vectors * torch.stack(signs).to(vectors.device)[:, None]
         superposed = self.scaling_factor * vectors.sum(0)
-        shared = DenseDelta(shape, superposed.to(tensor.dtype).cpu())
+        shared = DenseDelta.of(shape, superposed, tensor.dtype)
         return EncodedTensor(name, shared, experts)

@@ -43,7 +43,7 @@ def truncated(
         tensor.view(matrix_shape(shape)), max_rank=rank, exact=True, name=name
     )
     if stored_dense(shape, rank, fold_sigma=fold_sigma):
-        return DenseDelta(shape, found.head().to(dtype).cpu())
+        return DenseDelta.of(shape, found.head(), dtype)
     if fold_sigma:
         return LowRankDelta.of(shape, found.cut(rank).to("cpu"), dtype)
     parts = {"up": found.U, "sigma": found.S, "down": found.Vh}

@@ -77,7 +77,7 @@ class TallMaskMerging(DynamicMethod):
             MaskedDelta.of(task_mask(tau, merged, limit).cpu())
             for tau, limit in zip(vectors, self._limits)
         ]
-        shared = DenseDelta(tensor.shape, merged.to(tensor.dtype).cpu())
+        shared = DenseDelta.of(tensor.shape, merged, tensor.dtype)
         return EncodedTensor(tensor.name, shared, masks)
 
     def _ties(

@@ -72,4 +72,4 @@ class TSVCompression(DynamicMethod):
         if low_rank:
             options = {"dtype": dtype, "fold_sigma": self.fold_sigma}
             return truncated(tau, rank, name=name, **options)
-        return DenseDelta(shape, tau.to(dtype).cpu())
+        return DenseDelta.of(shape, tau, dtype)

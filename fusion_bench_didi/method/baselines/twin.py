@@ -42,14 +42,14 @@ class TwinMerging(DynamicMethod):
         vectors, shape, dtype = tensor.stacked(), tensor.shape, tensor.dtype
         low_rank = len(shape) == 2 or self.conv == "matrix"
         if not low_rank or min(tensor.sides) < 2:
-            own = [DenseDelta(shape, tau.to(dtype).cpu()) for tau in vectors]
+            own = [DenseDelta.of(shape, tau, dtype) for tau in vectors]
             return EncodedTensor(tensor.name, None, own)
         merged = self.scale * vectors.sum(0)
         mask_rate = 1 - self.rank_fraction
         rank = rank_of(shape, 1 - mask_rate)
         return EncodedTensor(
             tensor.name,
-            DenseDelta(shape, merged.to(dtype).cpu()),
+            DenseDelta.of(shape, merged, dtype),
             [
                 truncated(tau - merged, rank, dtype=dtype, name=tensor.name)
                 for tau in vectors

@@ -4,7 +4,7 @@ import copy
 import itertools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -66,17 +66,30 @@ def quick(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**few, **settings}
 
 
-def combinations(**values: Sequence[Any]) -> list[Any]:
-    """Parameters for all combinations of settings but those that the method refuses, because some would do nothing."""
-    found = []
-    for row in itertools.product(*values.values()):
-        settings = dict(zip(values, row))
-        try:
-            DiDiMerging(**quick({**PLAIN, **settings}))
-        except SettingsError:
-            continue
-        found.append(pytest.param(settings, id="-".join(map(str, row))))
+def pairwise(rows: Iterable[tuple]) -> list[tuple]:
+    """Some of the rows, in which every two values that any row has together are met together."""
+    pairs = {row: {*itertools.combinations(enumerate(row), 2)} for row in rows}
+    left, found = set().union(*pairs.values()), []
+    while left:
+        found.append(max(pairs, key=lambda row: len(pairs[row] & left)))
+        left -= pairs[found[-1]]
     return found
+
+
+def accepted(settings: Mapping[str, Any]) -> bool:
+    """Whether the method takes these settings together: it refuses those of which some would do nothing."""
+    try:
+        DiDiMerging(**quick({**PLAIN, **settings}))
+    except SettingsError:
+        return False
+    return True
+
+
+def combinations(**values: Sequence[Any]) -> list[Any]:
+    """Parameters for combinations of settings that the method takes, every two values together in one of them."""
+    rows = itertools.product(*values.values())
+    found = pairwise(row for row in rows if accepted(dict(zip(values, row))))
+    return [pytest.param(dict(zip(values, row)), id="-".join(map(str, row))) for row in found]  # fmt: skip
 
 
 def didi(models: Mapping[str, nn.Module] | BaseModelPool, **settings: Any) -> DiDiModel:

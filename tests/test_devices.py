@@ -21,6 +21,7 @@ from fusion_bench_didi.task_vectors import loop, scan
 SLOW = (
     "MERGE, proxy",
     "default",
+    "default, few bits",
     "large matrices, whole",
     "output_dir",
     "subspaces",

@@ -117,14 +117,25 @@ def test_package_is_imported_from_the_fresh_environment(installed, tmp_path):
     assert Path(file).is_relative_to(installed.site_packages)
 
 
+#: What is asked of the command, and of the start of Hydra that it makes.
+ASKED = ["method=didi", "modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8"]
+COMPOSES = f"""
+from fusion_bench.utils.hydra_utils import initialize_hydra_config
+from omegaconf import OmegaConf
+print(OmegaConf.to_yaml(initialize_hydra_config("fabric_model_fusion", {ASKED})))
+"""
+
+
 @pytest.mark.parametrize("place", ["repository", "elsewhere", "beside_own_config"])
 def test_command_finds_our_configuration_and_the_hosts(installed, place, tmp_path):
+    """The command itself in the folder that is the worst, which has another configuration."""
     cwd = REPOSITORY if place == "repository" else tmp_path
     if place == "beside_own_config":
         (cwd / "config").mkdir()
         (cwd / "config" / "unrelated.yaml").write_text("answer: 42\n")
-    host_pool = "modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8"
-    printed = installed.fusion_bench("--cfg", "job", "method=didi", host_pool, cwd=cwd)
+        printed = installed.fusion_bench("--cfg", "job", *ASKED, cwd=cwd)
+    else:
+        printed = _run(installed.python, "-I", "-c", COMPOSES, cwd=cwd)
     config = OmegaConf.create(printed)
     assert isinstance(config, DictConfig)
     assert config.method._target_ == "fusion_bench_didi.method.DiDiMerging"

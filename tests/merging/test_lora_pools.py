@@ -235,8 +235,9 @@ def test_every_task_comes_back_whatever_peft_did(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
-@pytest.mark.parametrize("allocation", ["uniform", "greedy"])
-@pytest.mark.parametrize("shared", ["mean", "ties"])
+@pytest.mark.parametrize(
+    "shared, allocation", [("mean", "uniform"), ("ties", "greedy")]
+)
 def test_presets_store_every_adapter_exactly_and_no_more(kind, shared, allocation):
     directory, models = kind
     pool = pool_of(directory, models[BASE])
@@ -269,8 +270,7 @@ def test_generous_budget_of_many_adapters_is_spent_on_nothing_but_their_ranks(tm
     assert_close(model, models)
 
 
-@pytest.mark.parametrize("residual", ["truncated", "full"])
-@pytest.mark.parametrize("budget", [0.07, 0.12])
+@pytest.mark.parametrize("budget, residual", [(0.07, "full"), (0.12, "truncated")])
 def test_small_budget_cuts_adapters_like_whole_models(kind, budget, residual):
     directory, models = kind
     choice = {"budget": budget, "residual": residual, "refinement": "none"}
@@ -345,13 +345,13 @@ def related(directory: Path) -> dict[str, nn.Module]:
     "choice",
     combinations(
         allocation=["learned"],
+        budget=[0.01, 0.02, 0.05],
         factor_dtype=["auto", "int4", "float32"],
         residual=["truncated", "full"],
         refinement=["alternating", "adam"],
     ),
 )
-@pytest.mark.parametrize("budget", [0.01, 0.02, 0.05])
-def test_no_product_is_formed(tmp_path, monkeypatch, choice, budget):
+def test_no_product_is_formed(tmp_path, monkeypatch, choice):
     sides = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     related_to = {"target_modules": [*ATTENTION, "down_proj"], "r": 2}
     family(
@@ -370,8 +370,8 @@ def test_no_product_is_formed(tmp_path, monkeypatch, choice, budget):
         return dense(self)
 
     monkeypatch.setattr(LowRankFactors, "dense", small)
-    result = merge(vectors, merge_settings(budget, **choice))
-    assert 0 < result.storage.x_excl <= budget
+    result = merge(vectors, merge_settings(**choice))
+    assert 0 < result.storage.x_excl <= choice["budget"]
     assert 0 < result.report.relative_error < 1 + 1e-6
 
 

@@ -54,8 +54,10 @@ def mixed(m: int, n: int, g: torch.Generator) -> Tensor:
     return decaying(m, n, same) + 3 * up @ down + 0.3 * decaying(m, n, g)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-@pytest.mark.parametrize("budget", [0.03, 0.12, 0.5, 1.4])
+@pytest.mark.parametrize(
+    "budget, dtype",
+    [(0.03, "auto"), (0.12, "float32"), (0.5, "auto"), (1.4, "float32"), (1.4, "auto")],
+)
 @pytest.mark.parametrize(
     "models",
     [

@@ -1,5 +1,7 @@
 """The whole merge on live models: laws 1, 3 and 10 at every policy."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import (
@@ -12,6 +14,7 @@ from helpers import (
     fine_tuned,
     floats,
     merge_settings,
+    pairwise,
     same_bits,
     task_vectors,
 )
@@ -53,15 +56,16 @@ def test_unlimited_budget_is_exact_for_other_families(make, refinement):
     assert_task_weights(model, {t: m for t, m in models.items() if t != BASE}, 1e-6)
 
 
-@pytest.mark.parametrize("include_backbone", [False, True])
-@pytest.mark.parametrize("ratio", [0.3, 1.4, 2.9])
 @pytest.mark.parametrize(
     "choice",
     combinations(
         allocation=["learned", "greedy", "uniform"], residual=["truncated", "full"]
     ),
 )
-@pytest.mark.parametrize("make", [OpenClipLike, gpt2])
+@pytest.mark.parametrize(
+    "make, ratio, include_backbone",
+    pairwise(itertools.product([OpenClipLike, gpt2], [0.3, 1.4, 2.9], [False, True])),
+)
 def test_budget_is_kept_and_used_up(make, choice, ratio, include_backbone):
     models = family(make(), ("mnist", "svhn", "eurosat"))
     budget = Budget(ratio + include_backbone, include_backbone)
@@ -264,8 +268,13 @@ def test_budget_counts_the_bits_that_are_stored(tiny_clip, factor_dtype):
     assert model.info["relative_error"] < 0.8 * whole.info["relative_error"]
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.3, 1.24, 2.5])
-@pytest.mark.parametrize("factor_dtype", ["int8", "int4", "int3", "int2", "auto"])
+@pytest.mark.parametrize(
+    "factor_dtype, ratio",
+    [
+        *(("auto", ratio) for ratio in (0.05, 0.3, 1.24, 2.5)),
+        *zip(("int8", "int4", "int3", "int2"), (2.5, 0.3, 1.24, 0.05)),
+    ],
+)
 def test_budget_is_never_exceeded_with_few_bits(tiny_clip, factor_dtype, ratio):
     choice = {"budget": ratio, "factor_dtype": factor_dtype, "vectors": "shared"}
     # learning takes longest and ends in the steps of the others

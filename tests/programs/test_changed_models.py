@@ -74,10 +74,15 @@ CHANGES = [other_values, one_more, cut_short, Path.unlink]
 
 
 @pytest.mark.parametrize(
-    "at, model",
-    [("individuals", "digits"), ("averaging", "_pretrained_"), ("emr", "digits")],
+    "at, model, change",
+    [
+        *(("averaging", "_pretrained_", change) for change in CHANGES),
+        ("individuals", "digits", other_values),
+        ("emr", "digits", other_values),
+        ("emr", "digits", Path.unlink),
+    ],
+    ids=lambda one: getattr(one, "__name__", one),
 )
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_under_a_run_ends_its_rows(
     cache, tmp_path, monkeypatch, change, at, model
 ):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,7 +20,7 @@ from exact_models import (
     tokens,
     unchanged,
 )
-from helpers import BASE
+from helpers import BASE, pairwise
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -327,9 +328,14 @@ def test_generate_runs_as_the_task_that_is_set(make):
         generate(**given, **GREEDY)
 
 
-@pytest.mark.parametrize("how", ["layered", "grouped"])
-@pytest.mark.parametrize("hard", [True, False])
-@pytest.mark.parametrize("make", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "make, hard, how",
+    pairwise(
+        itertools.product(
+            ["llama", "gpt2", "t5"], [True, False], ["layered", "grouped"]
+        )
+    ),
+)
 def test_a_router_decides_on_the_prompt(make, hard, how):
     models, model = merged_of(make, how)
     given = prompts(left=make != "t5")

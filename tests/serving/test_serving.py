@@ -59,13 +59,18 @@ def merged(tiny_clip) -> DynamicModel:
 # --- the same result, however it is run ---------------------------------------------
 
 
+@pytest.fixture(scope="module", params=["float32", "int8", "int4", "int3", "auto"])
+def stored_as(request, make_tiny_clip) -> tuple[str, DynamicModel]:
+    pool = make_tiny_clip().pool_models()
+    return request.param, didi(pool, budget=0.7, factor_dtype=request.param).eval()
+
+
 @pytest.mark.parametrize("limit", [None, 0, 1e-4])
 @pytest.mark.parametrize("dense_above", [0.0, 0.25, math.inf])
-@pytest.mark.parametrize("dtype", ["float32", "int8", "int4", "int3", "auto"])
 def test_factors_and_matrices_give_what_materialised_models_give(
-    tiny_clip, dense_above, dtype, limit
+    stored_as, dense_above, limit
 ):
-    model = didi(tiny_clip.pool_models(), budget=0.7, factor_dtype=dtype).eval()
+    dtype, model = stored_as
     model.serving = Serving(dense_above, small=0, memory_limit_gb=limit)
     pixels, ids = images(), task_ids()
     found = model(pixels, task_ids=ids).pooler_output

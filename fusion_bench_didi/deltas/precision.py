@@ -119,11 +119,16 @@ class Precision:
 
     def low_rank(
         self, shape: tuple[int, ...], factors: LowRankFactors, target: Matrix | None
-    ) -> tuple[Delta, float | None]:
-        """Store a product; integer codes are fitted to ``target`` (m, n) if given, and their squared error is known."""
+    ) -> tuple[Delta | None, float | None]:
+        """Store a product; integer codes are fitted to ``target`` (m, n) if given, and their squared error is known.
+
+        Nothing is stored of what rounding would lose more of than there is of the target.
+        """
         if self.dtype is not None:
             return LowRankDelta.of(shape, factors, self.dtype), None
         rounded = round_factors(factors, bits=self.bits, target=target)
+        if target is not None and rounded.error >= rounded.energy:
+            return None, rounded.energy
         return RoundedLowRankDelta.of(shape, rounded), rounded.error
 
     def dense(

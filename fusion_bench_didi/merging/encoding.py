@@ -13,6 +13,7 @@ from ..task_vectors.loop import spread
 from ..task_vectors.reader import TaskVectors
 from .context import MergeContext
 from .forms import Decision
+from .forms.coded import CODED
 
 
 def encode_all(
@@ -38,6 +39,9 @@ def encode_all(
         if held is None:
             held = encode(name).cpu()
             _check_range(held)
+            # codes are as long as the signal, and not what loses least
+            if name in decisions and decisions[name].form is not CODED:
+                held = _worth_storing(held, context.energy[name].cpu())
             sink.put(held)
             context.store.encoded(name)
         return held.errors
@@ -50,6 +54,25 @@ def encode_all(
     matrices = partial(stored, matrix)
     errors |= context.each("refine", matrices, decisions, kept=False)
     return [*order, *errors], errors
+
+
+def _worth_storing(tensor: EncodedTensor, energy: Tensor) -> EncodedTensor:
+    """A tensor without what loses all there is or more, as values do that few bits do not suit: nothing loses less.
+
+    That is told expert by expert, and of all together where they have a shared part.
+    """
+    lost, shared = tensor.errors >= energy, tensor.shared
+    if shared is not None:
+        lost = (tensor.errors.sum() >= energy.sum()).expand_as(lost)
+    if not bool(lost.any()):
+        return tensor
+    experts = [
+        None if gone else one for gone, one in zip(lost.tolist(), tensor.experts)
+    ]
+    errors = tensor.errors.where(~lost, energy)
+    return EncodedTensor(
+        tensor.name, None if bool(lost.all()) else shared, experts, errors
+    )
 
 
 def _check_range(tensor: EncodedTensor) -> None:

@@ -304,7 +304,7 @@ def merge(
     unit_bits = context.inventory.unit_bits
     storage = account(shared, experts, unit_bits=unit_bits)
     report = planned.report(errors, shared, experts)
-    return MergeResult(shared, experts, planned.ranks, storage, report)
+    return MergeResult(shared, experts, planned.ranks.of(experts), storage, report)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..deltas.base import Delta
+from ..deltas.sink import Experts, Shared
 from ..deltas.storage import StorageReport
 
 
@@ -18,6 +18,14 @@ class RankAllocation:
 
     shared: Mapping[str, int]
     experts: Mapping[str, Mapping[str, int]]
+
+    def of(self, stored: Experts) -> "RankAllocation":
+        """The same ranks, 0 for experts that were found not to be worth storing."""
+        experts = {
+            task: {name: k if name in stored[task] else 0 for name, k in ranks.items()}
+            for task, ranks in self.experts.items()
+        }
+        return RankAllocation(self.shared, experts)
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,8 @@ def _relative(errors: Tensor, energy: Tensor) -> Tensor:
 class MergeResult:
     """Stored deltas by tensor name, and how they came about."""
 
-    shared: Mapping[str, Delta]
-    experts: Mapping[str, Mapping[str, Delta]]
+    shared: Shared
+    experts: Experts
     ranks: RankAllocation
     storage: StorageReport
     report: MergeReport

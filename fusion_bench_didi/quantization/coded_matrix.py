@@ -157,9 +157,25 @@ def _within(
 ) -> tuple[Codes, float]:
     """Codes of rows (r, n) that take so many bits or somewhat less, and their step.
 
+    Values of one size are above the step together: where that takes too many bits, and the next step holds nothing, some rows
+    are coded and the others are not.
+
     Args:
         step: to start from.
     """
+    codes, step = _at_one_step(rows, step, bits, quantizer)
+    if bool(codes.any().any()) or not bool(rows.any()):
+        return codes, step
+    while not bool(codes.any().any()):
+        step /= 2
+        codes = quantize(rows, step, quantizer)
+    return codes.best_rows(rows, step, bits), step
+
+
+def _at_one_step(
+    rows: Tensor, step: float, bits: float, quantizer: Quantizer
+) -> tuple[Codes, float]:
+    """:func:`_within` with all rows coded."""
     best, least = None, 0.0  # what fits, and a step that takes too many
     finest = finest_step(rows)
     slope, overs = SLOPE[quantizer] * rows.numel(), {}

@@ -114,6 +114,23 @@ class Codes:
         nearer = (gains * held - 1).abs() < (held - 1).abs()
         return Codes(self.symbols, self.classes + (RESTORED * nearer).to(torch.uint8))
 
+    def best_rows(self, target: Tensor, step: float, bits: float) -> "Codes":
+        """The rows that hold most per bit, as many as take so many bits; the others stand for zero.
+
+        Args:
+            target: (r, n) what they stand for.
+            step: in its unit.
+        """
+        low = _tables(self.symbols.device).low_bits[_index(self.classes)]
+        taken = _lengths(self.symbols, self.classes).double().sum(1)
+        taken += low * self.symbols.shape[1]
+        goal = target / step
+        gained = goal.square().sum(1) - (self.values() - goal).square().sum(1)
+        order = (gained / taken.clamp(min=1e-9)).argsort(descending=True)
+        fit = taken[order].cumsum(0) <= bits - CLASS_BITS * len(self)
+        kept = torch.zeros_like(fit).scatter(0, order, fit & (gained[order] > 0))
+        return Codes(self.symbols * kept[:, None], self.classes * kept)
+
     @property
     def bits(self) -> float:
         """Of classes and symbols; a stream takes up to 64 more."""

@@ -36,6 +36,7 @@ class RoundedFactors:
         scale: (r,) float32.
         bits: of a code.
         error: squared error against the target.
+        energy: squared norm of the target; rounding of sparse directions may lose more than that.
     """
 
     up: Tensor
@@ -43,6 +44,7 @@ class RoundedFactors:
     scale: Tensor
     bits: int
     error: float
+    energy: float
 
 
 def round_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +165,7 @@ def round_factors(
     if factors.rank == 0:
         up, down = factors.up.to(torch.int8), factors.down.to(torch.int8)
         error = 0.0 if target is None else float(energy_of(target))
-        return RoundedFactors(up, down, factors.up.new_zeros(0), bits, error)
+        return RoundedFactors(up, down, factors.up.new_zeros(0), bits, error, error)
     goal = factors if target is None else target
     if factors.shape[0] > factors.shape[1]:  # the long side last: its rounds cost most
         turned = round_factors(factors.mT, bits=bits, target=goal.mT)
@@ -172,7 +174,7 @@ def round_factors(
     left = _best_side(factors, bits, energy)
     right, held = left.partner(left.values @ goal, bits)
     scale, error = left.step * right.step, max(energy - held, 0.0)
-    return RoundedFactors(left.codes.mT, right.codes, scale, bits, error)
+    return RoundedFactors(left.codes.mT, right.codes, scale, bits, error, energy)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,34 @@ def test_error_does_not_rise_with_the_budget():
     assert least < 2e-4
 
 
+@pytest.mark.parametrize("factor_dtype", ["auto", "int2", "int3"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.eye(64),
+        torch.eye(64)[torch.arange(64) ** 2 % 67 % 64],
+        normal(64, 64).sign(),
+    ],
+    ids=["diagonal", "few columns", "signs"],
+)
+def test_no_expert_loses_more_than_nothing_would(change, shared, factor_dtype):
+    """Directions of one entry in codes that have no zero, and values of one size."""
+    second = change if shared else change.roll(7, 0)
+    tasks = [0.01 * change], [0.01 * second]
+    gain = {"gain": "none"} if factor_dtype == "auto" else {}
+    for budget in (0.05, 0.1, 0.3):
+        settings = merge_settings(budget, factor_dtype=factor_dtype, **gain)
+        found = merge(pool(*tasks), settings)
+        lost, energy = found.report.errors["0"], found.report.energy["0"]
+        if "0" in found.shared:
+            lost, energy = lost.sum(), energy.sum()
+        assert bool((lost <= energy * (1 + 1e-9)).all())
+        for task in "ab":
+            rank = found.ranks.experts[task]["0"]
+            assert bool(rank) == ("0" in found.experts[task])
+
+
 @pytest.mark.parametrize("shape", [(64, 96), (3000, 40), (40, 3000), (1, 5000)])
 def test_normal_entries_are_priced_as_before(shape):
     tasks = [normal(*shape, seed=seed) for seed in range(3)]

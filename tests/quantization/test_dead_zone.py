@@ -386,6 +386,23 @@ def test_rows_take_their_bits_and_tell_their_error():
         last = error
 
 
+@pytest.mark.parametrize("bits", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
+def test_values_of_one_size_are_held_in_as_many_rows_as_fit(bits, quantizer):
+    """No step holds some of them: all are above it together."""
+    x = normal(64, 200).sign()
+    given = CLASS_BITS * len(x) + bits * x.numel()
+    coded = code_rows(x, 1.0, given, quantizer=quantizer)
+    assert coded.bits <= given
+    # tables of Gaussian values take some two bits for each of these
+    assert coded.error < (1.02 - 0.4 * bits) * x.numel()
+
+
+def test_rows_of_zero_are_coded_as_that():
+    coded = code_rows(torch.zeros(5, 30), 1.0, 300.0)
+    assert not coded.sides[0].any().any() and coded.error == 0
+
+
 def test_one_step_for_all_rows_beats_one_width_for_all():
     """Reverse water-filling: rows of much energy get more bits than others."""
     x = normal(32, 400) * torch.logspace(-2, 0, 32)[:, None]

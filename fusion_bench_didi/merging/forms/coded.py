@@ -99,6 +99,8 @@ def _encode(
         )
         coded = code_product(tau, vectors, values, step, bits, **how)
         delta = CodedLowRankDelta.of(shape, coded)
+    if not bool(coded.sides[-1].any().any()):
+        return None, energy_of(tau).double().cpu()
     return delta, torch.tensor(coded.error, dtype=torch.float64)
 
 

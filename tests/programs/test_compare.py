@@ -773,19 +773,20 @@ def test_a_row_tells_what_its_figures_are(cache, tmp_path, monkeypatch, scored):
     assert "rows with accuracy" in odd["error"]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 93.75])
-def test_rows_of_before_with_no_share_are_made_anew(cache, tmp_path, scored, value):
-    few = {"only": ["averaging"]}
+def test_rows_of_before_with_no_share_are_made_anew(cache, tmp_path, scored):
+    odd = {"individuals": math.nan, "averaging": math.inf, "emr": 93.75}
+    few = {"only": [*odd]}
     first = compare(cache, tmp_path, **few)
-    file = tmp_path / "rows" / "averaging.json"
-    row = json.loads(file.read_text())
-    odd = list(row["accuracy"])[1]
-    row["accuracy"][odd] = value
-    file.write_text(json.dumps(sealed(row, finite=False)))
+    for key, value in odd.items():
+        file = tmp_path / "rows" / f"{key}.json"
+        row = json.loads(file.read_text())
+        task = list(row["accuracy"])[1]
+        row["accuracy"][task] = value
+        file.write_text(json.dumps(sealed(row, finite=False)))
     scored.clear()
     again = timeless(compare(cache, tmp_path, **few))
-    assert scored == [odd]
-    assert by_method(again)["averaging"]["average"] == by_method(first)["averaging"]["average"]  # fmt: skip
+    assert scored == [task] * len(odd)
+    assert [r["average"] for r in again["rows"]] == [r["average"] for r in first["rows"]]  # fmt: skip
 
 
 @pytest.mark.parametrize(

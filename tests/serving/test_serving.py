@@ -673,13 +673,13 @@ def test_compiled_tasks_share_one_graph(merged):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("weights", [None, "soft"])
-def test_compiled_routing_equals_eager(merged, weights):
+@pytest.mark.parametrize("hard, backend", [(True, "aot_eager"), (False, "eager")])
+def test_compiled_routing_equals_eager(merged, hard, backend):
     from fusion_bench_didi.routers.files import make_router
 
-    merged.attach_router(make_router("projection", merged.tasks, hard=weights is None))
+    merged.attach_router(make_router("projection", merged.tasks, hard=hard))
     torch._dynamo.reset()
-    compiled = torch.compile(merged, backend="aot_eager")
+    compiled = torch.compile(merged, backend=backend)
     for seed in range(2):
         pixels = images(seed=seed)
         found, expected = compiled(pixels), merged(pixels)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,11 @@ def _check_replaceable(
 
 @contextmanager
 def whole_directory(
-    target: str | Path, *, overwrite: bool = False, kind: Kind = SAVED
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    kind: Kind = SAVED,
+    sure: bool | None = None,
 ) -> Iterator[Path]:
     """A directory to write into that takes its name only when the block ends well.
 
@@ -121,13 +125,15 @@ def whole_directory(
 
     Args:
         kind: of directory; the block has to write its mark.
+        sure: what :func:`alone` gave, in whose block this one is; it is called here if None.
 
     Raises:
         FileExistsError, DiDiError: as by :func:`check_target`, before the block and, if the target came to be meanwhile,
             after it; the result is kept under another name then.
     """
-    place = check_target(target, overwrite=overwrite, kind=kind)
-    with alone(place, named=target) as sure:
+    place = check_target(target, overwrite=overwrite, probe=sure is None, kind=kind)
+    lock = alone(place, named=target) if sure is None else nullcontext(sure)
+    with lock as sure:
         if sure:
             _sweep(place)
         check_target(place, overwrite=overwrite, probe=False, kind=kind)

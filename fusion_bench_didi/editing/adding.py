@@ -75,35 +75,35 @@ def add_task(
         FileExistsError, SettingsError, DiDiError: before anything is changed.
     """
     limit = Budget(budget)
-    target = target_of(place, output_dir, overwrite=overwrite)
-    model = place
-    if not isinstance(place, nn.Module):
-        model = DynamicModel.from_pretrained(place, backbone)
-    stored = Stored.of(model)
-    check_name(name, stored.tasks)
-    model.unset_task()
-    wanted = {"exclude": exclude, "as_vectors": as_vectors, "own": own}
-    pool = pool_beside(model, checkpoint, name)
-    vectors = open_checkpoint(pool, model, name, **wanted)
-    own = task_settings(pool, model.backbone)
-    settings = alone(settings or stored.info, limit)
+    with target_of(place, output_dir, overwrite=overwrite) as target:
+        model = place
+        if not isinstance(place, nn.Module):
+            model = DynamicModel.from_pretrained(place, backbone)
+        stored = Stored.of(model)
+        check_name(name, stored.tasks)
+        model.unset_task()
+        wanted = {"exclude": exclude, "as_vectors": as_vectors, "own": own}
+        pool = pool_beside(model, checkpoint, name)
+        vectors = open_checkpoint(pool, model, name, **wanted)
+        own = task_settings(pool, model.backbone)
+        settings = alone(settings or stored.info, limit)
 
-    def edit(stored: Stored) -> Stored:
-        start = time.perf_counter()
-        fit = fitted(stored, vectors, settings, device=device)
-        added = joined(stored, name, fit, origin_of(pool, name), own)
-        return added.edited(
-            "add",
-            task=name,
-            budget=budget,
-            added_bits=added.storage.excl_bits - stored.storage.excl_bits,
-            relative_error=fit.relative_error,
-            forms=dict(fit.result.report.forms),
-            precision=dict(fit.result.report.precision),
-            seconds=time.perf_counter() - start,
-        )
+        def edit(stored: Stored) -> Stored:
+            start = time.perf_counter()
+            fit = fitted(stored, vectors, settings, device=device)
+            added = joined(stored, name, fit, origin_of(pool, name), own)
+            return added.edited(
+                "add",
+                task=name,
+                budget=budget,
+                added_bits=added.storage.excl_bits - stored.storage.excl_bits,
+                relative_error=fit.relative_error,
+                forms=dict(fit.result.report.forms),
+                precision=dict(fit.result.report.precision),
+                seconds=time.perf_counter() - start,
+            )
 
-    return edited_model(model, edit, target, overwrite, drop_router)
+        return edited_model(model, edit, target, drop_router)
 
 
 @dataclass(frozen=True)

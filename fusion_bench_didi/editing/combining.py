@@ -64,38 +64,38 @@ def combine(
         CheckpointMismatchError: if the base models are not the same.
         FileExistsError, SettingsError: before anything is changed.
     """
-    target = target_of(first, output_dir, overwrite=overwrite)
-    live = [isinstance(place, DynamicModel) for place in (first, second)]
-    if all(live):
-        if second.router is not None:
-            check_router_goes(drop_router, "The second model")
-        other = Stored.of(second)
-        check_names(Stored.of(first), other)
-        _check_backbones(first, second)
+    with target_of(first, output_dir, overwrite=overwrite) as target:
+        live = [isinstance(place, DynamicModel) for place in (first, second)]
+        if all(live):
+            if second.router is not None:
+                check_router_goes(drop_router, "The second model")
+            other = Stored.of(second)
+            check_names(Stored.of(first), other)
+            _check_backbones(first, second)
 
-        def edit(stored: Stored) -> Stored:
-            # deltas of a model go where that model goes
-            shared, experts = copy.deepcopy((other.shared, other.experts))
-            return combined(stored, replace(other, shared=shared, experts=experts))
+            def edit(stored: Stored) -> Stored:
+                # deltas of a model go where that model goes
+                shared, experts = copy.deepcopy((other.shared, other.experts))
+                return combined(stored, replace(other, shared=shared, experts=experts))
 
-        return edited_model(first, edit, target, overwrite, drop_router)
-    if any(live):
-        raise SettingsError(
-            "A model in memory and a directory are given. Load the directory, or save the model, and give two of a kind."
-        )
-    places = from_home(first), from_home(second)
-    configs = [read_config(place) for place in places]
-    for place, config in zip(places, configs):
-        if "router" in config:
-            check_router_goes(drop_router, str(place))
-    entry = configs[0]["backbone"]
-    beside, spell = backbones.spelled_beside(configs[1]["backbone"], entry)
-    check_entries(entry, beside, names=places)
-    before, other = map(stored_of, places, configs)
-    after = combined(before, other.spelled(spell)).of_directories(*places)
-    digests = {**beside["tensors"], **entry["tensors"]}
-    config = {**configs[0], "backbone": {**entry, "tensors": digests}}
-    return written(target, before, after, config, overwrite)
+            return edited_model(first, edit, target, drop_router)
+        if any(live):
+            raise SettingsError(
+                "A model in memory and a directory are given. Load the directory, or save the model, and give two of a kind."
+            )
+        places = from_home(first), from_home(second)
+        configs = [read_config(place) for place in places]
+        for place, config in zip(places, configs):
+            if "router" in config:
+                check_router_goes(drop_router, str(place))
+        entry = configs[0]["backbone"]
+        beside, spell = backbones.spelled_beside(configs[1]["backbone"], entry)
+        check_entries(entry, beside, names=places)
+        before, other = map(stored_of, places, configs)
+        after = combined(before, other.spelled(spell)).of_directories(*places)
+        digests = {**beside["tensors"], **entry["tensors"]}
+        config = {**configs[0], "backbone": {**entry, "tensors": digests}}
+        return written(target, before, after, config)
 
 
 @own_arithmetic()

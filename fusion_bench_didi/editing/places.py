@@ -1,7 +1,8 @@
 """Where an edit happens: a model in memory, or a saved directory of which nothing but the deltas is read."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.deltas import read_config, read_deltas, versions, write_manifest
-from ..checkpoint.directory import check_target, whole_directory
+from ..checkpoint.directory import alone, check_target, whole_directory
 from ..checkpoint.fields import Field
 from ..checkpoint.ours import CONFIG
 from ..checkpoint.stream import write_deltas
@@ -50,6 +51,23 @@ class Edited:
         return f"<Edited: {told_edit(self.facts)}{where}; {storage_line(self.after.as_dict())}>"
 
 
+@dataclass(frozen=True)
+class Target:
+    """The directory that an edit writes.
+
+    Args:
+        sure: as of :func:`~fusion_bench_didi.checkpoint.directory.whole_directory`.
+    """
+
+    place: str | Path
+    overwrite: bool
+    sure: bool | None
+
+    def whole(self) -> AbstractContextManager[Path]:
+        """The directory to write into, which appears whole or not at all."""
+        return whole_directory(self.place, overwrite=self.overwrite, sure=self.sure)
+
+
 def in_place(
     place: Place,
     edit: Callable[[Stored], Stored],
@@ -71,25 +89,24 @@ def in_place(
         SettingsError: if nothing would be written.
         DiDiError: for a router that would no longer fit.
     """
-    target = target_of(place, output_dir, overwrite=overwrite)
-    if isinstance(place, nn.Module):
-        return edited_model(
-            place, edit, target, overwrite, drop_router or keeps_tasks, keeps_tasks
-        )
-    source, config = from_home(place), read_config(place)
-    before = stored_of(source, config)
-    if "router" in config and not keeps_tasks:
-        check_router_goes(drop_router, str(source))
-    after = edit(before).of_directories(source)
-    router_of = source if keeps_tasks and config.get("router") else None
-    return written(target, before, after, config, overwrite, router_of)
+    with target_of(place, output_dir, overwrite=overwrite) as target:
+        if isinstance(place, nn.Module):
+            return edited_model(
+                place, edit, target, drop_router or keeps_tasks, keeps_tasks
+            )
+        source, config = from_home(place), read_config(place)
+        before = stored_of(source, config)
+        if "router" in config and not keeps_tasks:
+            check_router_goes(drop_router, str(source))
+        after = edit(before).of_directories(source)
+        router_of = source if keeps_tasks and config.get("router") else None
+        return written(target, before, after, config, router_of)
 
 
 def edited_model(
     model: DynamicModel,
     edit: Callable[[Stored], Stored],
-    target: str | Path | None,
-    overwrite: bool,
+    target: Target | None,
     drop_router: bool,
     keep_router: bool = False,
 ) -> Edited:
@@ -105,17 +122,22 @@ def edited_model(
     model.unit_bits, model.backbone_bits = after.unit_bits, after.backbone_bits
     if router is not None:
         model.attach_router(router)
-    place = None if target is None else from_home(target)
-    if place is not None:
-        model.save_pretrained(place, overwrite=overwrite)
-    last = after.info["edits"][-1]
-    return Edited(before.storage, model.storage, model, place, last)
+    last, written_to = after.info["edits"][-1], None
+    if target is not None:
+        with target.whole() as directory:
+            model.write_config(directory, model.write_parts(directory))
+        written_to = from_home(target.place)
+    return Edited(before.storage, model.storage, model, written_to, last)
 
 
+@contextmanager
 def target_of(
     place: Place, output_dir: str | Path | None, *, overwrite: bool
-) -> str | Path | None:
+) -> Iterator[Target | None]:
     """The directory that will be written, looked at before any work; None for none.
+
+    Models are to be read in the block: while it runs no other run may write to a directory that is replaced, which may be one of
+    those that are read.
 
     Raises:
         SettingsError: if the edit of a directory would be lost, or ``overwrite`` does nothing.
@@ -131,9 +153,15 @@ def target_of(
         target = place
     if target is None and overwrite:
         raise SettingsError("overwrite is of output_dir, which is not set.")
-    if target is not None:
-        check_target(target, overwrite=overwrite)
-    return target
+    if target is None:
+        yield None
+        return
+    there = check_target(target, overwrite=overwrite)
+    if not there.exists():
+        yield Target(target, overwrite, None)
+        return
+    with alone(there, named=target) as sure:
+        yield Target(target, overwrite, sure)
 
 
 def stored_of(directory: Path, config: Mapping[str, Any]) -> Stored:
@@ -165,11 +193,10 @@ def stored_of(directory: Path, config: Mapping[str, Any]) -> Stored:
 
 
 def written(
-    target: str | Path,
+    target: Target,
     before: Stored,
     stored: Stored,
     config: Mapping[str, Any],
-    overwrite: bool,
     router_of: Path | None = None,
 ) -> Edited:
     """Write a model whose backbone is not at hand; the directory appears whole or not at all.
@@ -180,7 +207,7 @@ def written(
         router_of: directory whose router is kept; ``config`` is its configuration.
     """
     storage, last = stored.storage, stored.info["edits"][-1]
-    with whole_directory(target, overwrite=overwrite) as place:
+    with target.whole() as place:
         parts = write_deltas(place, stored.shared, stored.experts)
         new = {
             "model_class": config["model_class"],
@@ -198,7 +225,7 @@ def written(
                 shutil.copyfile(router_of / ROUTER_FILE, place / ROUTER_FILE)
         (place / "README.md").write_text(model_card(new))
         write_manifest(place / CONFIG, new)
-    return Edited(before.storage, storage, None, from_home(target), last)
+    return Edited(before.storage, storage, None, from_home(target.place), last)
 
 
 def check_router_goes(drop_router: bool, what: str) -> None:

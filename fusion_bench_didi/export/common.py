@@ -15,6 +15,7 @@ from ..checkpoint.deltas import versions, write_manifest
 from ..checkpoint.directory import check_target, whole_directory
 from ..checkpoint.fields import read_object
 from ..checkpoint.ours import CONFIG, Kind, held_by
+from ..editing.loading import named
 from ..editing.stored import check_known
 from ..errors import DiDiError
 from ..files import from_home
@@ -36,15 +37,15 @@ def asked_tasks(model: DynamicModel, tasks: Sequence[str] | str | None) -> list[
 
     Raises:
         UnknownTaskError: naming those that the model does not hold.
-        DiDiError: for none.
+        DiDiError: if none are asked for, or there are none.
     """
-    asked = [tasks] if isinstance(tasks, str) else list(tasks or model.tasks)
-    check_known(asked, model.tasks, "The merged model", most=len(model.tasks))
-    if not asked:
+    if not model.tasks:
         raise DiDiError(
             "The merged model holds no task, so there is nothing to export."
         )
-    return list(dict.fromkeys(asked))
+    asked = model.tasks if tasks is None else named(tasks)
+    check_known(asked, model.tasks, "The merged model", most=len(model.tasks))
+    return asked
 
 
 def folder(task: str) -> str:

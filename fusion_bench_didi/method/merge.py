@@ -152,7 +152,8 @@ class MERGE(PoolMethod):
         facts = self.facts(modelpool, backbone, task_vectors)
         with self.profile("scan"):
             names = self.changed(task_vectors)
-        parts = components(task_vectors, names, self.components or PATTERNS)
+        patterns = PATTERNS if self.components is None else self.components
+        parts = components(task_vectors, names, patterns)
         reader = ComponentReader(task_vectors)
         space = Space.of(parts, reader, list(self.operators), scaling=self.scaling)
         if self.objective == "proxy":

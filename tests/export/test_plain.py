@@ -49,6 +49,18 @@ def test_a_model_is_no_directory_of_one(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("form", [to_plain, to_patch, to_peft])
+@pytest.mark.parametrize("none", [[], (), iter(())], ids=["list", "tuple", "iterator"])
+def test_no_task_is_not_all_of_them(form, none, tmp_path):
+    model = DiDiModel(llama(), {}, {"a": {}}, unit_bits=1)
+    with pytest.raises(DiDiError, match="No task is asked for. Name one or more."):
+        form(model, tmp_path / "out", tasks=none)
+    empty = DiDiModel(llama(), {}, {}, unit_bits=1)
+    with pytest.raises(DiDiError, match="holds no task, so there is nothing to export"):
+        form(empty, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_tokenizer_and_generation_config_come_along(tmp_path):
     base = tmp_path / "base"
     base.mkdir()

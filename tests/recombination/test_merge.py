@@ -332,6 +332,15 @@ def test_search_beats_random_on_reconstruction(tiny_clip):
     assert hypervolume(found, storage=0.75) > hypervolume(drawn, storage=0.75)
 
 
+@pytest.mark.parametrize("patterns, count", [({}, 1), ({"block": ".*"}, 3), (None, 5)])
+def test_components_are_those_that_are_asked_for(make_tiny_clip, patterns, count):
+    """Of no pattern the rest is one component, of all tensors."""
+    asked = {**QUICK, "operators": ["average"], "evaluations": 6}
+    method = MERGE(objective="proxy", components=patterns, **asked)
+    pool = BaseModelPool(make_tiny_clip(tasks=("mnist", "svhn")).pool_models())
+    assert len(method.run(pool).info["components"]) == count
+
+
 def test_a_small_space_is_exhausted(make_tiny_clip):
     evaluate = make_evaluator(
         make_tiny_clip(tasks=("mnist", "svhn")).pool_models(), ("average",)

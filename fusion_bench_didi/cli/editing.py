@@ -64,6 +64,7 @@ def remove_task(directory: str, name: str, **given: Any) -> None:
 @options.device
 @options.out_or_same
 @options.overwrite
+@options.drop_router
 def rescale(directory: str, **given: Any) -> None:
     """Make a merged model smaller, from what it stores: no checkpoint is needed.
 

@@ -58,7 +58,7 @@ device_or_auto = click.option(
     type=click.Choice(["auto", "cpu", "cuda", "mps"]), help="Where the arithmetic happens.",
 )  # fmt: skip
 drop_router = click.option(
-    "--drop-router", is_flag=True, help="Leave out a router, which is for the tasks that there are now."
+    "--drop-router", is_flag=True, help="Leave out a router, which is for what the model holds now."
 )  # fmt: skip
 settings = click.option(
     "-s", "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting, may be repeated."

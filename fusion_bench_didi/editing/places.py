@@ -23,7 +23,9 @@ from ..models.model_card import model_card
 from ..models.overview import told_edit
 from ..models.saving import check_config
 from ..report.units import storage_line
+from ..routers.base import Router
 from ..routers.files import FILE as ROUTER_FILE
+from ..routers.files import check_router
 from .stored import Stored
 
 Place = Union[DynamicModel, str, Path]
@@ -82,8 +84,8 @@ def in_place(
     Args:
         edit: pure; what it raises leaves everything as it was.
         output_dir: is written; the directory itself if None, which ``overwrite`` must allow.
-        drop_router: take off a router of other tasks.
-        keeps_tasks: a router stays the same.
+        drop_router: take off a router.
+        keeps_tasks: a router that does not look at the experts stays.
 
     Raises:
         SettingsError: if nothing would be written.
@@ -91,16 +93,15 @@ def in_place(
     """
     with target_of(place, output_dir, overwrite=overwrite) as target:
         if isinstance(place, nn.Module):
-            return edited_model(
-                place, edit, target, drop_router or keeps_tasks, keeps_tasks
-            )
+            return edited_model(place, edit, target, drop_router, keeps_tasks)
         source, config = from_home(place), read_config(place)
-        before = stored_of(source, config)
-        if "router" in config and not keeps_tasks:
-            check_router_goes(drop_router, str(source))
+        before, router = stored_of(source, config), None
+        if "router" in config:
+            entry = Field(source / CONFIG, config)["router"]
+            router = check_router(entry, before.tasks)
+        stays = router_stays(router, str(source), drop_router, keeps_tasks)
         after = edit(before).of_directories(source)
-        router_of = source if keeps_tasks and config.get("router") else None
-        return written(target, before, after, config, router_of)
+        return written(target, before, after, config, source if stays else None)
 
 
 def edited_model(
@@ -108,14 +109,13 @@ def edited_model(
     edit: Callable[[Stored], Stored],
     target: Target | None,
     drop_router: bool,
-    keep_router: bool = False,
+    keeps_tasks: bool = False,
 ) -> Edited:
     """Edit a model in memory, and save it if there is a target."""
     before = Stored.of(model)
-    if model.router is not None:
-        check_router_goes(drop_router, "The model")
+    stays = router_stays(model.router, "The model", drop_router, keeps_tasks)
     after = edit(before)
-    router = model.router if keep_router else None
+    router = model.router if stays else None
     model.attach_router(None)
     model.hold(after.shared, after.experts)
     model.info = dict(after.info)
@@ -228,14 +228,31 @@ def written(
     return Edited(before.storage, storage, None, from_home(target.place), last)
 
 
-def check_router_goes(drop_router: bool, what: str) -> None:
-    """A router of other tasks may only go if that is wanted.
+def router_stays(
+    router: Router | None, what: str, drop_router: bool, keeps_tasks: bool
+) -> bool:
+    """Whether a router is one of the edited model too.
+
+    Raises:
+        DiDiError: if it is not, and may not go.
+    """
+    if router is None:
+        return False
+    stays = keeps_tasks and not router.looks_at_experts and not drop_router
+    if not stays:
+        of = "experts" if keeps_tasks else "tasks"
+        check_router_goes(drop_router, what, of=of)
+    return stays
+
+
+def check_router_goes(drop_router: bool, what: str, *, of: str = "tasks") -> None:
+    """A router of other tasks, or experts, may only go if that is wanted.
 
     Raises:
         DiDiError: if it is not.
     """
     if not drop_router:
         raise DiDiError(
-            f"{what} has a router, which is for the tasks that there are now. Leave it out, {spelled('drop_router', 'true')}, and make a "
+            f"{what} has a router, which is for the {of} that there are now. Leave it out, {spelled('drop_router', 'true')}, and make a "
             "router for the edited model."
         )

@@ -47,26 +47,34 @@ def rescale(
     device: torch.device | str = "cpu",
     output_dir: str | Path | None = None,
     overwrite: bool = False,
+    drop_router: bool = False,
 ) -> Edited:
-    """Store the tasks of a merged model anew within a smaller budget; a router stays.
+    """Store the tasks of a merged model anew within a smaller budget; a router that does not look at the experts stays.
 
     Args:
         place: a model, which is changed, or the directory of one, of which the deltas alone are read.
         budget: for all of it, in the unit of the model's account.
         settings: of the merge; those that the model was merged with if None.
         output_dir: where to write; the directory itself if None and ``overwrite`` is set.
+        drop_router: take off a router: one by projections or representations is for the experts as they were.
 
     Raises:
         BudgetError: if the model is as small already, or tensors that are kept whole take more.
         FileExistsError, SettingsError, CheckpointMismatchError, DiDiError: before anything is changed.
     """
     limit = Budget(budget)
+
+    def edit(stored: Stored) -> Stored:
+        if drop_router:
+            stored = replace(stored, routing_bits=0)
+        return rescaled(stored, limit, settings, device=device)
+
     return in_place(
         place,
-        lambda stored: rescaled(stored, limit, settings, device=device),
+        edit,
         output_dir=output_dir,
         overwrite=overwrite,
-        drop_router=False,
+        drop_router=drop_router,
         keeps_tasks=True,
     )
 

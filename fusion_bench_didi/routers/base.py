@@ -104,6 +104,8 @@ class Router(nn.Module):
     kind: ClassVar[str]
     #: arguments beside those of every router
     own_options: ClassVar[tuple[str, ...]] = ()
+    #: whether its features come out of the experts; it is for those that there are then
+    looks_at_experts: ClassVar[bool] = False
 
     def __init__(
         self,

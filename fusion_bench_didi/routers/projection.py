@@ -66,6 +66,7 @@ class ProjectionRouter(Router):
     """
 
     kind, own_options = "projection", ("layers", "directions")
+    looks_at_experts = True
 
     def __init__(
         self,

@@ -58,7 +58,7 @@ class RepresentationRouter(Router):
         **options: of :class:`Router`.
     """
 
-    kind = "representation"
+    kind, looks_at_experts = "representation", True
     own_options = ("layers", "pooling", "distance", "normalization", "prefer")
     own_options += ("merged_weight", "merged_shared", "total_mass")
 

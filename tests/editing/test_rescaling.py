@@ -7,12 +7,14 @@ import re
 import weakref
 
 import pytest
-from helpers import BASE, didi, floats, normal
+from helpers import BASE, didi, family, floats, normal, same_bits
+from saved_directories import listing
 from torch import nn
 from tucker_models import linears
 
 from fusion_bench_didi.editing import add_task, remove_task, rescale, rescaling
-from fusion_bench_didi.errors import BudgetError, SettingsError
+from fusion_bench_didi.errors import BudgetError, DiDiError, SettingsError
+from fusion_bench_didi.method.routed import fit_router_to
 from fusion_bench_didi.models import DiDiModel
 from fusion_bench_didi.routers.files import make_router
 
@@ -117,6 +119,81 @@ def test_directories_need_neither_backbone_nor_checkpoints(tmp_path):
     rescale(again, budget=0.1)
     remove_task(again, "1")
     assert again.storage.x_excl < 0.1 and again.tasks == ["0", "2"]
+
+
+class Net(nn.Sequential):
+    """Two blocks of one layer."""
+
+    def __init__(self):
+        super().__init__(*(nn.Linear(32, 32, bias=False) for _ in range(2)))
+
+
+def routed(kind: str, head: str) -> DiDiModel:
+    """A model of two tasks with a router, fitted to a batch of each if it has a head."""
+    model = didi(family(Net(), ("a", "b")), budget=1.0, factor_dtype="int4")
+    options = {} if kind == "oracle" else {"head": head, "layers": ["0"]}
+    model.attach_router(kind, **options)
+    if head != "none":
+        fit_router_to(model, [normal(9, 3, 32, seed=1), normal(9, 3, 32, seed=2)])
+    return model
+
+
+@pytest.mark.parametrize("head", ["none", "discriminant", "mlp"])
+@pytest.mark.parametrize("kind", ["projection", "representation"])
+def test_a_router_that_looks_at_the_experts_goes_if_it_may(kind, head, tmp_path):
+    """Heads were fitted to the experts as they were; without one it may find no expert in its layers any more."""
+    model = routed(kind, head)
+    model.save_pretrained(tmp_path / "m")
+    before, router, bits = model.storage, model.router, model.router.bits
+    told = "has a router, which is for the experts that there are now. .*drop_router"
+    for place in (model, tmp_path / "m"):
+        with pytest.raises(DiDiError, match=told):
+            rescale(place, budget=0.2, output_dir=tmp_path / "small")
+    assert model.storage == before and model.router is router
+    assert not (tmp_path / "small").exists()
+    rescale(tmp_path / "m", budget=0.2, output_dir=tmp_path / "small", drop_router=True)
+    found = rescale(model, budget=0.2, drop_router=True)
+    again = DiDiModel.from_pretrained(tmp_path / "small", copy.deepcopy(model.backbone))
+    for one in (model, again):
+        assert one.router is None and one.storage == found.after
+        assert one.storage.routing_bits == 0
+    assert found.before.routing_bits == bits
+    assert listing(tmp_path / "small") == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind, head", [("mlp", "mlp"), ("mlp", "discriminant"), ("oracle", "none")]
+)
+def test_a_router_that_does_not_look_at_the_experts_stays(kind, head, tmp_path):
+    model = routed(kind, head)
+    model.save_pretrained(tmp_path / "m")
+    tensors, bits = model.router.tensors(), model.router.bits
+    budget = (bits + model.storage.excl_bits) / 2 / model.unit_bits
+    rescale(model, budget=budget)
+    found = rescale(tmp_path / "m", budget=budget, output_dir=tmp_path / "small")
+    again = DiDiModel.from_pretrained(tmp_path / "small", copy.deepcopy(model.backbone))
+    for one in (model, again):
+        assert same_bits(one.router.tensors(), tensors)
+        assert one.storage == found.after and one.storage.x_excl <= budget
+        assert one.storage.routing_bits == one.router.bits
+
+
+def test_a_router_that_goes_leaves_its_bits(tmp_path):
+    """It may take more than the budget."""
+    model = routed("mlp", "discriminant")
+    budget = 0.15
+    assert model.router.bits > budget * model.unit_bits
+    with pytest.raises(BudgetError, match="and the router, alone take"):
+        rescale(model, budget=budget)
+    model.save_pretrained(tmp_path / "m")
+    found = rescale(tmp_path / "m", budget=budget, overwrite=True, drop_router=True)
+    rescale(model, budget=budget, drop_router=True)
+    assert model.router is None and model.storage == found.after
+    assert 0.9 * budget < found.after.x_excl <= budget
 
 
 def test_tensors_of_a_tasks_own_stay_as_they_are():

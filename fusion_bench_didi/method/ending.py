@@ -141,6 +141,7 @@ class Ending:
             return {}
         given = {k: getattr(self.program, f"_{k}") for k in ("modelpool", "taskpool")}
         plain = {k: OmegaConf.to_container(v, resolve=True) for k, v in given.items()}
+        plain["fast_dev_run"] = bool(self.program.fast_dev_run)
         if (found := Comparison.nearest(place, plain)) is None:
             return {}
         file, comparison = found

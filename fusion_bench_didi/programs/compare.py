@@ -295,7 +295,9 @@ class ComparisonProgram(FabricModelFusionProgram):
             "taskpool": OmegaConf.to_container(self._taskpool, resolve=True),
             "task_aliases": dict(self.task_aliases or {}),
             "seed": self.seed,
+            "fast_dev_run": bool(self.fast_dev_run),
             "accelerator": self.fabric.device.type,
+            "precision": self.fabric.strategy.precision.precision,
             "versions": versions(),
         }
 

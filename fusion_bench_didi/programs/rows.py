@@ -24,6 +24,7 @@ from ..checkpoint.directory import write_json
 from ..checkpoint.fields import CHECKSUM, Field, read_object, sealed
 from ..checkpoint.ours import is_ours
 from ..errors import CheckpointMismatchError, spelled
+from ..report.comparison import told_settings
 from .entries import ComparisonError
 from .results import FIGURES
 
@@ -150,7 +151,8 @@ class RowStore:
         if os.path.lexists(file):
             there = _read(file)
             if made or not is_ours(self.directory, SETTINGS):
-                self._refuse(there, self.settings, "")
+                here = told_settings(self.settings)
+                self._refuse(told_settings(there), here, "")
                 return
             # of a run that ended before its first row: nothing is of that configuration
         if rows:

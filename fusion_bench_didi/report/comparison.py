@@ -26,11 +26,22 @@ GROUPS = {
 REFERENCES = ("pretrained", "individuals")
 #: how far above a run's directory a comparison is looked for
 _LEVELS = 2
+#: what is equal where figures of a comparison stand beside those of a run
+_EQUAL = ("modelpool", "taskpool", "fast_dev_run")
 #: of a row
 FigureOf = Callable[[Mapping[str, Any]], float | None]
 
 #: the family that is drawn as ours; other families are variants of it
 OURS = "DiDi"
+
+
+def told_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a comparison, with the values of those that files of earlier releases leave out."""
+    pool = settings.get("taskpool")
+    if isinstance(pool, Mapping):  # a pool that says nothing does as the program says
+        asked = pool.get("fast_dev_run") or None
+        settings = {**settings, "taskpool": {**pool, "fast_dev_run": asked}}
+    return {"fast_dev_run": False, "precision": "32-true", **settings}
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -71,19 +82,21 @@ class Comparison:
 
     @classmethod
     def nearest(
-        cls, directory: str | Path, pools: Mapping[str, Any]
+        cls, directory: str | Path, settings: Mapping[str, Any]
     ) -> tuple[Path, "Comparison"] | None:
         """A comparison on equal pools in a run's directory, or up to two levels above, and its file.
 
         Args:
-            pools: configurations of ``modelpool`` and ``taskpool``, which must be equal.
+            settings: ``modelpool``, ``taskpool`` and ``fast_dev_run``, which must be equal.
         """
+        asked = told_settings(settings)
         place = Path(directory).resolve()
         for folder in (place, *place.parents[:_LEVELS]):
             file = folder / "comparison.json"
             with suppress(DiDiError):
                 found = cls.read(file)
-                if all(found.config.get(key) == value for key, value in pools.items()):
+                there = told_settings(found.config)
+                if all(there.get(key) == asked[key] for key in _EQUAL):
                     return file, found
         return None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fusion_bench.constants import RuntimeConstants
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from helpers import demo_pools
 from hydra.core.hydra_config import HydraConfig
@@ -655,6 +656,18 @@ def test_another_configuration_is_refused(cache, tmp_path, scored):
     assert scored == []
     compare(cache, tmp_path, **few, seed=1, restart=True)
     assert len(scored) == TASKS
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_of_a_rehearsal_are_of_another_configuration(
+    cache, tmp_path, scored, monkeypatch, first
+):
+    monkeypatch.setattr(RuntimeConstants, "debug", False)  # what programs set
+    compare(cache, tmp_path, only=["averaging"], fast_dev_run=first)
+    scored.clear()
+    with pytest.raises(ComparisonError, match=f"fast_dev_run: {first} -> {not first}"):
+        compare(cache, tmp_path, only=["averaging"], fast_dev_run=not first)
+    assert scored == []
 
 
 def test_labels_and_notes_may_change(cache, tmp_path, scored):

@@ -33,6 +33,24 @@ def store(tmp_path):
     return store
 
 
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"fast_dev_run": True}, "fast_dev_run: False -> True"),
+        ({"precision": "bf16-mixed"}, "precision: '32-true' -> 'bf16-mixed'"),
+        ({"taskpool": {"fast_dev_run": True}}, "taskpool.fast_dev_run: None -> True"),
+    ],
+)
+def test_settings_of_before_a_key_are_those_of_its_default(tmp_path, change, told):
+    before = {**SETTINGS, "taskpool": {"fast_dev_run": False}}
+    now = {**SETTINGS, "fast_dev_run": False, "precision": "32-true"}
+    now["taskpool"] = {"fast_dev_run": None}
+    RowStore(tmp_path, before).save("emr", ROW)
+    assert RowStore(tmp_path, now).load("emr") == ROW
+    with pytest.raises(ComparisonError, match=told):
+        RowStore(tmp_path, {**now, **change})
+
+
 def write_json_in(file, value):
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, value)

@@ -178,6 +178,7 @@ def test_figures_of_others_come_from_a_comparison_on_equal_pools(tmp_path):
     own = {**FIGURES, "a": 1.0}
     assert found.references == {"pretrained": FIGURES, "individuals": own}
     assert Comparison.nearest(run, {**pools, "taskpool": {"y": 3}}) is None
+    assert Comparison.nearest(run, {**pools, "fast_dev_run": True}) is None
     assert Comparison.nearest(run / "too" / "deep", pools) is None
 
 

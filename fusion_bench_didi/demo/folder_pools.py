@@ -139,7 +139,7 @@ class FolderCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
     def setup(self) -> None:
         with set_print_function_call(False):  # a box per dataset
             super().setup()
-        if self.decode_once:
+        if self.decode_once and not self.fast_dev_run:
             self.test_dataloaders = {
                 task: list(loader) for task, loader in self.test_dataloaders.items()
             }

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fusion_bench.constants import RuntimeConstants
 from torch import nn
 
 from ..errors import DiDiError
@@ -35,6 +36,9 @@ def task_by_task(
     @functools.wraps(evaluate)
     def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
         report: dict[str, Any] = {}
+        if RuntimeConstants().debug:  # a rehearsal: one batch of each task
+            size = taskpool.batch_size
+            kwargs.setdefault("limit", size if isinstance(size, int) else 1)
         for task in pool_tasks(taskpool):
             tell(model, task)
             with _only(taskpool, task) as place:

@@ -115,14 +115,15 @@ class MixedStreamCLIPVisionModelTaskPool(CLIPVisionModelTaskPool):
 
     def _stream(self, tasks: list[str]):
         """Batches of images, labels and positions in ``tasks``."""
-        sizes = [len(self.test_datasets[task]) for task in tasks]
-        sizes = [min(size, self.limit or size) for size in sizes]
+        sizes, limit = [len(self.test_datasets[t]) for t in tasks], self.limit
+        if self.fast_dev_run:  # one batch, in which every task is
+            share = max(self.stream_batch_size // len(tasks), 1)
+            limit = min(limit or share, share)
+        sizes = [min(size, limit or size) for size in sizes]
         owners = torch.arange(len(tasks)).repeat_interleave(torch.tensor(sizes))
         places = torch.cat([torch.arange(size) for size in sizes])
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(owners), generator=generator)
-        if self.fast_dev_run:
-            order = order[: self.stream_batch_size]
         for batch in order.split(self.stream_batch_size):
             items = [
                 self.test_datasets[tasks[int(owners[i])]][int(places[i])] for i in batch

@@ -7,6 +7,7 @@ average.
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ..errors import DiDiError
 from ..files import from_home
 from ..options import Aliases, FilePath, PositiveCount, Split, checked
+from .rehearsal import rehearses
 from .task_switching import attach
 
 #: a batch, and what it is scored against
@@ -41,10 +43,12 @@ class _TextTaskPool(BaseTaskPool, LightningFabricMixin):
         *,
         batch_size: PositiveCount = 64,
         limit: PositiveCount | None = None,
+        fast_dev_run: bool | None = None,
         task_aliases: Aliases = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.fast_dev_run = rehearses(fast_dev_run)
         self.tokenizer, self.batch_size, self.limit = tokenizer, batch_size, limit
         self.task_aliases = task_aliases
         self._made: dict[str, list[Batch]] = {}
@@ -74,7 +78,9 @@ class _TextTaskPool(BaseTaskPool, LightningFabricMixin):
     ) -> dict[str, float]:
         """Accuracy, and cross-entropy per answer."""
         if task_name not in self._made:
-            self._made[task_name] = list(self.make_batches(task_name))
+            some = 1 if self.fast_dev_run else None
+            batches = islice(self.make_batches(task_name), some)
+            self._made[task_name] = list(batches)
         right = count = 0
         loss = 0.0
         for inputs, answers in self._made[task_name]:
@@ -128,6 +134,7 @@ class TextClassificationTaskPool(_TextTaskPool):
         columns: what ``text`` and ``label`` are called in the files.
         batch_size: texts at a time.
         limit: texts per task, the first ones; None for all.
+        fast_dev_run: evaluate one batch per task; None: as the program says.
         task_aliases: task -> model name, for names that the naming rule does not match.
     """
 
@@ -203,6 +210,7 @@ class PerplexityTaskPool(_TextTaskPool):
         context: tokens of a window.
         batch_size: windows at a time.
         limit: tokens per task, the first ones; None for all.
+        fast_dev_run: evaluate one batch per task; None: as the program says.
         task_aliases: task -> model name, for names that the naming rule does not match.
     """
 

@@ -30,6 +30,7 @@ from ..pools.task_names import check_tasks
 from ..report import whereabouts, write_report
 from ..report.metrics import log_metrics, metric_of, odd_figures, row_metrics
 from ..report.terminal import print_table
+from ..taskpool.evaluation_files import evaluation_files
 from ..taskpool.rehearsal import check_rehearsal
 from .checks import checked
 from .entries import ComparisonError, declared, dependent, read_entries
@@ -231,6 +232,8 @@ class ComparisonProgram(FabricModelFusionProgram):
         check_pool(pool)
         self.taskpool = self._instantiate_and_setup(self._taskpool)
         check_rehearsal(self.taskpool, self._taskpool)
+        if reads:
+            store.agree_on_data(evaluation_files(self.taskpool))
         scorer = Scorer(self.taskpool, self.task_aliases)
         check_tasks(scorer.tasks, pool.model_names, self.task_aliases)
         backbone, facts = load_backbone(pool), None

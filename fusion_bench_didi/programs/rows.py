@@ -4,6 +4,7 @@
 
     <directory>/settings.json        pools, seed and versions that all rows have in common
     <directory>/models.json          checksums of the checkpoints' files
+    <directory>/data.json            checksums of the files that are evaluated on
     <directory>/rows/<key>.json      one row, written anew after every evaluated task
     <directory>/searches/            what methods that search keep between runs
     <directory>/artifacts/<key>/     the model of a row, if asked for
@@ -29,7 +30,7 @@ from .entries import ComparisonError
 from .results import FIGURES
 
 SETTINGS, ROWS, COMPARISON = "settings.json", "rows", "comparison.json"
-MODELS = "models.json"
+MODELS, DATA = "models.json", "data.json"
 SEARCHES, ARTIFACTS = "searches", "artifacts"
 #: The directory of the run, in paths that rows name.
 HERE = "<run>"
@@ -82,11 +83,18 @@ class RowStore:
         Raises:
             ComparisonError: as for the settings.
         """
-        file, models = self.directory / MODELS, _plain(found)
-        if os.path.lexists(file) and any(map(_is_row, self.rows.glob("*.json"))):
-            self._refuse(_read(file), models, "checkpoints of ")
-        else:
-            write_json(file, sealed(models, finite=False))
+        self._agree_on(MODELS, found, "checkpoints of ")
+
+    def agree_on_data(self, found: Mapping[str, Mapping[str, str]]) -> None:
+        """What is there must have been evaluated on the same files.
+
+        Args:
+            found: checksums by task, or by what files are to the task pool, and by file.
+
+        Raises:
+            ComparisonError: as for the settings.
+        """
+        self._agree_on(DATA, found, "evaluation files of ")
 
     def load(self, key: str) -> dict[str, Any] | None:
         return read_row(self.directory, key)
@@ -127,7 +135,7 @@ class RowStore:
             if any(file.is_file() for file in found) and not place.is_symlink():
                 shutil.rmtree(place)
         if settings.exists():
-            for name in (COMPARISON, MODELS):
+            for name in (COMPARISON, MODELS, DATA):
                 (self.directory / name).unlink(missing_ok=True)
             settings.unlink()
         for name in (ROWS, ARTIFACTS, SEARCHES):
@@ -139,7 +147,7 @@ class RowStore:
 
     def _agree(self) -> None:
         file = self.directory / SETTINGS
-        for place in (self.directory / name for name in (COMPARISON, MODELS)):
+        for place in (self.directory / name for name in (COMPARISON, MODELS, DATA)):
             if os.path.lexists(place) and not place.is_file():
                 raise ComparisonError(
                     f"{place} is no file, so that nothing can be written there. Remove it, or give another directory "
@@ -166,6 +174,14 @@ class RowStore:
                 f"({spelled('path.log_dir', '...')}), or remove that file."
             )
         write_json(file, sealed(self.settings, finite=False))
+
+    def _agree_on(self, name: str, found: Mapping[str, Any], prefix: str) -> None:
+        """What rows have in common, which those of before it was written are taken to have."""
+        file, here = self.directory / name, _plain(found)
+        if os.path.lexists(file) and any(map(_is_row, self.rows.glob("*.json"))):
+            self._refuse(_read(file), here, prefix)
+        else:
+            write_json(file, sealed(here, finite=False))
 
     def _refuse(self, there: Any, here: Any, prefix: str) -> None:
         found = [prefix + line for line in differences(there, here)]

@@ -39,7 +39,7 @@ class Watched:
     @property
     def glimpses(self) -> list[str]:
         """A checksum of every file's size and of some blocks of it, wherever they lie."""
-        return sorted(map(_glimpse, self._seen))
+        return sorted(map(glimpse, self._seen))
 
     def check_all(self) -> None:
         """Check all files."""
@@ -76,7 +76,8 @@ class Watched:
         return found
 
 
-def _glimpse(file: Path) -> str:
+def glimpse(file: Path) -> str:
+    """A checksum of a file's size and of some blocks of it; of all of it, if it is of a few blocks."""
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     step = max((size - BLOCK) // (BLOCKS - 1), BLOCK)

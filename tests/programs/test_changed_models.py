@@ -1,4 +1,4 @@
-"""Checkpoints that change under a comparison, or between two runs of it: no two rows are of different models."""
+"""What changes under a comparison, or between two runs of it: no two rows are of different models, or on different files."""
 
 import copy
 import json
@@ -147,12 +147,25 @@ def test_files_written_anew_with_the_same_content_are_the_same_models(cache, tmp
 
 def test_a_run_of_before_checksums_goes_on(cache, tmp_path):
     compare(cache, tmp_path / "run", only=["individuals"])
-    (tmp_path / "run/models.json").unlink()
+    for name in ("models.json", "data.json"):
+        (tmp_path / "run" / name).unlink()
     assert not any(row["error"] for row in compare(cache, tmp_path / "run").values())
     assert len(json.loads((tmp_path / "run/models.json").read_text())) > 3
 
 
-@pytest.mark.parametrize("name", ["comparison.json", "models.json"])
+def test_all_rows_are_evaluated_on_the_same_files(cache, tmp_path):
+    (file,) = cache.glob("*/data/digits/test-*.parquet")
+    compare(cache, tmp_path / "run", only=["individuals"])
+    content = file.read_bytes()
+    file.write_bytes(content + b"\n")
+    named = rf"files of digits\.{file.name}: '[0-9a-f]+' -> '[0-9a-f]+'\n.*restart"
+    with pytest.raises(ComparisonError, match=named):
+        compare(cache, tmp_path / "run")
+    file.write_bytes(content)
+    assert not any(row["error"] for row in compare(cache, tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("name", ["comparison.json", "models.json", "data.json"])
 def test_a_directory_in_the_place_of_a_file(cache, tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.raises(ComparisonError, match=f"{name} is no file"):

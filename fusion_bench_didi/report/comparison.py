@@ -28,6 +28,10 @@ REFERENCES = ("pretrained", "individuals")
 _LEVELS = 2
 #: what is equal where figures of a comparison stand beside those of a run
 _EQUAL = ("modelpool", "taskpool", "fast_dev_run")
+#: what configurations of task pools called their class before, by what they call it now
+_SAME_POOLS = {
+    "fusion_bench_didi.taskpool.lm_eval_harness.lm_eval_pool": "fusion_bench.taskpool.LMEvalHarnessTaskPool",
+}
 #: of a row
 FigureOf = Callable[[Mapping[str, Any]], float | None]
 
@@ -39,8 +43,10 @@ def told_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a comparison, with the values of those that files of earlier releases leave out."""
     pool = settings.get("taskpool")
     if isinstance(pool, Mapping):  # a pool that says nothing does as the program says
-        asked = pool.get("fast_dev_run") or None
-        settings = {**settings, "taskpool": {**pool, "fast_dev_run": asked}}
+        asked = {"fast_dev_run": pool.get("fast_dev_run") or None}
+        if pool.get("_target_") in _SAME_POOLS:
+            asked["_target_"] = _SAME_POOLS[pool["_target_"]]
+        settings = {**settings, "taskpool": {**pool, **asked}}
     return {"fast_dev_run": False, "precision": "32-true", **settings}
 
 

@@ -18,6 +18,25 @@ from ..errors import DiDiError
 from ..pools.task_names import pool_tasks
 
 
+def lm_eval_pool(**settings: Any) -> Any:
+    """The host's pool of lm-eval's tasks.
+
+    Args:
+        **settings: the host pool's arguments.
+
+    Raises:
+        DiDiError: if lm-eval is not there, or in a version that the host's pool does not take.
+    """
+    try:
+        from fusion_bench.taskpool.lm_eval_harness import LMEvalHarnessTaskPool
+    except ImportError as error:
+        raise DiDiError(
+            f"Tasks of lm-eval need lm-eval, in a version that FusionBench takes ({error}): "
+            "pip install 'fusion-bench-didi[lm-eval]'."
+        ) from error
+    return LMEvalHarnessTaskPool(**settings)
+
+
 def is_harness(taskpool: Any) -> bool:
     """Whether a pool is the host's lm-eval pool; looked up by name, as lm-eval may not be installed."""
     names = {cls.__name__ for cls in type(taskpool).__mro__}

@@ -42,9 +42,11 @@ def store(tmp_path):
     ],
 )
 def test_settings_of_before_a_key_are_those_of_its_default(tmp_path, change, told):
-    before = {**SETTINGS, "taskpool": {"fast_dev_run": False}}
+    pool = "fusion_bench.taskpool.LMEvalHarnessTaskPool"
+    before = {**SETTINGS, "taskpool": {"_target_": pool, "fast_dev_run": False}}
     now = {**SETTINGS, "fast_dev_run": False, "precision": "32-true"}
-    now["taskpool"] = {"fast_dev_run": None}
+    pool = "fusion_bench_didi.taskpool.lm_eval_harness.lm_eval_pool"
+    now["taskpool"] = {"_target_": pool, "fast_dev_run": None}
     RowStore(tmp_path, before).save("emr", ROW)
     assert RowStore(tmp_path, now).load("emr") == ROW
     with pytest.raises(ComparisonError, match=told):

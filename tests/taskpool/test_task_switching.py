@@ -4,18 +4,20 @@ Losses are compared too: on pictures of noise they tell models apart where accur
 """
 
 import gc
+import sys
 import weakref
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from fusion_bench.method.emr_merging.emr_merging import EMRMerging
 from fusion_bench.modelpool import BaseModelPool, CLIPVisionModelPool
+from fusion_bench.programs import FabricModelFusionProgram
 from fusion_bench.taskpool import (
     CLIPVisionModelTaskPool,
     GPT2TextClassificationTaskPool,
 )
-from helpers import BASE, QUICK, OpenClipLike, didi, family, pictures
+from helpers import BASE, QUICK, REPOSITORY, OpenClipLike, didi, family, pictures
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
@@ -28,6 +30,7 @@ from fusion_bench_didi.programs.scoring import Scorer
 from fusion_bench_didi.routers.features import OracleRouter
 from fusion_bench_didi.taskpool import attach
 from fusion_bench_didi.taskpool.clip_vision import TaskAwareCLIPVisionModelTaskPool
+from fusion_bench_didi.taskpool.lm_eval_harness import is_harness, lm_eval_pool
 from fusion_bench_didi.taskpool.openclip_vision import (
     TaskAwareOpenCLIPVisionModelTaskPool,
 )
@@ -540,3 +543,26 @@ def test_a_refused_evaluation_leaves_a_routed_model_as_it_was():
     with pytest.raises(UnknownTaskError, match="zzz"):
         asked.evaluate(model)
     assert (model.current_task, model.router.samples) == ("b", 7)
+
+
+@pytest.mark.parametrize("version", [None, "0.4.10"])
+def test_lm_evals_pool_says_what_to_install(version, monkeypatch):
+    """Absent, or another than the host's pool imports."""
+    module = "fusion_bench.taskpool.lm_eval_harness"
+    for name in [n for n in sys.modules if n.startswith(module)]:
+        monkeypatch.delitem(sys.modules, name)
+    stub = ModuleType("lm_eval") if version else None  # without what it imports
+    monkeypatch.setitem(sys.modules, "lm_eval", stub)
+    config = OmegaConf.load(REPOSITORY / "config" / "taskpool" / "didi" / "lm_eval.yaml")  # fmt: skip
+    program = FabricModelFusionProgram(None, None, print_config=False)
+    config.tasks = ["gsm8k"]
+    with pytest.raises(Exception, match=r"pip install 'fusion-bench-didi\[lm-eval\]'"):
+        program._instantiate_and_setup(config)
+
+
+def test_lm_evals_pool_is_the_hosts(monkeypatch):
+    pool = type("LMEvalHarnessTaskPool", (), {"__init__": lambda s, **k: vars(s).update(k)})  # fmt: skip
+    stub = SimpleNamespace(LMEvalHarnessTaskPool=pool)
+    monkeypatch.setitem(sys.modules, "fusion_bench.taskpool.lm_eval_harness", stub)
+    made = lm_eval_pool(tasks=["a"], batch_size=2)
+    assert is_harness(made) and (made.tasks, made.batch_size) == (["a"], 2)

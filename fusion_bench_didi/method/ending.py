@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checkpoint.directory import write_json
 from ..models import DynamicModel
-from ..models.pool_saving import saved_at
+from ..models.pool_saving import fill_log_dir, saved_at
 from ..pools.task_names import pool_tasks
 from ..report.answer import Answer
 from ..report.comparison import Comparison
@@ -87,7 +87,7 @@ class Ending:
         path = self.program.report_save_path
         if self.program.log_dir:
             return Path(self.program.log_dir)
-        return Path(path).parent if path and "{log_dir}" not in path else None
+        return Path(path).parent if path else None
 
     def _reports(self) -> set[Path]:
         place = self._place()
@@ -186,4 +186,5 @@ def attach_ending(method: Any) -> None:
     if not stock or type(program).run is not FabricModelFusionProgram.run:
         return
     if not getattr(program, _MARK, False):
+        fill_log_dir(program)
         Ending(method).attach()

@@ -56,6 +56,36 @@ def _as_save_kwargs(key: str, value: str) -> str:
     return f"+merged_model_save_kwargs.{as_key(key, value)}"
 
 
+def run_directory(program: Any) -> str | None:
+    """The directory of a program's run: that of its logger, which is that of its paths; None where it has neither.
+
+    Args:
+        program: the host's, or None.
+    """
+    if place := getattr(program, "log_dir", None):
+        return place
+    paths = getattr(program, "path", None) or {}
+    return paths.get("log_dir")
+
+
+def fill_log_dir(program: Any) -> None:
+    """Put the directory of the run for ``{log_dir}`` where there is no logger: the host would write to a place of that name.
+
+    Raises:
+        SettingsError: naming a setting for which there is no directory.
+    """
+    for key in ("report_save_path", "merged_model_save_path"):
+        path = getattr(program, key, None)
+        if not path or "{log_dir}" not in path or program.log_dir is not None:
+            continue
+        if (place := run_directory(program)) is None:
+            raise SettingsError(
+                f"{key}={path} is in the directory of a logger, and the run has neither a logger nor path.log_dir. Give it another "
+                "place, or the run one of both (fabric.loggers)."
+            )
+        setattr(program, key, path.format(log_dir=place))
+
+
 def saved_at(program: Any) -> str | None:
     """Where the program will save its merged model; None where it will not.
 

@@ -15,6 +15,7 @@ from fusion_bench.constants import RuntimeConstants
 from torch import nn
 
 from ..errors import DiDiError
+from ..models.pool_saving import run_directory
 from ..pools.task_names import pool_tasks
 
 
@@ -75,8 +76,13 @@ def task_by_task(
 def _only(taskpool: Any, task: str) -> Iterator[Path]:
     """The pool with one task and a directory for its results."""
     asked = taskpool.tasks, taskpool.output_path
-    whole = asked[1] or Path(taskpool.log_dir) / "lm_eval_results"
-    place = Path(whole) / task.replace("/", "_")
+    run = taskpool.log_dir or run_directory(taskpool._program)
+    if not (asked[1] or run):
+        raise DiDiError(
+            "lm-eval writes its figures to files, and the run has no directory. Give taskpool.output_path."
+        )
+    whole = Path(asked[1]) if asked[1] else Path(run) / "lm_eval_results"
+    place = whole / task.replace("/", "_")
     taskpool.tasks, taskpool.output_path = [task], str(place)
     try:
         yield place

@@ -13,7 +13,9 @@ from fusion_bench.taskpool import BaseTaskPool
 from lightning.fabric.loggers import CSVLogger
 from omegaconf import OmegaConf
 
+from fusion_bench_didi.errors import SettingsError
 from fusion_bench_didi.method import DiDiMerging, RoutedMethod
+from fusion_bench_didi.models.pool_saving import fill_log_dir
 
 
 class Scores(BaseTaskPool):
@@ -80,6 +82,42 @@ def test_a_run_ends_in_its_answer(program, tiny_clip, tmp_path, capfd):
     assert "ranks" not in report["didi"] and len(json.dumps(report["didi"])) < 1000
     names = (tmp_path / "log" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"accuracy/average", "storage/x_of_all", "seconds"} <= set(names)
+
+
+def quiet_program(**given) -> FabricModelFusionProgram:
+    """One without a logger."""
+    made = FabricModelFusionProgram(None, OmegaConf.create({}), OmegaConf.create({}), print_config=False, **given)  # fmt: skip
+    made._fabric_instance = lightning.Fabric(accelerator="cpu", devices=1)
+    return made
+
+
+def test_without_a_logger_the_run_has_the_directory_of_its_paths(
+    tiny_clip, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    program = quiet_program(
+        report_save_path="{log_dir}/program_report.json",
+        merged_model_save_path="{log_dir}/model",
+        path=OmegaConf.create({"log_dir": str(tmp_path / "run")}),
+    )
+    end(program, DiDiMerging(budget=0.6, refine_sweeps=2), tiny_clip.pool_models())
+    assert {file.name for file in tmp_path.iterdir()} == {"run"}
+    assert any((tmp_path / "run" / "model").glob("*.safetensors"))
+    assert f"{tmp_path}/run/program_report.json" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["report_save_path", "merged_model_save_path"])
+def test_a_place_in_no_directory_is_refused_before_the_merge(tiny_clip, key):
+    program = quiet_program(**{key: "{log_dir}/x"})
+    with pytest.raises(SettingsError, match=f"{key}={{log_dir}}/x .*fabric.loggers"):
+        end(program, DiDiMerging(budget=0.6), tiny_clip.pool_models())
+
+
+def test_places_without_a_logger_stay_as_they_are(tmp_path):
+    given = {key: str(tmp_path / key) for key in ("report_save_path", "merged_model_save_path")}  # fmt: skip
+    program = quiet_program(**given)
+    fill_log_dir(program)
+    assert {key: getattr(program, key) for key in given} == given
 
 
 @pytest.mark.parametrize("report", [None, [0.5], {"mnist": {"accuracy": torch.tensor(0.5)}}], ids=["none", "list", "some"])  # fmt: skip

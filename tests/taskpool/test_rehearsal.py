@@ -109,6 +109,7 @@ def test_a_pool_without_such_a_mode_is_refused(rehearsal):
 def test_lm_eval_is_limited_to_a_batch(rehearsal, tmp_path):
     class LMEvalHarnessTaskPool:
         tasks, batch_size, output_path = ["a", "b"], 3, str(tmp_path)
+        log_dir = _program = None
 
         def evaluate(self, model, **kwargs):
             limits.append(kwargs.get("limit"))

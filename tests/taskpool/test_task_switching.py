@@ -4,8 +4,10 @@ Losses are compared too: on pictures of noise they tell models apart where accur
 """
 
 import gc
+import json
 import sys
 import weakref
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -558,6 +560,26 @@ def test_lm_evals_pool_says_what_to_install(version, monkeypatch):
     config.tasks = ["gsm8k"]
     with pytest.raises(Exception, match=r"pip install 'fusion-bench-didi\[lm-eval\]'"):
         program._instantiate_and_setup(config)
+
+
+def test_lm_eval_writes_where_the_run_does_without_a_logger(tmp_path):
+    class LMEvalHarnessTaskPool:
+        tasks, output_path, log_dir = ["a"], None, None
+        _program = SimpleNamespace(log_dir=None, path={"log_dir": str(tmp_path)})
+
+        def evaluate(self, model):
+            place = Path(self.output_path)
+            place.mkdir(parents=True)
+            results = {"results": {"a": {"acc,none": 0.5}}}
+            (place / "results_1.json").write_text(json.dumps(results))
+
+    pool = LMEvalHarnessTaskPool()
+    attach(pool)
+    assert pool.evaluate(torch.nn.Identity())["a"] == {"acc": 0.5}
+    assert (tmp_path / "lm_eval_results" / "a").is_dir()
+    pool._program = None
+    with pytest.raises(DiDiError, match="taskpool.output_path"):
+        pool.evaluate(torch.nn.Identity())
 
 
 def test_lm_evals_pool_is_the_hosts(monkeypatch):

@@ -56,7 +56,7 @@ def record(
 
     Raises:
         SettingsError: naming a layer that is not called once, for one row per sample.
-        DiDiError: for samples that go on from a cache.
+        DiDiError: for samples that go on from a cache, and those that only some tasks can run, as their vocabularies differ.
     """
     found: dict[str, Tensor] = {}
     wanted = {*inputs_of, *outputs_of}
@@ -99,6 +99,13 @@ def record(
             forward.run(mix, call, watched=True)
     except _Done:
         return Recorded(found, mask)
+    except IndexError as error:
+        if not forward.of_several_shapes:
+            raise
+        raise DiDiError(
+            f"A router runs every sample under the weights of other tasks and of none, where some sample does not run ({error}): tasks "
+            f"have {some(forward.of_several_shapes)} in several shapes. Give the task_ids of such samples."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

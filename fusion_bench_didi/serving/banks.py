@@ -93,11 +93,15 @@ class OwnBank(Bank):
         name: of the tensor.
         values: per task, and the shared model's (T + 1,).
         tasks: their names.
+
+    Attributes:
+        shapes_differ: the values are of several shapes.
     """
 
     def __init__(self, name: str, values: Sequence[Tensor], tasks: Sequence[str]):
         super().__init__(len(values) - 1)
         self.name, self.values, self.names = name, list(values), list(tasks)
+        self.shapes_differ = len({value.shape for value in values}) > 1
 
     def value(self, task: int) -> Tensor:
         return self.values[task]

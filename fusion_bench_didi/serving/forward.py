@@ -68,6 +68,9 @@ class MixedForward:
         lock: held while the backbone's own tensors are replaced; one for all mixed forwards of a backbone.
         held: what banks hold decoded within a limit; None where they hold all, and then the shared model too.
         settings: of the configuration that tasks have of their own.
+
+    Attributes:
+        of_several_shapes: names of tensors that are not of one shape for all tasks.
     """
 
     def __init__(
@@ -101,6 +104,11 @@ class MixedForward:
         self._names = parameter_names(backbone.forward)
         self._main = getattr(backbone, "main_input_name", None)
         self._tokens = media_tokens(backbone)
+        self.of_several_shapes = [
+            name
+            for name, bank in banks.items()
+            if isinstance(bank, OwnBank) and bank.shapes_differ
+        ]
         self._layouts: dict[Hashable, Layout] = {}
         self._agreeing: dict[Hashable, bool] = {}
         self.limit = PROBES
@@ -327,8 +335,11 @@ class MixedForward:
 
     def _learn(self, mix: Mix, call: Call) -> Layout:
         with self.lock:
-            first = mix.order[:1]
-            rows = torch.cat([first, (first + 1) % call.size, first])
+            if self.of_several_shapes:
+                # what one task takes, such as a token, may be too much for another
+                mix = max(mix.groups(), key=lambda group: group.size)
+            first, other = mix.order[:1], mix.order[1:2]
+            rows = torch.cat([first, other if len(other) else first, first])
             outputs, lengths = [], []
             for n in (2, 3):
                 with sequence_lengths(self.backbone) as found:

@@ -9,6 +9,7 @@ from exact_models import (
     exact_model,
     gpt2,
     llama,
+    pool_of,
     seeded,
     state_of,
     tokens,
@@ -26,6 +27,7 @@ from transformers import (
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    LlamaModel,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -286,6 +288,55 @@ def test_vocabularies_of_any_size_are_stated_by_both_ends(tied, tmp_path):
     first, last = (getattr(model, f"get_{e}_embeddings")() for e in ("input", "output"))
     assert first.num_embeddings == last.out_features == 64 and first.padding_idx == 63
     assert model.config.pad_token_id == 63
+
+
+def enlarged() -> dict[str, LlamaModel]:
+    """Two tasks with three tokens more than the base model and the first one."""
+    config = LlamaConfig(**SMALL, vocab_size=64)
+    models = pool_of(seeded(lambda: LlamaModel(config)), ("same", "more", "else"))
+    for task in ("more", "else"):
+        models[task].resize_token_embeddings(67, mean_resizing=False).eval()
+    return models
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        ["more", "same"],
+        ["same", "more"],
+        ["else", "same", "more", "more"],
+        [None, "more", "same"],
+    ],
+)
+def test_tokens_of_a_task_are_looked_up_in_its_own_vocabulary(tasks, first):
+    """Whatever ran before."""
+    models = enlarged()
+    model, ids = exact_model(models), tokens(len(tasks), 5)
+    if first:
+        model(ids, task_ids=tasks)
+    own = torch.tensor([[task in ("more", "else")] for task in tasks])
+    ids = torch.where(own, ids % 3 + 64, ids)
+    found = model(ids, task_ids=tasks).last_hidden_state
+    for i, task in enumerate(tasks):
+        close(found[i : i + 1], models[task or BASE](ids[i : i + 1]).last_hidden_state)
+
+
+def test_tasks_of_other_vocabularies_are_refused_by_the_shapes_of_what_they_give():
+    base = llama()
+    models = {BASE: base, "same": fine_tuned(base, 1), "more": fine_tuned(base, 2)}
+    models["more"].resize_token_embeddings(67, mean_resizing=False)
+    with pytest.raises(DiDiError, match=r"logits is \(1, 2, 64\) for 'same' and .* 67"):
+        ids = torch.tensor([[65, 66], [1, 2]])
+        exact_model(models)(ids, task_ids=["more", "same"])
+
+
+@pytest.mark.parametrize("kind", ["projection", "representation"])
+def test_routers_name_what_only_some_tasks_can_run(kind):
+    options = {} if kind == "projection" else {"layers": [0]}
+    model = exact_model(enlarged()).attach_router(kind, **options)
+    with pytest.raises(DiDiError, match="embed_tokens.weight in several .* task_ids"):
+        model(torch.tensor([[65, 66], [1, 2]]))
 
 
 # --- other shapes -------------------------------------------------------------------

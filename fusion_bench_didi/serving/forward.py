@@ -243,7 +243,7 @@ class MixedForward:
         calls = [call.picked(piece.order) for piece in pieces]
         caches = Caches(call, calls)
         parts = [caches.marked(run(p, c)) for p, c in zip(pieces, calls)]
-        if not all(map(layout.covers, parts)):
+        if not all(layout.covers(part, p.size) for part, p in zip(parts, pieces)):
             layout = self._learn(mix, call)
         orders = [piece.order for piece in pieces]
         if len(parts) == 1:

@@ -76,12 +76,12 @@ class Layout:
             sides is not None and len(sides) == 1 for sides in self.sides.values()
         )
 
-    def covers(self, output: Any) -> bool:
-        """Whether the layout is known of all tensors of an output."""
+    def covers(self, output: Any, size: int) -> bool:
+        """Whether the layout is that of all tensors of an output for so many samples."""
         return all(
-            path in self.sides
-            for path, v in leaves(output, self.lists).items()
-            if isinstance(v, Tensor)
+            path in self.sides and _fits(value, self.sides[path], size)
+            for path, value in leaves(output, self.lists).items()
+            if isinstance(value, Tensor)
         )
 
 
@@ -120,6 +120,14 @@ def _sides(two: tuple[int, ...], three: tuple[int, ...]) -> Sides:
     return tuple(grown)
 
 
+def _fits(value: Tensor, sides: Sides, size: int) -> bool:
+    """Whether a tensor has the rows of so many samples."""
+    return all(
+        side < value.ndim and value.shape[side] == size * rows
+        for side, rows in sides or ()
+    )
+
+
 #: for outputs nothing was learned of: tensors of as many rows as samples are theirs
 def _as_usual(value: Tensor, size: int) -> Sides:
     if not value.ndim or not size or value.shape[0] % size:
@@ -146,7 +154,7 @@ def reordered(output: Any, order: Tensor, layout: Layout | None) -> Any:
         if not isinstance(value, Tensor):
             return _checked(path, value, layout)
         sides = _as_usual(value, size) if layout is None else layout.sides.get(path)
-        if sides is None:
+        if sides is None or not _fits(value, sides, size):
             raise _mixing(path, value)
         for side, rows in sides:
             value = value.index_select(
@@ -183,6 +191,9 @@ def joined(
             return _picked(path, values, orders, back)
         if all(isinstance(value, Tensor) for value in values):
             sides = layout.sides.get(path)
+            sized = zip(values, map(len, orders))
+            if not all(_fits(value, sides, size) for value, size in sized):
+                sides = None
             if sides is None or len(sides) > 1:
                 raise _mixing(path, values[0])
             if sides:

@@ -173,6 +173,28 @@ def test_samples_that_are_the_second_side_are_found(how):
         close(found, torch.cat(parts, 1))
 
 
+class Flat(nn.Module):
+    """Gives the parts of all samples in one row."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x.reshape(-1, 2))
+
+
+@pytest.mark.parametrize("how", ["layered", "grouped"])
+def test_samples_have_as_many_rows_as_they_are_given(how):
+    """Whatever ran before."""
+    models, tasks = pool_of(seeded(Flat)), ["b", "a", "a", "b"]
+    model = exact_model(models, how)
+    for parts in (2, 3, 1, 2):
+        x = torch.randn(4, 2 * parts)
+        rows = [models[t](x[i : i + 1]) for i, t in enumerate(tasks)]
+        close(model(x, task_ids=tasks), torch.cat(rows))
+
+
 @pytest.mark.parametrize("how", ["layered", "grouped"])
 @pytest.mark.parametrize("what", ["a list", "a list of lengths"])
 def test_lists_of_one_item_for_each_sample_are_sorted_back(what, how):

@@ -29,6 +29,7 @@ from ..checkpoint.ours import CONFIG
 from ..errors import CheckpointMismatchError
 from ..files import from_home
 from ..models.dynamic import DynamicModel
+from ..task_vectors.live_models import uncompiled
 from .forms import (
     BACKBONE,
     READERS,
@@ -92,9 +93,12 @@ def save_artifact(
             loaded again.
     """
     directory = from_home(directory)
+    if isinstance(model, nn.Module):
+        model = uncompiled(model)
     if isinstance(model, DynamicModel):
         model.save_pretrained(directory, overwrite=overwrite)
         return written(directory)
+    base = uncompiled(base)
     with whole_directory(directory, overwrite=overwrite) as place:
         state = tensors_of(base)
         config = {

@@ -15,7 +15,7 @@ from ..files import from_home
 from ..pools.configurations import computing, unequal
 from ..pools.entries import PLACE
 from ..task_vectors.digests import digests
-from ..task_vectors.live_models import check_values
+from ..task_vectors.live_models import check_values, uncompiled
 from ..task_vectors.sources import ModuleSource
 from ..task_vectors.ties import taken_apart, untie
 from ..task_vectors.tower_names import Spelling, spelling, spelling_beside
@@ -191,6 +191,8 @@ def _resolved(
         CheckpointMismatchError: if weights of the model given are not in memory, or not those of its checkpoint.
         DiDiError: for what is neither, and for a merged model; if the entry tells no place, or loading it might run code.
     """
+    if isinstance(given, nn.Module):
+        given = uncompiled(given)
     if isinstance(given, ModulatedModel):
         raise DiDiError(
             "backbone is a merged model itself, expected the base model of the merge. Pass a copy of that model's own: "

@@ -35,6 +35,7 @@ from ..serving.making import AnyBank, bank_of
 from ..serving.own_settings import OwnSettings, put
 from ..serving.shadow import let_pickle
 from ..serving.unwritten import without_rescaling
+from ..task_vectors.live_models import uncompiled
 from . import saving
 from .experts import NamedModules, TaskExpert
 from .methods import attribute, no_task
@@ -77,7 +78,8 @@ class DynamicModel(ModulatedModel):
         info: Mapping[str, Any] | None = None,
         backbone_bits: int | None = None,
     ):
-        super().__init__(without_rescaling(adopted(backbone)), {})
+        backbone = adopted(uncompiled(backbone))
+        super().__init__(without_rescaling(backbone), {})
         self.backbone.requires_grad_(False)
         self.modulators: NamedModules[TaskExpert] = NamedModules()
         self.shared: NamedModules[Delta] = NamedModules(shared)

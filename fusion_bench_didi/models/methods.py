@@ -102,7 +102,8 @@ def _guarded(model: Merged, module: nn.Module) -> nn.Module:
             raise no_task(model)
 
     twin = shallow(module)
-    twin._forward_pre_hooks = OrderedDict(module._forward_pre_hooks)
+    # what torch.compile wraps a module in would set these on that
+    vars(twin).update(_forward_pre_hooks=OrderedDict(module._forward_pre_hooks))
     twin.register_forward_pre_hook(refuse, prepend=True)
     return twin
 

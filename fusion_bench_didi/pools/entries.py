@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import DiDiError, ModelPoolError
 from ..files import from_home
 from ..task_vectors.file_sources import read_settings
-from ..task_vectors.live_models import check_values
+from ..task_vectors.live_models import check_values, uncompiled
 from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.places import check_place
 from ..task_vectors.tower_names import fill, is_tower
@@ -73,6 +73,7 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
             f"{type(modelpool).__name__} gives a {type(model).__name__} for {name!r}, expected a model (torch.nn.Module). "
             "Give an entry with a _target_ that loads one."
         )
+    model = uncompiled(model)
     check_values(model, repr(name))
     if home and is_tower(model):
         fill(model, open_weights(*home))

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from ..errors import ModelPoolError
+from ..task_vectors.live_models import uncompiled
 from .entries import BASE, PLACE, TARGET
 
 #: Pools that are of one class of models, by their own class: what an entry without ``_target_`` means.
@@ -26,8 +27,6 @@ _MAPPINGS = (Mapping, DictConfig)
 _BY_NAME = f"models by name: {BASE} and the tasks"
 #: What an entry of a list says beside its place, as far as it changes no weights.
 _LISTED = {"name", "path", "is_trainable", "merge_and_unload"}
-#: Where ``torch.compile`` keeps the model that it wraps.
-_COMPILED = "_orig_mod"
 
 
 def as_pool(modelpool: Any) -> BaseModelPool:
@@ -91,7 +90,7 @@ def _unknown(modelpool: BaseModelPool, name: Any) -> str:
 def _completed(entry: Any, kind: str | None) -> Any:
     """An entry with the class of its pool, or without what ``torch.compile`` put around it."""
     if isinstance(entry, nn.Module):
-        return getattr(entry, _COMPILED, entry)
+        return uncompiled(entry)
     if kind is None:
         return entry
     target = {TARGET: f"transformers.{CLASSES[kind]}.from_pretrained"}

@@ -98,8 +98,11 @@ class MixedForward:
         if self.network is not None and held is None:
             shared = {name: bank.value(self.count) for name, bank in banks.items()}
             self.shared_network = network_with(backbone, shared)
-        made = filter(None, (self.network, self.shared_network))
-        self._buffers = {network: OwnBuffers(network, backbone) for network in made}
+        self._buffers = {
+            network: OwnBuffers(network, backbone)
+            for network in (self.network, self.shared_network)
+            if network is not None
+        }
         self._places = Places(backbone, self.banks, self.shapes, derived)
         self._names = parameter_names(backbone.forward)
         self._main = getattr(backbone, "main_input_name", None)

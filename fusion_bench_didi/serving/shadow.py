@@ -40,9 +40,12 @@ def shadowed(module: nn.Module, changes: Mapping[nn.Module, Change]) -> nn.Modul
         if module not in made:
             twin = made[module] = shallow(module)
             children = module._modules.items()
-            twin._modules = {name: child and twin_of(child) for name, child in children}
-            twin._parameters = dict(module._parameters)
-            twin._buffers = {name: own(b) for name, b in module._buffers.items()}
+            # what torch.compile wraps a module in would set these on that
+            vars(twin).update(
+                _modules={n: None if c is None else twin_of(c) for n, c in children},
+                _parameters=dict(module._parameters),
+                _buffers={name: own(b) for name, b in module._buffers.items()},
+            )
         return made[module]
 
     network = twin_of(module)

@@ -1,4 +1,4 @@
-"""Models in memory whose tensors are not the weights that they were loaded with, or no plain tensors."""
+"""Models in memory: taken out of what wraps them; whose tensors are not the weights that they were loaded with, or no plain tensors."""
 
 from collections.abc import Iterator
 
@@ -11,6 +11,16 @@ from ..errors import CheckpointMismatchError, some
 DIVIDED, EVERY = "layers_are_rescaled", "rescale_every"
 #: Where torch has layers that hold whole numbers in packed form.
 _PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
+#: Where ``torch.compile`` keeps the model that it wraps.
+_COMPILED = "_orig_mod"
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wrapped, in which tensors have the names of their checkpoints; any other model itself."""
+    while _COMPILED in model._modules:
+        model = model._modules[_COMPILED]
+    return model
 
 
 def all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -205,6 +205,10 @@ def test_a_static_merge_is_the_changed_tensors_once(tiny_clip, tmp_path):
     assert found.replaced == found.beyond
     again = load_artifact(tmp_path / "a", copy.deepcopy(tiny_clip.base))
     assert same_bits(floats(again), floats(model))
+    wrapped, base = torch.compile(model), torch.compile(tiny_clip.base)
+    save_artifact(wrapped, tmp_path / "b", base=base, types=types)
+    again = load_artifact(tmp_path / "b", torch.compile(copy.deepcopy(tiny_clip.base)))
+    assert same_bits(floats(again), floats(model))
 
 
 def test_tied_weights_buffers_and_untouched_tensors(tmp_path):

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from exact_models import clip_tower
+from fusion_bench.modelpool import BaseModelPool
 from helpers import BASE, didi, family, floats, same_bits
 from torch.overrides import _get_current_function_mode_stack
 from transformers import CLIPVisionModel
 
 from fusion_bench_didi import DiDiModel
+from fusion_bench_didi.artifacts.saving import load_artifact
+from fusion_bench_didi.editing.loading import load_tasks
 from fusion_bench_didi.lowrank.arithmetic import own_arithmetic
 
 TASKS = ("a", "b")
@@ -56,6 +59,11 @@ def models() -> dict:
     return family(clip_tower(), TASKS)
 
 
+@pytest.fixture(scope="module")
+def merged(models) -> DiDiModel:
+    return didi(models, budget=0.5)
+
+
 @pytest.fixture(scope="module", params=MERGES.values(), ids=MERGES)
 def plain(request, models):
     """Settings of a merge, its tasks' weights, images, and the answer to them."""
@@ -96,6 +104,41 @@ def test_compiled_models_are_merged_as_what_they_wrap(models, compiled, tmp_path
     images = torch.randn(2, 3, 16, 16)
     mixed, answer = (m(images, task_ids=[0, 1])[0] for m in (model, expected))
     assert mixed.equal(answer)
+
+
+@pytest.mark.parametrize("place", ["loaded", "loaded by name", "some tasks", "made"])
+def test_a_base_model_that_is_given_compiled_is_what_was_compiled(
+    place, models, merged, tmp_path
+):
+    base = torch.compile(copy.deepcopy(models[BASE]))
+    if place == "made":
+        experts = {t: dict(e.deltas.items()) for t, e in merged.modulators.items()}
+        shared = dict(merged.shared.items())
+        model = DiDiModel(base, shared, experts, unit_bits=merged.unit_bits)
+    else:
+        merged.save_pretrained(tmp_path / "merged")
+        load = {"loaded": DiDiModel.from_pretrained, "loaded by name": load_artifact}
+        if place == "some tasks":
+            model = load_tasks(tmp_path / "merged", TASKS, base)
+        else:
+            model = load[place](tmp_path / "merged", base)
+    assert type(model.backbone) is CLIPVisionModel
+    for task in TASKS:
+        plain, expected = model.materialize(task), merged.materialize(task)
+        assert type(plain) is CLIPVisionModel
+        assert same_bits(floats(plain), floats(expected))
+    images = torch.randn(2, 3, 16, 16)
+    found, answer = (m(images, task_ids=[0, 1])[0] for m in (model, merged))
+    torch.testing.assert_close(found, answer)
+
+
+def test_a_pool_that_compiles_what_it_loads_gives_what_it_compiled(models):
+    class Compiling(BaseModelPool):
+        def load_model(self, *args, **kwargs):
+            return torch.compile(super().load_model(*args, **kwargs))
+
+    model = didi(Compiling(models), budget=0.5)
+    assert type(model.materialize(TASKS[0])) is CLIPVisionModel
 
 
 def test_calls_of_torch_pass_through_python_only_where_new_tensors_go_elsewhere():

@@ -68,10 +68,20 @@ def agree(
             whole, other = (torch.cat(some, sides[0][0]) for some in (parts, others))
             if not close(whole, value, other):
                 return False
-        elif value.ndim:  # a number may be a mean over the samples
+        elif value.ndim:
             if not all(close(p, value, other) for p, other in zip(parts, others)):
                 return False
+        elif path in layout.steady and not _of_all(torch.stack(parts), value):
+            return False
     return compared > 0
+
+
+def _of_all(parts: Tensor, found: Tensor) -> bool:
+    """Whether a number is that of every part, or their mean or sum; one that a weight gives is of its own task alone."""
+    if not parts.is_floating_point():
+        return True
+    options = (found.expand_as(parts), parts), (found, parts.mean()), (found, parts.sum())  # fmt: skip
+    return any(_close(other, one) for one, other in options)
 
 
 def _items(lists: Sequence[Any]) -> dict[Path, Any]:

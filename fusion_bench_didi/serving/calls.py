@@ -254,6 +254,17 @@ def media_tokens(backbone: nn.Module) -> dict[str, int]:
     return found
 
 
+def towers(backbone: nn.Module) -> tuple[str, ...]:
+    """Methods that give what one of several towers makes of each sample, such as ``encode_image`` beside ``encode_text``."""
+    found = [
+        name
+        for name in dir(type(backbone))
+        if name.startswith("encode_")
+        or (name.startswith("get_") and name.endswith("_features"))
+    ]
+    return tuple(found) if any("text" in name for name in found) else ()
+
+
 def parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the parameters that may be given by position."""
     try:

@@ -30,7 +30,7 @@ from ..errors import DiDiError
 from .agreement import agree, rounded_again
 from .banks import OwnBank
 from .caches import Caches, caches_of
-from .calls import Call, media_tokens, parameter_names
+from .calls import Call, media_tokens, parameter_names, towers
 from .derived import Derived
 from .forward_only import forward_only
 from .held import Held
@@ -106,7 +106,7 @@ class MixedForward:
         self._places = Places(backbone, self.banks, self.shapes, derived)
         self._names = parameter_names(backbone.forward)
         self._main = getattr(backbone, "main_input_name", None)
-        self._tokens = media_tokens(backbone)
+        self._tokens, self._ways = media_tokens(backbone), towers(backbone)
         self.of_several_shapes = [
             name
             for name, bank in banks.items()
@@ -258,6 +258,7 @@ class MixedForward:
                 layout,
                 names=lambda i: pieces[i].named(self.tasks),
                 given=[c.given for c in calls],
+                ways=() if call.method else self._ways,
             )
         return caches.filled(output, orders)
 

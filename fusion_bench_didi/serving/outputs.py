@@ -39,11 +39,13 @@ class Layout:
         sides: by path, for every tensor; also for numbers that grow with the samples, as None.
         usual: whether samples are where they are taken to be if nothing was learned.
         lists: paths of lists of one item for each sample.
+        steady: paths of numbers that were equal for two samples and for three, as weights are.
     """
 
     sides: Mapping[Path, Sides]
     usual: bool = True
     lists: frozenset[Path] = frozenset()
+    steady: frozenset[Path] = frozenset()
 
     @classmethod
     def of(cls, two: Any, three: Any) -> "Layout":
@@ -67,7 +69,9 @@ class Layout:
             elif isinstance(value, (int, float)) and value != other[path]:
                 if not counts_samples(path):
                     sides[path] = None
-        return cls(sides, usual, lists)
+        tensors = {p: v for p, v in found.items() if isinstance(v, Tensor)}
+        steady = (p for p, v in tensors.items() if not v.ndim and v.equal(other[p]))
+        return cls(sides, usual, lists, frozenset(steady))
 
     @property
     def separable(self) -> bool:
@@ -172,6 +176,7 @@ def joined(
     *,
     names: Callable[[int], str],
     given: Sequence[Mapping[str, Any]] = (),
+    ways: Sequence[str] = (),
 ) -> Any:
     """Outputs of parts of a batch as one.
 
@@ -179,6 +184,7 @@ def joined(
         orders: of each part, where its samples are in the batch as given.
         names: of the tasks of a part.
         given: arguments of each part, to work a loss out of the labels.
+        ways: methods that give less and may be called in place of this, for messages.
 
     Raises:
         DiDiError: for what cannot be told apart by sample, and for tasks whose outputs are of different shapes.
@@ -195,7 +201,7 @@ def joined(
             if not all(_fits(value, sides, size) for value, size in sized):
                 sides = None
             if sides is None or len(sides) > 1:
-                raise _mixing(path, values[0])
+                raise _mixing(path, values[0], ways)
             if sides:
                 return _side_by_side(path, values, sides[0], back, names)
             if all(v.shape == values[0].shape and v.equal(values[0]) for v in values):
@@ -203,7 +209,7 @@ def joined(
             if values[0].ndim == 0 and values[0].is_floating_point():
                 losses.append(path)
                 return values[0]
-            raise _mixing(path, values[0])
+            raise _of_tasks([path], [values], names, ways)
         first = _checked(path, values[0], layout)
         if counts_samples(path):
             return sum(map(len, orders))
@@ -223,7 +229,17 @@ def joined(
         ) from None
     if not losses:
         return whole
-    return _with_loss(whole, parts, losses, given, back)
+    if (found := _with_loss(whole, parts, losses, given, back)) is not None:
+        return found
+    asking = _asking_for_losses(given)
+    if not asking:
+        held = [leaves(part) for part in parts]
+        values = [[h[path] for h in held] for path in losses]
+        raise _of_tasks(losses, values, names, ways)
+    raise DiDiError(
+        f"{_listed(losses)} of the samples of one task each, as a mean or sum is, and how to add that up is not known here. Leave out "
+        f"what asks for it ({', '.join(asking)}), and work it out from the other outputs."
+    )
 
 
 def _side_by_side(
@@ -277,11 +293,50 @@ def _checked(path: Path, value: Any, layout: Layout | None) -> Any:
     return value
 
 
-def _mixing(path: Path, value: Tensor) -> DiDiError:
+def _mixing(path: Path, value: Tensor, ways: Sequence[str] = ()) -> DiDiError:
     return DiDiError(
         f"{place(path)} of shape {tuple(value.shape)} is of all samples of a task together, so that there is none for a batch of "
-        "several tasks; run the samples of each task by themselves, or work it out from the other outputs."
+        f"several tasks; {_instead(ways)}, or work it out from the other outputs."
     )
+
+
+def _of_tasks(
+    paths: Sequence[Path],
+    values: Sequence[Sequence[Tensor]],
+    names: Callable[[int], str],
+    ways: Sequence[str],
+) -> DiDiError:
+    """The error for what has no row per sample, and is another for other tasks.
+
+    Args:
+        values: of each path, those of the parts.
+    """
+
+    def shown(value: Tensor) -> str:
+        if value.numel() == 1:
+            return f"{value.item():.6g}"
+        return f"of shape {tuple(value.shape)}"
+
+    told = (
+        " and ".join(f"{shown(v)} for {names(i)}" for i, v in enumerate(one[:2]))
+        for one in values
+    )
+    return DiDiError(
+        f"{_listed(paths)} one for each task ({'; '.join(told)}), as a weight of the model is, or a mean or sum over samples that its "
+        f"configuration asks for, so that there is none for a batch of several tasks; {_instead(ways)}."
+    )
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return f"{' and '.join(map(place, paths))} {'are' if len(paths) > 1 else 'is'}"
+
+
+def _instead(ways: Sequence[str]) -> str:
+    """What to do in place of a call whose outputs are not one batch."""
+    alone = "run the samples of each task by themselves"
+    if not ways:
+        return alone
+    return f"call {' or '.join(ways)}, which take task_ids too, or {alone}"
 
 
 # --- losses -------------------------------------------------------------------------
@@ -322,7 +377,8 @@ def _with_loss(
     given: Sequence[Mapping[str, Any]],
     back: Tensor,
 ) -> Any:
-    """The loss of the batch, where that of every part is found to be a known function of its logits and labels."""
+    """The output with the loss of the batch, where that of every part is found to be a known function of its logits and labels; else
+    None."""
     (path, *others), found = losses, None
     labels = [arguments.get("labels") for arguments in given]
     if not others and labels and all(isinstance(label, Tensor) for label in labels):
@@ -336,15 +392,12 @@ def _with_loss(
                     truth = torch.cat(labels)[back.to(labels[0].device)]
                     found = formula(leaves(whole)[beside], truth).to(held[0][path])
     if found is None:
-        raise DiDiError(
-            f"{' and '.join(map(place, losses))} {'are' if others else 'is'} of the samples of one task each, as a mean or sum is, and how to add that up is not "
-            f"known here. Leave out what asks for it ({_asking_for_losses(given)}), and work it out from the other outputs."
-        )
+        return None
     return mapped(lambda at, value: found if at == path else value, whole)
 
 
-def _asking_for_losses(given: Sequence[Mapping[str, Any]]) -> str:
-    """Arguments by which a model may have been asked for losses."""
+def _asking_for_losses(given: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Arguments by which a model was asked for losses."""
     arguments = given[0] if given else {}
     asking = [
         f"{name}=True"
@@ -353,7 +406,7 @@ def _asking_for_losses(given: Sequence[Mapping[str, Any]]) -> str:
     ]
     if arguments.get("labels") is not None:
         asking.insert(0, "labels")
-    return ", ".join(asking) or "an argument, or a setting of its configuration"
+    return asking
 
 
 def _logits_beside(path: Path, held: Mapping[Path, Any]) -> list[Path]:

@@ -248,7 +248,7 @@ class Balancing(nn.Module):
     [
         (False, ["output_router_logits"], r"aux_loss is .*\(output_router_logits=True\)"),  # fmt: skip
         (False, ["labels", "output_router_logits"], r"loss and aux_loss are .*\(labels, output_router_logits=True\)"),  # fmt: skip
-        (True, [], r"aux_loss is .*\(an argument, or a setting"),
+        (True, [], r"aux_loss is one for each task \(.* mean or sum .*configuration"),
         (True, ["labels"], r"loss and aux_loss are .*\(labels\)"),
     ],
 )

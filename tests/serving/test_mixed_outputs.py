@@ -131,6 +131,7 @@ class Gives(nn.Module):
             "the size": lambda: len(x),
             "a loss": lambda: (y.mean(), y),
             "a sum": lambda: y.sum(0),
+            "a weight": lambda: self.last.weight.norm(),
             "its words": lambda: self.words,
             "similarities": lambda: y @ y.mT,
             "a list": lambda: list(y),
@@ -212,6 +213,7 @@ def test_lists_of_one_item_for_each_sample_are_sorted_back(what, how):
     [
         "the size",
         "a sum",
+        "a weight",
         "its words",
         "a ragged list",
         "a list of several",
@@ -228,10 +230,55 @@ def test_what_is_of_no_sample_is_refused(what, how):
     assert model(x, task_ids=["b"] * 4)[0].shape == (4, 3)
 
 
+class Towers(nn.Module):
+    """Two towers and the scale of what they are compared by, as OpenCLIP gives them."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        super().__init__()
+        self.image, self.text = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.full(shape, 2.0))
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        return self.image(image)
+
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        return self.text(text)
+
+    def forward(self, image: torch.Tensor, text=None) -> tuple:
+        texts = None if text is None else self.encode_text(text)
+        return self.encode_image(image), texts, self.scale.exp()
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_weight_of_each_task_is_told_as_such_with_what_gives_each_samples(
+    shape, both
+):
+    models, tasks = pool_of(seeded(lambda: Towers(shape))), ["b", "a", "b"]
+    model, given = exact_model(models), [torch.randn(3, 4)] * (1 + both)
+    a, b = (f"{models[task].scale.exp().item():.6g}" for task in "ab")
+    with pytest.raises(DiDiError, match=rf"^output\[2\] is one for each task \({a} for 'a' and {b} for 'b'\).*call encode_image or encode_text"):  # fmt: skip
+        model(*given, task_ids=tasks)
+    found = model.encode_text(given[0], task_ids=tasks)
+    for i, task in enumerate(tasks):
+        close(found[i], models[task].text(given[0][i]))
+
+
+def test_a_weight_that_tasks_have_alike_is_given_as_it_is():
+    models = pool_of(seeded(Towers))
+    for model in models.values():
+        model.scale.data.fill_(2.0)
+    given, model = torch.randn(3, 4), exact_model(models)
+    images, texts, scale = model(given, given, task_ids=["b", "a", "b"])
+    assert scale.equal(models[BASE].scale.exp())
+    close(images[1], models["a"].image(given[1]))
+    close(texts[2], models["b"].text(given[2]))
+
+
 def test_outputs_without_names_go_by_their_numbers():
     """As under return_dict=False."""
     _, run, *_ = _beside("a loss", "grouped")
-    with pytest.raises(DiDiError, match=r"^output\[1\]\[0\] is of the samples of one"):
+    with pytest.raises(DiDiError, match=r"^output\[1\]\[0\] is one for each task"):
         run()
 
 
@@ -255,7 +302,7 @@ def test_images_and_texts_of_several_tasks_are_compared_by_no_group():
     model = exact_model(models)
     given = {"input_ids": tokens(4, 5), "pixel_values": torch.randn(4, 3, 16, 16)}
     tasks = ["b", "a", "a", "b"]
-    with pytest.raises(DiDiError, match="logits_per_image|logits_per_text"):
+    with pytest.raises(DiDiError, match="logits_per_.* call get_image_features"):
         model.mixed.network = None
         model(**given, task_ids=tasks)
     features = model.get_image_features(given["pixel_values"], task_ids=tasks)

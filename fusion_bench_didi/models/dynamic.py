@@ -27,6 +27,7 @@ from ..pools.task_settings import CONFIGURATION
 from ..routers.base import Router
 from ..routers.files import RouterName, make_router
 from ..serving.banks import Serving
+from ..serving.calls import check_meant
 from ..serving.copies import adopted, deep_copy
 from ..serving.forward import MixedForward
 from ..serving.held import Held
@@ -297,7 +298,8 @@ class DynamicModel(ModulatedModel):
 
         Raises:
             UnknownTaskError: if there is neither weights, task nor router, and for tasks that the model does not hold.
-            DiDiError: for a number of tasks other than that of the samples; and where outputs of several tasks, such as those
+            DiDiError: for a number of tasks other than that of the samples; for a backbone that takes arguments of these names itself,
+                which may be given by position; and where outputs of several tasks, such as those
                 of heads of different shapes, are not one batch. Where gradients are asked of samples of several tasks. Where a
                 router would have to find the tasks of samples that go on from a cache.
         """
@@ -307,6 +309,8 @@ class DynamicModel(ModulatedModel):
                     "torch.export of a mixed batch needs one run of such a batch before, in which it is seen how to run it."
                 )
             forward = self.mixed_for(task_weights)
+            if forward.takes_tasks:
+                check_meant(self.backbone.forward, args, task_ids, task_weights)
             return forward(task_ids, task_weights, args, kwargs)
         if self._has_task:
             return self.run_alone(self.backbone, *args, **kwargs)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import DiDiError, UnknownTaskError
+from ..serving.calls import check_meant
 from ..serving.forward_only import forward_only
 from ..serving.generation import GENERATE, generate, generation_of, prompt_of
 from ..serving.shadow import shallow
@@ -114,6 +115,7 @@ def _method(model: Merged, name: str, value: Callable[..., Any]) -> Callable[...
         *args: Any, task_ids: Any = None, task_weights: Any = None, **kwargs: Any
     ) -> Any:
         if task_ids is not None or task_weights is not None:
+            check_meant(value, args, task_ids, task_weights)
             if name == GENERATE:
                 return _generated(model, args, kwargs, task_ids, task_weights)
             return _mixed(model, args, kwargs, task_ids, task_weights, name=name)

@@ -54,6 +54,8 @@ PLACES = {
     "pixel_values_videos": "video",
     "input_features": "audio",
 }
+#: Arguments by which a merged model is told the tasks of the samples.
+TASKS = frozenset({"task_ids", "task_weights"})
 #: Arguments in whose tensors the samples are the second side.
 SECOND = frozenset({"mems"})
 
@@ -252,6 +254,37 @@ def media_tokens(backbone: nn.Module) -> dict[str, int]:
             if isinstance(token := getattr(config, name, None), int):
                 found[kind] = token
     return found
+
+
+def names_of_tasks(function: Callable[..., Any]) -> frozenset[str]:
+    """Arguments of a backbone's function that are called as those by which a merged model is told the tasks."""
+    try:
+        return TASKS & inspect.signature(function).parameters.keys()
+    except (TypeError, ValueError):  # functions that do not say
+        return frozenset()
+
+
+def check_meant(
+    function: Callable[..., Any], args: tuple, task_ids: Any, task_weights: Any
+) -> None:
+    """What is given by the name of an argument of tasks must not be meant for an argument of the backbone's own.
+
+    Args:
+        args: given by position, among which the backbone's own may be.
+
+    Raises:
+        DiDiError: if that cannot be told.
+    """
+    given = {"task_ids": task_ids, "task_weights": task_weights}
+    taken = names_of_tasks(function).difference(parameter_names(function)[: len(args)])
+    for name in sorted(taken):
+        if given[name] is not None:
+            called = getattr(function, "__name__", "A function")
+            raise DiDiError(
+                f"{called} of the base model takes {name} itself, so that it cannot be told which one is meant by the name. Give its own "
+                f"by position, beside which {name}= is of the tasks; or set a task with set_task(...) and call model.backbone, which knows "
+                "its own only."
+            )
 
 
 def towers(backbone: nn.Module) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from ..errors import DiDiError
 from .agreement import agree, rounded_again
 from .banks import OwnBank
 from .caches import Caches, caches_of
-from .calls import Call, media_tokens, parameter_names, towers
+from .calls import Call, media_tokens, names_of_tasks, parameter_names, towers
 from .derived import Derived
 from .forward_only import forward_only
 from .held import Held
@@ -71,6 +71,7 @@ class MixedForward:
 
     Attributes:
         of_several_shapes: names of tensors that are not of one shape for all tasks.
+        takes_tasks: the backbone's forward has arguments of its own that are called as those of tasks.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class MixedForward:
         }
         self._places = Places(backbone, self.banks, self.shapes, derived)
         self._names = parameter_names(backbone.forward)
+        self.takes_tasks = bool(names_of_tasks(backbone.forward))
         self._main = getattr(backbone, "main_input_name", None)
         self._tokens, self._ways = media_tokens(backbone), towers(backbone)
         self.of_several_shapes = [

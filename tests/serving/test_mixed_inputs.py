@@ -316,3 +316,43 @@ def test_memories_whose_samples_lie_second_are_those_of_the_samples(how, length)
         close(found.logits[i : i + 1], own.logits)
         for left, right in zip(found.mems, own.mems, strict=True):
             close(left[:, i : i + 1], right)
+
+
+class Tasked(nn.Module):
+    """Takes arguments that are called as those of tasks."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x, task_ids=None, *, task_weights=None):
+        y = self.last(x)
+        y = y if task_ids is None else y + task_ids[:, None]
+        return y if task_weights is None else y * task_weights
+
+    def scaled(self, x, task_weights=None):
+        return self.last(x) if task_weights is None else self.last(x) * task_weights
+
+
+@pytest.mark.parametrize("task", [None, "a"])
+def test_what_may_be_meant_for_the_base_model_or_for_the_tasks_is_refused(task):
+    models, tasks = pool_of(seeded(Tasked)), ["b", "a", "b"]
+    model, x, own = exact_model(models), torch.randn(3, 6), torch.tensor([0, 1, 1])
+    if task is not None:
+        model.set_task(task)
+    with pytest.raises(DiDiError, match="^forward .* takes task_ids itself"):
+        model(x, task_ids=own)
+    with pytest.raises(DiDiError, match="^forward .* takes task_weights itself"):
+        model(x, task_weights=torch.ones(3, 2))
+    with pytest.raises(DiDiError, match="^scaled .* takes task_weights itself"):
+        model.scaled(x, task_weights=torch.ones(3, 2))
+    # by position it is the base model's, by name the tasks'
+    for given in (own, None):
+        found = model(x, given, task_ids=tasks)
+        for i, name in enumerate(tasks):
+            each = None if given is None else given[i : i + 1]
+            close(found[i : i + 1], models[name](x[i : i + 1], each))
+    assert model.scaled(x, task_ids=tasks).shape == (3, 3)
+    if task is not None:
+        close(model(x, own), models[task](x, own))
+        close(model.backbone(x, task_ids=own), models[task](x, own))

@@ -6,6 +6,7 @@ would still run the original. Here such functions are made anew for the copy.
 """
 
 import copy
+import dis
 import functools
 import types
 import weakref
@@ -26,6 +27,8 @@ _CONTAINERS = (list, tuple, dict, OrderedDict)
 #: what functions refer to beside their closure
 _OF_FUNCTIONS = ("__defaults__", "__kwdefaults__", "__dict__")
 _PLAIN = (bool, int, float, str, type(None), set)
+#: instructions that read a global name, in functions and in classes inside them
+_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 #: where classes come from whose functions know none of their instances
 _LIBRARIES = ("torch.", "transformers.", "builtins", "typing")
 
@@ -198,10 +201,13 @@ def _references(model: nn.Module) -> Iterator[tuple[str, Any]]:
             known = kind in kinds or kind.__module__.startswith(_LIBRARIES)
             if not known:
                 kinds.add(kind)
-                functions = (
-                    f for f in vars(kind).values() if isinstance(f, types.FunctionType)
-                )
-                held += [function for function in functions if function.__closure__]
+                held += [
+                    function
+                    for key, function in vars(kind).items()
+                    if isinstance(function, types.FunctionType)
+                    and function.__closure__
+                    and key != "__init__"  # no copy runs it
+                ]
         for value in _referred(held) if held else ():
             if value is not module:
                 yield name, value
@@ -235,9 +241,12 @@ def _referred(held: Iterable[Any]) -> Iterator[Any]:
         yield from walk(value)
 
 
-def _global_names(code: types.CodeType) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: types.CodeType) -> frozenset[str]:
+    """What a function and those inside it read of their globals; ``co_names`` has names of attributes, too."""
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*map(_global_names, inner))
+    read = {i.argval for i in dis.get_instructions(code) if i.opname in _GLOBAL}
+    return frozenset(read).union(*map(_global_names, inner))
 
 
 def _check(model: nn.Module, pairs: Pairs, what: str) -> None:

@@ -350,6 +350,58 @@ def test_functions_on_classes_that_know_an_instance_are_refused():
         deep_copy(model)
 
 
+class Named(TwoWays):
+    """Functions that know their class by a closure, with attributes that are called as a global may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.a_model = nn.Linear(3, 3)
+        self.made_of = None if a_model is None else "another"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a_model(super().forward(x)) + self.last.bias
+
+    def listed(self):
+        super().train()
+        return lambda: self.named_parameters()
+
+
+a_model = None
+
+
+@pytest.mark.parametrize("name", ["a_model", "bias", "named_parameters"])
+def test_attributes_that_are_called_as_a_global_is_are_no_reference_to_it(
+    name, monkeypatch
+):
+    """As in a notebook, whose base model is a global."""
+    models = pool_of(seeded(Named))
+    monkeypatch.setitem(globals(), name, models[BASE])
+    model = didi(models, budget=1e6)
+    close(model.materialize("a")(X), models["a"](X), atol=1e-3)
+
+
+def test_a_global_that_a_function_or_one_inside_it_reads_is_one(monkeypatch):
+    class Reads(TwoWays):
+        def inside(self, x):
+            super().forward(x)
+            return lambda: a_model(x)
+
+        def in_a_class(self):
+            super().train()
+
+            class Inner:
+                last = a_model
+
+            return Inner
+
+    for left in ("inside", "in_a_class"):
+        kind = type("Kind", (TwoWays,), {left: vars(Reads)[left]})
+        model = seeded(kind)
+        monkeypatch.setitem(globals(), "a_model", model)
+        with pytest.raises(DiDiError, match="the model itself"):
+            deep_copy(model)
+
+
 def test_plain_models_are_copied_as_ever():
     models = pool_of(seeded(TwoWays))
     model = exact_model(models)

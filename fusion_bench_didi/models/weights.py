@@ -14,7 +14,7 @@ from ..serving.shadow import unwatched
 from ..serving.shapes import Shapes
 from ..serving.unwritten import Unwritten
 from ..task_vectors.live_models import all_tensors
-from ..task_vectors.ties import tie, tied_names
+from ..task_vectors.ties import separate, tie, tied_names
 
 
 class BackboneWeights:
@@ -34,6 +34,7 @@ class BackboneWeights:
     """
 
     def __init__(self, backbone: nn.Module):
+        separate(backbone)
         self.backbone = backbone
         self.lock = threading.RLock()
         self.shapes = Shapes(backbone)

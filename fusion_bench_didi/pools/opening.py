@@ -26,6 +26,7 @@ from ..task_vectors.reader import TaskVectors
 from ..task_vectors.renaming import aligned
 from ..task_vectors.sources import ModuleSource, TensorInfo, TensorSource
 from ..task_vectors.ties import (
+    separate,
     taken_apart,
     tensor_of,
     tie,
@@ -123,16 +124,18 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
     if not isinstance(modelpool._models[BASE], nn.Module):
         if source := _opened(modelpool, BASE):
             check_read(source, Names.of(entry))
+        separate(entry)
         return entry
     try:
         backbone = copy.deepcopy(entry)
         tie(backbone, tied_names(entry))
-        return backbone
     except Exception as error:  # of tensors that are computed, locks, open files, ...
         raise ModelPoolError(
             f"The base model {BASE!r} ({type(entry).__name__}) cannot be copied ({type(error).__name__}: {error}). Give an entry "
             "with a _target_ that loads it."
         ) from error
+    separate(backbone)
+    return backbone
 
 
 def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:

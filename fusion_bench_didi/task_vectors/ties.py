@@ -2,13 +2,16 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError
+
+log = logging.getLogger(__name__)
 
 _MARK = "tensors_taken_apart"
 
@@ -48,6 +51,78 @@ def tie(module: nn.Module, aliases: Mapping[str, str]) -> None:
             mine, theirs = getattr(owner, held), getattr(other, held)
             if leaf in mine and known in theirs:
                 mine[leaf] = theirs[known]
+
+
+@torch.no_grad()
+def separate(module: nn.Module) -> None:
+    """Tensors that lie in the memory of others in another layout, as a transpose or a slice does, get memory of their own.
+
+    What is written to one would be in the others. Tied tensors stay tied.
+    """
+    every = {"remove_duplicate": False}
+    named = (*module.named_parameters(**every), *module.named_buffers(**every))
+    places: dict[Hashable, list[tuple[str, Tensor]]] = {}
+    for name, tensor in named:
+        places.setdefault(memory_of(tensor), []).append((name, tensor))
+    # where there is memory
+    groups = [tied for memory, tied in places.items() if isinstance(memory, tuple)]
+    apart = [groups[n] for n in _inside_earlier([tied[0][1] for tied in groups])]
+    with torch.inference_mode(False):
+        for tied in apart:
+            own = tied[0][1].detach().clone()
+            for _, tensor in tied:
+                tensor.data = own
+    if apart:
+        names = ", ".join(tied[0][0] for tied in apart[:4])
+        log.warning(
+            "Some tensors of %s lie in the memory of others in another layout (%s%s). They get memory of their own, so that a change of "
+            "one is not in the others any more; tasks have the values that each had.",
+            type(module).__name__,
+            names,
+            ", ..." if len(apart) > 4 else "",
+        )
+
+
+def _inside_earlier(tensors: Sequence[Tensor]) -> list[int]:
+    """Numbers of tensors of which some entry lies where one of a tensor before has one."""
+    found = []
+    for group in _neighbors(tensors):
+        start = min(tensors[number].data_ptr() for number in group)
+        end = max(_end(tensors[number]) for number in group)
+        taken = torch.zeros(end - start, dtype=torch.bool, device="cpu")
+        for number in sorted(group):
+            tensor = tensors[number]
+            size = tensor.element_size()
+            sides = [(n, s * size) for n, s in zip(tensor.shape, tensor.stride()) if s]
+            shape, steps = zip(*sides, (size, 1))  # of bytes
+            own = taken.as_strided(shape, steps, tensor.data_ptr() - start)
+            if own.any():
+                found.append(number)
+            else:
+                own.fill_(True)
+    return sorted(found)
+
+
+def _neighbors(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Numbers of tensors of which each begins before another one ends."""
+    group, device, end = [], None, 0
+    order = lambda number: (str(tensors[number].device), tensors[number].data_ptr())
+    for number in sorted(range(len(tensors)), key=order):
+        tensor = tensors[number]
+        if tensor.device != device or tensor.data_ptr() >= end:
+            if len(group) > 1:
+                yield group
+            group, device, end = [], tensor.device, 0
+        group.append(number)
+        end = max(end, _end(tensor))
+    if len(group) > 1:
+        yield group
+
+
+def _end(tensor: Tensor) -> int:
+    """The address behind its last entry."""
+    last = sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -204,6 +204,7 @@ def _read_individuals(
         found = _read(home, entry["files"], spell, named, [*own])
         for name, value in found.items():
             weights.put(model, name, value)
+        weights.forget_derived(model, found)
     return models
 
 

@@ -264,6 +264,7 @@ class DynamicModel(ModulatedModel):
             self._as_base()
             try:
                 self.modulators[task_name].apply(self)
+                self._weights.forget_derived(self.backbone, self.touched)
             except BaseException:  # some tensors would be of one task, some of another
                 self.restore()
                 raise
@@ -450,6 +451,7 @@ class DynamicModel(ModulatedModel):
             base = name in as_base
             value = self.base_tensor(name) if base else self.task_tensor(name, expert)
             self._weights.put(plain, name, value)
+        self._weights.forget_derived(plain, self.touched)
         if not as_base:
             settle(plain, self.info, task_name)
         return plain
@@ -482,7 +484,7 @@ class DynamicModel(ModulatedModel):
         return self._weights.base(name)
 
     def write(self, name: str, value: Tensor) -> None:
-        """Overwrite a live tensor, keeping its base value."""
+        """Overwrite a live tensor, keeping its base value; :meth:`set_task` does so with all that a task changes."""
         self._weights.write(name, value)
 
     def restore(self) -> None:

@@ -1,7 +1,8 @@
 """The weights of a backbone: base values kept, live ones written."""
 
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ class BackboneWeights:
             return kept
 
     def write(self, name: str, value: Tensor) -> None:
-        """Overwrite a live tensor, keeping its base value."""
+        """Overwrite a live tensor, keeping its base value; :meth:`forget_derived` goes after the last one."""
         with self.lock:
             if name not in self._base:
                 self.unwritten.writing()
@@ -119,11 +120,18 @@ class BackboneWeights:
             self.put(self.backbone, name, value)
 
     def put(self, model: nn.Module, name: str, value: Tensor) -> None:
-        """Write a value into the backbone or a copy of it; what states the shapes of tensors follows, and what was worked out
-        of the tensor is forgotten."""
-        ours = model is self.backbone
-        with self.unwritten.switching() if ours else nullcontext():
+        """Write a value into the backbone or a copy of it; what states the shapes of tensors follows, and :meth:`forget_derived`
+        goes after the last one."""
+        with self._switching(model):
             self._put(model, name, value)
+
+    def forget_derived(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Forget what modules of the backbone or a copy of it have worked out of tensors that were written."""
+        with self._switching(model):
+            self.derived.forget(model, names)
+
+    def _switching(self, model: nn.Module) -> AbstractContextManager[None]:
+        return self.unwritten.switching() if model is self.backbone else nullcontext()
 
     def _put(self, model: nn.Module, name: str, value: Tensor) -> None:
         self.tie(model)
@@ -140,19 +148,23 @@ class BackboneWeights:
             self._shapes[name] = shape
         if not as_stated:
             self.shapes.follow(model, name, shape)
-        self.derived.forget(model, [name])
 
     def restore(self) -> None:
         """Write all base values back; their copies are no longer needed."""
         with self.lock:
-            while self._base:
-                self.put(self.backbone, *self._base.popitem())
+            names = list(self._base)
+            try:
+                while self._base:
+                    self.put(self.backbone, *self._base.popitem())
+            finally:
+                self.forget_derived(self.backbone, names)
 
     def forget(self, name: str) -> None:
         """Write a base value back for good."""
         with self.lock:
             if name in self._base:
                 self.put(self.backbone, name, self._base.pop(name))
+                self.forget_derived(self.backbone, [name])
 
     def _held(self, model: nn.Module, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")

@@ -65,7 +65,7 @@ def adopted(model: nn.Module) -> nn.Module:
     """
     inside = {id(module) for module in model.modules()}
     found: dict[int, tuple[Any, Any]] = {}
-    for _, foreign in _references(model):
+    for _, foreign in references(model):
         if isinstance(foreign, nn.Module) and id(foreign) not in inside:
             own = _counterpart(foreign, model)
             if own is not None:
@@ -94,8 +94,29 @@ def rebind(modules: Iterable[nn.Module], pairs: Pairs, *, hooks: bool = True) ->
 def holders_of(model: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
     """Modules that hold some tensors of the model also elsewhere than among their parameters: in lists, and in functions."""
     wanted = {id(tensor) for tensor in tensors}
-    found = {name for name, value in _references(model) if id(value) in wanted}
+    found = {name for name, value in references(model) if id(value) in wanted}
     return [model.get_submodule(name) for name in sorted(found)]
+
+
+def references(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules and tensors that what is set on modules, or put on their classes, refers to, with the name of the module."""
+    kinds: set[type] = set()
+    for name, module in model.named_modules():
+        held = [value for _, value in _held(module)]
+        for kind in type(module).__mro__:
+            known = kind in kinds or kind.__module__.startswith(_LIBRARIES)
+            if not known:
+                kinds.add(kind)
+                held += [
+                    function
+                    for key, function in vars(kind).items()
+                    if isinstance(function, types.FunctionType)
+                    and function.__closure__
+                    and key != "__init__"  # no copy runs it
+                ]
+        for value in _referred(held) if held else ():
+            if value is not module:
+                yield name, value
 
 
 def _remapped(value: Any, done: dict[int, Any]) -> Any:
@@ -192,27 +213,6 @@ def _held(module: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-def _references(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules and tensors that what is set on modules, or put on their classes, refers to, with the name of the module."""
-    kinds: set[type] = set()
-    for name, module in model.named_modules():
-        held = [value for _, value in _held(module)]
-        for kind in type(module).__mro__:
-            known = kind in kinds or kind.__module__.startswith(_LIBRARIES)
-            if not known:
-                kinds.add(kind)
-                held += [
-                    function
-                    for key, function in vars(kind).items()
-                    if isinstance(function, types.FunctionType)
-                    and function.__closure__
-                    and key != "__init__"  # no copy runs it
-                ]
-        for value in _referred(held) if held else ():
-            if value is not module:
-                yield name, value
-
-
 def _referred(held: Iterable[Any]) -> Iterator[Any]:
     """Modules and tensors in values, and in the functions among them."""
     seen: set[int] = set()
@@ -256,7 +256,7 @@ def _check(model: nn.Module, pairs: Pairs, what: str) -> None:
         DiDiError: naming the modules that do.
     """
     originals = {i for i, (old, new) in pairs.items() if old is not new}
-    names = {name for name, value in _references(model) if id(value) in originals}
+    names = {name for name, value in references(model) if id(value) in originals}
     left = [
         f"{name or 'the model itself'} ({type(model.get_submodule(name)).__name__})"
         for name in sorted(names)

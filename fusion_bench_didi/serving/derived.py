@@ -1,19 +1,22 @@
 """What modules work out of their weights and keep, such as tables of attention biases: forgotten where the weights become others."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .copies import references
 from .trees import first_tensor, is_own_cache
 
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
+#: where methods come from that only note that a module is trained
+_TRAIN = (nn.Module.__module__, "transformers.modeling_utils")
 
 
 class Derived:
-    """Which modules keep something that they work out of their own tensors.
+    """Which modules keep something that they work out of their tensors, those of modules inside, or others that they refer to.
 
     It is dropped as such modules do it themselves, on the way to training and back; what a module had not worked out yet when it
     was loaded is to be worked out again; and caches that an architecture keeps of its results are as they were then.
@@ -26,6 +29,9 @@ class Derived:
         self._unset: dict[str, dict[str, type]] = {}
         self._caches: dict[str, dict[str, Any]] = {}
         keeping: dict[int, list[str]] = {}
+        referred: dict[str, list[nn.Module | Tensor]] = {}
+        for name, part in references(model):
+            referred.setdefault(name, []).append(part)
         for name, module in model.named_modules():
             _through_training(module)
             found = {k: v for k, v in vars(module).items() if is_own_cache(v)}
@@ -34,7 +40,7 @@ class Derived:
             unset = _unset(module)
             if unset or _has_own_train(module):
                 self._unset[name] = unset
-                for tensor in _tensors(module):
+                for tensor in _tensors([module, *referred.get(name, ())]):
                     keeping.setdefault(id(tensor), []).append(name)
         state = model.state_dict(keep_vars=True).items() if keeping else ()
         self._keeping = {n: keeping[id(t)] for n, t in state if id(t) in keeping}
@@ -66,10 +72,15 @@ class Derived:
         torch.clear_autocast_cache()  # of casts of tensors as they were
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """Tensors of the module itself."""
-    held = (*module._parameters.values(), *module._buffers.values())
-    return [tensor for tensor in held if tensor is not None]
+def _tensors(parts: Iterable[nn.Module | Tensor]) -> Iterator[Tensor]:
+    """Tensors, and those of modules with all that is inside."""
+    for part in parts:
+        if isinstance(part, Tensor):
+            yield part
+            continue
+        for module in part.modules():
+            held = (*module._parameters.values(), *module._buffers.values())
+            yield from (tensor for tensor in held if tensor is not None)
 
 
 def _unset(module: nn.Module) -> dict[str, type]:
@@ -84,13 +95,13 @@ def _unset(module: nn.Module) -> dict[str, type]:
 
 
 def _has_own_train(module: nn.Module) -> bool:
-    return type(module).train is not nn.Module.train
+    return type(module).train.__module__ not in _TRAIN
 
 
 @torch.no_grad()
 def _through_training(module: nn.Module) -> None:
     """Let a module that keeps something for evaluation only work it out anew."""
-    if module.training or not _has_own_train(module) or not _tensors(module):
+    if module.training or not _has_own_train(module):
         return
     modes = [(inner, inner.training) for inner in module.modules()]
     module.train(True)

@@ -72,6 +72,66 @@ class ByPrompt(nn.Module):
         return self.results.get(key)
 
 
+class OfAChild(nn.Module):
+    """Worked out of the tensors of a module inside, at the first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.table = nn.Sequential(nn.Linear(4, 3)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = self.inner[0].weight.exp()
+        return x @ self.table.mT + self.inner[0].bias
+
+
+class OfAChildByDevice(OfAChild):
+    """Kept by device, as pairs."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device not in self.table:
+            layer = self.inner[0]
+            self.table[x.device] = (layer.weight.exp(), layer.bias.exp())
+        weight, bias = self.table[x.device]
+        return x @ weight.mT + bias
+
+
+class OfAChildAtEvaluation(OfAChild):
+    """Worked out on the way to evaluation."""
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> "OfAChildAtEvaluation":
+        self.table = None if mode else self.inner[0].weight.exp()
+        return super().train(mode)
+
+
+class Reader(nn.Module):
+    """Worked out of a module's tensors that it refers to, and does not hold itself."""
+
+    def __init__(self, other: nn.Module):
+        super().__init__()
+        self.others, self.table = [other], None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = self.others[0].weight.exp()
+        return x @ self.table.mT
+
+
+class OfAnother(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.reader = Reader(self.first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reader(self.first(x))
+
+
 class Net(nn.Module):
     def __init__(self, kind: type):
         super().__init__()
@@ -94,7 +154,7 @@ def levit() -> nn.Module:
 
 
 KINDS = {
-    **{kind.__name__: lambda kind=kind: Net(kind) for kind in (Lazily, ByDevice, AtEvaluation, ByPrompt)},
+    **{kind.__name__: lambda kind=kind: Net(kind) for kind in (Lazily, ByDevice, AtEvaluation, ByPrompt, OfAChild, OfAChildByDevice, OfAChildAtEvaluation, OfAnother)},
     "LeViT": levit,
 }  # fmt: skip
 INPUTS = {"LeViT": (4, 3, 32, 32)}
@@ -163,3 +223,28 @@ def test_a_base_model_that_ran_before_the_merge_leaves_nothing_that_it_drops_its
         model = exact_model(models)
         model.set_task("a")
         close(run(model, x), run(models["a"].train().eval(), x))
+
+
+def test_a_module_goes_through_training_once_per_switch_and_not_where_that_does_nothing():
+    times = []
+
+    class Counting(AtEvaluation):
+        def train(self, mode: bool = True) -> "Counting":
+            times.append(mode)
+            return super().train(mode)
+
+    class Around(nn.Sequential):
+        def train(self, mode: bool = True) -> "Around":
+            times.append("around")
+            return super().train(mode)
+
+    base = seeded(lambda: Around(nn.Linear(4, 4), Counting()))
+    model = exact_model(pool_of(base))
+    times.clear()
+    model.set_task("a")
+    assert times.count("around") == 2
+    times.clear()
+    for _ in range(2):
+        run(model, torch.randn(4, 4))
+        model.set_task("a")
+    assert not times

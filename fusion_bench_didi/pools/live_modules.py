@@ -3,6 +3,7 @@
 Models of transformers say it in their configurations, see ``configurations.py``; of other modules it is found out here.
 """
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -31,11 +32,15 @@ _TRAINING = {
     *("scale_grad_by_freq", "dropout", "track_running_stats"),
 }
 _SCALARS = (bool, int, float, str, type(None))
-#: Words in the name of a number of any class that matters to training alone, or was found in it.
+#: Words in the name of a number or tensor of any class that matters to training alone, or was found in it.
 _ONLY_TRAINED = (
-    *("drop", "lr", "learning_rate", "loss", "decay", "momentum"),
+    *("drop", "lr", "learning_rate", "loss", "decay", "momentum", "example", "history"),
     *("acc", "accuracy", "best", "epoch", "f1", "metric", "perplexity", "score"),
 )
+#: What every module has.
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+#: Where classes come from that keep nothing of a task's beside their tensors, but counts, caches and states.
+_KNOWN = ("transformers.", "torchmetrics.")
 
 
 def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
@@ -45,27 +50,33 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
         tuned: by task, modules in memory.
 
     Raises:
-        CheckpointMismatchError: listing what tasks would lose: other classes, settings, replaced functions, and buffers that no
+        CheckpointMismatchError: listing what tasks would lose: other classes, settings, replaced functions, and tensors that no
             state dict holds.
     """
     matched = {task: _matched(base, module) for task, module in tuned.items()}
-    faults = [
-        f"{task}: {fault}"
-        for task, pair in matched.items()
-        if not (_configured(base) and _configured(tuned[task]))
-        for fault in _differing(*pair)
-    ]
+    faults = []
+    for task, pair in matched.items():
+        told = _configured(base) and _configured(tuned[task])
+        found = chain(() if told else _differing(*pair), _differing_beside(*pair))
+        faults += [f"{task}: {fault}" for fault in found]
     if faults:
         raise CheckpointMismatchError(
             "Fine-tuned modules compute something else with their tensors than the base model, which runs all tasks (base model's != "
             "fine-tuned model's):\n  "
             + "\n  ".join(faults)
-            + "\nGive the base model what they have in common, let what differs be tensors (register_buffer, nn.Parameter), which each "
-            "task keeps, or take these models out of the pool."
+            + "\nGive the base model what they have in common, let what differs be registered (register_buffer, nn.Parameter, "
+            "nn.ModuleList), which each task keeps, delete what forwards only left there, or take these models out of the pool."
         )
     for task, pair in matched.items():
         if hooked := _hooked(*pair):
             log.warning("%s has hooks on %s, which the base model has not, and no task will have.", task, ", ".join(hooked[:4]))  # fmt: skip
+        if left := _left(*pair):
+            log.warning(
+                "The base model keeps %s, which %s does not: all tasks will run with the base model's. Where it was worked out of weights, "
+                "give a base model that has not run.",
+                ", ".join(left[:4]),
+                task,
+            )
 
 
 def _matched(base: nn.Module, tuned: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -97,20 +108,116 @@ def _differing(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
             if name not in known and _acts(module) and not module.state_dict():
                 yield f"{name} ({_class(module)}) is in the {which} model only"
     for name, here, there in _pairs(base, tuned):
-        shown, kinds = name or "the model", (_class(here), _class(there))
-        if kinds[0] != kinds[1] and type(here).forward is not type(there).forward:
-            yield "{} is {} != {}".format(shown, *kinds)
-            continue
-        if _replaced(here) != _replaced(there):
-            yield f"{shown} has a forward of its own in one of them only"
-        mine, theirs = _settings(here), _settings(there)
-        for key in sorted(mine.keys() & theirs.keys()):
-            if mine[key] != theirs[key]:
-                yield f"{shown}: {key} {mine[key]!r} != {theirs[key]!r}"
-        unsaved = here._non_persistent_buffers_set & there._non_persistent_buffers_set
-        for leaf in sorted(unsaved):
-            if not _same(here._buffers.get(leaf), there._buffers.get(leaf)):
-                yield f"{shown}: the buffer {leaf}, which is in no state dict, is another"
+        yield from _unlike(name or "the model", here, there)
+
+
+def _unlike(shown: str, here: nn.Module, there: nn.Module) -> Iterator[str]:
+    """How two modules compute something else with the tensors of a state dict."""
+    kinds = (_class(here), _class(there))
+    if kinds[0] != kinds[1] and type(here).forward is not type(there).forward:
+        yield "{} is {} != {}".format(shown, *kinds)
+        return
+    if _replaced(here) != _replaced(there):
+        yield f"{shown} has a forward of its own in one of them only"
+    mine, theirs = _settings(here), _settings(there)
+    for key in sorted(mine.keys() & theirs.keys()):
+        if mine[key] != theirs[key]:
+            yield f"{shown}: {key} {mine[key]!r} != {theirs[key]!r}"
+    unsaved = here._non_persistent_buffers_set & there._non_persistent_buffers_set
+    for leaf in sorted(unsaved):
+        if not _same(here._buffers.get(leaf), there._buffers.get(leaf)):
+            yield f"{shown}: the buffer {leaf}, which is in no state dict, is another"
+
+
+def _differing_beside(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
+    """What differs of what the two hold and did not register."""
+    here, there = _beside(base), _beside(tuned)
+    for place in sorted(here.keys() | there.keys()):
+        mine, theirs = here.get(place), there.get(place)
+        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+            sized = isinstance(mine, nn.Parameter) and mine.shape != theirs.shape
+            if sized or not _same(mine, theirs):
+                yield f"the tensor {place}, which is in no state dict, is another"
+        elif isinstance(mine, nn.Module) and isinstance(theirs, nn.Module):
+            yield from _unlike(place, mine, theirs)
+        elif isinstance(mine, nn.Module) or isinstance(theirs, nn.Module):
+            module, which = (mine, "base") if theirs is None else (theirs, "fine-tuned")
+            if isinstance(module, nn.Module):
+                yield f"{place} ({_class(module)}) is in the {which} model only"
+
+
+def _left(base: nn.Module, tuned: nn.Module) -> list[str]:
+    """Tensors that only the base model holds without having registered them, as what its forwards left there."""
+    there = _beside(tuned)
+    return [
+        place
+        for place, part in _beside(base).items()
+        if isinstance(part, Tensor) and place not in there
+    ]
+
+
+def _beside(model: nn.Module) -> dict[str, Tensor | nn.Module]:
+    """Tensors and modules that a model holds as plain attributes, also in lists, tuples and dictionaries, by where they are.
+
+    Those that it has registered elsewhere are left out, and what is worked out anew.
+    """
+    own = (*model.modules(), *model.parameters(), *model.buffers())
+    known = {id(part) for part in own}
+
+    def walk(place: str, value: Any) -> Iterator[tuple[str, Tensor | nn.Module]]:
+        if id(value) in known:
+            return
+        if isinstance(value, Tensor):
+            yield place, value
+        elif isinstance(value, nn.Module):
+            state = value.state_dict(prefix=f"{place}.", keep_vars=True)
+            for name, tensor in state.items():
+                if isinstance(tensor, Tensor):
+                    yield from walk(name, tensor)
+            for name, module in value.named_modules(prefix=place):
+                if id(module) not in known:
+                    known.add(id(module))
+                    yield name, module
+                    yield from attributes(f"{name}.", module)
+        elif isinstance(value, (list, tuple, dict)):
+            known.add(id(value))
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, part in parts:
+                yield from walk(f"{place}[{key!r}]", part)
+
+    def attributes(
+        prefix: str, module: nn.Module
+    ) -> Iterator[tuple[str, Tensor | nn.Module]]:
+        if type(module).__module__.startswith(_KNOWN):
+            return
+        for key, value in vars(module).items():
+            if key in _OF_ALL_MODULES:
+                continue
+            found = list(walk(prefix + key, value))
+            if _trained(key.lower().strip("_")):
+                found = [pair for pair in found if isinstance(pair[1], nn.Module)]
+            if found and not _worked_out(module, key):
+                yield from found
+
+    return {
+        place: part
+        for name, module in model.named_modules()
+        for place, part in attributes(f"{name}." if name else "", module)
+    }
+
+
+def _worked_out(module: nn.Module, key: str) -> bool:
+    """Whether an attribute is worked out before every forward, as by hooks of weight norms, or for evaluation only."""
+    if module._forward_pre_hooks:
+        if any(name.startswith(f"{key}_") for name in module._parameters):
+            return True
+    if module.training or type(module).train is nn.Module.train:
+        return False
+    try:
+        left = vars(copy.deepcopy(module).train()).get(key)
+    except RuntimeError:  # of tensors with gradients, which a forward left there
+        return False
+    return left is None or (isinstance(left, (list, tuple, dict)) and not left)
 
 
 def _acts(module: nn.Module) -> bool:

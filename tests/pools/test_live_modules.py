@@ -115,6 +115,132 @@ def test_what_outputs_do_not_depend_on_may_differ(how):
     assert didi(pool, budget=1e6).tasks == ["mnist", "svhn"]
 
 
+class Beside(nn.Module):
+    """Holds tensors and modules without registering them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.table = nn.Linear(4, 4), torch.ones(4)
+        self.layers, self.by_name = [nn.Linear(4, 4)], {"last": (nn.Linear(4, 4),)}
+        self._factors = [torch.ones(4), {"of": torch.ones(4)}]
+        self.same = [self.body, self.body.weight, nn.Sequential(self.body)]
+        self.by_name["up"] = self
+
+    def forward(self, x):
+        x = self.layers[0](self.same[2](x)) * self.table
+        return self.by_name["last"][0](x) * self._factors[0] * self._factors[1]["of"]
+
+
+BESIDE = {
+    "a tensor": (lambda net: net.table.add_(1), "the tensor table, which"),
+    "one in containers": (
+        lambda net: net._factors[1]["of"].add_(1),
+        r"the tensor _factors\[1\]\['of'\], which",
+    ),
+    "a module": (
+        lambda net: net.layers[0].weight.data.add_(1),
+        r"the tensor layers\[0\].weight, which",
+    ),
+    "one of other sizes": (
+        lambda net: net.layers.__setitem__(0, nn.Linear(4, 1)),
+        r"the tensor layers\[0\].weight, which",
+    ),
+    "a module in containers": (
+        lambda net: net.by_name["last"][0].bias.data.add_(1),
+        r"the tensor by_name\['last'\]\[0\].bias",
+    ),
+    "a setting": (
+        lambda net: net.layers.__setitem__(0, nn.Tanh()),
+        r"layers\[0\] is .*Linear != .*Tanh",
+    ),
+    "one module more": (
+        lambda net: net.layers.append(nn.Linear(4, 4)),
+        r"layers\[1\] .*Linear.* is in the fine-tuned model only",
+    ),
+    "one module less": (
+        lambda net: net.layers.pop(),
+        r"layers\[0\] .*Linear.* is in the base model only",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BESIDE)
+def test_what_is_held_without_being_registered_is_the_same_in_all_or_named(how):
+    change, lost = BESIDE[how]
+    pool = family(Beside())
+    change(pool["svhn"])
+    with pytest.raises(CheckpointMismatchError, match=f"svhn: {lost}"):
+        didi(pool)
+
+
+def test_what_is_held_so_and_is_the_same_is_run():
+    pool, x = family(Beside()), torch.randn(2, 4)
+    model = didi(pool, budget=1e6)
+    for task in model.tasks:
+        model.set_task(task)
+        torch.testing.assert_close(model(x), pool[task](x))
+
+
+class ForEvaluation(nn.Linear):
+    """Holds a table for evaluation, and gets its weight by a hook."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        nn.utils.weight_norm(self, "weight")
+        self.history_of_losses, self.table = [torch.ones(1)], None
+
+    @torch.no_grad()
+    def train(self, mode=True):
+        self.table = None if mode else self.weight_v.exp()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x) @ self.table
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@torch.no_grad()
+def test_what_is_worked_out_anew_or_noted_in_training_may_differ():
+    pool, x = {BASE: ForEvaluation()} | {t: ForEvaluation() for t in "ab"}, torch.randn(2, 4)  # fmt: skip
+    want = {}
+    for i, (task, net) in enumerate(pool.items()):
+        want[task] = net.train().eval()(x)
+        net.history_of_losses[0] += i
+    model = didi(pool, budget=1e6)
+    for task in "ab":
+        model.set_task(task)
+        torch.testing.assert_close(model(x), want[task], atol=1e-3, rtol=1e-3)
+
+
+class Cached(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.table = None
+
+    @torch.no_grad()
+    def forward(self, x):
+        self.table = self.weight.exp() if self.table is None else self.table
+        return x @ self.table
+
+
+def test_what_forwards_left_in_the_base_model_is_refused_or_told_of(caplog):
+    pool, x = family(Cached()), torch.randn(2, 4)
+    pool["svhn"](x)
+    model = didi(pool, budget=1e6)
+    model.set_task("svhn")
+    torch.testing.assert_close(model(x), pool["svhn"](x))
+    assert "keeps" not in caplog.text
+    pool[BASE](x)
+    with pytest.raises(
+        CheckpointMismatchError, match="(?s)svhn: the tensor table.* left"
+    ):
+        didi(pool)
+    pool["svhn"].table = None
+    didi(pool)
+    assert "base model keeps table, which svhn does not" in caplog.text
+
+
 def test_hooks_of_a_fine_tuned_module_are_told_of(caplog):
     pool = family(Net())
     hooked = copy.deepcopy(pool)

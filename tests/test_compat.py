@@ -40,13 +40,17 @@ def test_import_of_the_package_applies_the_workaround(run_python):
     assert done.returncode == 0, done.stderr
 
 
-def test_start_of_hydra_lets_the_openclip_pools_import(run_python):
+def test_start_of_hydra_applies_the_workaround(run_python):
     """The command builds the model pool before it has any reason to import our method."""
     done = run_python(
         "from fusion_bench.utils.hydra_utils import initialize_hydra_config as start\n"
-        f"start('fabric_model_fusion')\n{HOST_OPENCLIP}"
+        "start('fabric_model_fusion')\nfrom typing import override"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_openclip_pools_import_with_the_workaround():
+    exec(HOST_OPENCLIP, {})
 
 
 def test_apply_leaves_an_existing_override_alone(monkeypatch):

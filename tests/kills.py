@@ -177,8 +177,10 @@ def kills(directory: Path, scenario: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    stream.SHARD_BYTES = stream.MAX_SHARD = 1000  # several files
+    stream.SHARD_BYTES = stream.MAX_SHARD = 300  # several files
     MADE = {budget: merge(budget) for budget in (0.9, 0.5)}
+    MADE[0.5].save_pretrained(Path(sys.argv[1], "shown"))
+    assert len([*Path(sys.argv[1], "shown").glob("model-*.safetensors")]) > 1
     gc.freeze()  # what no process looks through is not copied into each
     sys.addaudithook(_watch)
     home, *scenarios = sys.argv[1:]

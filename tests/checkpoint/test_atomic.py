@@ -33,7 +33,6 @@ from fusion_bench_didi.method.didi import DiDiMerging
 
 SCENARIOS = {
     "save": {"absent"},
-    "save overwrite": {"0.9"},
     "merge": {"absent"},
     "merge overwrite": {"0.9"},
     # two renames are all that some systems have

@@ -4,9 +4,13 @@ Models of transformers say it in their configurations, see ``configurations.py``
 """
 
 import copy
+import dis
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import chain
+from types import CodeType
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointMismatchError
+from ..task_vectors.live_models import all_tensors
 from .configurations import COMPUTED
 
 log = logging.getLogger(__name__)
@@ -29,7 +34,7 @@ _SIZES = {
 #: And those that matter to training alone.
 _TRAINING = {
     *("training", "momentum", "inplace", "padding_idx", "sparse", "p"),
-    *("scale_grad_by_freq", "dropout", "track_running_stats"),
+    *("scale_grad_by_freq", "dropout", "track_running_stats", "label_smoothing"),
 }
 _SCALARS = (bool, int, float, str, type(None))
 #: Words in the name of a number or tensor of any class that matters to training alone, or was found in it.
@@ -39,8 +44,6 @@ _ONLY_TRAINED = (
 )
 #: What every module has.
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
-#: Where classes come from that keep nothing of a task's beside their tensors, but counts, caches and states.
-_KNOWN = ("transformers.", "torchmetrics.")
 
 
 def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
@@ -70,12 +73,12 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
     for task, pair in matched.items():
         if hooked := _hooked(*pair):
             log.warning("%s has hooks on %s, which the base model has not, and no task will have.", task, ", ".join(hooked[:4]))  # fmt: skip
-        if left := _left(*pair):
+        if unlike := [*_left(*pair), *_unlike_values(*pair)]:
             log.warning(
-                "The base model keeps %s, which %s does not: all tasks will run with the base model's. Where it was worked out of weights, "
-                "give a base model that has not run.",
-                ", ".join(left[:4]),
+                "%s differs from the base model in what its forward reads beside tensors and modules (base model's != fine-tuned model's): "
+                "%s. All tasks will run with the base model's; let it be a buffer if a task depends on it.",
                 task,
+                "; ".join(unlike[:4]),
             )
 
 
@@ -146,20 +149,90 @@ def _differing_beside(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
                 yield f"{place} ({_class(module)}) is in the {which} model only"
 
 
-def _left(base: nn.Module, tuned: nn.Module) -> list[str]:
-    """Tensors that only the base model holds without having registered them, as what its forwards left there."""
-    there = _beside(tuned)
-    return [
-        place
-        for place, part in _beside(base).items()
-        if isinstance(part, Tensor) and place not in there
-    ]
+def _left(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
+    """Tensors that one of two holds without having registered them, or in another size, as what its forwards left there."""
+    here, there = _beside(base), _beside(tuned)
+    for place in sorted(here.keys() | there.keys()):
+        mine, theirs = here.get(place), there.get(place)
+        if not any(isinstance(one, Tensor) for one in (mine, theirs)):
+            continue
+        if mine is None or theirs is None:
+            sides = ("none" if one is None else "a tensor" for one in (mine, theirs))
+            yield "{} {} != {}".format(place, *sides)
+        elif mine.shape != theirs.shape:
+            yield f"{place} of shape {tuple(mine.shape)} != {tuple(theirs.shape)}"
+
+
+def _unlike_values(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
+    """What differs of other values that forwards of classes of the user's own read: numbers, texts, functions, and lists of them."""
+    for name, here, there in _pairs(base, tuned):
+        if _is_known(here) or _configured(here) or type(here) is not type(there):
+            continue
+        settings = _settings(here)
+        mine, theirs = vars(here), vars(there)
+        for key in sorted(_read(type(here)) & mine.keys() & theirs.keys()):
+            if key in _OF_ALL_MODULES or key in settings or _trained(key.strip("_")):
+                continue
+            told = _told(mine[key]), _told(theirs[key])
+            if None not in told and told[0] != told[1]:
+                yield "{}{} {:.60} != {:.60}".format(name and f"{name}.", key, *told)
+
+
+def _told(value: Any) -> str | None:
+    """A value as text that is equal for equal ones; None for what has none."""
+    if isinstance(value, (list, tuple)):
+        parts = [*map(_told, value)]
+        return None if None in parts else f"[{', '.join(parts)}]"
+    if isinstance(value, dict):
+        told = {repr(key): _told(one) for key, one in value.items()}
+        return None if None in told.values() else str(told)
+    if isinstance(value, _SCALARS):
+        return repr(value)
+    name = getattr(value, "__name__", None)
+    return name if callable(value) and isinstance(name, str) else None
+
+
+@lru_cache(maxsize=4096)
+def _read(kind: type) -> frozenset[str]:
+    """Attributes that the forward of a class reads, and the methods of the class that it calls."""
+    found: set[str] = set()
+    left = {"forward"}
+    while left:
+        found |= left
+        members = (vars(k).get(name) for k in kind.__mro__ for name in left)
+        codes = filter(None, map(_code, members))
+        left = {name for code in codes for name in _loaded(code)} - found
+    return frozenset(found)
+
+
+def _code(member: Any) -> CodeType | None:
+    member = getattr(member, "__func__", getattr(member, "fget", member))
+    return (
+        getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
+    )
+
+
+def _loaded(code: CodeType) -> Iterator[str]:
+    """Names of attributes that a function and those inside it read."""
+    for one in dis.get_instructions(code):
+        if one.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield one.argval
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _loaded(inner)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a class is known to keep nothing of a task's beside its tensors, but caches, or counts and states of a metric."""
+    kinds = [kind.__module__ for kind in type(module).__mro__]
+    metric = any(place.startswith("torchmetrics.") for place in kinds)
+    return metric or kinds[0].startswith("transformers.")
 
 
 def _beside(model: nn.Module) -> dict[str, Tensor | nn.Module]:
-    """Tensors and modules that a model holds as plain attributes, also in lists, tuples and dictionaries, by where they are.
+    """Tensors and modules that forwards read of plain attributes, also in lists, tuples and dictionaries, by where they are.
 
-    Those that it has registered elsewhere are left out, and what is worked out anew.
+    Those that the model has registered elsewhere are left out, and what is worked out anew.
     """
     own = (*model.modules(), *model.parameters(), *model.buffers())
     known = {id(part) for part in own}
@@ -170,10 +243,8 @@ def _beside(model: nn.Module) -> dict[str, Tensor | nn.Module]:
         if isinstance(value, Tensor):
             yield place, value
         elif isinstance(value, nn.Module):
-            state = value.state_dict(prefix=f"{place}.", keep_vars=True)
-            for name, tensor in state.items():
-                if isinstance(tensor, Tensor):
-                    yield from walk(name, tensor)
+            for name, tensor in all_tensors(value).items():
+                yield from walk(f"{place}.{name}", tensor)
             for name, module in value.named_modules(prefix=place):
                 if id(module) not in known:
                     known.add(id(module))
@@ -188,10 +259,10 @@ def _beside(model: nn.Module) -> dict[str, Tensor | nn.Module]:
     def attributes(
         prefix: str, module: nn.Module
     ) -> Iterator[tuple[str, Tensor | nn.Module]]:
-        if type(module).__module__.startswith(_KNOWN):
+        if _is_known(module):
             return
         for key, value in vars(module).items():
-            if key in _OF_ALL_MODULES:
+            if key in _OF_ALL_MODULES or key not in _read(type(module)):
                 continue
             found = list(walk(prefix + key, value))
             if _trained(key.lower().strip("_")):
@@ -214,9 +285,13 @@ def _worked_out(module: nn.Module, key: str) -> bool:
     if module.training or type(module).train is nn.Module.train:
         return False
     try:
-        left = vars(copy.deepcopy(module).train()).get(key)
-    except RuntimeError:  # of tensors with gradients, which a forward left there
+        twin = copy.deepcopy(module)
+        twin.train()
+    except (
+        Exception
+    ):  # of tensors with gradients, locks, and whatever a class does there
         return False
+    left = vars(twin).get(key)
     return left is None or (isinstance(left, (list, tuple, dict)) and not left)
 
 
@@ -274,7 +349,9 @@ def _same(left: Tensor | None, right: Tensor | None) -> bool:
     if left.is_meta or right.is_meta:
         return True
     small = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(left.cpu().to(small), right.cpu().to(small))
+    left, right = (x.cpu().to_dense().to(small) for x in (left, right))
+    odd = left != left
+    return torch.equal(odd, right != right) and torch.equal(left[~odd], right[~odd])
 
 
 def _hooked(base: nn.Module, tuned: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..deltas.storage import dtype_bits
+from ..errors import SettingsError
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.sources import digest_of
 
@@ -69,7 +70,15 @@ def components(
     names: Iterable[str],
     patterns: Mapping[str, str] = PATTERNS,
 ) -> list[Component]:
-    """The changed tensors by component; natural order of names, the rest last."""
+    """The changed tensors by component; natural order of names, the rest last.
+
+    Raises:
+        SettingsError: for a name of a component that can be none of a file.
+    """
+    if odd := [part for part in patterns if not re.fullmatch(r"\w[\w-]*", part)]:
+        raise SettingsError(
+            f"components names {odd[0]!r}: modules are saved under these names. Take letters, digits, _ and -."
+        )
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         groups.setdefault(component_of(name, patterns), []).append(name)

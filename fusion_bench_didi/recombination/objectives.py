@@ -168,11 +168,13 @@ class ReconstructionScorer:
         self._reader = reader
         self._errors: dict[tuple[str, str], float] = {}
         energy = sum(reader.gram(c).diagonal() for c in components)
-        self._energy = dict(zip(reader.tasks, energy.tolist()))
+        # a task that equals the base model loses as the others do on average
+        energy = energy.where(energy > 0, energy.mean()).tolist()
+        self._energy = dict(zip(reader.tasks, energy))
 
     def __call__(self, task: str, chain: Chain) -> float:
         lost = sum(self._error(task, module) for module in chain)
-        return 1 - lost / max(self._energy[task], 1e-300)
+        return 1 - lost / self._energy[task]
 
     def _error(self, task: str, module: ModularExpert) -> float:
         key = (task, module.id)

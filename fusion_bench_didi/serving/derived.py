@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def _through_training(module: nn.Module) -> None:
     if module.training or not _has_own_train(module):
         return
     modes = [(inner, inner.training) for inner in module.modules()]
-    module.train(True)
-    module.train(False)
+    with suppress(NotImplementedError):  # of what cannot be trained
+        module.train(True)
+        module.train(False)
     for inner, training in modes:
         inner.training = training

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ _TOKENIZERS = ("tokenizer", "_tokenizer", "_processor", "_data_processor")
 _MODELS = ("_clip_model", "heads", "_classifier_heads")
 #: What tells the classes of a suite.
 _DESCRIBED = ("suite.json", "tasks.json")
+#: Files that reading leaves beside what is read.
+_LEFT = ("*/__pycache__/*", "*.pyc", "*/cache-*.arrow", "*/tmp*", "*.lock")
 #: Bytes of a file that is read whole; of a larger one its size and some blocks.
 _WHOLE = 2**26
 #: Files of a task that are read; of more, their names and sizes.
@@ -102,10 +105,12 @@ def _places(value: Any) -> Iterator[Path]:
 
 
 def _within(directory: Path) -> Iterator[tuple[Path, set[str]]]:
-    """Files that are not hidden, and the words in their names."""
+    """Files that are not hidden, nor left there by reading, and the words in their names."""
     for file in directory.rglob("*"):
         name = file.relative_to(directory)
-        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+        hidden = any(part.startswith(".") for part in name.parts)
+        left = any(fnmatch(f"/{name.as_posix()}", pattern) for pattern in _LEFT)
+        if file.is_file() and not (hidden or left):
             yield file, {*re.split("[^a-z]+", str(name).lower())}
 
 

@@ -1,5 +1,6 @@
 """MERGE: decisions stay decisions, what is counted is what is stored, and what is reported can be had again."""
 
+import copy
 import json
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from simulated_device import simulated
 from benchmarks.merge_front import hypervolume, random_search
 from fusion_bench_didi.deltas.plain import DenseDelta
 from fusion_bench_didi.deltas.quantized import AffineDelta, shrunk_range
-from fusion_bench_didi.errors import DiDiError, ModelPoolError
+from fusion_bench_didi.errors import DiDiError, ModelPoolError, SettingsError
 from fusion_bench_didi.method.merge import MERGE
 from fusion_bench_didi.method.routed import fit_router_to
 from fusion_bench_didi.pools.opening import load_backbone
@@ -339,6 +340,21 @@ def test_components_are_those_that_are_asked_for(make_tiny_clip, patterns, count
     method = MERGE(objective="proxy", components=patterns, **asked)
     pool = BaseModelPool(make_tiny_clip(tasks=("mnist", "svhn")).pool_models())
     assert len(method.run(pool).info["components"]) == count
+
+
+@pytest.mark.parametrize("part", ["a/b", "../up", "", "a b"])
+def test_components_are_names_of_files(make_tiny_clip, part):
+    method = MERGE(objective="proxy", components={part: ".*"}, **QUICK)
+    with pytest.raises(SettingsError, match="components names"):
+        method.run(BaseModelPool(make_tiny_clip(tasks=("mnist", "svhn")).pool_models()))
+
+
+def test_a_task_that_equals_the_base_model_is_searched_with_the_others(make_tiny_clip):
+    models = make_tiny_clip(tasks=("mnist", "svhn")).pool_models()
+    models["same"] = copy.deepcopy(models[BASE])
+    asked = {**QUICK, "operators": ["average"], "evaluations": 6}
+    model = MERGE(objective="proxy", **asked).run(BaseModelPool(models))
+    assert set(model.tasks) == {"mnist", "svhn", "same"}
 
 
 def test_a_small_space_is_exhausted(make_tiny_clip):

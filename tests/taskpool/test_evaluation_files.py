@@ -44,6 +44,10 @@ def text(place):
     return make, changes, ["data/a/train-0.parquet", "+head/README.md"]
 
 
+#: What datasets and Python leave beside what they read.
+LEFT = ["+m/cache-0a1b-test.arrow", "+m/__pycache__/test.cpython-311.pyc", "+m/test.lock"]  # fmt: skip
+
+
 def host(place):
     """As the host's pools keep what YAML files say: datasets of a directory, of files, and of the hub."""
     for name in ("m/test-0.parquet", "m/train-0.parquet", "s.csv", "clip/config.json"):
@@ -65,7 +69,11 @@ def host(place):
         root=str(place),
     )
     changes = ["m/test-0.parquet", "s.csv", "clip/config.json", "+suite.json"]
-    return lambda: pool, changes, ["m/train-0.parquet", "+m/.cache/test", "+x.json"]
+    return (
+        lambda: pool,
+        changes,
+        ["m/train-0.parquet", "+m/.cache/test", "+x.json", *LEFT],
+    )
 
 
 @pytest.mark.parametrize("make", [perplexity, text, host])

@@ -20,6 +20,7 @@ from fusion_bench_didi.task_vectors import loop, scan
 #: What takes longest, and goes the ways of others; rows along a trellis are held below.
 SLOW = (
     "MERGE, proxy",
+    "adapters, cut",
     "default",
     "default, few bits",
     "large matrices, whole",

@@ -64,19 +64,27 @@ def merged(models) -> DiDiModel:
     return didi(models, budget=0.5)
 
 
-@pytest.fixture(scope="module", params=MERGES.values(), ids=MERGES)
+@pytest.fixture(scope="module")
 def plain(request, models):
     """Settings of a merge, its tasks' weights, images, and the answer to them."""
-    model = didi(models, **request.param)
+    settings = MERGES[request.param]
+    model = didi(models, **settings)
     expected = {task: floats(model.materialize(task)) for task in TASKS}
     images = torch.randn(4, 3, 16, 16)
-    return request.param, expected, images, model(images, task_ids=[0, 1, 1, 0])[0]
+    return settings, expected, images, model(images, task_ids=[0, 1, 1, 0])[0]
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+#: Every setting with codes, and every merge under two of them.
+TRIED = [
+    *(("codes", setting) for setting in SETTINGS),
+    *zip(("floats", "floats", "packed", "packed"), SETTINGS),
+]
+
+
+@pytest.mark.parametrize("plain, setting", TRIED, indirect=["plain"])
 def test_settings_of_the_process_change_nothing(setting, plain, models, tmp_path):
     settings, expected, images, answer = plain
-    with setting():
+    with SETTINGS[setting]():
         didi(models, **settings, output_dir=str(tmp_path / "merged"))
         backbone = copy.deepcopy(models[BASE])
         model = DiDiModel.from_pretrained(tmp_path / "merged", backbone=backbone)

@@ -4,13 +4,9 @@ Models of transformers say it in their configurations, see ``configurations.py``
 """
 
 import copy
-import dis
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from itertools import chain
-from types import CodeType
 from typing import Any
 
 import torch
@@ -18,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointMismatchError
-from ..task_vectors.live_models import all_tensors
+from ..task_vectors.code_names import read_by_forward
+from ..task_vectors.live_models import OF_ALL_MODULES, all_tensors
 from .configurations import COMPUTED
 
 log = logging.getLogger(__name__)
@@ -39,11 +36,9 @@ _TRAINING = {
 _SCALARS = (bool, int, float, str, type(None))
 #: Words in the name of a number or tensor of any class that matters to training alone, or was found in it.
 _ONLY_TRAINED = (
-    *("drop", "lr", "learning_rate", "loss", "decay", "momentum", "example", "history"),
+    *("drop", "lr", "learning_rate", "loss", "decay", "momentum"),
     *("acc", "accuracy", "best", "epoch", "f1", "metric", "perplexity", "score"),
 )
-#: What every module has.
-_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
 def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
@@ -57,10 +52,11 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
             state dict holds.
     """
     matched = {task: _matched(base, module) for task, module in tuned.items()}
-    faults = []
+    faults, left = [], {}
     for task, pair in matched.items():
+        lost, left[task] = _differing_beside(*pair)
         told = _configured(base) and _configured(tuned[task])
-        found = chain(() if told else _differing(*pair), _differing_beside(*pair))
+        found = lost if told else [*_differing(*pair), *lost]
         faults += [f"{task}: {fault}" for fault in found]
     if faults:
         raise CheckpointMismatchError(
@@ -73,9 +69,9 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
     for task, pair in matched.items():
         if hooked := _hooked(*pair):
             log.warning("%s has hooks on %s, which the base model has not, and no task will have.", task, ", ".join(hooked[:4]))  # fmt: skip
-        if unlike := [*_left(*pair), *_unlike_values(*pair)]:
+        if unlike := [*left[task], *_unlike_values(*pair)]:
             log.warning(
-                "%s differs from the base model in what its forward reads beside tensors and modules (base model's != fine-tuned model's): "
+                "%s differs from the base model in what its forward reads and no state dict holds (base model's != fine-tuned model's): "
                 "%s. All tasks will run with the base model's; let it be a buffer if a task depends on it.",
                 task,
                 "; ".join(unlike[:4]),
@@ -132,35 +128,34 @@ def _unlike(shown: str, here: nn.Module, there: nn.Module) -> Iterator[str]:
             yield f"{shown}: the buffer {leaf}, which is in no state dict, is another"
 
 
-def _differing_beside(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
-    """What differs of what the two hold and did not register."""
+def _differing_beside(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
+    """What differs of what forwards of the two read and no state dict holds: what tasks would lose, and what may only be left there.
+
+    Tensors that one of two holds, or of other sizes, are of the latter kind: what forwards work out, or keep of their inputs.
+    """
+    lost, left = [], []
     here, there = _beside(base), _beside(tuned)
     for place in sorted(here.keys() | there.keys()):
         mine, theirs = here.get(place), there.get(place)
-        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-            sized = isinstance(mine, nn.Parameter) and mine.shape != theirs.shape
-            if sized or not _same(mine, theirs):
-                yield f"the tensor {place}, which is in no state dict, is another"
-        elif isinstance(mine, nn.Module) and isinstance(theirs, nn.Module):
-            yield from _unlike(place, mine, theirs)
-        elif isinstance(mine, nn.Module) or isinstance(theirs, nn.Module):
-            module, which = (mine, "base") if theirs is None else (theirs, "fine-tuned")
-            if isinstance(module, nn.Module):
-                yield f"{place} ({_class(module)}) is in the {which} model only"
-
-
-def _left(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
-    """Tensors that one of two holds without having registered them, or in another size, as what its forwards left there."""
-    here, there = _beside(base), _beside(tuned)
-    for place in sorted(here.keys() | there.keys()):
-        mine, theirs = here.get(place), there.get(place)
-        if not any(isinstance(one, Tensor) for one in (mine, theirs)):
-            continue
-        if mine is None or theirs is None:
+        parts = [part for part in (mine, theirs) if part is not None]
+        if all(isinstance(part, nn.Module) for part in parts):
+            if len(parts) == 2:
+                lost += _unlike(place, *parts)
+            else:
+                which = "base" if theirs is None else "fine-tuned"
+                lost.append(f"{place} ({_class(parts[0])}) is in the {which} model only")  # fmt: skip
+        elif len(parts) == 1:
             sides = ("none" if one is None else "a tensor" for one in (mine, theirs))
-            yield "{} {} != {}".format(place, *sides)
+            left.append("{} {} != {}".format(place, *sides))
+        elif not all(isinstance(part, Tensor) for part in parts):
+            lost.append(f"{place} is a tensor in one of them only")
+        elif not _same(mine, theirs) or (
+            isinstance(mine, nn.Parameter) and mine.shape != theirs.shape
+        ):
+            lost.append(f"the tensor {place}, which is in no state dict, is another")
         elif mine.shape != theirs.shape:
-            yield f"{place} of shape {tuple(mine.shape)} != {tuple(theirs.shape)}"
+            left.append(f"{place} of shape {tuple(mine.shape)} != {tuple(theirs.shape)}")  # fmt: skip
+    return lost, left
 
 
 def _unlike_values(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
@@ -170,8 +165,8 @@ def _unlike_values(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
             continue
         settings = _settings(here)
         mine, theirs = vars(here), vars(there)
-        for key in sorted(_read(type(here)) & mine.keys() & theirs.keys()):
-            if key in _OF_ALL_MODULES or key in settings or _trained(key.strip("_")):
+        for key in sorted(read_by_forward(type(here)) & mine.keys() & theirs.keys()):
+            if key in OF_ALL_MODULES or key in settings or _trained(key.strip("_")):
                 continue
             told = _told(mine[key]), _told(theirs[key])
             if None not in told and told[0] != told[1]:
@@ -185,41 +180,13 @@ def _told(value: Any) -> str | None:
         return None if None in parts else f"[{', '.join(parts)}]"
     if isinstance(value, dict):
         told = {repr(key): _told(one) for key, one in value.items()}
-        return None if None in told.values() else str(told)
+        if None in told.values():
+            return None
+        return f"{{{', '.join(f'{key}: {one}' for key, one in told.items())}}}"
     if isinstance(value, _SCALARS):
         return repr(value)
     name = getattr(value, "__name__", None)
     return name if callable(value) and isinstance(name, str) else None
-
-
-@lru_cache(maxsize=4096)
-def _read(kind: type) -> frozenset[str]:
-    """Attributes that the forward of a class reads, and the methods of the class that it calls."""
-    found: set[str] = set()
-    left = {"forward"}
-    while left:
-        found |= left
-        members = (vars(k).get(name) for k in kind.__mro__ for name in left)
-        codes = filter(None, map(_code, members))
-        left = {name for code in codes for name in _loaded(code)} - found
-    return frozenset(found)
-
-
-def _code(member: Any) -> CodeType | None:
-    member = getattr(member, "__func__", getattr(member, "fget", member))
-    return (
-        getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
-    )
-
-
-def _loaded(code: CodeType) -> Iterator[str]:
-    """Names of attributes that a function and those inside it read."""
-    for one in dis.get_instructions(code):
-        if one.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            yield one.argval
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _loaded(inner)
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -262,7 +229,7 @@ def _beside(model: nn.Module) -> dict[str, Tensor | nn.Module]:
         if _is_known(module):
             return
         for key, value in vars(module).items():
-            if key in _OF_ALL_MODULES or key not in _read(type(module)):
+            if key in OF_ALL_MODULES or key not in read_by_forward(type(module)):
                 continue
             found = list(walk(prefix + key, value))
             if _trained(key.lower().strip("_")):
@@ -287,9 +254,7 @@ def _worked_out(module: nn.Module, key: str) -> bool:
     try:
         twin = copy.deepcopy(module)
         twin.train()
-    except (
-        Exception
-    ):  # of tensors with gradients, locks, and whatever a class does there
+    except Exception:  # tensors with gradients, locks, whatever a class does there
         return False
     left = vars(twin).get(key)
     return left is None or (isinstance(left, (list, tuple, dict)) and not left)

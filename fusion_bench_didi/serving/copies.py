@@ -6,7 +6,6 @@ would still run the original. Here such functions are made anew for the copy.
 """
 
 import copy
-import dis
 import functools
 import types
 import weakref
@@ -18,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import DiDiError
+from ..task_vectors.code_names import GLOBALS, names_read
 
 #: modules, or tensors, and what takes their place, by the id of the first
 Pairs = Mapping[int, tuple[Any, Any]]
@@ -27,8 +27,6 @@ _CONTAINERS = (list, tuple, dict, OrderedDict)
 #: what functions refer to beside their closure
 _OF_FUNCTIONS = ("__defaults__", "__kwdefaults__", "__dict__")
 _PLAIN = (bool, int, float, str, type(None), set)
-#: instructions that read a global name, in functions and in classes inside them
-_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 #: where classes come from whose functions know none of their instances
 _LIBRARIES = ("torch.", "transformers.", "builtins", "typing")
 
@@ -228,7 +226,7 @@ def _referred(held: Iterable[Any]) -> Iterator[Any]:
         if isinstance(value, weakref.ref):
             parts = {"target": value()}
         elif isinstance(value, types.FunctionType):
-            for name in _global_names(value.__code__):
+            for name in names_read(value.__code__, GLOBALS):
                 part = value.__globals__.get(name)
                 if isinstance(part, (nn.Module, types.MethodType)):
                     parts[name] = part
@@ -239,14 +237,6 @@ def _referred(held: Iterable[Any]) -> Iterator[Any]:
 
     for value in held:
         yield from walk(value)
-
-
-@functools.lru_cache(maxsize=4096)
-def _global_names(code: types.CodeType) -> frozenset[str]:
-    """What a function and those inside it read of their globals; ``co_names`` has names of attributes, too."""
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    read = {i.argval for i in dis.get_instructions(code) if i.opname in _GLOBAL}
-    return frozenset(read).union(*map(_global_names, inner))
 
 
 def _check(model: nn.Module, pairs: Pairs, what: str) -> None:

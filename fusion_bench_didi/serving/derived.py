@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..task_vectors.live_models import OF_ALL_MODULES
 from .copies import references
 from .trees import first_tensor, is_own_cache
 
-_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 #: where methods come from that only note that a module is trained
 _TRAIN = (nn.Module.__module__, "transformers.modeling_utils")
 
@@ -91,7 +91,7 @@ def _unset(module: nn.Module) -> dict[str, type]:
         for key, value in vars(module).items()
         if type(value) in (type(None), dict, list)
         and not value
-        and key not in _OF_ALL_MODULES
+        and key not in OF_ALL_MODULES
     }
 
 

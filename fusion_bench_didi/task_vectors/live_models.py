@@ -12,6 +12,8 @@ DIVIDED, EVERY = "layers_are_rescaled", "rescale_every"
 #: Where torch has layers that hold whole numbers in packed form.
 _PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
+#: What every module has.
+OF_ALL_MODULES = frozenset(vars(nn.Module()))
 #: Where ``torch.compile`` keeps the model that it wraps.
 _COMPILED = "_orig_mod"
 

@@ -106,8 +106,8 @@ def _inside_earlier(tensors: Sequence[Tensor]) -> list[int]:
 def _neighbors(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     """Numbers of tensors of which each begins before another one ends."""
     group, device, end = [], None, 0
-    order = lambda number: (str(tensors[number].device), tensors[number].data_ptr())
-    for number in sorted(range(len(tensors)), key=order):
+    places = ((str(t.device), t.data_ptr(), n) for n, t in enumerate(tensors))
+    for *_, number in sorted(places):
         tensor = tensors[number]
         if tensor.device != device or tensor.data_ptr() >= end:
             if len(group) > 1:

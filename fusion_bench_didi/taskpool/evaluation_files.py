@@ -25,7 +25,7 @@ _MODELS = ("_clip_model", "heads", "_classifier_heads")
 #: What tells the classes of a suite.
 _DESCRIBED = ("suite.json", "tasks.json")
 #: Files that reading leaves beside what is read.
-_LEFT = ("*/__pycache__/*", "*.pyc", "*/cache-*.arrow", "*/tmp*", "*.lock")
+_LEFT = ("*/__pycache__/*", "*.pyc", "*/cache-*.arrow", "*.lock")
 #: Bytes of a file that is read whole; of a larger one its size and some blocks.
 _WHOLE = 2**26
 #: Files of a task that are read; of more, their names and sizes.

@@ -33,6 +33,7 @@ from fusion_bench_didi.method.didi import DiDiMerging
 
 SCENARIOS = {
     "save": {"absent"},
+    "merge": {"absent"},
     "merge overwrite": {"0.9"},
     # two renames are all that some systems have
     "save overwrite renames": {"0.9", "absent"},

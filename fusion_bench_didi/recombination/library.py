@@ -7,9 +7,11 @@ directory of directories, ``<id>/model.safetensors`` and ``<id>/module.json``.
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +31,10 @@ from .low_rank import SVDCache
 from .operators import OperatorSettings, combine
 from .recent import Recent
 
+log = logging.getLogger(__name__)
+
 _REMAINS = re.compile(
-    r"(model|shard)[-\w]*\.safetensors(\.index\.json(\.tmp)?)?|module\.json\.tmp"
+    r"(model|shard)[-\w]*\.safetensors(\.index\.json(\.tmp)?)?|module\.json(\.tmp)?"
 )
 
 
@@ -170,12 +174,14 @@ class Library:
 
 
 def save_modules(directory: Path, modules: Iterable[ModularExpert]) -> list[str]:
-    """Write each distinct module once; those that lie there already are left alone. Returns the ids."""
+    """Write each distinct module once; those that lie there already, and whole, are left alone. Returns the ids."""
     distinct = {module.id: module for module in modules}
     for key, module in distinct.items():
         if (directory / key / MODULE).is_file():
             sweep(directory / key)
-            continue
+            if _is_whole(directory, key):
+                continue
+            log.warning("%s is damaged; it is written anew.", directory / key)
         facts = {
             "id": key,
             "component": module.component,
@@ -190,8 +196,14 @@ def save_modules(directory: Path, modules: Iterable[ModularExpert]) -> list[str]
     return list(distinct)
 
 
+def _is_whole(directory: Path, key: str) -> bool:
+    with suppress(CheckpointMismatchError):
+        return key in load_modules(directory, [key])
+    return False
+
+
 def _remove_remains(place: Path) -> None:
-    """Of a module whose writing was cut short, by a release that wrote modules where they belong."""
+    """Of a module that is damaged, or whose writing was cut short by a release that wrote modules where they belong."""
     files = list(place.iterdir()) if place.is_dir() else []
     if all(_REMAINS.fullmatch(file.name) for file in files):
         shutil.rmtree(place, ignore_errors=True)

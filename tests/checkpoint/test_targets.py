@@ -455,6 +455,33 @@ def test_modules_whose_writing_was_cut_short_are_written_anew(tmp_path, remains)
     assert listing(tmp_path) == ["all-1"]
 
 
+def damage(place, how):
+    weights, manifest = place / "model.safetensors", place / "module.json"
+    if how == "gone":
+        weights.unlink()
+    elif how == "another":
+        manifest.write_text(manifest.read_text().replace("all-1", "all-2"))
+    else:
+        file = weights if how == "a bit" else manifest
+        content = bytearray(file.read_bytes())
+        content[-9] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["a bit", "gone", "manifest", "another"])
+def test_damaged_modules_are_written_anew(tmp_path, caplog, how):
+    """What loading advises, to search again, mends them."""
+    place = tmp_path / "all-1"
+    save_modules(tmp_path, [one_module()])
+    damage(place, how)
+    with pytest.raises(CheckpointMismatchError):
+        load_modules(tmp_path, ["all-1"])
+    save_modules(tmp_path, [one_module()])
+    assert "written anew" in caplog.text
+    assert load_modules(tmp_path, ["all-1"])["all-1"].bits == one_module().bits
+    assert listing(place) == ["model.safetensors", "module.json"]
+
+
 def test_what_is_no_module_stays(tmp_path):
     (tmp_path / "all-1").mkdir()
     (tmp_path / "all-1" / "mine").touch()

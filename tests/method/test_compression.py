@@ -350,7 +350,7 @@ def ultra_delta(tau: Tensors, task: str, drop: float, step: float, bits: int):
         order, out = words_of(5, task, name, value.shape), np.zeros_like(value)
         for code in np.unique(value):
             places = sorted(
-                np.argwhere(value == code).tolist(), key=lambda p: order[*p]
+                np.argwhere(value == code).tolist(), key=lambda p: order[tuple(p)]
             )
             for place in places[round(len(places) * rate) :]:
                 out[*place] = code / (1 - drop)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from packaging.version import Version
 from torch import nn
 from transformers.utils import cached_file
 
@@ -94,10 +93,6 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
-#: What this transformers calls the argument for the type.
-TYPE = (
-    "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-)
 
 
 def load(
@@ -278,7 +273,7 @@ def _ready(
             raise _refused(f"the type {asked!r}", f"one of {sorted(DTYPES)}")
         asked = DTYPES[kind]
     if asked is not None:
-        found[TYPE] = asked
+        found["dtype"] = asked
     found[PLACE] = place_of(found[PLACE], directory)
     subfolder = found.get("subfolder", "")
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
@@ -323,9 +318,11 @@ def _check_files(
     for key, value in pairs(json.loads(Path(file).read_text("utf-8"))):
         if key == "transformers_weights" and value and not _beside(value):
             raise _refused(f"{file} with {key}={value!r}", "a file beside it")
-        if "attn_implementation" in key and value is not None:
+        if "attn_implementation" in key:
             names = value.values() if isinstance(value, Mapping) else (value,)
-            if not ATTENTION.issuperset(names):
+            # releases around 4.50 wrote beside it whether they had chosen it themselves, which names nothing
+            kinds = {str(n) for n in names if not isinstance(n, bool | None)}
+            if not kinds <= ATTENTION:
                 raise _refused(
                     f"{file} with {key}={value!r}", f"one of {sorted(ATTENTION)}"
                 )

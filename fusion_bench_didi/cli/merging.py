@@ -134,7 +134,6 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
     """
     from fusion_bench.modelpool import BaseModelPool
 
-    from ..checkpoint.loaders import TYPE
     from ..pools.entries import BASE
 
     places = {BASE: as_text(base)}
@@ -155,7 +154,7 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
     if model_class is not None:
         _check_class(model_class)
     name = model_class or _class_of(places)
-    load = {"_target_": f"transformers.{name}.from_pretrained", TYPE: "auto"}
+    load = {"_target_": f"transformers.{name}.from_pretrained", "dtype": "auto"}
     key = "pretrained_model_name_or_path"
     return BaseModelPool({n: {**load, key: place} for n, place in places.items()})
 

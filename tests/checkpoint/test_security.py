@@ -184,6 +184,22 @@ def test_a_base_model_is_found_beside_the_merge(tmp_path, monkeypatch):
     assert type(again.backbone) is type(base)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"_attn_implementation_autoset": True},
+        {"_attn_implementation_autoset": False, "attn_implementation": None},
+        {"_attn_implementation": None, "_attn_implementation_autoset": None},
+    ],
+    ids=str,
+)
+def test_what_releases_wrote_of_attention_names_no_code(tmp_path, written):
+    merged_language_model(tmp_path / "merged", "base")
+    file = tmp_path / "merged" / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **written}))
+    assert DiDiModel.from_pretrained(tmp_path / "merged").tasks
+
+
 @pytest.mark.parametrize("how", ["auto_map", "generate", "adapter", "kernel"])
 def test_code_beside_a_base_model_does_not_run(tmp_path, how):
     """A directory with weights of a base model may hold what transformers would run, also with trust_remote_code=False."""

@@ -25,6 +25,6 @@ exec srun --kill-on-bad-exit=1 fusion_bench \
     method=didi \
     taskpool=dummy \
     fabric.accelerator=cpu \
-    fabric.num_nodes="$SLURM_NNODES" \
+    ++fabric.num_nodes="$SLURM_NNODES" \
     fabric.devices="$SLURM_NTASKS_PER_NODE" \
     "$@"

@@ -128,6 +128,8 @@ def _module(words: list[str]) -> str | None:
 def _launched(words: list[str]) -> str | None:
     at = words.index("-m")
     name, rest = words[at + 1], words[at + 2 :]
+    if name == "fusion_bench.scripts.cli" and "fabric.devices=2" not in rest:
+        return "processes that do not know of one another"
     known = {"fusion_bench.scripts.cli": _host, "fusion_bench_didi": _didi}
     return known[name](rest) if name in known else f"no program of ours: {name}"
 
@@ -163,5 +165,5 @@ def _script(words: list[str]) -> str | None:
     if not (REPOSITORY / words[0]).is_file():
         return f"no file {words[0]}"
     script = (REPOSITORY / words[0]).read_text()
-    own = re.findall(r"^ +(\w[\w.]*=[\w./]+) \\$", script, re.MULTILINE)
-    return _host([*own, *words[1:]])
+    own = re.findall(r"^ +(\+*\w[\w.]*=\S+) \\$", script, re.MULTILINE)
+    return _host([*(re.sub(r'"\$\w+"', "2", word) for word in own), *words[1:]])

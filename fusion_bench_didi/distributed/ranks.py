@@ -309,18 +309,34 @@ def by_itself() -> Iterator[None]:
 def ranks_here() -> Ranks:
     """The processes of this job; :data:`ALONE` where there is no other. The first call, and the first after a failure, is one that
     all make.
+
+    Raises:
+        RankError: if ``torchrun`` started several that do not know of one another.
     """
     global _several
     if _by_itself:
         return ALONE
     if not dist.is_available() or not dist.is_initialized():
         _several = None
+        _check_started()
         return ALONE
     if dist.get_world_size() == 1:
         return ALONE
     if _several is None:
         _several = _Several()
     return _several
+
+
+def _check_started() -> None:
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return
+    size, here = (int(os.environ.get(f"{p}WORLD_SIZE", 1)) for p in ("", "LOCAL_"))
+    if size > 1:
+        nodes = f" ++fabric.num_nodes={size // here}" if size > here else ""
+        raise RankError(
+            f"torchrun started {size} processes, and this one knows of no other, so that each would do all of it. Give "
+            f"fabric.devices={here}{nodes}."
+        )
 
 
 def check_alone(ranks: Ranks, what: str) -> None:
@@ -332,5 +348,5 @@ def check_alone(ranks: Ranks, what: str) -> None:
     if ranks.size > 1:
         raise RankError(
             f"{what} runs on one process, and there are {ranks.size}: each would do all of it. Set fabric.devices=1 and "
-            "fabric.num_nodes=1."
+            "++fabric.num_nodes=1."
         )

@@ -89,5 +89,5 @@ def _check(taskpool: Any, report: Any, tasks: Sequence[str], ranks: Ranks) -> No
     if lacking := [task for task in tasks if not isinstance(told.get(task), Mapping)]:
         raise RankError(
             f"{type(taskpool).__name__} reports no figures of {lacking}, so that its tasks cannot be spread over {ranks.size} "
-            "processes. Evaluate on one, with fabric.devices=1 and fabric.num_nodes=1."
+            "processes. Evaluate on one, with fabric.devices=1 and ++fabric.num_nodes=1."
         )

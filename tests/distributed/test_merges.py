@@ -157,6 +157,22 @@ def test_patience_is_a_number_of_seconds(monkeypatch, given):
     assert ranks.patience() == ranks.PATIENCE
 
 
+@pytest.mark.parametrize("here, more", [(2, " [+]{2}fabric.num_nodes=2"), (4, "")])
+def test_processes_of_torchrun_know_of_one_another_or_end(monkeypatch, here, more):
+    """Each would merge everything, and write it where the others do."""
+    started = {"RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": str(here)}
+    for key, value in started.items():
+        name = f"TORCHELASTIC_{key}" if key == "RUN_ID" else key
+        monkeypatch.setenv(name, value)
+    asked = f"torchrun started 4 processes.* fabric.devices={here}{more}[.]$"
+    with pytest.raises(RankError, match=asked):
+        didi(layers(decaying), budget=1.0)
+    with ranks.by_itself():
+        assert ranks.ranks_here() is ranks.ALONE
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert ranks.ranks_here() is ranks.ALONE
+
+
 _ENDS = """
 import atexit, os, pathlib
 import torch.distributed as dist

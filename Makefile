@@ -1,6 +1,7 @@
 # make demo    the main job on the embedded default, in a virtual environment that is made when missing
 # make test    linters, then every test
 # make test-transformers5  the tests again in an environment with transformers 5, its result in docs/transformers.md
+# make test-oldest  the tests again under the oldest releases that setup.cfg allows (PYTHON=python3.10 for the oldest Python too)
 # make site    the documentation, into site/
 # make figures every page of docs/ and the README's table, by their own commands, in an environment of their own, whose packages ask
 #              for an older numpy (hours; FIGURES="exact speed" for some)
@@ -12,6 +13,7 @@ PYTHON ?= python3
 # Files in their order: by their number of tests the longest would come last, and one processor would wait.
 PYTEST_ARGS ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
 VENV5 ?= .venv-transformers5
+VENVO ?= .venv-oldest
 VENVF ?= .venv-figures
 
 # Modules are compiled when they are imported: pip would compile all of them, a minute of one core.
@@ -22,7 +24,7 @@ INSTALLED := $(VENV)/.fusion_bench_didi-installed
 INSTALLED_TEST := $(VENV)/.fusion_bench_didi-installed-test
 INSTALLED_DOCS := $(VENV)/.fusion_bench_didi-installed-docs
 
-.PHONY: demo test test-transformers5 lint format figures site clean
+.PHONY: demo test test-transformers5 test-oldest lint format figures site clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m fusion_bench_didi.demo
@@ -41,6 +43,12 @@ test-transformers5:
 	$(VENV5)/bin/python -m pip install $(PIP_ARGS) --editable '.[test]'
 	$(VENV5)/bin/python -m pip install $(PIP_ARGS) --upgrade 'transformers>=5'
 	PYTEST_ARGS="$(PYTEST_ARGS)" $(VENV5)/bin/python -m benchmarks.transformers_page
+
+# Slow tests and those of the installation itself are about this machine.
+test-oldest:
+	test -x $(VENVO)/bin/python || $(PYTHON) -m venv $(VENVO)
+	$(VENVO)/bin/python -m pip install $(PIP_ARGS) --constraint tests/oldest.txt --editable '.[test]'
+	OMP_NUM_THREADS=1 $(VENVO)/bin/python -m pytest $(PYTEST_ARGS) -m 'not slow' --ignore tests/test_install.py
 
 site: $(INSTALLED_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site

@@ -9,6 +9,7 @@ import yaml
 from click.testing import CliRunner
 from helpers import REPOSITORY
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import fusion_bench_didi
 from fusion_bench_didi.cli import didi
@@ -56,13 +57,30 @@ def test_hooks_and_linters_are_of_one_version():
     assert all(version in wanted[name] for name, version in found.items())
 
 
+def test_the_oldest_releases_that_are_allowed_are_those_that_are_tried():
+    """`make test-oldest` runs under the lower bounds of what users install."""
+    settings = configparser.ConfigParser()
+    settings.read(REPOSITORY / "setup.cfg")
+    extras = settings["options.extras_require"]
+    parts = settings["options"]["install_requires"], extras["merge"], extras["serve"]
+
+    def versions(lines: list[str], operator: str) -> dict[str, Version]:
+        asked = (Requirement(line) for line in lines if line and line[0] != "#")
+        return {r.name: Version(s.version) for r in asked for s in r.specifier if s.operator == operator}  # fmt: skip
+
+    bounds = versions("\n".join(parts).splitlines(), ">=")
+    tried = versions((REPOSITORY / "tests/oldest.txt").read_text().splitlines(), "==")
+    assert {name: tried.get(name) for name in bounds} == bounds
+
+
 def test_the_workflow_runs_what_contributors_run():
     jobs = yaml.safe_load((REPOSITORY / ".github/workflows/tests.yml").read_text())["jobs"]  # fmt: skip
     run = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]  # fmt: skip
     targets = re.findall(
-        r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE
+        r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE
     )
-    assert run == ["make test", "make site"] and {"test", "site"} <= set(targets)
+    assert {"make test", "make test-oldest", "make site"} == set(run)
+    assert {command.split()[1] for command in run} <= set(targets)
     for form in (REPOSITORY / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text())
 

@@ -56,7 +56,8 @@ class _Process:
     def _set(self) -> None:
         self._before.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        backends = torch.backends.cuda, torch.backends.mkldnn
+        kinds = [getattr(backend, "matmul", None) for backend in backends]
         if all(hasattr(kind, "fp32_precision") for kind in kinds):
             for kind in kinds:
                 before = kind.fp32_precision

@@ -15,7 +15,7 @@ from ..checkpoint.fields import Field, inside
 from ..checkpoint.parts import TYPES, read_header
 from ..checkpoint.tensors import open_tensors, write_tensors
 from ..errors import CheckpointMismatchError
-from ..models.weights import BackboneWeights
+from ..serving.weights import BackboneWeights
 from ..task_vectors.sources import ModuleSource
 from ..task_vectors.tower_names import Spelling
 from .host_moe import MIXTURES, HostParts, Tensors, check_mixtures, put_together

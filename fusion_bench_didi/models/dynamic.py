@@ -36,6 +36,7 @@ from ..serving.making import AnyBank, bank_of
 from ..serving.own_settings import OwnSettings, put
 from ..serving.shadow import let_pickle
 from ..serving.unwritten import without_rescaling
+from ..serving.weights import BackboneWeights
 from ..task_vectors.live_models import uncompiled
 from . import saving
 from .experts import NamedModules, TaskExpert
@@ -43,7 +44,6 @@ from .methods import attribute, no_task
 from .model_card import CardFacts
 from .overview import as_html, overview
 from .task_settings import settings_of, settle
-from .weights import BackboneWeights
 
 
 class DynamicModel(ModulatedModel):
@@ -360,13 +360,9 @@ class DynamicModel(ModulatedModel):
                 # tensors that are made in inference mode could not be used outside of it
                 with torch.inference_mode(False):
                     made[shared_scale] = MixedForward(
-                        self.backbone,
+                        self._weights,
                         self._banks(shared_scale, held),
                         self.tasks,
-                        shapes=self._weights.shapes,
-                        derived=self._weights.derived,
-                        unwritten=self._weights.unwritten,
-                        lock=self._weights.lock,
                         held=held,
                         settings=self._own_settings(),
                     )

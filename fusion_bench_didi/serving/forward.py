@@ -19,7 +19,7 @@ grouped passes do, waits for its turn.
 import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -31,7 +31,6 @@ from .agreement import agree, rounded_again
 from .banks import OwnBank
 from .caches import Caches, caches_of
 from .calls import Call, media_tokens, names_of_tasks, parameter_names, towers
-from .derived import Derived
 from .forward_only import forward_only
 from .held import Held
 from .in_place import Places
@@ -45,8 +44,7 @@ from .requests import checked_weights, task_numbers
 from .running import Pass, Running
 from .sequences import check_lengths, sequence_lengths
 from .shadow import OwnBuffers, network_with, watch_states
-from .shapes import Shapes
-from .unwritten import Unwritten
+from .weights import BackboneWeights
 
 log = logging.getLogger(__name__)
 #: samples of the first batch on which the two ways are compared
@@ -59,13 +57,9 @@ class MixedForward:
     """The mixed forward of one model.
 
     Args:
-        backbone: whose layers are run.
+        weights: of the backbone whose layers are run; their lock is held while the backbone's own tensors are replaced.
         banks: of the tensors that some task changes, by name.
         tasks: their names, in the order of the banks.
-        shapes: what the backbone was loaded with.
-        derived: what its modules keep that they work out of their weights.
-        unwritten: what no forward may write to.
-        lock: held while the backbone's own tensors are replaced; one for all mixed forwards of a backbone.
         held: what banks hold decoded within a limit; None where they hold all, and then the shared model too.
         settings: of the configuration that tasks have of their own.
 
@@ -76,24 +70,20 @@ class MixedForward:
 
     def __init__(
         self,
-        backbone: nn.Module,
+        weights: BackboneWeights,
         banks: Mapping[str, AnyBank],
         tasks: Sequence[str],
         *,
-        shapes: Shapes,
-        derived: Derived,
-        unwritten: Unwritten,
-        lock: AbstractContextManager,
         held: Held | None,
         settings: OwnSettings,
     ):
-        self.backbone, self.banks, self.tasks = backbone, dict(banks), list(tasks)
+        backbone = self.backbone = weights.backbone
+        self.weights, self.banks, self.tasks = weights, dict(banks), list(tasks)
         self.count = len(self.tasks)
-        self.settings, self.shapes, self.lock = settings, shapes, lock
-        self.unwritten, self.running = unwritten, Running()
+        self.settings, self.running = settings, Running()
         watch_states(backbone)
         self.network = None
-        if not derived.of_results:
+        if not weights.derived.of_results:
             self.network = per_sample_network(backbone, self.banks, self.running)
         self.held, self.shared_network = held, None
         if self.network is not None and held is None:
@@ -104,7 +94,7 @@ class MixedForward:
             for network in (self.network, self.shared_network)
             if network is not None
         }
-        self._places = Places(backbone, self.banks, self.shapes, derived)
+        self._places = Places(weights, self.banks)
         self._names = parameter_names(backbone.forward)
         self.takes_tasks = bool(names_of_tasks(backbone.forward))
         self._main = getattr(backbone, "main_input_name", None)
@@ -196,9 +186,9 @@ class MixedForward:
         Args:
             settings: that come before those which follow from the tensors' shapes; the caller puts back what was there.
         """
-        with self.lock, self._places.holding(tensors):
+        with self.weights.lock, self._places.holding(tensors):
             put(self.backbone, settings)
-            return self.unwritten.run(
+            return self.weights.unwritten.run(
                 self.backbone, lambda: call.on(self.backbone), lasting=False
             )
 
@@ -288,7 +278,7 @@ class MixedForward:
     def _verify(self, mix: Mix, call: Call) -> bool:
         kind = self._kind(call)
         if kind not in self._agreeing:
-            with self.lock:  # other threads wait for the outcome
+            with self.weights.lock:  # other threads wait for the outcome
                 if kind not in self._agreeing:
                     reason = self._disagreement(mix, call)
                     self._agreeing[kind] = reason is None
@@ -340,7 +330,7 @@ class MixedForward:
         return self._layouts[kind] if kind in self._layouts else self._learn(mix, call)
 
     def _learn(self, mix: Mix, call: Call) -> Layout:
-        with self.lock:
+        with self.weights.lock:
             if self.of_several_shapes:
                 # what one task takes, such as a token, may be too much for another
                 mix = max(mix.groups(), key=lambda group: group.size)
@@ -391,7 +381,7 @@ class MixedForward:
         if nudged:
             dtype = product_dtype(self._device)
             tensors = {n: rounded_again(value, dtype) for n, value in tensors.items()}
-        with self.lock, self.settings.of(piece.asked, call) as own:
+        with self.weights.lock, self.settings.of(piece.asked, call) as own:
             return self.with_tensors(tensors, call, own)
 
     def on(self, network: nn.Module, call: Call) -> Any:
@@ -401,8 +391,8 @@ class MixedForward:
         if torch.compiler.is_compiling():
             return call.on(network)
         try:
-            with self.shapes.following(self.backbone, {}):
-                return self.unwritten.run(network, lambda: call.on(network))
+            with self.weights.shapes.following(self.backbone, {}):
+                return self.weights.unwritten.run(network, lambda: call.on(network))
         finally:
             self._buffers[network].restore()
 

@@ -6,33 +6,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..task_vectors.ties import tensor_of
 from .copies import holders_of, rebind
-from .derived import Derived
-from .shadow import slots_of, tensor_of
-from .shapes import Shapes
+from .shadow import slots_of
+from .weights import BackboneWeights
 
 
 class Places:
     """Where tensors of a backbone are, that others are to stand for.
 
     Args:
-        backbone: whose tensors they are.
+        weights: of the backbone.
         names: of the tensors; tied ones have several places.
-        shapes: of the backbone.
-        derived: what its modules keep beside their tensors.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        names: Iterable[str],
-        shapes: Shapes,
-        derived: Derived,
-    ):
-        self._backbone, self._shapes, self._derived = backbone, shapes, derived
-        self._slots = slots_of(backbone, names)
-        live = [tensor_of(backbone, name) for name in self._slots]
-        self._holders = holders_of(backbone, live)
+    def __init__(self, weights: BackboneWeights, names: Iterable[str]):
+        self._weights, self._backbone = weights, weights.backbone
+        self._slots = slots_of(self._backbone, names)
+        live = [tensor_of(self._backbone, name) for name in self._slots]
+        self._holders = holders_of(self._backbone, live)
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -59,8 +51,9 @@ class Places:
                 for name, own in live.items()
                 if tensors[name].shape != own.shape
             }
-            self._derived.forget(self._backbone, tensors, for_a_while=True)
-            with self._shapes.following(self._backbone, others):
+            weights = self._weights
+            weights.derived.forget(self._backbone, tensors, for_a_while=True)
+            with weights.shapes.following(self._backbone, others):
                 yield
         finally:
             for now, own in reversed(before):

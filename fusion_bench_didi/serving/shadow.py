@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..task_vectors.ties import memory_of
+from ..task_vectors.ties import memory_of, tensor_of
 from .copies import rebind
 
 #: what is done to the copy of a module
@@ -160,12 +160,6 @@ def slots_of(backbone: nn.Module, names: Iterable[str]) -> dict[str, list[Slot]]
             if tensor is not None:
                 where.setdefault(memory_of(tensor), []).append((module, leaf))
     return {name: where[memory_of(tensor_of(backbone, name))] for name in names}
-
-
-def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer."""
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
 
 
 class OwnBuffers:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatchError, DiDiError
-from ..serving.copies import deep_copy
-from ..serving.derived import Derived
-from ..serving.shadow import unwatched
-from ..serving.shapes import Shapes
-from ..serving.unwritten import Unwritten
 from ..task_vectors.live_models import all_tensors
-from ..task_vectors.ties import separate, tie, tied_names
+from ..task_vectors.ties import separate, tensor_of, tie, tied_names
+from .copies import deep_copy
+from .derived import Derived
+from .shadow import unwatched
+from .shapes import Shapes
+from .unwritten import Unwritten
 
 
 class BackboneWeights:
@@ -123,7 +123,20 @@ class BackboneWeights:
         """Write a value into the backbone or a copy of it; what states the shapes of tensors follows, and :meth:`forget_derived`
         goes after the last one."""
         with self._switching(model):
-            self._put(model, name, value)
+            self.tie(model)
+            held, shape = self._held(model, name), tuple(value.shape)
+            as_stated = held.shape == shape == self.shapes.sides.get(name, shape)
+            if held.shape == shape and not _repeats(held):
+                held.detach().copy_(value)
+            else:
+                with torch.inference_mode(False), torch.no_grad():
+                    other = torch.empty(shape, dtype=held.dtype, device=held.device)
+                    # the same object: it may have several names
+                    held.data = other.copy_(value)
+            if model is self.backbone:
+                self._shapes[name] = shape
+            if not as_stated:
+                self.shapes.follow(model, name, shape)
 
     def forget_derived(self, model: nn.Module, names: Iterable[str]) -> None:
         """Forget what modules of the backbone or a copy of it have worked out of tensors that were written."""
@@ -132,22 +145,6 @@ class BackboneWeights:
 
     def _switching(self, model: nn.Module) -> AbstractContextManager[None]:
         return self.unwritten.switching() if model is self.backbone else nullcontext()
-
-    def _put(self, model: nn.Module, name: str, value: Tensor) -> None:
-        self.tie(model)
-        held, shape = self._held(model, name), tuple(value.shape)
-        as_stated = held.shape == value.shape == self.shapes.sides.get(name, shape)
-        if held.shape == value.shape and not _repeats(held):
-            held.detach().copy_(value)
-        else:
-            with torch.inference_mode(False), torch.no_grad():
-                other = torch.empty(shape, dtype=held.dtype, device=held.device)
-                # the same object: it may have several names
-                held.data = other.copy_(value)
-        if model is self.backbone:
-            self._shapes[name] = shape
-        if not as_stated:
-            self.shapes.follow(model, name, shape)
 
     def restore(self) -> None:
         """Write all base values back; their copies are no longer needed."""
@@ -167,9 +164,8 @@ class BackboneWeights:
                 self.forget_derived(self.backbone, [name])
 
     def _held(self, model: nn.Module, name: str) -> Tensor:
-        owner, _, leaf = name.rpartition(".")
         try:
-            found = getattr(model.get_submodule(owner), leaf)
+            found = tensor_of(model, name)
         except AttributeError:
             found = None
         if not isinstance(found, Tensor):

@@ -1,4 +1,4 @@
-"""Routing by a head on the shared model's states, and by being told."""
+"""Routers by states that layers return: what they have in common, and one with a head on the shared model's; and one that is told."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,8 +13,42 @@ from .base import RoutedModel, Router
 from .capture import layer_names, pooled, record
 
 
+class StateRouter(Router):
+    """Looks at what layers return, a vector per sample.
+
+    Attributes:
+        layers: blocks by position, or names of modules.
+        pooling: as of :func:`.capture.pooled`.
+    """
+
+    layers: list[int | str]
+    pooling: str
+
+    def bind(self, model: RoutedModel) -> None:
+        super().bind(model)
+        self.names = layer_names(model.backbone, self.layers)
+
+    def states(
+        self,
+        model: RoutedModel,
+        row: Tensor | None,
+        args: tuple,
+        kwargs: dict,
+        **options: Any,
+    ) -> list[Tensor]:
+        """(B, n) per layer, under one row of weights for all samples; options as of :func:`.capture.record`.
+
+        Args:
+            row: None for the shared model.
+        """
+        found = record(
+            model, args, kwargs, weights=row, outputs_of=self.names, **options
+        )
+        return [pooled(found.states[n], self.pooling, found.mask) for n in self.names]
+
+
 @checked
-class FeatureRouter(Router):
+class FeatureRouter(StateRouter):
     """A small network on pooled states of the shared model, trained on images whose task is known (no class labels).
 
     Args:
@@ -37,14 +71,8 @@ class FeatureRouter(Router):
         super().__init__(tasks, head=head, **options)
         self.layers, self.pooling = list(layers), pooling
 
-    def bind(self, model: RoutedModel) -> None:
-        super().bind(model)
-        self.names = layer_names(model.backbone, self.layers)
-
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
-        found = record(model, args, kwargs, outputs_of=self.names)
-        states = [pooled(found.states[n], self.pooling, found.mask) for n in self.names]
-        return torch.cat(states, 1).float()
+        return torch.cat(self.states(model, None, args, kwargs), 1).float()
 
 
 @checked

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..deltas.names import escaped, unescaped
 from ..options import Scale, checked
 from .base import RoutedModel, Router
-from .capture import layer_names, pooled, record
+from .features import StateRouter
 
 _ANCHOR = "anchor:"
 
@@ -42,7 +42,7 @@ def normalized(distances: Tensor, how: str) -> Tensor:
 
 
 @checked
-class RepresentationRouter(Router):
+class RepresentationRouter(StateRouter):
     """SE-Merging's router: weights by distance of representations.
 
     Args:
@@ -88,10 +88,6 @@ class RepresentationRouter(Router):
     def shared_scale(self) -> float:
         return self.total_mass
 
-    def bind(self, model: RoutedModel) -> None:
-        super().bind(model)
-        self.names = layer_names(model.backbone, self.layers)
-
     def anchor(self, changes: Mapping[str, Tensor]) -> Router:
         """Keep a merged model that is no sum of the experts: its change of every tensor, stored with the router."""
         for name, change in changes.items():
@@ -122,20 +118,6 @@ class RepresentationRouter(Router):
             return self.states(model, None, args, kwargs, tensors=tensors)
         row = torch.full((len(self.tasks),), self.merged_weight)
         return self.states(model, row, args, kwargs, shared_scale=self.merged_shared)
-
-    def states(
-        self,
-        model: RoutedModel,
-        row: Tensor | None,
-        args: tuple,
-        kwargs: dict,
-        **options: Any,
-    ) -> list[Tensor]:
-        """Representations under one row of weights; options as of :func:`.capture.record`."""
-        found = record(
-            model, args, kwargs, weights=row, outputs_of=self.names, **options
-        )
-        return [pooled(found.states[n], self.pooling, found.mask) for n in self.names]
 
     def plain_scores(self, features: Tensor) -> Tensor:
         parts = features.split(len(self.tasks), 1)

@@ -1,7 +1,6 @@
 """Caches of keys and values that a forward reads and extends, where a batch is run in parts."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -94,10 +93,7 @@ def without_pasts(call: Call) -> Call:
             )
         return None
 
-    names = list(call.given)
-    args = tuple(kept(n, v) for n, v in zip(names, call.args))
-    kwargs = {name: kept(name, value) for name, value in call.kwargs.items()}
-    return replace(call, args=args, kwargs=kwargs)
+    return call.changed(kept)
 
 
 def _is_filled(value: Any) -> bool:

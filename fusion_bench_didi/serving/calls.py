@@ -171,14 +171,12 @@ class Call:
                 return type(value)(value[i] for i in index.tolist())
             return mapped(lambda path, leaf: self._rows(name, path, leaf, index), value)
 
-        args = (rows(name, value) for name, value in self._positional())
-        kwargs = {name: rows(name, value) for name, value in self.kwargs.items()}
-        return replace(self, args=tuple(args), kwargs=kwargs)
+        return self.changed(rows)
 
-    def with_others(self, values: Mapping[str, Any]) -> "Call":
-        """The call with other values of arguments that are given, by name."""
-        args = (values.get(name, value) for name, value in self._positional())
-        kwargs = {name: values.get(name, value) for name, value in self.kwargs.items()}
+    def changed(self, other: Callable[[str, Any], Any]) -> "Call":
+        """The call with ``other(name, value)`` in place of every value that is given."""
+        args = (other(name, value) for name, value in self._positional())
+        kwargs = {name: other(name, value) for name, value in self.kwargs.items()}
         return replace(self, args=tuple(args), kwargs=kwargs)
 
     def undivided(self, error: Exception) -> DiDiError:

@@ -129,7 +129,7 @@ def _sorted(call: Call, order: Tensor) -> Call:
         for name in EVERY_STEP
         if (given := call.given.get(name))
     }
-    return call.picked(order).with_others(others)
+    return call.picked(order).changed(lambda name, value: others.get(name, value))
 
 
 class _AsGiven:

@@ -10,7 +10,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from typing import Any
 
@@ -91,9 +91,13 @@ def rebind(modules: Iterable[nn.Module], pairs: Pairs, *, hooks: bool = True) ->
 
 def holders_of(model: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
     """Modules that hold some tensors of the model also elsewhere than among their parameters: in lists, and in functions."""
-    wanted = {id(tensor) for tensor in tensors}
-    found = {name for name, value in references(model) if id(value) in wanted}
-    return [model.get_submodule(name) for name in sorted(found)]
+    names = _referring(model, {id(tensor) for tensor in tensors})
+    return [model.get_submodule(name) for name in names]
+
+
+def _referring(model: nn.Module, ids: Set[int]) -> list[str]:
+    """Names of the modules of which :func:`references` finds some of these."""
+    return sorted({name for name, value in references(model) if id(value) in ids})
 
 
 def references(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -246,10 +250,9 @@ def _check(model: nn.Module, pairs: Pairs, what: str) -> None:
         DiDiError: naming the modules that do.
     """
     originals = {i for i, (old, new) in pairs.items() if old is not new}
-    names = {name for name, value in references(model) if id(value) in originals}
     left = [
         f"{name or 'the model itself'} ({type(model.get_submodule(name)).__name__})"
-        for name in sorted(names)
+        for name in _referring(model, originals)
     ]
     if left:
         raise DiDiError(

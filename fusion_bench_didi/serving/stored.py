@@ -187,11 +187,7 @@ class StoredBank(Bank):
 
     @without_autocast()
     def value(self, task: int) -> Tensor:
-        base = self.base()
-        whole = base.new_empty(self.sides)
-        for rows, values in _Use(self).of_task(task):
-            whole[rows] = values.to(base.dtype)
-        return whole.view(base.shape)
+        return _Use(self).whole(task).view(self.base().shape)
 
     @torch.compiler.disable
     def by_task(self, inputs: Inputs, counts: Sequence[int]) -> Tensor:
@@ -287,6 +283,13 @@ class _Use:
         for rows, values in delta.blocks(self._shared()):
             yield rows, values + self.shared_rows(rows)
 
+    def whole(self, task: int) -> Tensor:
+        """A task's matrix, or the shared one, in the backbone's type."""
+        matrix = torch.empty_like(self.base)
+        for rows, values in self.of_task(task):
+            matrix[rows] = values.to(matrix.dtype)
+        return matrix
+
     def shared_product(self, inputs: Inputs, out: Tensor) -> None:
         if self.bank.added is None:
             inputs.matrix(self.base, out)
@@ -295,15 +298,8 @@ class _Use:
 
     def product(self, inputs: Inputs, task: int, out: Tensor) -> None:
         """With the whole matrix of a task, or the shared one."""
-        bank, base = self.bank, self.base
-
-        def whole() -> tuple[Tensor]:
-            matrix = torch.empty_like(base)
-            for rows, values in self.of_task(task):
-                matrix[rows] = values.to(base.dtype)
-            return (matrix,)
-
-        held = bank.held.get(bank.key(WHOLE), task, base.nbytes, whole)
+        key, size = self.bank.key(WHOLE), self.base.nbytes
+        held = self.bank.held.get(key, task, size, lambda: (self.whole(task),))
         if held is None:
             inputs.blocks(self.of_task(task), out)
         else:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..deltas.base import Delta
+from ..deltas.base import Delta, last_of
 from ..lowrank.factors import LowRankFactors
 from ..task_vectors.sources import TensorInfo, TensorSource, WrappedSource
 
@@ -124,21 +124,17 @@ class DecodedExpert(Zeros):
 
     @torch.no_grad()
     def read(self, name: str) -> Tensor:
-        own, shared = self._deltas.get(name), self._shared.get(name)
-        if own is not None:
-            return own.change(shared)
-        return super().read(name) if shared is None else shared.change()
+        last, below = last_of(self._deltas.get(name), self._shared.get(name))
+        return super().read(name) if last is None else last.change(below)
 
     def applied(self, name: str, base: Tensor) -> Tensor:
         return base + self.read(name)
 
     @torch.no_grad()
     def _decoded(self, name: str) -> LowRankFactors | None:
-        own, shared = self._deltas.get(name), self._shared.get(name)
-        if own is not None:
-            return own.product(shared)
-        if shared is not None:
-            return shared.product()
+        last, below = last_of(self._deltas.get(name), self._shared.get(name))
+        if last is not None:
+            return last.product(below)
         m, *rest = self._infos[name].shape or (1,)
         return LowRankFactors.zeros(
             m, int(torch.Size(rest).numel()), like=torch.empty(0)

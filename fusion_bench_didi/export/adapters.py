@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoint.tensors import independent
-from ..deltas.base import Delta
+from ..deltas.base import Delta, last_of
 from ..deltas.plain import OwnDelta
 from ..errors import DiDiError
 from ..lowrank.factors import LowRankFactors
@@ -91,16 +91,21 @@ class AdapterWriter:
         return content.carried
 
     def _content(self, task: str) -> _Content:
-        content, rest = _Content(), []
-        for name in self.model.touched:
-            site = self.sites.get(name)
-            if site and (self.settings.carry == "all" or site.kind == "linear"):
-                content.carried[name] = self._factors(task, name, site, content)
-            else:
-                rest.append(name)
+        content, every = _Content(), self.settings.carry == "all"
+        sites = {n: s for n, s in self.sites.items() if every or s.kind == "linear"}
         # modules that are whole hold their biases
-        for name in sorted(rest, key=_is_bias):
-            content.carried[name] = self._whole(task, name, content)
+        order = sorted(self.model.touched, key=lambda n: (n not in sites, _is_bias(n)))
+        for name in order:
+            wanted, size = self._wanted(task, name)
+            if wanted is None:
+                found = Carried("left out", 1.0, why=_OTHER_SHAPE)
+            elif not bool(wanted.any()):
+                found = Carried("base")
+            elif name in sites:
+                found = self._factors(task, name, wanted, size, content)
+            else:
+                found = self._whole(task, name, wanted, size, content)
+            content.carried[name] = found
         if self.settings.pad_rank and content.parts:
             rank = max(factors.rank for _, factors in content.parts.values())
             for module, (site, factors) in content.parts.items():
@@ -125,13 +130,11 @@ class AdapterWriter:
             why = "; ".join(filter(None, (one.why, "rounded to 8 bits")))
             content.carried[name] = replace(one, error=error, why=why)
 
-    def _factors(self, task: str, name: str, site: Site, content: _Content) -> Carried:
-        """Add the factors of a weight."""
-        wanted, size = self._wanted(task, name)
-        if wanted is None:
-            return Carried("left out", 1.0, why=_OTHER_SHAPE)
-        if not bool(wanted.any()):
-            return Carried("base")
+    def _factors(
+        self, task: str, name: str, wanted: Tensor, size: float, content: _Content
+    ) -> Carried:
+        """Add the factors of a weight, of what :meth:`_wanted` gives."""
+        site = self.sites[name]
         product, limit = self._product(task, name), self.settings.limit
         found = fitted(wanted, product, max_rank=limit, dtype=self.dtype)
         if rank := found.factors.rank:
@@ -140,13 +143,10 @@ class AdapterWriter:
         why = f"cut to rank {rank}" if found.cut else ""
         return Carried("factors", error, rank, why)
 
-    def _whole(self, task: str, name: str, content: _Content) -> Carried:
+    def _whole(
+        self, task: str, name: str, wanted: Tensor, size: float, content: _Content
+    ) -> Carried:
         """Add a tensor that has no factors, where PEFT carries it; nothing where it does not."""
-        wanted, size = self._wanted(task, name)
-        if wanted is None:
-            return Carried("left out", 1.0, why=_OTHER_SHAPE)
-        if not bool(wanted.any()):
-            return Carried("base")
         owner, _, leaf = name.rpartition(".")
         tied = self.refused.get(name, Refusal("")).together
         if why := self._why_not(name):
@@ -220,9 +220,8 @@ class AdapterWriter:
             return None
         if self.settings.shared == "fold":
             return None if delta is None else delta.beyond_product(shared)
-        if delta is not None:
-            return delta.product(shared)
-        return None if shared is None else shared.product()
+        last, below = last_of(delta, shared)
+        return None if last is None else last.product(below)
 
     def _config(self, content: _Content, source: Mapping[str, str]) -> Any:
         from peft import LoraConfig, TaskType

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.deltas import read_deltas
 from ..checkpoint.stream import write_deltas
-from ..deltas.base import Delta
+from ..deltas.base import Delta, last_of
 from ..deltas.plain import OwnDelta
 from ..deltas.storage import StorageReport, account
 from ..errors import DiDiError, SettingsError, UnknownTaskError
@@ -43,7 +43,7 @@ from .experts import NamedModules, TaskExpert
 from .methods import attribute, no_task
 from .model_card import CardFacts
 from .overview import as_html, overview
-from .task_settings import settings_of, settle
+from .task_settings import settings_of, settle, told_of
 
 
 class DynamicModel(ModulatedModel):
@@ -217,8 +217,7 @@ class DynamicModel(ModulatedModel):
             self.modulators[task_name].remove(self)
         before = set(self.touched)
         del self.modulators[task_name]
-        for name in before - set(self.touched):
-            self._weights.forget(name)
+        self._weights.forget(before - set(self.touched))
         self._forget_mixed()
 
     def _check_unrouted(self) -> None:
@@ -246,8 +245,7 @@ class DynamicModel(ModulatedModel):
         device = next(self.backbone.parameters()).device
         self.shared.to(device)
         self.modulators.to(device)
-        for name in before - set(self.touched):
-            self._weights.forget(name)
+        self._weights.forget(before - set(self.touched))
         self._forget_mixed()
 
     def set_task(self, task_name: str) -> None:
@@ -370,9 +368,8 @@ class DynamicModel(ModulatedModel):
             self._mixed, self._mixed_state = made, state
 
     def _own_settings(self) -> OwnSettings:
-        told = self.info.get(CONFIGURATION, {})
-        of_tasks = [told.get(task, {}) for task in self.tasks]
-        return OwnSettings(self.backbone, of_tasks, lambda: self._configured)
+        told = [told_of(self.info, CONFIGURATION, task) for task in self.tasks]
+        return OwnSettings(self.backbone, told, lambda: self._configured)
 
     def _banks(self, shared_scale: float, held: Held | None) -> dict[str, AnyBank]:
         """Every touched tensor under every task, as the backbone lays it out."""
@@ -456,10 +453,8 @@ class DynamicModel(ModulatedModel):
     def task_tensor(self, name: str, expert: TaskExpert) -> Tensor:
         """``W_0 + change`` of one tensor under one expert, as ``Delta.applied`` gives it; a tensor of the task's own as it is."""
         base = self.base_tensor(name)
-        shared, delta = self.shared.get(name), expert.deltas.get(name)
-        if delta is not None:
-            return delta.applied(base, shared)
-        return base if shared is None else shared.applied(base)
+        last, below = last_of(expert.deltas.get(name), self.shared.get(name))
+        return base if last is None else last.applied(base, below)
 
     def base_tensors(self) -> dict[str, Tensor]:
         """Base values of all touched tensors that some task is made of; tasks may each have their own instead.

@@ -21,9 +21,14 @@ _SAME_TEXT = {"pad_token_id", "bos_token_id", "use_cache", "return_dict_in_gener
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p"}
 
 
+def told_of(info: Mapping[str, Any], kind: str, task: str | None) -> dict[str, Any]:
+    """What a task's checkpoint said of a kind of settings otherwise than the base model."""
+    return info.get(kind, {}).get(task, {})
+
+
 def labels_of(info: Mapping[str, Any], task: str | None) -> dict[int, str]:
     """Names of a task's classes by position; empty where they are the base model's."""
-    told = info.get(LABELS, {}).get(task, {})
+    told = told_of(info, LABELS, task)
     return {int(place): name for place, name in told.items()}
 
 
@@ -31,7 +36,7 @@ def generation_of(
     info: Mapping[str, Any], task: str | None, backbone: nn.Module
 ) -> GenerationConfig | None:
     """A task's settings of generation; None where they are the base model's."""
-    told = info.get(GENERATION, {}).get(task)
+    told = told_of(info, GENERATION, task)
     if not told:
         return None
     config = copy.deepcopy(backbone.generation_config)
@@ -85,7 +90,7 @@ def problem_of(
         config: of the base model, whose kind that of a task with as many classes is.
         classes: of the task.
     """
-    told = info.get(CONFIGURATION, {}).get(task, {})
+    told = told_of(info, CONFIGURATION, task)
     problem = told.get(PROBLEM, getattr(config, PROBLEM, None))
     if PROBLEM in told or classes == config.num_labels or problem == MULTI_LABEL:
         return problem
@@ -97,7 +102,7 @@ def settings_of(info: Mapping[str, Any], task: str, model: nn.Module) -> dict[st
     labels and note there."""
     config, names = getattr(model, "config", None), labels_of(info, task)
     found = {PROBLEM: config.problem_type} if hasattr(config, PROBLEM) else {}
-    found |= info.get(CONFIGURATION, {}).get(task, {})
+    found |= told_of(info, CONFIGURATION, task)
     if names and getattr(config, "num_labels", None) == len(names):
         found["id2label"] = names
         found["label2id"] = {name: place for place, name in names.items()}
@@ -114,7 +119,7 @@ def settle(plain: nn.Module, info: Mapping[str, Any], task: str) -> None:
 def greedy_settings(info: Mapping[str, Any], task: str | None) -> dict[str, Any]:
     """A task's settings of generation, other than the base model's, that change what is written greedily, ends and length aside."""
     others = {*_SAME_TEXT, *_SAMPLING, "do_sample", "eos_token_id", "max_length"}
-    told = info.get(GENERATION, {}).get(task, {})
+    told = told_of(info, GENERATION, task)
     return {key: value for key, value in told.items() if key not in others}
 
 
@@ -136,7 +141,7 @@ def generation_for(
     if GENERATION not in info or given.get("generation_config") is not None:
         return {}
     tasks = list(tasks)
-    told = [info[GENERATION].get(task, {}) for task in tasks]
+    told = [told_of(info, GENERATION, task) for task in tasks]
     keys = set().union(*told) - set(given) - _SAME_TEXT
     if given.get("do_sample") is False:
         keys -= _SAMPLING

@@ -1,7 +1,7 @@
 """The weights of a backbone: base values kept, live ones written."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -156,10 +156,10 @@ class BackboneWeights:
             finally:
                 self.forget_derived(self.backbone, names)
 
-    def forget(self, name: str) -> None:
-        """Write a base value back for good."""
+    def forget(self, names: Set[str]) -> None:
+        """Write base values back for good."""
         with self.lock:
-            if name in self._base:
+            for name in names & self._base.keys():
                 self.put(self.backbone, name, self._base.pop(name))
                 self.forget_derived(self.backbone, [name])
 

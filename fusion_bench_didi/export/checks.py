@@ -123,8 +123,8 @@ def _eps(value: Tensor) -> float:
     return torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
 
 
-def example_inputs(model: nn.Module, vocabulary: int | None) -> dict[str, Tensor]:
-    """A small input of a model of transformers; empty where none can be told from its configuration.
+def example_inputs(model: nn.Module, other: nn.Module) -> dict[str, Tensor]:
+    """A small input of a model of transformers, which another one takes too; empty where none can be told from its configuration.
 
     One text: of several, classifiers of texts need a token that fills up the shorter ones.
     """
@@ -140,6 +140,7 @@ def example_inputs(model: nn.Module, vocabulary: int | None) -> dict[str, Tensor
             return {}
         pixels = torch.randn(2, channels, size, size, generator=draw)
         return {main: pixels.to(device, first.dtype)}
+    vocabulary = _vocabulary(model, other)
     if main not in ("input_ids", "input_features") or vocabulary is None:
         return {}
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (1, 8), generator=draw)
@@ -163,15 +164,6 @@ def _vocabulary(*models: nn.Module) -> int | None:
     sizes = [getattr(text, "vocab_size", None) for text in texts]
     told = len(sizes) == len(models) and all(isinstance(n, int) for n in sizes)
     return min(sizes) if told else None
-
-
-def trial(
-    found: nn.Module, wanted: nn.Module, inputs: Mapping[str, Any] | None
-) -> Mapping[str, Any]:
-    """What two models are tried with; empty where none is given and none can be made up."""
-    if inputs is None:
-        return example_inputs(wanted, _vocabulary(found, wanted))
-    return inputs
 
 
 def outputs_differ(

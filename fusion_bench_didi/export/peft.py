@@ -28,7 +28,14 @@ from ..models.task_settings import with_own_vocabulary
 from ..pools.entries import BASE
 from ..task_vectors.ties import tensor_of
 from .adapters import AdapterWriter
-from .checks import SAME, TIED, check_close, check_runs, outputs_differ, trial
+from .checks import (
+    SAME,
+    TIED,
+    check_close,
+    check_runs,
+    example_inputs,
+    outputs_differ,
+)
 from .common import (
     asked_tasks,
     base_model,
@@ -98,7 +105,8 @@ def to_peft(
                 unfound.setdefault(why, []).append(task)
             sizes[task] = weight_bytes(home)
             wanted, found = model.materialize(task), applied(under, home)
-            given, what = trial(found, wanted, inputs), f"The adapter of {task}"
+            given = example_inputs(wanted, found) if inputs is None else inputs
+            what = f"The adapter of {task}"
             differ[task], why = outputs_differ(found, wanted, under, given, what)
             if why:
                 untried.setdefault(why, []).append(task)

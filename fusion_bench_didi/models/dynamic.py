@@ -45,6 +45,10 @@ from .model_card import CardFacts
 from .overview import as_html, overview
 from .task_settings import settings_of, settle, told_of
 
+#: What mixed forwards were made for, and they by the factor on the shared part.
+Mixed = tuple[tuple, dict[float, MixedForward]]
+_UNMADE: Mixed = (), {}
+
 
 class DynamicModel(ModulatedModel):
     """A frozen backbone, a shared part and T experts; behaves as the backbone of the current task.
@@ -91,8 +95,7 @@ class DynamicModel(ModulatedModel):
         self.serving = Serving()
         self._has_task = False  # a name would make torch.compile start anew per task
         self._configured: dict[str, Any] = {}  # what the base model's says, while a task is set  # fmt: skip
-        self._mixed: dict[float, MixedForward] = {}
-        self._mixed_state: tuple | None = None
+        self._mixed: Mixed = _UNMADE
         self._weights = BackboneWeights(self.backbone)
         for task, deltas in experts.items():
             self.add_modulator(task, TaskExpert(deltas))
@@ -109,7 +112,7 @@ class DynamicModel(ModulatedModel):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own working copies of the experts."""
         let_pickle(self.backbone)
-        return {**self.__dict__, "_mixed": {}, "_mixed_state": None}
+        return {**self.__dict__, "_mixed": _UNMADE}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DynamicModel":
         twin = type(self).__new__(type(self))
@@ -163,7 +166,7 @@ class DynamicModel(ModulatedModel):
 
     def _forget_mixed(self) -> None:
         """What was made for mixed batches is made again when the next one comes."""
-        self._mixed, self._mixed_state = {}, None
+        self._mixed = _UNMADE
 
     @property
     def serving(self) -> Serving:
@@ -303,7 +306,7 @@ class DynamicModel(ModulatedModel):
                 router would have to find the tasks of samples that go on from a cache.
         """
         if task_ids is not None or task_weights is not None:
-            if _exporting() and not any(f.trusted for f in self._mixed.values()):
+            if _exporting() and not any(f.trusted for f in self._mixed[1].values()):
                 raise DiDiError(
                     "torch.export of a mixed batch needs one run of such a batch before, in which it is seen how to run it."
                 )
@@ -341,15 +344,18 @@ class DynamicModel(ModulatedModel):
         """:attr:`mixed` with the shared part scaled; made at first use, again if the model was moved or its tasks are others."""
         first = next(self.backbone.parameters())
         state = (tuple(self.tasks), first.device, first.dtype, self.serving)
-        if self._mixed_state != state or shared_scale not in self._mixed:
+        of, made = self._mixed
+        if of != state or shared_scale not in made:
             self._make_mixed(shared_scale, state)
-        return self._mixed[shared_scale]
+        return self._mixed[1][shared_scale]
 
     @torch.compiler.disable
     def _make_mixed(self, shared_scale: float, state: tuple) -> None:
         with self._weights.lock:
             self._weights.tie(self.backbone)
-            made = self._mixed if self._mixed_state == state else {}
+            of, made = self._mixed
+            if of != state:
+                made = {}
             limit = self.serving.memory_limit_gb
             held = next((forward.held for forward in made.values()), None)
             if held is None and limit is not None:
@@ -364,8 +370,7 @@ class DynamicModel(ModulatedModel):
                         held=held,
                         settings=self._own_settings(),
                     )
-            # in this order: other threads look at the state first
-            self._mixed, self._mixed_state = made, state
+            self._mixed = state, made
 
     def _own_settings(self) -> OwnSettings:
         told = [told_of(self.info, CONFIGURATION, task) for task in self.tasks]

@@ -10,7 +10,7 @@ from typing import Any, Union
 import torch
 from torch import nn
 
-from ..checkpoint.deltas import read_config, read_deltas, versions, write_manifest
+from ..checkpoint.deltas import read_config, read_deltas, versions
 from ..checkpoint.directory import alone, check_target, whole_directory
 from ..checkpoint.fields import Field
 from ..checkpoint.ours import CONFIG
@@ -19,9 +19,8 @@ from ..deltas.storage import StorageReport
 from ..errors import DiDiError, SettingsError, spelled
 from ..files import from_home
 from ..models.dynamic import DynamicModel
-from ..models.model_card import model_card
 from ..models.overview import told_edit
-from ..models.saving import check_config
+from ..models.saving import accounted, check_config, write_described
 from ..report.units import storage_line
 from ..routers.base import Router
 from ..routers.files import FILE as ROUTER_FILE
@@ -206,26 +205,17 @@ def written(
         config: of a saved model of the same backbone.
         router_of: directory whose router is kept; ``config`` is its configuration.
     """
-    storage, last = stored.storage, stored.info["edits"][-1]
     with target.whole() as place:
         parts = write_deltas(place, stored.shared, stored.experts)
-        new = {
-            "model_class": config["model_class"],
-            "unit_bits": stored.unit_bits,
-            "backbone_bits": stored.backbone_bits,
-            "backbone": config["backbone"],
-            "storage": storage.as_dict(),
-            "info": {k: v for k, v in stored.info.items() if k != "backbone"},
-            "versions": versions(),
-            **parts,
-        }
+        new = accounted(stored, config["model_class"], config["backbone"])
+        new |= {"versions": versions(), **parts}
         if router_of is not None:
             new["router"] = config["router"]
             if (router_of / ROUTER_FILE).exists():
                 shutil.copyfile(router_of / ROUTER_FILE, place / ROUTER_FILE)
-        (place / "README.md").write_text(model_card(new))
-        write_manifest(place / CONFIG, new)
-    return Edited(before.storage, storage, None, from_home(target.place), last)
+        write_described(place, new)
+    last, directory = stored.info["edits"][-1], from_home(target.place)
+    return Edited(before.storage, stored.storage, None, directory, last)
 
 
 def router_stays(

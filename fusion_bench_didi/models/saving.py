@@ -70,6 +70,13 @@ def write_config(
     config = {**described(model), "backbone": backbone, "versions": versions(), **parts}
     if model.router is not None:
         config["router"] = write_router(directory, model.router)
+    write_described(directory, config, card)
+
+
+def write_described(
+    directory: Path, config: Mapping[str, Any], card: CardFacts = CardFacts()
+) -> None:
+    """Write a configuration, and the model card that tells of it."""
     (directory / "README.md").write_text(model_card(config, card))
     write_manifest(directory / CONFIG, config)
 
@@ -78,18 +85,31 @@ def described(model: Merged) -> dict[str, Any]:
     """Facts about a model, JSON-plain, without what only files know."""
     cls = type(model.backbone)
     known = {"class": f"{cls.__module__}.{cls.__qualname__}", "source": None}
-    found: dict[str, Any] = {
-        "model_class": type(model).__name__,
-        "unit_bits": model.unit_bits,
-        "backbone_bits": model.backbone_bits,
-        "backbone": {**known, **model.info.get("backbone", {})},
-        "storage": model.storage.as_dict(),
-        "info": {k: v for k, v in model.info.items() if k != "backbone"},
-        "tasks": list(model.modulators.keys()),
-    }
+    backbone = {**known, **model.info.get("backbone", {})}
+    found = accounted(model, type(model).__name__, backbone)
+    found["tasks"] = list(model.modulators.keys())
     if model.router is not None:
         found["router"] = {"kind": model.router.kind}
     return found
+
+
+def accounted(
+    held: Any, model_class: str, backbone: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a configuration says of a model in any case.
+
+    Args:
+        held: the model, or what it stores, :class:`~fusion_bench_didi.editing.stored.Stored`.
+        backbone: the entry for it.
+    """
+    return {
+        "model_class": model_class,
+        "unit_bits": held.unit_bits,
+        "backbone_bits": held.backbone_bits,
+        "backbone": backbone,
+        "storage": held.storage.as_dict(),
+        "info": {k: v for k, v in held.info.items() if k != "backbone"},
+    }
 
 
 def load(

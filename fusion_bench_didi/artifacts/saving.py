@@ -14,7 +14,6 @@ gates, WEMoE its task vectors and routers. The base model is referred to, not co
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ..checkpoint.ours import CONFIG
 from ..errors import CheckpointMismatchError
 from ..files import from_home
 from ..models.dynamic import DynamicModel
+from ..models.saving import CLASSES
 from ..task_vectors.live_models import uncompiled
 from .forms import (
     BACKBONE,
@@ -41,13 +41,6 @@ from .forms import (
     write_static,
 )
 from .host_moe import take_apart
-
-#: where the classes of dynamic models are
-_HOMES = {
-    "DiDiModel": "fusion_bench_didi.models.dynamic",
-    "DynamicModel": "fusion_bench_didi.models.dynamic",
-    "RecombinedModel": "fusion_bench_didi.recombination.model",
-}
 
 
 @dataclass(frozen=True)
@@ -137,9 +130,11 @@ def load(
     config = read_config(place)
     fields = Field(place / CONFIG, config)
     if "model_class" in config:
-        name = fields["model_class"].one_of(_HOMES)
-        cls = getattr(import_module(_HOMES[name]), name)
-        return cls.from_pretrained(place, backbone)
+        if CLASSES[fields["model_class"].one_of(CLASSES)] == "deltas":
+            return DynamicModel.from_pretrained(place, backbone)
+        from ..recombination.model import RecombinedModel
+
+        return RecombinedModel.from_pretrained(place, backbone)
     check_forms(fields, place)
     names = fields["names"].texts()
     backbones.check_entry(fields["backbone"])

@@ -13,7 +13,7 @@ from ..deltas.storage import StorageReport, account
 from ..deltas.tucker import Bases, Core
 from ..errors import DiDiError, UnknownTaskError
 from ..models.dynamic import DynamicModel
-from ..models.saving import CLASSES
+from ..models.saving import parts_of
 from ..task_vectors.tower_names import Spelling
 
 
@@ -45,9 +45,7 @@ class Stored:
         Raises:
             DiDiError: if it is made of modules in chains, which are no deltas of one task.
         """
-        names = [kind.__name__ for kind in type(model).__mro__]
-        parts = next((CLASSES[name] for name in names if name in CLASSES), None)
-        if parts != "deltas":
+        if parts_of(type(model)) != "deltas":
             raise DiDiError(
                 f"A {type(model).__name__} cannot be edited, expected a DiDiModel or DynamicModel: one backbone with deltas per "
                 "task. Edit what it was made of, and make it again."

@@ -23,8 +23,13 @@ from .model_card import CardFacts, model_card
 #: Classes of saved models, and the key under which their manifest says what is stored.
 CLASSES = {"DynamicModel": "deltas", "DiDiModel": "deltas", "RecombinedModel": "chains"}
 
-
 Model = TypeVar("Model", bound=Merged)
+
+
+def parts_of(cls: type) -> str | None:
+    """What models of a class, or of a user's own of ours, are stored as: deltas or chains; None for any other class."""
+    names = (kind.__name__ for kind in cls.__mro__)
+    return next((CLASSES[name] for name in names if name in CLASSES), None)
 
 
 def save(
@@ -208,10 +213,8 @@ def check_config(cls: type, place: Path, config: Mapping[str, Any]) -> None:
     Raises:
         CheckpointMismatchError: naming the field that does not.
     """
-    fields = Field(place / CONFIG, config)
-    own = [kind.__name__ for kind in cls.__mro__ if kind.__name__ in CLASSES]
+    fields, parts = Field(place / CONFIG, config), parts_of(cls)
     name = fields["model_class"].one_of({*CLASSES, cls.__name__})
-    parts = CLASSES[own[0]]
     if CLASSES.get(name, parts) != parts:
         raise _other_class(cls, place, config)
     fields["unit_bits"].integer(1)

@@ -65,20 +65,19 @@ def check_close(
     found: nn.Module,
     wanted: nn.Module,
     base: nn.Module,
+    under: nn.Module,
     carried: Mapping[str, Carried],
     what: str,
-    under: nn.Module | None = None,
 ) -> None:
     """Tensors must be off by no more than the report says and rounding explains; those it does not speak of, by nothing.
 
     Args:
-        under: the model that the adapter is of, where that is not ``base`` but has the shared part in it.
+        under: the model that the adapter is of: ``base``, or that with the shared part in it.
 
     Raises:
         DiDiError: naming the first that is not.
     """
-    read, expected, before = state(found), state(wanted), state(base)
-    start = before if under is None else state(under)
+    read, expected, before, start = map(state, (found, wanted, base, under))
     for name, value in expected.items():
         here = read.get(name)
         if here is None or here.shape != value.shape:

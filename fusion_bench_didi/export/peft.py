@@ -111,7 +111,7 @@ def to_peft(
             if why:
                 untried.setdefault(why, []).append(task)
             merged = found.merge_and_unload()
-            check_close(merged, wanted, before, tensors[task], what, under)
+            check_close(merged, wanted, before, under, tensors[task], what)
             del wanted, found, merged  # before there is one in float32
             if differ[task] is not None:
                 off = check_runs(applied(under, home).float(), given, what)

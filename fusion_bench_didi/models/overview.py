@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path, PurePath
 from typing import Any
 
+from ..pools.entries import PLACE
 from ..report.units import readable, storage_line
 from ..task_vectors.places import is_name
 
@@ -141,7 +142,7 @@ def tasks_of(config: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def place_of(source: Any) -> str | None:
     """Where a base model lies, of what a pool's entry may be."""
     if isinstance(source, Mapping):
-        source = source.get("pretrained_model_name_or_path")
+        source = source.get(PLACE)
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
 
 

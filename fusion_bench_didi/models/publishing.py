@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..checkpoint.hub import repository_for, upload
+from ..pools.entries import PLACE
 from .interface import Merged
 from .model_card import CardFacts
 from .overview import is_repository, place_of
@@ -67,8 +68,8 @@ def portable(info: Mapping[str, Any], base_model: str | None = None) -> dict[str
     backbone = dict(info.get("backbone", {}))
     source = backbone.get("source")
     if base_model is not None:
-        given = {"pretrained_model_name_or_path": base_model}
-        source = {**source, **given} if isinstance(source, Mapping) else base_model
+        mapping = isinstance(source, Mapping)
+        source = {**source, PLACE: base_model} if mapping else base_model
     elif not is_repository(place_of(source)):
         source = None
     parents = {

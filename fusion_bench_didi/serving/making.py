@@ -20,13 +20,13 @@ AnyBank = Union[ValueBank, MatrixBank, StoredBank, OwnBank]
 @torch.no_grad()
 @without_autocast()
 def bank_of(
-    base: Tensor | Callable[[], Tensor],
+    given: Callable[[], Tensor],
     shared: Delta | None,
     deltas: Sequence[Delta | None],
     *,
     shared_scale: float = 1.0,
-    turned: bool | None = None,
-    serving: Serving = Serving(),
+    turned: bool | None,
+    serving: Serving,
     held: Held | None = None,
     name: str = "",
     tasks: Sequence[str] = (),
@@ -34,16 +34,15 @@ def bank_of(
     """The bank of one tensor, in its data type and on its device, computed in float32.
 
     Args:
-        base: the tensor, or what gives it wherever it is at the time, for banks that keep no copy.
+        given: gives the base model's tensor wherever it is at the time; banks may keep no copy.
         shared: the change that all tasks share, counted ``shared_scale`` times for the shared model.
         deltas: per task.
         turned: for a matrix, whether (m, n) is what the backbone holds; None for a bank of values.
-        held: what is held within a limit of memory.
+        held: what is held within a limit of memory, where there is one.
         name: of the tensor.
         tasks: their names.
     """
-    current = base if callable(base) else lambda: base
-    base = current()
+    base = given()
     own = [d.applied(base) for d in deltas if isinstance(d, OwnDelta)]
     if any(value.shape != base.shape for value in own) or not base.is_floating_point():
         base = base.clone()
@@ -52,13 +51,13 @@ def bank_of(
     if turned is not None and serving.memory_limit_gb is not None:
         return StoredBank(
             name,
-            current,
+            given,
             shared,
             deltas,
             shared_scale=shared_scale,
             turned=turned,
             serving=serving,
-            held=Held(0) if held is None else held,
+            held=held,
         )
     decoded = None if shared is None else shared.decoded()
     start = base.float()

@@ -41,6 +41,7 @@ from fusion_bench_didi.method.se_merging import SEMerging
 from fusion_bench_didi.models.dynamic import DiDiModel, DynamicModel
 from fusion_bench_didi.routers.files import make_router
 from fusion_bench_didi.serving.banks import OwnBank, Serving, ValueBank
+from fusion_bench_didi.serving.held import Held
 from fusion_bench_didi.serving.making import bank_of
 
 COUNTS = {"two": 2, "six": 6, "four": 4, "again": 2}
@@ -483,7 +484,8 @@ def test_own_tensors_of_one_shape_have_per_sample_forms(shape, turned):
     base, own, other = torch.randn(shape), torch.randn(shape), torch.randn(shape)
     deltas = [OwnDelta(shape, own), None, DenseDelta(shape, other)]
     for serving in (Serving(), Serving(memory_limit_gb=0), Serving(0.0, 0)):
-        bank = bank_of(base, None, deltas, turned=turned, serving=serving)
+        options = {"turned": turned, "serving": serving, "held": Held(0)}
+        bank = bank_of(lambda: base, None, deltas, **options)
         assert not isinstance(bank, OwnBank)
         assert bank.value(0).equal(own)
         torch.testing.assert_close(bank.value(2), base + other)

@@ -481,7 +481,8 @@ def test_the_shared_part_of_a_tensor_is_decoded_once(form, turned, monkeypatch):
     for dense_above in (0.0, math.inf):
         monkeypatch.setattr(shared, decoding, counted)
         serving = Serving(dense_above, small=0)
-        bank = bank_of(base, shared, deltas, turned=turned, serving=serving)
+        options = {"turned": turned, "serving": serving}
+        bank = bank_of(lambda: base, shared, deltas, **options)
         monkeypatch.undo()
         assert times == [decoding]
         times.clear()

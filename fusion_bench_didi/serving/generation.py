@@ -67,7 +67,6 @@ def prompt_of(forward: MixedForward, call: Call) -> dict[str, Any]:
     return prompt
 
 
-@torch.no_grad()
 def generate(forward: MixedForward, mix: Mix, call: Call) -> Any:
     """Continue every prompt under its own task.
 

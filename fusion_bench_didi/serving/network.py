@@ -1,19 +1,14 @@
-"""Which per-sample form every changed layer of a backbone has, and the network that is made of these layers.
+"""Which per-sample form every changed layer of a backbone has, and the network that is made of these layers."""
 
-Changed linear layers that most architectures give one input are fused afterwards.
-"""
-
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..task_vectors.layers import is_conv1d
-from .banks import MatrixBank, OwnBank, ValueBank, side_by_side
-from .fused_linears import FusedLinears
+from .banks import MatrixBank, OwnBank
+from .fused_linears import fuse
 from .layers import (
     PerSampleEmbedding,
     PerSampleLayerNorm,
@@ -110,44 +105,3 @@ def _turn(
 @lru_cache(maxsize=None)
 def _combined(form: type, kind: type) -> type:
     return type(f"PerSample{kind.__name__}", (form, kind), {})
-
-
-#: names of neighbors that most architectures give one input; where one does not, results are the same, only slower
-FUSABLE = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-)
-
-
-def fuse(network: nn.Module) -> None:
-    """Let neighbors of a per-sample network that every task has matrices for multiply together; others stay by themselves."""
-    numbers = itertools.count()
-    for module in network.modules():
-        for names in FUSABLE:
-            layers = [getattr(module, name, None) for name in names]
-            layers = [layer for layer in layers if _fusable(layer)]
-            if len(layers) > 1 and len({_kind(l) for l in layers}) == 1:
-                _fuse(layers, next(numbers))
-
-
-def _fusable(layer: nn.Module | None) -> bool:
-    if not isinstance(layer, nn.Linear):
-        return False
-    bank = getattr(layer, "banks", {}).get("weight")
-    return isinstance(bank, MatrixBank) and bank.held
-
-
-def _kind(layer: PerSampleLinear) -> tuple:
-    return layer.in_features, layer.biases is None
-
-
-def _fuse(layers: Sequence[PerSampleLinear], number: int) -> None:
-    bank = side_by_side([layer.banks["weight"] for layer in layers])
-    biases = None
-    if layers[0].biases is not None:
-        biases = ValueBank(torch.cat([layer.biases.values for layer in layers], 1))
-    widths = [layer.out_features for layer in layers]
-    fused = FusedLinears(bank, biases, widths, number)
-    for place, layer in enumerate(layers):
-        layer.fused, layer.place = fused, place

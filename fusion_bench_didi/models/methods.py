@@ -15,7 +15,6 @@ from torch import nn
 
 from ..errors import DiDiError, UnknownTaskError
 from ..serving.calls import check_meant
-from ..serving.forward_only import forward_only
 from ..serving.generation import GENERATE, generate, generation_of, prompt_of
 from ..serving.shadow import shallow
 from .interface import Merged
@@ -118,7 +117,8 @@ def _method(model: Merged, name: str, value: Callable[..., Any]) -> Callable[...
             check_meant(value, args, task_ids, task_weights)
             if name == GENERATE:
                 return _generated(model, args, kwargs, task_ids, task_weights)
-            return _mixed(model, args, kwargs, task_ids, task_weights, name=name)
+            forward = model.mixed_for(task_weights)
+            return forward(task_ids, task_weights, args, kwargs, name)
         if model.current_task is not None:
             if name == GENERATE:
                 tasks = [model.current_task]
@@ -133,21 +133,6 @@ def _method(model: Merged, name: str, value: Callable[..., Any]) -> Callable[...
         return _generated(model, args, kwargs)
 
     return method
-
-
-@forward_only
-def _mixed(
-    model: Merged,
-    args: tuple,
-    kwargs: dict,
-    task_ids: Any,
-    task_weights: Any,
-    *,
-    name: str,
-) -> Any:
-    forward = model.mixed_for(task_weights)
-    call = forward.call(args, kwargs, name)
-    return forward.run(forward.mix(task_ids, task_weights, call), call)
 
 
 @torch.no_grad()

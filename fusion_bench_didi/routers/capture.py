@@ -94,7 +94,7 @@ def record(
         if tensors is not None:
             forward.with_tensors(tensors, call)
         elif weights is None:
-            forward.shared(*call.args, **call.kwargs)
+            forward.shared(mix, call)
         else:
             forward.run(mix, call, watched=True)
     except _Done:

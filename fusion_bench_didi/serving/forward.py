@@ -31,7 +31,7 @@ from .agreement import agree, rounded_again
 from .banks import OwnBank
 from .caches import Caches, caches_of
 from .calls import Call, media_tokens, names_of_tasks, parameter_names, towers
-from .forward_only import forward_only
+from .forward_only import check_forward_only
 from .held import Held
 from .in_place import Places
 from .layers import PerSampleLinear, UnsupportedShape
@@ -108,9 +108,13 @@ class MixedForward:
         self._agreeing: dict[Hashable, bool] = {}
         self.limit = PROBES
 
-    @forward_only
     def __call__(
-        self, task_ids: Any, task_weights: Any, args: tuple, kwargs: Mapping[str, Any]
+        self,
+        task_ids: Any,
+        task_weights: Any,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        method: str | None = None,
     ) -> Any:
         """The backbone's output, sample by sample under its own weights.
 
@@ -118,20 +122,22 @@ class MixedForward:
             task_ids: one per sample, see :func:`~.requests.task_numbers`; or None.
             task_weights: (B, T) otherwise, columns in the order of the model's tasks.
             args, kwargs: of the backbone; tensors whose first side is B are split by sample, all others shared.
+            method: of the backbone; its forward if None.
 
         Raises:
             DiDiError: for tasks of another number of samples, for outputs that cannot be told apart by sample, and where
                 gradients are asked for.
         """
-        call = self.call(args, kwargs)
-        return self.run(self.mix(task_ids, task_weights, call), call)
+        given = task_ids, task_weights, args, kwargs
+        check_forward_only(self.backbone, given)
+        with torch.no_grad():
+            call = self.call(args, kwargs, method)
+            return self.run(self.mix(task_ids, task_weights, call), call)
 
-    @forward_only
-    def shared(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the shared model, for all samples."""
-        call = self.call(args, kwargs)
+    def shared(self, mix: Mix, call: Call) -> Any:
+        """The output for a call all of whose samples are the shared model's."""
         if self.network is None or self.shared_network is None:
-            return self.run(self.mix([None] * call.size, None, call), call)
+            return self.run(mix, call)
         return self.on(self.shared_network, call)
 
     def call(

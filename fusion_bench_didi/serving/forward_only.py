@@ -1,43 +1,32 @@
 """Calls without gradients, refused where one is asked for: an optimizer passes over what was given none, and nothing would say so."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DiDiError
 from .trees import children
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 
+def check_forward_only(backbone: nn.Module, given: Any) -> None:
+    """A batch of samples of several tasks runs without gradients.
 
-def forward_only(function: Function) -> Function:
-    """A function that runs samples of several tasks under ``torch.no_grad``; its first argument holds the backbone.
+    Args:
+        given: to the call.
 
     Raises:
-        DiDiError: if something that is given, or a weight of the backbone, is to get a gradient.
+        DiDiError: if something of it, or a weight of the backbone, is to get a gradient.
     """
-
-    @functools.wraps(function)
-    def run(holder: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            _check(holder.backbone, args, kwargs)
-        with torch.no_grad():
-            return function(holder, *args, **kwargs)
-
-    return run
-
-
-def _check(backbone: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if not torch.is_grad_enabled():
+        return
     if any(p.requires_grad for p in backbone.parameters()):
         found = "the backbone (requires_grad_(True))"
         way_out = (
             "take a task's plain model, materialize(...).requires_grad_(True): a task that is set is written into the backbone anew each "
             "time, and what was trained there is lost"
         )
-    elif _asks((args, kwargs)):
+    elif _asks(given):
         found = "an input"
         way_out = "set one task at a time with set_task(...), through which they flow"
     else:

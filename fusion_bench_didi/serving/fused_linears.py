@@ -17,20 +17,17 @@ class FusedLinears:
     the first batch is compared with single tasks.
 
     Args:
-        bank: (n, m) with the columns of all layers.
-        biases: of all layers.
-        widths: columns per layer.
+        layers: with or without biases, all alike; their banks become parts of one.
         number: which fused layers of the network these are.
     """
 
-    def __init__(
-        self,
-        bank: MatrixBank,
-        biases: ValueBank | None,
-        widths: Sequence[int],
-        number: int,
-    ):
-        self.bank, self.biases, self.widths = bank, biases, list(widths)
+    def __init__(self, layers: Sequence[nn.Linear], number: int):
+        self.bank = side_by_side([layer.banks["weight"] for layer in layers])
+        self.biases: ValueBank | None = None
+        if layers[0].biases is not None:
+            biases = [layer.biases.values for layer in layers]
+            self.biases = ValueBank(torch.cat(biases, 1))
+        self.widths = [layer.out_features for layer in layers]
         self.number = number
 
     def part(self, place: int, x: Tensor, current: Pass) -> Tensor:
@@ -61,8 +58,11 @@ def fuse(network: nn.Module) -> None:
         for names in FUSABLE:
             layers = [getattr(module, name, None) for name in names]
             layers = [layer for layer in layers if _fusable(layer)]
-            if len(layers) > 1 and len({_kind(l) for l in layers}) == 1:
-                _fuse(layers, next(numbers))
+            kinds = {(layer.in_features, layer.biases is None) for layer in layers}
+            if len(layers) > 1 and len(kinds) == 1:
+                fused = FusedLinears(layers, next(numbers))
+                for place, layer in enumerate(layers):
+                    layer.fused, layer.place = fused, place
 
 
 def _fusable(layer: nn.Module | None) -> bool:
@@ -70,18 +70,3 @@ def _fusable(layer: nn.Module | None) -> bool:
         return False
     bank = getattr(layer, "banks", {}).get("weight")
     return isinstance(bank, MatrixBank) and bank.held
-
-
-def _kind(layer: nn.Linear) -> tuple:
-    return layer.in_features, layer.biases is None
-
-
-def _fuse(layers: Sequence[nn.Linear], number: int) -> None:
-    bank = side_by_side([layer.banks["weight"] for layer in layers])
-    biases = None
-    if layers[0].biases is not None:
-        biases = ValueBank(torch.cat([layer.biases.values for layer in layers], 1))
-    widths = [layer.out_features for layer in layers]
-    fused = FusedLinears(bank, biases, widths, number)
-    for place, layer in enumerate(layers):
-        layer.fused, layer.place = fused, place

@@ -341,7 +341,9 @@ def test_the_shared_model_is_the_model_of_no_task(merged):
     expected = merged(pixels, task_ids=torch.full((4,), 3)).pooler_output
     for mode in (merged.train, merged.eval):
         mode()
-        found = merged.mixed.shared(pixels).pooler_output
+        call = merged.mixed.call((pixels,), {})
+        mix = merged.mixed.mix([None] * 4, None, call)
+        found = merged.mixed.shared(mix, call).pooler_output
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -225,6 +225,5 @@ def _read_mixtures(
 READERS = {
     "static": _read_static,
     "individuals": _read_individuals,
-    "smile": _read_mixtures,
-    "wemoe": _read_mixtures,
+    **dict.fromkeys(MIXTURES, _read_mixtures),
 }

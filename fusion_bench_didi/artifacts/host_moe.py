@@ -5,7 +5,7 @@ the module that it replaces (its core), one expert per task, and a gate.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -196,7 +196,8 @@ class HostParts:
 def take_apart(model: nn.Module) -> HostParts | None:
     """The parts of a model that the host's SMILE or WEMoE returned; None for any other model."""
     for kind, mixture in MIXTURES.items():
-        found = dict(_mixtures(model, mixture.host))
+        named = model.named_modules()
+        found = {name: m for name, m in named if isinstance(m, mixture.host)}
         if not found:
             continue
         beyond, backbone = {}, {}
@@ -288,10 +289,6 @@ def host_storage(
         expert_bits=dict(zip(tasks, owned)),
         routing_bits=sum(8 * v.nbytes for v in parts.beyond.values()) - sum(owned),
     )
-
-
-def _mixtures(model: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, kind))
 
 
 def _bare(cls: type[nn.Module], **attributes: Any) -> nn.Module:

@@ -14,7 +14,7 @@ of their own.
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -37,7 +37,7 @@ from ..checkpoint.ours import CONFIG
 from ..checkpoint.stream import write_deltas
 from ..checkpoint.told import check_of_task
 from ..deltas.base import Delta
-from ..deltas.grouped import GroupedDelta
+from ..deltas.grouped import apart
 from ..errors import DiDiError, spelled
 from ..files import from_home
 from ..models.dynamic import DynamicModel
@@ -264,12 +264,10 @@ class AdapterLibrary:
             write_manifest(place / CONFIG, config)
 
     def _write_shared(self, part: str, shared: Mapping[str, Delta]) -> None:
-        try:
+        with suppress(FileExistsError):  # another process wrote the same
             with whole_directory(self.place / _SHARED / part) as place:
                 manifest = write_deltas(place, shared, {})
                 write_manifest(place / CONFIG, {"versions": versions(), **manifest})
-        except FileExistsError:  # another process wrote the same
-            pass
 
     def _entry(self) -> dict[str, Any]:
         """The library's entry for the base model.
@@ -323,17 +321,11 @@ def _written(home: Path) -> Iterator[Path]:
 
 def seen_by(stored: Stored, task: str) -> tuple[dict[str, Delta], dict[str, Delta]]:
     """A task's shared deltas and its own ones, groups taken apart."""
-    shared, expert = dict(stored.shared), {}
-    for name, delta in stored.experts[task].items():
-        if not isinstance(delta, GroupedDelta):
-            expert[name] = delta
-            continue
-        shared.pop(name, None)
-        if delta.common is not None:
-            shared[name] = delta.common
-        if delta.inner is not None:
-            expert[name] = delta.inner
-    return shared, expert
+    deltas = stored.experts[task]
+    common, own, groups = apart({task: deltas})
+    grouped = {name for group in groups.values() for name in group["tensors"]}
+    shared = {n: delta for n, delta in stored.shared.items() if n not in grouped}
+    return shared | {name: delta for (_, name), delta in common.items()}, own[task]
 
 
 def digest_of(deltas: Mapping[str, Delta], seen: Seen) -> str:

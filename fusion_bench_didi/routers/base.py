@@ -230,7 +230,7 @@ class Router(nn.Module):
     @property
     def bits(self) -> int:
         """Bits that are stored for routing."""
-        return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
+        return sum(8 * tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors that are written to the file."""

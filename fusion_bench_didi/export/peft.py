@@ -27,7 +27,7 @@ from ..models.dynamic import DynamicModel
 from ..models.task_settings import with_own_vocabulary
 from ..pools.entries import BASE
 from ..task_vectors.ties import tensor_of
-from .adapters import AdapterWriter
+from .adapters import Adapter
 from .checks import (
     SAME,
     TIED,
@@ -45,6 +45,7 @@ from .common import (
     weight_bytes,
     write_report,
 )
+from .modules import sites
 from .plain import write_checkpoint
 from .report import Carried, ExportReport
 from .settings import EIGHT_BITS, AdapterSettings
@@ -81,7 +82,7 @@ def to_peft(
     parents, grown = model.info.get("parents", {}), with_own_vocabulary(model)
     fold = settings.shared == "fold"
     under = _folded(model) if fold else before
-    writer = AdapterWriter(model, settings, before, under)
+    taking = sites(before)
     tensors: dict[str, dict[str, Carried]] = {}
     differ: dict[str, float | None] = {}
     untried: dict[str, list[str]] = {}
@@ -98,7 +99,9 @@ def to_peft(
             notes.append("the adapters name no base model: it was in memory. Name its directory or repository (base).")  # fmt: skip
         for task in asked:
             home = place / folder(task)
-            tensors[task] = writer.write(task, home, source)
+            tensors[task] = Adapter(model, task, settings, under, taking).write(
+                home, source
+            )
             if task in grown:
                 notes.append(f"{task} has a vocabulary of its own, which no adapter carries: its adapter alone is not its model; export it as a plain checkpoint.")  # fmt: skip
             elif why := _copy_own(home, of_base, companions_of(parents.get(task))):

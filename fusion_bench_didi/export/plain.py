@@ -91,17 +91,12 @@ def untied(model: nn.Module) -> dict[str, Tensor]:
 def read_again(place: Path, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a checkpoint by the model's names, of a class that translates names or computes what it does not save (tables
     of positions) as it reads them."""
-    found, wanted = read_all(place), model.state_dict()
+    found: dict[str, Tensor] = {}
+    for file in sorted(place.glob("*.safetensors")):
+        found |= load_file(file)
+    wanted = model.state_dict()
     there = {value.data_ptr() for name, value in wanted.items() if name in found}
     whole = all(value.data_ptr() in there for value in wanted.values())
     if (found.keys() <= wanted.keys() and whole) or not isinstance(model, PreTrainedModel):  # fmt: skip
         return found
     return type(model).from_pretrained(place).to(model.dtype).state_dict()
-
-
-def read_all(place: Path) -> dict[str, Tensor]:
-    """Every tensor of the safetensors files in a directory."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(place.glob("*.safetensors")):
-        found |= load_file(file)
-    return found

@@ -71,7 +71,7 @@ class BackboneWeights:
             CheckpointMismatchError: if the backbone lacks it.
             DiDiError: if something else gave it another shape, which what is written would undo.
         """
-        held = self._held(self.backbone, name)
+        held = _held(self.backbone, name)
         shape = tuple(held.shape)
         if shape != self._shapes.setdefault(name, shape):
             raise DiDiError(
@@ -124,7 +124,7 @@ class BackboneWeights:
         goes after the last one."""
         with self._switching(model):
             self.tie(model)
-            held, shape = self._held(model, name), tuple(value.shape)
+            held, shape = _held(model, name), tuple(value.shape)
             as_stated = held.shape == shape == self.shapes.sides.get(name, shape)
             if held.shape == shape and not _repeats(held):
                 held.detach().copy_(value)
@@ -163,17 +163,19 @@ class BackboneWeights:
                 self.put(self.backbone, name, self._base.pop(name))
                 self.forget_derived(self.backbone, [name])
 
-    def _held(self, model: nn.Module, name: str) -> Tensor:
-        try:
-            found = tensor_of(model, name)
-        except AttributeError:
-            found = None
-        if not isinstance(found, Tensor):
-            raise CheckpointMismatchError(
-                f"The backbone ({type(model).__name__}) has no tensor {name!r}, which the merged model changes. "
-                "Pass the base model of the merge."
-            )
-        return found
+
+def _held(model: nn.Module, name: str) -> Tensor:
+    """A tensor of the backbone or a copy of it."""
+    try:
+        found = tensor_of(model, name)
+    except AttributeError:
+        found = None
+    if not isinstance(found, Tensor):
+        raise CheckpointMismatchError(
+            f"The backbone ({type(model).__name__}) has no tensor {name!r}, which the merged model changes. "
+            "Pass the base model of the merge."
+        )
+    return found
 
 
 def _repeats(tensor: Tensor) -> bool:

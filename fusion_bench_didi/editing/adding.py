@@ -33,7 +33,7 @@ from ..pools.task_names import normalized
 from ..pools.task_settings import task_settings
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import account_of, scan
-from .facts import with_error
+from .facts import with_error, with_tasks
 from .places import Edited, Place, edited_model, target_of
 from .settings import alone
 from .sources import BesideShared, SharedBase
@@ -181,16 +181,12 @@ def joined(
     for tensor, delta in expert.items():
         if isinstance(delta, Core):
             ranks = {**ranks, tensor: min(delta.core().shape)}
-    info = dict(stored.info)
     facts = {"parents": {name: parent}, "tensors": {name: dict(fit.tensors)}, **own}
     known = {"relative_errors": fit.relative_error, "energies": fit.energy}
-    facts |= {key: {name: value} for key, value in known.items() if key in info}
-    info |= {key: {**info.get(key, {}), **added} for key, added in facts.items()}
-    if "ranks" in info:
-        experts = {**info["ranks"]["experts"], name: dict(ranks)}
-        info["ranks"] = {**info["ranks"], "experts": experts}
+    facts |= {key: {name: value} for key, value in known.items() if key in stored.info}
+    facts["ranks"] = {"experts": {name: dict(ranks)}}
     experts = {**stored.experts, name: expert}
-    info = with_error(info, experts)
+    info = with_error(with_tasks(stored.info, facts), experts)
     return replace(stored, experts=experts, info=info, routing_bits=0)
 
 

@@ -24,7 +24,7 @@ from ..files import from_home
 from ..lowrank.arithmetic import own_arithmetic
 from ..models.dynamic import DynamicModel
 from ..pools.task_names import normalized
-from .facts import BY_TASK, with_error
+from .facts import with_error, with_tasks
 from .places import (
     Edited,
     Place,
@@ -115,13 +115,15 @@ def combined(first: Stored, second: Stored) -> Stored:
         task: _beside(deltas, second.shared, labels[task], apart, first.shared)
         for task, deltas in second.experts.items()
     }
+    info = {key: fact for key, fact in first.info.items() if key not in _OF_ONE}
+    info = with_tasks(info, second.info)
     after = replace(
         first,
         shared=shared,
         experts={**first.experts, **experts},
         unit_bits=max(first.unit_bits, second.unit_bits),
         backbone_bits=max(first.backbone_bits, second.backbone_bits),
-        info=with_error(_told(first.info, second.info), [*first.tasks, *second.tasks]),
+        info=with_error(info, [*first.tasks, *second.tasks]),
         routing_bits=0,
     ).useful()
     return after.edited(
@@ -259,15 +261,3 @@ def _other_base(what: str, first: Any, second: Any) -> CheckpointMismatchError:
     return CheckpointMismatchError(
         f"{first} and {second} are not of one base model: {what}. Combine models that were merged on the same one, in one data type."
     )
-
-
-def _told(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of the first model's merge, with those of the tasks of both."""
-    info = {k: v for k, v in first.items() if k not in _OF_ONE}
-    for key in BY_TASK:
-        if key in first or key in second:
-            info[key] = {**first.get(key, {}), **second.get(key, {})}
-    if "ranks" in first:
-        experts = first["ranks"]["experts"] | second.get("ranks", {}).get("experts", {})
-        info["ranks"] = {**first["ranks"], "experts": experts}
-    return info

@@ -30,6 +30,18 @@ def of_tasks(info: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
     return with_error(info, tasks)
 
 
+def with_tasks(info: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts with those that others tell of more tasks; the rest of these is left out."""
+    info = dict(info)
+    for key in BY_TASK:
+        if key in info or key in more:
+            info[key] = {**info.get(key, {}), **more.get(key, {})}
+    if "ranks" in info:
+        experts = info["ranks"]["experts"] | more.get("ranks", {}).get("experts", {})
+        info["ranks"] = {**info["ranks"], "experts": experts}
+    return info
+
+
 def with_error(info: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
     """Facts with the relative error of these tasks together; without one where that of some task, or its energy, is not known."""
     info = {key: value for key, value in info.items() if key != "relative_error"}

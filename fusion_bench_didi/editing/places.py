@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -156,10 +156,7 @@ def target_of(
         yield None
         return
     there = check_target(target, overwrite=overwrite)
-    if not there.exists():
-        yield Target(target, overwrite, None)
-        return
-    with alone(there, named=target) as sure:
+    with alone(there, named=target) if there.exists() else nullcontext() as sure:
         yield Target(target, overwrite, sure)
 
 

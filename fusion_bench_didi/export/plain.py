@@ -1,6 +1,6 @@
 """Plain checkpoints: one ordinary model per task, as any library loads it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file

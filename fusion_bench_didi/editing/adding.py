@@ -35,7 +35,7 @@ from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import account_of, scan
 from .facts import with_error, with_tasks
 from .places import Edited, Place, edited_model, target_of
-from .settings import alone
+from .settings import of_one_task
 from .sources import BesideShared, SharedBase
 from .stored import Stored
 
@@ -86,7 +86,7 @@ def add_task(
         pool = pool_beside(model, checkpoint, name)
         vectors = open_checkpoint(pool, model, name, **wanted)
         own = task_settings(pool, model.backbone)
-        settings = alone(settings or stored.info, limit)
+        settings = of_one_task(settings or stored.info, limit)
 
         def edit(stored: Stored) -> Stored:
             start = time.perf_counter()

@@ -32,7 +32,9 @@ def merged_with(info: Mapping[str, Any], budget: Budget) -> MergeSettings:
     )
 
 
-def alone(given: MergeSettings | Mapping[str, Any], budget: Budget) -> MergeSettings:
+def of_one_task(
+    given: MergeSettings | Mapping[str, Any], budget: Budget
+) -> MergeSettings:
     """Settings for one task by itself, which shares nothing anew.
 
     Args:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import DiDiError, UnknownTaskError
 from ..serving.calls import check_meant
-from ..serving.generation import GENERATE, generate, generation_of, prompt_of
+from ..serving.generation import GENERATE, call_of, generate, prompt_of
 from ..serving.shadow import shallow
 from .interface import Merged
 from .task_settings import generation_for
@@ -146,7 +146,7 @@ def _generated(
     """Continue prompts with the settings of generation of their tasks: those given, or those that the router finds."""
     routed = task_ids is None and task_weights is None
     forward = model.mixed if routed else model.mixed_for(task_weights)
-    call = generation_of(forward, args, kwargs)
+    call = call_of(forward, args, kwargs)
     if routed:
         task_weights = model.router.route(model, **prompt_of(forward, call))
     mix = forward.mix(task_ids, task_weights, call)

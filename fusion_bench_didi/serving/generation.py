@@ -43,9 +43,7 @@ OTHERS = (
 )
 
 
-def generation_of(
-    forward: MixedForward, args: tuple, kwargs: Mapping[str, Any]
-) -> Call:
+def call_of(forward: MixedForward, args: tuple, kwargs: Mapping[str, Any]) -> Call:
     """A call of the backbone's ``generate``."""
     settings = _settings(getattr(forward.backbone, "generation_config", None))
     call = forward.call(args, kwargs, GENERATE)

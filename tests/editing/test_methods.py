@@ -15,7 +15,7 @@ from fusion_bench_didi.editing import (
     remove_task,
     rescale,
 )
-from fusion_bench_didi.editing.settings import alone, merged_with
+from fusion_bench_didi.editing.settings import merged_with, of_one_task
 from fusion_bench_didi.errors import CheckpointMismatchError, SettingsError
 from fusion_bench_didi.merging.settings import Budget, MergeSettings
 from fusion_bench_didi.method.baselines.bitdelta import BitDelta
@@ -115,7 +115,7 @@ def test_settings_of_the_merge_come_back():
 
 def test_a_task_by_itself_is_stored_as_the_others_were():
     given = MergeSettings(Budget(1.0), gain="none", normalization="matrix")
-    settings = alone(given, Budget(0.2))
+    settings = of_one_task(given, Budget(0.2))
     assert (settings.gain, settings.normalization) == ("none", "matrix")
 
 

@@ -33,15 +33,21 @@ def check_equal(found: Mapping[str, Tensor], wanted: nn.Module, what: str) -> No
         DiDiError: naming the first that is not, or that is missing.
     """
     expected = wanted.state_dict()
-    tied = {value.data_ptr() for name, value in expected.items() if name in found}
+    lacking = missing(found, expected)
     for name, value in expected.items():
-        if name not in found:
-            if value.data_ptr() not in tied:
-                raise DiDiError(f"{what} lacks {name}, so it was not kept.")
-        elif not same_bits(found[name], value):
+        if name in lacking:
+            raise DiDiError(f"{what} lacks {name}, so it was not kept.")
+        if name in found and not same_bits(found[name], value):
             raise DiDiError(
                 f"{what}: {name} is not what the merged model has, so it was not kept."
             )
+
+
+def missing(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> set[str]:
+    """Names of wanted tensors that were not found, nor were others that they are tied to."""
+    there = {value.data_ptr() for name, value in wanted.items() if name in found}
+    absent = ((n, value) for n, value in wanted.items() if n not in found)
+    return {name for name, value in absent if value.data_ptr() not in there}
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

@@ -13,7 +13,7 @@ from ..errors import some
 from ..models.dynamic import DynamicModel
 from ..models.task_settings import with_own_vocabulary
 from ..task_vectors.ties import tied_names
-from .checks import check_equal
+from .checks import check_equal, missing
 from .common import (
     asked_tasks,
     export_directory,
@@ -95,8 +95,7 @@ def read_again(place: Path, model: nn.Module) -> dict[str, Tensor]:
     for file in sorted(place.glob("*.safetensors")):
         found |= load_file(file)
     wanted = model.state_dict()
-    there = {value.data_ptr() for name, value in wanted.items() if name in found}
-    whole = all(value.data_ptr() in there for value in wanted.values())
-    if (found.keys() <= wanted.keys() and whole) or not isinstance(model, PreTrainedModel):  # fmt: skip
+    whole = found.keys() <= wanted.keys() and not missing(found, wanted)
+    if whole or not isinstance(model, PreTrainedModel):
         return found
     return type(model).from_pretrained(place).to(model.dtype).state_dict()

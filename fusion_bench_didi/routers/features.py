@@ -1,4 +1,4 @@
-"""Routers by states that layers return: what they have in common, and one with a head on the shared model's; and one that is told."""
+"""Routing by states that layers return, by a head on those of the shared model, and by being told."""
 
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -51,9 +51,8 @@ class Places:
                 for name, own in live.items()
                 if tensors[name].shape != own.shape
             }
-            weights = self._weights
-            weights.derived.forget(self._backbone, tensors, for_a_while=True)
-            with weights.shapes.following(self._backbone, others):
+            self._weights.derived.forget(self._backbone, tensors, for_a_while=True)
+            with self._weights.shapes.following(self._backbone, others):
                 yield
         finally:
             for now, own in reversed(before):

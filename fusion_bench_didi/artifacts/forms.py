@@ -172,7 +172,8 @@ def _read(
     handles = open_tensors(directory, files)
     found = {spell(name): read_header(file, name) for name, file in handles.items()}
     here = {name: header.shape for name, header in found.items()}
-    expected = {name: tuple(v.shape) for name, v in (named or found).items()}
+    asked = found if named is None else named
+    expected = {name: tuple(value.shape) for name, value in asked.items()}
     for name in own:
         if len(here.get(name, ())) == len(expected[name]):
             expected[name] = here[name]

@@ -10,6 +10,7 @@ from ..deltas.base import Delta
 from ..deltas.plain import OwnDelta
 from ..lowrank.arithmetic import without_autocast
 from ..lowrank.factors import LowRankFactors
+from ..lowrank.row_blocks import wide
 from .banks import Factors, MatrixBank, OwnBank, Serving, ValueBank, laid_out
 from .held import Held
 from .stored import StoredBank
@@ -46,8 +47,11 @@ def bank_of(
     own = [d.applied(base) for d in deltas if isinstance(d, OwnDelta)]
     if any(value.shape != base.shape for value in own) or not base.is_floating_point():
         base = base.clone()
-        found = [base if d is None else d.applied(base, shared) for d in deltas]
-        return OwnBank(name, [value.to(base) for value in (*found, base)], tasks)
+        start = base
+        if shared is not None:
+            start = wide(base) + shared_scale * shared.change()
+        found = [start if d is None else d.applied(base, shared) for d in deltas]
+        return OwnBank(name, [value.to(base) for value in (*found, start)], tasks)
     if turned is not None and serving.memory_limit_gb is not None:
         return StoredBank(
             name,

@@ -176,6 +176,13 @@ def test_classes_of_what_is_stored_are_of_a_closed_list(saved, tiny_clip, change
         load_artifact(saved, tiny_clip.base)
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_tensors_that_a_manifest_does_not_name_are_none_of_it(static, tiny_clip, left):
+    rewrite(static, lambda config: config.update(names=config["names"][:left]))
+    with pytest.raises(CheckpointMismatchError):
+        load_artifact(static, tiny_clip.base)
+
+
 def test_a_base_model_is_found_beside_the_merge(tmp_path, monkeypatch):
     base = merged_language_model(tmp_path / "merged", "base")
     monkeypatch.chdir("/")

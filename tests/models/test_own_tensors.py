@@ -494,6 +494,21 @@ def test_own_tensors_of_one_shape_have_per_sample_forms(shape, turned):
         torch.testing.assert_close(mean, (own + base) / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_what_is_shared_is_there_beside_own_tensors_of_another_shape(dtype, scale):
+    base, own = torch.randn(6, 5).to(dtype), torch.randn(4, 5)
+    shared, other = (DenseDelta((6, 5), torch.randn(6, 5)) for _ in range(2))
+    deltas = [OwnDelta((4, 5), own), None, other]
+    options = {"turned": False, "serving": Serving(), "shared_scale": scale}
+    bank = bank_of(lambda: base, shared, deltas, **options)
+    assert isinstance(bank, OwnBank)
+    assert bank.value(0).equal(own.to(dtype))
+    start = (base + scale * shared.change()).to(dtype)
+    assert bank.value(1).equal(start) and bank.value(3).equal(start)
+    assert bank.value(2).equal(other.applied(base, shared).to(dtype))
+
+
 def test_own_heads_of_one_shape_run_in_one_pass():
     class Headed(nn.Module):
         def __init__(self):

@@ -1,5 +1,8 @@
 """The projection router: where it looks by default, and directions that experts do not have."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from exact_models import GROUPED, SIDES, exact_model, llama, seeded, t5
@@ -159,3 +162,21 @@ def test_layers_that_no_task_changes_are_not_looked_at():
     assert model.router.names == ["blocks.0"]
     with pytest.raises(SettingsError, match="layers="):
         model.attach_router(make_router("projection", model.tasks, layers=["blocks.1"]))
+
+
+def test_a_router_is_of_one_model_at_a_time():
+    """It would route the samples of one by what the tasks of the other change."""
+    first = merged({"a": [EYE[:2], NONE], "b": [EYE[2:4], NONE]})
+    second = merged({"a": [EYE[4:6], NONE], "b": [EYE[6:8], NONE]})
+    router = make_router("projection", first.tasks, layers=["blocks.*"])
+    first.attach_router(router).attach_router(router)
+    with pytest.raises(SettingsError, match="deepcopy"):
+        second.attach_router(router)
+    second.attach_router(copy.deepcopy(router))
+    assert copy.deepcopy(first).router is not router is first.router
+    x = torch.randn(4, 24)
+    kept = router.features(first, x)
+    assert not torch.equal(kept, second.router.features(second, x))
+    assert torch.equal(kept, pickle.loads(pickle.dumps(router)).features(first, x))
+    first.attach_router(None)
+    second.attach_router(router)

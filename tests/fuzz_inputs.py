@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusion_bench_didi.artifacts import load_artifact
 from fusion_bench_didi.models.dynamic import DynamicModel
-from fusion_bench_didi.pools.weight_files import open_weights
+from fusion_bench_didi.pools.weight_files import WeightFiles
 from fusion_bench_didi.programs.entries import Entry
 from fusion_bench_didi.programs.entry_run import summary
 from fusion_bench_didi.programs.results import assemble, blank_row
@@ -61,7 +61,7 @@ def write_float8(place: Path) -> None:
 
 
 def read_weights(place: Path) -> None:
-    source = open_weights(place, "task")
+    source = WeightFiles(place, "task").open()
     if source is not None:
         for name in source.infos().keys() - source.faults.keys():
             source.read(name)

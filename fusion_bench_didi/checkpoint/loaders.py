@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers.utils import cached_file
 
@@ -23,14 +22,13 @@ from ..files import from_home
 from ..pools.configurations import COMPUTED
 from ..pools.entries import OF_MACHINE, PLACE
 from ..pools.weight_files import (
-    Weights,
+    WeightFiles,
+    beside,
     check_configured,
-    check_counts,
-    check_unmerged,
     index_files,
-    open_weights,
     pairs,
 )
+from ..task_vectors.places import is_name
 from ..task_vectors.tower_names import fill
 
 #: Classes of the host that its model pools load by ``from_pretrained``.
@@ -120,8 +118,8 @@ def load(
         make = _loader(given.pop("_target_", f"{class_name}.from_pretrained"))
         arguments = _ready(_arguments(given), directory, dtype)
         if weights := _weights(arguments):
-            check_unmerged(*weights[:2])
-            check_counts(*weights)
+            weights.check_unmerged()
+            weights.check_counts()
         inside = arguments.get("subfolder", "")
         check_configured(Path(arguments[PLACE]), inside, "the backbone")
         model, found = make(**arguments, output_loading_info=True)
@@ -133,7 +131,7 @@ def load(
         ) from error
     other = (k if isinstance(k, str) else k[0] for k in found["mismatched_keys"])
     fresh = frozenset((*found["missing_keys"], *other))
-    if weights and fresh and fill(model, open_weights(*weights)):
+    if weights and fresh and fill(model, weights.open()):
         return model, frozenset()
     return model, fresh
 
@@ -288,12 +286,10 @@ def place_of(source: str, directory: Path) -> str:
     for path in (directory / source, from_home(source)):
         if path.is_dir():
             return str(path.absolute())
-    try:
-        validate_repo_id(source)
-    except HFValidationError as error:
+    if not is_name(source, owned=False):
         raise DiDiError(
             f"The backbone lay in {source!r}, where no directory is any more. {_way_out()}"
-        ) from error
+        )
     return source
 
 
@@ -330,15 +326,15 @@ def _check_files(
 
 def _beside(name: Any) -> bool:
     """Whether the value names a file in the same directory."""
-    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+    return isinstance(name, str) and beside(name)
 
 
-def _weights(arguments: Mapping[str, Any]) -> tuple[Path, str, Weights] | None:
-    """Where the weight files of what is loaded lie, its label, and which of them are asked for."""
+def _weights(arguments: Mapping[str, Any]) -> WeightFiles | None:
+    """The weight files of what is loaded; None where there is no configuration beside them."""
     asked = {key: arguments.get(key) for key in ("variant", "use_safetensors")}
     inside, revision = arguments.get("subfolder", ""), arguments.get("revision")
     file = _file_of(arguments[PLACE], "config.json", inside, revision)
-    return file and (Path(file).parent, "the backbone", Weights(**asked))
+    return file and WeightFiles(Path(file).parent, "the backbone", **asked)
 
 
 def _file_of(place: str, name: str, subfolder: str, revision: str | None) -> str | None:

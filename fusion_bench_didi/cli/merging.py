@@ -212,7 +212,7 @@ def _architecture(place: str) -> str | None:
     """
     from transformers import AutoConfig
 
-    from ..pools.weight_files import check_counts, check_unmerged
+    from ..pools.weight_files import WeightFiles
     from ..task_vectors.file_sources import read_settings
     from ..task_vectors.places import check_place, check_to_be_had
 
@@ -223,8 +223,8 @@ def _architecture(place: str) -> str | None:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{place} is no model: it holds no config.json.")
         read_settings(path / "config.json", path.name, "the configuration of a model")
-        check_unmerged(path, path.name)
-        check_counts(path, path.name)
+        WeightFiles(path, path.name).check_unmerged()
+        WeightFiles(path, path.name).check_counts()
     else:
         check_to_be_had(place)
     try:

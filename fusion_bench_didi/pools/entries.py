@@ -21,13 +21,7 @@ from ..task_vectors.places import check_place
 from ..task_vectors.tower_names import fill, is_tower
 from .carried import CARRIED
 from .configurations import COMPUTED
-from .weight_files import (
-    Weights,
-    check_configured,
-    check_counts,
-    check_unmerged,
-    open_weights,
-)
+from .weight_files import WeightFiles, check_configured
 
 BASE = "_pretrained_"
 PLACE, TARGET = "pretrained_model_name_or_path", "_target_"
@@ -54,8 +48,8 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
         modelpool._models = {**modelpool._models, name: whole}
     check_instantiable(modelpool, name)
     if home := home_of(modelpool, name):
-        check_unmerged(*home[:2])
-        check_counts(*home)
+        home.check_unmerged()
+        home.check_counts()
     try:
         if name == BASE:
             model = modelpool.load_pretrained_model()
@@ -76,7 +70,7 @@ def load_model(modelpool: BaseModelPool, name: str) -> nn.Module:
     model = uncompiled(model)
     check_values(model, repr(name))
     if home and is_tower(model):
-        fill(model, open_weights(*home))
+        fill(model, home.open())
     return model
 
 
@@ -125,20 +119,26 @@ def adapter_directory(modelpool: BaseModelPool, name: str) -> Path | None:
     return directory if directory and (directory / CONFIG).is_file() else None
 
 
-def home_of(modelpool: BaseModelPool, name: str) -> tuple[Path, str, Weights] | None:
-    """Where weights and settings of an entry lie, its name, and which weights are asked for; None where only the host knows."""
+def home_of(modelpool: BaseModelPool, name: str) -> WeightFiles | None:
+    """The weights that an entry asks for, and the settings beside them; None where only the host knows where they lie."""
     directory = directory_of(modelpool, name)
     if directory is None:
         return None
-    _, inside, weights = asked(modelpool, name)
-    return directory / inside, name, weights
+    entry = _arguments(modelpool, name)
+    inside, *which = map(entry.get, ("subfolder", "variant", "use_safetensors"))
+    return WeightFiles(directory / (inside or ""), name, *which)
 
 
 def directory_of(modelpool: BaseModelPool, name: str) -> Path | None:
+    """Where the repository of an entry lies; None where only the host knows.
+
+    Raises:
+        ModelPoolError: for an entry without a place, and one whose place cannot be had.
+    """
     found = asked(modelpool, name)
     if found is None:
         return None
-    repo, *_ = found
+    repo, _ = found
     if not repo or not isinstance(repo, (str, os.PathLike)):
         raise ModelPoolError(
             f"{name!r} has {PLACE}={repo!r}, expected a directory or a name on the hub. Mend its entry in the pool."
@@ -224,20 +224,19 @@ def configuration_of(modelpool: BaseModelPool, name: str) -> Any:
     if isinstance(entry, nn.Module):
         return getattr(entry, "config", None)
     home = home_of(modelpool, name)
-    if home is None or not (file := home[0] / "config.json").is_file():
+    if home is None or not (file := home.directory / "config.json").is_file():
         return None
-    check_counts(*home)
+    home.check_counts()
     arguments = _arguments(modelpool, name)
     added = {key: value for key, value in arguments.items() if key in _CONFIGURED}
     return read_settings(file, name, "a model's configuration") | added
 
 
-def asked(modelpool: BaseModelPool, name: str) -> tuple[Any, str, Weights] | None:
-    """Repository of an entry, the folder in it, and which weights; None where only the host knows."""
+def asked(modelpool: BaseModelPool, name: str) -> tuple[Any, str] | None:
+    """Repository of an entry, and the folder in it; None where only the host knows."""
     entry = _arguments(modelpool, name)
     if entry is None or set(entry) - _HARMLESS - _KNOWN - _CONFIGURED:
         return None
     if not str(entry.get(TARGET, ".from_pretrained")).endswith(".from_pretrained"):
         return None
-    weights = Weights(entry.get("variant"), entry.get("use_safetensors"))
-    return entry.get(PLACE), entry.get("subfolder") or "", weights
+    return entry.get(PLACE), entry.get("subfolder") or ""

@@ -53,7 +53,6 @@ from .live_modules import check_modules
 from .names_in_memory import Names, apart, as_loaded, check_read, tied_as
 from .other_bases import tell_of_other_bases
 from .task_names import normalized
-from .weight_files import check_counts, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -378,7 +377,7 @@ def _file_source(
         return source
     if computed_on_loading(list(source.infos()), names.module):
         return None
-    return as_loaded(source, names, home_of(modelpool, name)[0])
+    return as_loaded(source, names, home_of(modelpool, name).directory)
 
 
 def _opened(modelpool: BaseModelPool, name: str) -> TensorSource | None:
@@ -386,5 +385,5 @@ def _opened(modelpool: BaseModelPool, name: str) -> TensorSource | None:
     home = None if has_own_loader(modelpool) else home_of(modelpool, name)
     if home is None:
         return None
-    check_counts(*home)  # before a class reads the configuration
-    return open_weights(*home)
+    home.check_counts()  # before a class reads the configuration
+    return home.open()

@@ -100,7 +100,7 @@ def _generation_config(
     home, config = home_of(modelpool, name), configuration_of(modelpool, name)
     if home is None or config is None:
         return None
-    if (file := home[0] / FILE).is_file():
+    if (file := home.directory / FILE).is_file():
         told = read_settings(file, name, "settings of generation")
         return GenerationConfig.from_dict(told)
     read = as_class(type(backbone.config), config)

@@ -33,62 +33,92 @@ _LABELS, _MANY_LABELS = "num_labels", 2**17
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Which weights of a directory are asked for.
+class WeightFiles:
+    """The weights of a ``save_pretrained`` directory, and what its ``config.json`` says of them.
 
     Args:
+        label: of the model, for messages.
         variant: ``fp16`` for ``model.fp16.safetensors``.
         use_safetensors: True or False allow only safetensors or only pickles.
     """
 
+    directory: Path
+    label: str
     variant: str | None = None
     use_safetensors: bool | None = None
 
+    def open(self) -> TensorSource | None:
+        """The tensors; None where the host would look for something else.
 
-def open_weights(
-    directory: Path, label: str, weights: Weights = Weights()
-) -> TensorSource | None:
-    """The weights of a ``save_pretrained`` directory; None where the host would look for something else.
+        ``model.safetensors`` comes before an index of shards, which an earlier save may have left there, and safetensors
+        come before pickles.
 
-    ``model.safetensors`` comes before an index of shards, which an earlier save may have left there, and safetensors come
-    before pickles.
-
-    Raises:
-        CheckpointMismatchError: for a broken file or index.
-        ModelPoolError: for a merged model.
-    """
-    check_unmerged(directory, label)
-    config = _configuration(directory, label)
-    if config.get("transformers_weights"):
+        Raises:
+            CheckpointMismatchError: for a broken file or index.
+            ModelPoolError: for a merged model.
+        """
+        self.check_unmerged()
+        config = self._configuration()
+        if config.get("transformers_weights"):
+            return None
+        for stem, ending, kind, ruled_out_by in _KINDS:
+            if self.use_safetensors is ruled_out_by:
+                continue
+            names = _named(stem, ending, self.variant)
+            single, index = (self.directory / name for name in names)
+            if single.exists():
+                return Float8Source.over(kind([single], self.label), config)
+            if index.exists():
+                return Float8Source.over(_sharded(kind, index, self.label), config)
         return None
-    for stem, ending, kind, ruled_out_by in _KINDS:
-        if weights.use_safetensors is ruled_out_by:
-            continue
-        names = _named(stem, ending, weights.variant)
-        single, index = (directory / name for name in names)
-        if single.exists():
-            return Float8Source.over(kind([single], label), config)
-        if index.exists():
-            return Float8Source.over(_sharded(kind, index, label), config)
-    return None
 
+    def check_unmerged(self) -> None:
+        """What is to be merged, or stands under a merge, must be a model, and no merged one of this package.
 
-def check_unmerged(directory: Path, label: str) -> None:
-    """What is to be merged, or stands under a merge, must be a model, and no merged one of this package.
+        Raises:
+            ModelPoolError: if it is merged.
+            CheckpointMismatchError: if the configuration is no JSON.
+        """
+        if is_marked(self._configuration()):
+            raise ModelPoolError(
+                f"{self.label}: {self.directory} is a merged model of this package, which holds changes of a base model and no model of "
+                f"its own. Write a task of it as a checkpoint first (didi export {self.directory} OUT --form plain, or "
+                "materialize(task).save_pretrained(OUT) in Python), or give what it was merged from."
+            )
 
-    Args:
-        label: of the model, for messages.
+    def check_counts(self) -> None:
+        """A configuration asks for no more layers than there are tensors beside it, nor for many more classes than any of them has rows.
 
-    Raises:
-        ModelPoolError: if it is merged.
-        CheckpointMismatchError: if the configuration is no JSON.
-    """
-    if is_marked(_configuration(directory, label)):
-        raise ModelPoolError(
-            f"{label}: {directory} is a merged model of this package, which holds changes of a base model and no model of its own. "
-            f"Write a task of it as a checkpoint first (didi export {directory} OUT --form plain, or "
-            "materialize(task).save_pretrained(OUT) in Python), or give what it was merged from."
-        )
+        Raises:
+            CheckpointMismatchError: naming file and setting; if the configuration is no JSON.
+        """
+        asked = {
+            key: value
+            for key, value in pairs(self._configuration())
+            if type(value) is int and value > _most(key)
+        }
+        source = self.open() if asked else None
+        if source is None:
+            return
+        shapes = [info.shape for info in source.infos().values()]
+        for key, value in asked.items():
+            found, what = len(shapes), f"are {len(shapes)} tensors"
+            if key == _LABELS:
+                found = max((shape[0] for shape in shapes if shape), default=0)
+                what = f"have {found} rows at most"
+            if value > found:
+                raise CheckpointMismatchError(
+                    f"{self.label}: {self.directory / 'config.json'} says {key}={value}, while the weights beside it {what}. Mend the "
+                    "configuration, or download it again."
+                )
+
+    def _configuration(self) -> Mapping[str, Any]:
+        """What a configuration says, if there is one."""
+        file = self.directory / "config.json"
+        if not file.is_file():
+            return {}
+        found = read_json(file, self.label, "the configuration of a model")
+        return found if isinstance(found, Mapping) else {}
 
 
 def check_configured(place: Path, inside: str, label: str) -> None:
@@ -111,37 +141,6 @@ def check_configured(place: Path, inside: str, label: str) -> None:
         )
 
 
-def check_counts(directory: Path, label: str, weights: Weights = Weights()) -> None:
-    """A configuration asks for no more layers than there are tensors beside it, nor for many more classes than any of them has rows.
-
-    Args:
-        label: of the model, for messages.
-        weights: that are asked for.
-
-    Raises:
-        CheckpointMismatchError: naming file and setting; if the configuration is no JSON.
-    """
-    asked = {
-        key: value
-        for key, value in pairs(_configuration(directory, label))
-        if type(value) is int and value > _most(key)
-    }
-    source = open_weights(directory, label, weights) if asked else None
-    if source is None:
-        return
-    shapes = [info.shape for info in source.infos().values()]
-    for key, value in asked.items():
-        found, what = len(shapes), f"are {len(shapes)} tensors"
-        if key == _LABELS:
-            found = max((shape[0] for shape in shapes if shape), default=0)
-            what = f"have {found} rows at most"
-        if value > found:
-            raise CheckpointMismatchError(
-                f"{label}: {directory / 'config.json'} says {key}={value}, while the weights beside it {what}. Mend the "
-                "configuration, or download it again."
-            )
-
-
 def _most(key: str) -> float:
     """Up to which value a setting is nobody's concern here."""
     if key == _LABELS:
@@ -161,15 +160,6 @@ def pairs(value: Any) -> Iterator[tuple[str, Any]]:
             left += value
 
 
-def _configuration(directory: Path, label: str) -> Mapping[str, Any]:
-    """What a configuration says, if there is one."""
-    file = directory / "config.json"
-    if not file.is_file():
-        return {}
-    found = read_json(file, label, "the configuration of a model")
-    return found if isinstance(found, Mapping) else {}
-
-
 def index_files(variant: str | None = None) -> list[str]:
     """Names of the indices of shards."""
     return [_named(stem, ending, variant)[1] for stem, ending, *_ in _KINDS]
@@ -179,6 +169,11 @@ def _named(stem: str, ending: str, variant: str | None) -> tuple[str, str]:
     """Names of a single file, and of the index of shards."""
     middle = f".{variant}" if variant else ""
     return f"{stem}{middle}.{ending}", f"{stem}.{ending}.index{middle}.json"
+
+
+def beside(name: str) -> bool:
+    """Whether a name is that of a file in the same directory."""
+    return Path(name).name == name and name not in ("", "..")
 
 
 def _sharded(
@@ -203,11 +198,7 @@ def _indexed(index: Path, label: str) -> tuple[set[str], list[Path]]:
             f"{label}: {index} is not an index of shards (it has no weight_map). Download or write it again."
         )
     shards = sorted({str(name) for name in names.values()})
-    outside = [
-        name
-        for name in shards
-        if Path(name).name != name or name in ("", "..") or not name.isprintable()
-    ]
+    outside = [name for name in shards if not (beside(name) and name.isprintable())]
     if outside:
         raise CheckpointMismatchError(
             f"{label}: {index} names {outside[0]!r}, expected files beside it. Download it again, from a source that you trust."

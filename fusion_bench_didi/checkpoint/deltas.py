@@ -5,7 +5,6 @@ of the files: a damaged file is refused. Files of format 1 have no checksum and 
 """
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -84,16 +83,14 @@ def entries_of(manifest: Field) -> list[Entry]:
         task, tensor, key = field["task"], field["tensor"].text(), field["key"].text()
         owner = None if task.value is None else task.one_of(tasks)
         group = field["group"].one_of(groups) if "group" in field else None
-        if group is not None and (owner, tensor in groups[group]["tensors"]) != (
-            None,
-            True,
-        ):
-            field.fail("what a group shares of one of its tensors")
+        if group is not None:
+            if owner is not None or tensor not in groups[group]["tensors"]:
+                field.fail("what a group shares of one of its tensors")
         if (owner, group, tensor) in places or key in keys:
             field.fail("every tensor of a task once, under a key of its own")
         places.add((owner, group, tensor))
         keys.add(key)
-        entries.append(replace(_entry(field, owner, tensor, key), group=group))
+        entries.append(_entry(field, owner, group, tensor, key))
     return entries
 
 
@@ -115,11 +112,12 @@ def _groups(manifest: Field, tasks: list[str]) -> dict[str, dict[str, list[str]]
     return found
 
 
-def _entry(field: Field, task: str | None, tensor: str, key: str) -> Entry:
+def _entry(
+    field: Field, task: str | None, group: str | None, tensor: str, key: str
+) -> Entry:
     kind, shape = field["kind"].one_of(FORMS), field["shape"].shape()
-    form = FORMS[kind]
-    if len(shape) < form.dims:
-        field["shape"].fail(f"{form.dims} sides at least for {kind}")
+    if len(shape) < (dims := FORMS[kind].dims):
+        field["shape"].fail(f"{dims} sides at least for {kind}")
     if kind in (NEVER_SHARED if task is None else NEVER_OF_A_TASK):
         field["kind"].fail(f"a form for {'the shared part' if task is None else task}")
     without: list[str] = []
@@ -127,8 +125,8 @@ def _entry(field: Field, task: str | None, tensor: str, key: str) -> Entry:
         without = field["without"].texts()
         if not set(without) <= set(KINDS[kind].optional):
             field["without"].fail(f"some of {list(KINDS[kind].optional)}")
-    options = options_of(field["options"], form)
-    return Entry(task, tensor, kind, shape, key, options, frozenset(without))
+    options = options_of(field["options"], kind)
+    return Entry(task, tensor, kind, shape, key, options, frozenset(without), group)
 
 
 def read_deltas(

@@ -16,21 +16,20 @@ from torch import Tensor
 from ..deltas.banded import BANDS
 from ..deltas.base import Delta
 from ..deltas.entries import CODE_WIDTHS
+from ..deltas.kinds import KINDS
 from ..deltas.masks import SparseDelta, unpack_bits
 from ..deltas.plain import OwnDelta
 from ..deltas.tucker import Bases, BasesDelta, Core, CoreDelta, RoundedCoreDelta
 from ..errors import CheckpointMismatchError
 from ..quantization.codes import WIDTHS, packed_size
+from ..task_vectors.file_sources import DTYPES
 from .fields import Field
 
 #: safetensors' names of the types that factors and values may have
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _FLOATS_OF = {16: ("F16", "BF16"), 32: ("F32",), 64: ("F64",)}
 #: all types that are stored; only a task's own tensors are of the others
-TYPES = FLOATS + (
-    *("I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL", "C64"),
-    *("F8_E4M3FNUZ", "F8_E5M2FNUZ"),
-)
+TYPES = tuple(DTYPES)
 
 
 @dataclass(frozen=True)
@@ -83,18 +82,16 @@ Expected = dict[str, Part]
 
 @dataclass(frozen=True)
 class Form:
-    """Expected parts, least dimensions and options of a stored form.
+    """Expected parts and least dimensions of a stored form.
 
     Args:
         expected: types and shape of each part; ranks are those of the parts that are there.
         dims: smallest number of sides of the tensor.
-        options: names of its constructor arguments, with what they may be.
         pairs: parts that are there or not together.
     """
 
     expected: Callable[[Entry, Found], Expected]
     dims: int = 1
-    options: tuple[str, ...] = ()
     pairs: tuple[tuple[str, ...], ...] = ()
 
 
@@ -251,35 +248,34 @@ FORMS: dict[str, Form] = {
     "own": Form(_own, dims=0),
     "low_rank": Form(_low_rank),
     "spectral": Form(_spectral),
-    "rounded_low_rank": Form(_rounded_low_rank, options=("bits",)),
-    "rounded_dense": Form(_rounded_dense, dims=0, options=("bits",)),
+    "rounded_low_rank": Form(_rounded_low_rank),
+    "rounded_dense": Form(_rounded_dense, dims=0),
     "affine8": Form(_affine, dims=0),
     "masked": Form(_masked, dims=0),
     "signed": Form(_signed),
     "sparse": Form(_sparse, dims=0),
-    "uniform": Form(_uniform, dims=0, options=("width",)),
-    "scattered": Form(_scattered, dims=0, options=("width",)),
-    "seeded": Form(_some_values, dims=0, options=("width", "seed", "keep")),
+    "uniform": Form(_uniform, dims=0),
+    "scattered": Form(_scattered, dims=0),
+    "seeded": Form(_some_values, dims=0),
     "banded_low_rank": Form(_banded),
     "coded": Form(_coded, dims=0),
     "coded_low_rank": Form(_coded_low_rank),
     "lossless": Form(_lossless, dims=0),
     "bases": Form(_bases),
     "rounded_bases": Form(
-        _rounded_bases,
-        options=("bits",),
-        pairs=(("up", "up_scale"), ("down", "down_scale")),
+        _rounded_bases, pairs=(("up", "up_scale"), ("down", "down_scale"))
     ),
     "core": Form(_core),
-    "rounded_core": Form(_rounded_core, options=("bits", "columns")),
+    "rounded_core": Form(_rounded_core),
 }
 
 
-def options_of(field: Field, form: Form) -> dict[str, int]:
-    """The constructor arguments of a form."""
-    if sorted(field.mapping()) != sorted(form.options):
-        field.fail(f"exactly {list(form.options)}")
-    found = {name: field[name].integer(1) for name in form.options}
+def options_of(field: Field, kind: str) -> dict[str, int]:
+    """The constructor arguments of a form beside shape and tensors."""
+    names = list(KINDS[kind].numbers)
+    if sorted(field.mapping()) != sorted(names):
+        field.fail(f"exactly {names}")
+    found = {name: field[name].integer(1) for name in names}
     if found.get("bits", WIDTHS[0]) not in WIDTHS:
         field["bits"].fail(f"one of {WIDTHS}")
     if found.get("width", 8) not in (*CODE_WIDTHS, *_FLOATS_OF):

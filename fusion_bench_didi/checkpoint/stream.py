@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..deltas.base import Delta
 from ..deltas.grouped import apart
-from ..deltas.sink import EncodedTensor, Experts, Shared
+from ..deltas.sink import EncodedTensor, Experts, Shared, batched
 from ..distributed.ranks import ALONE, Ranks
 from ..files import file_digest
 from .deltas import GROUPED, entry_of, read_deltas, written_by
@@ -31,7 +31,6 @@ from .tensors import independent
 SHARD_BYTES = 2**27
 #: Shards of a model that is in memory anyway.
 MAX_SHARD = 5 * 10**9
-Item = TypeVar("Item")
 #: The file of weights, and what says where each tensor is if there are several.
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -115,8 +114,8 @@ class DeltaWriter:
             files = {piece.file.name: piece.digest for piece in pieces if piece.file}
             self.manifest = _manifest(self._tasks, entries, files)
             return read_deltas(self._journal.path, self.manifest, verify=False)
-        sizes = [piece.size for piece in pieces if piece.file]
-        shards = _cut([p for p in pieces if p.file], sizes, SHARD_BYTES)
+        stored = [piece for piece in pieces if piece.file]
+        shards = batched(stored, lambda piece: piece.size, SHARD_BYTES)
         names = _names(len(shards))
         mine = list(zip(names, shards))[ranks.rank :: ranks.size]
         digests = ranks.gathered({name: self._shard(name, s) for name, s in mine})
@@ -124,7 +123,8 @@ class DeltaWriter:
         self.manifest = _manifest(self._tasks, entries, files)
         if ranks.leads:
             keys = [[key for piece in shard for key in piece.keys] for shard in shards]
-            _write_index(self._directory, names, keys, sum(sizes))
+            total = sum(piece.size for piece in stored)
+            _write_index(self._directory, names, keys, total)
         return read_deltas(self._directory, self.manifest, verify=False)
 
     def _shard(self, name: str, pieces: Sequence[Piece]) -> str:
@@ -155,15 +155,15 @@ def write_deltas(
     deltas += [(None, name, delta, label) for (label, name), delta in common.items()]
     for task, some in own.items():
         deltas += [(task, name, delta) for name, delta in some.items()]
-    sizes = [sum(t.nbytes for t in d.tensors().values()) for _, _, d, *_ in deltas]
-    shards = _cut(deltas, sizes, MAX_SHARD)
+    shards = batched(deltas, lambda one: one[2].bits // 8, MAX_SHARD)
     names, digests, keys, entries = _names(len(shards)), {}, [], []
     for name, shard in zip(names, shards):
         told, tensors = _listed(shard)
         entries += told
         keys.append(list(tensors))
         digests[name] = _write(directory / name, tensors)
-    _write_index(directory, names, keys, sum(sizes))
+    total = sum(delta.bits for _, _, delta, *_ in deltas) // 8
+    _write_index(directory, names, keys, total)
     manifest = _manifest(list(experts), entries, digests)
     return {**manifest, **({"groups": groups, "format": GROUPED} if groups else {})}
 
@@ -186,19 +186,6 @@ def _listed(
             places.add(value.data_ptr())
             tensors[f"{entry['key']}.{part}"] = value
     return entries, tensors
-
-
-def _cut(items: Sequence[Item], sizes: Sequence[int], most: int) -> list[list[Item]]:
-    """Shards, each full as soon as it holds so many bytes."""
-    shards: list[list[Item]] = []
-    held = most
-    for item, size in zip(items, sizes):
-        if held >= most:
-            shards.append([])
-            held = 0
-        shards[-1].append(item)
-        held += size
-    return shards
 
 
 def _names(count: int) -> list[str]:

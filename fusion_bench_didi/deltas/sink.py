@@ -1,16 +1,17 @@
 """The unit in which encoded tensors pass from a form to memory, files, account and report."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from ..distributed.ranks import ALONE, Ranks
 from .base import Delta
 
-#: Bits of deltas that ranks exchange at once.
+#: Bits of deltas that ranks exchange at once, so that no exchange takes much memory.
 BATCH_BITS = 2**30
+Item = TypeVar("Item")
 
 Shared = Mapping[str, Delta]
 Experts = Mapping[str, Mapping[str, Delta]]
@@ -95,7 +96,7 @@ class InMemory:
     def _of_all(self, ranks: Ranks) -> dict[str, EncodedTensor]:
         if ranks.size == 1:
             return self._taken
-        batches = batched(self._taken.values())
+        batches = batched(self._taken.values(), _bits, BATCH_BITS)
         found = {}
         for turn in range(max(ranks.gather(len(batches)))):
             for some in ranks.gather(batches[turn] if turn < len(batches) else []):
@@ -103,15 +104,21 @@ class InMemory:
         return found
 
 
-def batched(tensors: Iterable[EncodedTensor]) -> list[list[EncodedTensor]]:
-    """Groups of about :data:`BATCH_BITS`, so that no exchange takes much memory."""
-    found: list[list[EncodedTensor]] = []
+def batched(
+    items: Iterable[Item], size: Callable[[Item], int], most: int
+) -> list[list[Item]]:
+    """Items in order in groups, each full as soon as it is of so much."""
+    found: list[list[Item]] = []
     left = 0
-    for tensor in tensors:
+    for item in items:
         if left <= 0:
             found.append([])
-            left = BATCH_BITS
-        found[-1].append(tensor)
-        deltas = (tensor.shared, *tensor.experts)
-        left -= sum(delta.bits for delta in deltas if delta is not None)
+            left = most
+        found[-1].append(item)
+        left -= size(item)
     return found
+
+
+def _bits(tensor: EncodedTensor) -> int:
+    deltas = (tensor.shared, *tensor.experts)
+    return sum(delta.bits for delta in deltas if delta is not None)

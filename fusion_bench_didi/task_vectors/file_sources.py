@@ -20,17 +20,14 @@ MAPPED_BYTES = 2**25
 #: What a tensor may map beyond itself: systems cache files in pages of up to this size, and map them whole.
 PAGE_BYTES = 2**21
 
-#: safetensors' names of types
-_DTYPES = {
+#: Types that files hold, by safetensors' names.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -40,12 +37,14 @@ _DTYPES = {
     "U32": torch.uint32,
     "U64": torch.uint64,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
-#: Types that files hold.
-STORED = frozenset(_DTYPES.values())
+STORED = frozenset(DTYPES.values())
 #: Powers of two, the scales of other float8; None where torch does not have them.
 E8M0 = getattr(torch, "float8_e8m0fnu", None)
-_READ = {**_DTYPES, "F8_E8M0": E8M0}
+_READ = {**DTYPES, "F8_E8M0": E8M0}
 
 
 #: Bytes by which the tensors of a pickle may say that they are larger than what is stored of them.

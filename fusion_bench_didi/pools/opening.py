@@ -285,7 +285,7 @@ def needed_apart(
 
 
 def base_of(
-    modelpool: BaseModelPool, backbone: nn.Module | None = None
+    modelpool: BaseModelPool, backbone: nn.Module | None
 ) -> tuple[TensorSource, dict[str, TensorInfo], frozenset[str]]:
     """The base model's tensors.
 
@@ -327,7 +327,7 @@ def adapter_source(
     name: str,
     base: TensorSource,
     known: Mapping[str, TensorInfo],
-    names: Names | None = None,
+    names: Names | None,
 ) -> AdapterSource | None:
     """The adapter behind a pool entry, or None if it is something else.
 
@@ -354,9 +354,15 @@ def _adapter(
     values: Values,
 ) -> AdapterSource:
     """An adapter of a base model in memory."""
-    turned, layout = fan_in_first(backbone), partial(rearranged, model=backbone)
-    unlike = partial(_unlike_peft, backbone)
-    return AdapterSource.of_directory(directory, label, known, turned, layout, values, unlike)  # fmt: skip
+    return AdapterSource.of_directory(
+        directory,
+        label,
+        known,
+        fan_in_first=fan_in_first(backbone),
+        layout=partial(rearranged, model=backbone),
+        values=values,
+        unlike=partial(_unlike_peft, backbone),
+    )
 
 
 def _unlike_peft(backbone: nn.Module, weight: str) -> str:

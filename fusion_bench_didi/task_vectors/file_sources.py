@@ -58,21 +58,14 @@ class FilesSource(TensorSource):
         self.label = label
         self._files: dict[str, Path] = {}
         self._infos: dict[str, TensorInfo] = {}
-        self._watched = Watched(label)
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
+        self.watched = Watched(label)
 
     def _glimpsed(self) -> list[str]:
-        return self._watched.glimpses
+        return self.watched.glimpses
 
     @property
     def identity(self) -> dict[str, str]:
-        return self._watched.identity
-
-    @property
-    def watched(self) -> Watched:
-        return self._watched
+        return self.watched.identity
 
 
 class SafetensorsSource(FilesSource):
@@ -89,7 +82,7 @@ class SafetensorsSource(FilesSource):
         self._open: dict[Path, Any] = {}
         self._served, self._touched = 0, set[Path]()
         for file in files:
-            self._watched.opened(file)
+            self.watched.opened(file)
             handle = self._open[file] = self._mapped(file)
             for name in handle.keys():
                 view, self._files[name] = handle.get_slice(name), file
@@ -98,9 +91,9 @@ class SafetensorsSource(FilesSource):
 
     def read(self, name: str) -> Tensor:
         file = self._files[name]
-        self._watched.check(file)  # of a file cut short not even an error would be left
+        self.watched.check(file)  # of a file cut short not even an error would be left
         tensor = self._open[file].get_tensor(name)
-        self._watched.check(file)
+        self.watched.check(file)
         self._touched.add(file)
         self._served += tensor.nbytes + PAGE_BYTES
         if self._served > MAPPED_BYTES:
@@ -130,7 +123,7 @@ class PickleSource(FilesSource):
         self._tensors: dict[str, Tensor] = {}
         self.unused = {}
         for file in files:
-            self._watched.opened(file)
+            self.watched.opened(file)
             tensors, beside = _state_dict(file, label)
             self._tensors |= tensors
             self._files |= dict.fromkeys(tensors, file)
@@ -138,9 +131,9 @@ class PickleSource(FilesSource):
         self._infos, self.faults = described(self._tensors), faults_of(self._tensors)
 
     def read(self, name: str) -> Tensor:
-        self._watched.check(self._files[name])
+        self.watched.check(self._files[name])
         value = self._tensors[name].clone()
-        self._watched.check(self._files[name])
+        self.watched.check(self._files[name])
         return value
 
 

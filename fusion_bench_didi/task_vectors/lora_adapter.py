@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from .file_sources import PickleSource, SafetensorsSource
 from .lora_config import CONFIG, LoraSettings, read_config, variants
 from .renaming import renaming
 from .sources import TensorInfo, TensorSource, digest_of
-from .watched import Watched
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -100,7 +100,7 @@ class AdapterSource(TensorSource):
         values: Values | None = None,
         unlike: Callable[[str], str] = lambda _: "",
     ):
-        self.label = source.label
+        self.label, self.watched = source.label, source.watched
         #: What cannot be merged, by name of the base model's tensor, or "" where it is about the whole adapter.
         self.faults: dict[str, str] = {}
         self._source, self._base = source, base
@@ -128,16 +128,12 @@ class AdapterSource(TensorSource):
 
     @classmethod
     def of_directory(
-        cls,
-        directory: Path,
-        label: str,
-        base: Mapping[str, TensorInfo],
-        fan_in_first: frozenset[str] | None = None,
-        layout: Layout | None = None,
-        values: Values | None = None,
-        unlike: Callable[[str], str] = lambda _: "",
+        cls, directory: Path, label: str, base: Mapping[str, TensorInfo], **known: Any
     ) -> "AdapterSource":
         """The adapter in a directory.
+
+        Args:
+            known: of the base model, as for the class.
 
         Raises:
             CheckpointMismatchError: if one of its files is missing or broken.
@@ -150,12 +146,7 @@ class AdapterSource(TensorSource):
         kind = PickleSource if file.suffix == ".bin" else SafetensorsSource
         source = kind([file], label)
         source.watched.opened(directory / CONFIG)
-        config = read_config(directory, label)
-        return cls(source, config, base, fan_in_first, layout, values, unlike)
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """The tensors that it changes."""
-        return self._infos
+        return cls(source, read_config(directory, label), base, **known)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -165,10 +156,6 @@ class AdapterSource(TensorSource):
 
     def _glimpsed(self) -> tuple[str, str]:
         return self._source.glimpse(), self.identity["configuration"]
-
-    @property
-    def watched(self) -> Watched | None:
-        return self._source.watched
 
     def read(self, name: str) -> Tensor:
         """The fine-tuned value of a tensor that it holds whole, or changes by DoRA."""

@@ -62,6 +62,8 @@ class TensorSource(ABC):
         faults: what cannot be merged, by name, "" for the whole; found from headers.
         unused: tensors that the model does not take from the checkpoint, and why.
         extra: what a live model keeps beside its tensors (``get_extra_state``), as bytes.
+        watched: the files, as they were when they were opened; None where there are none.
+        digests: checksums of values by name, taken once; none where files tell enough.
     """
 
     label: str
@@ -69,10 +71,13 @@ class TensorSource(ABC):
     faults: Mapping[str, str] = MappingProxyType({})
     unused: Mapping[str, str] = MappingProxyType({})
     extra: Mapping[str, bytes] = MappingProxyType({})
+    watched: Watched | None = None
+    digests: Mapping[str, str] = MappingProxyType({})
+    _infos: Mapping[str, TensorInfo]
 
-    @abstractmethod
     def infos(self) -> Mapping[str, TensorInfo]:
         """Headers by name."""
+        return self._infos
 
     @property
     def identity(self) -> dict[str, str]:
@@ -89,22 +94,12 @@ class TensorSource(ABC):
         """What the checksum is of beside the headers."""
         return None
 
-    @property
-    def digests(self) -> Mapping[str, str]:
-        """Checksums of values by name, taken once; none where files tell enough."""
-        return {}
-
     def take_digests(self, ranks: Ranks) -> None:
         """Have every rank take some of the checksums, and know all; called by all of them."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """The value of a tensor."""
-
-    @property
-    def watched(self) -> "Watched | None":
-        """The files, as they were when they were opened."""
-        return None
 
     def check(self) -> None:
         """The files are those that were opened.
@@ -142,11 +137,8 @@ class WrappedSource(TensorSource):
     def __init__(self, source: TensorSource, infos: Mapping[str, TensorInfo]):
         self.label, self.partial = source.label, source.partial
         self.faults, self.unused = source.faults, source.unused
-        self.extra = source.extra
+        self.extra, self.watched = source.extra, source.watched
         self._source, self._infos = source, infos
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
 
     @property
     def identity(self) -> dict[str, str]:
@@ -157,10 +149,6 @@ class WrappedSource(TensorSource):
 
     def take_digests(self, ranks: Ranks) -> None:
         self._source.take_digests(ranks)
-
-    @property
-    def watched(self) -> Watched | None:
-        return self._source.watched
 
 
 class ModuleSource(TensorSource):
@@ -176,8 +164,9 @@ class ModuleSource(TensorSource):
     def __init__(
         self, module: nn.Module, label: str, files: TensorSource | None = None
     ):
-        self.label, self._loaded_from = label, files
-        self.unused = {} if files is None else files.unused
+        self.label = label
+        if files is not None:
+            self.unused, self.watched = files.unused, files.watched
         self.config = getattr(module, "config", None)
         state, second = module.state_dict(keep_vars=True), tied_names(module)
         self._tensors = {
@@ -192,16 +181,9 @@ class ModuleSource(TensorSource):
             if name.rpartition(".")[2] == EXTRA_STATE
         }
 
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
     def read(self, name: str) -> Tensor:
         self.check()
         return self._tensors[name]
-
-    @property
-    def watched(self) -> Watched | None:
-        return None if self._loaded_from is None else self._loaded_from.watched
 
     def _glimpsed(self) -> list[tuple[str, str]]:
         tensors = {n: t.reshape(-1) for n, t in self._tensors.items() if n not in self.faults}  # fmt: skip

@@ -95,7 +95,7 @@ def test_every_kind_of_module_gets_the_norms_that_peft_gives_it(
 def opened(directory: Path, base: nn.Module) -> AdapterSource:
     source = ModuleSource(base, BASE)
     turned = fan_in_first(base)
-    return AdapterSource.of_directory(directory, "task", source.infos(), turned, values=source.read)  # fmt: skip
+    return AdapterSource.of_directory(directory, "task", source.infos(), fan_in_first=turned, values=source.read)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

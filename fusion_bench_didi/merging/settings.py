@@ -1,7 +1,7 @@
 """Every choice of a merge, refused at birth where it is none of those there are or has no effect."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -130,6 +130,23 @@ class MergeSettings:
     refining: RefinementSettings = RefinementSettings()
     factor_memory_gb: Gigabytes = 4.0
     max_rank: PositiveCount | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "MergeSettings":
+        """From all keys of ``config/method/didi.yaml``; others are left alone.
+
+        Raises:
+            BudgetError, SettingsError: as by the classes.
+        """
+        names = {f.name for f in fields(cls)} - {"budget", "learning", "refining"}
+        learning = {name: given[key] for name, key in LEARNING_KEYS.items()}
+        refining = {name: given[key] for name, key in REFINING_KEYS.items()}
+        return cls(
+            budget=Budget(given["budget"], given["budget_includes_backbone"]),
+            learning=LearningSettings(**learning),
+            refining=RefinementSettings(**refining),
+            **{name: given[name] for name in names},
+        )
 
     def __post_init__(self):
         check_fields(self)

@@ -13,18 +13,16 @@ from typing import Any
 from fusion_bench import auto_register_config
 from fusion_bench.modelpool import BaseModelPool
 
-from ..allocation.learned import LearningSettings
 from ..allocation.water_filling import Allocation
 from ..checkpoint.journal import Journal
 from ..deltas.precision import FactorType
 from ..deltas.sink import Sink
 from ..errors import CheckpointMismatchError
 from ..lowrank.arithmetic import own_arithmetic
-from ..lowrank.refinement import Refinement, RefinementSettings
+from ..lowrank.refinement import Refinement
 from ..merging.dry_run import describe
 from ..merging.pipeline import merge
 from ..merging.settings import (
-    Budget,
     Gain,
     MergeSettings,
     Normalization,
@@ -125,39 +123,7 @@ class DiDiMerging(PoolMethod):
             BudgetError: for an impossible budget.
             SettingsError: for values that are not there, or have no effect.
         """
-        return MergeSettings(
-            budget=Budget(self.budget, self.budget_includes_backbone),
-            shared=self.shared,
-            shared_scale=self.shared_scale,
-            ties_keep=self.ties_keep,
-            residual=self.residual,
-            allocation=self.allocation,
-            warm_start=self.warm_start,
-            learning=LearningSettings(
-                steps=self.rank_steps,
-                lr=self.rank_lr,
-                beta_start=self.beta_start,
-                beta_end=self.beta_end,
-                penalty=self.penalty,
-                coupled=self.coupling,
-                shift=self.rank_shift,
-                fallback=self.rank_fallback,
-            ),
-            refinement=self.refinement,
-            refining=RefinementSettings(
-                sweeps=self.refine_sweeps,
-                tolerance=self.refine_tolerance,
-                steps=self.refine_steps,
-                lr=self.refine_lr,
-            ),
-            normalization=self.normalization,
-            vectors=self.vectors,
-            factor_dtype=self.factor_dtype,
-            quantizer=self.quantizer,
-            gain=self.gain,
-            factor_memory_gb=self.factor_memory_gb,
-            max_rank=self.max_rank,
-        )
+        return MergeSettings.of(vars(self))
 
     def run(self, modelpool: Any) -> DiDiModel | None:
         """Merge the pool.

@@ -7,7 +7,7 @@ Example:
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +34,7 @@ from ..options import (
     Share,
     refuse_idle,
 )
-from ..recombination import components
-from ..recombination.components import PATTERNS, ComponentReader
+from ..recombination.components import PATTERNS, ComponentReader, components
 from ..recombination.evolution import SearchSettings
 from ..recombination.front import named_picks, pareto_front, plot_front
 from ..recombination.library import Library, save_modules
@@ -121,14 +120,8 @@ class MERGE(PoolMethod):
             yield "low_rank_bits", "of operators didi@..., and there is none"
 
     def search_settings(self) -> SearchSettings:
-        return SearchSettings(
-            population=self.population,
-            evaluations=self.evaluations,
-            seed=self.seed,
-            surrogate_generations=self.surrogate_generations,
-            trees=self.trees,
-            mutation_rate=self.mutation_rate,
-        )
+        names = [field.name for field in fields(SearchSettings)]
+        return SearchSettings(**{name: getattr(self, name) for name in names})
 
     def operator_settings(self) -> OperatorSettings:
         return OperatorSettings(

@@ -1,6 +1,6 @@
 """Encoding every tensor as it was decided: truncate, refine, quantize, and measure what is not reproduced."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..deltas.plain import DenseDelta, OwnDelta
 from ..deltas.sink import EncodedTensor, Sink
+from ..distributed.ownership import SOLO, Crew
 from ..errors import DiDiError, spelled
 from ..task_vectors.loop import spread
 from ..task_vectors.reader import TaskVectors
@@ -46,9 +47,8 @@ def encode_all(
             context.store.encoded(name)
         return held.errors
 
-    own = partial(stored, partial(encode_own, context.task_vectors))
-    names = context.inventory.own
-    order = [name for name, _ in spread(context.crew, "own", own, names, kept=False)]
+    own = context.inventory.own
+    order = keep_own(context.task_vectors, own, sink, context.crew)
     vector = partial(stored, partial(encode_vector, context))
     errors = dict(context.each("vectors", vector, vectors, kept=False))
     matrices = partial(stored, matrix)
@@ -92,11 +92,18 @@ def _check_range(tensor: EncodedTensor) -> None:
                 )
 
 
-def encode_own(task_vectors: TaskVectors, name: str) -> EncodedTensor:
-    """A tensor that every task keeps as it has it."""
-    values = [task_vectors.own_value(name, task) for task in task_vectors.tasks]
-    experts = [None if v is None else OwnDelta(tuple(v.shape), v) for v in values]
-    return EncodedTensor(name, None, experts)
+def keep_own(
+    task_vectors: TaskVectors, names: Iterable[str], sink: Sink, crew: Crew = SOLO
+) -> list[str]:
+    """Put the tensors that every task keeps as it has them into a sink, but those that it holds already; their names in order."""
+
+    def keep(name: str) -> None:
+        if sink.recall(name) is None:
+            values = [task_vectors.own_value(name, task) for task in task_vectors.tasks]
+            own = [None if v is None else OwnDelta(tuple(v.shape), v) for v in values]
+            sink.put(EncodedTensor(name, None, own).cpu())
+
+    return [name for name, _ in spread(crew, "own", keep, names, kept=False)]
 
 
 def encode_vector(context: MergeContext, name: str) -> EncodedTensor:

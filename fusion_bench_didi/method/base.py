@@ -31,7 +31,7 @@ from ..errors import CheckpointMismatchError, SettingsError, some, spelled
 from ..files import from_home
 from ..lowrank.arithmetic import own_arithmetic
 from ..lowrank.factored import as_dense
-from ..merging.encoding import encode_own
+from ..merging.encoding import keep_own
 from ..merging.finished import Finished
 from ..models import DynamicModel
 from ..models.pool_saving import attach_saving, check_saving, saved_at
@@ -56,7 +56,7 @@ from ..pools.opening import (
 from ..pools.task_names import check_aliases, check_tasks, pool_tasks
 from ..pools.task_settings import task_settings
 from ..report.units import readable
-from ..task_vectors.loop import Progress, Result, each, spread
+from ..task_vectors.loop import Progress, Result, each
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.scan import account_of, model_bits, scan
 from ..task_vectors.tensor import ChangedTensor
@@ -166,12 +166,13 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         check_aliases(self.task_aliases, modelpool.model_names)
         if self.dynamic:
             backbone_source(modelpool)
-        if self.dynamic and self.processes.leads:
-            check_saving(self._program, self.output_dir)
-        if self.output_dir is not None and self.processes.leads:
-            check_target(self.output_dir, overwrite=self.overwrite)
-        if (place := self._place()) and self.processes.leads:
-            check_journal(place)
+        if self.processes.leads:
+            if self.dynamic:
+                check_saving(self._program, self.output_dir)
+            if self.output_dir is not None:
+                check_target(self.output_dir, overwrite=self.overwrite)
+            if place := self._place():
+                check_journal(place)
         if self.taskpool is not None:
             if not self.routes:
                 check_switching(self.taskpool)
@@ -373,11 +374,10 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
     def _told_identity(self) -> dict[str, str]:
         """Method, settings and versions."""
-        config = OmegaConf.to_container(self.config, resolve=True)
         settings = {
             f"method.{key}": repr(value)
-            for key, value in config.items()
-            if key[0] != "_" and key not in RUNNING
+            for key, value in self.told_settings().items()
+            if key not in RUNNING
         }
         known = {f"version of {name}": told for name, told in versions().items()}
         return {"method": type(self).__name__, **settings, **known}
@@ -485,15 +485,10 @@ class DynamicMethod(PoolMethod):
                 if tensor is not None:
                     sink.put(tensor.cpu())
 
-        def keep(name: str) -> None:
-            if sink.recall(name) is None:
-                sink.put(encode_own(task_vectors, name))
-
         bars = progress_bars(self.title, crew.ranks)
         with self.profile("compress"), bars as progress:
             self.prepare(task_vectors, names, progress)
-            own = spread(crew, "own", keep, found.changed_own, kept=False)
-            order = [name for name, _ in own]
+            order = keep_own(task_vectors, found.changed_own, sink, crew)
             options = {"progress": progress, "kept": False}
             done = self.each(task_vectors, "encode", encode, names, **options)
             order += [name for name, _ in done]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..deltas.plain import DenseDelta, OwnDelta
 from ..deltas.sink import EncodedTensor, InMemory
 from ..errors import SettingsError, spelled
-from ..merging.encoding import encode_own
+from ..merging.encoding import keep_own
 from ..models.dynamic import DynamicModel
 from ..options import (
     Aliases,
@@ -190,13 +190,12 @@ class SEMerging(PoolMethod):
         facts = self.facts(modelpool, backbone, vectors)
         found = scan(vectors, self.fabric.device)
         sink = InMemory(vectors.tasks)
-        for name in found.changed_own:
-            sink.put(encode_own(vectors, name))
+        own = keep_own(vectors, found.changed_own, sink)
         for name in self.track(found.changed, "task vectors"):
             dtype, shape = vectors.tuned_dtype(name), vectors.infos[name].shape
             deltas = [DenseDelta(shape, v.to(dtype)) for v in vectors.read(name)]
             sink.put(EncodedTensor(name, None, deltas))
-        _, experts = sink.close([*found.changed_own, *found.changed])
+        _, experts = sink.close([*own, *found.changed])
         return DynamicModel(
             backbone,
             {},

@@ -126,7 +126,7 @@ def take_inventory(
     elif scan:
         unit_bits = sum(model_bits(task_vectors, scan).values())
     else:
-        unit_bits = sum(sizes[n] * dtype_bits(types[n]) for n in names)
+        unit_bits = sum(map(task_vectors.bits, names))
         unit_bits += sum(info[0].bits for info in own.values())
     share = all_vectors(types) / max(settings.budget.bits(unit_bits), 1)
     stored = {

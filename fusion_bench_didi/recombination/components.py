@@ -17,7 +17,6 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from ..deltas.storage import dtype_bits
 from ..errors import SettingsError
 from ..task_vectors.reader import TaskVectors
 from ..task_vectors.sources import digest_of
@@ -84,11 +83,9 @@ def components(
         groups.setdefault(component_of(name, patterns), []).append(name)
     found = []
     for component, tensors in sorted(groups.items(), key=_natural):
-        sizes = {n: task_vectors.infos[n].numel for n in tensors}
-        bits = (k * dtype_bits(task_vectors.tuned_dtype(n)) for n, k in sizes.items())
-        found.append(
-            Component(component, tuple(tensors), sum(bits), sum(sizes.values()))
-        )
+        bits = sum(map(task_vectors.bits, tensors))
+        numel = sum(task_vectors.infos[name].numel for name in tensors)
+        found.append(Component(component, tuple(tensors), bits, numel))
     return found
 
 

@@ -260,6 +260,10 @@ class TaskVectors:
             return self.infos[name].dtype
         return functools.reduce(torch.promote_types, sorted(types, key=str))
 
+    def bits(self, name: str) -> int:
+        """Of one fine-tuned model's tensor, in the type in which checkpoints store it."""
+        return TensorInfo(self.infos[name].shape, self.tuned_dtype(name)).bits
+
     def is_matrix(self, name: str) -> bool:
         m, n = matrix_shape(self.infos[name].shape)
         return min(m, n) >= 2 and not matches(name, self.as_vectors)

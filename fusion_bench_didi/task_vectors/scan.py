@@ -15,7 +15,6 @@ from ..lowrank.row_blocks import row_norms, squared_norms
 from .loop import spread
 from .parallel import workers_for
 from .reader import TaskVectors
-from .sources import TensorInfo
 from .tensor import ChangedTensor
 
 #: Squared norms that float32 can calculate with: above, sums of squares overflow; below, per entry, squares underflow, and
@@ -214,10 +213,7 @@ def model_bits(task_vectors: TaskVectors, scan: Scan) -> dict[str, int]:
 
     Of tensors that are of another size in every task, the average.
     """
-    bits = {}
-    for name in scan.changed:
-        dtype = task_vectors.tuned_dtype(name)
-        bits[name] = TensorInfo(task_vectors.infos[name].shape, dtype).bits
+    bits = {name: task_vectors.bits(name) for name in scan.changed}
     for name in scan.changed_own:
         found = [info.bits for info in task_vectors.own_by_task(name)]
         bits[name] = sum(found) // len(found)

@@ -2,16 +2,14 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
 from fusion_bench import BaseAlgorithm
 from fusion_bench.utils import instantiate
-from fusion_bench.utils.hydra_utils import get_default_config_path
 from fusion_bench.utils.instantiate_utils import set_print_function_call
-from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
@@ -27,6 +25,7 @@ from .entries import (
     Entry,
     completed,
     declared,
+    hydra_begun,
     one_line,
     parts_of,
     refuse,
@@ -131,9 +130,7 @@ def _told(key: str, error: Exception) -> str:
 
 def method_names() -> list[str]:
     """The methods that there are, the host's and all plugins'."""
-    running = GlobalHydra.instance().is_initialized()
-    place = get_default_config_path()
-    with nullcontext() if running else initialize_config_dir(place, version_base=None):
+    with hydra_begun():
         return sorted(_named(GlobalHydra.instance().config_loader(), "method"))
 
 

@@ -287,8 +287,11 @@ def search_path() -> list[str]:
     return [f"hydra.searchpath={json.dumps([*places])}"] if places else []
 
 
-def _hydra() -> AbstractContextManager[Any]:
-    """Hydra with the host's configuration, whose own start looks up by which line of the program it is called."""
+def hydra_begun() -> AbstractContextManager[Any]:
+    """While the block runs there is Hydra: that of the command line, or one with the host's configuration, whose own start looks up by
+    which line of the program it is called."""
+    if GlobalHydra.instance().is_initialized():
+        return nullcontext()
     return initialize_config_dir(get_default_config_path(), version_base=None)
 
 
@@ -297,7 +300,6 @@ def _compose(name: str, parts: Mapping[str, str]) -> DictConfig:
     overrides = [f"method={name}", "~modelpool", "~taskpool"]
     overrides += [f"method@method.{key}={value}" for key, value in parts.items()]
     overrides += search_path()
-    begun = GlobalHydra.instance().is_initialized()  # by the command line
-    with nullcontext() if begun else _hydra():
+    with hydra_begun():
         config = compose(_ROOT, overrides=overrides)
     return OmegaConf.create(OmegaConf.to_container(config.method, resolve=True))

@@ -36,8 +36,7 @@ from fusion_bench_didi.method.baselines.tsv_c import TSVCompression
 from fusion_bench_didi.method.didi import DiDiMerging
 from fusion_bench_didi.pools.opening import load_backbone, open_pool
 from fusion_bench_didi.programs.scoring import Scorer
-from fusion_bench_didi.recombination import components
-from fusion_bench_didi.recombination.components import ComponentReader
+from fusion_bench_didi.recombination.components import ComponentReader, components
 from fusion_bench_didi.recombination.evolution import SearchSettings
 from fusion_bench_didi.recombination.front import (
     draw_front,

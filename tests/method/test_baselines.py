@@ -20,8 +20,14 @@ from torch import nn
 from fusion_bench_didi import method as methods
 from fusion_bench_didi.demo.folder_pools import FolderCLIPVisionModelPool
 from fusion_bench_didi.errors import ModelPoolError, UnknownTaskError
-from fusion_bench_didi.method import baselines
 from fusion_bench_didi.method.base import PoolMethod
+from fusion_bench_didi.method.baselines.cat import (
+    removal_basis,
+    without_conflicts,
+    without_directions,
+)
+from fusion_bench_didi.method.baselines.free import released_filter
+from fusion_bench_didi.method.baselines.tall_mask import elected_sum
 from fusion_bench_didi.models.dynamic import DynamicModel
 
 CONFIGS = REPOSITORY / "config" / "method" / "didi"
@@ -129,8 +135,8 @@ def test_tall_mask(tiny_clip, multi_task):
 
 def test_the_majority_sign_decides_where_votes_cancel():
     trimmed = torch.tensor([[1.0, 2.0], [-1.0, 3.0]])
-    assert baselines.elected_sum(trimmed, 1.0).tolist() == [1.0, 5.0]
-    assert baselines.elected_sum(trimmed, -1.0).tolist() == [-1.0, 5.0]
+    assert elected_sum(trimmed, 1.0).tolist() == [1.0, 5.0]
+    assert elected_sum(trimmed, -1.0).tolist() == [-1.0, 5.0]
 
 
 def test_twin(tiny_clip):
@@ -366,7 +372,7 @@ def _entries(expert) -> int:
 @pytest.mark.parametrize("shape", [(32, 32), (64, 32), (50, 70), (9, 24), (100, 60)])
 def test_the_released_filter(shape):
     """Twice at exactly a tenth of the smaller side: four frequencies, or more where the circle meets more."""
-    gains = baselines.released_filter(*shape, 0.7).numpy()
+    gains = released_filter(*shape, 0.7).numpy()
     m, n = shape
     expected = [[codes_gain(i, j, m, n) for j in range(n)] for i in range(m)]
     np.testing.assert_array_equal(gains, expected)
@@ -377,7 +383,7 @@ def test_the_released_filter(shape):
 
 def test_the_released_filter_depends_on_the_shape():
     kept = {
-        shape: (baselines.released_filter(*shape, 0.7) > 0).float().mean().item()
+        shape: (released_filter(*shape, 0.7) > 0).float().mean().item()
         for shape in [(768, 768), (2304, 768), (3072, 768)]
     }
     assert kept[768, 768] == pytest.approx(0.9998, abs=2e-4)
@@ -561,12 +567,10 @@ def test_cat_cuts_what_disturbs_the_task_that_asks():
     vectors = torch.zeros(2, 3, 2)
     vectors[1] = torch.tensor([[2.0, 0.0], [0.0, 5.0], [0.0, 0.0]])
     vectors[0, 2, 0] = 1.0
-    found = [
-        baselines.removal_basis(vectors, inputs, k, count=2, weight=1.0) for k in (0, 1)
-    ]
+    found = [removal_basis(vectors, inputs, k, count=2, weight=1.0) for k in (0, 1)]
     torch.testing.assert_close(found[0].abs(), torch.tensor([[1.0], [0.0], [0.0]]))
     assert found[1].shape == (3, 0), "task 0 does nothing to what task 1 sees"
-    left = baselines.without_directions(vectors, found)
+    left = without_directions(vectors, found)
     assert left[1].tolist() == [[0.0, 0.0], [0.0, 5.0], [0.0, 0.0]]
     assert torch.equal(left[0], vectors[0])
 
@@ -577,15 +581,15 @@ def test_cat_keeps_what_is_worth_more_to_the_task_that_has_it():
     vectors = torch.zeros(2, 3, 2)
     vectors[1, 0, 0] = 2.0
     options = {"count": 2, "weight": 1.5}
-    assert baselines.removal_basis(vectors, inputs, 0, **options).shape[1] == 0
+    assert removal_basis(vectors, inputs, 0, **options).shape[1] == 0
     options["weight"] = 0.5
-    assert baselines.removal_basis(vectors, inputs, 0, **options).shape[1] == 1
+    assert removal_basis(vectors, inputs, 0, **options).shape[1] == 1
 
 
 def test_cat_cuts_coordinates_of_others():
     vectors = torch.tensor([[1.0, 0.0, 3.0], [2.0, 1.0, 0.0]])
     energies = torch.tensor([[1.0, 0.0, 0.0], [0.1, 1.0, 1.0]])
-    left = baselines.without_conflicts(vectors, energies, count=1, weight=1.0)
+    left = without_conflicts(vectors, energies, count=1, weight=1.0)
     # task 0 uses coordinate 0, which task 1 hardly does; task 1 uses coordinate 2, which task 0 does not
     assert left.tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
 
@@ -593,7 +597,7 @@ def test_cat_cuts_coordinates_of_others():
 def test_cat_cuts_no_more_directions_than_there_are():
     vectors = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
     inputs = [torch.randn(4, 5) for _ in range(3)]
-    basis = baselines.removal_basis(vectors, inputs, 1, count=7, weight=0.0)
+    basis = removal_basis(vectors, inputs, 1, count=7, weight=0.0)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(2))
 
 

@@ -21,8 +21,11 @@ from fusion_bench_didi.method.merge import MERGE
 from fusion_bench_didi.method.routed import fit_router_to
 from fusion_bench_didi.pools.opening import load_backbone
 from fusion_bench_didi.programs.scoring import Scorer
-from fusion_bench_didi.recombination import components
-from fusion_bench_didi.recombination.components import ComponentReader, component_of
+from fusion_bench_didi.recombination.components import (
+    ComponentReader,
+    component_of,
+    components,
+)
 from fusion_bench_didi.recombination.evolution import SearchSettings
 from fusion_bench_didi.recombination.front import named_picks, pareto_front
 from fusion_bench_didi.recombination.genome import (

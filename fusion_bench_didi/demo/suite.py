@@ -16,6 +16,7 @@ folder of that name is complete whatever was interrupted and whoever else was bu
 import copy
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -29,10 +30,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock
 from PIL import Image
 from transformers import CLIPModel
 
+from ..checkpoint.directory import alone
 from ..errors import SettingsError
 from ..files import from_home
 from . import towers, training
@@ -131,8 +132,7 @@ def build_suite(
     final = suite_path(cache_dir, seed, size=size)
     if is_complete(final):
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(final.parent / f".{final.name}.lock"):
+    with alone(final, patience=math.inf):
         if is_complete(final):  # another process made it while we waited
             return final
         _sweep(final)

@@ -53,7 +53,8 @@ class UniformDelta(Delta):
         return cls(tuple(codes.shape), packed, ends.cpu(), width)
 
     def own(self) -> Tensor:
-        return _levels(self.codes, self.ends, self.width, self.numel).view(self.shape)
+        codes = self.codes.reshape(-1)
+        return _levels(codes, self.ends, self.width, self.numel).view(self.shape)
 
 
 class _SomeEntries(Delta):

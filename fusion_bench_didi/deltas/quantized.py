@@ -7,7 +7,7 @@ from ..lowrank.factors import LowRankFactors
 from ..quantization.codes import levels, pack_codes, packed_size
 from ..quantization.rounding import RoundedFactors, RoundedMatrix
 from .base import Blocks, Delta, row_blocks
-from .entries import between_ends
+from .entries import UniformDelta, between_ends
 
 
 class RoundedLowRankDelta(Delta):
@@ -82,8 +82,8 @@ class RoundedDenseDelta(Delta):
             yield rows, values.mul_(scale[:, None])
 
 
-class AffineDelta(Delta):
-    """Every entry as an 8-bit code between two ends: ``shared + lo + codes * (hi - lo) / 255``.
+class AffineDelta(UniformDelta):
+    """Every entry as an 8-bit code between two ends, in the tensor's shape: ``shared + lo + codes * (hi - lo) / 255``.
 
     ``q = round((w - lo) / (hi - lo) * 255)``, clamped; an error of at most ``(hi - lo) / 510`` inside the range.
 
@@ -93,8 +93,9 @@ class AffineDelta(Delta):
     """
 
     kind = "affine8"
-    parts = ("codes", "ends")
     shaped = ("codes",)
+    numbers = {}
+    width = 8
 
     @classmethod
     def of(cls, value: Tensor, *, clip: float = 0.0) -> "AffineDelta":
@@ -106,10 +107,6 @@ class AffineDelta(Delta):
         value = value.detach().float().cpu()
         codes, ends = between_ends(value, 8, torch.stack(shrunk_range(value, clip)))
         return cls(tuple(value.shape), codes.to(torch.uint8), ends)
-
-    def own(self) -> Tensor:
-        lo, hi = self.ends
-        return lo + self.codes.float() * ((hi - lo) / 255)
 
 
 def shrunk_range(value: Tensor, clip: float) -> tuple[Tensor, Tensor]:

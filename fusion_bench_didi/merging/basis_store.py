@@ -4,8 +4,8 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,17 +44,11 @@ class BasisStore:
             elif self._scratch is None and self._journal is None:
                 self._scratch = Scratch()
         if fits:
-            kept = KeptBases(bases, None)
-            kept._released = weakref.finalize(kept, self._give_back, size)
-        elif self._journal is not None:
-            return KeptBases(None, self._written(bases))
-        else:
-            file = self._written(bases)
-            kept = KeptBases(None, file)
-            kept._released = weakref.finalize(kept, file.unlink, missing_ok=True)
-        # at the end of the process there is nothing to give back
-        kept._released.atexit = False
-        return kept
+            return KeptBases(bases, None, partial(self._give_back, size))
+        file = self._written(bases)
+        if self._journal is not None:
+            return KeptBases(None, file)
+        return KeptBases(None, file, partial(file.unlink, missing_ok=True))
 
     def lasting(self, kept: "KeptBases") -> Path:
         """The file of the journal that holds bases; they are written there if they are in memory."""
@@ -86,13 +80,22 @@ class BasisStore:
 
 
 class KeptBases:
-    """Bases that a store holds; on the rank that decomposed the matrix, which also encodes it."""
+    """Bases that a store holds; on the rank that decomposed the matrix, which also encodes it.
 
-    _released: Callable[[], Any]
+    Args:
+        release: frees their place, once they are taken or nobody holds them any more.
+    """
 
-    def __init__(self, bases: Bases | None, file: Path | None):
+    def __init__(
+        self,
+        bases: Bases | None,
+        file: Path | None,
+        release: Callable[[], None] = lambda: None,
+    ):
         self._bases, self._file = bases, file
-        self._released = lambda: None
+        self._released = weakref.finalize(self, release)
+        # at the end of the process there is nothing to give back
+        self._released.atexit = False
 
     def __reduce__(self):
         """On another rank, which does not encode this matrix, they are not there."""

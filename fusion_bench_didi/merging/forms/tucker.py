@@ -10,7 +10,6 @@ from ...allocation.tucker_curve import TuckerCurve
 from ...deltas.base import Delta
 from ...deltas.precision import Precision
 from ...deltas.sink import EncodedTensor
-from ...deltas.tucker import Bases
 from ...lowrank import svd
 from ...lowrank.factors import Matrix, energy_of
 from ...lowrank.overlap import subspace_overlap
@@ -166,26 +165,12 @@ def encode_cores(
     stored = zip(shared.bases(), (up, down))
     up, down = (whole.cpu() if kept is None else kept for kept, whole in stored)
     vectors = [tau.cpu() for tau in task_vectors]
-    kept = [bool(energy_of(tau) > 0) for tau in vectors]
-    fitted = cores(vectors, up, down)
-    return shared, *stored_cores(shared, fitted, vectors, kept, shape, precision)
-
-
-def stored_cores(
-    bases: Bases,
-    fitted: Tensor,
-    task_vectors: Sequence[Matrix],
-    kept: Sequence[bool],
-    shape: tuple[int, ...],
-    precision: Precision,
-) -> tuple[list[Delta | None], Tensor]:
-    """Quantized cores (T, p, q) of the tasks that keep theirs, and (T,) squared errors."""
     experts = [
-        precision.core(shape, core) if there else None
-        for core, there in zip(fitted, kept)
+        precision.core(shape, core) if bool(energy_of(tau) > 0) else None
+        for core, tau in zip(cores(vectors, up, down), vectors)
     ]
-    errors = [squared_error(bases, e, tau) for e, tau in zip(experts, task_vectors)]
-    return experts, torch.stack(errors)
+    errors = [squared_error(shared, e, tau) for e, tau in zip(experts, vectors)]
+    return shared, experts, torch.stack(errors)
 
 
 TUCKER = Tucker()

@@ -83,7 +83,7 @@ def check_entry(entry: Field) -> None:
         entry["dtype"].text()
     for _, digest in entry["tensors"].entries():
         digest.digest()
-    for key in ("fresh", "untied"):
+    for key in _LISTS:
         if key in entry:
             entry[key].texts()
     if "computes" in entry:

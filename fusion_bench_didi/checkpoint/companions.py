@@ -88,10 +88,7 @@ def companions_of(origin: str | None) -> Companions:
 
 
 def companions_for(
-    of_base: Companions,
-    own: Companions = Companions(),
-    *,
-    own_vocabulary: bool = False,
+    of_base: Companions, own: Companions, *, own_vocabulary: bool = False
 ) -> Companions:
     """Those of a task: of its own fine-tuned model, and of what kinds that has none the base model's.
 

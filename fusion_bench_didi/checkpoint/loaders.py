@@ -28,6 +28,7 @@ from ..pools.weight_files import (
     index_files,
     pairs,
 )
+from ..task_vectors.lora_config import CONFIG
 from ..task_vectors.places import is_name
 from ..task_vectors.tower_names import fill
 
@@ -300,19 +301,19 @@ def _check_files(
     for home in {Path(place), Path(place) / subfolder}:
         if os.path.lexists(home / "custom_generate"):
             raise _refused(f"{home}, which holds custom_generate", "weights only")
-    file = _file_of(place, "adapter_config.json", "", revision)
+    file = _file_of(place, CONFIG, "", revision)
     if file is not None:
         raise _refused(f"{place}, which is an adapter", "a whole model")
     for index in index_files(variant):
         if file := _file_of(place, index, subfolder, revision):
             named = json.loads(Path(file).read_text("utf-8"))["weight_map"].values()
-            if outside := [name for name in named if not _beside(name)]:
+            if outside := [name for name in named if not beside(name)]:
                 raise _refused(f"{file} with {outside[0]!r}", "files beside it")
     file = _file_of(place, "config.json", subfolder, revision)
     if file is None:
         return
     for key, value in pairs(json.loads(Path(file).read_text("utf-8"))):
-        if key == "transformers_weights" and value and not _beside(value):
+        if key == "transformers_weights" and value and not beside(value):
             raise _refused(f"{file} with {key}={value!r}", "a file beside it")
         if "attn_implementation" in key:
             names = value.values() if isinstance(value, Mapping) else (value,)
@@ -322,11 +323,6 @@ def _check_files(
                 raise _refused(
                     f"{file} with {key}={value!r}", f"one of {sorted(ATTENTION)}"
                 )
-
-
-def _beside(name: Any) -> bool:
-    """Whether the value names a file in the same directory."""
-    return isinstance(name, str) and beside(name)
 
 
 def _weights(arguments: Mapping[str, Any]) -> WeightFiles | None:

@@ -134,7 +134,7 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
     """
     from fusion_bench.modelpool import BaseModelPool
 
-    from ..pools.entries import BASE
+    from ..pools.entries import BASE, PLACE, TARGET
 
     places = {BASE: as_text(base)}
     for model in models:
@@ -154,9 +154,8 @@ def pool_of(base: str, models: tuple[str, ...], model_class: str | None) -> Any:
     if model_class is not None:
         _check_class(model_class)
     name = model_class or _class_of(places)
-    load = {"_target_": f"transformers.{name}.from_pretrained", "dtype": "auto"}
-    key = "pretrained_model_name_or_path"
-    return BaseModelPool({n: {**load, key: place} for n, place in places.items()})
+    load = {TARGET: f"transformers.{name}.from_pretrained", "dtype": "auto"}
+    return BaseModelPool({n: {**load, PLACE: place} for n, place in places.items()})
 
 
 def _check_class(name: str) -> None:
@@ -179,10 +178,11 @@ def _check_class(name: str) -> None:
 def _class_of(places: dict[str, str]) -> str:
     """The class that all fine-tuned models name, else the base model's; where none does, what transformers takes for it."""
     from ..pools.entries import BASE
+    from ..task_vectors.lora_config import CONFIG
 
     named, faults = {}, []
     for task, place in places.items():
-        if (Path(place) / "adapter_config.json").is_file():
+        if (Path(place) / CONFIG).is_file():
             continue
         try:
             named[task] = _architecture(place)

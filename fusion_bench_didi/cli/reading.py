@@ -115,20 +115,21 @@ def finite(model: Any) -> int:
     from ..models import DynamicModel
     from ..task_vectors.live_models import all_tensors
 
-    models = model if isinstance(model, dict) else {"the model": model}
-    weights = (
-        (owner, name, value)
-        for owner, one in models.items()
-        for name, value in all_tensors(one).items()
-    )
-    tasks = len(models)
     if isinstance(model, DynamicModel):
+        tasks = len(model.tasks)
         weights = (
             (task, name, model.task_tensor(name, expert))
             for task, expert in model.modulators.items()
             for name in model.touched
         )
-        tasks = len(model.tasks)
+    else:
+        models = model if isinstance(model, dict) else {"the model": model}
+        tasks = len(models)
+        weights = (
+            (owner, name, value)
+            for owner, one in models.items()
+            for name, value in all_tensors(one).items()
+        )
     for owner, name, value in weights:
         if not value.isfinite().all():
             raise NonFiniteError(

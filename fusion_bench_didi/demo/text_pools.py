@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from ..errors import ModelPoolError
 from ..files import from_home
 from ..options import FilePath, checked
-from ..pools.entries import BASE
+from ..pools.entries import BASE, PLACE, TARGET
 from ..taskpool.text import TextClassificationTaskPool, parquet_files
 from .folder_pools import both_roots
 from .tasks import Split
@@ -65,13 +65,12 @@ class FolderTextModelPool(SequenceClassificationModelPool):
     ) -> None:
         names = tasks_of(root, tasks)
         folder = from_home(root).absolute()
-        load = {"_target_": "transformers.AutoModel.from_pretrained"}
-        place = "pretrained_model_name_or_path"
+        load = {TARGET: "transformers.AutoModel.from_pretrained"}
         given = {
-            "models": {n: {**load, place: str(folder / n)} for n in (BASE, *names)},
+            "models": {n: {**load, PLACE: str(folder / n)} for n in (BASE, *names)},
             "tokenizer": {
-                "_target_": "transformers.AutoTokenizer.from_pretrained",
-                place: str(folder / BASE),
+                TARGET: "transformers.AutoTokenizer.from_pretrained",
+                PLACE: str(folder / BASE),
             },
             "train_datasets": _datasets(data, names, "train"),
             "val_datasets": _datasets(data, names, "validation"),

@@ -30,9 +30,9 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from ..task_vectors.tower_names import PREFIX
 from .drawing import SIDE
 
-_PREFIX = "vision_model."
 _MEAN_AND_STD = [0.5, 0.5, 0.5]
 
 
@@ -126,7 +126,7 @@ def save_vision_tower(clip: CLIPModel, folder: Path) -> None:
     tensors = {
         key: tensor.contiguous()
         for key, tensor in clip.state_dict().items()
-        if key.startswith(_PREFIX)
+        if key.startswith(PREFIX)
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = CLIPVisionConfig.from_dict(clip.config.vision_config.to_dict())

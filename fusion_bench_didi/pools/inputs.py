@@ -9,9 +9,9 @@ from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor
 
 from ..errors import ModelPoolError, spelled
+from ..options import Aliases
 from .task_names import names_of
 
-Aliases = Mapping[str, str] | None
 #: One batch: images (N, channels, height, width), or what a text model takes by name, each (N, tokens).
 Inputs = Tensor | dict[str, Tensor]
 #: Tokens of a text that are looked at.

@@ -171,9 +171,9 @@ def _named(stem: str, ending: str, variant: str | None) -> tuple[str, str]:
     return f"{stem}{middle}.{ending}", f"{stem}.{ending}.index{middle}.json"
 
 
-def beside(name: str) -> bool:
-    """Whether a name is that of a file in the same directory."""
-    return Path(name).name == name and name not in ("", "..")
+def beside(name: Any) -> bool:
+    """Whether a value names a file in the same directory."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def _sharded(

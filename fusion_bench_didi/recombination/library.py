@@ -5,7 +5,6 @@ settings, so that the same decision on the same checkpoints has the same id in e
 directory of directories, ``<id>/model.safetensors`` and ``<id>/module.json``.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -25,6 +24,7 @@ from ..checkpoint.ours import MODULE
 from ..checkpoint.stream import write_deltas
 from ..deltas.base import Delta
 from ..errors import CheckpointMismatchError
+from ..task_vectors.sources import digest_of
 from ..task_vectors.tower_names import Spelling
 from .components import Component, ComponentReader
 from .low_rank import SVDCache
@@ -120,8 +120,8 @@ def module_id(
     """
     made_of = [checkpoints, component.name, component.tensors, sorted(tasks)]
     content = [*made_of, operator, asdict(settings)]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    return f"{component.name}-{digest.hexdigest()[:12]}"
+    digest = digest_of(json.dumps(content, sort_keys=True).encode())
+    return f"{component.name}-{digest[:12]}"
 
 
 class Library:

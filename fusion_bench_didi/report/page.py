@@ -23,7 +23,7 @@ from . import findings, interactive, plots
 from .comparison import Comparison, FigureOf, marker
 from .page_template import PAGE, SCRIPT, STYLE
 from .style import drawn, look
-from .tables import LEGEND, as_csv, as_latex, columns, number
+from .tables import LEGEND, WORDS, as_csv, as_latex, number
 
 _TOLD = {
     "accuracy_vs_storage": "Up is better, left is smaller. Methods of one family are joined.",
@@ -85,9 +85,7 @@ def summary_frame(comparison: Comparison) -> pd.DataFrame:
         ):
             line[head] = _rounded(value, digits, scale)
         line["Group"] = row["group"]
-        line |= {
-            head: html.escape(cell(row)) for head, cell in columns(comparison)[-2:]
-        }
+        line |= {head: html.escape(cell(row)) for head, cell in WORDS}
         notes = f"failed: {row['error']}" if row["error"] else row["notes"]
         line["Notes"] = html.escape(notes)
         lines.append(line)

@@ -52,6 +52,11 @@ LEGEND = (
 )
 
 Column = tuple[str, Callable[[Row], str]]
+#: What a method looks at, and what finds the task.
+WORDS: tuple[Column, ...] = (
+    ("Data", lambda r: "–" if r["uses_data"] == "none" else r["uses_data"]),
+    ("Routing", lambda r: "–" if r["routing"] == "none" else r["routing"]),
+)
 #: Keys of rows that are of several seeds: least and largest average, and least and largest mean of ratios.
 RANGES = ("over_seeds", "retention_over_seeds")
 
@@ -70,8 +75,7 @@ def columns(comparison: Comparison) -> list[Column]:
         ("x printed", lambda r: number(r["published_x"], 2)),
         ("Merge s", lambda r: number(r["seconds"], 1)),
         ("Peak GB", lambda r: number(r["peak_gb"], 2)),
-        ("Data", lambda r: "–" if r["uses_data"] == "none" else r["uses_data"]),
-        ("Routing", lambda r: "–" if r["routing"] == "none" else r["routing"]),
+        *WORDS,
     ]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import CheckpointMismatchError
 from .file_sources import E8M0
+from .quantized import SCALED, quantization
 from .sources import TensorInfo, TensorSource, WrappedSource
 
 FLOAT8 = (
@@ -21,9 +22,6 @@ FLOAT8 = (
 #: Endings of the names of a weight's scales, which it is multiplied with; those of layer inputs are of no weight.
 SCALES = ("_scale_inv", "_scale")
 INPUT_SCALES = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
-
-#: Values of ``quant_method`` by which every matrix in float8 has a scale.
-SCALED = ("fp8", "fbgemm_fp8", "compressed-tensors")
 
 
 class Float8Source(WrappedSource):
@@ -42,7 +40,7 @@ class Float8Source(WrappedSource):
     def __init__(self, source: TensorSource, config: Any = None):
         infos = dict(source.infos())
         super().__init__(source, infos)
-        told = _quantization(config)
+        told = quantization(config)
         sides = _told_sides(told, source.label)
         self._scales: dict[str, str] = {}
         self._blocks: dict[str, tuple[int, ...]] = {}
@@ -105,16 +103,6 @@ class Float8Source(WrappedSource):
             return value.to(torch.bfloat16)  # exact
         scale = self._source.read(self._scales[name]).float()
         return value.float() * _spread(scale, value.shape, self._blocks[name])
-
-
-def _quantization(config: Any) -> Mapping[str, Any]:
-    """What a configuration says of its numbers, as transformers keeps it: in a file, in a dictionary or in an object."""
-    if isinstance(config, Mapping):
-        found = config.get("quantization_config")
-    else:
-        found = getattr(config, "quantization_config", None)
-    found = found.to_dict() if hasattr(found, "to_dict") else found
-    return found if isinstance(found, Mapping) else {}
 
 
 def _told_sides(told: Mapping[str, Any], label: str) -> tuple[int, int] | None:

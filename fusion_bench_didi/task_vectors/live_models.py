@@ -6,11 +6,17 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointMismatchError, some
+from .quantized import unread
 
 #: How RWKV models of transformers say that a forward has divided their weights, and the setting by which they do it.
 DIVIDED, EVERY = "layers_are_rescaled", "rescale_every"
 #: Where torch has layers that hold whole numbers in packed form.
 _PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
+#: What torch calls the state of a module that is none of its tensors.
+EXTRA_STATE = "_extra_state"
+#: Where transformers keeps what it has quantized a model by.
+_QUANTIZER = "hf_quantizer"
 
 #: What every module has.
 OF_ALL_MODULES = frozenset(vars(nn.Module()))
@@ -63,10 +69,47 @@ def _closed(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield f"{shown} is a quantized layer", "the model before it was quantized"
         elif kind.__name__ == "FullyShardedDataParallel":
             yield f"{shown} is shared out among processes", "the whole model"
+        elif method := unread(vars(module).get(_QUANTIZER)):
+            yield f"{shown} is quantized by {method}", "the model before it was quantized"  # fmt: skip
     for name, tensor in model.named_parameters():
-        if hasattr(tensor, "__tensor_flatten__") and not tensor.is_nested:
-            kind = type(tensor.data).__name__
+        packed = hasattr(tensor, "__tensor_flatten__") or _is_code(tensor)
+        if packed and not tensor.is_nested:
+            kind = type(tensor).__name__
             yield f"{name} is a {kind}", "plain tensors, gathered and not quantized"
+    yield from _with_scales(model)
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _is_code(tensor: torch.Tensor) -> bool:
+    """Whether a parameter of a class of its own stands for other numbers: whole, or with tensors beside them (scales, a codebook)."""
+    if type(tensor) is nn.Parameter:
+        return False
+    beside = list(vars(tensor).values())
+    within = [v for b in beside for v in getattr(b, "__dict__", {}).values()]
+    found = any(isinstance(value, torch.Tensor) for value in (*beside, *within))
+    return found or _is_whole(tensor)
+
+
+def _with_scales(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Parameters of whole numbers whose layer saves more than its tensors: their scales."""
+    whole = [name for name, tensor in model.named_parameters() if _is_whole(tensor)]
+    if not whole:
+        return
+    known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
+    beside = [n for n in model.state_dict() if n not in known]
+    for name in whole:
+        layer = name[: name.rfind(".") + 1]
+        others = {EXTRA_STATE, *model.get_submodule(layer[:-1])._modules}
+        ends = [n.removeprefix(layer) for n in beside if n.startswith(layer)]
+        if found := [layer + end for end in ends if end.split(".")[0] not in others]:
+            yield (
+                f"{name} is of {model.get_parameter(name).dtype}, with {some(found)} beside it",
+                "the model before it was quantized",
+            )
 
 
 def check_undivided(model: nn.Module, label: str) -> None:

@@ -20,13 +20,9 @@ from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks
 from ..lowrank.factors import LowRankFactors
 from .digests import digests
-from .live_models import all_tensors
+from .live_models import EXTRA_STATE, all_tensors
 from .ties import tied_names
 from .watched import Watched
-
-#: What torch calls the state of a module that is none of its tensors.
-EXTRA_STATE = "_extra_state"
-
 
 #: Values of a live tensor that are looked at by a glimpse.
 GLIMPSED = 64

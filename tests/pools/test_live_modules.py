@@ -3,6 +3,7 @@
 import copy
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -383,6 +384,42 @@ def sharded(net: nn.Module) -> nn.Module:
     return net
 
 
+class Coded(nn.Parameter):
+    """As bitsandbytes has them: codes, beside which their scales are kept."""
+
+
+def coded(net: nn.Module) -> nn.Module:
+    value = net[0].weight.detach()
+    net[0].weight = Coded((100 * value).to(torch.int8), requires_grad=False)
+    return net
+
+
+def coded_in_floats(net: nn.Module) -> nn.Module:
+    """Codes that are kept as another type, with an object that has their scales."""
+    net[0].weight = Coded(net[0].weight.detach())
+    net[0].weight.state = SimpleNamespace(absmax=torch.ones(4))
+    return net
+
+
+def with_scales(net: nn.Module) -> nn.Module:
+    """Plain whole numbers; the layer saves their scales."""
+    save = lambda module, state, prefix, _: state.update({f"{prefix}scale": torch.ones(1)})  # fmt: skip # noqa: E731
+    whole = torch.ones(8, 4, dtype=torch.uint8)
+    net[0].weight = nn.Parameter(whole, requires_grad=False)
+    net[0].register_state_dict_post_hook(save)
+    return net
+
+
+def quantized(method: str):
+    """As transformers marks them."""
+
+    def mark(net: nn.Module) -> nn.Module:
+        net.hf_quantizer = SimpleNamespace(quantization_config={"quant_method": method})  # fmt: skip
+        return net
+
+    return mark
+
+
 def inside(net: nn.Module) -> nn.Module:
     return nn.Sequential(torch.jit.script(net[0]), *net[1:])
 
@@ -396,6 +433,14 @@ CLOSED = {
     "scripted within": (inside, "0 is a torch.jit program"),
     "quantized": (packed, "0 is a quantized layer"),
     "sharded": (sharded, "0.weight is a Sharded"),
+    "coded": (coded, "0.weight is a Coded"),
+    "coded in floats": (coded_in_floats, "0.weight is a Coded"),
+    "with scales": (with_scales, "0.weight is of torch.uint8, with 0.scale beside it"),
+    "marked": (quantized("gptq"), "the model is quantized by gptq"),
+    "marked within": (
+        lambda net: nn.Sequential(quantized("bitsandbytes")(net)),
+        "0 is quantized by bitsandbytes",
+    ),
 }
 
 
@@ -409,15 +454,41 @@ def test_modules_whose_weights_are_closed_are_refused_by_name(how, names):
         didi(pool)
 
 
+def of_a_class_of_its_own(net: nn.Module) -> nn.Module:
+    net[0].weight = Coded(net[0].weight.detach())
+    net[0].weight.init, net[0].weight.group = nn.init.zeros_, {"decay": 0.1}
+    return net
+
+
+def with_tensors_beside(net: nn.Module) -> nn.Module:
+    """As trainers leave them on plain parameters."""
+    net[0].weight.main_grad = torch.ones(8, 4)
+    return net
+
+
+def with_a_table(net: nn.Module) -> nn.Module:
+    """Whole numbers that stand for themselves, in a model that saves a metric's state beside them."""
+    net[0].metric = nn.Module()
+    net[0].table = nn.Parameter(torch.arange(3), requires_grad=False)
+    net[0].metric.register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.update({f"{prefix}seen": torch.ones(1)})
+    )
+    return net
+
+
 OPEN = {
     "graph": torch.fx.symbolic_trace,
     "compiled": torch.compile,
     "DataParallel": nn.DataParallel,
+    "of a class of its own": of_a_class_of_its_own,
+    "with tensors beside": with_tensors_beside,
+    "with a table": with_a_table,
+    "float8, decoded": quantized("fp8"),
 }
 
 
 @pytest.mark.parametrize("how", OPEN)
-def test_modules_that_are_traced_open_or_wrapped_are_merged(how):
+def test_modules_whose_weights_can_be_read_are_merged(how):
     pool = family(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
     made = {name: OPEN[how](copy.deepcopy(net)) for name, net in pool.items()}
     model, x = didi(made, budget=1e6), torch.randn(2, 4)

@@ -92,6 +92,8 @@ def check_alignment(
         faults += [f"{task}: {fault}" for fault in told]
     faults += _without_value(adapters, reference, exclude, own, fresh)
     faults += _left_out(infos, reference, exclude, fresh)
+    nowhere = (n for n in fresh - held if not matches(n, exclude))
+    faults += _packed(base, nowhere, ignored)
     if faults:
         way_out = _unwrapped(base, tuned)
         if not way_out:
@@ -171,6 +173,27 @@ def _without_value(
                     f"{task}: {name} is {info.shape}, the base model has {want}, and the adapter does not hold the value that its "
                     "factors change; save it with save_embedding_layers=True"
                 )
+
+
+def _packed(
+    base: TensorSource, random: Iterable[str], ignored: frozenset[str]
+) -> Iterator[str]:
+    """Tensors that no checkpoint holds, where the base model's has others in the same layer that its class does not load."""
+    beside: dict[str, list[str]] = {}
+    for name in sorted(ignored):
+        beside.setdefault(name.rpartition(".")[0], []).append(name)
+    found = {}
+    for name in random:
+        layer, _, last = name.rpartition(".")
+        start = "" if last == "weight" else f"{name}_"
+        within = [n for n in beside.get(layer, ()) if n.startswith(start)]
+        if others := [*beside.get(name, ()), *within]:
+            found[name] = others[0]
+    if found:
+        yield (
+            f"{base.label}: {some(found)} are in no checkpoint, and random at every load; it holds {some(found.values())} instead, which "
+            "its class does not load. If these are quantized, give the model before that"
+        )
 
 
 def floating(source: TensorSource) -> dict[str, TensorInfo]:

@@ -182,6 +182,53 @@ def test_numbers_that_stand_for_others_are_refused(tmp_path, form):
         didi(pool_of(tmp_path, transformers.LlamaForCausalLM))
 
 
+PACKED = {
+    "GPTQ": quantized(
+        qweight=lambda v: torch.ones(2, 16, dtype=torch.int32),
+        scales=lambda v: torch.ones(1, 16),
+    ),
+    "compressed": QUANTIZED["compressed"],
+    "quanto": quantized(
+        **{
+            "weight._data": lambda v: v.to(torch.int8),
+            "weight._scale": lambda v: torch.ones(len(v), 1),
+        }
+    ),
+    "hqq": quantized(
+        W_q=lambda v: torch.ones(8, 16, dtype=torch.uint8),
+        scale=lambda v: torch.ones(8, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_weights_that_no_checkpoint_holds_but_packed_are_refused(tmp_path, form):
+    """No configuration says so."""
+    family(tmp_path, llama(False))
+    for name in ("base", "a", "b"):
+        change_file(tmp_path / name, PACKED[form])
+    with pytest.raises(CheckpointMismatchError, match=r"_pretrained_: .*_proj.weight.*and \d+ more are in no checkpoint, .*holds .*_proj"):  # fmt: skip
+        didi(pool_of(tmp_path, transformers.LlamaForCausalLM))
+
+
+def test_packed_weights_of_the_base_model_are_no_matter_where_all_tasks_hold_them(
+    tmp_path,
+):
+    family(tmp_path, llama(False))
+    change_file(tmp_path / "base", PACKED["GPTQ"])
+    assert_exact(pool_of(tmp_path, transformers.LlamaForCausalLM))
+
+
+def test_a_head_that_no_checkpoint_holds_beside_another_one_is_merged(tmp_path):
+    """Of a class with more layers."""
+    family(tmp_path, llama(False))
+    other = {"score.dense.weight": torch.ones(3), "score.dense.bias": torch.ones(3)}
+    for name in ("base", "a", "b"):
+        change_file(tmp_path / name, lambda state: {**state, **other})
+    pool = pool_of(tmp_path, transformers.LlamaForSequenceClassification)
+    assert didi(pool).tasks == ["a", "b"]
+
+
 @pytest.mark.parametrize("kind", ["e5m2", "e4m3fnuz", "e5m2fnuz"])
 @pytest.mark.parametrize("form", ["safetensors", "pickle"])
 def test_other_float8_is_read(tmp_path, kind, form):

@@ -45,6 +45,7 @@ from ..options import (
 )
 from ..pools.opening import load_backbone, open_pool
 from ..quantization.dead_zone import Quantizer
+from ..task_vectors.alignment import whole_numbers
 from ..task_vectors.reader import TaskVectors
 from .base import Encoded, PoolMethod, Resume, progress_bars
 
@@ -168,11 +169,14 @@ class DiDiMerging(PoolMethod):
 
 
 def _by_headers(modelpool: BaseModelPool, choice: dict[str, Any]) -> TaskVectors:
-    """The pool without a weight read; but where headers alone do not line up, as its classes load them, which tie tensors and
-    give them other names.
+    """The pool without a weight read; but where headers alone do not line up, or hold weights in whole numbers, as its classes load
+    them, which tie tensors, give them other names, and may not read such numbers.
     """
     try:
-        return open_pool(modelpool, **choice)
+        vectors = open_pool(modelpool, **choice)
+        if not whole_numbers(vectors.base):
+            return vectors
     except CheckpointMismatchError:
-        log.info("Headers alone do not line up; the base model is loaded.")
+        pass
+    log.info("Headers alone do not tell what is merged; the base model is loaded.")
     return open_pool(modelpool, load_backbone(modelpool), **choice)

@@ -114,7 +114,7 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
         ModelPoolError: if it is an adapter, or the pool gives something else than a model, or one that cannot be copied.
         CheckpointMismatchError: if its weights are not in memory, or not those of its checkpoint.
     """
-    _refuse_adapter(modelpool)
+    _check_base(modelpool)
     entry = load_model(modelpool, BASE)
     if isinstance(entry, nn.parallel.DistributedDataParallel):
         raise ModelPoolError(
@@ -298,7 +298,7 @@ def base_of(
     Raises:
         ModelPoolError: if it is an adapter, or its directory has no configuration.
     """
-    _refuse_adapter(modelpool)
+    _check_base(modelpool)
     if backbone is None:
         check_instantiable(modelpool, BASE)
         stored = _file_source(modelpool, BASE)
@@ -313,13 +313,15 @@ def base_of(
     return base, {**names, **found}, frozenset(set(found) - set(names))
 
 
-def _refuse_adapter(modelpool: BaseModelPool) -> None:
-    """A base model must be whole."""
+def _check_base(modelpool: BaseModelPool) -> None:
+    """A base model must be whole, and of numbers that are read."""
     if directory := adapter_directory(modelpool, BASE):
         raise ModelPoolError(
             f"The base model {BASE!r} is an adapter: {directory} holds {CONFIG}, expected the weights of a model. Give "
             f"the model that the adapters were trained on as modelpool.models.{BASE}."
         )
+    if not has_own_loader(modelpool) and (home := home_of(modelpool, BASE)):
+        home.check_quantization()
 
 
 def adapter_source(

@@ -16,6 +16,7 @@ from ..files import is_marked
 from ..task_vectors.file_sources import PickleSource, SafetensorsSource, read_json
 from ..task_vectors.float8 import Float8Source
 from ..task_vectors.lora_config import CONFIG
+from ..task_vectors.quantized import unread
 from ..task_vectors.renaming import RenamedSource
 from ..task_vectors.sources import TensorSource
 
@@ -111,6 +112,18 @@ class WeightFiles:
                     f"{self.label}: {self.directory / 'config.json'} says {key}={value}, while the weights beside it {what}. Mend the "
                     "configuration, or download it again."
                 )
+
+    def check_quantization(self) -> None:
+        """The configuration of a base model asks for no numbers that stand for others and are not read.
+
+        Raises:
+            CheckpointMismatchError: if it does; if it is no JSON.
+        """
+        if method := unread(self._configuration()):
+            raise CheckpointMismatchError(
+                f"{self.label}: {self.directory / 'config.json'} says that the model is quantized by {method}, whose values cannot be "
+                "read and replaced. Give the model before it was quantized."
+            )
 
     def _configuration(self) -> Mapping[str, Any]:
         """What a configuration says, if there is one."""

@@ -4,6 +4,8 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
+
 from ..errors import CheckpointMismatchError, some, spelled
 from .lora_adapter import WAY_OUT
 from .sources import TensorInfo, TensorSource
@@ -17,6 +19,9 @@ _WRAPPED = re.compile(
 )
 #: So many kinds of faults are told of a task.
 _MOST = 8
+
+#: Last parts of the names of weights in whole numbers, as quantizers write them.
+_WHOLE = ("weight", "qweight", "weight_packed", "W_q", "_data")
 
 #: Names of the last layers of classifiers: where their shapes differ, tasks have heads of their own.
 HEADS = (
@@ -199,6 +204,18 @@ def _packed(
 def floating(source: TensorSource) -> dict[str, TensorInfo]:
     """The tensors of a source that can be merged."""
     return {n: i for n, i in source.infos().items() if i.floating}
+
+
+def whole_numbers(source: TensorSource) -> list[str]:
+    """Weights of a source that are of whole numbers by their headers; tables of positions are none."""
+    return [
+        name
+        for name, info in source.infos().items()
+        if name.rpartition(".")[2] in _WHOLE
+        and len(info.shape) > 1
+        and info.dtype not in (None, torch.bool)
+        and not (info.floating or info.dtype.is_complex)
+    ]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -24,7 +24,7 @@ from saved_checkpoints import (
 )
 from torch import nn
 
-from fusion_bench_didi.errors import CheckpointMismatchError
+from fusion_bench_didi.errors import CheckpointMismatchError, DiDiError
 from fusion_bench_didi.pools.opening import load_backbone, open_pool
 from fusion_bench_didi.task_vectors.file_sources import E8M0
 
@@ -182,6 +182,27 @@ def test_numbers_that_stand_for_others_are_refused(tmp_path, form):
         didi(pool_of(tmp_path, transformers.LlamaForCausalLM))
 
 
+def told(place, **config) -> None:
+    """Write into a model's configuration how it is quantized."""
+    file = place / "config.json"
+    content = json.loads(file.read_text()) | {"quantization_config": config}
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    "config, method",
+    [({"quant_method": "gptq"}, "gptq"), ({"load_in_8bit": True}, "bitsandbytes")],
+)
+def test_a_base_model_that_is_quantized_is_refused_before_it_is_loaded(
+    tmp_path, config, method, dry_run
+):
+    family(tmp_path, llama(False))
+    told(tmp_path / "base", **config)
+    with pytest.raises(CheckpointMismatchError, match=f"config.json says .*quantized by {method}, .*Give "):  # fmt: skip
+        didi(pool_of(tmp_path, transformers.LlamaForCausalLM), dry_run=dry_run)
+
+
 PACKED = {
     "GPTQ": quantized(
         qweight=lambda v: torch.ones(2, 16, dtype=torch.int32),
@@ -201,14 +222,17 @@ PACKED = {
 }
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("form", PACKED)
-def test_weights_that_no_checkpoint_holds_but_packed_are_refused(tmp_path, form):
+def test_weights_that_no_checkpoint_holds_but_packed_are_refused(
+    tmp_path, form, dry_run
+):
     """No configuration says so."""
     family(tmp_path, llama(False))
     for name in ("base", "a", "b"):
         change_file(tmp_path / name, PACKED[form])
     with pytest.raises(CheckpointMismatchError, match=r"_pretrained_: .*_proj.weight.*and \d+ more are in no checkpoint, .*holds .*_proj"):  # fmt: skip
-        didi(pool_of(tmp_path, transformers.LlamaForCausalLM))
+        didi(pool_of(tmp_path, transformers.LlamaForCausalLM), dry_run=dry_run)
 
 
 def test_packed_weights_of_the_base_model_are_no_matter_where_all_tasks_hold_them(
@@ -226,6 +250,22 @@ def test_a_head_that_no_checkpoint_holds_beside_another_one_is_merged(tmp_path):
     for name in ("base", "a", "b"):
         change_file(tmp_path / name, lambda state: {**state, **other})
     pool = pool_of(tmp_path, transformers.LlamaForSequenceClassification)
+    assert didi(pool).tasks == ["a", "b"]
+
+
+def test_a_base_model_in_whole_numbers_is_planned_as_it_is_merged(tmp_path):
+    family(tmp_path, llama(False))
+    for name in ("base", "a", "b"):
+        change_file(tmp_path / name, QUANTIZED["whole numbers"])
+    for dry_run in (True, False):
+        with pytest.raises(DiDiError, match="'_pretrained_'"):
+            didi(pool_of(tmp_path, transformers.LlamaForCausalLM), dry_run=dry_run)
+
+
+def test_plain_files_of_tasks_that_say_they_are_quantized_are_merged(tmp_path):
+    family(tmp_path, llama(False))
+    told(tmp_path / "a", quant_method="bitsandbytes", load_in_4bit=True)
+    pool = pool_of(tmp_path, transformers.LlamaForCausalLM)
     assert didi(pool).tasks == ["a", "b"]
 
 

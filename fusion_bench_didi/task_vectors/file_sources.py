@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointMismatchError
-from .sources import TensorInfo, TensorSource, described, faults_of
+from .sources import TensorInfo, TensorSource, described, faults_of, resolved
 from .watched import Watched
 
 #: Files are mapped anew after so many bytes read from a model.
@@ -158,7 +158,7 @@ def _state_dict(file: Path, label: str) -> tuple[dict[str, Tensor], list[str]]:
     if not isinstance(state, Mapping):
         raise refused(f"holds a {type(state).__name__}, expected a state dict")
     nested = [k for k, v in state.items() if isinstance(v, Mapping) and v]
-    tensors = {k: v.detach() for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {k: resolved(v) for k, v in state.items() if isinstance(v, Tensor)}
     if nested and not tensors:
         raise refused(f"holds dictionaries {nested[:4]}, expected tensors by name")
     if strange := [k for k in tensors if not isinstance(k, str)]:

@@ -166,7 +166,7 @@ class ModuleSource(TensorSource):
         self.config = getattr(module, "config", None)
         state, second = module.state_dict(keep_vars=True), tied_names(module)
         self._tensors = {
-            name: tensor.detach()
+            name: resolved(tensor)
             for name, tensor in all_tensors(module).items()
             if name in state and name not in second
         }
@@ -205,6 +205,11 @@ class ModuleSource(TensorSource):
     def identity(self) -> dict[str, str]:
         content = (super().identity[""], sorted(self.digests.items()))
         return {"in memory": digest_of(repr(content).encode())}
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its values: views of others as conjugate or negative are worked out."""
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def described(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:

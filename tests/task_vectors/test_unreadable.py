@@ -100,6 +100,40 @@ def test_complex_buffers_are_kept_or_not_finite(value, tmp_path):
         assert didi(pool).materialize("a").extra.equal(pool["a"].extra)
 
 
+@pytest.mark.parametrize("part", ["conjugate", "negative"])
+@pytest.mark.parametrize("names", [(BASE, "a", "b"), (BASE,), ("a",)])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_views_as_conjugate_or_negative_are_their_values(part, names, kind, tmp_path):
+    pool = models()
+    for seed, (name, model) in enumerate(pool.items()):
+        g = torch.Generator().manual_seed(seed)
+        value = torch.randn(2, 3, 4, dtype=torch.complex64, generator=g).conj()
+        value = value if part == "conjugate" else value.imag
+        value = value if name in names else value.clone().resolve_conj().resolve_neg()
+        assert (value.is_conj() or value.is_neg()) == (name in names)
+        if kind == "buffer":
+            model.extra = value
+        else:
+            model.more = nn.Parameter(value)
+    want = pool["a"].state_dict()
+    merged = didi(pool, budget=1e6)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = DiDiModel.from_pretrained(tmp_path / "merged", backbone=pool[BASE])
+    for model in (merged, loaded):
+        found = model.materialize("a").state_dict()
+        for name, value in want.items():
+            torch.testing.assert_close(found[name], value)
+
+
+def test_such_views_in_pickles_are_their_values(tmp_path):
+    one, other = (torch.randn(3, dtype=torch.complex64).conj() for _ in range(2))
+    torch.save({"one": one, "other": other.imag}, tmp_path / "c.bin")
+    source = PickleSource([tmp_path / "c.bin"], "a")
+    found = source.read("one"), source.read("other")
+    assert found[0].equal(one) and found[1].equal(other.imag)
+    assert not (found[0].is_conj() or found[1].is_neg())
+
+
 def test_a_base_model_in_float8_cannot_hold_merged_values():
     pool = models()
     weight = pool[BASE].body.weight

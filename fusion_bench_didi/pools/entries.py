@@ -95,6 +95,11 @@ def has_own_loader(modelpool: BaseModelPool) -> bool:
     return loader.__module__.partition(".")[0] not in _PACKAGES
 
 
+def _names_architectures(modelpool: BaseModelPool) -> bool:
+    """Whether text as an entry names an architecture of torchvision, not where a model lies."""
+    return getattr(modelpool, "type", None) == "torchvision"
+
+
 def origin_of(modelpool: BaseModelPool, name: str) -> str | None:
     """Where the model of an entry lies, as it can be found from anywhere: an absolute directory, or a repository of the hub, with
     revision and folder where some are asked for (``user/name@revision/folder``); None for a model in memory.
@@ -211,7 +216,7 @@ def given_by(modelpool: BaseModelPool) -> dict[str, Any]:
 def _arguments(modelpool: BaseModelPool, name: str) -> dict[str, Any] | None:
     """Arguments of ``from_pretrained`` for an entry; None for other entries."""
     entry = modelpool._models[name]
-    if isinstance(entry, str):
+    if isinstance(entry, str) and not _names_architectures(modelpool):
         entry = {PLACE: entry}
     if not isinstance(entry, (dict, DictConfig)):
         return None

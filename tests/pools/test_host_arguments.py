@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from exact_models import llama
-from fusion_bench.modelpool import BaseModelPool, CausalLMPool
+from fusion_bench.modelpool import (
+    BaseModelPool,
+    CausalLMPool,
+    ResNetForImageClassificationPool,
+)
 from helpers import BASE, didi, fine_tuned
 from torch import nn
 
 from fusion_bench_didi.errors import ModelPoolError
 from fusion_bench_didi.models.dynamic import DiDiModel
+from fusion_bench_didi.pools.entries import directory_of, load_model, origin_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -159,3 +164,15 @@ def test_entries_that_cannot_be_loaded_are_named(
     damage(Path(places[name]))
     with pytest.raises(ModelPoolError, match=places[name]):
         didi(BaseModelPool(entries(places)), dry_run=dry_run)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_names_of_torchvision_lie_nowhere(models, beside, tmp_path, monkeypatch):
+    """Not on the hub, nor in a directory of that name beside the command."""
+    monkeypatch.chdir(tmp_path)
+    if beside:
+        models[BASE].save_pretrained(tmp_path / "resnet18")
+    entries = dict.fromkeys((BASE, "a", "b"), "resnet18")
+    pool = ResNetForImageClassificationPool(type="torchvision", models=entries)
+    assert directory_of(pool, "a") is None and origin_of(pool, "a") is None
+    assert type(load_model(pool, "a")).__name__ == "ResNet"

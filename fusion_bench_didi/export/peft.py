@@ -23,9 +23,11 @@ from ..checkpoint.companions import (
     copy_files,
     unlike,
 )
+from ..errors import DiDiError, some
 from ..models.dynamic import DynamicModel
 from ..models.task_settings import with_own_vocabulary
 from ..pools.entries import BASE
+from ..task_vectors.live_models import of_peft
 from ..task_vectors.ties import tensor_of
 from .adapters import Adapter
 from .checks import (
@@ -73,11 +75,13 @@ def to_peft(
         inputs: keyword arguments of the model to compare outputs with; made up where the model's configuration tells how.
 
     Raises:
-        DiDiError: if nothing of a task is in a form that an adapter carries, or if PEFT reads something else.
+        DiDiError: if the base model has layers of PEFT, nothing of a task is in a form that an adapter carries, or PEFT reads something
+            else.
         UnknownTaskError: for tasks that the model does not hold.
         FileExistsError: if the directory exists and ``overwrite`` is false, or it is no export, or other weights lie in it.
     """
     asked, source = asked_tasks(model, tasks), source_of(model, base)
+    _check_plain(model.backbone)
     before, of_base = base_model(model), companions_at(**source)
     parents, grown = model.info.get("parents", {}), with_own_vocabulary(model)
     fold = settings.shared == "fold"
@@ -136,6 +140,19 @@ def to_peft(
             )
         report = ExportReport("peft", str(final), tensors, sizes, differ, tuple(notes))
         return write_report(place, report)
+
+
+def _check_plain(backbone: nn.Module) -> None:
+    """PEFT puts adapters on models without layers of its own.
+
+    Raises:
+        DiDiError: if it has some.
+    """
+    if found := [n or "the model" for n, m in backbone.named_modules() if of_peft(m)]:
+        raise DiDiError(
+            f"The base model has layers of PEFT ({some(found)}), and no adapter is put on those. Export it as plain or patch, or merge "
+            "plain models, which merge_and_unload() returns."
+        )
 
 
 def _copy_own(home: Path, of_base: Companions, own: Companions) -> str:

@@ -31,6 +31,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
+def of_peft(module: nn.Module) -> bool:
+    """Whether a module is a layer of PEFT, or what PEFT puts around a model."""
+    return type(module).__module__.startswith("peft.")
+
+
 def all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name, each once under the first of its names; those that are not saved too."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -25,8 +25,9 @@ from .report import Carried
 from .settings import EIGHT_BITS, AdapterSettings
 
 _OTHER_SHAPE = "of another shape or type than the base model's"
-_BY_PEFT_ALONE = "servers read adapters of linear layers alone; carry=all is for PEFT"
-_WHOLE_FOR_PEFT = "carry=all holds it whole, for PEFT"
+_LINEAR_ALONE = "servers read adapters of linear layers alone"
+_FOR_PEFT = "; carry=all is for PEFT"
+_WHOLE_FOR_PEFT = "; carry=all holds it whole, for PEFT"
 
 
 class Adapter:
@@ -48,6 +49,7 @@ class Adapter:
         self.model, self.task, self.settings, self.under = model, task, settings, under
         self.expert = model.modulators[task]
         sites, self.refused = found
+        self._sited = sites.keys()
         every = settings.carry == "all"
         self.sites = {n: s for n, s in sites.items() if every or s.kind == "linear"}
         self.carried: dict[str, Carried] = {}  # by tensor
@@ -70,10 +72,12 @@ class Adapter:
                     f"All that {self.task} changes would be carried whole, and PEFT reads no adapter without a pair of factors. Export "
                     "it as plain or patch."
                 )
-            ways = sorted({one.why for one in self.carried.values() if one.why})
+            ways = {one.why for one in self.carried.values() if one.why}
+            if not self._has_pairs():  # with carry=all neither
+                ways = {w.replace(_FOR_PEFT, "").replace(_WHOLE_FOR_PEFT, "") for w in ways}  # fmt: skip
             raise DiDiError(
                 f"Nothing that {self.task} changes is in a layer that an adapter of carry={self.settings.carry} is for"
-                f"{': ' if ways else ''}{'; '.join(ways)}. Export it as plain or patch."
+                f"{': ' if ways else ''}{'; '.join(sorted(ways))}. Export it as plain or patch."
             )
         place.mkdir()
         self._config(source).save_pretrained(place)
@@ -84,6 +88,11 @@ class Adapter:
         tensors = {name: independent(tensors[name]) for name in sorted(tensors)}
         save_file(tensors, place / FILES[0], metadata={"format": "pt"})
         return self.carried
+
+    def _has_pairs(self) -> bool:
+        """Whether something that the task changes has a pair of factors where all is carried."""
+        changes = (self._wanted(n)[0] for n in self.model.touched if n in self._sited)
+        return any(change is not None and bool(change.any()) for change in changes)
 
     def _fill(self) -> None:
         names = self.model.touched
@@ -167,7 +176,9 @@ class Adapter:
         if refusal and not refusal.together:
             return refusal.why
         if self.settings.carry == "linear":
-            return f"{refusal.why}; {_WHOLE_FOR_PEFT}" if refusal else _BY_PEFT_ALONE
+            if refusal:
+                return refusal.why + _WHOLE_FOR_PEFT
+            return _LINEAR_ALONE + _FOR_PEFT
         if not owner or [*self.under.get_submodule(owner).children()]:
             return "of a module with others inside, which PEFT does not replace"
         parent = self.under.get_submodule(owner.rpartition(".")[0])

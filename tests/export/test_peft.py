@@ -8,7 +8,7 @@ import torch
 import transformers
 from exact_models import SIDES, bert, gpt2, llama, qwen, seeded
 from helpers import BASE, OpenClipLike, didi, family
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertModel, GPT2Config, GPT2ForSequenceClassification
@@ -517,3 +517,31 @@ def test_refusals(tmp_path):
     with pytest.raises(DiDiError, match="All that a changes would be carried whole"):
         to_peft(norms, tmp_path / "out", settings=AdapterSettings(carry="all"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("head", [[], ["lm_head"]])
+def test_no_adapter_is_written_of_a_base_model_that_has_peft_layers(whole, head, tmp_path):  # fmt: skip
+    """Wrapped, or with its layers put in."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=head or None)
+    base = llama()
+    base = get_peft_model(base, config) if whole else base
+    if not whole:
+        base.add_adapter(config)
+    model = didi(family(base), budget=9.0)
+    with pytest.raises(DiDiError, match="has layers of PEFT.*Export it as plain or pat"):  # fmt: skip
+        to_peft(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_way_that_holds_nothing_is_not_advised(tmp_path):
+    model = didi(family(nn.Sequential(Halved(16, 16))), budget=9.0)
+    with pytest.raises(DiDiError, match="as plain or patch") as error:
+        to_peft(model, tmp_path / "out")
+    assert "carry=all" not in str(error.value)
+    with pytest.raises(DiDiError, match="carried whole.*as plain or patch"):
+        to_peft(model, tmp_path / "out", settings=ALL)
+    model = didi(family(nn.Sequential(nn.Embedding(8, 16))), budget=9.0)
+    with pytest.raises(DiDiError, match="carry=all is for PEFT.*as plain or patch"):
+        to_peft(model, tmp_path / "out")
+    to_peft(model, tmp_path / "out", settings=ALL, inputs={"input": TOKENS})

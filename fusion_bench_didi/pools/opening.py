@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import ModelPoolError
+from ..errors import ModelPoolError, some
 from ..task_vectors.alignment import floating
 from ..task_vectors.cast import CastSource
 from ..task_vectors.float8 import Float8Source
@@ -130,11 +131,26 @@ def load_backbone(modelpool: BaseModelPool) -> nn.Module:
         tie(backbone, tied_names(entry))
     except Exception as error:  # of tensors that are computed, locks, open files, ...
         raise ModelPoolError(
-            f"The base model {BASE!r} ({type(entry).__name__}) cannot be copied ({type(error).__name__}: {error}). Give an entry "
-            "with a _target_ that loads it."
+            f"The base model {BASE!r} ({type(entry).__name__}) cannot be copied ({type(error).__name__}: {error}). "
+            f"{_to_copy(entry)}Give an entry with a _target_ that loads it."
         ) from error
     separate(backbone)
     return backbone
+
+
+def _to_copy(model: nn.Module) -> str:
+    """What makes a model one that can be copied, where that is known."""
+    held = [
+        (f"{name}.{key}" if name else key, value)
+        for name, module in model.named_modules()
+        for key, value in chain(vars(module).items(), module._parameters.items())
+        if isinstance(value, torch.Tensor)
+    ]
+    if computed := [name for name, value in held if not value.is_leaf]:
+        return f"{some(computed)} are kept with gradients, as by weight norms and pruning: run it once under torch.no_grad(). Or else: "
+    if sparse := [name for name, value in held if value.layout != torch.strided]:
+        return f"{some(sparse)} are sparse, expected dense tensors (to_dense()). Or else: "  # fmt: skip
+    return ""
 
 
 def backbone_reference(modelpool: BaseModelPool, backbone: nn.Module) -> dict:

@@ -512,6 +512,46 @@ def test_a_base_model_that_cannot_be_copied_is_named():
         didi(models)
 
 
+class Kept(nn.Linear):
+    """Keeps what it computes."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.last = None
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("how", ["normed", "pruned", "kept"])
+def test_a_base_model_that_holds_gradients_is_told_what_to_run(how):
+    def made() -> nn.Module:
+        if how == "kept":
+            return Kept()
+        net = nn.Linear(4, 4)
+        if how == "normed":
+            return nn.utils.weight_norm(net)
+        return nn.utils.prune.identity(net, "weight")
+
+    models, x = {name: made() for name in (BASE, "a", "b")}, torch.randn(2, 4)
+    models[BASE](x)
+    with pytest.raises(ModelPoolError, match="(weight|last) are.*torch.no_grad.*_targ"):
+        didi(models)
+    with torch.no_grad():
+        models[BASE](x)
+    didi(models)
+
+
+def test_a_base_model_of_sparse_weights_is_told_that_it_is():
+    models = family(nn.Linear(4, 4), ("a", "b"))
+    weight = models[BASE].weight.detach().to_sparse()
+    models[BASE].weight = nn.Parameter(weight)
+    with pytest.raises(ModelPoolError, match="weight are sparse, expected dense"):
+        didi(models)
+
+
 def test_a_wrapped_module_is_rounded_to_the_base_models_type():
     """Its names have a prefix, and rounding went by names."""
     base = nn.Linear(3, 3).bfloat16()

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ..errors import CheckpointMismatchError
+from ..errors import CheckpointMismatchError, some
 from ..task_vectors.code_names import read_by_forward
 from ..task_vectors.live_models import OF_ALL_MODULES, all_tensors
 from .configurations import COMPUTED
+from .live_functions import hooks, replaced
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
         )
     for task, pair in matched.items():
         if hooked := _hooked(*pair):
-            log.warning("%s has hooks on %s, which the base model has not, and no task will have.", task, ", ".join(hooked[:4]))  # fmt: skip
+            log.warning("%s has other hooks than the base model, with whose hooks all tasks run, on %s.", task, some(hooked))  # fmt: skip
         if unlike := [*left[task], *_unlike_values(*pair)]:
             log.warning(
                 "%s differs from the base model in what its forward reads and no state dict holds (base model's != fine-tuned model's): "
@@ -116,8 +117,10 @@ def _unlike(shown: str, here: nn.Module, there: nn.Module) -> Iterator[str]:
     if kinds[0] != kinds[1] and type(here).forward is not type(there).forward:
         yield "{} is {} != {}".format(shown, *kinds)
         return
-    if _replaced(here) != _replaced(there):
-        yield f"{shown} has a forward of its own in one of them only"
+    mine, theirs = replaced(here), replaced(there)
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key):
+            yield f"{shown} has a {key} of its own in one of them, or another"
     mine, theirs = _settings(here), _settings(there)
     for key in sorted(mine.keys() & theirs.keys()):
         if mine[key] != theirs[key]:
@@ -270,15 +273,6 @@ def _class(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _replaced(module: nn.Module) -> Any:
-    """The code of a forward that is set on the module itself, unless a library put it around the class's."""
-    forward = vars(module).get("forward")
-    if forward is None or hasattr(module, "_hf_hook"):
-        return None
-    function = getattr(forward, "__func__", forward)
-    return getattr(function, "__code__", type(function))
-
-
 def _settings(module: nn.Module) -> dict[str, Any]:
     """Settings of a module that its outputs may depend on; nan is itself."""
     library = type(module).__module__.startswith(_LIBRARY)
@@ -320,11 +314,9 @@ def _same(left: Tensor | None, right: Tensor | None) -> bool:
 
 
 def _hooked(base: nn.Module, tuned: nn.Module) -> list[str]:
-    """Modules on which only the fine-tuned model has hooks."""
+    """Modules on which the two have other hooks."""
     return [
         name or "the model"
         for name, here, there in _pairs(base, tuned)
-        if not hasattr(there, "_hf_hook")
-        and len(there._forward_hooks) + len(there._forward_pre_hooks)
-        > len(here._forward_hooks) + len(here._forward_pre_hooks)
+        if hooks(here) != hooks(there)
     ]

@@ -1,6 +1,7 @@
 """Modules in memory that compute something else than the base model with the same tensors: named, not run as the base model."""
 
 import copy
+import functools
 import re
 import threading
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fusion_bench.modelpool import BaseModelPool
+from exact_models import llama
 from helpers import BASE, didi, family
 from torch import nn
 
@@ -303,16 +305,64 @@ def test_other_values_that_a_forward_reads_are_told_of(caplog, key, value, told)
     assert re.search(f"svhn differs .*{told}", caplog.text)
 
 
-def test_hooks_of_a_fine_tuned_module_are_told_of(caplog):
-    pool = family(Net())
-    hooked = copy.deepcopy(pool)
-    for net in hooked.values():
-        net.norm.register_forward_hook(lambda *_: None)
-    didi(hooked)
-    assert "hooks" not in caplog.text
-    pool["svhn"].norm.register_forward_hook(lambda module, args, y: 2 * y)
+class Steering:
+    def __init__(self, by):
+        self.by, self.seen, self.all = by, 0, []
+
+    def __call__(self, module, args, y):
+        self.seen += 1
+        self.all.append(y)
+        return y + self.by
+
+    def hook(self, module, args, y):
+        return self(module, args, y)
+
+
+def around(by):
+    seen = []
+
+    def hook(module, args, y, *, on=True):
+        seen.append(y)
+        return y + by
+
+    return hook
+
+
+def given(by, module, args, y):
+    return y + by
+
+
+HOOKS = {
+    "around": around,
+    "an object": Steering,
+    "a method": lambda by: Steering(by).hook,
+    "a default": lambda by: lambda module, args, y, by=by: y + by,
+    "partial": lambda by: functools.partial(given, by),
+    "within": lambda by: around(torch.tensor(by)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_are_the_base_models_or_told_of(kind, caplog):
+    x = torch.randn(2, 3, 6, 6)
+    for base, tuned in ((2.0, 3.0), (2.0, None), (None, 3.0), (2.0, 2.0)):
+        pool = family(Net())
+        for name, by in ((BASE, base), ("mnist", base), ("svhn", tuned)):
+            if by is not None:
+                pool[name].norm.register_forward_hook(HOOKS[kind](by))
+            pool[name](x)
+        caplog.clear()
+        didi(pool)
+        told = "svhn has other hooks than the base model" in caplog.text
+        assert told == (base != tuned) and "mnist" not in caplog.text
+
+
+def test_hooks_that_look_on_for_libraries_are_none_of_the_models(caplog):
+    pool = family(llama())
+    pool["svhn"].enable_input_require_grads()
     didi(pool)
-    assert "svhn has hooks on norm" in caplog.text
+    assert "hooks" not in caplog.text
 
 
 class Whole(nn.Module):

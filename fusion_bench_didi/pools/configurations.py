@@ -205,6 +205,11 @@ def unequal(
     ]
 
 
+def is_unrelated(key: str) -> bool:
+    """Whether a setting of that name says how a model is trained, written, kept, used or asked."""
+    return key in _ANYONES or _UNRELATED.search(key) is not None
+
+
 def computing(config: Configuration) -> dict[str, Any]:
     """The settings that outputs depend on, by name, as JSON holds them; special tokens, which users set, are none of them, and whether
     tensors are tied, which these tell, is none."""
@@ -274,7 +279,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
                     tokens = part.get("vocab_size")
                     value = tokens - 1 if type(tokens) is int else value
                 yield within + key, value, True
-            elif key not in _ANYONES and not _UNRELATED.search(key):
+            elif not is_unrelated(key):
                 yield within + key, value, False
 
 

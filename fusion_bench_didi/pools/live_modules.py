@@ -1,6 +1,7 @@
 """What live modules compute with their tensors: the base model runs all tasks, so that a fine-tuned module must compute the same.
 
-Models of transformers say it in their configurations, see ``configurations.py``; of other modules it is found out here.
+Models of transformers say most of it in their configurations, see ``configurations.py``; what was changed since, and all of other
+modules, is found out here.
 """
 
 import copy
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointMismatchError, some
-from ..task_vectors.code_names import read_by_forward
-from ..task_vectors.live_models import OF_ALL_MODULES, all_tensors
-from .configurations import COMPUTED
+from ..task_vectors.code_names import read_by_forward, set_by_forward
+from ..task_vectors.live_models import OF_ALL_MODULES, all_tensors, of_peft
+from .configurations import COMPUTED, is_unrelated
 from .live_functions import hooks, replaced
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,14 @@ _TRAINING = {
     *("scale_grad_by_freq", "dropout", "track_running_stats", "label_smoothing"),
 }
 _SCALARS = (bool, int, float, str, type(None))
+#: Parts of names of such numbers in transformers' own modules that outputs depend on, beside settings.
+_SCALES = ("eps", "scal")
+#: Kinds of rotary positions that are worked out anew for longer inputs.
+_BY_LENGTH = ("dynamic", "longrope")
+#: What functions of attention read of the module that they are given.
+_OF_ATTENTION = {"is_causal", "num_key_value_groups"}
+#: Faults that are told of a task.
+_MOST = 8
 #: Words in the name of a number or tensor of any class that matters to training alone, or was found in it.
 _ONLY_TRAINED = (
     *("drop", "lr", "learning_rate", "loss", "decay", "momentum"),
@@ -53,12 +62,26 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
             state dict holds.
     """
     matched = {task: _matched(base, module) for task, module in tuned.items()}
-    faults, left = [], {}
+    faults, switched, left = [], [], {}
     for task, pair in matched.items():
         lost, left[task] = _differing_beside(*pair)
-        told = _configured(base) and _configured(tuned[task])
-        found = lost if told else [*_differing(*pair), *lost]
-        faults += [f"{task}: {fault}" for fault in found]
+        alike = _configured(base) and _configured(tuned[task])
+        found = [*_differing(*pair, alike), *lost]
+        faults += [f"{task}: {fault}" for fault in found[:_MOST]]
+        faults += [f"{task}: and {len(found) - _MOST} more"] if found[_MOST:] else []
+        switched += (
+            [f"{task}: {some(unlike)}"]
+            if (unlike := [*_unlike_values(*pair, True)])
+            else []
+        )
+    if switched:
+        raise CheckpointMismatchError(
+            "Layers of PEFT run otherwise in fine-tuned models than in the base model, which runs all tasks (base model's != fine-tuned "
+            "model's):\n  "
+            + "\n  ".join(switched)
+            + "\nGive plain models, which merge_and_unload() returns, or the plain base model and the directories to which "
+            "save_pretrained(...) wrote the adapters."
+        )
     if faults:
         raise CheckpointMismatchError(
             "Fine-tuned modules compute something else with their tensors than the base model, which runs all tasks (base model's != "
@@ -70,10 +93,10 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
     for task, pair in matched.items():
         if hooked := _hooked(*pair):
             log.warning("%s has other hooks than the base model, with whose hooks all tasks run, on %s.", task, some(hooked))  # fmt: skip
-        if unlike := [*left[task], *_unlike_values(*pair)]:
+        if unlike := [*left[task], *_unlike_values(*pair, False)]:
             log.warning(
                 "%s differs from the base model in what its forward reads and no state dict holds (base model's != fine-tuned model's): "
-                "%s. All tasks will run with the base model's; let it be a buffer if a task depends on it.",
+                "%s. All tasks will run with the base model's; let it be a buffer, or give the base model the same, if a task depends on it.",
                 task,
                 "; ".join(unlike[:4]),
             )
@@ -100,33 +123,47 @@ def _pairs(
             yield name, module, there[name]
 
 
-def _differing(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
+def _differing(base: nn.Module, tuned: nn.Module, alike: bool) -> Iterator[str]:
+    """What differs in the computation of what the two have registered.
+
+    Args:
+        alike: whether both have configurations, which were found to say the same.
+    """
     for first, second, which in ((base, tuned, "base"), (tuned, base, "fine-tuned")):
         known = dict(second.named_modules())
         for name, module in first.named_modules():
             # what holds tensors is found by those
-            if name not in known and _acts(module) and not module.state_dict():
+            if name in known or not _acts(module) or module.state_dict():
+                continue
+            outer = first.get_submodule(name.rpartition(".")[0])
+            # classes of transformers run what they made themselves
+            if not alike or type(outer).__module__.startswith("torch.nn."):
                 yield f"{name} ({_class(module)}) is in the {which} model only"
     for name, here, there in _pairs(base, tuned):
-        yield from _unlike(name or "the model", here, there)
+        yield from _unlike(name or "the model", here, there, alike)
 
 
-def _unlike(shown: str, here: nn.Module, there: nn.Module) -> Iterator[str]:
+def _unlike(
+    shown: str, here: nn.Module, there: nn.Module, alike: bool = False
+) -> Iterator[str]:
     """How two modules compute something else with the tensors of a state dict."""
     kinds = (_class(here), _class(there))
-    if kinds[0] != kinds[1] and type(here).forward is not type(there).forward:
+    if _of_other_forwards(here, there):
+        if _is_whole(here) and _is_whole(there):
+            return
         yield "{} is {} != {}".format(shown, *kinds)
         return
     mine, theirs = replaced(here), replaced(there)
     for key in sorted(mine.keys() | theirs.keys()):
         if mine.get(key) != theirs.get(key):
             yield f"{shown} has a {key} of its own in one of them, or another"
-    mine, theirs = _settings(here), _settings(there)
+    alike = alike and _of_transformers(here)
+    mine, theirs = _settings(here, alike), _settings(there, alike)
     for key in sorted(mine.keys() & theirs.keys()):
         if mine[key] != theirs[key]:
             yield f"{shown}: {key} {mine[key]!r} != {theirs[key]!r}"
     unsaved = here._non_persistent_buffers_set & there._non_persistent_buffers_set
-    for leaf in sorted(unsaved):
+    for leaf in () if alike else sorted(unsaved):
         if not _same(here._buffers.get(leaf), there._buffers.get(leaf)):
             yield f"{shown}: the buffer {leaf}, which is in no state dict, is another"
 
@@ -161,19 +198,40 @@ def _differing_beside(base: nn.Module, tuned: nn.Module) -> tuple[list[str], lis
     return lost, left
 
 
-def _unlike_values(base: nn.Module, tuned: nn.Module) -> Iterator[str]:
-    """What differs of other values that forwards of classes of the user's own read: numbers, texts, functions, and lists of them."""
+def _unlike_values(base: nn.Module, tuned: nn.Module, peft: bool) -> Iterator[str]:
+    """What differs of other values that forwards read: numbers, texts, functions, and lists of them.
+
+    Args:
+        peft: of PEFT's layers, or of all others.
+    """
     for name, here, there in _pairs(base, tuned):
-        if _is_known(here) or _configured(here) or type(here) is not type(there):
+        if of_peft(here) != peft or _is_metric(here):
             continue
-        settings = _settings(here)
+        shown, ours = name and f"{name}.", _of_transformers(here)
+        if _is_whole(here) and _is_whole(there):
+            if _of_other_forwards(here, there) and not (
+                ours and _of_transformers(there)
+            ):
+                yield f"{name or 'the model'} is {_class(here)} != {_class(there)}"
+            if ours or _of_transformers(there):
+                continue
+        if type(here) is not type(there):
+            continue
+        settings = _settings(here, ours)
         mine, theirs = vars(here), vars(there)
-        for key in sorted(read_by_forward(type(here)) & mine.keys() & theirs.keys()):
+        read = read_by_forward(type(here)) & mine.keys() & theirs.keys()
+        if ours:
+            read |= _OF_ATTENTION & mine.keys() & theirs.keys()
+            read -= {k for k in read if is_unrelated(k)} | set_by_forward(type(here))
+            yield from (
+                f"the buffer {shown}{leaf}" for leaf in _other_buffers(here, there)
+            )
+        for key in sorted(read):
             if key in OF_ALL_MODULES or key in settings or _trained(key.strip("_")):
                 continue
             told = _told(mine[key]), _told(theirs[key])
             if None not in told and told[0] != told[1]:
-                yield "{}{} {:.60} != {:.60}".format(name and f"{name}.", key, *told)
+                yield "{}{} {:.60} != {:.60}".format(shown, key, *told)
 
 
 def _told(value: Any) -> str | None:
@@ -192,11 +250,41 @@ def _told(value: Any) -> str | None:
     return name if callable(value) and isinstance(name, str) else None
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Whether a class is known to keep nothing of a task's beside its tensors, but caches, or counts and states of a metric."""
-    kinds = [kind.__module__ for kind in type(module).__mro__]
-    metric = any(place.startswith("torchmetrics.") for place in kinds)
-    return metric or kinds[0].startswith("transformers.")
+def _is_metric(module: nn.Module) -> bool:
+    return any(k.__module__.startswith("torchmetrics.") for k in type(module).__mro__)
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.")
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, or PEFT's around one: heads and wrappings of the same layers are of many classes."""
+    return isinstance(module, PreTrainedModel) or type(module).__module__ == "peft.peft_model"  # fmt: skip
+
+
+def _of_other_forwards(here: nn.Module, there: nn.Module) -> bool:
+    """Whether two modules are of classes that compute something else."""
+    kinds = type(here), type(there)
+    if _class(here) == _class(there) or kinds[0].forward is kinds[1].forward:
+        return False
+    if _of_transformers(here) and _of_transformers(there):
+        # of one layer, by attn_implementation or the length of inputs
+        if all("Attention" in kind.__name__ for kind in kinds):
+            return False
+    return _acts(here) or _acts(there)
+
+
+def _other_buffers(here: nn.Module, there: nn.Module) -> list[str]:
+    """Buffers that no state dict holds and that are others, by more than devices differ."""
+    both = here._non_persistent_buffers_set & there._non_persistent_buffers_set
+    if getattr(here, "rope_type", None) in _BY_LENGTH:
+        return []
+    return [
+        leaf
+        for leaf in sorted(both)
+        if not _same(here._buffers.get(leaf), there._buffers.get(leaf), rtol=1e-2)
+    ]
 
 
 def _beside(model: nn.Module) -> dict[str, Tensor | nn.Module]:
@@ -229,7 +317,7 @@ def _beside(model: nn.Module) -> dict[str, Tensor | nn.Module]:
     def attributes(
         prefix: str, module: nn.Module
     ) -> Iterator[tuple[str, Tensor | nn.Module]]:
-        if _is_known(module):
+        if _is_metric(module) or _of_transformers(module):
             return
         for key, value in vars(module).items():
             if key in OF_ALL_MODULES or key not in read_by_forward(type(module)):
@@ -265,21 +353,30 @@ def _worked_out(module: nn.Module, key: str) -> bool:
 
 def _acts(module: nn.Module) -> bool:
     """Whether a module without tensors may do something once a model is trained."""
-    name = type(module).__name__.lower()
-    return not isinstance(module, nn.Identity) and "drop" not in name
+    kind = type(module)
+    lost = isinstance(module, nn.Identity) or "drop" in kind.__name__.lower()
+    judges = kind.__module__ == "torch.nn.modules.loss" or _is_metric(module)
+    return not lost and not judges
 
 
 def _class(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """Settings of a module that its outputs may depend on; nan is itself."""
+def _settings(module: nn.Module, alike: bool = False) -> dict[str, Any]:
+    """Settings of a module that its outputs may depend on; nan is itself.
+
+    Args:
+        alike: whether it is one of transformers' own, of a model whose configuration says the same as the other's.
+    """
     library = type(module).__module__.startswith(_LIBRARY)
 
     def counts(key: str, value: Any) -> bool:
         if library:
             return key not in _SIZES | _TRAINING
+        if alike:
+            scale = key in COMPUTED or any(part in key for part in _SCALES)
+            return scale and type(value) is float and not is_unrelated(key)
         return key in COMPUTED or (type(value) is float and not _trained(key.lower()))
 
     return {
@@ -301,7 +398,7 @@ def _plain(value: Any) -> bool:
     return isinstance(value, _SCALARS)
 
 
-def _same(left: Tensor | None, right: Tensor | None) -> bool:
+def _same(left: Tensor | None, right: Tensor | None, rtol: float = 0.0) -> bool:
     """Equal, or of other sizes, as what is worked out for the longest input so far; in the smaller type where those differ."""
     if left is None or right is None or left.shape != right.shape:
         return True
@@ -310,7 +407,9 @@ def _same(left: Tensor | None, right: Tensor | None) -> bool:
     small = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
     left, right = (x.cpu().to_dense().to(small) for x in (left, right))
     odd = left != left
-    return torch.equal(odd, right != right) and torch.equal(left[~odd], right[~odd])
+    return torch.equal(odd, right != right) and torch.allclose(
+        left[~odd], right[~odd], rtol, 0
+    )
 
 
 def _hooked(base: nn.Module, tuned: nn.Module) -> list[str]:

@@ -21,6 +21,15 @@ def names_read(code: CodeType, instructions: tuple[str, ...]) -> frozenset[str]:
 
 
 @lru_cache(maxsize=4096)
+def set_by_forward(kind: type) -> frozenset[str]:
+    """Attributes that the forward of a class sets, itself and by what it goes through."""
+    goes = read_by_forward(kind)
+    members = (vars(base).get(name) for base in kind.__mro__ for name in goes)
+    codes = filter(None, map(_code, members))
+    return frozenset().union(*(names_read(code, ("STORE_ATTR",)) for code in codes))
+
+
+@lru_cache(maxsize=4096)
 def read_by_forward(kind: type) -> frozenset[str]:
     """Attributes that the forward of a class reads, itself and by the methods and properties of the class that it goes through."""
     found: set[str] = set()

@@ -5,15 +5,22 @@ import functools
 import re
 import threading
 from types import SimpleNamespace
+import types
 
 import pytest
 import torch
-from fusion_bench.modelpool import BaseModelPool
+import torchmetrics
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import convert_outputs_to_fp32
 from exact_models import llama
-from helpers import BASE, didi, family
+from fusion_bench.modelpool import BaseModelPool
+from helpers import BASE, didi, family, fine_tuned
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from fusion_bench_didi.errors import CheckpointMismatchError, ModelPoolError
+from fusion_bench_didi.pools.live_modules import check_modules
 from fusion_bench_didi.pools.opening import open_pool
 
 
@@ -305,6 +312,216 @@ def test_other_values_that_a_forward_reads_are_told_of(caplog, key, value, told)
     assert re.search(f"svhn differs .*{told}", caplog.text)
 
 
+class Scale(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return self.by * x
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Judged(LlamaForCausalLM):
+    """Another loss."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def relu(model):
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def other_forward(model):
+    layer = model.model.layers[1].mlp
+    plain = layer.forward
+    layer.forward = lambda h: 2 * plain(h)
+
+
+def other_class(model):
+    model.model.layers[1].mlp.up_proj.__class__ = Twice
+
+
+def other_positions(model):
+    model.model.rotary_emb.inv_freq /= 2
+
+
+def one_way(model):
+    model.model.layers[1].self_attn.is_causal = False
+
+
+def of_own_class(model):
+    model.__class__ = Judged
+
+
+CHANGED = {
+    "activation": (relu, "mlp.act_fn is .*SiLU.* != .*ReLU"),
+    "forward": (other_forward, "mlp has a forward of its own"),
+    "class": (other_class, "mlp.up_proj is .*Linear != .*Twice"),
+    "epsilon": (
+        lambda m: setattr(m.model.norm, "variance_epsilon", 0.5),
+        "model.norm: variance_epsilon .* != 0.5",
+    ),
+    "scale": (
+        lambda m: setattr(m.model.layers[0].self_attn, "scaling", 1.0),
+        "self_attn: scaling .* != 1.0",
+    ),
+}
+TOLD_OF = {
+    "positions": (other_positions, "the buffer model.rotary_emb.inv_freq"),
+    "mask": (one_way, "self_attn.is_causal True != False"),
+    "own class": (of_own_class, "the model is .*Llama.* != .*Judged"),
+}
+
+
+def whole(change=None, seed=0):
+    model = fine_tuned(llama(), seed)
+    if change is not None:
+        change(model)
+    return model
+
+
+def refused(base, tuned):
+    return pytest.raises(CheckpointMismatchError, match=f"a: .*{base}.* != .*{tuned}")
+
+
+@pytest.mark.parametrize("how", CHANGED)
+def test_models_of_transformers_that_were_changed_are_refused_by_what_was(how):
+    change, lost = CHANGED[how]
+    with pytest.raises(CheckpointMismatchError, match=f"a: .*{lost}"):
+        check_modules(whole(), {"a": whole(change), "b": whole()})
+    with pytest.raises(CheckpointMismatchError, match="a: (?s:.*)b: "):
+        check_modules(whole(change), {"a": whole(), "b": whole()})
+    check_modules(whole(change), {"a": whole(change)})
+
+
+@pytest.mark.parametrize("how", TOLD_OF)
+def test_changes_of_such_models_that_may_be_harmless_are_told_of(how, caplog):
+    change, told = TOLD_OF[how]
+    check_modules(whole(), {"a": whole(change), "b": whole()})
+    assert re.search(f"a differs .*{told}", caplog.text) and "b differs" not in caplog.text  # fmt: skip
+
+
+def test_parametrizations_are_the_base_models_or_named(caplog):
+    def scaled(by):
+        def change(model):
+            layer = model.model.layers[0].mlp.up_proj
+            nn.utils.parametrize.register_parametrization(layer, "weight", Scale(by))
+
+        return whole(change)
+
+    check_modules(scaled(2.0), {"a": scaled(2.0)})
+    assert not caplog.text
+    with pytest.raises(CheckpointMismatchError, match="weight.0: by 2.0 != 3.0"):
+        check_modules(scaled(2.0), {"a": scaled(3.0)})
+    check_modules(scaled(2), {"a": scaled(3)})
+    assert "weight.0.by 2 != 3" in caplog.text
+    twice = scaled(2.0)
+    layer = twice.model.layers[0].mlp.up_proj
+    nn.utils.parametrize.register_parametrization(layer, "weight", Scale(2.0))
+    with pytest.raises(CheckpointMismatchError, match="weight.1 .*in the fine-tuned"):
+        check_modules(scaled(2.0), {"a": twice})
+
+
+def ran(model):
+    model(torch.ones(1, 3, dtype=torch.long), output_hidden_states=True)
+
+
+def trained_in_mixed_precision(model):
+    inside = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)
+    model.forward = types.MethodType(convert_outputs_to_fp32(inside), model)
+
+
+def sent_about(model):
+    add_hook_to_module(model.model.layers[0], AlignDevicesHook("cpu"))
+
+
+def compiled_forward(model):
+    model.forward = torch.compile(model.forward)
+    model.model.layers[0].compile()
+
+
+HARMLESS = {
+    "ran": ran,
+    "mixed precision": trained_in_mixed_precision,
+    "hooks of accelerate": sent_about,
+    "compiled": compiled_forward,
+    "checkpoints": lambda model: model.gradient_checkpointing_enable(),
+    "attention": lambda model: model.set_attn_implementation("eager"),
+    "type": lambda model: model.bfloat16(),
+    "training": lambda model: model.train(),
+    "loss": lambda model: setattr(model, "loss", nn.CrossEntropyLoss()),
+    "metric": lambda model: setattr(model, "mean", torchmetrics.MeanMetric()),
+}
+
+
+@pytest.mark.parametrize("how", HARMLESS)
+def test_ordinary_states_of_such_models_are_neither_refused_nor_told_of(how, caplog):
+    for base, tuned in ((None, HARMLESS[how]), (HARMLESS[how], None)):
+        check_modules(whole(base), {"a": whole(tuned, seed=1)})
+    assert not caplog.text
+
+
+def wrapped(change=None, kind=LoraConfig, **settings):
+    targets = {"target_modules": ["q_proj"], **settings}
+    model = get_peft_model(llama(), kind(**targets)).eval()
+    if change is not None:
+        change(model)
+    return model
+
+
+def scale(model):
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(3.0)
+
+
+def another_adapter(model):
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+
+
+def one_more_adapter(model):
+    model.add_adapter("second", model.peft_config["default"])
+
+
+STATES = {
+    "merged": lambda model: model.merge_adapter(),
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "scaled": scale,
+    "another": another_adapter,
+}
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        (LoraConfig, {"modules_to_save": ["lm_head"]}),
+        (LoHaConfig, {}),
+        (IA3Config, {"feedforward_modules": []}),
+    ],
+)
+@pytest.mark.parametrize("how", STATES)
+def test_layers_of_peft_in_another_state_are_refused_with_the_way_out(
+    kind, settings, how
+):
+    change = STATES[how]
+    made = functools.partial(wrapped, kind=kind, **settings)
+    if kind is IA3Config and how == "scaled":
+        pytest.skip("it has no scale")
+    check_modules(made(), {"a": made()})
+    check_modules(made(change), {"a": made(change)})
+    plain = one_more_adapter if how == "another" else None
+    for base, tuned in ((plain, change), (change, plain)):
+        with pytest.raises(CheckpointMismatchError, match="a: (?s:.*)merge_and_unload"):
+            check_modules(made(base), {"a": made(tuned)})
+
+
 class Steering:
     def __init__(self, by):
         self.by, self.seen, self.all = by, 0, []
@@ -353,7 +570,7 @@ def test_hooks_are_the_base_models_or_told_of(kind, caplog):
                 pool[name].norm.register_forward_hook(HOOKS[kind](by))
             pool[name](x)
         caplog.clear()
-        didi(pool)
+        check_modules(pool.pop(BASE), pool)
         told = "svhn has other hooks than the base model" in caplog.text
         assert told == (base != tuned) and "mnist" not in caplog.text
 

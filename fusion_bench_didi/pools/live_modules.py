@@ -35,6 +35,8 @@ _TRAINING = {
     *("training", "momentum", "inplace", "padding_idx", "sparse", "p"),
     *("scale_grad_by_freq", "dropout", "track_running_stats", "label_smoothing"),
 }
+#: Where transformers puts code of the hub, anew for each directory.
+_REMOTE = "transformers_modules."
 _SCALARS = (bool, int, float, str, type(None))
 #: Parts of names of such numbers in transformers' own modules that outputs depend on, beside settings.
 _SCALES = ("eps", "scal")
@@ -66,7 +68,8 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
     for task, pair in matched.items():
         lost, left[task] = _differing_beside(*pair)
         alike = _configured(base) and _configured(tuned[task])
-        found = [*_differing(*pair, alike), *lost]
+        learned = _learned_inputs(tuned[task], pair[1])
+        found = [*learned, *_differing(*pair, alike), *lost]
         faults += [f"{task}: {fault}" for fault in found[:_MOST]]
         faults += [f"{task}: and {len(found) - _MOST} more"] if found[_MOST:] else []
         switched += (
@@ -91,6 +94,13 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
             "nn.ModuleList), which each task keeps, delete what forwards only left there, or take these models out of the pool."
         )
     for task, pair in matched.items():
+        if around := [*_around(tuned[task], pair[1])]:
+            log.warning(
+                "%s (%s) runs %s beside what the base model has, and no task will. Put the base model into the same wrapper if tasks depend on it.",
+                task,
+                type(tuned[task]).__name__,
+                some(around),
+            )
         if hooked := _hooked(*pair):
             log.warning("%s has other hooks than the base model, with whose hooks all tasks run, on %s.", task, some(hooked))  # fmt: skip
         if unlike := [*left[task], *_unlike_values(*pair, False)]:
@@ -107,6 +117,30 @@ def _matched(base: nn.Module, tuned: nn.Module) -> tuple[nn.Module, nn.Module]:
     inside = ((base, m) for m in tuned.modules() if type(m) is type(base))
     around = ((m, tuned) for m in base.modules() if type(m) is type(tuned))
     return next(chain(inside, around), (base, tuned))
+
+
+def _learned_inputs(model: nn.Module, inner: nn.Module) -> Iterator[str]:
+    """What PEFT puts in front of the inputs of a model."""
+    inside = {id(module) for module in inner.modules()}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "prompt_encoder" and id(module) not in inside:
+            yield f"{name} learns inputs and changes no weight; leave this model out"
+
+
+def _around(model: nn.Module, inner: nn.Module) -> Iterator[str]:
+    """What the forward of a model runs around the one inside, by which tasks are run; heads of transformers' classes are no part of it."""
+    known = {id(one) for one in (*inner.modules(), *all_tensors(inner).values())}
+    outer, path = model, next(n for n, m in model.named_modules() if m is inner)
+    before = ""
+    for part in path.split(".") if path else ():
+        held = {**outer._parameters, **outer._buffers, **outer._modules}
+        read = read_by_forward(type(outer))
+        for name, one in held.items() if not _of_transformers(outer) else ():
+            runs = name in read or isinstance(outer, nn.Sequential)
+            acts = one is not None and (isinstance(one, Tensor) or _acts(one))
+            if runs and acts and name != part and id(one) not in known:
+                yield before + name
+        outer, before = outer._modules[part], f"{before}{part}."
 
 
 def _configured(module: nn.Module) -> bool:
@@ -205,7 +239,8 @@ def _unlike_values(base: nn.Module, tuned: nn.Module, peft: bool) -> Iterator[st
         peft: of PEFT's layers, or of all others.
     """
     for name, here, there in _pairs(base, tuned):
-        if of_peft(here) != peft or _is_metric(here):
+        kind = type(here).__module__  # all settings of torch's own are known
+        if of_peft(here) != peft or kind.startswith(_LIBRARY) or not _acts(here):
             continue
         shown, ours = name and f"{name}.", _of_transformers(here)
         if _is_whole(here) and _is_whole(there):
@@ -267,6 +302,11 @@ def _of_other_forwards(here: nn.Module, there: nn.Module) -> bool:
     """Whether two modules are of classes that compute something else."""
     kinds = type(here), type(there)
     if _class(here) == _class(there) or kinds[0].forward is kinds[1].forward:
+        return False
+    places = [kind.__module__ for kind in kinds]
+    if kinds[0].__qualname__ == kinds[1].__qualname__ and all(
+        place.startswith(_REMOTE) for place in places
+    ):
         return False
     if _of_transformers(here) and _of_transformers(there):
         # of one layer, by attn_implementation or the length of inputs

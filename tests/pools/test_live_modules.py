@@ -15,7 +15,14 @@ from accelerate.utils import convert_outputs_to_fp32
 from exact_models import llama
 from fusion_bench.modelpool import BaseModelPool
 from helpers import BASE, didi, family, fine_tuned
-from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -120,10 +127,11 @@ def harmless(net: Net, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["training", "class", "type", "inplace", "longer"])
-def test_what_outputs_do_not_depend_on_may_differ(how):
+def test_what_outputs_do_not_depend_on_may_differ(how, caplog):
     pool = family(Net())
     harmless(pool["svhn"], how)
     assert didi(pool, budget=1e6).tasks == ["mnist", "svhn"]
+    assert "differs" not in caplog.text
 
 
 class Beside(nn.Module):
@@ -612,6 +620,53 @@ def test_a_wrapped_module_is_held_against_the_base_model(how, lost):
     changed(inside, lost)
     with pytest.raises(CheckpointMismatchError, match=f"svhn: .*{LOST[lost]}"):
         didi(pool)
+
+
+class After(nn.Module):
+    """A model with more around it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.after = net, nn.Linear(3, 3)
+        self.scale, self.loss = nn.Parameter(torch.ones(3)), nn.CrossEntropyLoss()
+        self.teacher = nn.Linear(3, 3)
+
+    def forward(self, x):
+        y = self.after(self.net(x)) * self.scale
+        return y if not self.training else self.loss(y, x)
+
+
+AROUND = {
+    "a module": (After, "After. runs after, scale beside"),
+    "in turn": (lambda net: nn.Sequential(net, nn.Softmax(-1)), "runs 1 beside"),
+    "deep": (
+        lambda net: nn.DataParallel(After(net)),
+        "runs module.after, module.scale beside",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", AROUND)
+def test_what_a_model_runs_around_the_base_models_is_told_of(how, caplog):
+    pool, (wrap, told) = family(Net()), AROUND[how]
+    pool["svhn"] = wrap(pool["svhn"])
+    didi(pool)
+    assert re.search(f"svhn .*{told}", caplog.text)
+    caplog.clear()
+    check_modules(wrap(Net()), {"a": wrap(Net())})
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
+@pytest.mark.parametrize("around", [lambda model: model, Whole])
+def test_inputs_that_peft_learns_are_no_model(kind, around):
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    pool = family(llama())
+    pool["svhn"] = around(get_peft_model(pool["svhn"], config))
+    with pytest.raises(CheckpointMismatchError, match="svhn: .*prompt_encoder learns"):
+        didi(pool)
+    prefixed = get_peft_model(llama(), config)
+    check_modules(prefixed, {"a": copy.deepcopy(prefixed)})
 
 
 @pytest.mark.parametrize("name", [BASE, "svhn"])

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import chain
+from types import CellType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, strided
 
 from ..task_vectors.code_names import names_read, read_by_forward
 from ..task_vectors.digests import digests
@@ -14,7 +15,10 @@ from ..task_vectors.digests import digests
 _RUNNERS = (
     *("accelerate.", "deepspeed.", "kernels.", "lightning.", "liger_kernel.", "peft."),
     *("pytorch_lightning.", "torch._dynamo.", "torch.amp.", "transformers.", "wandb."),
+    "torch.nn.utils.prune.",  # by masks, which are tensors
 )
+#: What a variable that was deleted leaves.
+_EMPTY = CellType()
 #: Functions in functions that are looked into.
 _DEPTH = 4
 
@@ -71,7 +75,7 @@ def _held(value: Any, function: Any) -> Iterator[tuple[str, Any]]:
     yield from enumerate(function.__defaults__ or (), 100)
     yield from (function.__kwdefaults__ or {}).items()
     for key, cell in zip(code.co_freevars, function.__closure__ or ()):
-        if key not in written and cell.cell_contents is not value:
+        if key not in written and cell != _EMPTY:
             yield key, cell.cell_contents
     owner = getattr(value, "__self__", value)
     if owner is not function and not isinstance(owner, nn.Module):
@@ -91,7 +95,8 @@ def _plain(value: Any, depth: int) -> Any:
     """A value that can be compared; None for what has none, and for lists and dictionaries, where hooks leave what they see."""
     if isinstance(value, (bool, int, float, str)):
         return repr(value)
-    if isinstance(value, Tensor) and not (value.is_meta or value.is_sparse):
+    if isinstance(value, Tensor) and value.layout == strided and not value.is_meta:
+        value = value.resolve_conj().resolve_neg()
         return digests({"": value.detach()})[""]
     if isinstance(value, tuple):
         return tuple(_plain(one, depth) for one in value)

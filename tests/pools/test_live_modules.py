@@ -4,8 +4,8 @@ import copy
 import functools
 import re
 import threading
-from types import SimpleNamespace
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -460,7 +460,7 @@ HARMLESS = {
     "hooks of accelerate": sent_about,
     "compiled": compiled_forward,
     "checkpoints": lambda model: model.gradient_checkpointing_enable(),
-    "attention": lambda model: model.set_attn_implementation("eager"),
+    "attention": lambda model: setattr(model.config, "_attn_implementation", "eager"),  # fmt: skip
     "type": lambda model: model.bfloat16(),
     "training": lambda model: model.train(),
     "loss": lambda model: setattr(model, "loss", nn.CrossEntropyLoss()),
@@ -553,12 +553,23 @@ def around(by):
     return hook
 
 
+def forgotten(by):
+    gone = by
+
+    def hook(module, args, y):
+        return y + by if args else (gone, hook)
+
+    del gone
+    return hook
+
+
 def given(by, module, args, y):
     return y + by
 
 
 HOOKS = {
     "around": around,
+    "forgotten": forgotten,
     "an object": Steering,
     "a method": lambda by: Steering(by).hook,
     "a default": lambda by: lambda module, args, y, by=by: y + by,
@@ -586,7 +597,9 @@ def test_hooks_are_the_base_models_or_told_of(kind, caplog):
 def test_hooks_that_look_on_for_libraries_are_none_of_the_models(caplog):
     pool = family(llama())
     pool["svhn"].enable_input_require_grads()
-    didi(pool)
+    for amount, net in zip((0.1, 0.5, 0.9), pool.values()):
+        nn.utils.prune.random_unstructured(net.lm_head, "weight", amount)
+    check_modules(pool.pop(BASE), pool)
     assert "hooks" not in caplog.text
 
 

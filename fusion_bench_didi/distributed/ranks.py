@@ -309,16 +309,12 @@ def by_itself() -> Iterator[None]:
 def ranks_here() -> Ranks:
     """The processes of this job; :data:`ALONE` where there is no other. The first call, and the first after a failure, is one that
     all make.
-
-    Raises:
-        RankError: if ``torchrun`` started several that do not know of one another.
     """
     global _several
     if _by_itself:
         return ALONE
     if not dist.is_available() or not dist.is_initialized():
         _several = None
-        _check_started()
         return ALONE
     if dist.get_world_size() == 1:
         return ALONE
@@ -327,8 +323,15 @@ def ranks_here() -> Ranks:
     return _several
 
 
-def _check_started() -> None:
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
+def check_started(ranks: Ranks) -> None:
+    """Check that the processes in which ``torchrun`` started one program know of one another.
+
+    Raises:
+        RankError: if they do not, so that each would do everything.
+    """
+    if ranks.size > 1 or _by_itself or not dist.is_available():
+        return
+    if not dist.is_torchelastic_launched():
         return
     size, here = (int(os.environ.get(f"{p}WORLD_SIZE", 1)) for p in ("", "LOCAL_"))
     if size > 1:

@@ -26,7 +26,7 @@ from ..checkpoint.stream import DeltaWriter
 from ..deltas.sink import EncodedTensor, Experts, InMemory, Shared, Sink
 from ..deltas.storage import told
 from ..distributed.ownership import Crew
-from ..distributed.ranks import ALONE, Ranks, ranks_here
+from ..distributed.ranks import ALONE, Ranks, check_started, ranks_here
 from ..errors import CheckpointMismatchError, SettingsError, some, spelled
 from ..files import from_home
 from ..lowrank.arithmetic import own_arithmetic
@@ -154,9 +154,14 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             ModelPoolError: no base model, one that cannot be told of, fewer than two tasks, or names that mean the same task.
             UnknownTaskError: if the task pool has a task that no model covers, or an alias means none.
             DiDiError: if the task pool cannot tell a model its task, or what is saved cannot be written where it shall be.
+            RankError: if the host was started in several processes that do not know of one another.
             FileExistsError: if something lies there.
         """
         attach_ending(self)
+        if (
+            self._program is not None
+        ):  # what else torchrun runs may merge in one of its processes
+            check_started(self.processes)
         if self.resume != "continue" and self._place() is None:
             raise SettingsError(
                 "resume is of output_dir or merged_model_save_path, and neither is set."

@@ -20,7 +20,7 @@ from .. import compat
 from ..checkpoint.deltas import versions
 from ..checkpoint.directory import alone, check_seen, write_json
 from ..distributed.fabrics import fabric_of_one
-from ..distributed.ranks import Ranks, by_itself, ranks_here
+from ..distributed.ranks import Ranks, by_itself, check_started, ranks_here
 from ..errors import as_key, spelled_unless_told
 from ..options import check_keywords
 from ..pools.host_forms import as_pool
@@ -149,6 +149,7 @@ class ComparisonProgram(FabricModelFusionProgram):
             return {"rows": []}
         self.fabric  # starts them
         ranks = ranks_here()
+        check_started(ranks)
         try:
             with spelled_unless_told(as_key):
                 comparison = self._on(ranks)

@@ -7,6 +7,7 @@ directory of directories, ``<id>/model.safetensors`` and ``<id>/module.json``.
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -174,14 +175,20 @@ class Library:
 
 
 def save_modules(directory: Path, modules: Iterable[ModularExpert]) -> list[str]:
-    """Write each distinct module once; those that lie there already, and whole, are left alone. Returns the ids."""
+    """Write each distinct module once; those that lie there already, and whole, are left alone. Returns the ids.
+
+    Raises:
+        FileExistsError: for a damaged one beside which lies something else, and for what is none.
+    """
     distinct = {module.id: module for module in modules}
     for key, module in distinct.items():
-        if (directory / key / MODULE).is_file():
+        if there := (directory / key / MODULE).is_file():
             sweep(directory / key)
             if _is_whole(directory, key):
                 continue
-            log.warning("%s is damaged; it is written anew.", directory / key)
+        _remove_remains(directory / key)
+        if there:
+            log.warning("%s was damaged; it is written anew.", directory / key)
         facts = {
             "id": key,
             "component": module.component,
@@ -189,7 +196,6 @@ def save_modules(directory: Path, modules: Iterable[ModularExpert]) -> list[str]
             "operator": module.operator,
             "bits": module.bits,
         }
-        _remove_remains(directory / key)
         with whole_directory(directory / key) as place:
             manifest = write_deltas(place, module.shared, module.experts)
             write_manifest(place / MODULE, {**facts, **manifest})
@@ -207,6 +213,10 @@ def _remove_remains(place: Path) -> None:
     files = list(place.iterdir()) if place.is_dir() else []
     if all(_REMAINS.fullmatch(file.name) for file in files):
         shutil.rmtree(place, ignore_errors=True)
+    if os.path.lexists(place):
+        raise FileExistsError(
+            f"{place} is no whole module of a library, and is a link or holds something else. Move it elsewhere, and run this again."
+        )
 
 
 def load_module(place: Path) -> ModularExpert:

@@ -6,7 +6,6 @@ Scores come from the features alone (training-free), or from a small head fitted
 task is known (:mod:`.heads`). What a router stores are its buffers; they are written with the model and counted.
 """
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..deltas.base import keeping_type
-from ..errors import DiDiError, NonFiniteError, SettingsError, UnknownTaskError
+from ..errors import DiDiError, NonFiniteError, UnknownTaskError
 from ..options import Fraction, Positive, checked
 from ..serving.forward import MixedForward
 from .heads import fit_head, head_scores
@@ -107,7 +106,6 @@ class Router(nn.Module):
     own_options: ClassVar[tuple[str, ...]] = ()
     #: whether its features come out of the experts; it is for those that there are then
     looks_at_experts: ClassVar[bool] = False
-    _model: "weakref.ref[RoutedModel] | None" = None
 
     def __init__(
         self,
@@ -131,22 +129,11 @@ class Router(nn.Module):
 
         Raises:
             UnknownTaskError: if it holds other tasks.
-            SettingsError: if the router is attached to another one, whose samples it would route by this one's tensors.
         """
-        other = self._model and self._model()
-        if other is not model and getattr(other, "router", None) is self:
-            raise SettingsError(
-                "The router is attached to another model. Attach copy.deepcopy(router), or take it off there first: attach_router(None)."
-            )
         if self.tasks != model.tasks:
             raise UnknownTaskError(
                 f"The router is for {self.tasks}, the merged model holds {model.tasks}. Make a router for this model."
             )
-        self._model = weakref.ref(model)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies are attached to no model."""
-        return {key: v for key, v in self.__dict__.items() if key != "_model"}
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
         """(B, F) from the backbone's arguments."""

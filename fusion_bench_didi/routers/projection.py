@@ -13,6 +13,7 @@ With a head the k responses of a task are not added up but all given to it: task
 excite more than in how strongly.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,7 @@ class ProjectionRouter(Router):
 
     kind, own_options = "projection", ("layers", "directions")
     looks_at_experts = True
+    _of: "weakref.ref[RoutedModel] | None" = None  # whose directions these are
 
     def __init__(
         self,
@@ -94,8 +96,23 @@ class ProjectionRouter(Router):
             self.register_buffer(f"basis_{i}", basis, persistent=False)
             acts = basis.view(len(self.tasks), -1).any(1)
             self.register_buffer(f"acts_{i}", acts, persistent=False)
+        self._of = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies go with copies of the model."""
+        return {key: value for key, value in self.__dict__.items() if key != "_of"}
 
     def features(self, model: RoutedModel, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, F) from the backbone's arguments.
+
+        Raises:
+            SettingsError: if the router was attached to another model since.
+        """
+        if self._of is not None and self._of() is not model:
+            raise SettingsError(
+                "The router was attached to another model since, and would route by what the tasks of that one change. Attach it again "
+                "to this one, or a copy to each: copy.deepcopy(router)."
+            )
         found = record(model, args, kwargs, inputs_of=self.names)
         parts = []
         for i, name in enumerate(self.names):

@@ -485,9 +485,16 @@ def test_damaged_modules_are_written_anew(tmp_path, caplog, how):
 def test_what_is_no_module_stays(tmp_path):
     (tmp_path / "all-1").mkdir()
     (tmp_path / "all-1" / "mine").touch()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="all-1 is no whole module"):
         save_modules(tmp_path, [one_module()])
     os.rename(tmp_path / "all-1", tmp_path / "mine")
+    save_modules(tmp_path, [one_module()])
+    (tmp_path / "all-1" / "notes").touch()
+    save_modules(tmp_path, [one_module()])  # whole
+    damage(tmp_path / "all-1", "gone")
+    with pytest.raises(FileExistsError, match="all-1 is no whole module"):
+        save_modules(tmp_path, [one_module()])
+    (tmp_path / "all-1" / "notes").unlink()
     save_modules(tmp_path, [one_module()])
     os.rename(tmp_path / "all-1", tmp_path / "all-2")
     with pytest.raises(CheckpointMismatchError, match="mixed up"):

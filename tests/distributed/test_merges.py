@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from benchmarks.processes import on_ranks
 from fusion_bench_didi.checkpoint import stream
 from fusion_bench_didi.distributed import ranks
 from fusion_bench_didi.errors import NonFiniteError, RankError, SettingsError
-from fusion_bench_didi.method import FreeMerging
+from fusion_bench_didi.method import DiDiMerging, FreeMerging
 from fusion_bench_didi.models.dynamic import DiDiModel
 from fusion_bench_didi.task_vectors import digests
 
@@ -164,13 +165,14 @@ def test_processes_of_torchrun_know_of_one_another_or_end(monkeypatch, here, mor
     for key, value in started.items():
         name = f"TORCHELASTIC_{key}" if key == "RUN_ID" else key
         monkeypatch.setenv(name, value)
+    method = DiDiMerging(budget=1.0)
+    method._program = SimpleNamespace(taskpool=None)
     asked = f"torchrun started 4 processes.* fabric.devices={here}{more}[.]$"
     with pytest.raises(RankError, match=asked):
-        didi(layers(decaying), budget=1.0)
-    with ranks.by_itself():
-        assert ranks.ranks_here() is ranks.ALONE
+        method.run(layers(decaying))
+    didi(layers(decaying), budget=1.0)  # in a script of one's own
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert ranks.ranks_here() is ranks.ALONE
+    ranks.check_started(ranks.ALONE)
 
 
 _ENDS = """

@@ -164,19 +164,22 @@ def test_layers_that_no_task_changes_are_not_looked_at():
         model.attach_router(make_router("projection", model.tasks, layers=["blocks.1"]))
 
 
-def test_a_router_is_of_one_model_at_a_time():
+def test_a_router_is_of_the_model_that_it_was_attached_to_last():
     """It would route the samples of one by what the tasks of the other change."""
     first = merged({"a": [EYE[:2], NONE], "b": [EYE[2:4], NONE]})
     second = merged({"a": [EYE[4:6], NONE], "b": [EYE[6:8], NONE]})
     router = make_router("projection", first.tasks, layers=["blocks.*"])
-    first.attach_router(router).attach_router(router)
-    with pytest.raises(SettingsError, match="deepcopy"):
-        second.attach_router(router)
-    second.attach_router(copy.deepcopy(router))
-    assert copy.deepcopy(first).router is not router is first.router
+    first.attach_router(router)
     x = torch.randn(4, 24)
     kept = router.features(first, x)
-    assert not torch.equal(kept, second.router.features(second, x))
     assert torch.equal(kept, pickle.loads(pickle.dumps(router)).features(first, x))
-    first.attach_router(None)
+    twin = copy.deepcopy(first)
     second.attach_router(router)
+    assert not torch.equal(kept, router.features(second, x))
+    assert torch.equal(kept, twin.router.features(twin, x))
+    with pytest.raises(SettingsError, match="deepcopy"):
+        first.router.route(first, x)
+    second.attach_router(copy.deepcopy(router))
+    first.attach_router(router)
+    assert torch.equal(kept, router.features(first, x))
+    router.features(second.attach_router(router), x)

@@ -6,7 +6,6 @@ Files are in ``file_sources.py``, other names for the same tensors in ``renaming
 import functools
 import hashlib
 import math
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..distributed.ownership import Crew
 from ..distributed.ranks import ALONE, Ranks
 from ..lowrank.factors import LowRankFactors
-from .digests import digests
+from .digests import digests, state_bytes
 from .live_models import EXTRA_STATE, all_tensors
 from .ties import tied_names
 from .watched import Watched
@@ -172,7 +171,7 @@ class ModuleSource(TensorSource):
         }
         self._infos, self.faults = described(self._tensors), faults_of(self._tensors)
         self.extra = {
-            name: pickle.dumps(value)
+            name: state_bytes(value)
             for name, value in state.items()
             if name.rpartition(".")[2] == EXTRA_STATE
         }

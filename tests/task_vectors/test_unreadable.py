@@ -1,5 +1,6 @@
 """Tensors whose values cannot be read, kept or written are named in an error; what is no tensor of the model, in the account."""
 
+import io
 import math
 
 import pytest
@@ -61,7 +62,9 @@ def test_sparse_buffers_that_are_left_out_are_in_no_checksum(tmp_path, whose):
 
 
 @pytest.mark.parametrize(
-    "state", [{"version": 2}, torch.ones(2)], ids=["plain", "tensor"]
+    "state",
+    [{"version": 2}, torch.ones(2), {"version": torch.ones(2)}, [{"version": 1}]],
+    ids=["plain", "tensor", "within", "list"],
 )
 def test_state_that_is_no_tensor(state):
     pool = models(Stateful)
@@ -73,6 +76,25 @@ def test_state_that_is_no_tensor(state):
         didi(pool)
     merged = didi(pool, exclude=["_extra_state"])
     assert merged.materialize("a").get_extra_state() == {"version": 1}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: torch.arange(3),
+        lambda: {"scale": torch.ones(2), "history": [torch.zeros(3), "amax"]},
+        lambda: dict(sorted({"b": 1, "a": (2, None)}.items())),
+        lambda: io.BytesIO(b"as of an engine"),
+    ],
+    ids=["tensor", "tensors within", "order", "bytes"],
+)
+def test_equal_states_are_equal_wherever_they_lie(state):
+    pool = models(Stateful)
+    kept = []  # so that none takes the place of another
+    for model in pool.values():
+        model.state = state()
+        kept += [model.state, torch.ones(64)]
+    assert didi(pool).tasks == ["a", "b"]
 
 
 def test_types_that_files_do_not_hold():

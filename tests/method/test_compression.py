@@ -353,7 +353,7 @@ def ultra_delta(tau: Tensors, task: str, drop: float, step: float, bits: int):
                 np.argwhere(value == code).tolist(), key=lambda p: order[tuple(p)]
             )
             for place in places[round(len(places) * rate) :]:
-                out[*place] = code / (1 - drop)
+                out[tuple(place)] = code / (1 - drop)
         found[name] = out
     return found
 

@@ -3,6 +3,7 @@
 import base64
 import inspect
 import json
+import re
 import shutil
 import socket
 import sys
@@ -213,7 +214,8 @@ def test_bodies_that_are_no_json_or_of_no_told_length(ask):
     for body in (b"{", b"[1]", b'"x"', b""):
         assert told(body).startswith("The body is not a JSON object; send one with")
     assert told(b"\x80\x04N.") == "The body is not JSON in UTF-8."
-    assert "content-type: application/json" in told(b"\x80\x04N.", {})
+    # releases of fastapi differ in what a body without a type is
+    assert re.search("JSON in UTF-8|content-type: application/json", told(b"\x80\x04N.", {}))  # fmt: skip
     both = told(b"{}")
     assert "model is missing" in both and "prompt is missing" in both
 

@@ -651,6 +651,7 @@ def test_plain_models_of_one_that_was_asked_for_states_are_plain(merged):
 
 
 def test_compiled_equals_eager_with_one_graph_for_all_batches(merged):
+    pytest.importorskip("torch", "2.9", reason="is no one graph before")
     pixels = images()
     merged(pixels, task_ids=task_ids())  # the first batch is checked, not compiled
     counter = CompileCounterWithBackend("aot_eager")
@@ -692,6 +693,7 @@ def test_compiled_routing_equals_eager(merged, hard, backend):
 
 
 def test_compiled_fused_layers_equal_eager_in_any_thread(tiny_clip):
+    pytest.importorskip("torch", "2.9", reason="is no one graph before")
     model = didi(tiny_clip.pool_models(), budget=0.7).eval()
     pixels = images()
     model(pixels, task_ids=task_ids())

@@ -125,6 +125,8 @@ NAMES = (
     ids=str,
 )  # fmt: skip
 def test_modules_are_targeted_as_peft_finds_them(config):
+    if isinstance(config.get("layers_pattern"), str):
+        pytest.importorskip("peft", "0.20", reason="takes a text for its letters")
     settings = LoraSettings.of(LoraConfig(**config).to_dict())
     for name in NAMES:
         found = check_target_module_exists(LoraConfig(**config), name)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from fusion_bench.models.modulator import ModulatedModel
+from packaging.version import Version
 from torch import Tensor, nn
 
 from ..checkpoint.deltas import read_deltas
@@ -48,6 +49,8 @@ from .task_settings import settings_of, settle, told_of
 #: What mixed forwards were made for, and they by the factor on the shared part.
 Mixed = tuple[tuple, dict[float, MixedForward]]
 _UNMADE: Mixed = (), {}
+#: Releases before 2.9 say of torch.compile that it exports.
+_TELLS_EXPORT = Version(torch.__version__) >= Version("2.9")
 
 
 class DynamicModel(ModulatedModel):
@@ -625,5 +628,5 @@ class DiDiModel(DynamicModel):
 
 
 def _exporting() -> bool:
-    """Whether torch.export traces this; releases before 2.7 do not tell."""
-    return getattr(torch.compiler, "is_exporting", bool)()
+    """Whether torch.export traces this."""
+    return _TELLS_EXPORT and torch.compiler.is_exporting()

@@ -45,7 +45,7 @@ from ..options import (
 )
 from ..pools.opening import load_backbone, open_pool
 from ..quantization.dead_zone import Quantizer
-from ..task_vectors.alignment import whole_numbers
+from ..task_vectors.alignment import codes
 from ..task_vectors.reader import TaskVectors
 from .base import Encoded, PoolMethod, Resume, progress_bars
 
@@ -169,12 +169,12 @@ class DiDiMerging(PoolMethod):
 
 
 def _by_headers(modelpool: BaseModelPool, choice: dict[str, Any]) -> TaskVectors:
-    """The pool without a weight read; but where headers alone do not line up, or hold weights in whole numbers, as its classes load
+    """The pool without a weight read; but where headers alone do not line up, or hold codes of other numbers, as its classes load
     them, which tie tensors, give them other names, and may not read such numbers.
     """
     try:
         vectors = open_pool(modelpool, **choice)
-        if not whole_numbers(vectors.base):
+        if not codes(vectors.base):
             return vectors
     except CheckpointMismatchError:
         pass

@@ -302,14 +302,14 @@ def needed_apart(
 
 def base_of(
     modelpool: BaseModelPool, backbone: nn.Module | None
-) -> tuple[TensorSource, dict[str, TensorInfo], frozenset[str]]:
+) -> tuple[TensorSource, dict[str, TensorInfo], dict[str, TensorInfo]]:
     """The base model's tensors.
 
     Args:
         backbone: the base model that was loaded; its checkpoint's header stands for it if None.
 
     Returns:
-        the source; all tensors as the checkpoint stores them; the names of those that the model does not load.
+        the source; all tensors as the checkpoint stores them; those that the model does not load.
 
     Raises:
         ModelPoolError: if it is an adapter, or its directory has no configuration.
@@ -324,9 +324,10 @@ def base_of(
         base = ModuleSource(backbone, BASE, stored)
     names = dict(base.infos())
     if stored is None:
-        return base, names, frozenset()
+        return base, names, {}
     found = aligned(stored, names).infos()
-    return base, {**names, **found}, frozenset(set(found) - set(names))
+    ignored = {name: info for name, info in found.items() if name not in names}
+    return base, {**names, **found}, ignored
 
 
 def _check_base(modelpool: BaseModelPool) -> None:

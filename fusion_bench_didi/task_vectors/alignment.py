@@ -3,6 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -20,8 +21,8 @@ _WRAPPED = re.compile(
 #: So many kinds of faults are told of a task.
 _MOST = 8
 
-#: Last parts of the names of weights in whole numbers, as quantizers write them.
-_WHOLE = ("weight", "qweight", "weight_packed", "W_q", "_data")
+#: How the names of quanto's codes end, which may be in float8.
+_FLOAT8_TOO = "._data"
 
 #: Names of the last layers of classifiers: where their shapes differ, tasks have heads of their own.
 HEADS = (
@@ -38,7 +39,7 @@ def check_alignment(
     own: Iterable[str] = (),
     fresh: frozenset[str] = frozenset(),
     buffers: frozenset[str] = frozenset(),
-    ignored: frozenset[str] = frozenset(),
+    ignored: Infos = MappingProxyType({}),
     loaded: bool = True,
 ) -> None:
     """Every tensor of every source has a counterpart in the base model, and every one of the base model in every whole source.
@@ -83,7 +84,7 @@ def check_alignment(
         missing = expected - set(found)
         if task in adapters:
             missing &= fresh
-        left_out = ignored | {n for n in found if matches(n, exclude)}
+        left_out = {*ignored, *(n for n in found if matches(n, exclude))}
         found = {n: i for n, i in found.items() if n not in left_out}
         foreign = set(found) - set(base.infos())
         kept = {n for n in foreign if matches(n, own)}
@@ -180,12 +181,10 @@ def _without_value(
                 )
 
 
-def _packed(
-    base: TensorSource, random: Iterable[str], ignored: frozenset[str]
-) -> Iterator[str]:
-    """Tensors that no checkpoint holds, where the base model's has others in the same layer that its class does not load."""
+def _packed(base: TensorSource, random: Iterable[str], ignored: Infos) -> Iterator[str]:
+    """Tensors that no checkpoint holds, where the base model's has codes in the same layer that its class does not load."""
     beside: dict[str, list[str]] = {}
-    for name in sorted(ignored):
+    for name in sorted(n for n, info in ignored.items() if _is_code(n, info)):
         beside.setdefault(name.rpartition(".")[0], []).append(name)
     found = {}
     for name in random:
@@ -206,16 +205,18 @@ def floating(source: TensorSource) -> dict[str, TensorInfo]:
     return {n: i for n, i in source.infos().items() if i.floating}
 
 
-def whole_numbers(source: TensorSource) -> list[str]:
-    """Weights of a source that are of whole numbers by their headers; tables of positions are none."""
-    return [
-        name
-        for name, info in source.infos().items()
-        if name.rpartition(".")[2] in _WHOLE
-        and len(info.shape) > 1
-        and info.dtype not in (None, torch.bool)
-        and not (info.floating or info.dtype.is_complex)
-    ]
+def codes(source: TensorSource) -> list[str]:
+    """Tensors of a source that stand for other numbers by their headers; tables of positions are none."""
+    return [name for name, info in source.infos().items() if _is_code(name, info)]
+
+
+def _is_code(name: str, info: TensorInfo) -> bool:
+    if name.endswith(_FLOAT8_TOO):
+        return True
+    if info.floating or len(info.shape) < 2 or info.dtype in (None, torch.bool):
+        return False
+    position = info.dtype == torch.int64 and not name.endswith("weight")
+    return not (position or info.dtype.is_complex)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

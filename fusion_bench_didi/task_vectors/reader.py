@@ -69,7 +69,7 @@ class TaskVectors:
     own: tuple[str, ...] = ()
     buffers: frozenset[str] = frozenset()
     fresh: frozenset[str] = frozenset()
-    ignored: frozenset[str] = frozenset()
+    ignored: Mapping[str, TensorInfo] = field(default_factory=dict)
     loaded: bool = True
     _sources: Mapping[str, TensorSource] = field(init=False, repr=False)
 

@@ -215,6 +215,12 @@ PACKED = {
             "weight._scale": lambda v: torch.ones(len(v), 1),
         }
     ),
+    "quanto, float8": quantized(
+        **{
+            "weight._data": lambda v: v.to(torch.float8_e4m3fn),
+            "weight._scale": lambda v: torch.ones(len(v), 1),
+        }
+    ),
     "hqq": quantized(
         W_q=lambda v: torch.ones(8, 16, dtype=torch.uint8),
         scale=lambda v: torch.ones(8, 1),
@@ -245,11 +251,22 @@ def test_packed_weights_of_the_base_model_are_no_matter_where_all_tasks_hold_the
 
 def test_a_head_that_no_checkpoint_holds_beside_another_one_is_merged(tmp_path):
     """Of a class with more layers."""
-    family(tmp_path, llama(False))
     other = {"score.dense.weight": torch.ones(3), "score.dense.bias": torch.ones(3)}
+    assert_merged_with_a_new_head(tmp_path, other)
+
+
+def test_what_optimizers_left_in_a_layer_that_no_checkpoint_holds_is_no_code(tmp_path):
+    left = {"exp_avg": torch.ones(2, 16), "step": torch.tensor(3), "ids": torch.ones(2, 2).long()}  # fmt: skip
+    left |= {"weight.exp_avg": torch.ones(2, 16), "mask": torch.ones(2, 16).bool()}
+    assert_merged_with_a_new_head(tmp_path, {f"score.{n}": v for n, v in left.items()})
+
+
+def assert_merged_with_a_new_head(place, other: dict[str, torch.Tensor]) -> None:
+    """Merged by a class whose head no file holds, with other tensors in all files."""
+    family(place, llama(False))
     for name in ("base", "a", "b"):
-        change_file(tmp_path / name, lambda state: {**state, **other})
-    pool = pool_of(tmp_path, transformers.LlamaForSequenceClassification)
+        change_file(place / name, lambda state: {**state, **other})
+    pool = pool_of(place, transformers.LlamaForSequenceClassification)
     assert didi(pool).tasks == ["a", "b"]
 
 

@@ -16,6 +16,7 @@ from ..files import is_marked
 from ..task_vectors.file_sources import PickleSource, SafetensorsSource, read_json
 from ..task_vectors.float8 import Float8Source
 from ..task_vectors.lora_config import CONFIG
+from ..task_vectors.mxfp4 import Mxfp4Source
 from ..task_vectors.quantized import unread
 from ..task_vectors.renaming import RenamedSource
 from ..task_vectors.sources import TensorSource
@@ -68,9 +69,9 @@ class WeightFiles:
             names = _named(stem, ending, self.variant)
             single, index = (self.directory / name for name in names)
             if single.exists():
-                return Float8Source.over(kind([single], self.label), config)
+                return _decoded(kind([single], self.label), config)
             if index.exists():
-                return Float8Source.over(_sharded(kind, index, self.label), config)
+                return _decoded(_sharded(kind, index, self.label), config)
         return None
 
     def check_unmerged(self) -> None:
@@ -132,6 +133,11 @@ class WeightFiles:
             return {}
         found = read_json(file, self.label, "the configuration of a model")
         return found if isinstance(found, Mapping) else {}
+
+
+def _decoded(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
+    """A checkpoint under the numbers that its codes stand for, where the host's classes decode them."""
+    return Mxfp4Source.over(Float8Source.over(source, config), config)
 
 
 def check_configured(place: Path, inside: str, label: str) -> None:

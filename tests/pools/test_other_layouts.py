@@ -286,6 +286,53 @@ def test_plain_files_of_tasks_that_say_they_are_quantized_are_merged(tmp_path):
     assert didi(pool).tasks == ["a", "b"]
 
 
+def gpt_oss() -> nn.Module:
+    sizes = {**TEXT, "hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2}
+    config = transformers.GptOssConfig(**sizes, layer_types=["full_attention"])
+    return seeded(lambda: transformers.GptOssForCausalLM(config)).bfloat16()
+
+
+def in_mxfp4(seed: int, experts: tuple[str, ...] = ("down_proj", "gate_up_proj")):
+    """Random codes in place of the weights of experts."""
+
+    def change(tensors: dict) -> dict:
+        draw = torch.Generator().manual_seed(seed)
+        for name in [n for n in tensors if n.endswith(experts)]:
+            count, columns, rows = tensors.pop(name).shape
+            shape = (count, rows, columns // 32)
+            drawn = torch.randint(0, 256, (*shape, 16), generator=draw)
+            tensors[f"{name}_blocks"] = drawn.to(torch.uint8)
+            tensors[f"{name}_scales"] = torch.full(shape, 120, dtype=torch.uint8)
+        return tensors
+
+    return change
+
+
+@pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 1, 2), (0, None, None), (None, 1, 2)])
+def test_experts_in_mxfp4_are_merged_as_transformers_decodes_them(tmp_path, seeds):
+    """The same in all files, others in each, or in some files only."""
+    family(tmp_path, gpt_oss())
+    for name, seed in zip(("base", "a", "b"), seeds):
+        if seed is not None:
+            change_file(tmp_path / name, in_mxfp4(seed))
+            told(tmp_path / name, quant_method="mxfp4")
+    pool = pool_of(tmp_path, transformers.GptOssForCausalLM)
+    vectors = open_pool(pool, load_backbone(pool))
+    assert not vectors.fresh and set(open_pool(pool).infos) == set(vectors.infos)
+    want = pool.load_model("b").state_dict()
+    for name in vectors.infos:
+        assert torch.equal(vectors.tensor(name).tuned(1), want[name].float()), name
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_mxfp4_of_which_no_configuration_says_is_refused(tmp_path, dry_run):
+    family(tmp_path, gpt_oss())
+    for name in ("base", "a", "b"):
+        change_file(tmp_path / name, in_mxfp4(0))
+    with pytest.raises(CheckpointMismatchError, match=r"_proj, .* are in no checkpoint, .*holds .*_blocks"):  # fmt: skip
+        didi(pool_of(tmp_path, transformers.GptOssForCausalLM), dry_run=dry_run)
+
+
 @pytest.mark.parametrize("kind", ["e5m2", "e4m3fnuz", "e5m2fnuz"])
 @pytest.mark.parametrize("form", ["safetensors", "pickle"])
 def test_other_float8_is_read(tmp_path, kind, form):

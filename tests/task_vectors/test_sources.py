@@ -15,6 +15,7 @@ from fusion_bench_didi.task_vectors import sources
 from fusion_bench_didi.task_vectors.cast import CastSource
 from fusion_bench_didi.task_vectors.file_sources import PickleSource, SafetensorsSource
 from fusion_bench_didi.task_vectors.float8 import Float8Source
+from fusion_bench_didi.task_vectors.mxfp4 import Mxfp4Source
 from fusion_bench_didi.task_vectors.renaming import RenamedSource
 from fusion_bench_didi.task_vectors.sources import ModuleSource, WrappedSource
 
@@ -22,6 +23,7 @@ WRAPPERS = {
     BesideShared: lambda source: BesideShared(source, source, {}),
     CastSource: lambda source: CastSource(source, {"a": torch.bfloat16}),
     Float8Source: Float8Source,
+    Mxfp4Source: Mxfp4Source,
     RenamedSource: lambda source: RenamedSource(source, {"b": "a"}),
     SharedBase: lambda source: SharedBase(source, {}),
 }

@@ -7,6 +7,8 @@ from typing import Any
 SCALED = ("fp8", "fbgemm_fp8", "compressed-tensors")
 #: Those by which transformers may load plain numbers all the same: decoded, or rounded in the forward only.
 _PLAIN = (*SCALED, "mxfp4", "bitnet")
+#: That which quantizes nothing where neither ``load_in_8bit`` nor ``load_in_4bit`` is true.
+_BY_BITS = "bitsandbytes"
 
 
 def quantization(config: Any) -> Mapping[str, Any]:
@@ -23,8 +25,9 @@ def unread(config: Any) -> str | None:
     """The ``quant_method`` of a configuration whose numbers cannot be read; None where there is none, or they can."""
     told = quantization(config)
     method = told.get("quant_method")
-    if method is None and (told.get("load_in_8bit") or told.get("load_in_4bit")):
-        method = "bitsandbytes"  # in files of its first releases
+    if method in (None, _BY_BITS):  # files of its first releases name no method
+        asked = told.get("load_in_8bit") or told.get("load_in_4bit")
+        method = _BY_BITS if asked else None
     if method is None or method in _PLAIN:
         return None
     return str(getattr(method, "value", method))

@@ -745,11 +745,12 @@ def with_scales(net: nn.Module) -> nn.Module:
     return net
 
 
-def quantized(method: str):
+def quantized(method: str, **how):
     """As transformers marks them."""
 
     def mark(net: nn.Module) -> nn.Module:
-        net.hf_quantizer = SimpleNamespace(quantization_config={"quant_method": method})  # fmt: skip
+        told = {"quant_method": method, **how}
+        net.hf_quantizer = SimpleNamespace(quantization_config=told)
         return net
 
     return mark
@@ -773,7 +774,7 @@ CLOSED = {
     "with scales": (with_scales, "0.weight is of torch.uint8, with 0.scale beside it"),
     "marked": (quantized("gptq"), "the model is quantized by gptq"),
     "marked within": (
-        lambda net: nn.Sequential(quantized("bitsandbytes")(net)),
+        lambda net: nn.Sequential(quantized("bitsandbytes", load_in_8bit=True)(net)),
         "0 is quantized by bitsandbytes",
     ),
 }

@@ -192,7 +192,11 @@ def told(place, **config) -> None:
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize(
     "config, method",
-    [({"quant_method": "gptq"}, "gptq"), ({"load_in_8bit": True}, "bitsandbytes")],
+    [
+        ({"quant_method": "gptq"}, "gptq"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+    ],
 )
 def test_a_base_model_that_is_quantized_is_refused_before_it_is_loaded(
     tmp_path, config, method, dry_run
@@ -201,6 +205,15 @@ def test_a_base_model_that_is_quantized_is_refused_before_it_is_loaded(
     told(tmp_path / "base", **config)
     with pytest.raises(CheckpointMismatchError, match=f"config.json says .*quantized by {method}, .*Give "):  # fmt: skip
         didi(pool_of(tmp_path, transformers.LlamaForCausalLM), dry_run=dry_run)
+
+
+@pytest.mark.parametrize("config", [{}, {"load_in_8bit": False, "load_in_4bit": False}])
+def test_a_base_model_of_whose_numbers_bitsandbytes_quantizes_none_is_merged(
+    tmp_path, config
+):
+    family(tmp_path, llama(False))
+    told(tmp_path / "base", quant_method="bitsandbytes", **config)
+    assert_exact(pool_of(tmp_path, transformers.LlamaForCausalLM))
 
 
 PACKED = {

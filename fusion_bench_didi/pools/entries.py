@@ -89,6 +89,14 @@ def check_instantiable(modelpool: BaseModelPool, name: str) -> None:
         check_configured(from_home(place), entry.get("subfolder") or "", name)
 
 
+def is_loaded_by_known(modelpool: BaseModelPool, name: str) -> bool:
+    """Whether the class that loads an entry is one of transformers or of the host, which go by config.json."""
+    if has_own_loader(modelpool):
+        return False
+    target = (_arguments(modelpool, name) or {}).get(TARGET, _LIBRARY)
+    return str(target).partition(".")[0] in {_LIBRARY, *_PACKAGES}
+
+
 def has_own_loader(modelpool: BaseModelPool) -> bool:
     """Whether a pool loads models by a method of its user's: what it makes of their files, no file tells."""
     loader = vars(modelpool).get("load_model") or type(modelpool).load_model

@@ -47,6 +47,7 @@ from .entries import (
     given_by,
     has_own_loader,
     home_of,
+    is_loaded_by_known,
     load_model,
 )
 from .file_layouts import computed_on_loading, rearranged
@@ -337,7 +338,7 @@ def _check_base(modelpool: BaseModelPool) -> None:
             f"The base model {BASE!r} is an adapter: {directory} holds {CONFIG}, expected the weights of a model. Give "
             f"the model that the adapters were trained on as modelpool.models.{BASE}."
         )
-    if not has_own_loader(modelpool) and (home := home_of(modelpool, BASE)):
+    if is_loaded_by_known(modelpool, BASE) and (home := home_of(modelpool, BASE)):
         home.check_quantization()
 
 

@@ -346,6 +346,30 @@ def test_mxfp4_of_which_no_configuration_says_is_refused(tmp_path, dry_run):
         didi(pool_of(tmp_path, transformers.GptOssForCausalLM), dry_run=dry_run)
 
 
+class Plain:
+    """A class of a user's own, which does not go by all of config.json."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: str) -> nn.Module:
+        model = llama(False)
+        files = load_file(f"{pretrained_model_name_or_path}/model.safetensors")
+        model.load_state_dict(files)
+        return model
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_a_class_of_a_users_own_makes_of_a_configuration_is_its_matter(
+    tmp_path, dry_run
+):
+    family(tmp_path, llama(False))
+    told(tmp_path / "base", quant_method="gptq")
+    pool = pool_of(tmp_path, transformers.LlamaForCausalLM)
+    target = f"{__name__}.Plain.from_pretrained"
+    made = {name: {**entry, "_target_": target} for name, entry in pool._models.items()}
+    merged = didi(BaseModelPool(made), dry_run=dry_run)
+    assert dry_run or merged.tasks == ["a", "b"]
+
+
 @pytest.mark.parametrize("kind", ["e5m2", "e4m3fnuz", "e5m2fnuz"])
 @pytest.mark.parametrize("form", ["safetensors", "pickle"])
 def test_other_float8_is_read(tmp_path, kind, form):

@@ -1,6 +1,7 @@
 """Models in memory: taken out of what wraps them; whose tensors are not the weights that they were loaded with, or no plain tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,15 @@ from .quantized import unread
 DIVIDED, EVERY = "layers_are_rescaled", "rescale_every"
 #: Where torch has layers that hold whole numbers in packed form.
 _PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
+#: Methods by which a class of tensors computes with other numbers than it holds, and what torch puts there to rule that out.
+_COMPUTING = ("__torch_function__", "__torch_dispatch__", "dequantize")
+_DISABLED = (
+    torch._C._disabled_torch_function_impl,
+    torch._C._disabled_torch_dispatch_impl,
+)
+#: Where bitsandbytes keeps the scales of codes that are kept as floating point.
+_STATE = "quant_state"
 
 #: What torch calls the state of a module that is none of its tensors.
 EXTRA_STATE = "_extra_state"
@@ -89,23 +99,38 @@ def _is_whole(tensor: torch.Tensor) -> bool:
 
 
 def _is_code(tensor: torch.Tensor) -> bool:
-    """Whether a parameter of a class of its own stands for other numbers: whole, or with tensors beside them (scales, a codebook)."""
+    """Whether a parameter of a class of its own stands for other numbers: whole, or with tensors beside them (scales, a codebook) by
+    which the class computes.
+    """
     if type(tensor) is nn.Parameter:
+        return False
+    if _is_whole(tensor):
+        return True
+    own = set(type(tensor).__mro__) - set(nn.Parameter.__mro__)
+    methods = [vars(kind).get(key) for kind in own for key in _COMPUTING]
+    if _STATE not in vars(tensor) and not {*methods} - {None, *_DISABLED}:
         return False
     beside = list(vars(tensor).values())
     within = [v for b in beside for v in getattr(b, "__dict__", {}).values()]
-    found = any(isinstance(value, torch.Tensor) for value in (*beside, *within))
-    return found or _is_whole(tensor)
+    return any(isinstance(value, torch.Tensor) for value in (*beside, *within))
+
+
+def _may_scale(value: Any) -> bool:
+    """Whether an entry of a state may be scales of whole numbers, or hold some (HQQ)."""
+    if isinstance(value, torch.Tensor):
+        return not _is_whole(value)
+    return isinstance(value, Mapping)
 
 
 def _with_scales(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Parameters of whole numbers whose layer saves more than its tensors: their scales."""
+    """Parameters of whole numbers whose layer saves more numbers in floating point than its tensors: their scales."""
     whole = [name for name, tensor in model.named_parameters() if _is_whole(tensor)]
     if not whole:
         return
     known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     known |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
-    beside = [n for n in model.state_dict() if n not in known]
+    state = model.state_dict()
+    beside = [n for n, v in state.items() if n not in known and _may_scale(v)]
     for name in whole:
         layer = name[: name.rfind(".") + 1]
         others = {EXTRA_STATE, *model.get_submodule(layer[:-1])._modules}

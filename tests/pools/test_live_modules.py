@@ -732,8 +732,34 @@ def coded(net: nn.Module) -> nn.Module:
 def coded_in_floats(net: nn.Module) -> nn.Module:
     """Codes that are kept as another type, with an object that has their scales."""
     net[0].weight = Coded(net[0].weight.detach())
-    net[0].weight.state = SimpleNamespace(absmax=torch.ones(4))
+    net[0].weight.quant_state = SimpleNamespace(absmax=torch.ones(4))
     return net
+
+
+class Decoding(nn.Parameter):
+    """Codes that are kept as floating point, by a class that knows what they stand for."""
+
+    def dequantize(self):
+        return self * self.scale
+
+
+class Computing(nn.Parameter):
+    """As such a class, by what torch asks it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def coded_by(kind: type[nn.Parameter]):
+    """Codes in floating point with their scales."""
+
+    def code(net: nn.Module) -> nn.Module:
+        net[0].weight = kind(net[0].weight.detach())
+        net[0].weight.scale = torch.ones(8, 1)
+        return net
+
+    return code
 
 
 def with_scales(net: nn.Module) -> nn.Module:
@@ -771,6 +797,8 @@ CLOSED = {
     "sharded": (sharded, "0.weight is a Sharded"),
     "coded": (coded, "0.weight is a Coded"),
     "coded in floats": (coded_in_floats, "0.weight is a Coded"),
+    "decoding": (coded_by(Decoding), "0.weight is a Decoding"),
+    "computing": (coded_by(Computing), "0.weight is a Computing"),
     "with scales": (with_scales, "0.weight is of torch.uint8, with 0.scale beside it"),
     "marked": (quantized("gptq"), "the model is quantized by gptq"),
     "marked within": (
@@ -793,6 +821,8 @@ def test_modules_whose_weights_are_closed_are_refused_by_name(how, names):
 def of_a_class_of_its_own(net: nn.Module) -> nn.Module:
     net[0].weight = Coded(net[0].weight.detach())
     net[0].weight.init, net[0].weight.group = nn.init.zeros_, {"decay": 0.1}
+    net[0].weight.initial, net[0].weight.mask = torch.zeros(8, 4), torch.ones(8, 4)
+    net[0].weight.trainer = SimpleNamespace(average=torch.ones(8, 4))
     return net
 
 
@@ -812,6 +842,15 @@ def with_a_table(net: nn.Module) -> nn.Module:
     return net
 
 
+def with_a_version(net: nn.Module) -> nn.Module:
+    """Whole numbers that stand for themselves, in a model that saves its version beside them."""
+    net[0].table = nn.Parameter(torch.arange(3), requires_grad=False)
+    net[0].register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.update({f"{prefix}version": torch.tensor(1)})  # fmt: skip
+    )
+    return net
+
+
 OPEN = {
     "graph": torch.fx.symbolic_trace,
     "compiled": torch.compile,
@@ -819,6 +858,8 @@ OPEN = {
     "of a class of its own": of_a_class_of_its_own,
     "with tensors beside": with_tensors_beside,
     "with a table": with_a_table,
+    "with a version": with_a_version,
+    "quantized in nothing": quantized("bitsandbytes", load_in_4bit=False),
     "float8, decoded": quantized("fp8"),
 }
 

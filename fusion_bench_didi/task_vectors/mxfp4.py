@@ -12,7 +12,7 @@ from .sources import TensorInfo, TensorSource, WrappedSource
 BLOCKS, SCALES = "_blocks", "_scales"
 #: What four bits stand for, the highest of which is the sign.
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = torch.tensor((*_POSITIVE, *(-value for value in _POSITIVE)))
+_VALUES = torch.tensor((*_POSITIVE, *(-v for v in _POSITIVE)), device="cpu")
 #: The two values of every byte, its lower four bits first.
 _PAIRS = torch.stack((_VALUES.repeat(16), _VALUES.repeat_interleave(16)), dim=1)
 #: The exponent that a scale of 0 stands for.

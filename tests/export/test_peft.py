@@ -8,7 +8,7 @@ import torch
 import transformers
 from exact_models import SIDES, bert, gpt2, llama, qwen, seeded
 from helpers import BASE, OpenClipLike, didi, family
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertModel, GPT2Config, GPT2ForSequenceClassification
@@ -527,7 +527,7 @@ def test_no_adapter_is_written_of_a_base_model_that_has_peft_layers(whole, head,
     base = llama()
     base = get_peft_model(base, config) if whole else base
     if not whole:
-        base.add_adapter(config)
+        inject_adapter_in_model(config, base)
     model = didi(family(base), budget=9.0)
     with pytest.raises(DiDiError, match="has layers of PEFT.*Export it as plain or pat"):  # fmt: skip
         to_peft(model, tmp_path / "out")

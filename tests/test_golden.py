@@ -270,12 +270,14 @@ def test_merge_stores_what_it_stored(case, tmp_path):
     # draws and sums go by the names, which for a tower are those of transformers 4
     named = getattr(CASES[case], "models", clip) in (clip, adapters)
     same = kernels() == golden["kernels"] and not (named and TRANSFORMERS >= 5)
-    # the last digit of a sum of errors is the interpreter's
-    within = {"rel": 1e-12, "abs": 0} if same else {"rel": 0.02, "abs": 1e-9}
     for key in ("x_excl", "error"):
         if expected.get(key) is not None:
-            assert now.pop(key) == pytest.approx(expected.pop(key), **within)
+            assert now[key] == pytest.approx(expected[key], rel=0.02, abs=1e-9)
     if same:
+        error = expected.get("error")
+        if error and sys.version_info >= (3, 12):  # adds floats up more finely
+            assert now["error"] == pytest.approx(error, rel=1e-12, abs=0)
+            now["error"] = error
         assert now == expected
 
 

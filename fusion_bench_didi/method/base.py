@@ -158,9 +158,8 @@ class PoolMethod(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             FileExistsError: if something lies there.
         """
         attach_ending(self)
-        if (
-            self._program is not None
-        ):  # what else torchrun runs may merge in one of its processes
+        # a script of one's own under torchrun may merge in one of its processes
+        if self._program is not None:
             check_started(self.processes)
         if self.resume != "continue" and self._place() is None:
             raise SettingsError(

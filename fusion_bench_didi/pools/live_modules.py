@@ -72,11 +72,8 @@ def check_modules(base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
         found = [*learned, *_differing(*pair, alike), *lost]
         faults += [f"{task}: {fault}" for fault in found[:_MOST]]
         faults += [f"{task}: and {len(found) - _MOST} more"] if found[_MOST:] else []
-        switched += (
-            [f"{task}: {some(unlike)}"]
-            if (unlike := [*_unlike_values(*pair, True)])
-            else []
-        )
+        if unlike := [*_unlike_values(*pair, True)]:
+            switched.append(f"{task}: {some(unlike)}")
     if switched:
         raise CheckpointMismatchError(
             "Layers of PEFT run otherwise in fine-tuned models than in the base model, which runs all tasks (base model's != fine-tuned "

@@ -288,9 +288,11 @@ def test_an_error_is_one_line(monkeypatch, tmp_path, capsys):
 
 def test_a_command_alone_tells_its_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["didi", "inspect"])
-    try:
+    if hasattr(click.exceptions, "NoArgsIsHelpError"):  # from click 8.2 on
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code in (0, 2)
+    else:
         main()
-    except SystemExit as ended:  # of click from 8.2 on
-        assert ended.code in (0, 2)
     told = capsys.readouterr()
     assert "didi inspect [OPTIONS] DIRECTORY" in told.out + told.err

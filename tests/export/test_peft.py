@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from exact_models import SIDES, bert, gpt2, llama, qwen, seeded
-from helpers import BASE, OpenClipLike, didi, family
+from helpers import BASE, TRANSFORMERS, OpenClipLike, didi, family
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
@@ -440,7 +440,8 @@ def test_a_merge_by_peft_that_changes_outputs_is_told(tied, tmp_path):
     with torch.no_grad():
         found, wanted = (m.eval()(**x).logits for m in (merged, model.materialize("mnist")))  # fmt: skip
     assert len(notes) == (not torch.allclose(found, wanted, atol=1e-3))
-    assert tied or not notes
+    # with transformers 5 the scale is a setting of its own
+    assert len(notes) == (tied and TRANSFORMERS < 5)
 
 
 def test_models_that_take_images_first_run_in_the_plain_class_of_peft(tmp_path):

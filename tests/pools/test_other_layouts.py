@@ -287,8 +287,9 @@ def test_a_base_model_in_whole_numbers_is_planned_as_it_is_merged(tmp_path):
     family(tmp_path, llama(False))
     for name in ("base", "a", "b"):
         change_file(tmp_path / name, QUANTIZED["whole numbers"])
-    # transformers 5 loads the numbers as they are
-    refused = "'_pretrained_'|is of torch.int8, the base model has torch.float32"
+    refused = "'_pretrained_'"
+    if TRANSFORMERS >= 5:  # loads the numbers as they are
+        refused = "is of torch.int8, the base model has torch.float32"
     for dry_run in (True, False):
         with pytest.raises(DiDiError, match=refused):
             didi(pool_of(tmp_path, transformers.LlamaForCausalLM), dry_run=dry_run)
